@@ -1,0 +1,285 @@
+"""The public functions: signature, documentation, and a few lines that hand over to `problem` and a backend."""
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+from numpy.typing import ArrayLike
+
+from . import backends
+from .merging import merge as _merge
+from .options import Array, Causal, Options, Window
+from .problem import build, build_weights
+
+Index = ArrayLike | slice
+
+
+@overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    is_causal: Causal = ...,
+    window: Window | Sequence[int | None] | None = ...,
+    query_offset: ArrayLike | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    sinks: ArrayLike | None = ...,
+    query_lengths: ArrayLike | None = ...,
+    key_lengths: ArrayLike | None = ...,
+    return_lse: Literal[False] = ...,
+    out: Array | None = ...,
+    backend: str | None = ...,
+) -> Array: ...
+@overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    is_causal: Causal = ...,
+    window: Window | Sequence[int | None] | None = ...,
+    query_offset: ArrayLike | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    sinks: ArrayLike | None = ...,
+    query_lengths: ArrayLike | None = ...,
+    key_lengths: ArrayLike | None = ...,
+    return_lse: Literal[True],
+    out: Array | None = ...,
+    backend: str | None = ...,
+) -> tuple[Array, Array]: ...
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: Causal = False,
+    window: Window | Sequence[int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> Array | tuple[Array, Array]:
+    r"""Exact scaled dot-product attention, ``softmax(scale * query @ key.T + ...) @ value``, in linear memory.
+
+    Parameters
+    ----------
+    query : ndarray, shape (..., H, L, E)
+        float32, float64, float16 or ``ml_dtypes.bfloat16``. Two-dimensional input (L, E) is one head.
+        Leading dimensions broadcast with those of `key` and `value` as in `numpy.matmul`. Any strides are
+        taken without a copy: pass ``x.swapaxes(-3, -2)`` for (B, S, H, E) storage.
+    key : ndarray, shape (..., Hkv, S, E)
+        dtype of `query`. H must be a multiple of Hkv (Hkv == H: multi-head, 1: multi-query,
+        between: grouped-query attention; query head h reads key head ``h // (H // Hkv)``).
+    value : ndarray, shape (..., Hkv, S, Ev)
+        dtype of `query`; Ev may differ from E.
+    mask : array of bool, broadcastable to (..., H, L, S), optional
+        True where a query may attend to a key.
+    bias : array of float, broadcastable to (..., H, L, S), optional
+        Added to the scaled scores. -inf hides a key exactly as a False in `mask` does.
+    is_causal : bool or {"top-left", "bottom-right"}, default False
+        True or "top-left": query i sits at key position i; "bottom-right": at
+        ``i + (key length - query length)`` of its sequence. It attends to keys at or before its position.
+    window : (left, right), optional
+        Query at position p attends to key positions p-left .. p+right inclusive; None on a side is unbounded.
+    query_offset : int or array of int, shape (...,), optional
+        Query i sits at key position ``i + query_offset``, whatever `is_causal` says of alignment.
+    scale : float, optional
+        Factor of the scores, by default ``1 / sqrt(E)``.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)``; must be positive.
+    alibi_slopes : array of float, shape (H,) or (..., H), optional
+        Adds ``-slope * |position(i) - j|``.
+    sinks : array of float, shape (H,), optional
+        One extra logit per head that takes part in the softmax denominator only.
+    query_lengths, key_lengths : int or array of int, shape (...,), optional
+        Valid prefix of each sequence; rows past the query length are 0 with lse = -inf.
+    return_lse : bool, default False
+        Also return the natural log of the softmax denominator of each row.
+    out : ndarray, shape (..., H, L, Ev), optional
+        Where to write the result: dtype of `query`, writeable, no overlap with an input.
+    backend : {"auto", "cpu", "reference"}, optional
+        Overrides `set_backend` and `use_backend` for this call.
+
+    Returns
+    -------
+    out : ndarray, shape (..., H, L, Ev)
+        dtype of `query`. A row that may attend to nothing is 0.
+    lse : ndarray, shape (..., H, L)
+        Only if `return_lse`: float32 (float64 for float64 input), sink included, -inf for empty rows.
+
+    Raises
+    ------
+    TypeError
+        An argument has a dtype or type that cannot be taken; the message says how to convert it.
+    ValueError
+        A shape, length or option is out of range; the message names the argument and what was expected.
+    BackendUnavailableError
+        The backend asked for cannot run here.
+
+    See Also
+    --------
+    attention_weights : the probabilities themselves.
+    merge_attention : join results over disjoint sets of keys.
+
+    Notes
+    -----
+    Scores pass through scale, softcap, ALiBi, bias and mask in this order. Time is O(H L S (E + Ev)) for the
+    visible pairs only, extra memory O(threads x tile). Half types accumulate in float32. The result has the same bits for
+    any number of threads and for a sequence alone or in a batch. NaN or infinity in a key or value reaches the rows that
+    attend to it and no other.
+
+    References
+    ----------
+    .. [1] Vaswani et al., "Attention Is All You Need", 2017, section 3.2.
+    .. [2] Dao, "FlashAttention-2", 2023, algorithm 1.
+    .. [3] Press et al., "Train Short, Test Long" (ALiBi), 2022, section 3.
+    .. [4] Ainslie et al., "GQA", 2023, section 2.2.
+    .. [5] Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024, section 3.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention as na
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.standard_normal((2, 8, 100, 64), dtype=np.float32) for _ in range(3))
+    >>> out, lse = na.attention(q, k, v, is_causal=True, return_lse=True)
+    >>> out.shape, lse.shape
+    ((2, 8, 100, 64), (2, 8, 100))
+    >>> bool(np.allclose(out[..., 0, :], v[..., 0, :], atol=1e-6))  # the first query sees the first key only
+    True
+    """
+    options = Options(
+        mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
+    )
+    chosen = backends.select(backend, query, key, value)
+    problem = build(query, key, value, options, out, return_lse)
+    chosen.forward(problem)
+    if problem.result_lse is None:
+        return problem.result
+    return problem.result, problem.result_lse
+
+
+def attention_weights(
+    query: Array,
+    key: Array,
+    *,
+    heads: Index | None = None,
+    rows: Index | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: Causal = False,
+    window: Window | Sequence[int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    backend: str | None = None,
+) -> Array:
+    """Attention probabilities, the softmax of the scores that `attention` weights the values with.
+
+    Parameters
+    ----------
+    query : ndarray, shape (..., H, L, E)
+    key : ndarray, shape (..., Hkv, S, E)
+    heads, rows : int array, slice or bool array, optional
+        Compute these query heads and these query rows only, so that chosen maps cost no L x S memory.
+        They index the H and L axes as NumPy does; an integer array keeps its axis.
+    mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
+        As in `attention`, and broadcast against the full (..., H, L, S).
+    backend : {"auto", "cpu", "reference"}, optional
+        As in `attention`.
+
+    Returns
+    -------
+    weights : ndarray, shape (..., H, L, S)
+        dtype of `query`; H and L are those selected. Rows sum to 1 (to less with a sink), empty rows are 0.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        As in `attention`; IndexError for `heads` or `rows` out of range.
+
+    References
+    ----------
+    .. [1] Vaswani et al., "Attention Is All You Need", 2017, equation 1.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention as na
+    >>> q = np.eye(4, dtype=np.float32)
+    >>> na.attention_weights(q, q, is_causal=True, rows=[0, 1]).round(3)
+    array([[1.   , 0.   , 0.   , 0.   ],
+           [0.378, 0.622, 0.   , 0.   ]], dtype=float32)
+    """
+    options = Options(
+        mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
+    )
+    chosen = backends.select(backend, query, key)
+    problem = build_weights(query, key, options, heads, rows)
+    chosen.weights(problem)
+    return problem.result
+
+
+def merge_attention(outs: Sequence[Array] | Array, lses: Sequence[Array] | Array) -> tuple[Array, Array]:
+    """Join attention results over disjoint sets of keys into the result over their union, exactly.
+
+    Parameters
+    ----------
+    outs : sequence of n arrays, or one stacked array, each shape (..., L, Ev)
+        Outputs of `attention` for the same queries.
+    lses : sequence of n arrays, or one stacked array, each shape (..., L)
+        Their log-sum-exps, as `return_lse` gives them.
+
+    Returns
+    -------
+    out : ndarray, shape (..., L, Ev)
+        dtype of `outs`.
+    lse : ndarray, shape (..., L)
+        float32, or float64 if `lses` is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Different numbers of outputs and lses, none at all, or shapes and dtypes that do not match.
+
+    Notes
+    -----
+    ``lse = log(sum(exp(lse_n)))`` and ``out = sum(exp(lse_n - lse) out_n)``: the (max, denominator, output) state of a row is a
+    monoid, with lse = -inf as its identity. Sinks, if any, must be given to one of the parts only.
+
+    References
+    ----------
+    .. [1] Dao et al., "FlashAttention", 2022, section 3.1 (softmax decomposed over blocks).
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention as na
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.standard_normal((10, 8)) for _ in range(3))
+    >>> parts = [na.attention(q, k[s], v[s], return_lse=True) for s in (slice(0, 3), slice(3, 10))]
+    >>> out, lse = na.merge_attention(*zip(*parts))
+    >>> bool(np.allclose(out, na.attention(q, k, v)))
+    True
+    """
+    return _merge(outs, lses)
+
+
+__all__ = ["attention", "attention_weights", "merge_attention"]

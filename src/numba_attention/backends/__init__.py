@@ -1,0 +1,167 @@
+"""Which backend runs a call: registry, selection by argument, context, process default, environment, or array type."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol, cast
+
+from ..errors import BackendUnavailableError
+from ..problem import Problem
+
+ENVIRONMENT = "NUMBA_ATTENTION_BACKEND"
+
+
+class Backend(Protocol):
+    """What a backend module provides; `forward` and `weights` write into the arrays of the problem."""
+
+    def forward(self, problem: Problem) -> None:
+        """Write ``problem.out`` and, if it is not None, ``problem.lse``."""
+
+    def weights(self, problem: Problem) -> None:
+        """Write the probabilities of the chosen heads and rows to ``problem.out``."""
+
+    def unusable(self) -> str | None:
+        """Why this backend cannot run here, or None."""
+
+
+NAMES = ("cpu", "cuda", "reference")
+_context: ContextVar[str | None] = ContextVar("numba_attention_backend", default=None)
+_default: str | None = None
+
+
+def _check(name: str, source: str) -> str:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"{source}: unknown backend {name!r}, expected one of {('auto', *NAMES)}")
+    return name
+
+
+def _load(name: str) -> Backend:
+    return cast(Backend, import_module(f"{__name__}.{name}"))
+
+
+_usable: dict[str, Backend] = {}
+
+
+def _get(name: str) -> Backend:
+    backend = _usable.get(name)
+    if backend is None:
+        backend = _load(name)
+        why = backend.unusable()
+        if why is not None:
+            raise BackendUnavailableError(f"backend {name!r} cannot run here: {why}")
+        _usable[name] = backend
+    return backend
+
+
+def _on_gpu(array: Any) -> bool:
+    if hasattr(array, "__cuda_array_interface__"):
+        return True
+    device = getattr(array, "__dlpack_device__", None)
+    return device is not None and device()[0] == 2  # kDLCUDA
+
+
+def select(name: str | None, *arrays: Any) -> Backend:
+    """Return the backend for one call; the argument beats the context, the default, and the environment."""
+    if name is None:
+        name = _context.get() or _default
+        if name is None:
+            name = os.environ.get(ENVIRONMENT)
+            name = "auto" if not name else _check(name, f"environment variable {ENVIRONMENT}")
+    else:
+        _check(name, "backend")
+    if name == "auto":
+        import numpy as np
+
+        host = all(type(array) is np.ndarray for array in arrays)
+        name = "cpu" if host or not any(_on_gpu(array) for array in arrays) else "cuda"
+    return _get(name)
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of every later call in this process that does not choose its own.
+
+    Parameters
+    ----------
+    name : {"auto", "cpu", "cuda", "reference"}
+        "auto" takes cuda for arrays on a GPU and cpu for NumPy arrays; "reference" is textbook NumPy in float64.
+
+    Raises
+    ------
+    ValueError
+        Unknown name.
+    BackendUnavailableError
+        The backend cannot run here; the message says why.
+
+    Examples
+    --------
+    >>> import numba_attention as na
+    >>> na.set_backend("auto")
+    """
+    global _default
+    if _check(name, "set_backend") != "auto":
+        _get(name)
+    _default = name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend of the calls inside a ``with`` block, in this thread or task only.
+
+    Parameters
+    ----------
+    name : {"auto", "cpu", "cuda", "reference"}
+        As in `set_backend`.
+
+    Raises
+    ------
+    ValueError, BackendUnavailableError
+        As in `set_backend`.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention as na
+    >>> q = np.ones((3, 4))
+    >>> with na.use_backend("reference"):
+    ...     na.attention(q, q, q).shape
+    (3, 4)
+    """
+    if _check(name, "use_backend") != "auto":
+        _get(name)
+    token = _context.set(name)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+class Status(NamedTuple):
+    """Whether a backend can run here and, if not, why. True in a condition if it can."""
+
+    usable: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.usable
+
+
+def backends() -> dict[str, Status]:
+    """Say which backends can run here and, for each that cannot, why.
+
+    Returns
+    -------
+    dict
+        Backend name to ``Status(usable, reason)``, which is true in a condition if the backend is usable.
+
+    Examples
+    --------
+    >>> import numba_attention as na
+    >>> na.backends()["reference"]
+    Status(usable=True, reason='')
+    """
+    reasons = {name: _load(name).unusable() for name in NAMES}
+    return {name: Status(why is None, why or "") for name, why in reasons.items()}
+
+
+__all__ = ["Backend", "Status", "backends", "select", "set_backend", "use_backend"]

@@ -1,0 +1,179 @@
+"""Compiled kernels, in memory and on disk, under keys we choose.
+
+Numba's own cache does not notice a change in another module, keeps an index and data files that several processes can leave
+inconsistent, and cannot key a function made by a factory. Here one kernel is one file, named by a digest of everything it depends
+on (the package's sources, Numba, llvmlite, Python, the CPU, what it is compiled for), begun with a checksum, written
+beside its place and renamed into it. Whatever fails to load is a miss.
+"""
+
+import hashlib
+import os
+import pickle
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba import njit
+from numba.core import config, serialize
+from numba.core.compiler import CompileResult
+from numba.core.registry import cpu_target
+from numba.core.runtime import rtsys
+
+from ..errors import NumbaAttentionWarning
+
+ENVIRONMENT = "NUMBA_ATTENTION_CACHE_DIR"
+_SUFFIX = ".kernel"
+_warned = False
+
+
+@cache
+def directory() -> Path | None:
+    """The folder of the kernel cache, or None if there is none to write to and kernels live in memory only."""
+    chosen = os.environ.get(ENVIRONMENT)
+    if chosen:
+        candidates = [Path(chosen)]
+    elif sys.platform == "win32":
+        candidates = [Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")]
+    elif sys.platform == "darwin":
+        candidates = [Path.home() / "Library" / "Caches"]
+    else:
+        candidates = [Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")]
+    try:
+        folder = candidates[0] if chosen else candidates[0] / "numba-attention"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        _warn(f"no kernel cache ({error}); set {ENVIRONMENT} to a writeable folder to save compiling in every process")
+        return None
+
+
+def _warn(message: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(message, NumbaAttentionWarning, stacklevel=3)
+
+
+def entries() -> list[Path]:
+    """The files in the cache."""
+    folder = directory()
+    return sorted(folder.glob(f"*{_SUFFIX}")) if folder else []
+
+
+@cache
+def _environment() -> str:
+    """Everything but its name and signature that decides what a kernel compiles to."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent.parent
+    for source in sorted([*package.glob("cpu/*.py"), package / "intervals.py"]):
+        digest.update(source.read_bytes())
+    settings = (config.OPT, config.BOUNDSCHECK, config.LOOP_VECTORIZE, config.SLP_VECTORIZE, config.DEBUGINFO_DEFAULT)
+    versions = (numba.__version__, llvmlite.__version__, sys.version_info[:3])
+    digest.update(repr((versions, settings, cpu_target.target_context.codegen().magic_tuple())).encode())
+    return digest.hexdigest()
+
+
+class Kernel:
+    """One function for one signature, compiled or loaded when first needed.
+
+    Parameters
+    ----------
+    name : str
+        Says all that distinguishes this kernel from others of this package version; part of the cache key.
+    make : callable
+        Returns the Python function to compile; not called when the cache has the kernel.
+    signature : str
+        Numba signature.
+    parallel : bool
+        Whether the function has a `prange`.
+    """
+
+    def __init__(
+        self, name: str, make: Callable[[], Callable[..., int]], signature: str, parallel: bool = False
+    ) -> None:
+        self.name = name
+        self.origin = ""  # "compiled" or "loaded", once it is there
+        self._make = make
+        self._signature = signature
+        self._parallel = parallel
+        self._lock = threading.Lock()
+        self._result: Any = None
+
+    @property
+    def call(self) -> Callable[..., int]:
+        """The compiled function, called without Numba's dispatcher; arguments must have the very types."""
+        return self._get().entry_point  # type: ignore[no-any-return]
+
+    @property
+    def address(self) -> int:
+        """Where its machine code begins, for calls from other kernels."""
+        result = self._get()
+        return int(result.library.get_pointer_to_function(result.fndesc.llvm_func_name))
+
+    def assembly(self) -> str:
+        """Machine code as text; compiles afresh, because a loaded kernel has none."""
+        return str(self._compile().library.get_asm_str())
+
+    def _get(self) -> Any:
+        if self._result is None:
+            with self._lock:
+                if self._result is None:
+                    self._result = self._load() or self._compile_and_save()
+        return self._result
+
+    @property
+    def _path(self) -> Path | None:
+        folder = directory()
+        key = hashlib.sha256(f"{self.name} {self._signature} {_environment()}".encode()).hexdigest()[:32]
+        return folder / f"{self.name}-{key}{_SUFFIX}" if folder else None
+
+    def _load(self) -> Any:
+        path = self._path
+        if path is None:
+            return None
+        try:
+            content = path.read_bytes()
+            checksum, payload = content[:32], content[32:]
+            if hashlib.sha256(payload).digest() != checksum:
+                return None
+            context = cpu_target.target_context
+            rtsys.initialize(context)  # the object code refers to symbols of Numba's runtime
+            result = CompileResult._rebuild(context, *pickle.loads(payload))
+        except FileNotFoundError:
+            return None
+        except Exception:  # by design: whatever is wrong with a file, the kernel can be compiled
+            return None
+        self.origin = "loaded"
+        return result
+
+    def _compile(self) -> Any:
+        dispatcher = njit(parallel=self._parallel, nogil=True, error_model="numpy")(self._make())
+        dispatcher.compile(self._signature)
+        (result,) = dispatcher.overloads.values()
+        return result
+
+    def _compile_and_save(self) -> Any:
+        result = self._compile()
+        self.origin = "compiled"
+        path = self._path
+        if path is not None:
+            try:
+                payload = serialize.dumps(result._reduce())
+                with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+                    file.write(hashlib.sha256(payload).digest() + payload)
+                try:
+                    os.replace(file.name, path)
+                except OSError:
+                    os.unlink(file.name)
+                    raise
+            except Exception as error:
+                _warn(f"a kernel could not be cached ({error!r}); set {ENVIRONMENT} to a folder that can be written")
+        return result

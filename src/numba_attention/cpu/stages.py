@@ -1,0 +1,128 @@
+"""The score pipeline as passes over a tile of scores S^T (key j by row, query by lane), each absent at no cost but a branch.
+
+Scores arrive as products in some unit; `factor` takes them to the log2 domain in which the softmax works. The first pass that
+needs it applies the factor, and the passes after it, and the softmax, then use 1. The order is `attention`'s: scale, softcap, ALiBi,
+bias, mask, and last the row intervals.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from .elements import Spec
+from .exp import tanh
+from .simd import I64, Builder, Value, at, load, loop, pointer, routine, splat
+from .softmax import FIRST, POSITION, SLOPE, SPAN, TILE_MAX
+
+Body = Callable[[Builder, Value, int, Value], Value]
+
+
+def _tile_pass(spec: Spec, b: Builder, scores: Value, n: Value, body: Body) -> None:
+    """Replace every vector s of the tile by body(b, row number, vector number, s)."""
+    vector = spec.vector
+    width = vector.bytes * vector.width
+
+    def step(j: Value, carried: list[Value]) -> list[Value]:
+        (row,) = carried
+        for v in range(spec.block[1]):
+            vector.store(b, body(b, j, v, vector.load(b, row, v * width)), row, v * width)
+        return [at(b, row, spec.block[1] * width)]
+
+    loop(b, n, [pointer(b, scores)], step)
+
+
+def _state_row(spec: Spec, b: Builder, state: Value, row: int) -> list[Value]:
+    width = spec.vector.bytes * spec.vector.width
+    NV = spec.block[1]
+    return [spec.vector.load(b, pointer(b, state), (row * NV + v) * width) for v in range(NV)]
+
+
+def _real(spec: Spec) -> str:
+    return "f64" if spec.vector.bits == 64 else "f32"
+
+
+def softcap(spec: Spec) -> Any:
+    """Make ``cap(scores, n, inner, outer)``: s = outer * tanh(s * inner)."""
+
+    def build(b: Builder, scores: Value, n: Value, inner: Value, outer: Value) -> None:
+        vector = spec.vector
+        x, y = vector.splat(b, inner), vector.splat(b, outer)
+        _tile_pass(spec, b, scores, n, lambda b, j, v, s: b.fmul(y, tanh(vector, b, b.fmul(s, x))))
+
+    return routine(f"scores n inner:{_real(spec)} outer:{_real(spec)}", build)
+
+
+def alibi(spec: Spec) -> Any:
+    """Make ``lean(scores, n, state, factor)``: s = s * factor - slope * |position - j|, position relative to the tile."""
+
+    def build(b: Builder, scores: Value, n: Value, state: Value, factor: Value) -> None:
+        vector = spec.vector
+        slope = [b.fneg(x) for x in _state_row(spec, b, state, SLOPE)]
+        position = _state_row(spec, b, state, POSITION)
+        c = vector.splat(b, factor)
+
+        def body(b: Builder, j: Value, v: int, s: Value) -> Value:
+            key = vector.splat(b, b.sitofp(j, vector.element))
+            distance = vector.abs(b, b.fsub(position[v], key))
+            return vector.fma(b, slope[v], distance, b.fmul(s, c))
+
+        _tile_pass(spec, b, scores, n, body)
+
+    return routine(f"scores n state factor:{_real(spec)}", build)
+
+
+def add_bias(spec: Spec) -> Any:
+    """Make ``add(scores, n, bias, factor)``: s = s * factor + bias, and -inf wherever the bias is, whatever s was."""
+
+    def build(b: Builder, scores: Value, n: Value, bias: Value, factor: Value) -> None:
+        vector = spec.vector
+        c, hidden = vector.splat(b, factor), vector.const(float("-inf"))
+        width = vector.bytes * vector.width
+        base = pointer(b, bias)
+
+        def body(b: Builder, j: Value, v: int, s: Value) -> Value:
+            offset = b.add(b.mul(j, I64(spec.block[1] * width)), I64(v * width))
+            x = load(b, vector.type, base, offset, align=vector.bytes)
+            return b.select(b.fcmp_ordered("==", x, hidden), hidden, vector.fma(b, s, c, x))
+
+        _tile_pass(spec, b, scores, n, body)
+
+    return routine(f"scores n bias factor:{_real(spec)}", build)
+
+
+def clip_interval(spec: Spec) -> Any:
+    """Make ``clip(scores, n, state)``: s = -inf unless FIRST <= j < FIRST + SPAN, integers relative to the tile."""
+
+    def build(b: Builder, scores: Value, n: Value, state: Value) -> None:
+        vector = spec.vector
+        first = [vector.bits_of(b, x) for x in _state_row(spec, b, state, FIRST)]
+        span = [vector.bits_of(b, x) for x in _state_row(spec, b, state, SPAN)]
+        hidden = vector.const(float("-inf"))
+
+        def body(b: Builder, j: Value, v: int, s: Value) -> Value:
+            row = splat(b, b.trunc(j, vector.integer) if vector.bits == 32 else j, vector.width)
+            inside = b.icmp_unsigned("<", b.sub(row, first[v]), span[v])  # below `first` wraps to a huge number
+            return b.select(inside, s, hidden)
+
+        _tile_pass(spec, b, scores, n, body)
+
+    return routine("scores n state", build)
+
+
+def tile_max(spec: Spec) -> Any:
+    """Make ``highest(scores, n, state)``: the maximum of each lane, NaN left out, to TILE_MAX."""
+
+    def build(b: Builder, scores: Value, n: Value, state: Value) -> None:
+        vector = spec.vector
+        NV = spec.block[1]
+        width = vector.bytes * vector.width
+
+        def body(j: Value, carried: list[Value]) -> list[Value]:
+            row, *m = carried
+            return [at(b, row, NV * width)] + [vector.max(b, vector.load(b, row, v * width), m[v]) for v in range(NV)]
+
+        start = [vector.const(float("-inf"))] * NV
+        _, *m = loop(b, n, [pointer(b, scores), *start], body)
+        for v in range(NV):
+            vector.store(b, m[v], pointer(b, state), (TILE_MAX * NV + v) * width)
+
+    return routine("scores n state", build)

@@ -1,0 +1,349 @@
+"""Arrays and `Options` in, a checked `Problem` out: the only place that raises for bad input."""
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .options import Array, Options
+
+_F32, _F64, _F16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
+
+
+@dataclass(slots=True)
+class Problem:
+    """One validated attention call. Every array is broadcast to the full batch and strided, never copied.
+
+    Query row i of a sequence sits at key position p = i + offset. It may attend to key j when
+    p - left <= j <= p + right (None: unbounded), i < query length, j < key length, and mask and bias allow it.
+    """
+
+    query: Array  # (*batch, H, L, E)
+    key: Array  # (*batch, Hkv, S, E)
+    value: Array  # (*batch, Hkv, S, Ev)
+    out: Array  # (*batch, H, L, Ev), to be written
+    lse: Array | None  # (*batch, H, L), float32 (float64 for float64 input), to be written if not None
+    result: Array  # `out` as the caller sees it: without the head axis if every input was 2-D
+    result_lse: Array | None
+    batch: tuple[int, ...]
+    H: int
+    Hkv: int
+    L: int
+    S: int
+    E: int
+    Ev: int
+    scale: float
+    softcap: float | None = None
+    left: int | None = None  # window and causality folded into one pair
+    right: int | None = None
+    offset: Array | int = 0  # int64 (*batch) or one number for all
+    query_lengths: Array | None = None  # int64 (*batch)
+    key_lengths: Array | None = None  # int64 (*batch)
+    alibi_slopes: Array | None = None  # float64 (*batch, H)
+    sinks: Array | None = None  # float64 (H,)
+    bias: Array | None = None  # (*batch, H, L, S), any supported float dtype, -inf hides
+    mask: Array | None = None  # bool (*batch, H, L, S), True = may attend
+    # attention_weights only: out is (*batch, len(heads), len(rows), S) and value is key, unused.
+    heads: Array | None = None  # int64, chosen query heads
+    rows: Array | None = None  # int64, chosen query rows
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Recognise ``ml_dtypes.bfloat16`` without importing ml_dtypes."""
+    return dtype.name == "bfloat16"
+
+
+def _is_supported(dtype: np.dtype[Any]) -> bool:
+    # Identity first: it is what every native array hits, and comparing dtypes costs more.
+    if dtype is _F32 or dtype is _F64 or dtype is _F16:
+        return True
+    return dtype.isnative and (dtype in (_F32, _F64, _F16) or is_bfloat16(dtype))
+
+
+def _tensor(name: str, array: Any) -> Array:
+    """Check one of query, key, value and give it a head axis."""
+    if type(array) is not np.ndarray:
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{name} is a masked array; pass its .data and say what may be attended to with mask=")
+        if not isinstance(array, np.ndarray) or isinstance(array, np.matrix):
+            raise TypeError(
+                f"{name} must be a numpy.ndarray, got {_kind(array)}; convert it with numpy.asarray({name})"
+            )
+        array = array.view(np.ndarray)  # np.memmap and friends
+    if not _is_supported(array.dtype):
+        raise TypeError(
+            f"{name} must have dtype float32, float64, float16 or ml_dtypes.bfloat16 in native byte order, "
+            f"got {array.dtype}; {_advice(name, array.dtype)}"
+        )
+    if array.ndim < 3:
+        if array.ndim < 2:
+            raise ValueError(f"{name} must have shape (..., heads, length, features), got {array.shape}")
+        array = array[None]
+    return array
+
+
+def _advice(name: str, dtype: np.dtype[Any]) -> str:
+    if dtype.kind == "c":
+        return "complex attention is not defined here, pass real arrays"
+    if dtype.kind in "iubf":
+        return f"convert it with {name}.astype(numpy.float32)"
+    return "convert it to floating point"
+
+
+def _kind(x: Any) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
+def build(query: Any, key: Any, value: Any, options: Options, out: Any, return_lse: bool) -> Problem:
+    """Validate one `attention` call and allocate its results."""
+    q, k, v = _tensor("query", query), _tensor("key", key), _tensor("value", value)
+    if not (q.dtype is k.dtype is v.dtype or q.dtype == k.dtype == v.dtype):
+        raise TypeError(f"query, key and value must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    H, L, E, Hkv, S, Ev = _sizes(q, k)[0:5] + (v.shape[-1],)
+    if v.shape[-3] != Hkv or v.shape[-2] != S:
+        raise ValueError(
+            f"value must have the heads and length of key, (..., {Hkv}, {S}, Ev), got value of shape {v.shape}"
+        )
+    batch = q.shape[:-3]
+    if not batch == k.shape[:-3] == v.shape[:-3]:
+        batch = _broadcast_batch({"query": batch, "key": k.shape[:-3], "value": v.shape[:-3]})
+        q, k, v = (np.broadcast_to(x, batch + x.shape[-3:]) for x in (q, k, v))
+    flat = query.ndim == key.ndim == value.ndim == 2
+    shape = (*batch, H, L, Ev)
+    if out is None:
+        result = np.empty(shape, q.dtype)
+        full = result
+        if flat:
+            result = full[0]
+    else:
+        result = out
+        _check_out(out, shape[1:] if flat else shape, q.dtype, query=query, key=key, value=value, **_arrays(options))
+        full = out.view(np.ndarray)[None] if flat else out.view(np.ndarray)
+    lse = result_lse = None
+    if return_lse:
+        lse = result_lse = np.empty(shape[:-1], np.float64 if q.dtype == _F64 else np.float32)
+        if flat:
+            result_lse = lse[0]
+    problem = Problem(q, k, v, full, lse, result, result_lse, batch, H, Hkv, L, S, E, Ev, _scale(options.scale, E))
+    if options[:5] != _PLAIN[:5] or options[6:] != _PLAIN[6:]:
+        _apply(problem, options)
+    return problem
+
+
+def build_weights(query: Any, key: Any, options: Options, heads: Any, rows: Any) -> Problem:
+    """Validate one `attention_weights` call and allocate its result."""
+    q, k = _tensor("query", query), _tensor("key", key)
+    if q.dtype != k.dtype:
+        raise TypeError(f"query and key must share one dtype, got {q.dtype} and {k.dtype}")
+    H, L, E, Hkv, S = _sizes(q, k)
+    batch = _broadcast_batch({"query": q.shape[:-3], "key": k.shape[:-3]})
+    q, k = (np.broadcast_to(x, batch + x.shape[-3:]) for x in (q, k))
+    chosen_heads, chosen_rows = _chosen("heads", heads, H), _chosen("rows", rows, L)
+    full = np.empty((*batch, len(chosen_heads), len(chosen_rows), S), q.dtype)
+    result = full[0] if query.ndim == key.ndim == 2 else full
+    problem = Problem(
+        q, k, k, full, None, result, None, batch, H, Hkv, L, S, E, E, _scale(options.scale, E),
+        heads=chosen_heads, rows=chosen_rows,
+    )  # fmt: skip
+    _apply(problem, options)
+    return problem
+
+
+_PLAIN = Options()
+
+
+def _sizes(q: Array, k: Array) -> tuple[int, int, int, int, int]:
+    H, L, E = q.shape[-3:]
+    Hkv, S, Ek = k.shape[-3:]
+    if Ek != E:
+        raise ValueError(f"key must have the head dimension of query, {E}, got key of shape {k.shape}")
+    if Hkv != H and (Hkv == 0 or H % Hkv):
+        raise ValueError(f"key has {Hkv} heads, which must divide the {H} heads of query")
+    return H, L, E, Hkv, S
+
+
+def _broadcast_batch(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    try:
+        return np.broadcast_shapes(*shapes.values())
+    except ValueError:
+        said = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"leading dimensions of {' and '.join(shapes)} do not broadcast: {said}") from None
+
+
+def _arrays(options: Options) -> dict[str, Any]:
+    return {name: x for name, x in options._asdict().items() if isinstance(x, np.ndarray)}
+
+
+def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], **inputs: Array) -> None:
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray | np.matrix):
+        raise TypeError(f"out must be a numpy.ndarray, got {_kind(out)}")
+    if out.dtype != dtype:
+        raise TypeError(f"out must have the dtype of query, {dtype}, got {out.dtype}")
+    if out.shape != shape:
+        raise ValueError(f"out must have shape {shape}, got {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
+        raise ValueError("out must not overlap itself, got an array with zero strides")
+    for name, array in inputs.items():
+        if np.may_share_memory(out, array) and _overlap(out, array):
+            raise ValueError(f"out must not overlap an input, it shares memory with {name}")
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    try:
+        return bool(np.shares_memory(a, b, max_work=10_000))
+    except np.exceptions.TooHardError:  # undecided in reasonable time: take it as overlapping
+        return True
+
+
+def _scale(scale: Any, E: int) -> float:
+    if scale is None:
+        return 1 / math.sqrt(E) if E else 1.0
+    return _real("scale", scale)
+
+
+def _real(name: str, x: Any) -> float:
+    if isinstance(x, str | bytes | bool | np.bool_ | complex) or (isinstance(x, np.ndarray) and x.ndim):
+        raise TypeError(f"{name} must be a real number, got {x!r}")
+    try:
+        number = float(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {_kind(x)}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def _apply(p: Problem, o: Options) -> None:
+    """Validate every option that is not at its default and resolve it into the problem."""
+    if o.softcap is not None:
+        p.softcap = _real("softcap", o.softcap)
+        if p.softcap <= 0:
+            raise ValueError(f"softcap must be positive, got {p.softcap}")
+    if o.query_lengths is not None:
+        p.query_lengths = _lengths("query_lengths", o.query_lengths, p.L, p.batch)
+    if o.key_lengths is not None:
+        p.key_lengths = _lengths("key_lengths", o.key_lengths, p.S, p.batch)
+    _positions(p, o)
+    if o.alibi_slopes is not None:
+        slopes = _floats("alibi_slopes", o.alibi_slopes).astype(np.float64)
+        if not np.isfinite(slopes).all():
+            raise ValueError("alibi_slopes must be finite")
+        if slopes.ndim == 0 or slopes.shape[-1] != p.H:
+            raise ValueError(f"alibi_slopes must have shape ({p.H},) or (..., {p.H}), got {slopes.shape}")
+        p.alibi_slopes = _broadcast("alibi_slopes", slopes, (*p.batch, p.H))
+    if o.sinks is not None:
+        sinks = _floats("sinks", o.sinks).astype(np.float64)
+        if sinks.shape != (p.H,):
+            raise ValueError(f"sinks must have shape ({p.H},), one per query head, got {sinks.shape}")
+        p.sinks = sinks
+    if o.mask is not None:
+        mask = np.asarray(o.mask)
+        if mask.dtype != np.bool_:
+            hint = (
+                "pass additive values as bias="
+                if mask.dtype.kind == "f" or is_bfloat16(mask.dtype)
+                else "compare or cast it"
+            )
+            raise TypeError(f"mask must be boolean (True = may attend), got {mask.dtype}; {hint}")
+        p.mask = _broadcast("mask", mask, (*p.batch, p.H, p.L, p.S))
+    if o.bias is not None:
+        bias = _floats("bias", o.bias)
+        p.bias = _broadcast("bias", bias, (*p.batch, p.H, p.L, p.S))
+
+
+def _positions(p: Problem, o: Options) -> None:
+    """Fold is_causal, window and query_offset into left, right and offset."""
+    causal = o.is_causal
+    if not (
+        isinstance(causal, bool | np.bool_) or (isinstance(causal, str) and causal in ("top-left", "bottom-right"))
+    ):
+        kind = ValueError if isinstance(causal, str) else TypeError
+        raise kind(f"is_causal must be a bool, 'top-left' or 'bottom-right', got {causal!r}")
+    if o.window is not None:
+        try:
+            left, right = o.window
+        except (TypeError, ValueError):
+            raise TypeError(f"window must be a pair (left, right) of int or None, got {o.window!r}") from None
+        p.left, p.right = _reach(left), _reach(right)
+    if causal:
+        p.right = 0
+    if o.query_offset is not None:
+        offset = _ints("query_offset", o.query_offset)
+        p.offset = int(offset) if offset.ndim == 0 else _broadcast("query_offset", offset, p.batch)
+    elif isinstance(causal, str) and causal == "bottom-right":
+        keys = p.S if p.key_lengths is None else p.key_lengths
+        queries = p.L if p.query_lengths is None else p.query_lengths
+        p.offset = keys - queries
+
+
+def _reach(x: Any) -> int | None:
+    if x is None:
+        return None
+    try:
+        if isinstance(x, bool | np.bool_):
+            raise TypeError
+        reach = operator.index(x)
+    except TypeError:
+        raise TypeError(f"window must be a pair (left, right) of int or None, got {x!r}") from None
+    if reach < 0:
+        raise ValueError(f"window must not be negative, got {reach}")
+    return reach
+
+
+def _ints(name: str, x: Any) -> Array:
+    array = np.asarray(x)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integer, got {array.dtype}")
+    if array.size and (int(array.max()) > _FAR or int(array.min()) < -_FAR):
+        raise ValueError(f"{name} must lie within +-2**40, got values from {array.min()} to {array.max()}")
+    return array.astype(np.int64)
+
+
+_FAR = 2**40  # keeps every sum of positions far from overflow
+
+
+def _lengths(name: str, x: Any, limit: int, batch: tuple[int, ...]) -> Array:
+    lengths = _ints(name, x)
+    if lengths.size and (int(lengths.min()) < 0 or int(lengths.max()) > limit):
+        raise ValueError(f"{name} must lie between 0 and {limit}, got {lengths.min()} to {lengths.max()}")
+    return _broadcast(name, lengths, batch)
+
+
+def _floats(name: str, x: Any) -> Array:
+    array = np.asarray(x)
+    if not _is_supported(array.dtype):
+        hint = "pass a boolean as mask=" if name == "bias" and array.dtype.kind == "b" else _advice(name, array.dtype)
+        raise TypeError(f"{name} must be floating point, got {array.dtype}; {hint}")
+    return array
+
+
+def _broadcast(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+    if array.shape == shape:
+        return array
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(f"{name} of shape {array.shape} does not broadcast to {shape}") from None
+
+
+def _chosen(name: str, index: Any, n: int) -> Array:
+    """Turn an index array, boolean array or slice over n items into an int64 array."""
+    every = np.arange(n)
+    if index is None:
+        return every
+    if not isinstance(index, slice):
+        index = np.atleast_1d(np.asarray(index))
+        if index.size == 0:
+            return every[:0]
+        if index.ndim != 1 or index.dtype.kind not in "iub":
+            raise TypeError(
+                f"{name} must be a slice or a 1-D array of int or bool, got {index.dtype} of shape {index.shape}"
+            )
+    try:
+        return np.ascontiguousarray(every[index])
+    except IndexError as error:
+        raise IndexError(f"{name}: {error}") from None
