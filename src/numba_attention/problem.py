@@ -127,7 +127,7 @@ def build(query: Any, key: Any, value: Any, options: Options, out: Any, return_l
         if flat:
             result_lse = lse[0]
     problem = Problem(q, k, v, full, lse, result, result_lse, batch, H, Hkv, L, S, E, Ev, _scale(options.scale, E))
-    if options[:5] != _PLAIN[:5] or options[6:] != _PLAIN[6:]:
+    if options.is_causal is not False or any([x is not None for x in options[:2] + options[3:5] + options[6:]]):
         _apply(problem, options)
     return problem
 
@@ -149,9 +149,6 @@ def build_weights(query: Any, key: Any, options: Options, heads: Any, rows: Any)
     )  # fmt: skip
     _apply(problem, options)
     return problem
-
-
-_PLAIN = Options()
 
 
 def _sizes(q: Array, k: Array) -> tuple[int, int, int, int, int]:

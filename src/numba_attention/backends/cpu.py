@@ -5,17 +5,18 @@ import math
 import threading
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numba import carray, types
 from numba.core import config
 
 from ..cpu import forward as kernels
 from ..cpu import launch
 from ..cpu.cache import Kernel
 from ..cpu.elements import Spec
-from ..cpu.params import PARAMS, SCRATCH, SEQUENCE, write
-from ..cpu.simd import HOST
+from ..cpu.params import ARRAYS, PARAMS, REST, SCRATCH, SEQUENCE, pack_addresses, pack_rest
+from ..cpu.simd import HOST, void_pointer
 from ..intervals import FAR
 from ..options import Array
 from ..problem import Problem, is_bfloat16
@@ -49,19 +50,29 @@ class _Memory(threading.local):
 _memory = _Memory()
 
 
+def _make_addresses() -> Callable[..., int]:
+    def addresses(a: Array, b: Array, c: Array, d: Array, target: int) -> int:
+        found = carray(void_pointer(target), 4, np.int64)
+        found[0], found[1], found[2], found[3] = a.ctypes.data, b.ctypes.data, c.ctypes.data, d.ctypes.data
+        return 0
+
+    return addresses
+
+
+def _addresses_of(size: int) -> Kernel:
+    """Finds where four matrices of elements of this size begin, in a tenth of the time of ``array.ctypes.data``."""
+    matrix = types.Array(types.Integer.from_bitwidth(8 * size, signed=False), 2, "A", readonly=True)
+    return Kernel(f"addresses-{size}", _make_addresses, types.int64(matrix, matrix, matrix, matrix, types.int64))
+
+
+_addresses = {size: _addresses_of(size) for size in (2, 4, 8)}
+
+
 @cache
 def _worker(storage: str, weights: bool) -> Kernel:
     spec = Spec(storage, HOST)
     name = f"{'weights' if weights else 'forward'}-{storage}-{HOST.name}"
     return Kernel(name, lambda: kernels.make_worker(spec, weights), launch.SIGNATURE)
-
-
-@cache
-def _layout(storage: str, E: int, Ev: int) -> tuple[Spec, list[int], int, int]:
-    spec = Spec(storage, HOST)
-    offsets, size = kernels.scratch(spec, E, Ev)
-    block = spec.block[0]
-    return spec, [offsets[name] for name in SCRATCH], size, -(-Ev // block) * block
 
 
 def unusable() -> str | None:
@@ -97,11 +108,13 @@ def _storage(dtype: np.dtype[Any]) -> str:
     return "bfloat16" if is_bfloat16(dtype) else dtype.name
 
 
-def _address(array: Array) -> int:
+def _address(array: Array | None) -> int:
+    if array is None:
+        return 0
     return int(array.__array_interface__["data"][0])
 
 
-def _offsets(array: Array, batch: tuple[int, ...]) -> Array | int:
+def _offsets(array: Array, batch: tuple[int, ...]) -> Array:
     """Byte offset of each sequence of the batch, flattened."""
     total: Array = np.zeros((1,) * len(batch), np.int64)
     for axis, (n, stride) in enumerate(zip(batch, array.strides, strict=False)):
@@ -115,61 +128,88 @@ def _compact(array: Array, dtype: Any) -> Array:
     return np.broadcast_to(array[index].astype(dtype), array.shape)
 
 
+class _Plan(NamedTuple):
+    """All of a call that follows from shapes, strides and options, and not from where the arrays are."""
+
+    worker: Kernel
+    sequences: Array
+    sequences_address: int
+    rest: bytes  # the PARAMS record after the addresses
+    items: int
+    flops: float
+    scratch_size: int
+
+
+_plans: dict[Any, _Plan] = {}
+
+
 def _run(p: Problem, weights: bool) -> None:
-    out = p.out
-    if out.size == 0:
+    if not p.out.size and (p.lse is None or not p.lse.size):
         return
-    if p.query.dtype == np.float16 and not HOST.f16:
-        raise NotImplementedError
+    bias = _readable_bias(p)
+    plain = p.mask is None and bias is None and p.query_lengths is None and p.key_lengths is None and not weights
+    if plain and type(p.offset) is int:
+        q, k, v, out = p.query, p.key, p.value, p.out
+        key = (
+            q.dtype, q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, out.strides, p.lse is None,
+            p.scale, p.softcap, p.left, p.right, p.offset,
+        )  # fmt: skip
+        plan = _plans.get(key)
+        if plan is None:
+            if len(_plans) > 500:
+                _plans.clear()
+            plan = _plans[key] = _make_plan(p, bias, weights)
+    else:
+        plan = _make_plan(p, bias, weights)
+    number = 1
+    if plan.items > 1 and plan.flops > SMALL:
+        number = min(launch.threads(), plan.items)
+    memory = _memory
+    scratch, scratch_address = memory.reserve(number * plan.scratch_size)
+    memory.counter.value = 0
+    view = memory.view
+    # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
+    slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
+    first = (0,) * len(p.batch) + (0,)
+    _addresses[p.query.itemsize].call(p.query[first], p.key[first], p.value[first], p.out[first], memory.params_address)
+    pack_addresses(
+        view, ARRAYS, memory.counter_address, scratch_address, plan.sequences_address,
+        _address(p.lse), _address(bias), _address(p.mask), _address(slopes), _address(p.sinks), _address(p.rows),
+    )  # fmt: skip
+    view[REST:] = plan.rest
+    launch.run(plan.worker, memory.params_address, number)
+    del scratch, slopes, bias
+
+
+def _readable_bias(p: Problem) -> Array | None:
+    """The bias as a type that the kernel reads, without expanding what is broadcast."""
+    if p.bias is None:
+        return None
+    names = kernels.bias_elements(Spec(_storage(p.query.dtype), HOST))
+    return p.bias if _storage(p.bias.dtype) in names else _compact(p.bias, names[0])
+
+
+def _make_plan(p: Problem, bias: Array | None, weights: bool) -> _Plan:
     storage = _storage(p.query.dtype)
-    spec, at, scratch_size, padded = _layout(storage, p.E, 0 if weights else p.Ev)
-    H, Hkv, L, S, E = p.H, p.Hkv, p.L, p.S, p.E
-    group = H // Hkv
-    batch = p.batch
-    B = math.prod(batch)
-    heads = Hkv  # work items a sequence has per row tile
-    rows, chosen = L, 0
-
-    sequences = np.zeros(B, SEQUENCE)
-    sequences["query"] = _address(p.query)
-    sequences["key"] = _address(p.key)
-    sequences["value"] = _address(p.value)
-    sequences["out"] = _address(out)
-    for name, array in (("query", p.query), ("key", p.key), ("value", p.value), ("out", out)):
-        if B > 1:
-            sequences[name] += _offsets(array, batch)
-    sequences["queries"] = L if p.query_lengths is None else p.query_lengths.ravel()
-    sequences["keys"] = S if p.key_lengths is None else p.key_lengths.ravel()
+    spec = Spec(storage, HOST)
+    offsets, scratch_size = kernels.scratch(spec, p.E, 0 if weights else p.Ev)
+    sequences = np.zeros(math.prod(p.batch), SEQUENCE)
+    arrays = {"query": p.query, "key": p.key, "value": p.value, "out": p.out, "lse": p.lse, "bias": bias, "mask": p.mask}
+    for name, array in arrays.items():
+        if array is not None:
+            sequences[name] = _offsets(array, p.batch)
+    sequences["queries"] = p.L if p.query_lengths is None else p.query_lengths.ravel()
+    sequences["keys"] = p.S if p.key_lengths is None else p.key_lengths.ravel()
     sequences["offset"] = p.offset if isinstance(p.offset, int) else p.offset.ravel()
-    sequences["batch"] = np.arange(B)
-    lse = p.lse
-    if lse is not None:
-        sequences["lse"] = _address(lse) + _offsets(lse, batch)
-    bias, bias_kind = p.bias, 0
-    if bias is not None:
-        names = kernels.bias_elements(spec)
-        kind = _storage(bias.dtype)
-        if kind not in names:
-            bias, kind = _compact(bias, names[0]), names[0]
-        bias_kind = 1 + names.index(kind)
-        sequences["bias"] = _address(bias) + _offsets(bias, batch)
-    mask = p.mask
-    if mask is not None:
-        sequences["mask"] = _address(mask) + _offsets(mask, batch)
-    if weights:
-        assert p.heads is not None and p.rows is not None
-        sequences = _per_head(p, sequences, bias, mask)
-        rows, chosen, heads, group = len(p.rows), _address(p.rows), 1, 1
+    sequences["batch"] = np.arange(len(sequences))
+    heads, group, rows = p.Hkv, p.H // p.Hkv, p.L
+    if p.heads is not None and p.rows is not None:
+        sequences = _per_head(p, p.heads, sequences, bias)
+        heads, group, rows = 1, 1, len(p.rows)
     sequences["rows"] = rows
-    tiles = -(-rows * group // spec.query_tile)
-    items = len(sequences) * heads * tiles
-    sequences["first"] = np.arange(len(sequences)) * (heads * tiles)
-
-    slopes = sinks = None
-    if p.alibi_slopes is not None:
-        slopes = np.ascontiguousarray(p.alibi_slopes)
-    if p.sinks is not None:
-        sinks = np.ascontiguousarray(p.sinks)
+    items_each = heads * -(-rows * group // spec.query_tile)
+    sequences["first"] = np.arange(len(sequences)) * items_each
+    items = len(sequences) * items_each
 
     scale = p.scale * kernels.LOG2E
     # The power of two goes to the queries, exactly and before anything can overflow; the rest to the scores.
@@ -178,44 +218,33 @@ def _run(p: Problem, weights: bool) -> None:
     cap_inner = cap_outer = 0.0
     if p.softcap is not None:
         cap_inner, cap_outer = factor * kernels.LN2 / p.softcap, p.softcap * kernels.LOG2E
+    bias_kind = 0 if bias is None else 1 + kernels.bias_elements(spec).index(_storage(bias.dtype))
 
-    memory = _memory
-    number = 1
-    if items > 1 and 2.0 * len(sequences) * heads * group * rows * S * (E + p.Ev) > SMALL:
-        number = min(launch.threads(), items)
-    scratch, scratch_address = memory.reserve(number * scratch_size)
-    memory.counter.value = 0
-    qs, ks, vs, os = p.query.strides[-3:], p.key.strides[-3:], p.value.strides[-3:], out.strides[-3:]
-    ls = (0, 0) if lse is None else lse.strides[-2:]
-    bs = (0, 0, 0) if bias is None else bias.strides[-3:]
-    ms = (0, 0, 0) if mask is None else mask.strides[-3:]
-    write(
-        memory.view,
-        [
-            memory.counter_address, items, scratch_address, scratch_size, _address(sequences), len(sequences),
-            H, group, E, S if weights else p.Ev, padded,
-            *qs, *ks, *vs, *os, *ls, *bs, bias_kind, *ms,
-            FAR if p.left is None else p.left, FAR if p.right is None else p.right,
-            0 if slopes is None else _address(slopes), 0 if sinks is None else _address(sinks), chosen,
-            *at, prescale, factor, cap_inner, cap_outer,
-        ],
+    def strides(array: Array | None, n: int) -> tuple[int, ...]:
+        return (0,) * n if array is None else array.strides[len(p.batch) :]
+
+    rest = pack_rest(
+        items, scratch_size, len(sequences), p.H, group, p.E, p.S if weights else p.Ev, offsets["end of out"],
+        *strides(p.query, 3), *strides(p.key, 3), *strides(p.value, 3), *strides(p.out, 3), *strides(p.lse, 2),
+        *strides(bias, 3), bias_kind, *strides(p.mask, 3),
+        FAR if p.left is None else p.left, FAR if p.right is None else p.right,
+        *(offsets[name] for name in SCRATCH),
+        prescale, factor, cap_inner, cap_outer,
     )  # fmt: skip
-    launch.run(_worker(storage, weights), memory.params_address, number)
-    del scratch, slopes, sinks  # alive until here: the kernel held their addresses
+    flops = 2.0 * len(sequences) * heads * group * rows * p.S * (p.E + p.Ev)
+    return _Plan(_worker(storage, weights), sequences, _address(sequences), rest, items, flops, scratch_size)
 
 
-def _per_head(p: Problem, sequences: Array, bias: Array | None, mask: Array | None) -> Array:
+def _per_head(p: Problem, chosen: Array, sequences: Array, bias: Array | None) -> Array:
     """Make every chosen head of every sequence a sequence of its own, so that heads may be any index array."""
-    assert p.heads is not None
-    heads = np.tile(p.heads, len(sequences))
-    number = np.tile(np.arange(len(p.heads)), len(sequences))
-    each: Array = np.repeat(sequences, len(p.heads))
+    heads = np.tile(chosen, len(sequences))
+    each: Array = np.repeat(sequences, len(chosen))
     each["head"] = heads
     each["query"] += heads * p.query.strides[-3]
     each["key"] += heads // (p.H // p.Hkv) * p.key.strides[-3]
-    each["out"] += number * p.out.strides[-3]
+    each["out"] += np.tile(np.arange(len(chosen)), len(sequences)) * p.out.strides[-3]
     if bias is not None:
         each["bias"] += heads * bias.strides[-3]
-    if mask is not None:
-        each["mask"] += heads * mask.strides[-3]
+    if p.mask is not None:
+        each["mask"] += heads * p.mask.strides[-3]
     return each

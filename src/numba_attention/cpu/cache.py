@@ -90,14 +90,13 @@ class Kernel:
         Says all that distinguishes this kernel from others of this package version; part of the cache key.
     make : callable
         Returns the Python function to compile; not called when the cache has the kernel.
-    signature : str
-        Numba signature.
+    signature : str or numba signature
     parallel : bool
         Whether the function has a `prange`.
     """
 
     def __init__(
-        self, name: str, make: Callable[[], Callable[..., int]], signature: str, parallel: bool = False
+        self, name: str, make: Callable[[], Callable[..., int]], signature: Any, parallel: bool = False
     ) -> None:
         self.name = name
         self.origin = ""  # "compiled" or "loaded", once it is there

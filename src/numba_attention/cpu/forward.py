@@ -53,6 +53,7 @@ def scratch(spec: Spec, E: int, Ev: int) -> tuple[dict[str, int], int]:
     for name, area in areas.items():
         offsets[name] = total
         total += -(-area // 64) * 64
+    offsets["end of out"] = rows
     return offsets, total
 
 
@@ -81,7 +82,7 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
     gather_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[0]])
     gather_other_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[-1]])
     write_tile = tiles.scatter_tile(spec)
-    has_nan = tiles.has_nan(spec)
+    has_nan, has_visible = tiles.has_nan(spec), tiles.has_visible(spec)
     value_at = tiles.load_value(spec)
     softcap, alibi, add_bias = stages.softcap(spec), stages.alibi(spec), stages.add_bias(spec)
     clip_interval, tile_max = stages.clip_interval(spec), stages.tile_max(spec)
@@ -113,11 +114,11 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
         for lane in range(BM):
             i = chosen[row] if p.chosen != 0 else row
             h = head * G + g
-            query_rows[lane] = s.query + h * p.query_head + i * p.query_row
-            out_rows[lane] = s.out + h * p.out_head + row * p.out_row
-            lse_rows[lane] = s.lse + h * p.lse_head + row * p.lse_row
-            bias_rows[lane] = s.bias + h * p.bias_head + i * p.bias_row
-            mask_rows[lane] = s.mask + h * p.mask_head + i * p.mask_row
+            query_rows[lane] = p.query + s.query + h * p.query_head + i * p.query_row
+            out_rows[lane] = p.out + s.out + h * p.out_head + row * p.out_row
+            lse_rows[lane] = p.lse + s.lse + h * p.lse_head + row * p.lse_row
+            bias_rows[lane] = p.bias + s.bias + h * p.bias_head + i * p.bias_row
+            mask_rows[lane] = p.mask + s.mask + h * p.mask_head + i * p.mask_row
             start, stop = visible(i, s.queries, s.keys, s.offset, p.left, p.right)
             starts[lane], stops[lane], positions[lane] = start, stop, i + s.offset
             if start < stop:
@@ -141,18 +142,13 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
     def hides_all(p: Any, s: Any, at: int, j0: int, n: int) -> bool:
         """Load the tile of the mask; whether it hides every key of the tile from every row."""
         gather_mask(at + p.at_mask, at + p.at_mask_rows, j0 * p.mask_column, p.mask_column, n, real(1))
-        seen = carray(void_pointer(at + p.at_mask), (BN, BM), real)
-        highest = real(-infinity)
-        for j in range(n):
-            for lane in range(BM):
-                highest = max(highest, seen[j, lane])
-        return highest == -infinity
+        return not has_visible(at + p.at_mask, n)
 
     @njit
     def score_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool) -> Any:
         """Scores of the tile's rows with keys j0 .. j0 + n; returns the factor that takes them to the log2 domain."""
         scores, state = at + p.at_scores, at + p.at_state
-        keys = s.key + head * p.key_head + j0 * p.key_row
+        keys = p.key + s.key + head * p.key_head + j0 * p.key_row
         key_row, key_column, depth = p.key_row, p.key_column, p.E
         if dot:
             depth, key_column = (p.E + 1) // 2, 4
@@ -187,7 +183,7 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
                 gather_other_bias(at + p.at_bias, rows, offset, p.bias_column, n, real(LOG2E))
             add_bias(scores, n, at + p.at_bias, factor)
             factor = unit
-        if s.mask != 0:
+        if p.mask != 0:
             add_bias(scores, n, at + p.at_mask, factor)
             factor = unit
         if edge:
@@ -209,7 +205,7 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
         hidden = carray(void_pointer(at + p.at_hidden), (BN, BM), np.uint8)
         weights = carray(void_pointer(at + p.at_scores), (BN, BM), real)
         out = carray(void_pointer(at + p.at_out), (NEVER, BM), real)
-        values = s.value + head * p.value_head + j0 * p.value_row
+        values = p.value + s.value + head * p.value_head + j0 * p.value_row
         for j in range(n):
             for e in range(p.Ev):
                 x = value_at(values + j * p.value_row + e * p.value_column)
@@ -229,7 +225,7 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
     def output_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, careful: bool) -> None:
         """O^T = O^T * rescale + V^T P^T."""
         out, state = at + p.at_out, at + p.at_state
-        values = s.value + head * p.value_head + j0 * p.value_row
+        values = p.value + s.value + head * p.value_head + j0 * p.value_row
         value_row, value_column, depth, weights = p.value_row, p.value_column, n, at + p.at_scores
         if dot or converts or careful:
             pack_values(at + p.at_values, values, p.value_row, p.value_column, n, p.Ev)
@@ -254,12 +250,12 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
     def fold_keys(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int], careful: bool) -> bool:
         """Fold every visible tile of keys into the state of the rows; whether anything was hidden on the way."""
         start, stop, all_start, all_stop = seen
-        hides = s.mask != 0 or p.bias_kind != 0
+        hides = p.mask != 0 or p.bias_kind != 0
         for j0 in range(start, stop, BN):
             n = min(BN, stop - j0)
             edge = j0 < all_start or j0 + n > all_stop
             hides = hides or edge
-            if s.mask != 0 and hides_all(p, s, at, j0, n):
+            if p.mask != 0 and hides_all(p, s, at, j0, n):
                 continue
             factor = score_tile(p, s, at, head, j0, n, edge)
             if careful:
@@ -295,7 +291,7 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
             # Columns that no row sees are never read, and are 0 even in a NaN row.
             first, last = max(j0, start), min(j0 + n, stop)
             scores[:n] = 0
-            if first < last and not (s.mask != 0 and hides_all(p, s, at, first, last - first)):
+            if first < last and not (p.mask != 0 and hides_all(p, s, at, first, last - first)):
                 m = last - first
                 edge = first < all_start or last > all_stop
                 factor = score_tile(p, s, at, head, first, m, edge)
@@ -346,7 +342,7 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
             write_weights(p, s, at, head, seen)
             return
         write_tile(at + p.at_out, at + p.at_out_rows, 0, p.out_column, p.Ev, at + p.at_state + RESCALE * row_bytes)
-        if s.lse != 0:
+        if p.lse != 0:
             write_lse(p, s, at)
 
     def worker(params: int, thread: int) -> int:

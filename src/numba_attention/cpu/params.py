@@ -13,31 +13,32 @@ SCRATCH = (
     "query_rows", "out_rows", "bias_rows", "mask_rows", "lse_rows", "starts", "stops", "positions",
 )  # fmt: skip
 
+# What changes with every call comes first, so that the rest can be kept as bytes and copied (see backends/cpu.py).
+ADDRESSES = (
+    "query", "key", "value", "out",
+    "counter", "scratch", "sequences", "lse", "bias", "mask", "slopes", "sinks", "chosen",
+)  # fmt: skip
 INTEGERS = (
-    "counter", "items", "scratch", "scratch_size", "sequences", "number",
-    "heads", "group", "E", "Ev", "Ev_padded",
+    "items", "scratch_size", "number", "heads", "group", "E", "Ev", "Ev_padded",
     "query_head", "query_row", "query_column", "key_head", "key_row", "key_column",
     "value_head", "value_row", "value_column", "out_head", "out_row", "out_column",
     "lse_head", "lse_row", "bias_head", "bias_row", "bias_column", "bias_kind",
-    "mask_head", "mask_row", "mask_column", "left", "right", "slopes", "sinks", "chosen",
+    "mask_head", "mask_row", "mask_column", "left", "right",
     *(f"at_{name}" for name in SCRATCH),
 )  # fmt: skip
 REALS = ("prescale", "factor", "cap_inner", "cap_outer")
 
-PARAMS = np.dtype([(name, np.int64) for name in INTEGERS] + [(name, np.float64) for name in REALS])
-_PACK = struct.Struct(f"={len(INTEGERS)}q{len(REALS)}d")
-assert _PACK.size == PARAMS.itemsize
+PARAMS = np.dtype([(name, np.int64) for name in ADDRESSES + INTEGERS] + [(name, np.float64) for name in REALS])
+ARRAYS = 8 * 4  # where the addresses begin that are not query, key, value, out
+pack_addresses = struct.Struct(f"={len(ADDRESSES) - 4}q").pack_into
+pack_rest = struct.Struct(f"={len(INTEGERS)}q{len(REALS)}d").pack
+REST = 8 * len(ADDRESSES)  # where the rest begins
 
 SEQUENCE = np.dtype([
     (name, np.int64)
     for name in (
-        "query", "key", "value", "out", "lse", "bias", "mask",  # addresses of the first head; lse, mask: 0 if absent
+        "query", "key", "value", "out", "lse", "bias", "mask",  # byte offsets of the first head of this sequence
         "rows", "queries", "keys", "offset",  # rows of output, valid queries and keys, key position of query 0
         "batch", "head", "first",  # index among the sequences and of the first head (for slopes, sinks), first work item
     )
 ])  # fmt: skip
-
-
-def write(buffer: bytearray | memoryview, values: list[int | float]) -> None:
-    """Write one `PARAMS` record, all integers in order and then all reals."""
-    _PACK.pack_into(buffer, 0, *values)

@@ -5,13 +5,15 @@ routine here has a ragged edge in the lanes. Along the other axis, blocks of a v
 overlaps its neighbour; what is narrower than a vector, or has a stride, goes one number at a time.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 
 from .elements import Element, Spec, bfloat16_bits
-from .simd import F32, I16, I32, I64, Builder, Value, Vector, at, load, loop, pointer, routine, store
+from .simd import F32, I16, I32, I64, Builder, Value, Vector, at, load, loop, pointer, routine, store, void_pointer
 
 
 def _real(vector: Vector) -> str:
@@ -30,7 +32,7 @@ def gather_tile(spec: Spec, element: Element) -> Any:
     `rows` is the table of row addresses, `offset` and `stride` (bytes) find column c at row + offset + c * stride.
     """
     vector = spec.vector
-    W, size = vector.width, element.size
+    W, BM, size = vector.width, spec.query_tile, element.size
     width = vector.bytes * W
     tile_row = spec.block[1] * width
 
@@ -78,10 +80,31 @@ def gather_tile(spec: Spec, element: Element) -> Any:
 
     one_by_one = routine(f"tile rows offset stride count factor:{_real(vector)}", strided)
 
+    def lines(b: Builder, tile: Value, rows: Value, offset: Value, stride: Value, count: Value, factor: Value) -> None:
+        c = vector.splat(b, factor)
+        source = at(b, _row_group(b, rows, I64(0), W, 0), offset)
+
+        def column(i: Value, carried: list[Value]) -> list[Value]:
+            p, q = carried
+            for v in range(spec.block[1]):
+                vector.store(b, b.fmul(element.load(vector, b, at(b, p, v * W * size)), c), q, v * width)
+            return [at(b, p, stride), at(b, q, tile_row)]
+
+        loop(b, count, [source, pointer(b, tile)], column)
+
+    by_line = routine(f"tile rows offset stride count factor:{_real(vector)}", lines)
+
     @njit
     def gather(tile: int, rows: int, offset: int, stride: int, count: int, factor: float) -> None:
         if stride == size and count >= W:
             by_block(tile, rows, offset, count, factor)
+            return
+        addresses = carray(void_pointer(rows), BM, np.int64)
+        adjacent = True  # the rows themselves lie side by side, as in an array that was transposed
+        for lane in range(1, BM):
+            adjacent = adjacent and addresses[lane] - addresses[lane - 1] == size
+        if adjacent:
+            by_line(tile, rows, offset, stride, count, factor)
         else:
             one_by_one(tile, rows, offset, stride, count, factor)
 
@@ -219,23 +242,35 @@ def load_value(spec: Spec) -> Any:
 def has_nan(spec: Spec) -> Any:
     """Make ``has_nan(tile, rows)``: whether a tile holds NaN or infinity."""
     vector = spec.vector
+    zero = vector.const(0.0)
+    # x * 0 is NaN for both, and a sum of vectors is cheaper than a comparison of each.
+    return _any_lane(spec, 0.0, lambda b, x, total: vector.fma(b, x, zero, total), "uno")
+
+
+def has_visible(spec: Spec) -> Any:
+    """Make ``has_visible(tile, rows)``: whether a mask tile has anything above -inf."""
+    return _any_lane(spec, float("-inf"), spec.vector.max, ">")
+
+
+def _any_lane(spec: Spec, start: float, fold: Callable[[Builder, Value, Value], Value], test: str) -> Any:
+    """Fold the rows of a tile into one vector per lane, and say whether any lane then stands in relation `test` to the start."""
+    vector = spec.vector
     NV = spec.block[1]
     width = vector.bytes * vector.width
 
     def build(b: Builder, tile: Value, rows: Value) -> Value:
         def row(r: Value, carried: list[Value]) -> list[Value]:
-            p, *sums = carried
-            zero = vector.const(0.0)
-            return [at(b, p, NV * width)] + [
-                vector.fma(b, vector.load(b, p, v * width), zero, sums[v]) for v in range(NV)
-            ]
+            p, *folded = carried
+            new = [fold(b, vector.load(b, p, v * width), folded[v]) for v in range(NV)]
+            return [at(b, p, NV * width), *new]
 
-        _, *sums = loop(b, rows, [pointer(b, tile), *[vector.const(0.0)] * NV], row)
-        total = sums[0]
-        for x in sums[1:]:
-            total = b.fadd(total, x)
-        nan = b.bitcast(b.fcmp_unordered("uno", total, total), ir.IntType(vector.width))
-        return b.icmp_signed("!=", nan, ir.Constant(nan.type, 0))
+        first = vector.const(start)
+        _, total, *others = loop(b, rows, [pointer(b, tile), *[first] * NV], row)
+        for x in others:
+            total = b.fadd(total, x) if test == "uno" else fold(b, x, total)
+        compare = b.fcmp_unordered if test == "uno" else b.fcmp_ordered
+        lanes = b.bitcast(compare(test, total, first), ir.IntType(vector.width))
+        return b.icmp_signed("!=", lanes, ir.Constant(lanes.type, 0))
 
     return routine("tile rows", build, result=types.boolean)
 
