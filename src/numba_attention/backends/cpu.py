@@ -4,6 +4,7 @@ import ctypes
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -69,10 +70,9 @@ _addresses = {size: _addresses_of(size) for size in (2, 4, 8)}
 
 
 @cache
-def _worker(storage: str, weights: bool) -> Kernel:
-    spec = Spec(storage, HOST)
-    name = f"{'weights' if weights else 'forward'}-{storage}-{HOST.name}"
-    return Kernel(name, lambda: kernels.make_worker(spec, weights), launch.SIGNATURE)
+def _worker(storage: str, task: str) -> Kernel:
+    spec = Spec(storage, HOST, task)
+    return Kernel(spec.name, lambda: kernels.make_worker(spec), launch.SIGNATURE)
 
 
 def unusable() -> str | None:
@@ -89,8 +89,8 @@ def warmup_jobs() -> list[tuple[str, Callable[[], None]]]:
 
     jobs = [(f"{kernel.name}", job(kernel)) for kernel in (launch._launcher,)]
     for storage in ("float32", "float64", "float16", "bfloat16"):
-        jobs.append((f"attention, {storage}", job(_worker(storage, False))))
-    jobs.append(("attention_weights, float32", job(_worker("float32", True))))
+        jobs.append((f"attention, {storage}", job(_worker(storage, "forward"))))
+    jobs.append(("attention_weights, float32", job(_worker("float32", "weights"))))
     return jobs
 
 
@@ -102,6 +102,14 @@ def forward(problem: Problem) -> None:
 def weights(problem: Problem) -> None:
     """Write the probabilities of the chosen heads and rows to ``problem.out``."""
     _run(problem, weights=True)
+
+
+def _run_widened(p: Problem, weights: bool) -> None:
+    """float16 on a host that cannot convert it in hardware (x86 before 2012): through float32 copies."""
+    single: list[Array] = [x.astype(np.float32) for x in (p.query, p.key, p.value)]
+    out = np.empty(p.out.shape, np.float32)
+    _run(replace(p, query=single[0], key=single[1], value=single[2], out=out), weights)
+    p.out[...] = out
 
 
 def _storage(dtype: np.dtype[Any]) -> str:
@@ -146,6 +154,8 @@ _plans: dict[Any, _Plan] = {}
 def _run(p: Problem, weights: bool) -> None:
     if not p.out.size and (p.lse is None or not p.lse.size):
         return
+    if p.query.dtype == np.float16 and not HOST.f16:
+        return _run_widened(p, weights)
     bias = _readable_bias(p)
     plain = p.mask is None and bias is None and p.query_lengths is None and p.key_lengths is None and not weights
     if plain and type(p.offset) is int:
@@ -232,7 +242,7 @@ def _make_plan(p: Problem, bias: Array | None, weights: bool) -> _Plan:
         prescale, factor, cap_inner, cap_outer,
     )  # fmt: skip
     flops = 2.0 * len(sequences) * heads * group * rows * p.S * (p.E + p.Ev)
-    return _Plan(_worker(storage, weights), sequences, _address(sequences), rest, items, flops, scratch_size)
+    return _Plan(_worker(storage, "weights" if weights else "forward"), sequences, _address(sequences), rest, items, flops, scratch_size)
 
 
 def _per_head(p: Problem, chosen: Array, sequences: Array, bias: Array | None) -> Array:

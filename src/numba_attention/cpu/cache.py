@@ -154,7 +154,9 @@ class Kernel:
         return result
 
     def _compile(self) -> Any:
-        dispatcher = njit(parallel=self._parallel, nogil=True, error_model="numpy")(self._make())
+        function = self._make()
+        function.__qualname__ = function.__name__ = self.name.replace("-", "_")  # see Spec.jit
+        dispatcher = njit(parallel=self._parallel, nogil=True, error_model="numpy")(function)
         dispatcher.compile(self._signature)
         (result,) = dispatcher.overloads.values()
         return result

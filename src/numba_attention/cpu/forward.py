@@ -7,10 +7,11 @@ the intervals of a tile stay narrow.
 
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from ..intervals import visible as _visible
 from . import stages, tiles
@@ -57,10 +58,10 @@ def scratch(spec: Spec, E: int, Ev: int) -> tuple[dict[str, int], int]:
     return offsets, total
 
 
-def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
+def make_worker(spec: Spec) -> Callable[[int, int], int]:
     """Make the function that one thread runs: take work items until none is left.
 
-    With `weights` it writes the probabilities instead of their product with the values (`attention_weights`).
+    For the task "weights" it writes the probabilities and not their product with the values (`attention_weights`).
     """
     BM, BN, MR = spec.query_tile, spec.key_tile, spec.block[0]
     vector, element = spec.vector, spec.element
@@ -70,10 +71,10 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
     integer: Any = np.int32 if vector.bits == 32 else np.int64
     tiny = float(np.finfo(vector.dtype).tiny)
     infinity = math.inf
-    biases, with_output = len(bias_elements(spec)), not weights
+    biases, with_output = len(bias_elements(spec)), spec.task == "forward"
 
     mm_scores, mm_output = micro_kernel(spec, "scores"), micro_kernel(spec, "output")
-    step_softmax = softmax_step(spec, pairs=dot and not weights)
+    step_softmax = softmax_step(spec, pairs=dot and with_output)
     weigh = normalised_weights(spec)
     pack_queries = tiles.gather_pairs(spec) if dot else tiles.gather_tile(spec, element)
     pack_keys = tiles.pair_columns(spec) if dot else tiles.widen_tile(spec)
@@ -86,13 +87,13 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
     value_at = tiles.load_value(spec)
     softcap, alibi, add_bias = stages.softcap(spec), stages.alibi(spec), stages.add_bias(spec)
     clip_interval, tile_max = stages.clip_interval(spec), stages.tile_max(spec)
-    visible = njit(_visible)
+    visible = spec.jit(FunctionType(_visible.__code__, {"min": min, "max": max}, "visible"))
 
-    @njit
+    @spec.jit
     def table(address: int) -> Any:
         return carray(void_pointer(address), BM, np.int64)
 
-    @njit
+    @spec.jit
     def place_rows(p: Any, s: Any, at: int, head: int, first_row: int) -> tuple[int, int, int, int]:
         """Fill the tables of the tile's rows; return the keys that any row sees, and those that all rows see."""
         query_rows, out_rows, lse_rows = (
@@ -138,13 +139,13 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
                     row += 1
         return any_start, any_stop, all_start, all_stop
 
-    @njit
+    @spec.jit
     def hides_all(p: Any, s: Any, at: int, j0: int, n: int) -> bool:
         """Load the tile of the mask; whether it hides every key of the tile from every row."""
         gather_mask(at + p.at_mask, at + p.at_mask_rows, j0 * p.mask_column, p.mask_column, n, real(1))
         return not has_visible(at + p.at_mask, n)
 
-    @njit
+    @spec.jit
     def score_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool) -> Any:
         """Scores of the tile's rows with keys j0 .. j0 + n; returns the factor that takes them to the log2 domain."""
         scores, state = at + p.at_scores, at + p.at_state
@@ -198,7 +199,7 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
             tile_max(scores, n, state)
         return factor
 
-    @njit
+    @spec.jit
     def add_nonfinite(p: Any, s: Any, at: int, head: int, j0: int, n: int) -> None:
         """Take NaN and infinity out of the packed values, and give them to the rows that see them, and only those."""
         packed = carray(void_pointer(at + p.at_values), NEVER, np.uint16 if dot else real)
@@ -221,7 +222,7 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
                                 weight = value_at(at + p.at_weights + (j // 2 * BM + lane) * 4 + j % 2 * 2)
                             out[e, lane] += max(weight, tiny) * x
 
-    @njit
+    @spec.jit
     def output_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, careful: bool) -> None:
         """O^T = O^T * rescale + V^T P^T."""
         out, state = at + p.at_out, at + p.at_state
@@ -246,7 +247,7 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
                 weights, row_bytes, depth, state + RESCALE * row_bytes,
             )  # fmt: skip
 
-    @njit
+    @spec.jit
     def fold_keys(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int], careful: bool) -> bool:
         """Fold every visible tile of keys into the state of the rows; whether anything was hidden on the way."""
         start, stop, all_start, all_stop = seen
@@ -269,7 +270,7 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
                 output_tile(p, s, at, head, j0, n, careful)
         return hides
 
-    @njit
+    @spec.jit
     def write_lse(p: Any, s: Any, at: int) -> None:
         """The natural log of the denominator, sink included; -inf where nothing was seen."""
         rows = table(at + p.at_lse_rows)
@@ -278,7 +279,7 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
             m, total = np.float64(state[MAX, lane]), np.float64(state[SUM, lane])
             carray(void_pointer(rows[lane]), 1, real)[0] = (m + math.log2(total)) * LN2 if total != 0 else -infinity
 
-    @njit
+    @spec.jit
     def write_weights(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int]) -> None:
         """Second pass of `attention_weights`: the probabilities themselves, 0 outside what the rows see."""
         start, stop, all_start, all_stop = seen
@@ -316,7 +317,7 @@ def make_worker(spec: Spec, weights: bool = False) -> Callable[[int, int], int]:
             else:
                 write_tile(at + p.at_scores, at + p.at_out_rows, j0 * item_size, item_size, n, at + p.at_state)
 
-    @njit
+    @spec.jit
     def attend(p: Any, s: Any, at: int, head: int, first_row: int) -> None:
         """One work item: fold the keys into the rows' states, then write what is asked for."""
         lanes = carray(void_pointer(at + p.at_state), (ROWS, BM), real)

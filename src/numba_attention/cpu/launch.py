@@ -23,7 +23,10 @@ def _call(typing_context: Any, function: Any, params: Any, thread: Any) -> Any:
     def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
         convention = context.call_conv
         pointer = builder.inttoptr(args[0], convention.get_function_type(types.int64, arguments).as_pointer())
-        _, result = convention.call_function(builder, pointer, types.int64, arguments, args[1:])
+        status, result = convention.call_function(builder, pointer, types.int64, arguments, args[1:])
+        # Workers raise nothing, but with NUMBA_BOUNDSCHECK=1 they may, and that must be seen.
+        with builder.if_then(status.is_error, likely=False):
+            convention.return_status_propagate(builder, status)
         return result
 
     return types.int64(types.int64, types.int64, types.int64), codegen

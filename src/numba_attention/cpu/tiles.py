@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 
 from .elements import Element, Spec, bfloat16_bits
 from .simd import F32, I16, I32, I64, Builder, Value, Vector, at, load, loop, pointer, routine, store, void_pointer
@@ -94,7 +94,7 @@ def gather_tile(spec: Spec, element: Element) -> Any:
 
     by_line = routine(f"tile rows offset stride count factor:{_real(vector)}", lines)
 
-    @njit
+    @spec.jit
     def gather(tile: int, rows: int, offset: int, stride: int, count: int, factor: float) -> None:
         if stride == size and count >= W:
             by_block(tile, rows, offset, count, factor)
@@ -165,7 +165,7 @@ def scatter_tile(spec: Spec) -> Any:
 
     one_by_one = routine("tile rows offset stride count scale", strided)
 
-    @njit
+    @spec.jit
     def scatter(tile: int, rows: int, offset: int, stride: int, count: int, scale: int) -> None:
         if stride == size and count >= W:
             by_block(tile, rows, offset, count, scale)
@@ -219,7 +219,7 @@ def widen_tile(spec: Spec) -> Any:
 
     one_by_one = routine("tile source row_stride stride rows count", strided)
 
-    @njit
+    @spec.jit
     def widen(tile: int, source: int, row_stride: int, stride: int, rows: int, count: int) -> None:
         if stride == size and count >= W:
             by_block(tile, source, row_stride, rows, count)
@@ -343,7 +343,7 @@ def gather_pairs(spec: Spec) -> Any:
 
     one_by_one = routine("tile rows stride count factor:f32", strided)
 
-    @njit
+    @spec.jit
     def gather(tile: int, rows: int, stride: int, count: int, factor: float) -> None:
         if stride == 2 and count % 2 == 0 and count >= 2 * W:
             by_block(tile, rows, count, factor)
@@ -453,7 +453,7 @@ def pair_rows(spec: Spec) -> Any:
 
     one_by_one = routine("tile source row_stride stride rows count", strided)
 
-    @njit
+    @spec.jit
     def pair(tile: int, source: int, row_stride: int, stride: int, rows: int, count: int) -> None:
         if stride == 2 and count >= W:
             by_block(tile, source, row_stride, rows, count)

@@ -1,0 +1,68 @@
+"""Threads, forks and threading layers; each in a process of its own, because a layer is chosen once and some of them abort."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+LAYERS = ["omp", "workqueue", "tbb"]
+PREPARE = """
+    import os, sys, threading
+    import numpy as np, numba
+    import numba_attention as na
+    numba.set_num_threads(2)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 4, 300, 32), dtype=np.float32) for _ in range(3))
+    expected = na.attention(q, k, v, backend="reference")
+    def check():
+        np.testing.assert_allclose(na.attention(q, k, v), expected, atol=1e-5)
+    check()
+"""
+
+
+def run(body, layer):
+    code = textwrap.dedent(PREPARE) + textwrap.dedent(body)
+    env = {**os.environ, "NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    if "No threading layer could be loaded" in done.stderr or "could not be loaded" in done.stderr:
+        pytest.skip(f"{layer} is not installed")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_python_threads_at_once(layer):
+    run(
+        """
+        wrong = []
+        def loop():
+            for _ in range(50):
+                try:
+                    check()
+                except BaseException as error:
+                    wrong.append(error)
+        threads = [threading.Thread(target=loop) for _ in range(4)]
+        [t.start() for t in threads]; [t.join() for t in threads]
+        assert not wrong, wrong[0]
+        """,
+        layer,
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fork_after_use(layer):
+    run(
+        """
+        child = os.fork()
+        if child == 0:
+            check()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert status == 0, status
+        check()
+        """,
+        layer,
+    )
