@@ -198,7 +198,9 @@ def routine(arguments: str, build: Callable[..., Any], result: Any = types.void)
     listed = ", ".join(name for name, _, _ in names)
     scope = {"signature": signature, "codegen": codegen}
     exec(f"def op(typing_context, {listed}):\n    return signature, codegen", scope)
-    return intrinsic(scope["op"])
+    op = intrinsic(scope["op"])
+    op.build, op.signature = build, signature  # for tests that look at the code for other hosts
+    return op
 
 
 @intrinsic

@@ -1,0 +1,84 @@
+"""The machine code of the micro-kernel, for this host and for others: registers used, nothing spilled in the loop."""
+
+import re
+
+import llvmlite.binding as llvm
+import pytest
+from llvmlite import ir
+
+from numba_attention.cpu.elements import Spec
+from numba_attention.cpu.gemm import micro_kernel
+from numba_attention.cpu.simd import HOST, I64, Host, detect
+
+HOSTS = {
+    "AVX-512": ("x86_64-unknown-linux-gnu", "znver4", "+avx512bf16"),
+    "AVX2": ("x86_64-unknown-linux-gnu", "haswell", ""),
+    "SSE": ("x86_64-unknown-linux-gnu", "nehalem", ""),
+    "NEON": ("aarch64-unknown-linux-gnu", "apple-m1", ""),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def targets():
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+
+
+def assembly(routine, target):
+    """Compile the body of a routine for a target that need not be this machine."""
+    triple, cpu, features = target
+    module = ir.Module()
+    module.triple = triple
+    arguments = [I64] * len(routine.signature.args)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), "routine")
+    b = ir.IRBuilder(function.append_basic_block())
+    routine.build(b, *function.args)
+    b.ret_void()
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features, opt=3)
+    return machine.emit_assembly(llvm.parse_assembly(str(module)))
+
+
+def innermost(code, instruction):
+    """The instructions of the loop that holds most of one kind."""
+    label = r"^(\.LBB\d+_\d+):"
+    blocks = re.split(label, code, flags=re.M)
+    bodies = [body for name, body in zip(blocks[1::2], blocks[2::2], strict=True) if re.search(rf"{re.escape(name)}\b", body)]
+    return max(bodies, key=lambda body: len(re.findall(instruction, body)))
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_detection(name):
+    host = detect(*HOSTS[name])
+    assert host.name == name
+    assert host.bits == {"AVX-512": 512, "AVX2": 256}.get(name, 128)
+    assert host.bf16_dot == (name == "AVX-512")
+
+
+def test_this_host_is_one_of_them():
+    assert HOST.name in (*HOSTS, "generic")
+
+
+@pytest.mark.parametrize("role", ["scores", "output"])
+@pytest.mark.parametrize("storage", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("name", "fma", "register"),
+    [("AVX-512", "vfmadd", "%zmm"), ("AVX2", "vfmadd", "%ymm"), ("NEON", r"fmla", r"v\d+\.")],
+)
+def test_loop_keeps_its_block_in_registers(name, fma, register, storage, role):
+    host: Host = detect(*HOSTS[name])
+    spec = Spec(storage, host)
+    rows, vectors = spec.block
+    loop = innermost(assembly(micro_kernel(spec, role), HOSTS[name]), fma)
+    number = len(re.findall(rf"\b{fma}\w*\b.*{register}", loop))
+    assert number % (rows * vectors) == 0
+    assert number > 0
+    stack = r"\(%rsp\)|\[sp"
+    # Addresses may be reloaded; the block may not.
+    assert not [line for line in loop.splitlines() if re.search(stack, line) and re.search(register, line)], loop
+
+
+def test_bfloat16_dot_products():
+    host = detect(*HOSTS["AVX-512"])
+    loop = innermost(assembly(micro_kernel(Spec("bfloat16", host), "scores"), HOSTS["AVX-512"]), "vdpbf16ps")
+    assert len(re.findall("vdpbf16ps", loop)) % 16 == 0
+    assert "(%rsp)" not in loop
