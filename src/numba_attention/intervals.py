@@ -1,7 +1,7 @@
 """Every structural mask is one half-open interval of keys per query row: the only place that decides it.
 
-Causality, sliding windows, offsets and lengths all reduce to ``start <= j < stop``. Both ends grow with the query row, so the rows
-that see a tile of keys are an interval too. Plain Python that compiles for any target.
+Causality, sliding windows, offsets and lengths all reduce to ``start <= j < stop``. Both ends grow with the query row,
+so the rows that see a tile of keys are an interval too. Plain Python that compiles for any target.
 """
 
 FAR = 2**41  # reach of an unbounded window: beyond any position, far from overflow

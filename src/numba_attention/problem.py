@@ -71,7 +71,7 @@ def _tensor(name: str, array: Any) -> Array:
             raise TypeError(
                 f"{name} must be a numpy.ndarray, got {_kind(array)}; convert it with numpy.asarray({name})"
             )
-        array = array.view(np.ndarray)  # np.memmap and friends
+        array = np.asarray(array)  # np.memmap and friends
     if not _is_supported(array.dtype):
         raise TypeError(
             f"{name} must have dtype float32, float64, float16 or ml_dtypes.bfloat16 in native byte order, "
@@ -81,7 +81,8 @@ def _tensor(name: str, array: Any) -> Array:
         if array.ndim < 2:
             raise ValueError(f"{name} must have shape (..., heads, length, features), got {array.shape}")
         array = array[None]
-    return array
+    result: Array = array
+    return result
 
 
 def _advice(name: str, dtype: np.dtype[Any]) -> str:
@@ -127,7 +128,7 @@ def build(query: Any, key: Any, value: Any, options: Options, out: Any, return_l
         if flat:
             result_lse = lse[0]
     problem = Problem(q, k, v, full, lse, result, result_lse, batch, H, Hkv, L, S, E, Ev, _scale(options.scale, E))
-    if options.is_causal is not False or any([x is not None for x in options[:2] + options[3:5] + options[6:]]):
+    if options.is_causal is not False or any(x is not None for x in options[:2] + options[3:5] + options[6:]):
         _apply(problem, options)
     return problem
 
@@ -190,8 +191,9 @@ def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], **inputs:
 
 
 def _overlap(a: Array, b: Array) -> bool:
+    work: Any = 10_000  # candidate solutions to try, well below a millisecond
     try:
-        return bool(np.shares_memory(a, b, max_work=10_000))
+        return bool(np.shares_memory(a, b, max_work=work))
     except np.exceptions.TooHardError:  # undecided in reasonable time: take it as overlapping
         return True
 

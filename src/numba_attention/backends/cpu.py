@@ -30,9 +30,8 @@ class _Memory(threading.local):
     """Parameters, work counter and scratch of one calling Python thread, kept between calls."""
 
     def __init__(self) -> None:
-        self.params = np.zeros(1, PARAMS)
-        self.view = memoryview(self.params).cast("B")
-        self.params_address = self.params.ctypes.data
+        self.params = bytearray(PARAMS.itemsize)
+        self.params_address = ctypes.addressof(ctypes.c_char.from_buffer(self.params))
         self.counter = ctypes.c_int64(0)
         self.counter_address = ctypes.addressof(self.counter)
         self.scratch, self.scratch_address = np.empty(0, np.uint8), 0
@@ -87,11 +86,10 @@ def warmup_jobs() -> list[tuple[str, Callable[[], None]]]:
     def job(kernel: Kernel) -> Callable[[], None]:
         return lambda: (kernel.address, None)[1]
 
-    jobs = [(f"{kernel.name}", job(kernel)) for kernel in (launch._launcher,)]
-    for storage in ("float32", "float64", "float16", "bfloat16"):
-        jobs.append((f"attention, {storage}", job(_worker(storage, "forward"))))
-    jobs.append(("attention_weights, float32", job(_worker("float32", "weights"))))
-    return jobs
+    jobs = [(kernel.name, job(kernel)) for kernel in (launch._launcher, *_addresses.values())]
+    storages = ("float32", "float64", "float16", "bfloat16")
+    jobs += [(f"attention, {storage}", job(_worker(storage, "forward"))) for storage in storages]
+    return [*jobs, ("attention_weights, float32", job(_worker("float32", "weights")))]
 
 
 def forward(problem: Problem) -> None:
@@ -177,16 +175,15 @@ def _run(p: Problem, weights: bool) -> None:
     memory = _memory
     scratch, scratch_address = memory.reserve(number * plan.scratch_size)
     memory.counter.value = 0
-    view = memory.view
     # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
     first = (0,) * len(p.batch) + (0,)
     _addresses[p.query.itemsize].call(p.query[first], p.key[first], p.value[first], p.out[first], memory.params_address)
     pack_addresses(
-        view, ARRAYS, memory.counter_address, scratch_address, plan.sequences_address,
+        memory.params, ARRAYS, memory.counter_address, scratch_address, plan.sequences_address,
         _address(p.lse), _address(bias), _address(p.mask), _address(slopes), _address(p.sinks), _address(p.rows),
     )  # fmt: skip
-    view[REST:] = plan.rest
+    memory.params[REST:] = plan.rest
     launch.run(plan.worker, memory.params_address, number)
     del scratch, slopes, bias
 
@@ -204,8 +201,8 @@ def _make_plan(p: Problem, bias: Array | None, weights: bool) -> _Plan:
     spec = Spec(storage, HOST)
     offsets, scratch_size = kernels.scratch(spec, p.E, 0 if weights else p.Ev)
     sequences = np.zeros(math.prod(p.batch), SEQUENCE)
-    arrays = {"query": p.query, "key": p.key, "value": p.value, "out": p.out, "lse": p.lse, "bias": bias, "mask": p.mask}
-    for name, array in arrays.items():
+    arrays = {"query": p.query, "key": p.key, "value": p.value, "out": p.out}
+    for name, array in {**arrays, "lse": p.lse, "bias": bias, "mask": p.mask}.items():
         if array is not None:
             sequences[name] = _offsets(array, p.batch)
     sequences["queries"] = p.L if p.query_lengths is None else p.query_lengths.ravel()
@@ -242,7 +239,8 @@ def _make_plan(p: Problem, bias: Array | None, weights: bool) -> _Plan:
         prescale, factor, cap_inner, cap_outer,
     )  # fmt: skip
     flops = 2.0 * len(sequences) * heads * group * rows * p.S * (p.E + p.Ev)
-    return _Plan(_worker(storage, "weights" if weights else "forward"), sequences, _address(sequences), rest, items, flops, scratch_size)
+    worker = _worker(storage, "weights" if weights else "forward")
+    return _Plan(worker, sequences, _address(sequences), rest, items, flops, scratch_size)
 
 
 def _per_head(p: Problem, chosen: Array, sequences: Array, bias: Array | None) -> Array:

@@ -1,9 +1,9 @@
 """Compiled kernels, in memory and on disk, under keys we choose.
 
-Numba's own cache does not notice a change in another module, keeps an index and data files that several processes can leave
-inconsistent, and cannot key a function made by a factory. Here one kernel is one file, named by a digest of everything it depends
-on (the package's sources, Numba, llvmlite, Python, the CPU, what it is compiled for), begun with a checksum, written
-beside its place and renamed into it. Whatever fails to load is a miss.
+Numba's own cache does not notice a change in another module, keeps an index and data files that several processes can
+leave inconsistent, and cannot key a function made by a factory. Here one kernel is one file, named by a digest of
+everything it depends on (the package's sources, Numba, llvmlite, Python, the CPU, what it is compiled for), begun with
+a checksum, written beside its place and renamed into it. Whatever fails to load is a miss.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""How numbers lie in memory: loads that widen to the compute type and stores that round back, by vector or one by one."""
+"""How numbers lie in memory: loads widen to the compute type, stores round back, by vector or one by one."""
 
 from typing import Any, NamedTuple
 
@@ -94,8 +94,9 @@ class Spec(NamedTuple):
     def jit(self, function: Any) -> Any:
         """`njit`, under a symbol that no other kernel has.
 
-        Numba numbers functions of one name by order of compilation. Kernels that were compiled in different processes and
-        loaded into one can then share a symbol, and the linker takes the first for both: seen as float32 data in bfloat16 code.
+        Numba numbers functions of one name by order of compilation. Kernels that were compiled in different processes
+        and loaded into one can then share a symbol, and the linker takes the first for both: seen as float32 data in
+        bfloat16 code.
         """
         function.__qualname__ = function.__name__ = f"{function.__name__}_{self.name}".replace("-", "_")
         return njit(error_model="numpy")(function)
@@ -120,7 +121,7 @@ class Spec(NamedTuple):
 
     @property
     def block(self) -> tuple[int, int]:
-        """Rows x vectors that stay in registers. The choice is flat within 7 % while it fits, half the speed when not."""
+        """Rows x vectors that stay in registers: flat within 7 % among those that fit, half the speed where none do."""
         return (4, 4) if self.host.registers == 32 else (4, 3) if self.host.bits == 256 else (4, 2)
 
     @property

@@ -1,8 +1,8 @@
-"""The forward pass on the CPU: tiled online softmax, FlashAttention-2 (Dao 2023) algorithm 1, on the transposed problem.
+"""The forward pass on the CPU: tiled online softmax on the transposed problem, FlashAttention-2 (Dao 2023) algorithm 1.
 
-One work item is one tile of query rows of one key/value head. The query heads that share a key/value head are rows of the same
-tile, position by position (row r is query r // G of head r % G), so that each key and value is read once for all of them and
-the intervals of a tile stay narrow.
+One work item is one tile of query rows of one key/value head. The query heads that share a key/value head are rows of
+the same tile, position by position (row r is query r // G of head r % G), so that each key and value is read once for
+all of them and the intervals of a tile stay narrow.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from numba import carray
 
 from ..intervals import visible as _visible
-from . import stages, tiles
+from . import pairs, stages, tiles
 from .elements import ELEMENTS, Spec
 from .gemm import micro_kernel
 from .params import PARAMS, SEQUENCE
@@ -76,9 +76,9 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     mm_scores, mm_output = micro_kernel(spec, "scores"), micro_kernel(spec, "output")
     step_softmax = softmax_step(spec, pairs=dot and with_output)
     weigh = normalised_weights(spec)
-    pack_queries = tiles.gather_pairs(spec) if dot else tiles.gather_tile(spec, element)
-    pack_keys = tiles.pair_columns(spec) if dot else tiles.widen_tile(spec)
-    pack_values = tiles.pair_rows(spec) if dot else tiles.widen_tile(spec)
+    pack_queries = pairs.gather_pairs(spec) if dot else tiles.gather_tile(spec, element)
+    pack_keys = pairs.pair_columns(spec) if dot else tiles.widen_tile(spec)
+    pack_values = pairs.pair_rows(spec) if dot else tiles.widen_tile(spec)
     gather_mask = tiles.gather_tile(spec, ELEMENTS["bool"])
     gather_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[0]])
     gather_other_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[-1]])
@@ -337,8 +337,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 for e in range(p.Ev):
                     for lane in range(BM):
                         out[e, lane] += extra[e, lane]
-            # A weight of 0 times NaN or infinity is NaN, behind a mask or after underflow; preventing that on the way would cost
-            # every call. A tile in which it may have happened is done again.
+            # A weight of 0 times NaN or infinity is NaN, behind a mask or after underflow; preventing that on the way
+            # would cost every call. A tile in which it may have happened is done again.
             if not with_output or careful or not has_nan(at + p.at_out, p.Ev):
                 break
             careful = True

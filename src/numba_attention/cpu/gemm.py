@@ -38,8 +38,8 @@ def micro_kernel(spec: Spec, role: str) -> Any:
     Role "scores": C = A B, and the vectors at x become the maximum of themselves and of the rows of C.
     Role "output": C = C * (vectors at x) + A B.
 
-    With fewer than MR `rows` the last one stands in for the missing: C is computed whole (the scratch has room), and nothing
-    beyond A is read. With bfloat16 dot products, A and B hold pairs along k in 32-bit words.
+    With fewer than MR `rows` the last one stands in for the missing: C is computed whole (the scratch has room), and
+    nothing beyond A is read. With bfloat16 dot products, A and B hold pairs along k in 32-bit words.
     """
     vector = spec.vector
     MR, NV = spec.block
@@ -83,8 +83,8 @@ def micro_kernel(spec: Spec, role: str) -> Any:
             for v in range(NV):
                 c_new = acc[r * NV + v]
                 if role == "output":
-                    # Added at the end and not carried through the loop: rounding errors then grow with the number of tiles, not
-                    # of keys (over 4096 keys a third of the error), for the same work.
+                    # Added at the end and not carried through the loop: rounding errors then grow with the number of
+                    # tiles, not of keys (over 4096 keys a third of the error), for the same work.
                     c_new = vector.fma(b, vector.load(b, c_row[r], v * width), xs[v], c_new)
                 vector.store(b, c_new, c_row[r], v * width)
         if role == "scores":

@@ -41,8 +41,8 @@ def _make_launcher() -> Any:
     return launch
 
 
-# One parallel region for every kernel: workers are compiled as plain functions and called through their address. Each kernel then
-# compiles once for serial and parallel use, in about half the time of a function with a prange in it.
+# One parallel region for every kernel: workers are compiled as plain functions and called through their address. Each
+# kernel then compiles once for serial and parallel use, in about half the time of a function with a prange in it.
 _launcher = Kernel("launch", _make_launcher, "int64(int64, int64, int64)", parallel=True)
 _workqueue_lock = threading.Lock()
 _layer: str | None = None

@@ -1,7 +1,7 @@
 """What a kernel is told: one record a call and one record a sequence, written by the host, read by name in the kernel.
 
-Kernels take the address of the first record and nothing else. Array arguments would multiply specialisations by layout and
-read-only flag, and cost about 0.1 us each.
+Kernels take the address of the first record and nothing else. Array arguments would multiply specialisations by layout
+and read-only flag, and cost about 0.1 us each.
 """
 
 import struct
@@ -39,6 +39,7 @@ SEQUENCE = np.dtype([
     for name in (
         "query", "key", "value", "out", "lse", "bias", "mask",  # byte offsets of the first head of this sequence
         "rows", "queries", "keys", "offset",  # rows of output, valid queries and keys, key position of query 0
-        "batch", "head", "first",  # index among the sequences and of the first head (for slopes, sinks), first work item
+        "batch", "head",  # number of the sequence and of its first head, for slopes and sinks
+        "first",  # work item
     )
 ])  # fmt: skip

@@ -1,7 +1,8 @@
 """Vectors of any width as LLVM IR: what the host has, and the few operations the kernels are built from.
 
 The kernels keep a register block of vectors alive across a loop, which no auto-vectoriser does reliably: the same loops
-in plain Python reach 24-56 % of sgemm, these over 100 % (docs/performance.md). Everything here runs while Numba builds IR.
+in plain Python reach 24-56 % of sgemm, these over 100 % (docs/performance.md). Everything here runs while Numba builds
+IR.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,8 @@
 """One step of the online softmax over a tile of scores: weights, running maximum, running denominator.
 
-The state of a query row is (m, l, acc): maximum so far in the log2 domain, denominator, unnormalised output. Merging two states
-(rescale both to the larger m, add) is associative with identity (-inf, 0, 0); this folds one tile of keys into the state.
-Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, algorithm 3.
+The state of a query row is (m, l, acc): maximum so far in the log2 domain, denominator, unnormalised output. Merging
+two states (rescale both to the larger m, add) is associative with identity (-inf, 0, 0); this folds one tile of keys
+into the state. Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, algorithm 3.
 """
 
 from typing import Any
@@ -107,7 +107,7 @@ def _pack_pairs(b: Builder, low: Value, high: Value) -> Value:
 
 
 def normalised_weights(spec: Spec) -> Any:
-    """Make ``weigh(scores, n, state, factor)``: scores become exp2(score * factor - m) * rescale, for `attention_weights`."""
+    """Make ``weigh(scores, n, state, factor)``: scores become exp2(score * factor - m) * rescale."""
     vector = spec.vector
     NV = spec.block[1]
     width = vector.bytes * vector.width

@@ -1,15 +1,15 @@
-"""The score pipeline as passes over a tile of scores S^T (key j by row, query by lane), each absent at no cost but a branch.
+"""The score pipeline as passes over a tile of scores S^T (key j by row, query by lane); an absent one costs a branch.
 
-Scores arrive as products in some unit; `factor` takes them to the log2 domain in which the softmax works. The first pass that
-needs it applies the factor, and the passes after it, and the softmax, then use 1. The order is `attention`'s: scale, softcap, ALiBi,
-bias, mask, and last the row intervals.
+Scores arrive as products in some unit; `factor` takes them to the log2 domain in which the softmax works. The first
+pass that needs it applies the factor, and the passes after it, and the softmax, then use 1. The order is `attention`'s:
+scale, softcap, ALiBi, bias, mask, and last the row intervals.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from .elements import Spec
-from .exp import tanh
+from .exp import EXP2_F32, EXP2_F64, tanh
 from .simd import I64, Builder, Value, at, load, loop, pointer, routine, splat
 from .softmax import FIRST, POSITION, SLOPE, SPAN, TILE_MAX
 
@@ -46,13 +46,14 @@ def softcap(spec: Spec) -> Any:
     def build(b: Builder, scores: Value, n: Value, inner: Value, outer: Value) -> None:
         vector = spec.vector
         x, y = vector.splat(b, inner), vector.splat(b, outer)
-        _tile_pass(spec, b, scores, n, lambda b, j, v, s: b.fmul(y, tanh(vector, b, b.fmul(s, x))))
+        table = EXP2_F64 if vector.bits == 64 else EXP2_F32
+        _tile_pass(spec, b, scores, n, lambda b, j, v, s: b.fmul(y, tanh(vector, b, b.fmul(s, x), table)))
 
     return routine(f"scores n inner:{_real(spec)} outer:{_real(spec)}", build)
 
 
 def alibi(spec: Spec) -> Any:
-    """Make ``lean(scores, n, state, factor)``: s = s * factor - slope * |position - j|, position relative to the tile."""
+    """Make ``lean(scores, n, state, factor)``: s = s * factor - slope * |position - j|, both relative to the tile."""
 
     def build(b: Builder, scores: Value, n: Value, state: Value, factor: Value) -> None:
         vector = spec.vector

@@ -1,8 +1,9 @@
-"""Moving tiles between the arrays of the caller and scratch: transposed, widened, rounded, paired.
+"""Moving tiles between the arrays of the caller and scratch: transposed, widened, rounded.
 
-Rows are found through a table of addresses, one per lane, in which the last row stands in for those a partial tile lacks; so no
-routine here has a ragged edge in the lanes. Along the other axis, blocks of a vector's width cover what they can and the last one
-overlaps its neighbour; what is narrower than a vector, or has a stride, goes one number at a time.
+Rows are found through a table of addresses, one per lane, in which the last row stands in for those a partial tile
+lacks; so no routine here has a ragged edge in the lanes. Along the other axis, blocks of a vector's width cover what
+they can and the last one overlaps its neighbour; what is narrower than a vector, or has a stride, goes one number at a
+time.
 """
 
 from collections.abc import Callable
@@ -12,15 +13,15 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, types
 
-from .elements import Element, Spec, bfloat16_bits
-from .simd import F32, I16, I32, I64, Builder, Value, Vector, at, load, loop, pointer, routine, store, void_pointer
+from .elements import Element, Spec
+from .simd import I64, Builder, Value, Vector, at, load, loop, pointer, routine, store, void_pointer
 
 
 def _real(vector: Vector) -> str:
     return "f64" if vector.bits == 64 else "f32"
 
 
-def _row_group(b: Builder, rows: Value, group: Value, width: int, r: int) -> Value:
+def row_group(b: Builder, rows: Value, group: Value, width: int, r: int) -> Value:
     """The byte pointer to row group * width + r of a table of int64 addresses."""
     index = b.add(b.mul(group, I64(width * 8)), I64(r * 8))
     return pointer(b, load(b, I64, pointer(b, rows), index, align=8))
@@ -42,7 +43,7 @@ def gather_tile(spec: Spec, element: Element) -> Any:
         number = b.sdiv(b.add(count, I64(W - 1)), I64(W))
 
         def group(g: Value, _: list[Value]) -> list[Value]:
-            sources = [at(b, _row_group(b, rows, g, W, r), offset) for r in range(W)]
+            sources = [at(b, row_group(b, rows, g, W, r), offset) for r in range(W)]
             target = at(b, pointer(b, tile), b.mul(g, I64(width)))
 
             def block(i: Value, _: list[Value]) -> list[Value]:
@@ -65,7 +66,7 @@ def gather_tile(spec: Spec, element: Element) -> Any:
         b: Builder, tile: Value, rows: Value, offset: Value, stride: Value, count: Value, factor: Value
     ) -> None:
         def lane(i: Value, _: list[Value]) -> list[Value]:
-            source = at(b, _row_group(b, rows, i, 1, 0), offset)
+            source = at(b, row_group(b, rows, i, 1, 0), offset)
             target = at(b, pointer(b, tile), b.mul(i, I64(vector.bytes)))
 
             def column(c: Value, carried: list[Value]) -> list[Value]:
@@ -82,7 +83,7 @@ def gather_tile(spec: Spec, element: Element) -> Any:
 
     def lines(b: Builder, tile: Value, rows: Value, offset: Value, stride: Value, count: Value, factor: Value) -> None:
         c = vector.splat(b, factor)
-        source = at(b, _row_group(b, rows, I64(0), W, 0), offset)
+        source = at(b, row_group(b, rows, I64(0), W, 0), offset)
 
         def column(i: Value, carried: list[Value]) -> list[Value]:
             p, q = carried
@@ -126,7 +127,7 @@ def scatter_tile(spec: Spec) -> Any:
         number = b.sdiv(b.add(count, I64(W - 1)), I64(W))
 
         def group(g: Value, _: list[Value]) -> list[Value]:
-            targets = [at(b, _row_group(b, rows, g, W, r), offset) for r in range(W)]
+            targets = [at(b, row_group(b, rows, g, W, r), offset) for r in range(W)]
             source = at(b, pointer(b, tile), b.mul(g, I64(width)))
             factor = vector.load(b, at(b, pointer(b, scale), b.mul(g, I64(width))))
 
@@ -148,7 +149,7 @@ def scatter_tile(spec: Spec) -> Any:
 
     def strided(b: Builder, tile: Value, rows: Value, offset: Value, stride: Value, count: Value, scale: Value) -> None:
         def lane(i: Value, _: list[Value]) -> list[Value]:
-            target = at(b, _row_group(b, rows, i, 1, 0), offset)
+            target = at(b, row_group(b, rows, i, 1, 0), offset)
             source = at(b, pointer(b, tile), b.mul(i, I64(vector.bytes)))
             factor = load(b, vector.element, pointer(b, scale), b.mul(i, I64(vector.bytes)), align=vector.bytes)
 
@@ -176,7 +177,7 @@ def scatter_tile(spec: Spec) -> Any:
 
 
 def widen_tile(spec: Spec) -> Any:
-    """Make ``widen(tile, source, row_stride, stride, rows, count)``: tile[r, c] = source[r, c] as compute values, packed."""
+    """Make ``widen(tile, source, row_stride, stride, rows, count)``: tile[r, c] = source[r, c], widened and packed."""
     vector, element = spec.vector, spec.element
     W, size = vector.width, element.size
 
@@ -253,7 +254,7 @@ def has_visible(spec: Spec) -> Any:
 
 
 def _any_lane(spec: Spec, start: float, fold: Callable[[Builder, Value, Value], Value], test: str) -> Any:
-    """Fold the rows of a tile into one vector per lane, and say whether any lane then stands in relation `test` to the start."""
+    """Fold the rows of a tile lane by lane, and say whether any lane then stands in relation `test` to the start."""
     vector = spec.vector
     NV = spec.block[1]
     width = vector.bytes * vector.width
@@ -273,191 +274,3 @@ def _any_lane(spec: Spec, start: float, fold: Callable[[Builder, Value, Value], 
         return b.icmp_signed("!=", lanes, ir.Constant(lanes.type, 0))
 
     return routine("tile rows", build, result=types.boolean)
-
-
-# bfloat16 pairs in 32-bit words, for dot products: element 2i in the lower half, 2i + 1 in the upper.
-
-
-def _half_word(b: Builder, p: Value) -> Value:
-    return b.zext(load(b, I16, p, align=2), I32)
-
-
-def _scaled(b: Builder, bits: Value, factor: Value) -> Value:
-    """bfloat16 bits (in an i32) times a power of two, which is exact."""
-    x = b.fmul(b.bitcast(bfloat16_bits(b, b.trunc(bits, I16), None), F32), factor)
-    return b.lshr(b.bitcast(x, I32), I32(16))
-
-
-def gather_pairs(spec: Spec) -> Any:
-    """Make ``gather(tile, rows, stride, count, factor)``: tile[c, lane] = the pair (2c, 2c+1) of a row, scaled by 2**n.
-
-    An odd last element is paired with 0.
-    """
-    vector = spec.vector
-    W = vector.width
-    width = 4 * W
-    tile_row = spec.block[1] * width
-    words = ir.VectorType(I32, W)
-
-    def blocks(b: Builder, tile: Value, rows: Value, count: Value, factor: Value) -> None:
-        c = vector.splat(b, factor)
-        high = vector.iconst(-65536)
-        sixteen = vector.iconst(16)
-        pairs = b.lshr(count, I64(1))
-        last = b.sub(pairs, I64(W))
-        number = b.sdiv(b.add(pairs, I64(W - 1)), I64(W))
-
-        def scaled(x: Value) -> Value:
-            low = b.fmul(vector.from_bits(b, b.shl(x, sixteen)), c)
-            top = b.fmul(vector.from_bits(b, b.and_(x, high)), c)
-            return b.or_(b.lshr(vector.bits_of(b, low), sixteen), b.and_(vector.bits_of(b, top), high))
-
-        def group(g: Value, _: list[Value]) -> list[Value]:
-            sources = [_row_group(b, rows, g, W, r) for r in range(W)]
-            target = at(b, pointer(b, tile), b.mul(g, I64(width)))
-
-            def block(i: Value, _: list[Value]) -> list[Value]:
-                first = b.mul(i, I64(W))
-                first = b.select(b.icmp_signed("<", first, last), first, last)
-                lines = [scaled(load(b, words, s, b.mul(first, I64(4)), align=2)) for s in sources]
-                out = at(b, target, b.mul(first, I64(tile_row)))
-                for r, line in enumerate(vector.transpose(b, lines)):
-                    store(b, line, out, r * tile_row, align=4)
-                return []
-
-            loop(b, number, [], block)
-            return []
-
-        loop(b, I64(spec.block[1]), [], group)
-
-    by_block = routine("tile rows count factor:f32", blocks)
-
-    def strided(b: Builder, tile: Value, rows: Value, stride: Value, count: Value, factor: Value) -> None:
-        def lane(i: Value, _: list[Value]) -> list[Value]:
-            source = _row_group(b, rows, i, 1, 0)
-            target = at(b, pointer(b, tile), b.mul(i, I64(4)))
-            _pair_line(b, source, stride, count, target, tile_row, lambda x: _scaled(b, x, factor))
-            return []
-
-        loop(b, I64(spec.query_tile), [], lane)
-
-    one_by_one = routine("tile rows stride count factor:f32", strided)
-
-    @spec.jit
-    def gather(tile: int, rows: int, stride: int, count: int, factor: float) -> None:
-        if stride == 2 and count % 2 == 0 and count >= 2 * W:
-            by_block(tile, rows, count, factor)
-        else:
-            one_by_one(tile, rows, stride, count, factor)
-
-    return gather
-
-
-def _pair_line(
-    b: Builder, source: Value, stride: Value, count: Value, target: Value, step: int, change: Any = lambda x: x
-) -> None:
-    """Write the pairs of one strided line of `count` elements, `step` bytes apart."""
-    whole = b.lshr(count, I64(1))
-
-    def pair(i: Value, carried: list[Value]) -> list[Value]:
-        p, q = carried
-        low, high = change(_half_word(b, p)), change(_half_word(b, at(b, p, stride)))
-        store(b, b.or_(low, b.shl(high, I32(16))), q, align=4)
-        return [at(b, p, b.mul(stride, I64(2))), at(b, q, step)]
-
-    p, q = loop(b, whole, [source, target], pair)
-    with b.if_then(b.icmp_signed("!=", b.and_(count, I64(1)), I64(0))):
-        store(b, change(_half_word(b, p)), q, align=4)
-
-
-def pair_columns(spec: Spec) -> Any:
-    """Make ``pair(tile, source, row_stride, stride, rows, count)``: row r of the tile holds the pairs along row r.
-
-    For keys whose features are not contiguous, or odd in number. Rows of the tile are (count + 1) // 2 words.
-    """
-
-    def build(
-        b: Builder, tile: Value, source: Value, row_stride: Value, stride: Value, rows: Value, count: Value
-    ) -> None:
-        words = b.lshr(b.add(count, I64(1)), I64(1))
-
-        def row(r: Value, carried: list[Value]) -> list[Value]:
-            p, q = carried
-            _pair_line(b, p, stride, count, q, 4)
-            return [at(b, p, row_stride), at(b, q, b.mul(words, I64(4)))]
-
-        loop(b, rows, [pointer(b, source), pointer(b, tile)], row)
-
-    return routine("tile source row_stride stride rows count", build)
-
-
-def pair_rows(spec: Spec) -> Any:
-    """Make ``pair(tile, source, row_stride, stride, rows, count)``: tile[r, c] = the pair (2r, c), (2r+1, c).
-
-    An odd last row is paired with 0.
-    """
-    vector = spec.vector
-    W = vector.width
-    halves = ir.VectorType(I16, W)
-    words = ir.VectorType(I32, W)
-
-    def blocks(b: Builder, tile: Value, source: Value, row_stride: Value, rows: Value, count: Value) -> None:
-        last = b.sub(count, I64(W))
-        number = b.sdiv(b.add(count, I64(W - 1)), I64(W))
-
-        def line(p: Value, second: Value | None, q: Value) -> None:
-            def block(i: Value, _: list[Value]) -> list[Value]:
-                first = b.mul(i, I64(W))
-                first = b.select(b.icmp_signed("<", first, last), first, last)
-                where = b.mul(first, I64(2))
-                x = b.zext(load(b, halves, p, where, align=2), words)
-                if second is not None:
-                    y = b.zext(load(b, halves, second, where, align=2), words)
-                    x = b.or_(x, b.shl(y, ir.Constant(words, [16] * W)))
-                store(b, x, q, b.mul(first, I64(4)), align=4)
-                return []
-
-            loop(b, number, [], block)
-
-        def row(r: Value, carried: list[Value]) -> list[Value]:
-            p, q = carried
-            line(p, at(b, p, row_stride), q)
-            return [at(b, p, b.mul(row_stride, I64(2))), at(b, q, b.mul(count, I64(4)))]
-
-        p, q = loop(b, b.lshr(rows, I64(1)), [pointer(b, source), pointer(b, tile)], row)
-        with b.if_then(b.icmp_signed("!=", b.and_(rows, I64(1)), I64(0))):
-            line(p, None, q)
-
-    by_block = routine("tile source row_stride rows count", blocks)
-
-    def strided(
-        b: Builder, tile: Value, source: Value, row_stride: Value, stride: Value, rows: Value, count: Value
-    ) -> None:
-        def column(c: Value, carried: list[Value]) -> list[Value]:
-            p, q = carried
-            target = q
-            step = b.mul(count, I64(4))
-
-            def pair(i: Value, inner: list[Value]) -> list[Value]:
-                x, y = inner
-                low, high = _half_word(b, x), _half_word(b, at(b, x, row_stride))
-                store(b, b.or_(low, b.shl(high, I32(16))), y, align=4)
-                return [at(b, x, b.mul(row_stride, I64(2))), at(b, y, step)]
-
-            x, y = loop(b, b.lshr(rows, I64(1)), [p, target], pair)
-            with b.if_then(b.icmp_signed("!=", b.and_(rows, I64(1)), I64(0))):
-                store(b, _half_word(b, x), y, align=4)
-            return [at(b, p, stride), at(b, q, 4)]
-
-        loop(b, count, [pointer(b, source), pointer(b, tile)], column)
-
-    one_by_one = routine("tile source row_stride stride rows count", strided)
-
-    @spec.jit
-    def pair(tile: int, source: int, row_stride: int, stride: int, rows: int, count: int) -> None:
-        if stride == 2 and count >= W:
-            by_block(tile, source, row_stride, rows, count)
-        else:
-            one_by_one(tile, source, row_stride, stride, rows, count)
-
-    return pair

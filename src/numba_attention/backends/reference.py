@@ -1,0 +1,115 @@
+"""Attention as the textbook writes it, in NumPy and float64, a head at a time: to be read, and the oracle of the tests."""
+
+from typing import Any
+
+import numpy as np
+
+from ..options import Array
+from ..problem import Problem
+
+Index = tuple[int, ...]
+
+
+def unusable() -> str | None:
+    return None
+
+
+def forward(problem: Problem) -> None:
+    """Write ``problem.out`` and ``problem.lse``: softmax of the scores, times the values."""
+    rows = np.arange(problem.L)
+    with np.errstate(all="ignore"):  # infinities and NaNs of the caller are results here, and no accident
+        for b in np.ndindex(problem.batch):
+            for h in range(problem.H):
+                weights, lse, visible = _softmax(problem, b, h, rows)
+                value = _float64(problem.value[(*b, _key_head(problem, h))])
+                problem.out[(*b, h)] = _weighted_sum(weights, value, visible)
+                if problem.lse is not None:
+                    problem.lse[(*b, h)] = lse
+
+
+def weights(problem: Problem) -> None:
+    """Write the probabilities of the chosen heads and rows to ``problem.out``."""
+    heads = np.arange(problem.H) if problem.heads is None else problem.heads
+    rows = np.arange(problem.L) if problem.rows is None else problem.rows
+    with np.errstate(all="ignore"):
+        for b in np.ndindex(problem.batch):
+            for n, h in enumerate(heads):
+                problem.out[(*b, n)] = _softmax(problem, b, int(h), rows)[0]
+
+
+def _float64(array: Array) -> Array:
+    return array.astype(np.float64)
+
+
+def _key_head(problem: Problem, h: int) -> int:
+    """The key/value head that query head h reads: consecutive query heads share one."""
+    return h // (problem.H // problem.Hkv)
+
+
+def _of_sequence(x: Any, b: Index) -> int:
+    """The number of sequence b where x is an array over the batch or one number for all."""
+    return int(x[b]) if isinstance(x, np.ndarray) else int(x)
+
+
+def _positions(problem: Problem, b: Index, rows: Array) -> Array:
+    """The key position at which each query row sits."""
+    return rows + _of_sequence(problem.offset, b)
+
+
+def _visible(problem: Problem, b: Index, h: int, rows: Array) -> Array:
+    """Bool (rows, S): which keys each row may attend to."""
+    i, p, j = rows[:, None], _positions(problem, b, rows)[:, None], np.arange(problem.S)
+    visible = np.ones((len(rows), problem.S), bool)
+    if problem.left is not None:
+        visible &= p - j <= problem.left
+    if problem.right is not None:
+        visible &= j - p <= problem.right
+    if problem.query_lengths is not None:
+        visible &= i < problem.query_lengths[b]
+    if problem.key_lengths is not None:
+        visible &= j < problem.key_lengths[b]
+    if problem.mask is not None:
+        visible &= problem.mask[(*b, h)][rows]
+    if problem.bias is not None:
+        visible &= _float64(problem.bias[(*b, h)][rows]) != -np.inf
+    return visible
+
+
+def _scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
+    """Float64 (rows, S): scale, softcap, ALiBi, bias, in this order."""
+    query, key = problem.query[(*b, h)][rows], problem.key[(*b, _key_head(problem, h))]
+    scores = problem.scale * (_float64(query) @ _float64(key).T)
+    if problem.softcap is not None:
+        scores = problem.softcap * np.tanh(scores / problem.softcap)
+    if problem.alibi_slopes is not None:
+        distance = np.abs(_positions(problem, b, rows)[:, None] - np.arange(problem.S))
+        scores = scores - problem.alibi_slopes[(*b, h)] * distance
+    if problem.bias is not None:
+        scores = scores + _float64(problem.bias[(*b, h)][rows])
+    return scores
+
+
+def _softmax(problem: Problem, b: Index, h: int, rows: Array) -> tuple[Array, Array, Array]:
+    """Weights (rows, S), the log of their denominators (rows,), and which keys are visible."""
+    visible = _visible(problem, b, h, rows)
+    scores = np.where(visible, _scores(problem, b, h, rows), -np.inf)
+    sink = np.full((len(rows), 1), -np.inf)  # a sink of -inf is no sink
+    if problem.sinks is not None:
+        valid = rows < (problem.L if problem.query_lengths is None else problem.query_lengths[b])
+        sink[valid] = problem.sinks[h]
+    highest = np.max(np.concatenate([scores, sink], axis=1), axis=1, keepdims=True)
+    highest[highest == -np.inf] = 0  # nothing to attend to: exp(-inf - 0) = 0
+    exponentials = np.exp(scores - highest)
+    denominator = np.sum(exponentials, axis=1, keepdims=True) + np.exp(sink - highest)
+    lse = highest + np.log(denominator)
+    return np.where(visible, exponentials / denominator, 0), lse[:, 0], visible
+
+
+def _weighted_sum(weights: Array, value: Array, visible: Array) -> Array:
+    """``weights @ value``, but what a row does not see adds 0 to it even if it is NaN or infinite (0 * NaN is NaN)."""
+    finite = np.isfinite(value)
+    out: Array = weights @ np.where(finite, value, 0)
+    for j in np.flatnonzero(~finite.all(axis=1)):
+        rest = np.where(finite[j], 0, weights[:, j, None] * value[j])
+        out += np.where(visible[:, j, None], rest, 0)
+    return out
