@@ -96,11 +96,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def place_rows(p: Any, s: Any, at: int, head: int, first_row: int) -> tuple[int, int, int, int]:
         """Fill the tables of the tile's rows; return the keys that any row sees, and those that all rows see."""
-        query_rows, out_rows, lse_rows = (
-            table(at + p.at_query_rows),
-            table(at + p.at_out_rows),
-            table(at + p.at_lse_rows),
-        )
+        query_rows, out_rows = table(at + p.at_query_rows), table(at + p.at_out_rows)
+        lse_rows = table(at + p.at_lse_rows)
         bias_rows, mask_rows = table(at + p.at_bias_rows), table(at + p.at_mask_rows)
         starts, stops, positions = table(at + p.at_starts), table(at + p.at_stops), table(at + p.at_positions)
         chosen = carray(void_pointer(p.chosen), NEVER, np.int64)
@@ -278,42 +275,33 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             carray(void_pointer(rows[lane]), 1, real)[0] = (m + math.log2(total)) * LN2 if total != 0 else -infinity
 
     @spec.jit
+    def write_scores(p: Any, at: int, j0: int, n: int) -> None:
+        """Write the tile of scores, by now probabilities, to columns j0 .. j0 + n, unscaled: lanes times TILE_MAX = 1."""
+        carray(void_pointer(at + p.at_state), (ROWS, BM), real)[TILE_MAX] = 1
+        write_tile(at + p.at_scores, at + p.at_out_rows, j0 * item_size, item_size, n, at + p.at_state)
+
+    @spec.jit
+    def write_zeros(p: Any, at: int, start: int, stop: int) -> None:
+        carray(void_pointer(at + p.at_scores), (BN, BM), real)[:] = 0
+        for j0 in range(start, stop, BN):
+            write_scores(p, at, j0, min(BN, stop - j0))
+
+    @spec.jit
     def write_weights(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int]) -> None:
         """Second pass of `attention_weights`: the probabilities themselves, 0 outside what the rows see."""
         start, stop, all_start, all_stop = seen
-        lanes = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
-        scores = carray(void_pointer(at + p.at_scores), (BN, BM), real)
-        for lane in range(BM):  # a NaN denominator makes the whole row NaN, as it makes the output NaN
-            lanes[TILE_MAX, lane] = 1
-        for j0 in range(0, p.Ev, BN):
-            n = min(BN, p.Ev - j0)
-            # Columns that no row sees are never read, and are 0 even in a NaN row.
-            first, last = max(j0, start), min(j0 + n, stop)
-            scores[:n] = 0
-            if first < last and not (p.mask != 0 and hides_all(p, s, at, first, last - first)):
-                m = last - first
-                edge = first < all_start or last > all_stop
-                factor = score_tile(p, s, at, head, first, m, edge)
-                weigh(at + p.at_scores, m, at + p.at_state, factor)
-                for lane in range(BM):
-                    lanes[TILE_MAX, lane] = 1
-                write_tile(at + p.at_scores, at + p.at_out_rows, first * item_size, item_size, m, at + p.at_state)
-                scores[:n] = 0
-                if first > j0:
-                    write_tile(
-                        at + p.at_scores, at + p.at_out_rows, j0 * item_size, item_size, first - j0, at + p.at_state
-                    )
-                if last < j0 + n:
-                    write_tile(
-                        at + p.at_scores,
-                        at + p.at_out_rows,
-                        last * item_size,
-                        item_size,
-                        j0 + n - last,
-                        at + p.at_state,
-                    )
-            else:
-                write_tile(at + p.at_scores, at + p.at_out_rows, j0 * item_size, item_size, n, at + p.at_state)
+        if start > stop:  # nothing is seen
+            start, stop = 0, 0
+        write_zeros(p, at, 0, start)
+        for j0 in range(start, stop, BN):
+            n = min(BN, stop - j0)
+            if p.mask != 0 and hides_all(p, s, at, j0, n):
+                write_zeros(p, at, j0, j0 + n)
+                continue
+            factor = score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
+            weigh(at + p.at_scores, n, at + p.at_state, factor)
+            write_scores(p, at, j0, n)
+        write_zeros(p, at, stop, p.Ev)
 
     @spec.jit
     def attend(p: Any, s: Any, at: int, head: int, first_row: int) -> None:
