@@ -51,7 +51,8 @@ def detect(triple: str, cpu: str, features: str) -> Host:
     assembly = machine.emit_assembly(llvm.parse_assembly(str(module)))
     bits = 512 if "zmm" in assembly else 256 if "ymm" in assembly else 128
     # This one is read from the feature list: emitting the instruction for a CPU without it aborts the process.
-    dot = bits == 512 and "+avx512bf16" in features.split(",")
+    # LLVM 15 (llvmlite 0.44) still gave the intrinsic other types.
+    dot = bits == 512 and "+avx512bf16" in features.split(",") and llvm.llvm_version_info[0] >= 17
     name = {512: "AVX-512", 256: "AVX2", 128: "SSE"}[bits]
     has_fma = "vfmadd" in assembly
     return Host(name, bits, 32 if bits == 512 else 16, has_fma, "vcvtph2ps" in assembly, dot)
