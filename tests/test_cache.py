@@ -19,7 +19,6 @@ def run(code, folder, **environment):
     return done.stdout.strip()
 
 
-
 ATTEND = """
     import numpy as np, numba, numba_attention as na
     from numba_attention.backends import cpu
@@ -96,12 +95,13 @@ def test_damaged_file_is_a_miss(folder, damage):
         path.mkdir()
     again = kernel()
     if damage == "folder":
+        cache._warned = False
         with pytest.warns(NumbaAttentionWarning, match="could not be cached"):
-            cache._warned = False
-            assert again.call(1, 2) == 3
+            again.call(1, 2)
     else:
-        assert again.call(1, 2) == 3
+        again.call(1, 2)
         assert kernel().call(1, 2) == 3
+    assert again.call(1, 2) == 3
     assert again.origin == "compiled"
 
 

@@ -42,7 +42,8 @@ def innermost(code, instruction):
     """The instructions of the loop that holds most of one kind."""
     label = r"^(\.LBB\d+_\d+):"
     blocks = re.split(label, code, flags=re.M)
-    bodies = [body for name, body in zip(blocks[1::2], blocks[2::2], strict=True) if re.search(rf"{re.escape(name)}\b", body)]
+    named = zip(blocks[1::2], blocks[2::2], strict=True)
+    bodies = [body for name, body in named if re.search(rf"{re.escape(name)}\b", body)]
     return max(bodies, key=lambda body: len(re.findall(instruction, body)))
 
 

@@ -1,4 +1,4 @@
-"""Threads, forks and threading layers; each in a process of its own, because a layer is chosen once and some of them abort."""
+"""Threads, forks and threading layers, each in its own process: a layer is chosen once, and some of them abort."""
 
 import os
 import subprocess

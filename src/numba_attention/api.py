@@ -137,7 +137,9 @@ def attention(
     attention_weights : the probabilities themselves.
     merge_attention : join results over disjoint sets of keys.
 
-    Notes ----- Scores pass through scale, softcap, ALiBi, bias and mask in this order. Time is O(H L S (E + Ev)) for
+    Notes
+    -----
+    Scores pass through scale, softcap, ALiBi, bias and mask in this order. Time is O(H L S (E + Ev)) for
     the visible pairs only, extra memory O(threads x tile). Half types accumulate in float32. The result has the same
     bits for any number of threads and for a sequence alone or in a batch. NaN or infinity in a key or value reaches the
     rows that attend to it and no other.
@@ -258,7 +260,9 @@ def merge_attention(outs: Sequence[Array] | Array, lses: Sequence[Array] | Array
     TypeError, ValueError
         Different numbers of outputs and lses, none at all, or shapes and dtypes that do not match.
 
-    Notes ----- ``lse = log(sum(exp(lse_n)))`` and ``out = sum(exp(lse_n - lse) out_n)``: the (max, denominator, output)
+    Notes
+    -----
+    ``lse = log(sum(exp(lse_n)))`` and ``out = sum(exp(lse_n - lse) out_n)``: the (max, denominator, output)
     state of a row is a monoid, with lse = -inf as its identity. Sinks, if any, must be given to one of the parts only.
 
     References

@@ -211,6 +211,8 @@ def _real(name: str, x: Any) -> float:
         number = float(x)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {_kind(x)}") from None
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     return number
@@ -240,7 +242,7 @@ def _apply(p: Problem, o: Options) -> None:
             raise ValueError(f"sinks must have shape ({p.H},), one per query head, got {sinks.shape}")
         p.sinks = sinks
     if o.mask is not None:
-        mask = np.asarray(o.mask)
+        mask = _array("mask", o.mask)
         if mask.dtype != np.bool_:
             hint = (
                 "pass additive values as bias="
@@ -290,11 +292,21 @@ def _reach(x: Any) -> int | None:
         raise TypeError(f"window must be a pair (left, right) of int or None, got {x!r}") from None
     if reach < 0:
         raise ValueError(f"window must not be negative, got {reach}")
-    return reach
+    return min(reach, _FAR)
+
+
+def _array(name: str, x: Any) -> Array:
+    """Make an array of an option that may be any array-like."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost; pass its .data")
+    try:
+        return np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"{name} is not an array: {error}") from None
 
 
 def _ints(name: str, x: Any) -> Array:
-    array = np.asarray(x)
+    array = _array(name, x)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integer, got {array.dtype}")
     if array.size and (int(array.max()) > _FAR or int(array.min()) < -_FAR):
@@ -313,7 +325,7 @@ def _lengths(name: str, x: Any, limit: int, batch: tuple[int, ...]) -> Array:
 
 
 def _floats(name: str, x: Any) -> Array:
-    array = np.asarray(x)
+    array = _array(name, x)
     if not _is_supported(array.dtype):
         hint = "pass a boolean as mask=" if name == "bias" and array.dtype.kind == "b" else _advice(name, array.dtype)
         raise TypeError(f"{name} must be floating point, got {array.dtype}; {hint}")
@@ -335,7 +347,7 @@ def _chosen(name: str, index: Any, n: int) -> Array:
     if index is None:
         return every
     if not isinstance(index, slice):
-        index = np.atleast_1d(np.asarray(index))
+        index = np.atleast_1d(_array(name, index))
         if index.size == 0:
             return every[:0]
         if index.ndim != 1 or index.dtype.kind not in "iub":
@@ -344,5 +356,5 @@ def _chosen(name: str, index: Any, n: int) -> Array:
             )
     try:
         return np.ascontiguousarray(every[index])
-    except IndexError as error:
-        raise IndexError(f"{name}: {error}") from None
+    except (IndexError, TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None

@@ -1,4 +1,4 @@
-"""Attention as the textbook writes it, in NumPy and float64, a head at a time: to be read, and the oracle of the tests."""
+"""Attention as the textbook writes it, in NumPy and float64, a head at a time: to be read, and oracle of the tests."""
 
 from typing import Any
 

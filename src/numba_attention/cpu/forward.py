@@ -23,6 +23,7 @@ from .softmax import FIRST, MAX, POSITION, RESCALE, ROWS, SLOPE, SPAN, SUM, TILE
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 NEVER = 2**62
+FEATURES = 128  # that a score sums in one chain; longer ones are summed in parts, at half the error for 256 of them
 LANE_TABLES = ("query_rows", "out_rows", "bias_rows", "mask_rows", "lse_rows", "starts", "stops", "positions")
 
 
@@ -80,8 +81,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     pack_keys = pairs.pair_columns(spec) if dot else tiles.widen_tile(spec)
     pack_values = pairs.pair_rows(spec) if dot else tiles.widen_tile(spec)
     gather_mask = tiles.gather_tile(spec, ELEMENTS["bool"])
-    gather_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[0]])
-    gather_other_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[-1]])
+    gather_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[0]], saturate=True)
+    gather_other_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[-1]], saturate=True)
     write_tile = tiles.scatter_tile(spec)
     has_nan, has_visible = tiles.has_nan(spec), tiles.has_visible(spec)
     value_at = tiles.load_value(spec)
@@ -161,8 +162,16 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         for r in range(0, n, MR):
             mm_scores(
                 scores + r * row_bytes, row_bytes, keys + r * key_row, key_row, key_column, min(MR, n - r),
-                at + p.at_queries, row_bytes, depth, state,
+                at + p.at_queries, row_bytes, min(depth, FEATURES), state,
             )  # fmt: skip
+        for e in range(FEATURES, depth, FEATURES):
+            lanes[TILE_MAX] = 1  # taken anew below
+            for r in range(0, n, MR):
+                mm_output(
+                    scores + r * row_bytes, row_bytes, keys + r * key_row + e * key_column, key_row, key_column,
+                    min(MR, n - r), at + p.at_queries + e * row_bytes, row_bytes, min(FEATURES, depth - e),
+                    state + TILE_MAX * row_bytes,
+                )  # fmt: skip
         factor, unit = real(p.factor), real(1)
         if p.cap_outer != 0:
             softcap(scores, n, real(p.cap_inner), real(p.cap_outer))
@@ -192,7 +201,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 relative[FIRST, lane] = first
                 relative[SPAN, lane] = max(min(stops[lane] - j0, n), first) - first
             clip_interval(scores, n, state)
-        if edge or factor == unit:
+        if edge or factor == unit or depth > FEATURES:
             tile_max(scores, n, state)
         return factor
 
@@ -276,7 +285,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
     @spec.jit
     def write_scores(p: Any, at: int, j0: int, n: int) -> None:
-        """Write the tile of scores, by now probabilities, to columns j0 .. j0 + n, unscaled: lanes times TILE_MAX = 1."""
+        """Write the tile of scores, by now probabilities, to columns j0 .. j0 + n; lanes are scaled by TILE_MAX = 1."""
         carray(void_pointer(at + p.at_state), (ROWS, BM), real)[TILE_MAX] = 1
         write_tile(at + p.at_scores, at + p.at_out_rows, j0 * item_size, item_size, n, at + p.at_state)
 

@@ -1,0 +1,1 @@
+"""Benchmarks for asv: see "Compare two commits" in the README."""

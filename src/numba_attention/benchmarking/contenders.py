@@ -1,0 +1,188 @@
+"""Who takes part: for each library, a function from a `Row` to a call without arguments that returns the result."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from ..options import Array
+from .rows import Row, inputs, numpy_dtype, scale
+
+Call = Callable[[], Any]
+
+GEMM_SIZE = 2048
+READ_BYTES = 2**28
+_EINSUM_PAIRS = 2**23  # beyond this, einsum's scores alone take seconds and gigabytes
+_SCORES_BYTES = 2**31  # a peer that would write more scores than this is not asked to
+
+
+class Skipped(Exception):
+    """A contender does not take part in a row; the message says why."""
+
+
+def ours(row: Row, threads: int) -> Call:
+    """`numba_attention.attention`, the whole public call."""
+    import numba
+
+    from .. import attention
+
+    numba.set_num_threads(threads)
+    arrays = inputs(row)
+    q, k, v = (arrays.pop(name) for name in ("query", "key", "value"))
+    options: dict[str, Any] = dict(arrays)
+    if row.is_causal:
+        options["is_causal"] = True
+    if row.window is not None:
+        options["window"] = row.window
+    if row.softcap is not None:
+        options["softcap"] = row.softcap
+    return lambda: attention(q, k, v, **options)
+
+
+def einsum(row: Row, threads: int) -> Call:
+    """Attention as everybody first writes it in NumPy."""
+    if row.B * row.H * row.L * row.S > _EINSUM_PAIRS:
+        raise Skipped("too large for NumPy einsum")
+    if row.dtype not in ("float32", "float64"):
+        raise Skipped("NumPy has no fast arithmetic on half types")
+    arrays = inputs(row)
+    q = arrays["query"].reshape(row.B, row.Hkv, row.H // row.Hkv, row.L, row.E)
+    k, v = arrays["key"], arrays["value"]
+    bias = _bias(row, arrays)
+    if bias is not None:
+        bias = np.broadcast_to(bias, (row.B, row.H, row.L, row.S)).reshape(row.B, row.Hkv, -1, row.L, row.S)
+    factor = q.dtype.type(scale(row))
+
+    def call() -> Array:
+        s = np.einsum("bngle,bnse->bngls", q, k, optimize=True) * factor
+        if row.softcap is not None:
+            s = row.softcap * np.tanh(s / row.softcap)
+        if bias is not None:
+            s = s + bias
+        p = np.exp(s - s.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        out: Array = np.einsum("bngls,bnse->bngle", p, v, optimize=True)
+        return out.reshape(row.B, row.H, row.L, row.Ev)
+
+    return call
+
+
+def torch(row: Row, threads: int) -> Call:
+    """PyTorch's `scaled_dot_product_attention`."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise Skipped("PyTorch is not installed") from None
+    if row.softcap is not None:
+        raise Skipped("scaled_dot_product_attention has no softcap")
+    torch.set_num_threads(threads)
+    arrays = inputs(row)
+
+    def tensor(x: Array) -> Any:
+        if row.dtype == "bfloat16":
+            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(x)
+
+    q, k, v = (tensor(arrays[name]) for name in ("query", "key", "value"))
+    if row.mask and not (row.bias or row.alibi or row.window):
+        mask = torch.from_numpy(arrays["mask"])
+    elif row.window and not (row.bias or row.alibi):
+        mask = torch.from_numpy(_window(row))
+    else:
+        bias = None if row.is_causal else _bias(row, arrays)
+        mask = None if bias is None else torch.from_numpy(bias)
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": row.is_causal, "enable_gqa": row.H != row.Hkv}
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+
+    return call
+
+
+def onnxruntime(row: Row, threads: int) -> Call:
+    """ONNX Runtime's CPU kernel for the standard's Attention operator (opset 23)."""
+    try:
+        import onnxruntime
+        from onnx import TensorProto, helper
+    except ModuleNotFoundError:
+        raise Skipped("ONNX Runtime or onnx is not installed") from None
+    types = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "float16": TensorProto.FLOAT16}
+    if row.dtype not in types:
+        raise Skipped(f"ONNX Runtime has no {row.dtype} Attention on the CPU")
+    if row.B * row.H * row.L * row.S * 4 > _SCORES_BYTES:
+        raise Skipped("ONNX Runtime would write all scores: over 2 GiB")
+    arrays = inputs(row)
+    feed = {name: arrays[name] for name in ("query", "key", "value")}
+    bias = None if row.is_causal else _bias(row, arrays)
+    if bias is not None:
+        # Its kernel asks for all of L: a (B, 1, 1, S) mask has to be spelled out.
+        feed["mask"] = np.ascontiguousarray(np.broadcast_to(bias, np.broadcast_shapes(bias.shape, (row.L, row.S))))
+    declared = [helper.make_tensor_value_info(name, types[str(x.dtype)], x.shape) for name, x in feed.items()]
+    result = helper.make_tensor_value_info("out", types[row.dtype], (row.B, row.H, row.L, row.Ev))
+    node = helper.make_node(
+        "Attention", list(feed), ["out"], is_causal=int(row.is_causal), scale=scale(row), softcap=row.softcap or 0.0
+    )
+    graph = helper.make_graph([node], "attention", declared, [result])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what it refuses is reported in the table
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, feed)[0]
+
+
+def gemm(row: Row, threads: int) -> Call:
+    """NumPy's matrix product: what the cores reach when nothing but multiplication is asked of them."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((GEMM_SIZE, GEMM_SIZE)).astype(row.compute_dtype) for _ in range(2))
+    c = np.empty_like(a)
+    return lambda: np.dot(a, b, out=c)
+
+
+def read(row: Row, threads: int) -> Call:
+    """Reading memory once, each thread its part: NumPy's max releases the interpreter and is bound by memory."""
+    parts = np.array_split(np.ones(READ_BYTES // 4, np.float32), threads)
+    pool = ThreadPoolExecutor(threads)
+    return lambda: list(pool.map(np.max, parts))
+
+
+def _window(row: Row) -> Array:
+    """Return the window as a boolean (L, S) array, for libraries that know no windows."""
+    assert row.window is not None
+    distance = np.arange(row.S) - np.arange(row.L)[:, None]
+    return (distance >= -row.window[0]) & (distance <= row.window[1])
+
+
+def _bias(row: Row, arrays: dict[str, Array]) -> Array | None:
+    """Return all that a row adds to its scores or hides as one additive array, for libraries with nothing finer."""
+    dtype = numpy_dtype(row.compute_dtype)
+    hidden = dtype.type(-np.inf)
+    parts = []
+    if row.bias:
+        parts.append(arrays["bias"].astype(dtype))
+    if row.alibi:
+        distance = np.abs(np.arange(row.L)[:, None] - np.arange(row.S))
+        parts.append((-arrays["alibi_slopes"][:, None, None] * distance).astype(dtype))
+    if row.mask:
+        parts.append(np.where(arrays["mask"], dtype.type(0), hidden))
+    if row.window is not None:
+        parts.append(np.where(_window(row), dtype.type(0), hidden))
+    if row.is_causal:
+        parts.append(np.where(np.tri(row.L, row.S, dtype=np.bool_), dtype.type(0), hidden))
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+# Which process a contender runs in: one per library, so that no two thread pools share one.
+CONTENDERS: dict[str, tuple[str, Callable[[Row, int], Call]]] = {
+    "ours": ("numba", ours),
+    "own": ("numba", ours),
+    "einsum": ("numpy", einsum),
+    "torch": ("torch", torch),
+    "onnxruntime": ("onnxruntime", onnxruntime),
+    "gemm": ("numpy", gemm),
+    "read": ("numpy", read),
+}
+
+__all__ = ["CONTENDERS", "GEMM_SIZE", "READ_BYTES", "Call", "Skipped"]

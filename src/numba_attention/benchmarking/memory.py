@@ -1,0 +1,130 @@
+"""What a call of `attention` needs in memory beyond its inputs and its result.
+
+``python -m numba_attention.benchmarking.memory CASE`` prints that number of bytes for one case, in a process of its
+own: the operating system only tells a process the highest its memory has ever been.
+"""
+
+import ctypes
+import gc
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..api import attention
+from ..options import Array
+from .rows import numpy_dtype
+
+Arguments = dict[str, Any]
+
+MiB = 2**20
+
+
+def _plain(H: int, L: int, E: int = 64, Ev: int = 64, dtype: str = "float32") -> Arguments:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Array:
+        return rng.standard_normal(shape, dtype=np.float32).astype(numpy_dtype(dtype))
+
+    arrays = {"query": normal(H, L, E), "key": normal(H, L, E), "value": normal(H, L, Ev)}
+    return {**arrays, "out": np.zeros((H, L, Ev), numpy_dtype(dtype))}
+
+
+def _bias(L: int) -> Array:
+    return np.random.default_rng(1).standard_normal((L, L), dtype=np.float32)
+
+
+def _mask(L: int) -> Array:
+    return np.random.default_rng(2).random((L, L), dtype=np.float32) < 0.5
+
+
+_OPTIONS: dict[str, Callable[[int], Arguments]] = {
+    "none": lambda L: {},
+    "is_causal": lambda L: {"is_causal": True},
+    "window": lambda L: {"window": (L // 4, L // 8)},
+    "query_offset": lambda L: {"is_causal": True, "query_offset": -5},
+    "key_lengths": lambda L: {"key_lengths": L - 3},
+    "query_lengths": lambda L: {"query_lengths": L - 3},
+    "mask": lambda L: {"mask": _mask(L)},
+    "mask_of_keys": lambda L: {"mask": _mask(L)[:1]},
+    "bias": lambda L: {"bias": _bias(L)},
+    "bias_of_keys": lambda L: {"bias": _bias(L)[:1]},
+    "softcap": lambda L: {"softcap": 20.0},
+    "alibi_slopes": lambda L: {"alibi_slopes": [0.125]},
+    "sinks": lambda L: {"sinks": [1.0]},
+    "scale": lambda L: {"scale": 0.1},
+    "return_lse": lambda L: {"return_lse": True},
+}
+
+
+def _with(option: Callable[[int], Arguments]) -> Callable[[int], Arguments]:
+    return lambda L: _plain(1, L) | option(L)
+
+
+def _all_together(L: int) -> Arguments:
+    options: Arguments = {}
+    for add in _OPTIONS.values():
+        options |= add(L)
+    return _plain(1, L, Ev=96) | options | {"mask": _mask(L), "bias": _bias(L), "is_causal": "bottom-right"}
+
+
+# name -> (length, limit in MiB, arguments of `attention` for a length)
+CASES: dict[str, tuple[int, int, Callable[[int], Arguments]]] = {
+    "long": (16384, 64, lambda L: _plain(2, L)),
+    **{name: (8192, 16, _with(add)) for name, add in _OPTIONS.items()},
+    "Ev": (8192, 16, lambda L: _plain(1, L, Ev=128)),
+    "float64": (8192, 16, lambda L: _plain(1, L, dtype="float64")),
+    "float16": (8192, 16, lambda L: _plain(1, L, dtype="float16")),
+    "bfloat16": (8192, 16, lambda L: _plain(1, L, dtype="bfloat16")),
+    "all_together": (8192, 16, _all_together),
+}
+
+
+def ready(name: str) -> tuple[Arguments, Array]:
+    """Make the arguments of a case, load its kernel, and `level` the memory; keep what is returned."""
+    length, _, make = CASES[name]
+    attention(**make(64))
+    arguments = make(length)
+    return arguments, level()
+
+
+def level() -> Array:
+    """Fill memory up to the highest it has ever been, so that whatever more is needed shows as a new peak.
+
+    Compiling takes more memory than it leaves behind, and a call could hide in what it once took. The filling lasts as
+    long as the array that is returned.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    filling = np.ones(max(0, peak() - _resident()) + MiB, np.uint8)
+    assert peak() - _resident() < 4 * MiB, "the process cannot be brought to its own peak"
+    return filling
+
+
+def peak() -> int:
+    """Return the most bytes of memory this process has ever had resident."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def extra(name: str) -> int:
+    """Return how many bytes more than inputs and result one call of a case has needed."""
+    arguments, filling = ready(name)
+    before = peak()
+    attention(**arguments)
+    after = peak()
+    assert filling.any()
+    return after - before
+
+
+if __name__ == "__main__":
+    print(extra(sys.argv[1]))

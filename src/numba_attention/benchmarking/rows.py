@@ -1,0 +1,140 @@
+"""The work that is timed, and the bars that it is held to."""
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..options import Array
+
+_SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call of `numba_attention.attention` by shape and options, in terms that every library understands."""
+
+    name: str
+    B: int = 1
+    H: int = 8
+    Hkv: int = 8
+    L: int = 4096
+    S: int = 4096
+    E: int = 64
+    Ev: int = 64
+    dtype: str = "float32"
+    is_causal: bool = False
+    window: tuple[int, int] | None = None
+    mask: bool = False  # (B, 1, 1, S), nine keys in ten visible, scattered so that no tile can be skipped
+    bias: bool = False  # (H, L, S)
+    softcap: float | None = None
+    alibi: bool = False
+    bars: dict[str, float] = field(default_factory=dict)  # metric of `runner.Result` -> at least (us: at most)
+    baseline: "Row | None" = None  # what the metric "own" compares the rate with
+
+    @property
+    def pairs(self) -> float:
+        """Visible query-key pairs of a head; causal counts as half, as everybody counts it."""
+        if self.window is not None:
+            left, right = self.window
+            i = np.arange(self.L)
+            return float((np.minimum(i + right + 1, self.S) - np.maximum(i - left, 0)).clip(0).sum())
+        return self.L * self.S / (2 if self.is_causal else 1)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the two products."""
+        return 2 * self.B * self.H * self.pairs * (self.E + self.Ev)
+
+    @property
+    def bytes(self) -> int:
+        """What must be read at least once: query, key, value and bias."""
+        words = self.B * (self.H * self.L * self.E + self.Hkv * self.S * (self.E + self.Ev))
+        return _SIZES[self.dtype] * words + (4 * self.H * self.L * self.S if self.bias else 0)
+
+    @property
+    def compute_dtype(self) -> str:
+        """In which precision the products accumulate: what the ceiling is measured in."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+
+@cache
+def numpy_dtype(name: str) -> "np.dtype[Any]":
+    """Return a dtype by name, bfloat16 included; without `ml_dtypes` that is a ModuleNotFoundError."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    return np.dtype(name)
+
+
+def inputs(row: Row) -> dict[str, Array]:
+    """Make the arrays of a row, the same ones in every process."""
+    rng = np.random.default_rng(0)
+    dtype = numpy_dtype(row.dtype)
+
+    def normal(*shape: int) -> Array:
+        return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+
+    arrays = {
+        "query": normal(row.B, row.H, row.L, row.E),
+        "key": normal(row.B, row.Hkv, row.S, row.E),
+        "value": normal(row.B, row.Hkv, row.S, row.Ev),
+    }
+    if row.mask:
+        arrays["mask"] = rng.random((row.B, 1, 1, row.S)) < 0.9
+    if row.bias:
+        arrays["bias"] = rng.standard_normal((row.H, row.L, row.S), dtype=np.float32)
+    if row.alibi:
+        arrays["alibi_slopes"] = (2.0 ** -np.arange(1, row.H + 1)).astype(np.float32)
+    return arrays
+
+
+def _plain(L: int, E: int) -> Row:
+    return Row(f"plain {L} E{E}", L=L, S=L, E=E, Ev=E)
+
+
+def _rows() -> dict[str, Row]:
+    dense = Row("full 4096 E64")
+    wide = Row("full 4096 E128", E=128, Ev=128)
+    medium = _plain(2048, 64)
+    option = replace(medium, bars={"own": 0.85}, baseline=medium)
+    encoder = {"torch": 1.3, "onnxruntime": 1.1}
+    rows = [
+        replace(dense, bars={"torch": 1.4, "gemm": 1.0}),
+        replace(wide, bars={"torch": 1.4, "gemm": 0.95}),
+        replace(dense, name="causal 4096 E64", is_causal=True, bars={"torch": 1.4, "gemm": 1.0}),
+        replace(wide, name="causal 4096 E128", is_causal=True, bars={"torch": 1.4, "gemm": 0.95}),
+        Row("encoder B1 H16 L1024 E64", 1, 16, 16, 1024, 1024, bars=encoder),
+        Row("encoder B8 H12 L512 E64", 8, 12, 12, 512, 512, bars=encoder),
+        Row("encoder B32 H12 L128 E32", 32, 12, 12, 128, 128, 32, 32, bars=encoder),
+        Row("GQA causal H32 Hkv8 2048 E128", 1, 32, 8, 2048, 2048, 128, 128, is_causal=True, bars={"torch": 1.3}),
+        replace(dense, name="bfloat16 4096 E64", dtype="bfloat16", bars={"torch": 2.0, "own": 1.7}, baseline=dense),
+        replace(wide, name="bfloat16 4096 E128", dtype="bfloat16", bars={"torch": 2.0, "own": 1.7}, baseline=wide),
+        replace(dense, name="float16 4096 E64", dtype="float16", bars={"torch": 1.0, "own": 0.9}, baseline=dense),
+        replace(dense, name="float64 4096 E64", dtype="float64", bars={"torch": 1.2, "gemm": 0.95}),
+        replace(_plain(8192, 64), name="window 8192 E64", window=(256, 256), bars={"own": 1 / 1.3}, baseline=dense),
+        replace(option, name="bias (H,L,S) 2048 E64", bias=True, bars={"own": 0.75, "torch": 2.0}),
+        replace(option, name="Ev 128, 2048 E64", Ev=128),
+        replace(option, name="mask (B,1,1,S) 2048 E64", mask=True),
+        replace(option, name="softcap 2048 E64", softcap=30.0),
+        replace(option, name="ALiBi 2048 E64", alibi=True),
+        replace(_plain(64, 64), name="tiny H8 64 E64", bars={"torch": 1.5}),
+        replace(_plain(1, 64), name="smallest 1x1x1x64", H=1, Hkv=1, bars={"us": 15.0}),
+        Row("decode H32 Hkv8 L1 S8192 E128", 1, 32, 8, 1, 8192, 128, 128),  # no bar: its own kernel is still to come
+    ]
+    return {row.name: row for row in rows}
+
+
+ROWS = _rows()
+
+
+def scale(row: Row) -> float:
+    """Return the factor of the scores, for libraries that have to be told."""
+    return 1 / math.sqrt(row.E)
+
+
+__all__ = ["ROWS", "Row", "inputs", "numpy_dtype", "scale"]

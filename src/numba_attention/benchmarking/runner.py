@@ -1,0 +1,156 @@
+"""Rounds of turns, and the metrics that come out of them."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .contenders import CONTENDERS, GEMM_SIZE, READ_BYTES, Skipped
+from .rows import Row
+from .worker import Worker
+
+_REST = 0.15  # seconds between turns; OpenBLAS and ONNX Runtime were seen to spin for 0.1 after one
+_TOLERANCE = {"float32": 1e-4, "float64": 1e-6, "float16": 1e-2, "bfloat16": 6e-2}
+
+
+@dataclass(frozen=True)
+class Result:
+    """The times of one row: for each contender, one per round."""
+
+    row: Row
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What is reported; whatever could not be measured is missing.
+
+        us: microseconds of one call. rate: GF/s. gemm, read: fraction of the machine's matrix product and read
+        bandwidth. einsum, torch, onnxruntime: how many times as long they take. own: rate over the baseline's rate.
+        """
+        if "ours" not in self.seconds:
+            return {}
+        ours = np.array(self.seconds["ours"])
+        metrics = {"us": 1e6 * _median(ours), "rate": self.row.flops / _median(ours) / 1e9}
+        for name in ("einsum", "torch", "onnxruntime"):
+            if name in self.seconds:
+                metrics[name] = _median(np.array(self.seconds[name]) / ours)
+        work = {"gemm": (self.row.flops, 2.0 * GEMM_SIZE**3), "read": (float(self.row.bytes), float(READ_BYTES))}
+        if self.row.baseline is not None:
+            work["own"] = (self.row.flops, self.row.baseline.flops)
+        for name, (here, there) in work.items():
+            if name in self.seconds:
+                metrics[name] = _median((here / ours) / (there / np.array(self.seconds[name])))
+        return metrics
+
+    @property
+    def spread(self) -> float:
+        """Half the range of our times over the rounds, relative to their median: how quiet the machine was."""
+        ours = self.seconds.get("ours", [math.nan])
+        return (max(ours) - min(ours)) / 2 / statistics.median(ours)
+
+    @property
+    def verdicts(self) -> dict[str, bool | None]:
+        """For each bar of the row, whether it is met, or None if it could not be measured."""
+        metrics = self.metrics
+        return {
+            name: None if name not in metrics else metrics[name] <= bar if name == "us" else metrics[name] >= bar
+            for name, bar in self.row.bars.items()
+        }
+
+
+def run(
+    rows: Iterable[Row],
+    *,
+    threads: int,
+    rounds: int = 5,
+    seconds: float = 0.2,
+    contenders: Iterable[str] = tuple(CONTENDERS),
+    progress: Callable[[Row, int], None] = lambda row, done: None,
+) -> list[Result]:
+    """Time each row with each contender.
+
+    Parameters
+    ----------
+    rows : iterable of Row
+    threads : int
+        Threads of every contender.
+    rounds : int, default 5
+        Each contender has one turn a round.
+    seconds : float, default 0.2
+        Length of a turn; a longer call is made once.
+    contenders : iterable of str, default all
+        Some of "ours", "own", "einsum", "torch", "onnxruntime", "gemm", "read".
+    progress : callable, optional
+        Told the row and the number of rounds done, after preparation (0) and after each round.
+
+    Returns
+    -------
+    list of Result
+        In the order of the rows.
+    """
+    names = [name for name in CONTENDERS if name in set(contenders)]
+    workers = {library: Worker(threads) for library in {CONTENDERS[name][0] for name in names}}
+    try:
+        return [_time_row(row, names, workers, rounds, seconds, progress) for row in rows]
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def _time_row(
+    row: Row,
+    names: list[str],
+    workers: dict[str, Worker],
+    rounds: int,
+    seconds: float,
+    progress: Callable[[Row, int], None],
+) -> Result:
+    result = Result(row)
+    ready = _prepare(result, names, workers)
+    progress(row, 0)
+    for done in range(rounds):
+        first = done % max(1, len(ready))
+        for name in ready[first:] + ready[:first]:
+            time.sleep(_REST)
+            result.seconds.setdefault(name, []).append(workers[CONTENDERS[name][0]].turn(name, seconds))
+        progress(row, done + 1)
+    for worker in workers.values():
+        worker.forget()
+    return result
+
+
+def _prepare(result: Result, names: list[str], workers: dict[str, Worker]) -> list[str]:
+    """Set up every contender that can take part and gives our result; note why the others do not."""
+    ready: list[str] = []
+    samples: dict[str, list[float]] = {}
+    row = result.row
+    for name in names:
+        if name == "own" and row.baseline is None:
+            continue
+        try:
+            work = row.baseline if name == "own" and row.baseline is not None else row
+            samples[name] = workers[CONTENDERS[name][0]].prepare(name, work)
+            if name in ("einsum", "torch", "onnxruntime") and "ours" in ready:
+                _compare(samples["ours"], samples[name], _TOLERANCE[row.dtype])
+        except Skipped as why:
+            result.skipped[name] = str(why)
+        else:
+            ready.append(name)
+    return ready
+
+
+def _compare(ours: list[float], theirs: list[float], tolerance: float) -> None:
+    error = np.abs(np.subtract(ours, theirs)).max(initial=0)
+    if not error <= tolerance:
+        raise Skipped(f"its result differs from ours by {error:.2g}")
+
+
+def _median(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> float:
+    return float(np.median(values))
+
+
+__all__ = ["Result", "run"]

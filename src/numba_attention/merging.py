@@ -1,0 +1,64 @@
+"""Joining attention results over disjoint sets of keys: the monoid of (out, lse), with lse = -inf as its identity."""
+
+from typing import Any
+
+import numpy as np
+
+from .options import Array
+from .problem import is_bfloat16
+
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
+    """Merge n results; see `numba_attention.merge_attention`."""
+    parts, logs = _arrays("outs", outs), _arrays("lses", lses)
+    _check(parts, logs)
+    half = parts[0].dtype not in _FLOATS
+    dtype = np.result_type(np.float32 if half else parts[0].dtype, logs[0].dtype)
+    with np.errstate(all="ignore"):  # as in `attention`, infinities and NaNs are results
+        highest = np.maximum.reduce(logs).astype(dtype)
+        highest = np.where(highest == -np.inf, 0, highest)  # every part is empty: exp(-inf - 0) = 0
+        weights = [np.exp(log - highest) for log in logs]
+        total = np.add.reduce(weights)
+        lse = (highest + np.log(total)).astype(logs[0].dtype)
+        out = np.zeros(parts[0].shape, dtype)
+        for part, log, weight in zip(parts, logs, weights, strict=True):
+            # An empty part adds nothing even if its rows hold NaN; a part whose weight only underflows does.
+            out += np.where(log[..., None] == -np.inf, 0, (weight / total)[..., None] * part.astype(dtype))
+    return out.astype(parts[0].dtype), lse
+
+
+def _arrays(name: str, given: Any) -> list[Array]:
+    try:
+        arrays = list(given)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a sequence of arrays or one stacked array, got {type(given).__qualname__}"
+        ) from None
+    if not arrays:
+        raise ValueError(f"{name} must hold at least one array")
+    for array in arrays:
+        if not isinstance(array, np.ndarray | np.generic) or isinstance(array, np.ma.MaskedArray):
+            raise TypeError(
+                f"{name} must hold numpy.ndarray, got {type(array).__qualname__}; convert it with numpy.asarray"
+            )
+        if array.dtype != arrays[0].dtype:
+            raise TypeError(f"{name} must share one dtype, got {arrays[0].dtype} and {array.dtype}")
+        if array.shape != arrays[0].shape:
+            raise ValueError(f"{name} must share one shape, got {arrays[0].shape} and {array.shape}")
+    return [np.asarray(array) for array in arrays]
+
+
+def _check(outs: list[Array], lses: list[Array]) -> None:
+    dtype = outs[0].dtype
+    if not dtype.isnative or (dtype not in _FLOATS and dtype != np.float16 and not is_bfloat16(dtype)):
+        raise TypeError(f"outs must be native float32, float64, float16 or ml_dtypes.bfloat16, got {dtype}")
+    if lses[0].dtype not in _FLOATS or not lses[0].dtype.isnative:
+        raise TypeError(f"lses must be native float32 or float64, got {lses[0].dtype}")
+    if len(outs) != len(lses):
+        raise ValueError(f"outs and lses must be as many, got {len(outs)} outs and {len(lses)} lses")
+    if outs[0].ndim < 2:
+        raise ValueError(f"outs must hold arrays of shape (..., L, Ev), got {outs[0].shape}")
+    if lses[0].shape != outs[0].shape[:-1]:
+        raise ValueError(f"lses must hold arrays of shape {outs[0].shape[:-1]}, the rows of outs, got {lses[0].shape}")

@@ -1,0 +1,29 @@
+"""What every test file shares: one profile for hypothesis, and backends left as they were found."""
+
+import sys
+
+import hypothesis
+import pytest
+
+import numba_attention  # noqa: F401
+
+# `numba_attention.backends` is the function of that name.
+backends = sys.modules["numba_attention.backends"]
+
+# Kernels compile inside an example, so no deadline; the same examples every time, so that red is news.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _backend_as_found(monkeypatch):
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(backends, "_default", None)
+
+
+@pytest.fixture(scope="session")
+def torch():
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    return torch

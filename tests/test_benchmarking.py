@@ -1,0 +1,94 @@
+"""The bench: every contender computes the same thing, and figures are worked out right. Nobody's speed is asserted."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from numba_attention.benchmarking import ROWS, Result, Row, as_json, as_markdown, insert, left_out
+from numba_attention.benchmarking.contenders import CONTENDERS, Skipped
+from numba_attention.config import show_config
+
+SMALL = Row("small", 2, 4, 4, 24, 24, 8, 8)
+VARIANTS = {
+    "plain": SMALL,
+    "GQA causal": replace(SMALL, Hkv=2, is_causal=True),
+    "window": replace(SMALL, window=(5, 2)),
+    "mask": replace(SMALL, mask=True),
+    "bias": replace(SMALL, bias=True),
+    "alibi": replace(SMALL, alibi=True),
+    "softcap": replace(SMALL, softcap=2.0),
+    "all": replace(SMALL, mask=True, bias=True, alibi=True, window=(9, 9)),
+    "Ev": replace(SMALL, Ev=12),
+    "float64": replace(SMALL, dtype="float64"),
+    "float16": replace(SMALL, dtype="float16"),
+    "bfloat16": replace(SMALL, dtype="bfloat16"),
+}
+# float64: ONNX takes the scale as float32.
+TOLERANCES = {"float32": 1e-5, "float64": 1e-6, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+def result_of(contender, row):
+    result = CONTENDERS[contender][1](row, 1)()
+    return result.double().numpy() if hasattr(result, "double") else np.asarray(result, np.float64)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("contender", ["einsum", "torch", "onnxruntime"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_peers_compute_the_same(name, contender):
+    row = VARIANTS[name]
+    try:
+        theirs = result_of(contender, row)
+    except Skipped as why:
+        pytest.skip(str(why))
+    np.testing.assert_allclose(theirs, result_of("ours", row), atol=TOLERANCES[row.dtype], rtol=0)
+
+
+@pytest.mark.parametrize("row", [replace(SMALL, window=(5, 2)), replace(SMALL, L=30, window=(0, 40))])
+def test_pairs_of_a_window(row):
+    left, right = row.window
+    assert row.pairs == sum(i - left <= j <= i + right for i in range(row.L) for j in range(row.S))
+
+
+def test_operations_and_bytes():
+    row = ROWS["GQA causal H32 Hkv8 2048 E128"]
+    assert row.flops == 4 * 32 * 2048 * 2048 * 128 / 2
+    assert row.bytes == 4 * 2048 * 128 * (32 + 2 * 8)
+    assert ROWS["Ev 128, 2048 E64"].flops == 2 * 8 * 2048 * 2048 * (64 + 128)
+
+
+def test_bars_can_be_measured():
+    measured = {"us", "rate", "gemm", "read", "einsum", "torch", "onnxruntime", "own"}
+    for row in ROWS.values():
+        assert set(row.bars) <= measured
+        assert ("own" in row.bars) == (row.baseline is not None)
+
+
+def example():
+    row = replace(SMALL, bars={"torch": 2.0, "own": 0.6, "onnxruntime": 1.0}, baseline=replace(SMALL, L=48))
+    seconds = {"ours": [1.0, 2.0, 4.0], "torch": [3.0, 4.0, 10.0], "own": [1.0, 2.0, 4.0], "gemm": [1.0, 1.0, 1.0]}
+    return Result(row, seconds, {"onnxruntime": "not installed"})
+
+
+def test_metrics_are_medians_of_ratios_within_a_round():
+    result = example()
+    assert result.metrics["us"] == 2e6
+    assert result.metrics["torch"] == 2.5  # of 3, 2, 2.5; the ratio of the medians would be 2
+    assert result.metrics["own"] == 0.5
+    assert result.metrics["gemm"] == pytest.approx(result.row.flops / 2 / (2 * 2048**3))
+    assert result.verdicts == {"torch": True, "own": False, "onnxruntime": None}
+    assert result.spread == 0.75
+
+
+def test_reports(tmp_path):
+    facts = show_config("dicts")
+    table = as_markdown([example()], facts, threads=2, rounds=3)
+    assert "| small | 2 s |" in table
+    assert "2.50 (2.00)" in table
+    assert "FAIL" in table
+    assert left_out([example(), example()]) == ["onnxruntime left out of small, small: not installed"]
+    assert '"rounds": 3' in as_json([example()], facts, 2, 3)
+    (tmp_path / "page.md").write_text("no markers")
+    with pytest.raises(ValueError, match="has no <!-- bench:start -->"):
+        insert(tmp_path / "page.md", table)

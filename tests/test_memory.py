@@ -1,0 +1,36 @@
+"""Memory beyond inputs and result, each case in a process of its own. Speed is never asserted, memory always."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("resource")
+if not os.path.exists("/proc/self/statm"):
+    pytest.skip("reads the resident memory from /proc", allow_module_level=True)
+
+from numba_attention.benchmarking.memory import CASES, MiB
+
+
+def child(code, *arguments):
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_extra_memory(case):
+    code = "import sys; from numba_attention.benchmarking.memory import extra; print(extra(sys.argv[1]))"
+    assert child(code, case) < CASES[case][1] * MiB
+
+
+def test_measurement_sees_a_copy():
+    code = """
+from numba_attention.benchmarking.memory import peak, ready
+arguments, filling = ready("none")
+before = peak()
+copies = [arguments["key"] + 1 for _ in range(8)]
+print(peak() - before - sum(x.nbytes for x in copies))
+"""
+    assert abs(child(code)) < 1.5 * MiB

@@ -1,0 +1,165 @@
+"""`merge_attention`: exact over disjoint keys, and a monoid."""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import numba_attention as na
+from cases import DTYPES, Case, assert_close, tolerance
+
+CUTS = [(0, 30), (0, 1, 30), (0, 10, 20, 30), (0, 0, 17, 30, 30)]
+
+
+def parts_of(query, key, value, cuts, **kwargs):
+    return [
+        na.attention(query, key[..., a:b, :], value[..., a:b, :], return_lse=True, **kwargs)
+        for a, b in itertools.pairwise(cuts)
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_parts_make_the_whole(dtype, cuts, stacked):
+    query, key, value = Case(5, 30).arrays(dtype)
+    outs, lses = zip(*parts_of(query, key, value, cuts), strict=True)
+    if stacked:
+        outs, lses = np.stack(outs), np.stack(lses)
+    out, lse = na.merge_attention(outs, lses)
+    want, want_lse = na.attention(query, key, value, return_lse=True)
+    assert out.dtype == want.dtype
+    assert lse.dtype == want_lse.dtype
+    of_out, of_lse = tolerance(dtype)
+    assert_close(out, want, of_out)
+    assert_close(lse, want_lse, of_lse, offset=1)
+
+
+def test_sink_in_one_part():
+    query, key, value = Case(5, 30).arrays("float64")
+    sinks = np.array([1.0, -1.0])
+    first = na.attention(query, key[..., :9, :], value[..., :9, :], sinks=sinks, return_lse=True)
+    second = na.attention(query, key[..., 9:, :], value[..., 9:, :], return_lse=True)
+    out, lse = na.merge_attention(*zip(first, second, strict=True))
+    want, want_lse = na.attention(query, key, value, sinks=sinks, return_lse=True)
+    np.testing.assert_allclose(out, want, rtol=1e-13, atol=1e-15)
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-13)
+
+
+def some(seed, shape=(2, 4, 3), dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(shape).astype(dtype), rng.standard_normal(shape[:-1])
+
+
+def test_associative():
+    a, b, c = some(0), some(1), some(2)
+    left = na.merge_attention(*zip(na.merge_attention(*zip(a, b, strict=True)), c, strict=True))
+    right = na.merge_attention(*zip(a, na.merge_attention(*zip(b, c, strict=True)), strict=True))
+    at_once = na.merge_attention(*zip(a, b, c, strict=True))
+    for x, y, z in zip(left, right, at_once, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-13, atol=1e-15)
+        np.testing.assert_allclose(x, z, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("rubbish", [0.0, 5.0, np.nan, np.inf])
+def test_identity(rubbish):
+    out, lse = some(0)
+    nothing = np.full_like(out, rubbish), np.full_like(lse, -np.inf)
+    for parts in ([(out, lse), nothing], [nothing, (out, lse), nothing]):
+        got, got_lse = na.merge_attention(*zip(*parts, strict=True))
+        np.testing.assert_array_equal(got, out)
+        np.testing.assert_array_equal(got_lse, lse)
+
+
+def test_one_part_is_itself():
+    out, lse = some(0, dtype=np.float16)
+    got, got_lse = na.merge_attention([out], [lse])
+    np.testing.assert_array_equal(got, out)
+    np.testing.assert_array_equal(got_lse, lse)
+
+
+def test_nothing_at_all():
+    out, lse = na.merge_attention(np.full((3, 4, 2), np.nan), np.full((3, 4), -np.inf))
+    assert not out.any()
+    assert np.all(lse == -np.inf)
+
+
+def test_far_apart():
+    outs = np.array([[[1.0]], [[2.0]]])
+    out, lse = na.merge_attention(outs, np.array([[1e5], [-1e5]]))
+    assert out == 1
+    assert lse == 1e5
+    out, lse = na.merge_attention(outs, np.array([[-1e5], [-1e5]]))
+    assert out == 1.5
+    assert lse == pytest.approx(-1e5 + np.log(2), abs=1e-9)
+
+
+def test_nan_stays_in_its_row():
+    (a, la), (b, lb) = some(0), some(1)
+    a[0, 1] = np.nan
+    lb[1, 2] = np.nan
+    out, lse = na.merge_attention([a, b], [la, lb])
+    assert np.isnan(out[0, 1]).all()
+    assert np.isnan(out[1, 2]).all()
+    assert np.isnan(lse[1, 2])
+    assert np.isnan(out).sum() == 2 * 3
+    assert np.isnan(lse).sum() == 1
+
+
+def test_nan_under_a_weight_that_underflows():
+    out, _ = na.merge_attention(np.array([[[1.0]], [[np.nan]]]), np.array([[0.0], [-5000.0]]))
+    assert np.isnan(out)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_accumulates_in_single(dtype):
+    """A thousand equal parts: added up in half precision they would stop growing."""
+    outs = np.ones((1000, 1, 1), dtype)
+    out, lse = na.merge_attention(outs, np.zeros((1000, 1), np.float32))
+    assert out.dtype == dtype
+    assert lse.dtype == np.float32
+    assert float(out[0, 0]) == 1
+    assert lse[0] == pytest.approx(np.log(1000), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("of_outs", "of_lses"),
+    [("float32", "float32"), ("float32", "float64"), ("float64", "float64"), ("float64", "float32")],
+)
+def test_dtypes(of_outs, of_lses):
+    outs, lses = zip(*(some(seed) for seed in range(3)), strict=True)
+    want = na.merge_attention(outs, lses)
+    got = na.merge_attention([x.astype(of_outs) for x in outs], [x.astype(of_lses) for x in lses])
+    assert [str(x.dtype) for x in got] == [of_outs, of_lses]
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-6)
+
+
+def test_any_iterable_and_any_strides():
+    outs, lses = zip(*(some(seed) for seed in range(3)), strict=True)
+    want = na.merge_attention(outs, lses)
+    flipped = [x[::-1, ::-1, ::-1].copy()[::-1, ::-1, ::-1] for x in outs]
+    for got in (
+        na.merge_attention(iter(outs), iter(lses)),
+        na.merge_attention(flipped, [np.asfortranarray(x) for x in lses]),
+        na.merge_attention(np.stack(outs, -1).transpose(3, 0, 1, 2), lses),
+    ):
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_inputs_stay_as_they_are():
+    outs, lses = (np.stack(x) for x in zip(*(some(seed) for seed in range(3)), strict=True))
+    lses[0, 0] = -np.inf
+    before = outs.tobytes(), lses.tobytes()
+    outs.flags.writeable = lses.flags.writeable = False
+    na.merge_attention(outs, lses)
+    assert (outs.tobytes(), lses.tobytes()) == before
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 4, 3), (2, 4, 0)])
+def test_empty(shape):
+    out, lse = na.merge_attention([np.ones(shape)] * 2, [np.ones(shape[:-1])] * 2)
+    assert out.shape == shape
+    assert lse.shape == shape[:-1]
