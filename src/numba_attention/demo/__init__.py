@@ -1,0 +1,94 @@
+"""What ``numba-attention demo`` does: search a few hundred sentences by meaning with a real model, without PyTorch."""
+
+import time
+from importlib.resources import files
+from os import PathLike
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..options import Array
+from .heads import draw_heads
+from .minilm import MiniLM
+
+QUERIES = (
+    "Who looks after my plants while I am on holiday?",
+    "an inexpensive dinner",
+    "my laptop takes ages to start",
+    "exercise at home",
+    "Why does the climate get hotter?",
+)
+SHOWN = 3
+DRAWN_BLOCK = 2  # of six, from 0: here heads are most unlike each other
+
+
+def sentences() -> list[str]:
+    """Return the sentences that ship with the demo."""
+    text = files(__package__).joinpath("sentences.txt").read_text("utf-8")
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def run(
+    query: str | None, model_dir: str | PathLike[str] | None, heads_png: str | PathLike[str] | None, console: Console
+) -> None:
+    """Embed the sentences, search them and print what is found; draw attention maps if asked.
+
+    Parameters
+    ----------
+    query : str, optional
+        What to search for; by default, a few examples.
+    model_dir : str or path-like, optional
+        Folder or wheel with the model; by default, the installed package.
+    heads_png : str or path-like, optional
+        Where to draw which tokens of the (first) query each head attends to.
+    console : rich.console.Console
+        Where to print.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        The model cannot be read.
+    ImportError
+        A picture is asked for and Matplotlib is not installed.
+    """
+    start = time.perf_counter()
+    model = MiniLM(model_dir)
+    console.print(
+        f"[bold]all-MiniLM-L6-v2[/bold], {model.size / 1e6:.1f} million parameters, "
+        f"read in {time.perf_counter() - start:.1f} s from {escape(str(model.folder))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    start = time.perf_counter()
+    model.embed(["Compile or load the kernel, so that the throughput below is that of the model."])
+    console.print(f"kernel ready in {time.perf_counter() - start:.1f} s", highlight=False)
+    texts = sentences()
+    start = time.perf_counter()
+    sequences = [encoding.ids for encoding in model.tokenize(texts)]
+    embeddings = model.embed_tokens(sequences)
+    seconds = time.perf_counter() - start
+    tokens = sum(len(sequence) for sequence in sequences)
+    console.print(
+        f"{len(texts)} sentences, {tokens} tokens embedded in {seconds:.2f} s: "
+        f"[bold]{len(texts) / seconds:.0f} sentences/s[/bold], {tokens / seconds:.0f} tokens/s",
+        highlight=False,
+    )
+    queries = QUERIES if query is None else (query,)
+    for text, scores in zip(queries, model.embed(queries) @ embeddings.T, strict=True):
+        console.print(_found(text, texts, scores))
+    if heads_png is not None:
+        names, maps = model.attention_maps(queries[0], DRAWN_BLOCK)
+        draw_heads(names, maps, f"all-MiniLM-L6-v2, block {DRAWN_BLOCK + 1} of {len(model.blocks)}", heads_png)
+        console.print(f"what each head attends to: {escape(str(heads_png))}", highlight=False, soft_wrap=True)
+
+
+def _found(query: str, texts: list[str], scores: Array) -> Table:
+    table = Table(title=escape(query), title_justify="left", title_style="bold", show_header=False, box=None)
+    for n in np.argsort(-scores)[:SHOWN]:
+        table.add_row(f"{scores[n]:.2f}", escape(texts[n]))
+    return table
+
+
+__all__ = ["run"]
