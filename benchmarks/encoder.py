@@ -1,4 +1,4 @@
-"""The demo's encoder as a whole beside PyTorch's, on the same tokens: ``python benchmarks/encoder.py [--into README.md]``.
+"""The demo's encoder as a whole beside PyTorch's, on equal tokens: ``python benchmarks/encoder.py [--into README.md]``.
 
 As ``numba-attention bench`` does it: a process for each contender, turns, rests between them, ratios within a round and
 their median. PyTorch gets the batch size that is fastest for it. Reading text is left out; all use the same tokenizer.

@@ -1,9 +1,13 @@
 """The demo: its encoder against PyTorch's on the real weights, and what it prints and draws."""
 
+import ast
 import importlib.util
 import io
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +88,20 @@ from numba_attention.demo.minilm import MiniLM
 assert MiniLM().embed(["no framework"]).shape == (1, 384)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_extra_installs_what_the_demo_imports():
+    root = Path(__file__).parent.parent
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    named = [*extras["dependencies"], *(x for e in ("cli", "demo", "plot") for x in extras["optional-dependencies"][e])]
+    installed = {re.match(r"[\w-]+", x)[0].replace("-", "_") for x in named} | {"numba_attention"}
+    for source in (root / "src" / "numba_attention" / "demo").glob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module]
+            outside = {m.partition(".")[0] for m in modules} - sys.stdlib_module_names
+            assert outside <= installed, f"{source.name} imports {outside - installed}"
 
 
 def test_missing_model_says_what_to_install(tmp_path):
