@@ -107,3 +107,11 @@ def test_the_extra_installs_what_the_demo_imports():
 def test_missing_model_says_what_to_install(tmp_path):
     with pytest.raises(FileNotFoundError):
         MiniLM(tmp_path)
+
+
+def test_example_searches_a_file(tmp_path):
+    example = Path(__file__).parent.parent / "examples" / "semantic_search.py"
+    (tmp_path / "notes.txt").write_text("The boiler was serviced in May.\n\nBuy oat milk and bread.\n")
+    command = [sys.executable, str(example), str(tmp_path / "notes.txt"), "groceries"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[0].endswith("Buy oat milk and bread.")

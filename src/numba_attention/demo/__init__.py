@@ -14,7 +14,7 @@ from .heads import draw_heads
 from .minilm import MiniLM
 
 QUERIES = (
-    "Who looks after my plants while I am on holiday?",
+    "How can I sleep better?",
     "an inexpensive dinner",
     "my laptop takes ages to start",
     "exercise at home",
