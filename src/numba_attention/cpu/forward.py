@@ -339,9 +339,15 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             if not with_output or careful or not has_nan(at + p.at_out, p.Ev):
                 break
             careful = True
+        starts, stops = table(at + p.at_starts), table(at + p.at_stops)
         for lane in range(BM):
             total = lanes[SUM, lane]
-            lanes[RESCALE, lane] = real(1) / total if total != 0 else real(0)
+            if total != 0:
+                lanes[RESCALE, lane] = real(1) / total
+            elif starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0:
+                lanes[RESCALE, lane] = math.nan  # keys were seen, and every score was -inf: infinite inputs
+            else:
+                lanes[RESCALE, lane] = 0
         if not with_output:
             write_weights(p, s, at, head, seen)
             return
