@@ -66,10 +66,10 @@ def test_warmup(cli):
 
 OPTIONS = {
     "nothing": ([], {}),
-    "causal": (["--causal", "top-left"], {"is_causal": True}),
-    "bottom-right": (["--causal", "bottom-right"], {"is_causal": "bottom-right"}),
+    "causal": (["--causal"], {"is_causal": True}),
+    "bottom-right": (["--causal", "--bottom-right"], {"is_causal": "bottom-right"}),
     "window": (["--window", "3,none"], {"window": (3, None)}),
-    "offset": (["--causal", "top-left", "--query-offset", "2"], {"is_causal": True, "query_offset": 2}),
+    "offset": (["--causal", "--query-offset", "2"], {"is_causal": True, "query_offset": 2}),
     "lengths": (["--key-lengths", "5,11", "--query-lengths", "9"], {"key_lengths": [5, 11], "query_lengths": 9}),
     "scale": (["--scale", "0.5", "--softcap", "3"], {"scale": 0.5, "softcap": 3.0}),
     "slopes": (["--alibi-slopes", "1,.5,.25,0"], {"alibi_slopes": [1, 0.5, 0.25, 0]}),

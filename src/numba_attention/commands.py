@@ -23,13 +23,6 @@ console = Console()
 errors = Console(stderr=True)
 
 
-class Causal(StrEnum):
-    """The two ways to lay a causal mask over queries and keys of different number."""
-
-    top_left = "top-left"
-    bottom_right = "bottom-right"
-
-
 class Backend(StrEnum):
     """The backends that work on arrays in files."""
 
@@ -148,7 +141,10 @@ def run(
         list[Path], typer.Argument(help="q.npy k.npy v.npy, memory-mapped; or one .npz with query, key and value.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the result, a .npy.")],
-    causal: Annotated[Causal | None, typer.Option(help="Queries see keys up to their own position.")] = None,
+    causal: Annotated[bool, typer.Option("--causal", help="Queries see keys up to their own position.")] = False,
+    bottom_right: Annotated[
+        bool, typer.Option("--bottom-right", help="Causal, with the last query at the last key.")
+    ] = False,
     window: Annotated[str | None, typer.Option(help="LEFT,RIGHT: keys within reach; 'none' for unbounded.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Boolean .npy, True = may attend.")] = None,
     bias: Annotated[Path | None, typer.Option(help="Floating-point .npy, added to the scaled scores.")] = None,
@@ -169,7 +165,7 @@ def run(
     from . import files
 
     options: dict[str, Any] = {
-        "is_causal": causal.value if causal is not None else False,
+        "is_causal": "bottom-right" if bottom_right else causal,
         "scale": scale,
         "softcap": softcap,
         "backend": backend and backend.value,
