@@ -142,6 +142,42 @@ def check(query, key, value, kwargs, dtype, case=None, backend="cpu") -> None:
     assert_close(lse, want_lse, of_lse, offset=1)
 
 
+def grad_tolerance(dtype: str, case: Case | None = None) -> float:
+    """How far from the oracle gradients may be, times their largest magnitude."""
+    growth = 1.0 if case is None else case.scores_magnitude
+    return growth * {"float64": 2e-14, "float32": 7e-6, "float16": 1e-3, "bfloat16": 8e-3}[dtype]
+
+
+def oracle_backward(grad_out, query, key, value, grad_lse=None, **kwargs):
+    """Gradients by the reference in float64, however the inputs are stored."""
+    wide = [x.astype(np.float64) for x in (query, key, value)]
+    out, lse = na.attention(*wide, **kwargs, return_lse=True, backend="reference")
+    grad_lse = None if grad_lse is None else grad_lse.astype(np.float64)
+    grad_out = grad_out.astype(np.float64)
+    return na.attention_backward(grad_out, *wide, out, lse, grad_lse=grad_lse, **kwargs, backend="reference")
+
+
+def check_backward(case, dtype, backend="cpu") -> None:
+    """Hold the gradients of one case against the oracle."""
+    arrays, kwargs = case.arrays(dtype), case.kwargs()
+    out, lse = na.attention(*arrays, **kwargs, return_lse=True, backend=backend)
+    rng = np.random.default_rng(1)
+    grad_out = LAYOUTS[case.layout](rng.standard_normal(out.shape).astype(out.dtype))
+    grad_lse = rng.standard_normal(lse.shape).astype(lse.dtype)
+    got = na.attention_backward(grad_out, *arrays, out, lse, grad_lse=grad_lse, **kwargs, backend=backend)
+    want = oracle_backward(grad_out, *arrays, grad_lse, **kwargs)
+    inputs = [*arrays, *(None if kwargs.get(n) is None else np.asarray(kwargs[n]) for n in ("bias", "sinks"))]
+    # What cancels in one gradient does so by parts of the size of the others.
+    offset = max((np.abs(w).max() for w in want[:3] if w.size), default=0)
+    for name, given, a, b in zip(na.Gradients._fields, inputs, got, want, strict=True):
+        assert (a is None) == (given is None), name
+        if given is not None:
+            assert a.shape == given.shape, name
+            assert a.dtype == given.dtype, name
+            rounded = next((n for n, kept in DTYPES.items() if kept == given.dtype), dtype)
+            assert_close(a, b, max(grad_tolerance(dtype, case), grad_tolerance(rounded)), offset)
+
+
 # Layouts: the same values (or, where strides are 0, the first of them) in other places of memory.
 
 

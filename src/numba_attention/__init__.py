@@ -1,21 +1,25 @@
 """Exact multi-head attention for NumPy pipelines, compiled by Numba. See `attention` to begin."""
 
-from .api import attention, attention_weights, merge_attention
+from .api import attention, attention_backward, attention_weights, merge_attention, merge_attention_backward
 from .backends import backends, set_backend, use_backend
 from .config import show_config
 from .errors import BackendUnavailableError, NumbaAttentionWarning
 from .layer import MultiHeadAttention
+from .options import Gradients
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
+    "Gradients",
     "MultiHeadAttention",
     "NumbaAttentionWarning",
     "attention",
+    "attention_backward",
     "attention_weights",
     "backends",
     "merge_attention",
+    "merge_attention_backward",
     "set_backend",
     "show_config",
     "use_backend",

@@ -7,8 +7,9 @@ from numpy.typing import ArrayLike
 
 from . import backends
 from .merging import merge as _merge
-from .options import Array, Causal, Options, Window
-from .problem import build, build_weights
+from .merging import merge_backward as _merge_backward
+from .options import Array, Causal, Gradients, Options, Window
+from .problem import build, build_backward, build_weights, finish
 
 Index = ArrayLike | slice
 
@@ -174,6 +175,98 @@ def attention(
     return problem.result, problem.result_lse
 
 
+def attention_backward(
+    grad_out: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    out: Array,
+    lse: Array,
+    *,
+    grad_lse: Array | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: Causal = False,
+    window: Window | Sequence[int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    backend: str | None = None,
+) -> Gradients:
+    r"""Gradients of `attention` with respect to its inputs, in linear memory.
+
+    Parameters
+    ----------
+    grad_out : ndarray, shape (..., H, L, Ev)
+        Gradient of some loss with respect to `out`, in the dtype of `query`.
+    query, key, value : ndarray
+        What `attention` was called with.
+    out, lse : ndarray, shape (..., H, L, Ev) and (..., H, L)
+        What it returned, with ``return_lse=True``.
+    grad_lse : ndarray, shape (..., H, L), optional
+        Gradient of the loss with respect to `lse`, where `lse` was used too (`merge_attention`, a z-loss).
+    mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
+        What `attention` was called with.
+    backend : {"auto", "cpu", "reference"}, optional
+        As in `attention`.
+
+    Returns
+    -------
+    Gradients
+        Named tuple (query, key, value, bias, sinks), each of the shape and dtype of its input, summed over the axes
+        along which it was broadcast and over query heads that share a key/value head. `bias` and `sinks` are None if
+        they were not given. A row that may attend to nothing has, and gives, the gradient 0.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendUnavailableError
+        As in `attention`; the message names the argument.
+
+    See Also
+    --------
+    attention : the function that is differentiated.
+    merge_attention_backward : the same for `merge_attention`.
+
+    Notes
+    -----
+    With ``D = rowsum(dO * O) - dlse`` the gradients are ``dV = P.T dO``, ``dS = P * (dO V.T - D)``, ``dQ = scale dS K``
+    and ``dK = scale dS.T Q``. The probabilities ``P = exp(S - lse)`` are computed again, tile by tile: extra memory is
+    O(L + S) features a thread, never L x S, for every option; only the gradient of a bias is as large as the bias.
+    Results have the same bits for any number of threads.
+
+    If `out` and `lse` were merged from several sets of keys, calling this with one of the sets gives the gradients of
+    that set and its part of the gradient of the queries.
+
+    References
+    ----------
+    .. [1] Dao et al., "FlashAttention", 2022, appendix B.2.
+    .. [2] Dao, "FlashAttention-2", 2023, algorithm 2.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention as na
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.standard_normal((2, 8, 100, 64), dtype=np.float32) for _ in range(3))
+    >>> out, lse = na.attention(q, k, v, is_causal=True, return_lse=True)
+    >>> grads = na.attention_backward(np.ones_like(out), q, k, v, out, lse, is_causal=True)
+    >>> grads.key.shape
+    (2, 8, 100, 64)
+    >>> bool(np.allclose(grads.value.sum(-2), 100, rtol=1e-4))  # the weights of each query sum to 1
+    True
+    """
+    options = Options(
+        mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
+    )
+    chosen = backends.select(backend, grad_out, query, key, value)
+    problem = build_backward(grad_out, query, key, value, out, lse, grad_lse, options)
+    chosen.backward(problem)
+    return finish(problem)
+
+
 def attention_weights(
     query: Array,
     key: Array,
@@ -282,4 +375,50 @@ def merge_attention(outs: Sequence[Array] | Array, lses: Sequence[Array] | Array
     return _merge(outs, lses)
 
 
-__all__ = ["attention", "attention_weights", "merge_attention"]
+def merge_attention_backward(
+    grad_out: Array, grad_lse: Array | None, outs: Sequence[Array] | Array, lses: Sequence[Array] | Array
+) -> tuple[list[Array], list[Array]]:
+    """Gradients of `merge_attention` with respect to its parts.
+
+    Parameters
+    ----------
+    grad_out : ndarray, shape (..., L, Ev)
+        Gradient of some loss with respect to the merged output, in the dtype of `outs`.
+    grad_lse : ndarray, shape (..., L), or None
+        Gradient with respect to the merged lse, in the dtype of `lses`; None where that was not used.
+    outs, lses : sequence of n arrays, or one stacked array
+        What `merge_attention` was called with.
+
+    Returns
+    -------
+    grad_outs, grad_lses : list of n ndarrays
+        Of the shapes and dtypes of the parts; pass them on to `attention_backward` as `grad_out` and `grad_lse`.
+        An empty part (lse = -inf) gets 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `merge_attention`, and for gradients that do not match the parts.
+
+    Notes
+    -----
+    With ``w_n = exp(lse_n - lse)``, ``d out_n = w_n dO`` and
+    ``d lse_n = w_n (rowsum(dO * (out_n - out)) + dlse)``.
+
+    References
+    ----------
+    .. [1] Dao et al., "FlashAttention", 2022, section 3.1 (the decomposition that is differentiated).
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention as na
+    >>> rng = np.random.default_rng(0)
+    >>> outs, lses = rng.standard_normal((2, 5, 8)), rng.standard_normal((2, 5))
+    >>> grad_outs, grad_lses = na.merge_attention_backward(np.ones((5, 8)), None, outs, lses)
+    >>> bool(np.allclose(sum(grad_outs), 1)), bool(np.allclose(sum(grad_lses), 0))
+    (True, True)
+    """
+    return _merge_backward(grad_out, grad_lse, outs, lses)
+
+
+__all__ = ["attention", "attention_backward", "attention_weights", "merge_attention", "merge_attention_backward"]

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from .options import Array
-from .problem import is_bfloat16
+from .problem import check_like, is_bfloat16
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -14,19 +14,44 @@ def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
     """Merge n results; see `numba_attention.merge_attention`."""
     parts, logs = _arrays("outs", outs), _arrays("lses", lses)
     _check(parts, logs)
+    with np.errstate(all="ignore"):  # as in `attention`, infinities and NaNs are results
+        out, lse, _ = _merge(parts, logs)
+    return out.astype(parts[0].dtype), lse.astype(logs[0].dtype)
+
+
+def merge_backward(grad_out: Any, grad_lse: Any, outs: Any, lses: Any) -> tuple[list[Array], list[Array]]:
+    """Differentiate `merge`; see `numba_attention.merge_attention_backward`."""
+    parts, logs = _arrays("outs", outs), _arrays("lses", lses)
+    _check(parts, logs)
+    check_like("grad_out", grad_out, parts[0].shape, parts[0].dtype)
+    if grad_lse is not None:
+        check_like("grad_lse", grad_lse, logs[0].shape, logs[0].dtype)
+    grad_outs, grad_lses = [], []
+    with np.errstate(all="ignore"):
+        out, _, weights = _merge(parts, logs)
+        grad = np.asarray(grad_out, out.dtype)
+        for part, log, weight in zip(parts, logs, weights, strict=True):
+            empty = log == -np.inf
+            inner = np.sum(grad * (part - out), axis=-1) + (0 if grad_lse is None else grad_lse)
+            grad_outs.append(np.where(empty[..., None], 0, weight[..., None] * grad).astype(part.dtype))
+            grad_lses.append(np.where(empty, 0, weight * inner).astype(log.dtype))
+    return grad_outs, grad_lses
+
+
+def _merge(parts: list[Array], logs: list[Array]) -> tuple[Array, Array, list[Array]]:
+    """Merged out and lse, and the weight of each part, as float32 at least."""
     half = parts[0].dtype not in _FLOATS
     dtype = np.result_type(np.float32 if half else parts[0].dtype, logs[0].dtype)
-    with np.errstate(all="ignore"):  # as in `attention`, infinities and NaNs are results
-        highest = np.maximum.reduce(logs).astype(dtype)
-        highest = np.where(highest == -np.inf, 0, highest)  # every part is empty: exp(-inf - 0) = 0
-        weights = [np.exp(log - highest) for log in logs]
-        total = np.add.reduce(weights)
-        lse = (highest + np.log(total)).astype(logs[0].dtype)
-        out = np.zeros(parts[0].shape, dtype)
-        for part, log, weight in zip(parts, logs, weights, strict=True):
-            # An empty part adds nothing even if its rows hold NaN; a part whose weight only underflows does.
-            out += np.where(log[..., None] == -np.inf, 0, (weight / total)[..., None] * part.astype(dtype))
-    return out.astype(parts[0].dtype), lse
+    highest = np.maximum.reduce(logs).astype(dtype)
+    highest = np.where(highest == -np.inf, 0, highest)  # every part is empty: exp(-inf - 0) = 0
+    weights = [np.exp(log - highest) for log in logs]
+    total = np.add.reduce(weights)
+    weights = [weight / total for weight in weights]
+    out = np.zeros(parts[0].shape, dtype)
+    for part, log, weight in zip(parts, logs, weights, strict=True):
+        # An empty part adds nothing even if its rows hold NaN; a part whose weight only underflows does.
+        out += np.where(log[..., None] == -np.inf, 0, weight[..., None] * part.astype(dtype))
+    return out, highest + np.log(total), weights
 
 
 def _arrays(name: str, given: Any) -> list[Array]:

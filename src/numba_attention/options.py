@@ -29,3 +29,16 @@ class Options(NamedTuple):
     sinks: ArrayLike | None = None
     query_lengths: ArrayLike | None = None
     key_lengths: ArrayLike | None = None
+
+
+class Gradients(NamedTuple):
+    """Gradients with respect to each input, of its shape and dtype; None for what was not given.
+
+    Axes along which an input was broadcast are summed, as are the query heads that share a key/value head.
+    """
+
+    query: Array | None
+    key: Array | None
+    value: Array | None
+    bias: Array | None = None
+    sinks: Array | None = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .options import Array, Options
+from .options import Array, Gradients, Options
 
 _F32, _F64, _F16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
 
@@ -97,12 +97,32 @@ def _kind(x: Any) -> str:
     return f"{type(x).__module__}.{type(x).__qualname__}"
 
 
-def build(query: Any, key: Any, value: Any, options: Options, out: Any, return_lse: bool) -> Problem:
-    """Validate one `attention` call and allocate its results."""
+@dataclass(slots=True)
+class BackwardProblem:
+    """One validated `attention_backward` call: the forward problem, whose out and lse are inputs, and the gradients.
+
+    `query`, `key` and `value` cover the full batch; `finish` sums what was broadcast.
+    """
+
+    forward: Problem  # its lse is not None
+    grad_out: Array  # (*batch, H, L, Ev)
+    grad_lse: Array | None  # (*batch, H, L), dtype of lse
+    query: Array  # gradients, to be written
+    key: Array
+    value: Array
+    bias_shape: tuple[int, ...] | None  # of the bias as given, with axes of size 1 in front up to (*batch, H, L, S)
+    inputs: tuple[Array, Array, Array]  # query, key, value as given
+    options: Options
+    bias: Array | None = None  # to be made by the backend: of bias_shape, in its precision
+    sinks: Array | None = None  # to be made by the backend if the problem has sinks: (H,), in its precision
+
+
+def _operands(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array, bool]:
+    """Check query, key and value together; return them on one batch, and whether each was a matrix."""
     q, k, v = _tensor("query", query), _tensor("key", key), _tensor("value", value)
     if not (q.dtype is k.dtype is v.dtype or q.dtype == k.dtype == v.dtype):
         raise TypeError(f"query, key and value must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    H, L, E, Hkv, S, Ev = _sizes(q, k)[0:5] + (v.shape[-1],)
+    _, _, _, Hkv, S = _sizes(q, k)
     if v.shape[-3] != Hkv or v.shape[-2] != S:
         raise ValueError(
             f"value must have the heads and length of key, (..., {Hkv}, {S}, Ev), got value of shape {v.shape}"
@@ -111,8 +131,26 @@ def build(query: Any, key: Any, value: Any, options: Options, out: Any, return_l
     if not batch == k.shape[:-3] == v.shape[:-3]:
         batch = _broadcast_batch({"query": batch, "key": k.shape[:-3], "value": v.shape[:-3]})
         q, k, v = (np.broadcast_to(x, batch + x.shape[-3:]) for x in (q, k, v))
-    flat = query.ndim == key.ndim == value.ndim == 2
-    shape = (*batch, H, L, Ev)
+    return q, k, v, query.ndim == key.ndim == value.ndim == 2
+
+
+def _resolve(
+    q: Array, k: Array, v: Array, options: Options, out: Array, lse: Array | None, result: Array, result_lse: Any
+) -> Problem:
+    """Join operands, results and options in a problem."""
+    H, L, E = q.shape[-3:]
+    Hkv, S, Ev = v.shape[-3:]
+    scale = _scale(options.scale, E)
+    problem = Problem(q, k, v, out, lse, result, result_lse, q.shape[:-3], H, Hkv, L, S, E, Ev, scale)
+    if options.is_causal is not False or any(x is not None for x in options[:2] + options[3:5] + options[6:]):
+        _apply(problem, options)
+    return problem
+
+
+def build(query: Any, key: Any, value: Any, options: Options, out: Any, return_lse: bool) -> Problem:
+    """Validate one `attention` call and allocate its results."""
+    q, k, v, flat = _operands(query, key, value)
+    shape = (*q.shape[:-1], v.shape[-1])
     if out is None:
         result = np.empty(shape, q.dtype)
         full = result
@@ -124,13 +162,75 @@ def build(query: Any, key: Any, value: Any, options: Options, out: Any, return_l
         full = out.view(np.ndarray)[None] if flat else out.view(np.ndarray)
     lse = result_lse = None
     if return_lse:
-        lse = result_lse = np.empty(shape[:-1], np.float64 if q.dtype == _F64 else np.float32)
+        lse = result_lse = np.empty(shape[:-1], _lse_dtype(q))
         if flat:
             result_lse = lse[0]
-    problem = Problem(q, k, v, full, lse, result, result_lse, batch, H, Hkv, L, S, E, Ev, _scale(options.scale, E))
-    if options.is_causal is not False or any(x is not None for x in options[:2] + options[3:5] + options[6:]):
-        _apply(problem, options)
-    return problem
+    return _resolve(q, k, v, options, full, lse, result, result_lse)
+
+
+def build_backward(
+    grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, grad_lse: Any, options: Options
+) -> BackwardProblem:
+    """Validate one `attention_backward` call and allocate the gradients of query, key and value."""
+    q, k, v, flat = _operands(query, key, value)
+    shape = (*q.shape[:-1], v.shape[-1])
+    given = shape[1:] if flat else shape
+    check_like("out", out, given, q.dtype)
+    check_like("grad_out", grad_out, given, q.dtype)
+    check_like("lse", lse, given[:-1], _lse_dtype(q))
+    if grad_lse is not None:
+        check_like("grad_lse", grad_lse, given[:-1], _lse_dtype(q))
+    full_out, full_lse, full_grad = (
+        x.view(np.ndarray)[None] if flat else x.view(np.ndarray) for x in (out, lse, grad_out)
+    )
+    full_grad_lse = None if grad_lse is None else grad_lse.view(np.ndarray)[None] if flat else grad_lse.view(np.ndarray)
+    problem = _resolve(q, k, v, options, full_out, full_lse, out, lse)
+    bias_shape = None
+    if options.bias is not None:
+        bias_shape = np.shape(options.bias)
+        bias_shape = (1,) * (q.ndim - len(bias_shape)) + bias_shape
+    dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (q, k, v))
+    inputs = (query, key, value)
+    return BackwardProblem(problem, full_grad, full_grad_lse, dq, dk, dv, bias_shape, inputs, options)
+
+
+def finish(p: BackwardProblem) -> Gradients:
+    """Sum what was broadcast, and give each gradient the shape and dtype of its input."""
+    q, k, v = (_sum_to(grad, x.shape) for grad, x in zip((p.query, p.key, p.value), p.inputs, strict=True))
+    bias = sinks = None
+    if p.bias is not None:
+        given = np.asarray(p.options.bias)
+        bias = p.bias.reshape(given.shape).astype(given.dtype, copy=False)
+    if p.sinks is not None:
+        sinks = p.sinks.astype(np.asarray(p.options.sinks).dtype, copy=False)
+    return Gradients(q, k, v, bias, sinks)
+
+
+def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sum over the axes along which `shape` was broadcast to that of x; halves are summed as float32."""
+    if x.shape == shape:
+        return x
+    extra = tuple(range(x.ndim - len(shape)))
+    stretched = tuple(n for n in range(x.ndim) if n not in extra and shape[n - len(extra)] == 1 != x.shape[n])
+    if any(x.shape[n] != 1 for n in extra) or stretched:
+        wide = np.float32 if x.dtype.itemsize == 2 else x.dtype
+        x = np.sum(x, axis=extra + stretched, dtype=wide, keepdims=True).astype(x.dtype, copy=False)
+    result: Array = x.reshape(shape)
+    return result
+
+
+def _lse_dtype(q: Array) -> type[np.floating[Any]]:
+    return np.float64 if q.dtype == _F64 else np.float32
+
+
+def check_like(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    """Check what a forward call returned, or a gradient with respect to it."""
+    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
+        raise TypeError(f"{name} must be a numpy.ndarray, got {_kind(x)}; convert it with numpy.asarray({name})")
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {np.dtype(dtype)}, got {x.dtype}; convert it with {name}.astype(...)")
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {x.shape}")
 
 
 def build_weights(query: Any, key: Any, options: Options, heads: Any, rows: Any) -> Problem:

@@ -8,19 +8,22 @@ from importlib import import_module
 from typing import Any, NamedTuple, Protocol, cast
 
 from ..errors import BackendUnavailableError
-from ..problem import Problem
+from ..problem import BackwardProblem, Problem
 
 ENVIRONMENT = "NUMBA_ATTENTION_BACKEND"
 
 
 class Backend(Protocol):
-    """What a backend module provides; `forward` and `weights` write into the arrays of the problem."""
+    """What a backend module provides; its functions write into the arrays of the problem."""
 
     def forward(self, problem: Problem) -> None:
         """Write ``problem.out`` and, if it is not None, ``problem.lse``."""
 
     def weights(self, problem: Problem) -> None:
         """Write the probabilities of the chosen heads and rows to ``problem.out``."""
+
+    def backward(self, problem: BackwardProblem) -> None:
+        """Write the gradients of query, key and value, and make those of bias and sinks."""
 
     def unusable(self) -> str | None:
         """Why this backend cannot run here, or None."""

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..options import Array
-from ..problem import Problem
+from ..problem import BackwardProblem, Problem
 
 Index = tuple[int, ...]
 
@@ -35,6 +35,53 @@ def weights(problem: Problem) -> None:
         for b in np.ndindex(problem.batch):
             for n, h in enumerate(heads):
                 problem.out[(*b, n)] = _softmax(problem, b, int(h), rows)[0]
+
+
+def backward(problem: BackwardProblem) -> None:
+    """Write the gradients: ``dS = P (dP - rowsum(dO * O) + dlse)``, Dao et al., "FlashAttention", 2022, appendix B.2.
+
+    The probabilities P are those that the given lse stands for, so that lse may be that of a larger set of keys.
+    """
+    f = problem.forward
+    assert f.lse is not None
+    rows = np.arange(f.L)
+    if problem.bias_shape is not None:
+        problem.bias = np.zeros(problem.bias_shape)
+    if f.sinks is not None:
+        problem.sinks = np.zeros(f.H)
+    with np.errstate(all="ignore"):
+        for b in np.ndindex(f.batch):
+            sums = [np.zeros(x.shape[len(f.batch) :]) for x in (f.key, f.value)]
+            for h in range(f.H):
+                n = _key_head(f, h)
+                query, key, value = (_float64(x) for x in (f.query[(*b, h)], f.key[(*b, n)], f.value[(*b, n)]))
+                grad_out, out, lse = (_float64(x[(*b, h)]) for x in (problem.grad_out, f.out, f.lse))
+                visible = _visible(f, b, h, rows)
+                p = np.where(visible, np.exp(_scores(f, b, h, rows) - lse[:, None]), 0)
+                delta = np.sum(grad_out * out, axis=1)
+                if problem.grad_lse is not None:
+                    delta -= problem.grad_lse[(*b, h)]
+                ds = np.where(visible, p * (grad_out @ value.T - delta[:, None]), 0)
+                _add_to_bias(problem, (*b, h), ds)
+                if problem.sinks is not None and f.sinks is not None:
+                    # A sink is one more key, whose value is 0.
+                    valid = np.isfinite(lse) & (rows < (f.L if f.query_lengths is None else f.query_lengths[b]))
+                    problem.sinks[h] -= np.sum(np.where(valid, np.exp(f.sinks[h] - lse) * delta, 0))
+                if f.softcap is not None:
+                    ds = np.where(visible, ds * (1 - np.tanh(f.scale * (query @ key.T) / f.softcap) ** 2), 0)
+                problem.query[(*b, h)] = f.scale * _weighted_sum(ds, key, visible)
+                sums[0][n] += f.scale * _weighted_sum(ds.T, query, visible.T)
+                sums[1][n] += _weighted_sum(p.T, grad_out, visible.T)
+            problem.key[b], problem.value[b] = sums
+
+
+def _add_to_bias(problem: BackwardProblem, index: Index, ds: Array) -> None:
+    """Add the gradient of the scores of one head to that of the bias, summed where the bias was broadcast."""
+    if problem.bias is None:
+        return
+    stretched = tuple(axis for axis in (0, 1) if problem.bias.shape[axis - 2] == 1)
+    where = tuple(min(i, n - 1) for i, n in zip(index, problem.bias.shape, strict=False))
+    problem.bias[where] += ds.sum(axis=stretched, keepdims=True)
 
 
 def _float64(array: Array) -> Array:

@@ -32,28 +32,32 @@ class _BFloat(ir.Type):
 BF32 = ir.VectorType(_BFloat(), 32)
 
 
-def micro_kernel(spec: Spec, role: str) -> Any:
+def micro_kernel(spec: Spec, role: str, block: tuple[int, int] | None = None, dot: bool | None = None) -> Any:
     """Make ``mm(c, c_stride, a, a_row, a_k, rows, b, b_stride, k, x)``; addresses and strides in bytes.
 
+    Role "product": C = A B.
     Role "scores": C = A B, and the vectors at x become the maximum of themselves and of the rows of C.
     Role "output": C = C * (vectors at x) + A B.
+    Role "sum": C = C + A B.
 
     With fewer than MR `rows` the last one stands in for the missing: C is computed whole (the scratch has room), and
-    nothing beyond A is read. With bfloat16 dot products, A and B hold pairs along k in 32-bit words.
+    nothing beyond A is read. With bfloat16 dot products (`dot`, by default where the spec has them), A and B hold
+    pairs along k in 32-bit words.
     """
+    dot = spec.dot if dot is None else dot
     vector = spec.vector
-    MR, NV = spec.block
+    MR, NV = block or spec.block
     width = vector.bytes * vector.width
 
     def multiply_add(b: Builder, acc: Value, a: Value, row: Value) -> Value:
-        if spec.dot:
+        if dot:
             args = (acc, b.bitcast(a, BF32), b.bitcast(row, BF32))
             return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", vector.type, *args)
         return vector.fma(b, a, row, acc)
 
-    operand = I32 if spec.dot else vector.element
+    operand = I32 if dot else vector.element
     operands = ir.VectorType(operand, vector.width)
-    align = 2 if spec.dot else vector.bytes
+    align = 2 if dot else vector.bytes
 
     def build(
         b: Builder, c: Value, c_stride: Value, a: Value, a_row: Value, a_k: Value, rows: Value,
@@ -66,7 +70,7 @@ def micro_kernel(spec: Spec, role: str) -> Any:
             clamped = b.select(b.icmp_signed("<", I64(r), last), I64(r), last)
             row_offset.append(b.mul(clamped, a_row))
         c_row = [at(b, pc, b.mul(c_stride, I64(r))) for r in range(MR)]
-        xs = [vector.load(b, px, v * width) for v in range(NV)]
+        xs = [vector.load(b, px, v * width) for v in range(NV)] if role in ("scores", "output") else []
         start = [vector.const(0.0)] * (MR * NV)
 
         def body(i: Value, carried: list[Value]) -> list[Value]:
@@ -86,6 +90,8 @@ def micro_kernel(spec: Spec, role: str) -> Any:
                     # Added at the end and not carried through the loop: rounding errors then grow with the number of
                     # tiles, not of keys (over 4096 keys a third of the error), for the same work.
                     c_new = vector.fma(b, vector.load(b, c_row[r], v * width), xs[v], c_new)
+                elif role == "sum":
+                    c_new = b.fadd(vector.load(b, c_row[r], v * width), c_new)
                 vector.store(b, c_new, c_row[r], v * width)
         if role == "scores":
             for v in range(NV):

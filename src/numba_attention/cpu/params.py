@@ -11,24 +11,35 @@ import numpy as np
 SCRATCH = (
     "queries", "keys", "values", "scores", "weights", "bias", "mask", "out", "state", "hidden", "extra",
     "query_rows", "out_rows", "bias_rows", "mask_rows", "lse_rows", "starts", "stops", "positions",
+    # of the backward pass
+    "grads", "grad_scores", "cap_slopes", "query_copy", "grad_copy", "wide_keys", "spare", "sums",
+    "lane_rows", "lane_heads", "grad_rows", "grad_query_rows", "grad_bias_rows", "dirty",
 )  # fmt: skip
 
 # What changes with every call comes first, so that the rest can be kept as bytes and copied (see backends/cpu.py).
 ADDRESSES = (
     "query", "key", "value", "out",
     "counter", "scratch", "sequences", "lse", "bias", "mask", "slopes", "sinks", "chosen",
+    "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias", "delta",
+    "members", "counts", "partial",
 )  # fmt: skip
 INTEGERS = (
-    "items", "scratch_size", "number", "heads", "group", "E", "Ev", "Ev_padded",
+    "items", "scratch_size", "number", "heads", "group", "E", "Ev", "out_depth",
     "query_head", "query_row", "query_column", "key_head", "key_row", "key_column",
     "value_head", "value_row", "value_column", "out_head", "out_row", "out_column",
     "lse_head", "lse_row", "bias_head", "bias_row", "bias_column", "bias_kind",
     "mask_head", "mask_row", "mask_column", "left", "right",
     *(f"at_{name}" for name in SCRATCH),
+    # of the backward pass
+    "kv_heads", "groups", "E_padded", "Ev_padded",
+    "grad_out_head", "grad_out_row", "grad_out_column", "grad_lse_head", "grad_lse_row",
+    "grad_query_head", "grad_query_row", "grad_key_head", "grad_key_row", "grad_value_head", "grad_value_row",
+    "grad_bias_head", "grad_bias_row", "grad_bias_column", "grad_bias_group", "delta_head", "delta_row",
 )  # fmt: skip
-REALS = ("prescale", "factor", "cap_inner", "cap_outer")
+REALS = ("prescale", "factor", "cap_inner", "cap_outer", "scale")
 
 PARAMS = np.dtype([(name, np.int64) for name in ADDRESSES + INTEGERS] + [(name, np.float64) for name in REALS])
+NO_GRADIENTS = (0,) * 10  # the addresses that only the backward pass has
 ARRAYS = 8 * 4  # where the addresses begin that are not query, key, value, out
 pack_addresses = struct.Struct(f"={len(ADDRESSES) - 4}q").pack_into
 pack_rest = struct.Struct(f"={len(INTEGERS)}q{len(REALS)}d").pack
@@ -41,5 +52,7 @@ SEQUENCE = np.dtype([
         "rows", "queries", "keys", "offset",  # rows of output, valid queries and keys, key position of query 0
         "batch", "head",  # number of the sequence and of its first head, for slopes and sinks
         "first",  # work item
+        # of the backward pass: byte offsets, and all rows of key and value
+        "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias", "delta", "key_rows",
     )
 ])  # fmt: skip

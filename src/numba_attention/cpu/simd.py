@@ -99,6 +99,17 @@ class Vector:
     def abs(self, b: Builder, x: Value) -> Value:
         return call(b, f"llvm.fabs.v{self.width}f{self.bits}", self.type, x)
 
+    def sum(self, b: Builder, x: Value) -> Value:
+        """The sum of the lanes, by halves."""
+        lanes = self.width
+        while lanes > 1:
+            lanes //= 2
+            x = b.fadd(
+                b.shuffle_vector(x, x, _indices(range(lanes))),
+                b.shuffle_vector(x, x, _indices(range(lanes, 2 * lanes))),
+            )
+        return b.extract_element(x, I32(0))
+
     def splat(self, b: Builder, scalar: Value) -> Value:
         return splat(b, scalar, self.width)
 
@@ -217,11 +228,14 @@ def void_pointer(typing_context: Any, address: Any) -> Any:
 
 @intrinsic
 def fetch_add(typing_context: Any, address: Any, n: Any) -> Any:
-    """Atomically add n to the int64 at an address and return what was there: hands out work items."""
+    """Atomically add n to the int64 at an address and return what was there: hands out work items.
+
+    What a thread wrote before is seen by those that add after it.
+    """
 
     def codegen(context: Any, builder: Builder, sig: Any, args: Sequence[Value]) -> Value:
         counter = builder.inttoptr(args[0], I64.as_pointer())
-        return builder.atomic_rmw("add", counter, args[1], "monotonic")
+        return builder.atomic_rmw("add", counter, args[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), codegen
 

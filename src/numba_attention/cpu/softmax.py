@@ -2,7 +2,8 @@
 
 The state of a query row is (m, l, acc): maximum so far in the log2 domain, denominator, unnormalised output. Merging
 two states (rescale both to the larger m, add) is associative with identity (-inf, 0, 0); this folds one tile of keys
-into the state. Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, algorithm 3.
+into the state. The backward pass has the denominators already, as lse. Milakov and Gimelshein, "Online normalizer
+calculation for softmax", 2018, algorithm 3.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from .simd import I32, I64, Builder, Value, Vector, at, call, loop, pointer, rou
 
 # Rows of the state scratch, each one vector block of query_tile values.
 TILE_MAX, MAX, SUM, RESCALE, SLOPE, POSITION, FIRST, SPAN, ROWS = range(9)
+SUM_ROWS = 8  # rows of a tile that a micro-kernel of role "sum" takes at once, at most
 
 
 def _coefficients(spec: Spec, pairs: bool) -> tuple[float, ...]:
@@ -134,3 +136,85 @@ def normalised_weights(spec: Spec) -> Any:
 
     kind = "f64" if vector.bits == 64 else "f32"
     return routine(f"scores n state factor:{kind}", build)
+
+
+def softmax_gradient(spec: Spec) -> Any:
+    """Make ``differentiate(scores, grads, n, state, factor)``: P = exp2(score * factor - lse), dS = P (dP - delta).
+
+    Scores become P and the gradients dP of P become dS; lse (log2 domain) and delta are the state rows MAX and SUM. A
+    weight of exactly 0 has no gradient, whatever dP is. Rows up to the next multiple of `SUM_ROWS` are made 0.
+    """
+    vector = spec.vector
+    NV = spec.block[1]
+    width = vector.bytes * vector.width
+    row_bytes = NV * width
+    zero = vector.const(0.0)
+
+    def build(b: Builder, scores: Value, grads: Value, n: Value, state: Value, factor: Value) -> None:
+        px = pointer(b, state)
+        c = vector.splat(b, factor)
+        shift = [b.fneg(vector.load(b, px, MAX * row_bytes + v * width)) for v in range(NV)]
+        delta = [vector.load(b, px, SUM * row_bytes + v * width) for v in range(NV)]
+
+        def body(i: Value, carried: list[Value]) -> list[Value]:
+            row, grad = carried
+            for v in range(NV):
+                x = clamp(vector, b, vector.fma(b, vector.load(b, row, v * width), c, shift[v]))
+                p = trap(vector, b, x, exp2_clamped(vector, b, x, _coefficients(spec, False)))
+                vector.store(b, p, row, v * width)
+                ds = b.fmul(p, b.fsub(vector.load(b, grad, v * width), delta[v]))
+                vector.store(b, b.select(b.fcmp_ordered("==", p, zero), zero, ds), grad, v * width)
+            return [at(b, row, row_bytes), at(b, grad, row_bytes)]
+
+        def clear(i: Value, carried: list[Value]) -> list[Value]:
+            row, grad = carried
+            for v in range(NV):
+                vector.store(b, zero, row, v * width)
+                vector.store(b, zero, grad, v * width)
+            return [at(b, row, row_bytes), at(b, grad, row_bytes)]
+
+        end = loop(b, n, [pointer(b, scores), pointer(b, grads)], body)
+        missing = b.and_(b.sub(I64(0), n), I64(SUM_ROWS - 1))
+        loop(b, missing, end, clear)
+
+    kind = "f64" if vector.bits == 64 else "f32"
+    return routine(f"scores grads n state factor:{kind}", build)
+
+
+def row_products(spec: Spec) -> Any:
+    """Make ``multiply(a, b, n, target)``: target[lane] = sum_e a[e, lane] b[e, lane] over n rows of two tiles."""
+    vector = spec.vector
+    NV = spec.block[1]
+    width = vector.bytes * vector.width
+
+    def build(b: Builder, first: Value, second: Value, n: Value, target: Value) -> None:
+        def body(i: Value, carried: list[Value]) -> list[Value]:
+            p, q, *total = carried
+            for v in range(NV):
+                total[v] = vector.fma(b, vector.load(b, p, v * width), vector.load(b, q, v * width), total[v])
+            return [at(b, p, NV * width), at(b, q, NV * width), *total]
+
+        zeros = [vector.const(0.0)] * NV
+        _, _, *total = loop(b, n, [pointer(b, first), pointer(b, second), *zeros], body)
+        for v in range(NV):
+            vector.store(b, total[v], pointer(b, target), v * width)
+
+    return routine("first second n target", build)
+
+
+def multiply_tile(spec: Spec) -> Any:
+    """Make ``multiply(tile, n, other)``: tile *= other, over n rows."""
+    vector = spec.vector
+    NV = spec.block[1]
+    width = vector.bytes * vector.width
+
+    def build(b: Builder, tile: Value, n: Value, other: Value) -> None:
+        def body(i: Value, carried: list[Value]) -> list[Value]:
+            p, q = carried
+            for v in range(NV):
+                vector.store(b, b.fmul(vector.load(b, p, v * width), vector.load(b, q, v * width)), p, v * width)
+            return [at(b, p, NV * width), at(b, q, NV * width)]
+
+        loop(b, n, [pointer(b, tile), pointer(b, other)], body)
+
+    return routine("tile n other", build)

@@ -2,7 +2,7 @@
 
 Scores arrive as products in some unit; `factor` takes them to the log2 domain in which the softmax works. The first
 pass that needs it applies the factor, and the passes after it, and the softmax, then use 1. The order is `attention`'s:
-scale, softcap, ALiBi, bias, mask, and last the row intervals.
+scale, softcap, ALiBi, bias, mask, and last the row intervals. Only softcap has a derivative other than 1.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 
 from .elements import Spec
 from .exp import EXP2_F32, EXP2_F64, tanh
-from .simd import I64, Builder, Value, at, load, loop, pointer, routine, splat
+from .simd import I64, Builder, Value, at, load, loop, pointer, routine, splat, store
 from .softmax import FIRST, POSITION, SLOPE, SPAN, TILE_MAX
 
 Body = Callable[[Builder, Value, int, Value], Value]
@@ -50,6 +50,26 @@ def softcap(spec: Spec) -> Any:
         _tile_pass(spec, b, scores, n, lambda b, j, v, s: b.fmul(y, tanh(vector, b, b.fmul(s, x), table)))
 
     return routine(f"scores n inner:{_real(spec)} outer:{_real(spec)}", build)
+
+
+def cap_slope(spec: Spec) -> Any:
+    """Make ``slope(scores, n, inverse, slopes)``: the derivative of `softcap` where it was s: 1 - (s * inverse)**2."""
+
+    def build(b: Builder, scores: Value, n: Value, inverse: Value, slopes: Value) -> None:
+        vector = spec.vector
+        x, one = vector.splat(b, inverse), vector.const(1.0)
+        base, width = pointer(b, slopes), vector.bytes * vector.width
+
+        def body(b: Builder, j: Value, v: int, s: Value) -> Value:
+            t = b.fmul(s, x)
+            slope = vector.fma(b, b.fneg(t), t, one)
+            offset = b.add(b.mul(j, I64(spec.block[1] * width)), I64(v * width))
+            store(b, slope, base, offset, align=vector.bytes)
+            return s
+
+        _tile_pass(spec, b, scores, n, body)
+
+    return routine(f"scores n inverse:{_real(spec)} slopes", build)
 
 
 def alibi(spec: Spec) -> Any:

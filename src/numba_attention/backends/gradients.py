@@ -1,0 +1,152 @@
+"""The backward pass of the CPU backend: how the work is shared out, and the launch."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..cpu import backward as kernels
+from ..cpu import launch
+from ..cpu.elements import Spec
+from ..cpu.params import ARRAYS, REST, pack_addresses
+from ..cpu.simd import HOST
+from ..cpu.softmax import SUM_ROWS
+from ..cpu.sums import padded
+from ..options import Array
+from ..problem import BackwardProblem
+from .records import address_of, pack, readable_bias, sequences_of, storage_of, strides_of, values_of
+from .resources import addresses, memory, threads_for, worker
+
+ITEMS = 16  # worth having, so that many threads find work and finish together
+BUFFERS = 2**26  # bytes that the groups of all heads may take together
+
+
+def run(g: BackwardProblem) -> None:
+    """Write the gradients of query, key and value, and make those of bias and sinks."""
+    p = g.forward
+    if p.query.dtype == np.float16 and not HOST.f16:
+        return _run_widened(g)
+    storage = storage_of(p.query.dtype)
+    spec = Spec(storage, HOST, "backward")
+    real: Any = spec.vector.dtype
+    size = spec.vector.bytes
+    bias = readable_bias(p)
+    E, Ev = padded(spec, p.E), padded(spec, p.Ev)
+    head_bytes = (p.S + SUM_ROWS) * (E + Ev) * size
+    waves = _waves(g)
+    items = waves.shape[1]
+    groups = _groups(g, spec, items, head_bytes)
+    offsets, scratch_size, depth = kernels.scratch(spec, p.E, p.Ev, head_bytes if groups == 1 else 0)
+    number = threads_for(items * groups, 5.0 * p.L * p.S * (p.E + p.Ev) * p.H * math.prod(p.batch))
+    scratch, scratch_address = memory.reserve(number * scratch_size)
+    partial = np.empty(items * groups * head_bytes if groups > 1 else 0, np.uint8)
+    members = np.zeros((*waves.shape, 2), np.int64)
+    members[..., 0] = waves
+    members[..., 1] = np.arange(items) * (groups * head_bytes)
+
+    full = (*p.batch, p.H, p.L, p.S)
+    of_bias = None
+    if g.bias_shape is not None:
+        # Where all rows share one row of the bias, each group has a gradient of its own.
+        of_bias = np.zeros((groups if g.bias_shape[-2] == 1 else 1, *g.bias_shape), real)
+    delta = None if p.sinks is None else np.empty(full[:-1], real)
+    arrays = {
+        "grad_out": g.grad_out,
+        "grad_lse": g.grad_lse,
+        "grad_query": g.query,
+        "grad_key": g.key,
+        "grad_value": g.value,
+        "grad_bias": None if of_bias is None else np.broadcast_to(of_bias[0], full),
+        "delta": delta,
+    }
+    sequences = sequences_of(p, bias, **arrays)
+    values = values_of(p, spec, bias) | {
+        "items": items * groups,
+        "number": len(sequences),
+        "Ev": p.Ev,
+        "groups": groups,
+        "E_padded": E,
+        "Ev_padded": Ev,
+        "scratch_size": scratch_size,
+        "out_depth": depth,
+        "grad_bias_group": of_bias.strides[0] if of_bias is not None and len(of_bias) > 1 else 0,
+    }
+    for name, array in arrays.items():
+        values |= strides_of(name, array, len(p.batch))
+    memory.params[REST:] = pack(values, offsets)
+    slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
+    first = (0,) * len(p.batch) + (0,)
+    if waves.size and p.H:
+        addresses[p.query.itemsize].call(
+            p.query[first], p.key[first], p.value[first], p.out[first], memory.params_address
+        )
+    for wave in members:
+        memory.counter.value = 0
+        counts = np.zeros(items, np.int64)
+        pack_addresses(
+            memory.params, ARRAYS, memory.counter_address, scratch_address, address_of(sequences),
+            address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), 0, 0,
+            *(address_of(arrays[name]) for name in arrays),
+            address_of(wave), address_of(counts), address_of(partial),
+        )  # fmt: skip
+        launch.run(worker(storage, "backward"), memory.params_address, number)
+    if of_bias is not None:
+        g.bias = of_bias.sum(axis=0) if len(of_bias) > 1 else of_bias[0]
+    if p.sinks is not None and p.lse is not None and delta is not None:
+        g.sinks = _of_sinks(p.sinks, p.lse, delta)
+    del scratch, slopes, bias
+
+
+def _waves(g: BackwardProblem) -> Array:
+    """Numbers (sequence * Hkv + head) of the key/value heads: rows run one after the other, columns side by side.
+
+    Heads that share elements of a bias must not add to its gradient at the same time.
+    """
+    p = g.forward
+    shape = (*p.batch, p.Hkv)
+    heads: Array = np.arange(math.prod(shape)).reshape(shape)
+    shared = [] if g.bias_shape is None else [axis for axis, n in enumerate(g.bias_shape[:-2]) if n == 1]
+    together = math.prod(shape[axis] for axis in shared)
+    heads = np.moveaxis(heads, shared, range(len(shared)))
+    return heads.reshape(together, heads.size // together if together else 0)
+
+
+def _groups(g: BackwardProblem, spec: Spec, heads: int, head_bytes: int) -> int:
+    """In how many groups to share out the tiles of queries of a head: follows from the shape, not from the threads."""
+    p = g.forward
+    if not heads or not p.Hkv:
+        return 1
+    G = p.H // p.Hkv
+    if g.bias_shape is not None and g.bias_shape[-3] == 1 and G > 1 and spec.query_tile % G:
+        return 1  # two tiles may hold the same row of the bias
+    row_tiles = -(-p.L * G // spec.query_tile)
+    groups = min(-(-ITEMS // heads), row_tiles, BUFFERS // (heads * head_bytes) if head_bytes else 1)
+    return max(1, groups)
+
+
+def _of_sinks(sinks: Array, lse: Array, delta: Array) -> Array:
+    """Gradient of the sinks: each is one more key, whose value is 0."""
+    with np.errstate(all="ignore"):
+        weights = np.where(np.isfinite(lse), np.exp(sinks[:, None] - lse), 0)
+        parts = np.where(weights == 0, 0, weights * delta)
+    total: Array = -parts.sum(axis=-1).sum(axis=tuple(range(lse.ndim - 2)))
+    return total
+
+
+def _run_widened(g: BackwardProblem) -> None:
+    """float16 on a host that cannot convert it in hardware: through float32 copies."""
+    p = g.forward
+    q, k, v, out, grad_out = (x.astype(np.float32) for x in (p.query, p.key, p.value, p.out, g.grad_out))
+    grads = [np.empty(x.shape, np.float32) for x in (g.query, g.key, g.value)]
+    single = replace(
+        g,
+        forward=replace(p, query=q, key=k, value=v, out=out),
+        grad_out=grad_out,
+        query=grads[0],
+        key=grads[1],
+        value=grads[2],
+    )
+    run(single)
+    g.query[...], g.key[...], g.value[...] = grads
+    g.bias, g.sinks = single.bias, single.sinks

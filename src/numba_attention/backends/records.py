@@ -1,0 +1,114 @@
+"""From a `Problem` to the records that the kernels read."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ..cpu.elements import Spec
+from ..cpu.params import INTEGERS, REALS, SEQUENCE, pack_rest
+from ..cpu.scoring import LN2, LOG2E, bias_elements
+from ..cpu.simd import HOST
+from ..intervals import FAR
+from ..options import Array
+from ..problem import Problem, is_bfloat16
+
+
+def storage_of(dtype: np.dtype[Any]) -> str:
+    return "bfloat16" if is_bfloat16(dtype) else dtype.name
+
+
+def address_of(array: Array | None) -> int:
+    if array is None:
+        return 0
+    return int(array.__array_interface__["data"][0])
+
+
+def offsets_of(array: Array, batch: tuple[int, ...]) -> Array:
+    """Byte offset of each sequence of the batch, flattened."""
+    total: Array = np.zeros((1,) * len(batch), np.int64)
+    for axis, (n, stride) in enumerate(zip(batch, array.strides, strict=False)):
+        total = total + np.arange(n).reshape((-1,) + (1,) * (len(batch) - 1 - axis)) * stride
+    return total.ravel()
+
+
+def _compact(array: Array, dtype: Any) -> Array:
+    """Convert the dtype of a broadcast array without expanding it."""
+    index = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)
+    return np.broadcast_to(array[index].astype(dtype), array.shape)
+
+
+def readable_bias(p: Problem) -> Array | None:
+    """The bias as a type that the kernel reads, without expanding what is broadcast."""
+    if p.bias is None:
+        return None
+    names = bias_elements(Spec(storage_of(p.query.dtype), HOST))
+    return p.bias if storage_of(p.bias.dtype) in names else _compact(p.bias, names[0])
+
+
+def sequences_of(p: Problem, bias: Array | None, **more: Array | None) -> Array:
+    """One record a sequence; `more` are arrays of whose sequences the kernel wants the offsets."""
+    sequences = np.zeros(math.prod(p.batch), SEQUENCE)
+    arrays = {"query": p.query, "key": p.key, "value": p.value, "out": p.out, "lse": p.lse, "bias": bias}
+    for name, array in {**arrays, "mask": p.mask, **more}.items():
+        if array is not None:
+            sequences[name] = offsets_of(array, p.batch)
+    sequences["queries"] = p.L if p.query_lengths is None else p.query_lengths.ravel()
+    sequences["keys"] = p.S if p.key_lengths is None else p.key_lengths.ravel()
+    sequences["offset"] = p.offset if isinstance(p.offset, int) else p.offset.ravel()
+    sequences["batch"] = np.arange(len(sequences))
+    sequences["rows"], sequences["key_rows"] = p.L, p.S
+    return sequences
+
+
+def values_of(p: Problem, spec: Spec, bias: Array | None) -> dict[str, float]:
+    """The parameters that every kernel has, by name."""
+    scale = p.scale * LOG2E
+    # The power of two goes to the queries, exactly and before anything can overflow; the rest to the scores.
+    factor, exponent = math.frexp(abs(scale))
+    values: dict[str, float] = {
+        "heads": p.H,
+        "group": p.H // p.Hkv if p.Hkv else 0,
+        "kv_heads": p.Hkv,
+        "E": p.E,
+        "left": FAR if p.left is None else p.left,
+        "right": FAR if p.right is None else p.right,
+        "bias_kind": 0 if bias is None else 1 + bias_elements(spec).index(storage_of(bias.dtype)),
+        "prescale": math.ldexp(math.copysign(1.0, scale), exponent),
+        "factor": factor,
+        "scale": p.scale,
+    }
+    if p.softcap is not None:
+        values |= {"cap_inner": factor * LN2 / p.softcap, "cap_outer": p.softcap * LOG2E}
+    arrays = {"query": p.query, "key": p.key, "value": p.value, "out": p.out, "lse": p.lse, "bias": bias}
+    for name, array in {**arrays, "mask": p.mask}.items():
+        values |= strides_of(name, array, len(p.batch))
+    return values
+
+
+def strides_of(name: str, array: Array | None, batch: int) -> dict[str, float]:
+    """Strides of the axes after the batch, by the names of the parameters."""
+    if array is None:
+        return {}
+    return {f"{name}_{axis}": n for axis, n in zip(("head", "row", "column"), array.strides[batch:], strict=False)}
+
+
+def pack(values: dict[str, float], offsets: dict[str, int]) -> bytes:
+    """The PARAMS record after the addresses."""
+    values = values | {f"at_{name}": offset for name, offset in offsets.items()}
+    return pack_rest(*(values.pop(name, 0) for name in INTEGERS), *(float(values.pop(name, 0)) for name in REALS))
+
+
+def per_head(p: Problem, chosen: Array, sequences: Array, bias: Array | None) -> Array:
+    """Make every chosen head of every sequence a sequence of its own, so that heads may be any index array."""
+    heads = np.tile(chosen, len(sequences))
+    each: Array = np.repeat(sequences, len(chosen))
+    each["head"] = heads
+    each["query"] += heads * p.query.strides[-3]
+    each["key"] += heads // (p.H // p.Hkv) * p.key.strides[-3]
+    each["out"] += np.tile(np.arange(len(chosen)), len(sequences)) * p.out.strides[-3]
+    if bias is not None:
+        each["bias"] += heads * bias.strides[-3]
+    if p.mask is not None:
+        each["mask"] += heads * p.mask.strides[-3]
+    return each

@@ -1,0 +1,74 @@
+"""What calls of kernels need beside the problem: memory that outlives a call, and the kernels themselves."""
+
+import ctypes
+import threading
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from numba import carray, types
+
+from ..cpu import backward, forward, launch
+from ..cpu.cache import Kernel
+from ..cpu.elements import Spec
+from ..cpu.params import PARAMS
+from ..cpu.simd import HOST, void_pointer
+from ..options import Array
+
+SMALL = 2e5  # flops, about 2 us of work: below this a parallel region costs more than it saves
+KEEP = 2**24  # bytes of scratch that a Python thread holds on to between calls
+
+
+class _Memory(threading.local):
+    """Parameters, work counter and scratch of one calling Python thread, kept between calls."""
+
+    def __init__(self) -> None:
+        self.params = bytearray(PARAMS.itemsize)
+        self.params_address = ctypes.addressof(ctypes.c_char.from_buffer(self.params))
+        self.counter = ctypes.c_int64(0)
+        self.counter_address = ctypes.addressof(self.counter)
+        self.scratch, self.scratch_address = np.empty(0, np.uint8), 0
+
+    def reserve(self, size: int) -> tuple[Array, int]:
+        """At least `size` bytes of scratch, aligned to a cache line; raises MemoryError before anything is written."""
+        if size <= self.scratch.nbytes - 64:
+            return self.scratch, self.scratch_address
+        scratch = np.empty(size + 64, np.uint8)
+        address = -(-scratch.ctypes.data // 64) * 64
+        if size <= KEEP:
+            self.scratch, self.scratch_address = scratch, address
+        return scratch, address
+
+
+memory = _Memory()
+
+
+def _make_addresses() -> Callable[..., int]:
+    def addresses(a: Array, b: Array, c: Array, d: Array, target: int) -> int:
+        found = carray(void_pointer(target), 4, np.int64)
+        found[0], found[1], found[2], found[3] = a.ctypes.data, b.ctypes.data, c.ctypes.data, d.ctypes.data
+        return 0
+
+    return addresses
+
+
+def _addresses_of(size: int) -> Kernel:
+    """Finds where four matrices of elements of this size begin, in a tenth of the time of ``array.ctypes.data``."""
+    matrix = types.Array(types.Integer.from_bitwidth(8 * size, signed=False), 2, "A", readonly=True)
+    return Kernel(f"addresses-{size}", _make_addresses, types.int64(matrix, matrix, matrix, matrix, types.int64))
+
+
+addresses = {size: _addresses_of(size) for size in (2, 4, 8)}
+
+
+@cache
+def worker(storage: str, task: str) -> Kernel:
+    """The kernel of a task for one way of storing numbers."""
+    spec = Spec(storage, HOST, task)
+    make = backward.make_worker if task == "backward" else forward.make_worker
+    return Kernel(spec.name, lambda: make(spec), launch.SIGNATURE)
+
+
+def threads_for(items: int, flops: float) -> int:
+    """How many threads to run so much work on."""
+    return min(launch.threads(), items) if items > 1 and flops > SMALL else 1

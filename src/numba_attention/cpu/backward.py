@@ -1,0 +1,291 @@
+"""The backward pass on the CPU: scores and weights again, tile by tile; FlashAttention-2 (Dao 2023) algorithm 2.
+
+As in the forward pass a tile of queries lies in the lanes and visits its tiles of keys; five products instead of two:
+
+    S^T = K Q^T, dP^T = V dO^T, dQ^T += K^T dS^T      queries in the lanes
+    dV += P^T dO, dK += dS^T Q                        features in the lanes
+
+One work item is every `groups`-th tile of queries of one key/value head. It sums its dK and dV by itself; where a head
+has several groups, the last to be done adds their sums in order. So no sum depends on which thread did what when.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from . import tiles
+from .elements import Spec
+from .gemm import micro_kernel
+from .params import PARAMS, SEQUENCE
+from .scoring import LOG2E, NEVER, areas, lay_out, make_scoring
+from .simd import fetch_add, void_pointer
+from .softmax import MAX, RESCALE, ROWS, SUM, SUM_ROWS, TILE_MAX, multiply_tile, row_products, softmax_gradient
+from .sums import add_products, add_transposed, padded, write_sums
+
+LSE, DELTA = MAX, SUM  # rows of the state
+CLEAN, DIRTY, LOST = range(3)  # rows: finite, NaN or infinity in grad_out, NaN in lse
+TABLES = ("grad_rows", "grad_query_rows", "grad_bias_rows", "dirty")
+
+
+def scratch(spec: Spec, E: int, Ev: int, sums: int) -> tuple[dict[str, int], int, int]:
+    """Byte offsets of the scratch areas of one thread, their sum, and how many rows the tile of dQ has.
+
+    `sums` is how many bytes of dK and dV a thread keeps.
+    """
+    BM, BN, size, MR = spec.query_tile, spec.key_tile, spec.vector.bytes, spec.block[0]
+    rows = -(-E // MR) * MR
+    deepest = max(rows, Ev)  # the tile of dQ first holds that of outputs
+    words = (Ev + 1) // 2
+    own = {
+        "grads": BM * (4 * words if spec.dot else size * Ev),
+        "values": BN * (4 * words if spec.dot else size * Ev if spec.converts else 0),
+        "grad_scores": BM * BN * size,
+        "cap_slopes": BM * BN * size,
+        "out": BM * deepest * size,
+        "extra": BM * Ev * size if spec.dot else 0,
+        "query_copy": BM * padded(spec, E) * size,
+        "grad_copy": BM * padded(spec, Ev) * size,
+        "wide_keys": BN * E * size,
+        "spare": max(E, BM) * size,
+        "sums": sums,
+        **dict.fromkeys(TABLES, BM * 8),
+    }
+    return *lay_out(areas(spec, E) | own), rows
+
+
+def make_worker(spec: Spec) -> Callable[[int, int], int]:
+    """Make the function that one thread runs: take work items until none is left."""
+    BM, BN, MR = spec.query_tile, spec.key_tile, spec.block[0]
+    vector, element = spec.vector, spec.element
+    size, row_bytes = vector.bytes, BM * vector.bytes
+    dot, converts, item_size = spec.dot, spec.converts, element.size
+    real: Any = vector.dtype
+    infinity = math.inf
+
+    table, place_rows, pack_rows, products, hides_all, score_tile = make_scoring(spec)
+    mm_query = micro_kernel(spec, "output", dot=False)
+    gather = tiles.gather_tile(spec, element)
+    widen = tiles.widen_tile(spec)
+    write_tile = tiles.scatter_tile(spec)
+    has_nan = tiles.has_nan(spec)
+    differentiate_softmax, multiply, row_sums = softmax_gradient(spec), multiply_tile(spec), row_products(spec)
+    add, add_to_bias, write = add_products(spec), add_transposed(spec), write_sums(spec)
+
+    @spec.jit
+    def bytes_of(p: Any, s: Any) -> int:
+        """Of the sums of one group: dK, then dV."""
+        total: int = (s.key_rows + SUM_ROWS) * (p.E_padded + p.Ev_padded) * size
+        return total
+
+    @spec.jit
+    def place_gradients(p: Any, s: Any, at: int, head: int, first_row: int, group: int) -> bool:
+        """Fill the tables and the state that only the backward pass needs; whether lse has NaN."""
+        rows, heads = table(at + p.at_lane_rows), table(at + p.at_lane_heads)
+        starts, stops, lse_rows = table(at + p.at_starts), table(at + p.at_stops), table(at + p.at_lse_rows)
+        grad_rows, grad_query_rows = table(at + p.at_grad_rows), table(at + p.at_grad_query_rows)
+        grad_bias_rows, dirty = table(at + p.at_grad_bias_rows), table(at + p.at_dirty)
+        state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
+        bias = p.grad_bias + s.grad_bias + group * p.grad_bias_group
+        last = s.rows * p.group - first_row
+        lost = False
+        for lane in range(BM):
+            i, h = rows[lane], heads[lane]
+            dirty[lane] = CLEAN
+            grad_rows[lane] = p.grad_out + s.grad_out + h * p.grad_out_head + i * p.grad_out_row
+            grad_query_rows[lane] = p.grad_query + s.grad_query + h * p.grad_query_head + i * p.grad_query_row
+            grad_bias_rows[lane] = bias + h * p.grad_bias_head + i * p.grad_bias_row
+            lse = carray(void_pointer(lse_rows[lane]), 1, real)[0]
+            state[LSE, lane] = real(np.float64(lse) * LOG2E)
+            state[RESCALE, lane] = 1
+            # A row that sees nothing has no weights; nor has the last row where it stands in for those a tile lacks.
+            if lane >= last or lse == -infinity or starts[lane] >= stops[lane]:
+                state[LSE, lane] = infinity
+            elif math.isnan(lse):
+                state[LSE, lane] = 0
+                dirty[lane], lost = LOST, True
+            if lane >= last:
+                grad_query_rows[lane] = at + p.at_spare
+        return lost
+
+    @spec.jit
+    def write_delta(p: Any, s: Any, at: int, first_row: int) -> None:
+        """Delta = rowsum(dO * O) - dlse, already summed, to the array that the gradient of the sinks is made of."""
+        rows, heads = table(at + p.at_lane_rows), table(at + p.at_lane_heads)
+        state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
+        for lane in range(BM):
+            i, h = rows[lane], heads[lane]
+            if p.grad_lse != 0:
+                address = p.grad_lse + s.grad_lse + h * p.grad_lse_head + i * p.grad_lse_row
+                state[DELTA, lane] -= carray(void_pointer(address), 1, real)[0]
+            if p.delta != 0:
+                address = p.delta + s.delta + h * p.delta_head + i * p.delta_row
+                carray(void_pointer(address), 1, real)[0] = state[DELTA, lane]
+
+    @spec.jit
+    def clean(address: int, rows: int, columns: int, marks: int) -> None:
+        """Zero what is NaN or infinite in a matrix, and mark the rows that had some."""
+        matrix = carray(void_pointer(address), (NEVER, columns), real)
+        for r in range(rows):
+            for e in range(columns):
+                if not math.isfinite(matrix[r, e]):
+                    matrix[r, e] = 0
+                    if marks != 0:
+                        table(marks)[r] = max(table(marks)[r], DIRTY)
+
+    @spec.jit
+    def copy_rows(at_copy: int, rows: int, stride: int, features: int, pitch: int, marks: int) -> bool:
+        """Copy the rows that a table tells, widened and padded; NaN and infinity become 0, and whether there were any.
+
+        Their weights may be 0, and 0 * NaN is NaN.
+        """
+        addresses = table(rows)
+        carray(void_pointer(at_copy), (BM, pitch), real)[:, features:] = 0
+        for lane in range(BM):
+            widen(at_copy + lane * pitch * size, addresses[lane], 0, stride, 1, features)
+        if not has_nan(at_copy, pitch):
+            return False
+        clean(at_copy, BM, pitch, marks)
+        return True
+
+    @spec.jit
+    def load_rows(p: Any, s: Any, at: int, first_row: int) -> bool:
+        """Pack what belongs to the rows of the tile; whether grad_out holds NaN or infinity."""
+        grads, state = at + p.at_grads, at + p.at_state
+        pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
+        pack_rows(grads, at + p.at_grad_rows, p.grad_out_column, p.Ev, real(1))
+        if dot:
+            grads = at + p.at_extra
+            gather(grads, at + p.at_grad_rows, 0, p.grad_out_column, p.Ev, real(1))
+        gather(at + p.at_out, at + p.at_out_rows, 0, p.out_column, p.Ev, real(1))
+        row_sums(grads, at + p.at_out, p.Ev, state + DELTA * row_bytes)
+        write_delta(p, s, at, first_row)
+        copy_rows(at + p.at_query_copy, at + p.at_query_rows, p.query_column, p.E, p.E_padded, 0)
+        marks = at + p.at_dirty
+        dirty: bool = copy_rows(at + p.at_grad_copy, at + p.at_grad_rows, p.grad_out_column, p.Ev, p.Ev_padded, marks)
+        return dirty
+
+    @spec.jit
+    def lose_scores(p: Any, at: int, n: int) -> None:
+        """Where lse is NaN, the weights will be; for now they are 1, or 0 where the row does not see the key."""
+        dirty = table(at + p.at_dirty)
+        scores = carray(void_pointer(at + p.at_scores), (BN, BM), real)
+        for j in range(n):
+            for lane in range(BM):
+                if dirty[lane] == LOST and scores[j, lane] != -infinity:
+                    scores[j, lane] = 0
+
+    @spec.jit
+    def spread_nan(p: Any, at: int, n: int) -> None:
+        """A row with NaN in lse or grad_out gives NaN to the keys and values that it sees, and to no other."""
+        dirty = table(at + p.at_dirty)
+        weights = carray(void_pointer(at + p.at_scores), (BN, BM), real)
+        grad_scores = carray(void_pointer(at + p.at_grad_scores), (BN, BM), real)
+        for j in range(n):
+            for lane in range(BM):
+                if dirty[lane] != CLEAN and weights[j, lane] != 0:
+                    weights[j, lane] = grad_scores[j, lane] = math.nan
+
+    @spec.jit
+    def add_query_gradient(p: Any, s: Any, at: int, head: int, j0: int, n: int, careful: bool) -> None:
+        """dQ^T += K^T dS^T."""
+        keys = p.key + s.key + head * p.key_head + j0 * p.key_row
+        row, column = p.key_row, p.key_column
+        if converts:
+            keys, row, column = at + p.at_keys, p.E * size, size  # widened for the scores
+        if dot or careful:
+            wide = at + p.at_wide_keys
+            widen(wide, p.key + s.key + head * p.key_head + j0 * p.key_row, p.key_row, p.key_column, n, p.E)
+            keys, row, column = wide, p.E * size, size
+            if careful:
+                clean(wide, n, p.E, 0)
+        for e in range(0, p.E, MR):
+            mm_query(
+                at + p.at_out + e * row_bytes, row_bytes, keys + e * column, column, row, min(MR, p.E - e),
+                at + p.at_grad_scores, row_bytes, n, at + p.at_state + RESCALE * row_bytes,
+            )  # fmt: skip
+
+    @spec.jit
+    def visit_keys(
+        p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, sums: int, dirty: bool, careful: bool
+    ) -> None:
+        """One tile of keys: the weights, their gradients, and what follows from both."""
+        weights, grad_scores = at + p.at_scores, at + p.at_grad_scores
+        factor = score_tile(p, s, at, head, j0, n, edge)
+        values = p.value + s.value + head * p.value_head + j0 * p.value_row
+        state = at + p.at_state
+        products(grad_scores, values, p.value_row, p.value_column, n, p.Ev, at + p.at_grads, at + p.at_values, state)
+        if dirty:
+            lose_scores(p, at, n)
+        differentiate_softmax(weights, grad_scores, n, state, factor)
+        if dirty:
+            spread_nan(p, at, n)
+        if p.grad_bias != 0 and not careful:
+            column = p.grad_bias_column
+            add_to_bias(grad_scores, at + p.at_grad_bias_rows, j0 * column, column, n, at + p.at_spare)
+        if p.cap_outer != 0:
+            multiply(grad_scores, n, at + p.at_cap_slopes)
+        add_query_gradient(p, s, at, head, j0, n, careful)
+        if careful:
+            return
+        add(sums + j0 * p.E_padded * size, grad_scores, at + p.at_query_copy, n, p.E_padded)
+        value_sums = sums + (s.key_rows + SUM_ROWS) * p.E_padded * size
+        add(value_sums + j0 * p.Ev_padded * size, weights, at + p.at_grad_copy, n, p.Ev_padded)
+
+    @spec.jit
+    def visit_rows(p: Any, s: Any, at: int, head: int, first_row: int, group: int, sums: int) -> None:
+        """One tile of queries: dQ of its rows, and their part of dK and dV."""
+        grad_query = carray(void_pointer(at + p.at_out), (NEVER, BM), real)
+        state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
+        careful = False
+        while True:
+            start, stop, all_start, all_stop = place_rows(p, s, at, head, first_row)
+            dirty = place_gradients(p, s, at, head, first_row, group)
+            dirty = load_rows(p, s, at, first_row) or dirty
+            grad_query[: p.out_depth] = 0
+            for j0 in range(start, stop, BN):
+                n = min(BN, stop - j0)
+                if p.mask == 0 or not hides_all(p, s, at, j0, n):
+                    visit_keys(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop, sums, dirty, careful)
+            # As in the forward pass, what a key that holds NaN did to rows that do not see it is done again.
+            if careful or not has_nan(at + p.at_out, p.E):
+                break
+            careful = True
+        state[TILE_MAX] = real(p.scale)
+        write_tile(at + p.at_out, at + p.at_grad_query_rows, 0, item_size, p.E, at + p.at_state + TILE_MAX * row_bytes)
+
+    @spec.jit
+    def write_keys(p: Any, s: Any, head: int, sums: int) -> None:
+        """DK and dV of a head: the sum over its groups."""
+        group = bytes_of(p, s)
+        key = p.grad_key + s.grad_key + head * p.grad_key_head
+        write(key, p.grad_key_row, s.key_rows, p.E, sums, p.E_padded * size, p.groups, group, real(p.scale))
+        sums += (s.key_rows + SUM_ROWS) * p.E_padded * size
+        value = p.grad_value + s.grad_value + head * p.grad_value_head
+        write(value, p.grad_value_row, s.key_rows, p.Ev, sums, p.Ev_padded * size, p.groups, group, real(1))
+
+    def worker(params: int, thread: int) -> int:
+        p = carray(void_pointer(params), 1, PARAMS)[0]
+        sequences = carray(void_pointer(p.sequences), p.number, SEQUENCE)
+        members = carray(void_pointer(p.members), (NEVER, 2), np.int64)
+        at = p.scratch + thread * p.scratch_size
+        while True:
+            item = fetch_add(p.counter, 1)
+            if item >= p.items:
+                return 0
+            number, group = divmod(item, p.groups)
+            index, head = divmod(members[number, 0], p.kv_heads)
+            s = sequences[index]
+            first = at + p.at_sums if p.groups == 1 else p.partial + members[number, 1]
+            sums = first + group * bytes_of(p, s)
+            carray(void_pointer(sums), NEVER, real)[: bytes_of(p, s) // size] = 0
+            last = (s.rows * p.group + BM - 1) // BM - 1
+            # Last rows first, as in the forward pass; the groups take turns, so that each gets of every kind.
+            for tile in range(last - group, -1, -p.groups):
+                visit_rows(p, s, at, head, tile * BM, group, sums)
+            if fetch_add(p.counts + 8 * number, 1) == p.groups - 1:
+                write_keys(p, s, head, first)
+
+    return worker

@@ -1,0 +1,236 @@
+"""The rows of a tile and their scores: what the forward and the backward pass have in common.
+
+A tile is `query_tile` query rows of one key/value head. The query heads that share a key/value head are rows of the
+same tile, position by position (row r is query r // G of head r % G), so that each key and value is read once for all
+of them and the intervals of a tile stay narrow.
+"""
+
+import math
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import carray
+
+from ..intervals import visible as _visible
+from . import pairs, stages, tiles
+from .elements import ELEMENTS, Spec
+from .gemm import micro_kernel
+from .simd import void_pointer
+from .softmax import FIRST, MAX, POSITION, ROWS, SLOPE, SPAN, SUM, TILE_MAX
+
+LOG2E, LN2 = math.log2(math.e), math.log(2)
+NEVER = 2**62
+FEATURES = 128  # that a score sums in one chain; longer ones are summed in parts, at half the error for 256 of them
+LANE_TABLES = (
+    "query_rows", "out_rows", "bias_rows", "mask_rows", "lse_rows", "starts", "stops", "positions",
+    "lane_rows", "lane_heads",
+)  # fmt: skip
+
+
+def bias_elements(spec: Spec) -> tuple[str, ...]:
+    """What a bias may be stored as: the compute type, and the type of the queries where that is another."""
+    compute = f"float{spec.vector.bits}"
+    return (compute,) if spec.storage == compute else (compute, spec.storage)
+
+
+def areas(spec: Spec, E: int) -> dict[str, int]:
+    """Bytes of the scratch areas that `Scoring` uses."""
+    BM, BN, size = spec.query_tile, spec.key_tile, spec.vector.bytes
+    words = (E + 1) // 2
+    return {
+        "state": ROWS * BM * size,
+        "queries": BM * (4 * words if spec.dot else size * E),
+        "scores": BM * BN * size,
+        "keys": BN * (4 * words if spec.dot else size * E if spec.converts else 0),
+        "bias": BM * BN * size,
+        "mask": BM * BN * size,
+        **dict.fromkeys(LANE_TABLES, BM * 8),
+    }
+
+
+def lay_out(areas: dict[str, int]) -> tuple[dict[str, int], int]:
+    """Byte offsets of areas of these sizes, and their sum."""
+    offsets, total = {}, 0
+    for name, size in areas.items():
+        offsets[name] = total
+        total += -(-size // 64) * 64
+    return offsets, total
+
+
+class Scoring(NamedTuple):
+    """Compiled functions; their arguments are the records of `params`, p and s, and the thread's scratch, at."""
+
+    table: Any  # (address): an int64 for each lane
+    place_rows: Any
+    pack_rows: Any
+    products: Any
+    hides_all: Any
+    score_tile: Any
+
+
+def make_scoring(spec: Spec) -> Scoring:
+    """Make the functions for one kind of kernel."""
+    BM, MR = spec.query_tile, spec.block[0]
+    vector, element = spec.vector, spec.element
+    size, row_bytes = vector.bytes, BM * vector.bytes
+    dot, converts = spec.dot, spec.converts
+    real: Any = vector.dtype
+    integer: Any = np.int32 if vector.bits == 32 else np.int64
+    infinity = math.inf
+    biases, differentiates = len(bias_elements(spec)), spec.task == "backward"
+    chain = 2 * FEATURES if dot else FEATURES
+
+    mm_first = micro_kernel(spec, "product" if differentiates else "scores")
+    mm_more = micro_kernel(spec, "output")
+    pack_queries = pairs.gather_pairs(spec) if dot else tiles.gather_tile(spec, element)
+    pack_keys = pairs.pair_columns(spec) if dot else tiles.widen_tile(spec)
+    gather_mask = tiles.gather_tile(spec, ELEMENTS["bool"])
+    gather_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[0]], saturate=True)
+    gather_other_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[-1]], saturate=True)
+    has_visible = tiles.has_visible(spec)
+    softcap, cap_slope = stages.softcap(spec), stages.cap_slope(spec)
+    alibi, add_bias = stages.alibi(spec), stages.add_bias(spec)
+    clip_interval, tile_max = stages.clip_interval(spec), stages.tile_max(spec)
+    visible = spec.jit(FunctionType(_visible.__code__, {"min": min, "max": max}, "visible"))
+
+    @spec.jit
+    def table(address: int) -> Any:
+        return carray(void_pointer(address), BM, np.int64)
+
+    @spec.jit
+    def place_rows(p: Any, s: Any, at: int, head: int, first_row: int) -> tuple[int, int, int, int]:
+        """Fill the tables of the tile's rows; return the keys that any row sees, and those that all rows see."""
+        query_rows, out_rows = table(at + p.at_query_rows), table(at + p.at_out_rows)
+        lse_rows = table(at + p.at_lse_rows)
+        bias_rows, mask_rows = table(at + p.at_bias_rows), table(at + p.at_mask_rows)
+        starts, stops, positions = table(at + p.at_starts), table(at + p.at_stops), table(at + p.at_positions)
+        lane_rows, lane_heads = table(at + p.at_lane_rows), table(at + p.at_lane_heads)
+        chosen = carray(void_pointer(p.chosen), NEVER, np.int64)
+        state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
+        slopes = carray(void_pointer(p.slopes), NEVER, np.float64)
+        sinks = carray(void_pointer(p.sinks), NEVER, np.float64)
+        G = p.group
+        last = s.rows * G - 1
+        any_start, any_stop, all_start, all_stop = NEVER, 0, 0, NEVER
+        row = first_row // G
+        g = first_row - row * G
+        for lane in range(BM):
+            i = chosen[row] if p.chosen != 0 else row
+            h = head * G + g
+            query_rows[lane] = p.query + s.query + h * p.query_head + i * p.query_row
+            out_rows[lane] = p.out + s.out + h * p.out_head + row * p.out_row
+            lse_rows[lane] = p.lse + s.lse + h * p.lse_head + row * p.lse_row
+            bias_rows[lane] = p.bias + s.bias + h * p.bias_head + i * p.bias_row
+            mask_rows[lane] = p.mask + s.mask + h * p.mask_head + i * p.mask_row
+            start, stop = visible(i, s.queries, s.keys, s.offset, p.left, p.right)
+            starts[lane], stops[lane], positions[lane] = start, stop, i + s.offset
+            lane_rows[lane], lane_heads[lane] = row, h
+            if start < stop:
+                any_start, any_stop = min(any_start, start), max(any_stop, stop)
+            all_start, all_stop = max(all_start, start), min(all_stop, stop)
+            if p.slopes != 0:
+                state[SLOPE, lane] = slopes[s.batch * p.heads + s.head + h] * LOG2E
+            sink = -infinity
+            if p.sinks != 0 and i < s.queries:
+                sink = sinks[s.head + h] * LOG2E
+            state[MAX, lane] = sink
+            state[SUM, lane] = 0 if sink == -infinity else 1
+            if first_row + lane < last:  # past the last row, the last row stands in
+                g += 1
+                if g == G:
+                    g = 0
+                    row += 1
+        return any_start, any_stop, all_start, all_stop
+
+    @spec.jit
+    def pack_rows(tile: int, rows: int, column: int, features: int, factor: float) -> None:
+        """Pack the rows that a table tells, times a power of two, as the second operand of `products`."""
+        if dot:
+            pack_queries(tile, rows, column, features, factor)
+        else:
+            pack_queries(tile, rows, 0, column, features, factor)
+
+    @spec.jit
+    def products(
+        target: int, source: int, row: int, column: int, n: int, features: int, tile: int, packed: int, state: int
+    ) -> None:
+        """target[j, lane] = sum_e source[j, e] tile[e, lane] for j < n; in the forward pass, their maximum to TILE_MAX.
+
+        `packed` is room for the n rows of the source, where they cannot be read from where they are.
+        """
+        depth = features
+        if dot:
+            depth = (features + 1) // 2
+            if column != 2 or features % 2 == 1:
+                pack_keys(packed, source, row, column, n, features)
+                source, row = packed, depth * 4
+            column = 4
+        elif converts:
+            pack_keys(packed, source, row, column, n, features)
+            source, row, column = packed, features * size, size
+        lanes = carray(void_pointer(state), (ROWS, BM), real)
+        lanes[TILE_MAX] = -infinity
+        for r in range(0, n, MR):
+            mm_first(
+                target + r * row_bytes, row_bytes, source + r * row, row, column, min(MR, n - r),
+                tile, row_bytes, min(depth, FEATURES), state,
+            )  # fmt: skip
+        for e in range(FEATURES, depth, FEATURES):
+            lanes[TILE_MAX] = 1  # a maximum is taken anew by the caller
+            for r in range(0, n, MR):
+                mm_more(
+                    target + r * row_bytes, row_bytes, source + r * row + e * column, row, column,
+                    min(MR, n - r), tile + e * row_bytes, row_bytes, min(FEATURES, depth - e),
+                    state + TILE_MAX * row_bytes,
+                )  # fmt: skip
+
+    @spec.jit
+    def hides_all(p: Any, s: Any, at: int, j0: int, n: int) -> bool:
+        """Load the tile of the mask; whether it hides every key of the tile from every row."""
+        gather_mask(at + p.at_mask, at + p.at_mask_rows, j0 * p.mask_column, p.mask_column, n, real(1))
+        return not has_visible(at + p.at_mask, n)
+
+    @spec.jit
+    def score_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool) -> Any:
+        """Scores of the tile's rows with keys j0 .. j0 + n; returns the factor that takes them to the log2 domain."""
+        scores, state = at + p.at_scores, at + p.at_state
+        lanes = carray(void_pointer(state), (ROWS, BM), real)
+        keys = p.key + s.key + head * p.key_head + j0 * p.key_row
+        products(scores, keys, p.key_row, p.key_column, n, p.E, at + p.at_queries, at + p.at_keys, state)
+        factor, unit = real(p.factor), real(1)
+        if p.cap_outer != 0:
+            softcap(scores, n, real(p.cap_inner), real(p.cap_outer))
+            if differentiates:
+                cap_slope(scores, n, real(1 / p.cap_outer), at + p.at_cap_slopes)
+            factor = unit
+        if p.slopes != 0:
+            positions = table(at + p.at_positions)
+            for lane in range(BM):
+                lanes[POSITION, lane] = positions[lane] - j0
+            alibi(scores, n, state, factor)
+            factor = unit
+        if p.bias_kind != 0:
+            rows, offset = at + p.at_bias_rows, j0 * p.bias_column
+            if p.bias_kind == 1:
+                gather_bias(at + p.at_bias, rows, offset, p.bias_column, n, real(LOG2E))
+            elif biases == 2:
+                gather_other_bias(at + p.at_bias, rows, offset, p.bias_column, n, real(LOG2E))
+            add_bias(scores, n, at + p.at_bias, factor)
+            factor = unit
+        if p.mask != 0:
+            add_bias(scores, n, at + p.at_mask, factor)
+            factor = unit
+        if edge:
+            starts, stops = table(at + p.at_starts), table(at + p.at_stops)
+            relative = carray(void_pointer(state), (ROWS, BM), integer)
+            for lane in range(BM):
+                first = min(max(starts[lane] - j0, 0), n)
+                relative[FIRST, lane] = first
+                relative[SPAN, lane] = max(min(stops[lane] - j0, n), first) - first
+            clip_interval(scores, n, state)
+        if not differentiates and (edge or factor == unit or p.E > chain):
+            tile_max(scores, n, state)
+        return factor
+
+    return Scoring(table, place_rows, pack_rows, products, hides_all, score_tile)
