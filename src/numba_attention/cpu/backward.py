@@ -23,10 +23,10 @@ from .params import PARAMS, SEQUENCE
 from .scoring import LOG2E, NEVER, areas, lay_out, make_scoring
 from .simd import fetch_add, void_pointer
 from .softmax import MAX, RESCALE, ROWS, SUM, SUM_ROWS, TILE_MAX, multiply_tile, row_products, softmax_gradient
-from .sums import add_products, add_transposed, padded, write_sums
+from .sums import CLEAN, LOST, add_products, add_transposed, copy_rows, padded, write_sums
+from .sums import add_sums as sums_adder
 
 LSE, DELTA = MAX, SUM  # rows of the state
-CLEAN, DIRTY, LOST = range(3)  # rows: finite, NaN or infinity in grad_out, NaN in lse
 TABLES = ("grad_rows", "grad_query_rows", "grad_bias_rows", "dirty")
 
 
@@ -70,9 +70,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     gather = tiles.gather_tile(spec, element)
     widen = tiles.widen_tile(spec)
     write_tile = tiles.scatter_tile(spec)
-    has_nan = tiles.has_nan(spec)
+    has_nan, drop_nonfinite = tiles.has_nan(spec), tiles.drop_nonfinite(spec)
     differentiate_softmax, multiply, row_sums = softmax_gradient(spec), multiply_tile(spec), row_products(spec)
-    add, add_to_bias, write = add_products(spec), add_transposed(spec), write_sums(spec)
+    copy, add, add_to_bias = copy_rows(spec), add_products(spec), add_transposed(spec)
+    add_sums, write = sums_adder(spec), write_sums(spec)
 
     @spec.jit
     def bytes_of(p: Any, s: Any) -> int:
@@ -125,32 +126,6 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 carray(void_pointer(address), 1, real)[0] = state[DELTA, lane]
 
     @spec.jit
-    def clean(address: int, rows: int, columns: int, marks: int) -> None:
-        """Zero what is NaN or infinite in a matrix, and mark the rows that had some."""
-        matrix = carray(void_pointer(address), (NEVER, columns), real)
-        for r in range(rows):
-            for e in range(columns):
-                if not math.isfinite(matrix[r, e]):
-                    matrix[r, e] = 0
-                    if marks != 0:
-                        table(marks)[r] = max(table(marks)[r], DIRTY)
-
-    @spec.jit
-    def copy_rows(at_copy: int, rows: int, stride: int, features: int, pitch: int, marks: int) -> bool:
-        """Copy the rows that a table tells, widened and padded; NaN and infinity become 0, and whether there were any.
-
-        Their weights may be 0, and 0 * NaN is NaN.
-        """
-        addresses = table(rows)
-        carray(void_pointer(at_copy), (BM, pitch), real)[:, features:] = 0
-        for lane in range(BM):
-            widen(at_copy + lane * pitch * size, addresses[lane], 0, stride, 1, features)
-        if not has_nan(at_copy, pitch):
-            return False
-        clean(at_copy, BM, pitch, marks)
-        return True
-
-    @spec.jit
     def load_rows(p: Any, s: Any, at: int, first_row: int) -> bool:
         """Pack what belongs to the rows of the tile; whether grad_out holds NaN or infinity."""
         grads, state = at + p.at_grads, at + p.at_state
@@ -162,9 +137,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         gather(at + p.at_out, at + p.at_out_rows, 0, p.out_column, p.Ev, real(1))
         row_sums(grads, at + p.at_out, p.Ev, state + DELTA * row_bytes)
         write_delta(p, s, at, first_row)
-        copy_rows(at + p.at_query_copy, at + p.at_query_rows, p.query_column, p.E, p.E_padded, 0)
+        no_marks = np.int64(0)
+        copy(at + p.at_query_copy, at + p.at_query_rows, p.query_column, p.E, p.E_padded, no_marks)
         marks = at + p.at_dirty
-        dirty: bool = copy_rows(at + p.at_grad_copy, at + p.at_grad_rows, p.grad_out_column, p.Ev, p.Ev_padded, marks)
+        dirty: bool = copy(at + p.at_grad_copy, at + p.at_grad_rows, p.grad_out_column, p.Ev, p.Ev_padded, marks)
         return dirty
 
     @spec.jit
@@ -200,7 +176,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             widen(wide, p.key + s.key + head * p.key_head + j0 * p.key_row, p.key_row, p.key_column, n, p.E)
             keys, row, column = wide, p.E * size, size
             if careful:
-                clean(wide, n, p.E, 0)
+                drop_nonfinite(wide, n * p.E)
         for e in range(0, p.E, MR):
             mm_query(
                 at + p.at_out + e * row_bytes, row_bytes, keys + e * column, column, row, min(MR, p.E - e),
@@ -257,14 +233,20 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         write_tile(at + p.at_out, at + p.at_grad_query_rows, 0, item_size, p.E, at + p.at_state + TILE_MAX * row_bytes)
 
     @spec.jit
+    def write_rows(target: int, row: int, rows: int, count: int, sums: int, pitch: int, factor: float) -> None:
+        write(target, row, rows, count, sums, pitch, factor)  # compiled once and not at each call
+
+    @spec.jit
     def write_keys(p: Any, s: Any, head: int, sums: int) -> None:
         """DK and dV of a head: the sum over its groups."""
-        group = bytes_of(p, s)
+        bytes_each = bytes_of(p, s)
+        for group in range(1, p.groups):
+            add_sums(sums, sums + group * bytes_each, bytes_each)
         key = p.grad_key + s.grad_key + head * p.grad_key_head
-        write(key, p.grad_key_row, s.key_rows, p.E, sums, p.E_padded * size, p.groups, group, real(p.scale))
+        write_rows(key, p.grad_key_row, s.key_rows, p.E, sums, p.E_padded * size, real(p.scale))
         sums += (s.key_rows + SUM_ROWS) * p.E_padded * size
         value = p.grad_value + s.grad_value + head * p.grad_value_head
-        write(value, p.grad_value_row, s.key_rows, p.Ev, sums, p.Ev_padded * size, p.groups, group, real(1))
+        write_rows(value, p.grad_value_row, s.key_rows, p.Ev, sums, p.Ev_padded * size, real(1))
 
     def worker(params: int, thread: int) -> int:
         p = carray(void_pointer(params), 1, PARAMS)[0]

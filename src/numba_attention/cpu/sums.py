@@ -9,7 +9,11 @@ from .elements import Spec
 from .gemm import micro_kernel
 from .simd import I64, Builder, Value, at, load, loop, pointer, routine, store, void_pointer
 from .softmax import SUM_ROWS
-from .tiles import row_group
+from .tiles import drop_nonfinite as drop_nonfinite_of
+from .tiles import has_nan as any_nan
+from .tiles import row_group, widen_tile
+
+CLEAN, DIRTY, LOST = range(3)  # marks of rows: finite, NaN or infinity in grad_out, NaN in lse
 
 
 def padded(spec: Spec, features: int) -> int:
@@ -19,97 +23,134 @@ def padded(spec: Spec, features: int) -> int:
 
 
 def add_products(spec: Spec) -> Any:
-    """Make ``add(sums, tile, copy, n, features)``: sums[j, e] += sum_lane tile[j, lane] copy[lane, e].
+    """Make ``add(sums, tile, panels, n, features)``: sums[j, e] += sum_lane tile[j, lane] rows[lane, e].
 
-    `features` is padded; rows of the tile from n to the next multiple of `SUM_ROWS` must be 0.
+    `panels` holds the rows as `copy_rows` laid them out, `features` is padded; rows of the tile from n to the next
+    multiple of `SUM_ROWS` must be 0.
     """
     vector = spec.vector
     BM, NV = spec.query_tile, spec.block[1]
     size, row_bytes = vector.bytes, BM * vector.bytes
-    wide = NV * vector.width
-    mm_wide = micro_kernel(spec, "sum", (4, NV), dot=False)
-    mm_two, mm_one = (micro_kernel(spec, "sum", (SUM_ROWS, n), dot=False) for n in (2, 1))
-    two, one = 2 * vector.width, vector.width
+    kernels = [(n, micro_kernel(spec, "sum", (rows, n), dot=False), rows) for n, rows in ((NV, 4), (2, 8), (1, 8))]
+    (_, mm_wide, _), (_, mm_two, _), (_, mm_one, _) = kernels
+    wide, two, one = (n * vector.width for n, _, _ in kernels)
 
     @spec.jit
-    def add(sums: int, tile: int, copy: int, n: int, features: int) -> None:
+    def add(sums: int, tile: int, panels: int, n: int, features: int) -> None:
         pitch = features * size
         e = 0
         while features - e >= wide:
             for j in range(0, n, 4):
-                mm_wide(
-                    sums + j * pitch + e * size, pitch, tile + j * row_bytes, row_bytes, size, 4,
-                    copy + e * size, pitch, BM, 0,
-                )  # fmt: skip
+                c, a, b = sums + j * pitch + e * size, tile + j * row_bytes, panels + e * BM * size
+                mm_wide(c, pitch, a, row_bytes, size, 4, b, wide * size, BM, 0)
             e += wide
         while features - e >= two:
             for j in range(0, n, SUM_ROWS):
-                mm_two(
-                    sums + j * pitch + e * size, pitch, tile + j * row_bytes, row_bytes, size, SUM_ROWS,
-                    copy + e * size, pitch, BM, 0,
-                )  # fmt: skip
+                c, a, b = sums + j * pitch + e * size, tile + j * row_bytes, panels + e * BM * size
+                mm_two(c, pitch, a, row_bytes, size, SUM_ROWS, b, two * size, BM, 0)
             e += two
         if features - e >= one:
             for j in range(0, n, SUM_ROWS):
-                mm_one(
-                    sums + j * pitch + e * size, pitch, tile + j * row_bytes, row_bytes, size, SUM_ROWS,
-                    copy + e * size, pitch, BM, 0,
-                )  # fmt: skip
+                c, a, b = sums + j * pitch + e * size, tile + j * row_bytes, panels + e * BM * size
+                mm_one(c, pitch, a, row_bytes, size, SUM_ROWS, b, one * size, BM, 0)
 
     return add
 
 
-def write_sums(spec: Spec) -> Any:
-    """Make ``write(target, row, rows, count, sums, pitch, groups, group, factor)``.
+def copy_rows(spec: Spec) -> Any:
+    """Make ``copy(panels, rows, stride, features, padded, marks)``: the rows of a tile, widened, for `add_products`.
 
-    Row r of `target` becomes factor times the sum of rows r of the groups, in order, rounded. `row`, `pitch` and
-    `group` are strides in bytes; columns of the target are contiguous.
+    A panel is as many features as the widest micro-kernel takes, of all rows, so that a panel fits the cache without
+    gaps: of 128 features in one piece, the half in use shares half of the cache's sets (6 % slower). NaN and infinity
+    become 0, because weights may be 0 and 0 * NaN is NaN; `marks` is a table of int64 that is set to DIRTY for rows
+    that had some, or 0. Returns whether any had.
+    """
+    vector = spec.vector
+    BM, size = spec.query_tile, vector.bytes
+    real: Any = vector.dtype
+    widths = [n * vector.width for n in (spec.block[1], 2, 1)]
+    wide, two = widths[:2]
+    widen, has_nan, drop_nonfinite = widen_tile(spec), any_nan(spec), drop_nonfinite_of(spec)
+
+    @spec.jit
+    def copy(panels: int, rows: int, stride: int, features: int, padded: int, marks: int) -> bool:
+        addresses = carray(void_pointer(rows), BM, np.int64)
+        dirty = carray(void_pointer(marks), BM, np.int64)
+        e = 0
+        while e < padded:
+            left = padded - e
+            width = wide if left >= wide else two if left >= two else left
+            count = min(width, features - e)
+            panel = panels + e * BM * size
+            if count < width:
+                carray(void_pointer(panel), (BM, width), real)[:, count:] = 0
+            for lane in range(BM):
+                widen(panel + lane * width * size, addresses[lane] + e * stride, 0, stride, 1, count)
+            e += width
+        if not has_nan(panels, padded):
+            return False
+        e = 0
+        while e < padded:
+            left = padded - e
+            width = wide if left >= wide else two if left >= two else left
+            for lane in range(BM):
+                if drop_nonfinite(panels + (e * BM + lane * width) * size, width) and marks != 0:
+                    dirty[lane] = max(dirty[lane], DIRTY)
+            e += width
+        return True
+
+    return copy
+
+
+def write_sums(spec: Spec) -> Any:
+    """Make ``write(target, row, rows, count, sums, pitch, factor)``: rows of `sums`, times a factor, rounded.
+
+    `row` and `pitch` are strides in bytes; columns are contiguous. A row of sums is padded, one of the target is not.
     """
     vector, element = spec.vector, spec.element
     W, size = vector.width, element.size
 
     def build(
-        b: Builder, target: Value, row: Value, rows: Value, count: Value,
-        sums: Value, pitch: Value, groups: Value, group: Value, factor: Value,
-    ) -> None:  # fmt: skip
+        b: Builder, target: Value, row: Value, rows: Value, count: Value, sums: Value, pitch: Value, factor: Value
+    ) -> None:
         c = vector.splat(b, factor)
+        whole = b.sdiv(count, I64(W))
 
         def line(r: Value, carried: list[Value]) -> list[Value]:
-            out, source = carried
+            def block(i: Value, inner: list[Value]) -> list[Value]:
+                p, q = inner
+                element.store(vector, b, b.fmul(vector.load(b, q), c), p)
+                return [at(b, p, W * size), at(b, q, W * vector.bytes)]
 
-            def total(width: int, first: Value) -> Value:
-                ty = vector.type if width > 1 else vector.element
-                zero = vector.const(0.0) if width > 1 else vector.element(0.0)
+            def single(i: Value, inner: list[Value]) -> list[Value]:
+                p, q = inner
+                element.store_one(vector, b, b.fmul(load(b, vector.element, q, align=vector.bytes), factor), p)
+                return [at(b, p, size), at(b, q, vector.bytes)]
 
-                def add(g: Value, inner: list[Value]) -> list[Value]:
-                    p, x = inner
-                    x = b.fadd(x, load(b, ty, p, align=vector.bytes))
-                    return [at(b, p, group), x]
-
-                start = at(b, source, b.mul(first, I64(vector.bytes)))
-                return loop(b, groups, [start, zero], add)[1]
-
-            def block(i: Value, _: list[Value]) -> list[Value]:
-                first = b.mul(i, I64(W))
-                x = b.fmul(total(W, first), c)
-                element.store(vector, b, x, at(b, out, b.mul(first, I64(size))))
-                return []
-
-            def single(i: Value, _: list[Value]) -> list[Value]:
-                e = b.add(b.mul(whole, I64(W)), i)
-                x = b.fmul(total(1, e), factor)
-                element.store_one(vector, b, x, at(b, out, b.mul(e, I64(size))))
-                return []
-
-            whole = b.sdiv(count, I64(W))
-            loop(b, whole, [], block)
-            loop(b, b.srem(count, I64(W)), [], single)
-            return [at(b, out, row), at(b, source, pitch)]
+            rest = loop(b, whole, carried, block)
+            loop(b, b.srem(count, I64(W)), rest, single)
+            return [at(b, carried[0], row), at(b, carried[1], pitch)]
 
         loop(b, rows, [pointer(b, target), pointer(b, sums)], line)
 
     kind = "f64" if vector.bits == 64 else "f32"
-    return routine(f"target row rows count sums pitch groups group factor:{kind}", build)
+    return routine(f"target row rows count sums pitch factor:{kind}", build)
+
+
+def add_sums(spec: Spec) -> Any:
+    """Make ``add(sums, others, n)``: sums += others, n bytes of both, a multiple of a vector."""
+    vector = spec.vector
+    width = vector.bytes * vector.width
+
+    def build(b: Builder, sums: Value, others: Value, n: Value) -> None:
+        def body(i: Value, carried: list[Value]) -> list[Value]:
+            p, q = carried
+            vector.store(b, b.fadd(vector.load(b, p), vector.load(b, q)), p)
+            return [at(b, p, width), at(b, q, width)]
+
+        loop(b, b.sdiv(n, I64(width)), [pointer(b, sums), pointer(b, others)], body)
+
+    return routine("sums others n", build)
 
 
 def add_transposed(spec: Spec) -> Any:

@@ -267,6 +267,24 @@ def has_nan(spec: Spec) -> Any:
     return _any_lane(spec, 0.0, lambda b, x, total: vector.fma(b, x, zero, total), "uno")
 
 
+def drop_nonfinite(spec: Spec) -> Any:
+    """Make ``drop(address, count)``: NaN and infinity among the compute values become 0; whether there were any."""
+    vector = spec.vector
+    zero = vector.element(0.0)
+
+    def build(b: Builder, address: Value, count: Value) -> Value:
+        def body(i: Value, carried: list[Value]) -> list[Value]:
+            p, found = carried
+            x = load(b, vector.element, p, align=vector.bytes)
+            finite = b.fcmp_ordered("==", b.fmul(x, zero), zero)
+            store(b, b.select(finite, x, zero), p, align=vector.bytes)
+            return [at(b, p, vector.bytes), b.or_(found, b.not_(finite))]
+
+        return loop(b, count, [pointer(b, address), ir.Constant(ir.IntType(1), 0)], body)[1]
+
+    return routine("address count", build, result=types.boolean)
+
+
 def has_visible(spec: Spec) -> Any:
     """Make ``has_visible(tile, rows)``: whether a mask tile has anything above -inf."""
     return _any_lane(spec, float("-inf"), spec.vector.max, ">")
