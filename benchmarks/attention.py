@@ -1,5 +1,7 @@
 """Seconds of whole public calls, over shapes, dtypes and options."""
 
+import numpy as np
+
 import numba_attention as na
 from numba_attention.benchmarking.rows import Row, inputs
 
@@ -36,6 +38,22 @@ class Forward:
 
     def time_attention(self, shape, dtype):
         na.attention(*self.arrays)
+
+
+class Backward:
+    params = (list(SHAPES), ["float32", "float64", "float16", "bfloat16"])
+    param_names = ("shape", "dtype")
+
+    def setup(self, shape, dtype):
+        row = SHAPES[shape]
+        arrays = inputs(Row("", row.B, row.H, row.Hkv, row.L, row.S, row.E, row.Ev, dtype))
+        query, key, value = arrays["query"], arrays["key"], arrays["value"]
+        out, lse = na.attention(query, key, value, return_lse=True)
+        self.arrays = np.ones_like(out), query, key, value, out, lse
+        na.attention_backward(*self.arrays)
+
+    def time_attention_backward(self, shape, dtype):
+        na.attention_backward(*self.arrays)
 
 
 class Options:

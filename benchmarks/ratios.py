@@ -34,6 +34,7 @@ class Gemm(_Ratios):
             "encoder B32 H12 L128 E32",
             "GQA causal H32 Hkv8 2048 E128",
             "float64 4096 E64",
+            *(name for name, row in ROWS.items() if row.task != "forward"),
         ],
     )
 

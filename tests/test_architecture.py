@@ -14,9 +14,9 @@ ROOT = Path(numba_attention.__file__).parent
 
 # From the rim down. A module may import from layers below its own, and from its own.
 LAYERS = [
-    ("rim", ["__init__", "__main__", "cli", "commands", "config", "files", "benchmarking", "demo", "plot"]),
-    ("layer", ["layer", "weights"]),
-    ("api", ["api", "merging"]),
+    ("rim", ["__init__", "__main__", "cli", "commands", "config", "files", "benchmarking", "demo", "plot", "torch", "jax"]),
+    ("layer", ["layer", "weights", "inputs"]),
+    ("api", ["api", "merging", "rotary"]),
     ("backends", ["backends"]),
     ("problem", ["problem"]),
     ("kernels", ["cpu", "cuda"]),
@@ -26,8 +26,9 @@ LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module i
 
 # Within cpu/: the kernel, then what it is made of.
 CPU = [
-    ["forward"],
-    ["stages"],
+    ["forward", "backward", "linear"],
+    ["scoring"],
+    ["stages", "sums"],
     ["softmax", "tiles"],
     ["gemm"],
     ["elements", "exp", "launch"],

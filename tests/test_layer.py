@@ -117,15 +117,47 @@ def test_safetensors(tmp_path, prefix):
         na.MultiHeadAttention.load_safetensors(tmp_path / "layer.safetensors", "decoder.", num_heads=H)
 
 
-def test_pickled_layer_gives_the_same_bits_in_another_process(tmp_path):
-    layer = na.MultiHeadAttention(D, H, rng=0)
+def test_safetensors_with_rotary(tmp_path):
+    pytest.importorskip("safetensors")
+    layer = na.MultiHeadAttention(D, H, rotary={"base": 500.0}, dtype=np.float64, rng=0)
+    layer.save_safetensors(tmp_path / "layer")
+    again = na.MultiHeadAttention.load_safetensors(tmp_path / "layer", num_heads=H, rotary={"base": 500.0})
+    (x,) = inputs(11, features=(D,))
+    np.testing.assert_array_equal(again(x), layer(x))
+    plain = na.MultiHeadAttention.load_safetensors(tmp_path / "layer", num_heads=H)
+    assert (plain(x) != layer(x)).any()
+
+
+def test_torch_and_rotary(torch):
+    module = torch.nn.MultiheadAttention(D, H, batch_first=True)
+    layer = na.MultiHeadAttention.from_torch(module.state_dict(), H, rotary=True)
+    np.testing.assert_array_equal(layer.parameters()["out_proj.weight"], module.out_proj.weight.detach().numpy())
+    with pytest.raises(ValueError, match="rotary=None"):
+        layer.to_torch()
+
+
+@pytest.mark.parametrize("rotary", [None, True, {"dim": 4, "interleaved": True}], ids=str)
+def test_repr_can_be_typed_in(rotary):
+    layer = na.MultiHeadAttention(D, H, num_kv_heads=2, rotary=rotary, dtype=np.float64)
+    again = eval(repr(layer), {"MultiHeadAttention": na.MultiHeadAttention, "float64": np.float64})
+    assert repr(again) == repr(layer)
+    assert f"rotary={rotary!r}" in repr(layer)
+
+
+@pytest.mark.parametrize("rotary", [None, {"interleaved": True, "scaling": {"type": "ntk", "factor": 2}}], ids=str)
+def test_pickled_layer_gives_the_same_bits_in_another_process(tmp_path, rotary):
+    layer = na.MultiHeadAttention(D, H, rotary=rotary, rng=0)
     (x,) = inputs(17, features=(D,))
     x = x.astype(np.float32)
-    (tmp_path / "layer").write_bytes(pickle.dumps((layer, x, layer(x))))
+    out, ctx = layer.forward(x)
+    grad = layer.backward(out, ctx).query
+    (tmp_path / "layer").write_bytes(pickle.dumps((layer, x, out, grad)))
     code = """
 import pickle, sys
-layer, x, out = pickle.load(open(sys.argv[1], "rb"))
+layer, x, out, grad = pickle.load(open(sys.argv[1], "rb"))
+assert layer.grads == {}
 assert (layer(x) == out).all()
+assert (layer.backward(out, layer.forward(x)[1]).query == grad).all()
 layer.parameters()["q_proj.weight"][:] = 0  # still the layer's own, and not a copy
 assert (layer(x) != out).any()
 """
@@ -152,7 +184,11 @@ def test_load_parameters_is_all_or_nothing():
         ({"head_dim": 2.0}, TypeError, "head_dim"),
         ({"kdim": 0}, ValueError, "kdim"),
         ({"bias": 1}, TypeError, "bias"),
-        ({"rotary": 10000.0}, ValueError, "rotary"),
+        ({"rotary": 10000.0}, TypeError, "rotary must be None, True or a dict"),
+        ({"rotary": {"theta": 10000.0}}, ValueError, "rotary may have the keys .* got theta"),
+        ({"rotary": {"dim": 8}}, ValueError, "rotary: dim must be even and between 2 and .* 6"),
+        ({"rotary": {"base": "10000"}}, TypeError, "rotary: base"),
+        ({"rotary": True, "head_dim": 7}, ValueError, "rotary: dim"),
         ({"dtype": np.float16}, TypeError, "dtype"),
         ({"rng": "0"}, TypeError, "rng"),
     ],
@@ -188,12 +224,18 @@ def test_bad_inputs(arguments, error, named):
         ({"key_padding_mask": np.zeros((3, 5))}, TypeError, "key_padding_mask must be boolean"),
         ({"key_padding_mask": np.zeros((3, 4), bool)}, ValueError, "key_padding_mask must have shape"),
         ({"mask": np.zeros((5, 5))}, TypeError, "bias"),
-        ({"key_lengths": 6}, ValueError, "key_lengths"),
+        ({"key_lengths": 6}, ValueError, "key_lengths must lie"),
+        ({"query_offset": 0.5}, TypeError, "query_offset must be integer"),
+        ({"query_offset": [1, 2]}, ValueError, "query_offset of shape"),
+        ({"query_offset": 2**50}, ValueError, "query_offset must lie"),
+        ({"key_lengths": [[5, 5, 5]] * 2, "is_causal": "bottom-right"}, ValueError, "key_lengths of shape"),
+        ({"query_lengths": 1.0, "is_causal": "bottom-right"}, TypeError, "query_lengths must be integer"),
     ],
 )
-def test_bad_options(options, error, named):
+@pytest.mark.parametrize("rotary", [None, True])
+def test_bad_options(options, error, named, rotary):
     with pytest.raises(error, match=named):
-        na.MultiHeadAttention(D, H)(X, **options)
+        na.MultiHeadAttention(D, H, rotary=rotary)(X, **options)
 
 
 def test_torch_state_with_extra_keys_is_refused(torch):

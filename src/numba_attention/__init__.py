@@ -6,6 +6,7 @@ from .config import show_config
 from .errors import BackendUnavailableError, NumbaAttentionWarning
 from .layer import MultiHeadAttention
 from .options import Gradients
+from .rotary import apply_rotary
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "Gradients",
     "MultiHeadAttention",
     "NumbaAttentionWarning",
+    "apply_rotary",
     "attention",
     "attention_backward",
     "attention_weights",

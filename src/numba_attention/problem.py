@@ -196,7 +196,7 @@ def build_backward(
 
 def finish(p: BackwardProblem) -> Gradients:
     """Sum what was broadcast, and give each gradient the shape and dtype of its input."""
-    q, k, v = (_sum_to(grad, x.shape) for grad, x in zip((p.query, p.key, p.value), p.inputs, strict=True))
+    q, k, v = (sum_to(grad, x.shape) for grad, x in zip((p.query, p.key, p.value), p.inputs, strict=True))
     bias = sinks = None
     if p.bias is not None:
         given = np.asarray(p.options.bias)
@@ -206,7 +206,7 @@ def finish(p: BackwardProblem) -> Gradients:
     return Gradients(q, k, v, bias, sinks)
 
 
-def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     """Sum over the axes along which `shape` was broadcast to that of x; halves are summed as float32."""
     if x.shape == shape:
         return x
@@ -283,7 +283,7 @@ def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], **inputs:
         raise ValueError(f"out must have shape {shape}, got {out.shape}")
     if not out.flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
-    if any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
+    if out.size and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
         raise ValueError("out must not overlap itself, got an array with zero strides")
     for name, array in inputs.items():
         if np.may_share_memory(out, array) and _overlap(out, array):

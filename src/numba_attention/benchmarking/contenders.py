@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..options import Array
-from .rows import Row, inputs, numpy_dtype, scale
+from .rows import Row, gradient_of_out, inputs, numpy_dtype, scale
 
 Call = Callable[[], Any]
 
@@ -22,10 +22,10 @@ class Skipped(Exception):
 
 
 def ours(row: Row, threads: int) -> Call:
-    """`numba_attention.attention`, the whole public call."""
+    """`numba_attention.attention` and `attention_backward`, the whole public calls."""
     import numba
 
-    from .. import attention
+    from .. import attention, attention_backward
 
     numba.set_num_threads(threads)
     arrays = inputs(row)
@@ -37,11 +37,25 @@ def ours(row: Row, threads: int) -> Call:
         options["window"] = row.window
     if row.softcap is not None:
         options["softcap"] = row.softcap
-    return lambda: attention(q, k, v, **options)
+    if row.task == "forward":
+        return lambda: attention(q, k, v, **options)
+    out, lse = attention(q, k, v, return_lse=True, **options)
+    grad_out = gradient_of_out(row)
+
+    def backward() -> Any:
+        return attention_backward(grad_out, q, k, v, out, lse, **options).query
+
+    def both() -> Any:
+        new, new_lse = attention(q, k, v, return_lse=True, **options)
+        return attention_backward(grad_out, q, k, v, new, new_lse, **options).query
+
+    return backward if row.task == "backward" else both
 
 
 def einsum(row: Row, threads: int) -> Call:
     """Attention as everybody first writes it in NumPy."""
+    if row.task != "forward":
+        raise Skipped("NumPy einsum is not differentiated here")
     if row.B * row.H * row.L * row.S > _EINSUM_PAIRS:
         raise Skipped("too large for NumPy einsum")
     if row.dtype not in ("float32", "float64"):
@@ -98,11 +112,31 @@ def torch(row: Row, threads: int) -> Call:
         with torch.inference_mode():
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
 
-    return call
+    if row.task == "forward":
+        return call
+    inputs_of_task = [x.requires_grad_() for x in (q, k, v)]
+    if row.bias and mask is not None:
+        inputs_of_task.append(mask.requires_grad_())  # ours gives the gradient of the bias too
+    grad_out = tensor(gradient_of_out(row))
+
+    def forward() -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+
+    out = forward()
+
+    def backward() -> Any:
+        return torch.autograd.grad(out, inputs_of_task, grad_out, retain_graph=True)[0]
+
+    def both() -> Any:
+        return torch.autograd.grad(forward(), inputs_of_task, grad_out)[0]
+
+    return backward if row.task == "backward" else both
 
 
 def onnxruntime(row: Row, threads: int) -> Call:
     """ONNX Runtime's CPU kernel for the standard's Attention operator (opset 23)."""
+    if row.task != "forward":
+        raise Skipped("ONNX Runtime does not differentiate Attention")
     try:
         import onnxruntime
         from onnx import TensorProto, helper

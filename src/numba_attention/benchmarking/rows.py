@@ -14,7 +14,7 @@ _SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Row:
-    """One call of `numba_attention.attention` by shape and options, in terms that every library understands."""
+    """One call by shape and options, in terms that every library understands."""
 
     name: str
     B: int = 1
@@ -31,6 +31,7 @@ class Row:
     bias: bool = False  # (H, L, S)
     softcap: float | None = None
     alibi: bool = False
+    task: str = "forward"  # or "backward", or "both" one after the other
     bars: dict[str, float] = field(default_factory=dict)  # metric of `runner.Result` -> at least (us: at most)
     baseline: "Row | None" = None  # what the metric "own" compares the rate with
 
@@ -45,8 +46,10 @@ class Row:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the two products."""
-        return 2 * self.B * self.H * self.pairs * (self.E + self.Ev)
+        """Floating-point operations of the products: two forward, five backward."""
+        forward, backward = self.E + self.Ev, 3 * self.E + 2 * self.Ev
+        features = {"forward": forward, "backward": backward, "both": forward + backward}[self.task]
+        return 2 * self.B * self.H * self.pairs * features
 
     @property
     def bytes(self) -> int:
@@ -93,6 +96,13 @@ def inputs(row: Row) -> dict[str, Array]:
     return arrays
 
 
+def gradient_of_out(row: Row) -> Array:
+    """Make the gradient that the backward pass of a row begins with."""
+    rng = np.random.default_rng(2)
+    made: Array = rng.standard_normal((row.B, row.H, row.L, row.Ev), dtype=np.float32).astype(numpy_dtype(row.dtype))
+    return made
+
+
 def _plain(L: int, E: int) -> Row:
     return Row(f"plain {L} E{E}", L=L, S=L, E=E, Ev=E)
 
@@ -103,6 +113,9 @@ def _rows() -> dict[str, Row]:
     medium = _plain(2048, 64)
     option = replace(medium, bars={"own": 0.85}, baseline=medium)
     encoder = {"torch": 1.3, "onnxruntime": 1.1}
+    back = replace(medium, name="backward 2048 E64", task="backward", bars={"torch": 1.5, "gemm": 0.95})
+    causal_back = replace(back, name="backward causal 2048 E64", is_causal=True, bars={"torch": 1.7, "gemm": 0.95})
+    wide_bars = {"torch": 1.25, "gemm": 0.95}
     rows = [
         replace(dense, bars={"torch": 1.4, "gemm": 1.0}),
         replace(wide, bars={"torch": 1.4, "gemm": 0.95}),
@@ -124,6 +137,16 @@ def _rows() -> dict[str, Row]:
         replace(option, name="ALiBi 2048 E64", alibi=True),
         replace(_plain(64, 64), name="tiny H8 64 E64", bars={"torch": 1.5}),
         replace(_plain(1, 64), name="smallest 1x1x1x64", H=1, Hkv=1, bars={"us": 15.0}),
+        back,
+        replace(back, name="backward 4096 E64", L=4096, S=4096),
+        causal_back,
+        replace(causal_back, name="backward causal 4096 E64", L=4096, S=4096),
+        replace(back, name="backward 2048 E128", E=128, Ev=128, bars=wide_bars),
+        replace(causal_back, name="backward causal 2048 E128", E=128, Ev=128, bars=wide_bars),
+        Row("forward and backward B8 H12 L512 E64", 8, 12, 12, 512, 512, task="both", bars={"torch": 1.4}),
+        replace(back, name="backward bfloat16 2048 E64", dtype="bfloat16", bars={"own": 1.0}, baseline=back),
+        replace(back, name="backward float64 2048 E64", dtype="float64", bars={}),
+        replace(back, name="backward bias (H,L,S) 2048 E64", bias=True, bars={}, baseline=back),
         Row("decode H32 Hkv8 L1 S8192 E128", 1, 32, 8, 1, 8192, 128, 128),  # no bar: its own kernel is still to come
     ]
     return {row.name: row for row in rows}
@@ -137,4 +160,4 @@ def scale(row: Row) -> float:
     return 1 / math.sqrt(row.E)
 
 
-__all__ = ["ROWS", "Row", "inputs", "numpy_dtype", "scale"]
+__all__ = ["ROWS", "Row", "gradient_of_out", "inputs", "numpy_dtype", "scale"]

@@ -1,0 +1,87 @@
+"""What a call of the layer is given: its inputs checked, padding as `attention` takes it, positions."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .options import Array
+
+
+def check_inputs(
+    query: Array, key: Array | None, value: Array | None, features: tuple[int, int, int], dtype: np.dtype[Any]
+) -> tuple[Array, Array, tuple[int, ...]]:
+    """Check the inputs; return key and value with their defaults, and the leading dimensions of all."""
+    if key is None and value is not None:
+        raise ValueError("key must be given where value is")
+    key = query if key is None else key
+    value = key if value is None else value
+    for name, array, size in zip(("query", "key", "value"), (query, key, value), features, strict=True):
+        if not isinstance(array, np.ndarray):
+            kind = f"{type(array).__module__}.{type(array).__qualname__}"
+            raise TypeError(f"{name} must be a numpy.ndarray, got {kind}; convert it with numpy.asarray({name})")
+        if array.dtype != dtype:
+            raise TypeError(
+                f"{name} must have the dtype of the layer, {dtype}, got {array.dtype}; "
+                f"convert it with {name}.astype(layer.dtype)"
+            )
+        if array.ndim < 2 or array.shape[-1] != size:
+            raise ValueError(f"{name} must have shape (..., length, {size}), got {array.shape}")
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"value must be as long as key, {key.shape[-2]}, got {value.shape[-2]}")
+    shapes = query.shape[:-2], key.shape[:-2], value.shape[:-2]
+    try:
+        return key, value, np.broadcast_shapes(*shapes)
+    except ValueError:
+        raise ValueError(
+            "leading dimensions of query, key and value do not broadcast: {}, {}, {}".format(*shapes)
+        ) from None
+
+
+def hide_padding(options: dict[str, Any], padding: ArrayLike, S: int) -> None:
+    """Turn PyTorch's key_padding_mask into key_lengths if padding is at the end, and into a mask otherwise."""
+    ignored = np.asarray(padding)
+    if ignored.dtype != np.bool_:
+        raise TypeError(
+            f"key_padding_mask must be boolean (True = padding, ignored), got {ignored.dtype}; "
+            "compare or cast it, or pass additive values as bias="
+        )
+    if ignored.ndim < 1 or ignored.shape[-1] != S:
+        raise ValueError(f"key_padding_mask must have shape (..., {S}), got {ignored.shape}")
+    # Lengths let whole tiles be skipped. Not where positions are counted from the end of the keys, though: a mask says
+    # nothing about where the sequence ends.
+    at_end = bool((ignored[..., :-1] <= ignored[..., 1:]).all())
+    if at_end and options.get("key_lengths") is None and options.get("is_causal") != "bottom-right":
+        options["key_lengths"] = S - np.count_nonzero(ignored, axis=-1)
+        return
+    seen = ~ignored[..., None, None, :]
+    mask = options.get("mask")
+    if mask is None:
+        options["mask"] = seen
+    elif np.asarray(mask).dtype == np.bool_:  # anything else is refused by `attention`, in its own words
+        options["mask"] = mask & seen
+
+
+def query_offset(options: dict[str, Any], L: int, S: int, batch: tuple[int, ...]) -> int | Array:
+    """At which key position the first query of each sequence sits, by the rules of `attention`."""
+    if options.get("query_offset") is not None:
+        return _per_sequence("query_offset", options, 0, batch)
+    causal = options.get("is_causal")
+    if isinstance(causal, str) and causal == "bottom-right":
+        return _per_sequence("key_lengths", options, S, batch) - _per_sequence("query_lengths", options, L, batch)
+    return 0
+
+
+def _per_sequence(name: str, options: dict[str, Any], default: int, batch: tuple[int, ...]) -> int | Array:
+    """An option that is one integer, or one for each sequence; `attention` will check their range."""
+    if options.get(name) is None:
+        return default
+    array = np.asarray(options[name])
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integer, got {array.dtype}")
+    if array.ndim == 0:
+        return int(array)
+    try:
+        return np.broadcast_to(array.astype(np.int64), batch)
+    except ValueError:
+        raise ValueError(f"{name} of shape {array.shape} does not broadcast to {batch}") from None

@@ -1,0 +1,422 @@
+"""The parameters of multi-head attention: construction, access by name, pickling, exchange with PyTorch and files."""
+
+import math
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from .options import Array
+from .rotary import Rotation, rotation
+
+INPUTS = ("q_proj", "k_proj", "v_proj")
+
+
+class Weights:
+    """What `MultiHeadAttention` is made of; what it computes is in `layer`.
+
+    Where query, key and value have the same features, the weights of their projections are views into one matrix,
+    `_packed`: one product for all three projections of self-attention is faster than three narrow ones.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        bias: bool = True,
+        rotary: bool | Mapping[str, Any] | None = None,
+        dtype: DTypeLike = np.float32,
+        rng: np.random.Generator | int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        if not isinstance(bias, bool | np.bool_):
+            raise TypeError(f"bias must be True or False, got {bias!r}")
+        self.embed_dim = _positive("embed_dim", embed_dim)
+        self.num_heads = _positive("num_heads", num_heads)
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else _positive("num_kv_heads", num_kv_heads)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {self.num_heads}")
+        if head_dim is None and self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim must be a multiple of num_heads unless head_dim is given, "
+                f"got {self.embed_dim} and {self.num_heads}"
+            )
+        self.head_dim = self.embed_dim // self.num_heads if head_dim is None else _positive("head_dim", head_dim)
+        self.kdim = self.embed_dim if kdim is None else _positive("kdim", kdim)
+        self.vdim = self.embed_dim if vdim is None else _positive("vdim", vdim)
+        self.dtype = _real_dtype(dtype)
+        self.bias = bool(bias)
+        self.rotary = _rotary(rotary)
+        self._rotation = None if self.rotary is None else _resolved(self.rotary, self.head_dim)
+        self.backend = backend
+        self._allocate()
+        self._initialise(_generator(rng))
+
+    def __repr__(self) -> str:
+        names = ("embed_dim", "num_heads", "num_kv_heads", "head_dim", "kdim", "vdim", "bias", "rotary", "backend")
+        said = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{type(self).__name__}({said}, dtype={self.dtype})"
+
+    def parameters(self) -> dict[str, Array]:
+        """Return the parameters by name.
+
+        Returns
+        -------
+        dict of ndarray
+            The layer's own arrays: what is written into them changes the layer.
+
+        Examples
+        --------
+        >>> import numba_attention as na
+        >>> for name, array in na.MultiHeadAttention(8, 2, num_kv_heads=1, bias=False).parameters().items():
+        ...     print(name, array.shape)
+        q_proj.weight (8, 8)
+        k_proj.weight (4, 8)
+        v_proj.weight (4, 8)
+        out_proj.weight (8, 8)
+        """
+        return dict(self._parameters)
+
+    def load_parameters(self, parameters: Mapping[str, ArrayLike]) -> None:
+        """Copy parameters into the layer, converted to its dtype.
+
+        Parameters
+        ----------
+        parameters : mapping of str to array of float
+            Every name of `parameters` and no other, each of that shape.
+
+        Raises
+        ------
+        TypeError
+            A parameter is not floating point.
+        ValueError
+            A name is missing or unknown, or a shape differs. The layer is then as it was.
+        """
+        arrays = {name: _floats(name, array) for name, array in parameters.items()}
+        if missing := self._parameters.keys() - arrays:
+            raise ValueError(f"parameters lack {', '.join(sorted(missing))}")
+        if unknown := arrays.keys() - self._parameters:
+            raise ValueError(f"parameters have names that this layer does not: {', '.join(sorted(unknown))}")
+        for name, own in self._parameters.items():
+            if arrays[name].shape != own.shape:
+                raise ValueError(f"{name} must have shape {own.shape}, got {arrays[name].shape}")
+        for name, own in self._parameters.items():
+            own[...] = arrays[name]
+
+    @classmethod
+    def from_torch(
+        cls,
+        state_dict: Mapping[str, Any],
+        num_heads: int,
+        *,
+        rotary: bool | Mapping[str, Any] | None = None,
+        backend: str | None = None,
+    ) -> Self:
+        """Build a layer from the parameters of a ``torch.nn.MultiheadAttention``.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to tensor or array
+            What its ``state_dict()`` returns, in the packed form ("in_proj_weight") or, with `kdim` or `vdim`,
+            the separate one ("q_proj_weight", ...). PyTorch itself is not needed for arrays.
+        num_heads : int
+            The state dict does not tell.
+        rotary, backend : optional
+            As in `MultiHeadAttention`.
+
+        Returns
+        -------
+        MultiHeadAttention
+            With copies of the parameters; float64 if they are, else float32.
+
+        Raises
+        ------
+        TypeError
+            A parameter is not an array of floating point.
+        ValueError
+            Names or shapes are not those of the module, or it was made with ``add_bias_kv=True``, which adds
+            a learned key that this layer does not have.
+        """
+        given = {name: _from_tensor(name, x) for name, x in state_dict.items()}
+        if given.keys() & {"bias_k", "bias_v"}:
+            raise ValueError("state_dict has bias_k and bias_v (add_bias_kv=True), which this layer does not support")
+        for kind in ("weight", "bias"):
+            packed = given.pop(f"in_proj_{kind}", None)
+            parts = [given.pop(f"{name}_{kind}", None) for name in INPUTS]
+            if packed is not None:
+                if len(packed) % 3:
+                    raise ValueError(f"in_proj_{kind} must hold three equal parts, got shape {packed.shape}")
+                parts = list(np.split(packed, 3))
+            given |= {f"{name}.{kind}": part for name, part in zip(INPUTS, parts, strict=True) if part is not None}
+        return cls._from_parameters(given, num_heads, rotary=rotary, backend=backend)
+
+    def to_torch(self) -> dict[str, Any]:
+        """Return the parameters as ``torch.nn.MultiheadAttention.load_state_dict`` takes them.
+
+        Returns
+        -------
+        dict of torch.Tensor
+            Copies; packed ("in_proj_weight") if key and value have `embed_dim` features, else separate.
+
+        Raises
+        ------
+        ImportError
+            PyTorch is not installed.
+        ValueError
+            The layer has fewer key/value heads than heads, heads that do not add up to `embed_dim`, or a rotary
+            embedding: that module cannot hold them.
+        """
+        fits = self.num_kv_heads == self.num_heads and self.num_heads * self.head_dim == self.embed_dim
+        if not fits or self.rotary is not None:
+            raise ValueError(
+                "torch.nn.MultiheadAttention needs num_kv_heads == num_heads, num_heads * head_dim == embed_dim "
+                f"and rotary=None, got {self!r}"
+            )
+        try:
+            import torch
+        except ImportError as error:
+            raise ImportError("to_torch needs PyTorch: pip install 'numba-attention[torch]'") from error
+        own = self._parameters
+        state = {name: own[name] for name in own if name.startswith("out_proj")}
+        if self._packed is not None:
+            state["in_proj_weight"] = self._packed
+        else:
+            state |= {f"{name}_weight": own[f"{name}.weight"] for name in INPUTS}
+        if self.bias:
+            state["in_proj_bias"] = np.concatenate([own[f"{name}.bias"] for name in INPUTS])
+        return {name: torch.from_numpy(array.copy()) for name, array in state.items()}
+
+    @classmethod
+    def load_safetensors(
+        cls,
+        path: str | PathLike[str],
+        prefix: str = "",
+        *,
+        num_heads: int,
+        rotary: bool | Mapping[str, Any] | None = None,
+        backend: str | None = None,
+    ) -> Self:
+        """Build a layer from a safetensors file; needs the safetensors library.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file.
+        prefix : str, default ""
+            What stands before the names of the parameters, with its last dot: "encoder.0.self_attn.".
+        num_heads : int
+            The file does not tell.
+        rotary, backend : optional
+            As in `MultiHeadAttention`; the file does not tell either.
+
+        Returns
+        -------
+        MultiHeadAttention
+            Sizes follow from the shapes; float64 if the parameters are, else float32. If some of the projections
+            have a bias, those of the others are 0.
+
+        Raises
+        ------
+        ImportError
+            The safetensors library is not installed.
+        FileNotFoundError
+            There is no such file.
+        ValueError
+            The file holds no such layer behind that prefix: neither "q_proj.weight" and its companions as
+            `save_safetensors` writes them, nor the names of ``torch.nn.MultiheadAttention``.
+        """
+        with _safetensors().safe_open(path, "np") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
+            given = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        if given.keys() & {"in_proj_weight", "q_proj_weight"}:
+            return cls.from_torch(given, num_heads, rotary=rotary, backend=backend)
+        return cls._from_parameters(given, num_heads, rotary=rotary, backend=backend)
+
+    def save_safetensors(self, path: str | PathLike[str], prefix: str = "") -> None:
+        """Write the parameters to a safetensors file; needs the safetensors library.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file, replaced if it exists.
+        prefix : str, default ""
+            What to put before the names of the parameters.
+
+        Raises
+        ------
+        ImportError
+            The safetensors library is not installed.
+        """
+        arrays = {prefix + name: np.ascontiguousarray(array) for name, array in self._parameters.items()}
+        _safetensors().numpy.save_file(arrays, path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the views into packed storage, which would come back as arrays of their own, and gradients."""
+        made = ("_edges", "_packed", "_packed_bias", "_parameters", "grads")
+        state = {name: x for name, x in vars(self).items() if name not in made}
+        return state | {"parameters": self.parameters()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        parameters = state.pop("parameters")
+        vars(self).update(state)
+        self._allocate()
+        self.load_parameters(parameters)
+
+    def _allocate(self) -> None:
+        """Make room for the parameters; where the inputs have the same features, as views into one matrix."""
+        H, Hkv = self.num_heads, self.num_kv_heads
+        self._edges = (0, H, H + Hkv, H + 2 * Hkv)  # of queries, keys and values, in heads
+        width, narrow = H * self.head_dim, Hkv * self.head_dim
+        rows = dict(zip(INPUTS, (width, narrow, narrow), strict=True))
+        columns = dict(zip(INPUTS, (self.embed_dim, self.kdim, self.vdim), strict=True))
+        cuts = [width, width + narrow]
+        own: dict[str, Array] = {}
+        self._packed: Array | None = None
+        if len(set(columns.values())) == 1:
+            self._packed = np.zeros((width + 2 * narrow, self.embed_dim), self.dtype)
+            parts = np.split(self._packed, cuts)
+        else:
+            parts = [np.zeros((rows[name], columns[name]), self.dtype) for name in INPUTS]
+        own |= {f"{name}.weight": part for name, part in zip(INPUTS, parts, strict=True)}
+        self._packed_bias = np.zeros(width + 2 * narrow, self.dtype) if self.bias else None
+        if self._packed_bias is not None:
+            parts = np.split(self._packed_bias, cuts)
+            own |= {f"{name}.bias": part for name, part in zip(INPUTS, parts, strict=True)}
+        own["out_proj.weight"] = np.zeros((self.embed_dim, width), self.dtype)
+        if self.bias:
+            own["out_proj.bias"] = np.zeros(self.embed_dim, self.dtype)
+        self._parameters = own
+        self.grads: dict[str, Array] = {}
+
+    def _initialise(self, rng: np.random.Generator) -> None:
+        inputs = [self._parameters[f"{name}.weight"] for name in INPUTS] if self._packed is None else [self._packed]
+        for weight in inputs:
+            limit = math.sqrt(6 / sum(weight.shape))  # Xavier; of the packed matrix as a whole, as PyTorch does
+            weight[...] = rng.uniform(-limit, limit, weight.shape)
+        weight = self._parameters["out_proj.weight"]
+        limit = 1 / math.sqrt(weight.shape[1])
+        weight[...] = rng.uniform(-limit, limit, weight.shape)
+
+    def _joined(self, first: int, last: int) -> tuple[Array, Array | None]:
+        """Weight and bias of the input projections first .. last - 1, as one; only if packed, more than one."""
+        if last - first == 1:
+            return self._parameters[f"{INPUTS[first]}.weight"], self._parameters.get(f"{INPUTS[first]}.bias")
+        assert self._packed is not None
+        rows = slice(self._place(first).start * self.head_dim, self._place(last - 1).stop * self.head_dim)
+        return self._packed[rows], None if self._packed_bias is None else self._packed_bias[rows]
+
+    def _place(self, n: int, first: int = 0) -> slice:
+        """Which heads are those of input projection n, where all from projection `first` on are side by side."""
+        edges = self._edges
+        return slice(edges[n] - edges[first], edges[n + 1] - edges[first])
+
+    @classmethod
+    def _from_parameters(cls, given: Mapping[str, Array], num_heads: int, **settings: Any) -> Self:
+        """Build the layer that has these parameters, whose shapes tell its sizes."""
+        arrays = {name: _floats(name, array) for name, array in given.items()}
+        weights = [arrays.get(f"{name}.weight") for name in (*INPUTS, "out_proj")]
+        missing = [name for name, w in zip((*INPUTS, "out_proj"), weights, strict=True) if w is None]
+        if missing:
+            raise ValueError(f"no weight for {', '.join(missing)} among {sorted(arrays) or 'no parameters'}")
+        q, k, v, out = (w for w in weights if w is not None)
+        if any(w.ndim != 2 for w in (q, k, v, out)):
+            raise ValueError(f"weights must be matrices, got {q.shape}, {k.shape}, {v.shape} and {out.shape}")
+        head_dim, rest = divmod(len(q), _positive("num_heads", num_heads))
+        if rest or not head_dim:
+            raise ValueError(f"num_heads must divide the {len(q)} rows of the query projection, got {num_heads}")
+        if len(k) % head_dim or not len(k):
+            raise ValueError(f"the key projection must have a multiple of head_dim = {head_dim} rows, got {len(k)}")
+        layer = cls(
+            len(out),
+            num_heads,
+            num_kv_heads=len(k) // head_dim,
+            head_dim=head_dim,
+            kdim=k.shape[1],
+            vdim=v.shape[1],
+            bias=any(name.endswith(".bias") for name in arrays),
+            dtype=np.float64 if all(array.dtype == np.float64 for array in arrays.values()) else np.float32,
+            rng=0,
+            **settings,
+        )
+        zeros = {name: own for name, own in layer._parameters.items() if name.endswith(".bias")}
+        layer.load_parameters(zeros | arrays)
+        return layer
+
+
+def _positive(name: str, x: Any) -> int:
+    if isinstance(x, bool) or not isinstance(x, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {x!r}")
+    if x < 1:
+        raise ValueError(f"{name} must be positive, got {x}")
+    return int(x)
+
+
+def _rotary(rotary: Any) -> bool | dict[str, Any] | None:
+    """Return what was said, so that a layer can show it: None, True, or a dict of its own."""
+    if rotary is None or isinstance(rotary, bool | np.bool_):
+        return True if rotary else None
+    if not isinstance(rotary, Mapping):
+        raise TypeError(f"rotary must be None, True or a dict of base, dim, interleaved and scaling, got {rotary!r}")
+    if unknown := rotary.keys() - {"base", "dim", "interleaved", "scaling"}:
+        raise ValueError(
+            f"rotary may have the keys base, dim, interleaved and scaling, got {', '.join(sorted(map(str, unknown)))}"
+        )
+    return dict(rotary)
+
+
+def _resolved(rotary: bool | dict[str, Any], head_dim: int) -> Rotation:
+    try:
+        return rotation(head_dim, **({} if isinstance(rotary, bool) else rotary))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"rotary: {error}") from None
+
+
+def _real_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (np.dtype(np.float32), np.dtype(np.float64)) or dtype is None:
+        raise TypeError(f"dtype must be float32 or float64, got {dtype!r}")
+    return np.dtype(found)
+
+
+def _generator(rng: np.random.Generator | int | None) -> np.random.Generator:
+    if rng is not None and (isinstance(rng, bool) or not isinstance(rng, np.random.Generator | int | np.integer)):
+        raise TypeError(f"rng must be a numpy.random.Generator, an integer or None, got {rng!r}")
+    return np.random.default_rng(rng)
+
+
+def _floats(name: str, x: ArrayLike) -> Array:
+    array = np.asarray(x)
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name} must be floating point, got {array.dtype}")
+    return array
+
+
+def _from_tensor(name: str, x: Any) -> Array:
+    """View a tensor as an array, without importing PyTorch."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        if "bfloat16" in str(x.dtype):  # which PyTorch cannot give to NumPy
+            x = x.float()
+        return np.asarray(x)
+    return _floats(name, x)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError("safetensors files need that library: pip install 'numba-attention[demo]'") from error
+    return safetensors
+
+
+__all__ = ["INPUTS", "Weights"]
