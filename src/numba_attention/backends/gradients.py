@@ -19,6 +19,7 @@ from .records import address_of, pack, readable_bias, sequences_of, storage_of, 
 from .resources import addresses, memory, threads_for, worker
 
 ITEMS = 16  # worth having, so that many threads find work and finish together
+GROUP = 8  # tiles of queries that are worth summing on their own: adding the sums up then costs 2 % or less
 BUFFERS = 2**26  # bytes that the groups of all heads may take together
 
 
@@ -36,11 +37,13 @@ def run(g: BackwardProblem) -> None:
     head_bytes = (p.S + SUM_ROWS) * (E + Ev) * size
     waves = _waves(g)
     items = waves.shape[1]
-    groups = _groups(g, spec, items, head_bytes)
-    offsets, scratch_size, depth = kernels.scratch(spec, p.E, p.Ev, head_bytes if groups == 1 else 0)
-    number = threads_for(items * groups, 5.0 * p.L * p.S * (p.E + p.Ev) * p.H * math.prod(p.batch))
+    groups = _groups(g, spec)
+    split = groups > 1 and items < ITEMS and items * groups * head_bytes <= BUFFERS
+    kept = 0 if split else head_bytes * min(groups, 2)
+    offsets, scratch_size, depth = kernels.scratch(spec, p.E, p.Ev, kept)
+    number = threads_for(items * groups if split else items, 5.0 * p.L * p.S * (p.E + p.Ev) * p.H * math.prod(p.batch))
     scratch, scratch_address = memory.reserve(number * scratch_size)
-    partial = np.empty(items * groups * head_bytes if groups > 1 else 0, np.uint8)
+    partial = np.empty(items * groups * head_bytes if split else 0, np.uint8)
     members = np.zeros((*waves.shape, 2), np.int64)
     members[..., 0] = waves
     members[..., 1] = np.arange(items) * (groups * head_bytes)
@@ -62,7 +65,8 @@ def run(g: BackwardProblem) -> None:
     }
     sequences = sequences_of(p, bias, **arrays)
     values = values_of(p, spec, bias) | {
-        "items": items * groups,
+        "items": items * groups if split else items,
+        "split": split,
         "number": len(sequences),
         "Ev": p.Ev,
         "groups": groups,
@@ -112,17 +116,18 @@ def _waves(g: BackwardProblem) -> Array:
     return heads.reshape(together, heads.size // together if together else 0)
 
 
-def _groups(g: BackwardProblem, spec: Spec, heads: int, head_bytes: int) -> int:
-    """In how many groups to share out the tiles of queries of a head: follows from the shape, not from the threads."""
+def _groups(g: BackwardProblem, spec: Spec) -> int:
+    """In how many groups to deal out the tiles of queries of a head: the same for a sequence alone and in a batch."""
     p = g.forward
-    if not heads or not p.Hkv:
+    if not p.Hkv:
         return 1
-    G = p.H // p.Hkv
-    if g.bias_shape is not None and g.bias_shape[-3] == 1 and G > 1 and spec.query_tile % G:
-        return 1  # two tiles may hold the same row of the bias
+    G, heads = p.H // p.Hkv, p.Hkv
+    if g.bias_shape is not None and g.bias_shape[-3] == 1:
+        if G > 1 and spec.query_tile % G:
+            return 1  # two tiles may hold the same row of the bias
+        heads = 1  # the others wait: see `_waves`
     row_tiles = -(-p.L * G // spec.query_tile)
-    groups = min(-(-ITEMS // heads), row_tiles, BUFFERS // (heads * head_bytes) if head_bytes else 1)
-    return max(1, groups)
+    return max(1, min(-(-ITEMS // heads), row_tiles // GROUP, 8))
 
 
 def _of_sinks(sinks: Array, lse: Array, delta: Array) -> Array:

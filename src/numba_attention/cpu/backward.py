@@ -5,8 +5,10 @@ As in the forward pass a tile of queries lies in the lanes and visits its tiles 
     S^T = K Q^T, dP^T = V dO^T, dQ^T += K^T dS^T      queries in the lanes
     dV += P^T dO, dK += dS^T Q                        features in the lanes
 
-One work item is every `groups`-th tile of queries of one key/value head. It sums its dK and dV by itself; where a head
-has several groups, the last to be done adds their sums in order. So no sum depends on which thread did what when.
+The tiles of queries of one key/value head are dealt out to `groups`, a number that follows from the sizes of the
+sequence alone. A group sums its dK and dV by itself, and the sums of the groups are added in order: no bit depends on
+the threads or on the rest of the batch. A work item is one head, or where heads are few (`split`) one group, of which
+the last to be done adds them up.
 """
 
 import math
@@ -233,15 +235,21 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         write_tile(at + p.at_out, at + p.at_grad_query_rows, 0, item_size, p.E, at + p.at_state + TILE_MAX * row_bytes)
 
     @spec.jit
-    def write_rows(target: int, row: int, rows: int, count: int, sums: int, pitch: int, factor: float) -> None:
-        write(target, row, rows, count, sums, pitch, factor)  # compiled once and not at each call
+    def visit_group(p: Any, s: Any, at: int, head: int, group: int, sums: int) -> None:
+        """DQ of the rows of one group, and their dK and dV."""
+        carray(void_pointer(sums), NEVER, real)[: bytes_of(p, s) // size] = 0
+        last = (s.rows * p.group + BM - 1) // BM - 1
+        # Last rows first, as in the forward pass; the groups take turns, so that each gets of every kind.
+        for tile in range(last - group, -1, -p.groups):
+            visit_rows(p, s, at, head, tile * BM, group, sums)
+
+    @spec.jit
+    def write_rows(target: int, row: int, rows: int, count: int, source: int, pitch: int, factor: float) -> None:
+        write(target, row, rows, count, source, pitch, factor)  # compiled once and not at each call
 
     @spec.jit
     def write_keys(p: Any, s: Any, head: int, sums: int) -> None:
-        """DK and dV of a head: the sum over its groups."""
-        bytes_each = bytes_of(p, s)
-        for group in range(1, p.groups):
-            add_sums(sums, sums + group * bytes_each, bytes_each)
+        """DK and dV of a head, from its sums."""
         key = p.grad_key + s.grad_key + head * p.grad_key_head
         write_rows(key, p.grad_key_row, s.key_rows, p.E, sums, p.E_padded * size, real(p.scale))
         sums += (s.key_rows + SUM_ROWS) * p.E_padded * size
@@ -257,17 +265,23 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             item = fetch_add(p.counter, 1)
             if item >= p.items:
                 return 0
-            number, group = divmod(item, p.groups)
+            number = item // p.groups if p.split != 0 else item
             index, head = divmod(members[number, 0], p.kv_heads)
             s = sequences[index]
-            first = at + p.at_sums if p.groups == 1 else p.partial + members[number, 1]
-            sums = first + group * bytes_of(p, s)
-            carray(void_pointer(sums), NEVER, real)[: bytes_of(p, s) // size] = 0
-            last = (s.rows * p.group + BM - 1) // BM - 1
-            # Last rows first, as in the forward pass; the groups take turns, so that each gets of every kind.
-            for tile in range(last - group, -1, -p.groups):
-                visit_rows(p, s, at, head, tile * BM, group, sums)
-            if fetch_add(p.counts + 8 * number, 1) == p.groups - 1:
-                write_keys(p, s, head, first)
+            each = bytes_of(p, s)
+            first = p.partial + members[number, 1] if p.split != 0 else at + p.at_sums
+            if p.split != 0:
+                group = item - number * p.groups
+                visit_group(p, s, at, head, group, first + group * each)
+                if fetch_add(p.counts + 8 * number, 1) < p.groups - 1:
+                    continue
+                for other in range(1, p.groups):
+                    add_sums(first, first + other * each, each)
+            else:
+                visit_group(p, s, at, head, 0, first)
+                for other in range(1, p.groups):
+                    visit_group(p, s, at, head, other, first + each)
+                    add_sums(first, first + each, each)
+            write_keys(p, s, head, first)
 
     return worker

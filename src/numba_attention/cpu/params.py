@@ -31,7 +31,7 @@ INTEGERS = (
     "mask_head", "mask_row", "mask_column", "left", "right",
     *(f"at_{name}" for name in SCRATCH),
     # of the backward pass
-    "kv_heads", "groups", "E_padded", "Ev_padded",
+    "kv_heads", "groups", "split", "E_padded", "Ev_padded",
     "grad_out_head", "grad_out_row", "grad_out_column", "grad_lse_head", "grad_lse_row",
     "grad_query_head", "grad_query_row", "grad_key_head", "grad_key_row", "grad_value_head", "grad_value_row",
     "grad_bias_head", "grad_bias_row", "grad_bias_column", "grad_bias_group", "delta_head", "delta_row",
