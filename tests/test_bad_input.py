@@ -12,6 +12,14 @@ from numba_attention.backends import cpu, reference
 
 QUERY, KEY, VALUE = Case(5, 7, 8, 6, H=4, Hkv=2, batch=(3,)).arrays()
 SHAPE = (3, 4, 5, 7)
+GIVEN = {
+    "grad_out": np.ones((3, 4, 5, 6), np.float32),
+    "query": QUERY,
+    "key": KEY,
+    "value": VALUE,
+    "out": np.zeros((3, 4, 5, 6), np.float32),
+    "lse": np.zeros((3, 4, 5), np.float32),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +30,7 @@ def _no_kernel_may_start(monkeypatch):
     for module in (cpu, reference):
         monkeypatch.setattr(module, "forward", start)
         monkeypatch.setattr(module, "weights", start)
+        monkeypatch.setattr(module, "backward", start)
 
 
 def refused(kind, words, function, *arguments, **kwargs):
@@ -256,6 +265,7 @@ MISUSES = [
 def test_option(name, value, kind, words):
     refused(kind, rf"(?s)\b{name}\b.*{words}", na.attention, QUERY, KEY, VALUE, **{name: value})
     refused(kind, rf"(?s)\b{name}\b.*{words}", na.attention_weights, QUERY, KEY, **{name: value})
+    refused(kind, rf"(?s)\b{name}\b.*{words}", na.attention_backward, *GIVEN.values(), **{name: value})
 
 
 @pytest.mark.torch
@@ -274,6 +284,43 @@ def test_unknown_and_positional_arguments():
     refused(TypeError, "positional", na.attention, QUERY, KEY, VALUE, None)
     refused(TypeError, "positional", na.attention_weights, QUERY, KEY, VALUE)
     refused(TypeError, "value", na.attention, QUERY, KEY)
+
+
+# What the backward pass takes besides.
+
+BACKWARD = {
+    "grad_out": (np.zeros((3, 4, 5, 6), np.float32), r"\(3, 4, 5, 6\)", "float32"),
+    "out": (np.zeros((3, 4, 5, 6), np.float32), r"\(3, 4, 5, 6\)", "float32"),
+    "lse": (np.zeros((3, 4, 5), np.float32), r"\(3, 4, 5\)", "float32"),
+    "grad_lse": (np.zeros((3, 4, 5), np.float32), r"\(3, 4, 5\)", "float32"),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward(name):
+    good, shape, dtype = BACKWARD[name]
+
+    def call(x):
+        return lambda: na.attention_backward(**GIVEN | {name: x})
+
+    refused(TypeError, rf"^{name} .*{dtype}.*float64", call(good.astype(np.float64)))
+    refused(TypeError, rf"^{name} .*{dtype}.*float16", call(good.astype(np.float16)))
+    refused(TypeError, rf"^{name} .*{dtype}", call(good.astype(">f4" if np.little_endian else "<f4")))
+    refused(TypeError, rf"^{name} .*numpy.asarray", call(good.tolist()))
+    refused(TypeError, rf"^{name} .*numpy.ndarray", call(np.ma.masked_array(good)))
+    refused(ValueError, rf"^{name} .*{shape}", call(good[1:]))
+    refused(ValueError, rf"^{name} .*{shape}", call(good[..., 1:]))
+    refused(ValueError, rf"^{name} .*{shape}", call(good[None]))
+    if name != "grad_lse":
+        refused(TypeError, rf"^{name} .*NoneType", call(None))
+
+
+def test_backward_of_mismatched_arrays():
+    refused(TypeError, "dtype", na.attention_backward, **GIVEN | {"key": KEY.astype(np.float64)})
+    refused(ValueError, "key", na.attention_backward, **GIVEN | {"key": KEY[..., :3]})
+    refused(TypeError, "positional", na.attention_backward, *GIVEN.values(), None)
+    refused(TypeError, "lse", na.attention_backward, *list(GIVEN.values())[:-1])
+    refused(ValueError, "backend", na.attention_backward, *GIVEN.values(), backend="gpu")
 
 
 # out.

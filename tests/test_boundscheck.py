@@ -25,6 +25,7 @@ for dtype in {dtypes}:
     for case in [*cases.GROUPS["together"], *cases.GROUPS["heads"][:6], *cases.GROUPS["empty"]]:
         arrays, kwargs = case.arrays(dtype), case.kwargs()
         cases.check(*arrays, kwargs, dtype, case)
+        cases.check_backward(case, dtype)
     {weights}
 print("done")
 """
@@ -92,6 +93,14 @@ for dtype in cases.DTYPES:
         cases.assert_close(out, want, cases.tolerance(dtype, case)[0])
         if n % 10 == 0:
             na.attention_weights(*arrays[:2], **kwargs)
+        if n % 3 == 0:
+            lse = na.attention(*arrays, **kwargs, return_lse=True)[1]
+            grad_out = like(np.ones((2, L, Ev), arrays[0].dtype), not at_end)
+            grads = na.attention_backward(grad_out, *arrays, out, lse, **kwargs)
+            want = cases.oracle_backward(grad_out, *arrays, **kwargs)
+            offset = max(np.abs(w).max() for w in want[:3])
+            for a, b in zip(grads[:3], want[:3]):
+                cases.assert_close(a, b, cases.grad_tolerance(dtype, case), offset)
         kept.clear()
 print("done")
 """

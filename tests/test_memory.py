@@ -10,7 +10,7 @@ pytest.importorskip("resource")
 if not os.path.exists("/proc/self/statm"):
     pytest.skip("reads the resident memory from /proc", allow_module_level=True)
 
-from numba_attention.benchmarking.memory import CASES, MiB
+from numba_attention.benchmarking.memory import BACKWARD_CASES, CASES, MiB
 
 
 def child(code, *arguments):
@@ -23,6 +23,14 @@ def child(code, *arguments):
 def test_extra_memory(case):
     code = "import sys; from numba_attention.benchmarking.memory import extra; print(extra(sys.argv[1]))"
     assert child(code, case) < CASES[case][1] * MiB
+
+
+@pytest.mark.parametrize("case", BACKWARD_CASES)
+def test_extra_memory_of_the_backward_pass(case):
+    code = (
+        "import sys; from numba_attention.benchmarking.memory import extra_backward; print(extra_backward(sys.argv[1]))"
+    )
+    assert child(code, case) < BACKWARD_CASES[case][1] * MiB
 
 
 def test_measurement_sees_a_copy():

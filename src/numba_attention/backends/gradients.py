@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..cpu import backward as kernels
 from ..cpu import launch
+from ..cpu.cache import Kernel
 from ..cpu.elements import Spec
 from ..cpu.params import ARRAYS, REST, pack_addresses
 from ..cpu.simd import HOST
@@ -23,49 +24,112 @@ GROUP = 8  # tiles of queries that are worth summing on their own: adding the su
 BUFFERS = 2**26  # bytes that the groups of all heads may take together
 
 
+class _Plan(NamedTuple):
+    """All of a call that follows from shapes, strides and options, and not from where the arrays are."""
+
+    kernel: Kernel
+    sequences: Array
+    sequences_address: int
+    members: Array  # (waves, work, 2): number of a key/value head, and where its sums begin if they are split
+    rest: bytes  # the PARAMS record after the addresses
+    items: int
+    flops: float
+    scratch_size: int
+    partial_size: int
+
+
+_plans: dict[Any, _Plan] = {}
+
+
 def run(g: BackwardProblem) -> None:
     """Write the gradients of query, key and value, and make those of bias and sinks."""
     p = g.forward
     if p.query.dtype == np.float16 and not HOST.f16:
         return _run_widened(g)
-    storage = storage_of(p.query.dtype)
-    spec = Spec(storage, HOST, "backward")
-    real: Any = spec.vector.dtype
-    size = spec.vector.bytes
-    bias = readable_bias(p)
-    E, Ev = padded(spec, p.E), padded(spec, p.Ev)
-    head_bytes = (p.S + SUM_ROWS) * (E + Ev) * size
-    waves = _waves(g)
-    items = waves.shape[1]
+    spec = Spec(storage_of(p.query.dtype), HOST, "backward")
     groups = _groups(g, spec)
-    split = groups > 1 and items < ITEMS and items * groups * head_bytes <= BUFFERS
-    kept = 0 if split else head_bytes * min(groups, 2)
-    offsets, scratch_size, depth = kernels.scratch(spec, p.E, p.Ev, kept)
-    number = threads_for(items * groups if split else items, 5.0 * p.L * p.S * (p.E + p.Ev) * p.H * math.prod(p.batch))
-    scratch, scratch_address = memory.reserve(number * scratch_size)
-    partial = np.empty(items * groups * head_bytes if split else 0, np.uint8)
-    members = np.zeros((*waves.shape, 2), np.int64)
-    members[..., 0] = waves
-    members[..., 1] = np.arange(items) * (groups * head_bytes)
-
-    full = (*p.batch, p.H, p.L, p.S)
-    of_bias = None
+    bias = readable_bias(p)
+    of_bias = delta = None
     if g.bias_shape is not None:
         # Where all rows share one row of the bias, each group has a gradient of its own.
-        of_bias = np.zeros((groups if g.bias_shape[-2] == 1 else 1, *g.bias_shape), real)
-    delta = None if p.sinks is None else np.empty(full[:-1], real)
+        of_bias = np.zeros((groups if g.bias_shape[-2] == 1 else 1, *g.bias_shape), spec.vector.dtype)
+    if p.sinks is not None:
+        delta = np.empty((*p.batch, p.H, p.L), spec.vector.dtype)
     arrays = {
         "grad_out": g.grad_out,
         "grad_lse": g.grad_lse,
         "grad_query": g.query,
         "grad_key": g.key,
         "grad_value": g.value,
-        "grad_bias": None if of_bias is None else np.broadcast_to(of_bias[0], full),
+        "grad_bias": None if of_bias is None else np.broadcast_to(of_bias[0], (*p.batch, p.H, p.L, p.S)),
         "delta": delta,
     }
+    plan = _find_plan(g, spec, groups, bias, arrays, of_bias)
+    number = threads_for(plan.items, plan.flops)
+    scratch, scratch_address = memory.reserve(number * plan.scratch_size)
+    partial = np.empty(plan.partial_size, np.uint8)
+    # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
+    slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
+    if p.H and plan.items:
+        first = (0,) * len(p.batch) + (0,)
+        four = p.query[first], p.key[first], p.value[first], p.out[first]
+        addresses[p.query.itemsize].call(*four, memory.params_address)
+    memory.params[REST:] = plan.rest
+    for wave in plan.members:
+        counts = np.zeros(len(wave), np.int64)
+        memory.counter.value = 0
+        pack_addresses(
+            memory.params, ARRAYS, memory.counter_address, scratch_address, plan.sequences_address,
+            address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), 0, 0,
+            *(address_of(array) for array in arrays.values()),
+            address_of(wave), address_of(counts), address_of(partial),
+        )  # fmt: skip
+        launch.run(plan.kernel, memory.params_address, number)
+    if of_bias is not None:
+        g.bias = of_bias.sum(axis=0) if len(of_bias) > 1 else of_bias[0]
+    if p.sinks is not None and p.lse is not None and delta is not None:
+        g.sinks = _of_sinks(p.sinks, p.lse, delta)
+    del scratch, slopes, bias
+
+
+def _find_plan(
+    g: BackwardProblem, spec: Spec, groups: int, bias: Array | None, arrays: dict[str, Any], of_bias: Array | None
+) -> _Plan:
+    p = g.forward
+    lengths = p.query_lengths is not None or p.key_lengths is not None or type(p.offset) is not int
+    if lengths or bias is not None or p.mask is not None:
+        return _make_plan(g, spec, groups, bias, arrays, of_bias)
+    all_arrays = p.query, p.key, p.value, p.out, p.lse, g.grad_out, g.grad_lse
+    key = (
+        p.query.dtype, p.query.shape, p.value.shape, *(None if x is None else x.strides for x in all_arrays),
+        p.alibi_slopes is None, p.sinks is None, p.scale, p.softcap, p.left, p.right, p.offset,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) > 500:
+            _plans.clear()
+        plan = _plans[key] = _make_plan(g, spec, groups, bias, arrays, of_bias)
+    return plan
+
+
+def _make_plan(
+    g: BackwardProblem, spec: Spec, groups: int, bias: Array | None, arrays: dict[str, Any], of_bias: Array | None
+) -> _Plan:
+    p = g.forward
+    E, Ev = padded(spec, p.E), padded(spec, p.Ev)
+    head_bytes = (p.S + SUM_ROWS) * (E + Ev) * spec.vector.bytes
+    waves = _waves(g)
+    heads = waves.shape[1]
+    split = groups > 1 and heads < ITEMS and heads * groups * head_bytes <= BUFFERS
+    items = heads * groups if split else heads
+    members = np.zeros((*waves.shape, 2), np.int64)
+    members[..., 0] = waves
+    members[..., 1] = np.arange(heads) * (groups * head_bytes)
+    kept = 0 if split else head_bytes * min(groups, 2)
+    offsets, scratch_size, depth = kernels.scratch(spec, p.E, p.Ev, kept)
     sequences = sequences_of(p, bias, **arrays)
     values = values_of(p, spec, bias) | {
-        "items": items * groups if split else items,
+        "items": items,
         "split": split,
         "number": len(sequences),
         "Ev": p.Ev,
@@ -78,28 +142,11 @@ def run(g: BackwardProblem) -> None:
     }
     for name, array in arrays.items():
         values |= strides_of(name, array, len(p.batch))
-    memory.params[REST:] = pack(values, offsets)
-    slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
-    first = (0,) * len(p.batch) + (0,)
-    if waves.size and p.H:
-        addresses[p.query.itemsize].call(
-            p.query[first], p.key[first], p.value[first], p.out[first], memory.params_address
-        )
-    for wave in members:
-        memory.counter.value = 0
-        counts = np.zeros(items, np.int64)
-        pack_addresses(
-            memory.params, ARRAYS, memory.counter_address, scratch_address, address_of(sequences),
-            address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), 0, 0,
-            *(address_of(arrays[name]) for name in arrays),
-            address_of(wave), address_of(counts), address_of(partial),
-        )  # fmt: skip
-        launch.run(worker(storage, "backward"), memory.params_address, number)
-    if of_bias is not None:
-        g.bias = of_bias.sum(axis=0) if len(of_bias) > 1 else of_bias[0]
-    if p.sinks is not None and p.lse is not None and delta is not None:
-        g.sinks = _of_sinks(p.sinks, p.lse, delta)
-    del scratch, slopes, bias
+    flops = 5.0 * p.L * p.S * (p.E + p.Ev) * p.H * math.prod(p.batch)
+    partial_size = items * head_bytes if split else 0
+    kernel = worker(spec.storage, "backward")
+    rest = pack(values, offsets)
+    return _Plan(kernel, sequences, address_of(sequences), members, rest, items, flops, scratch_size, partial_size)
 
 
 def _waves(g: BackwardProblem) -> Array:

@@ -1,4 +1,4 @@
-"""What a call of `attention` needs in memory beyond its inputs and its result.
+"""What a call of `attention` or `attention_backward` needs in memory beyond its inputs and its result.
 
 ``python -m numba_attention.benchmarking.memory CASE`` prints that number of bytes for one case, in a process of its
 own: the operating system only tells a process the highest its memory has ever been.
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..api import attention
+from ..api import attention, attention_backward
 from ..options import Array
 from .rows import numpy_dtype
 
@@ -81,6 +81,43 @@ CASES: dict[str, tuple[int, int, Callable[[int], Arguments]]] = {
     "bfloat16": (8192, 16, lambda L: _plain(1, L, dtype="bfloat16")),
     "all_together": (8192, 16, _all_together),
 }
+
+
+# name -> (length, limit in MiB, arguments): the same for the backward pass, whose gradients are not counted either.
+BACKWARD_CASES: dict[str, tuple[int, int, Callable[[int], Arguments]]] = {
+    "long": (16384, 48, lambda L: _plain(2, L)),
+    **{name: (8192, 40, _with(add)) for name, add in _OPTIONS.items() if name != "return_lse"},
+    "Ev": (8192, 56, lambda L: _plain(1, L, Ev=128)),
+    "float64": (8192, 40, lambda L: _plain(1, L, dtype="float64")),
+    "bfloat16": (8192, 40, lambda L: _plain(1, L, dtype="bfloat16")),
+}
+
+
+def backward(arguments: Arguments) -> Callable[[], int]:
+    """Make a function that calls `attention_backward` and returns how many bytes the gradients have."""
+    options = {name: x for name, x in arguments.items() if name not in ("query", "key", "value", "out", "return_lse")}
+    query, key, value = (arguments[name] for name in ("query", "key", "value"))
+    out, lse = attention(query, key, value, out=arguments["out"], return_lse=True, **options)
+    grad_out = np.ones_like(out)
+
+    def call() -> int:
+        gradients = attention_backward(grad_out, query, key, value, out, lse, **options)
+        return sum(np.asarray(x).nbytes for x in gradients if x is not None)
+
+    return call
+
+
+def extra_backward(name: str) -> int:
+    """Return how many bytes more than inputs and gradients one backward call of a case has needed."""
+    length, _, make = BACKWARD_CASES[name]
+    backward(make(64))()
+    call = backward(make(length))
+    filling = level()
+    before = peak()
+    gradients = call()
+    after = peak()
+    assert filling.any()
+    return after - before - gradients
 
 
 def ready(name: str) -> tuple[Arguments, Array]:
