@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import numba_attention as na
-from cases import DTYPES, Case, assert_close, tolerance
+from cases import DTYPES, Case, assert_close, grad_tolerance, oracle_backward, tolerance
 
 CUTS = [(0, 30), (0, 1, 30), (0, 10, 20, 30), (0, 0, 17, 30, 30)]
 
@@ -163,3 +163,78 @@ def test_empty(shape):
     out, lse = na.merge_attention([np.ones(shape)] * 2, [np.ones(shape[:-1])] * 2)
     assert out.shape == shape
     assert lse.shape == shape[:-1]
+
+
+# The gradients.
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_gradients_against_autograd(torch, with_lse, n):
+    rng = np.random.default_rng(0)
+    outs, lses = rng.standard_normal((n, 2, 7, 3)), 3 * rng.standard_normal((n, 2, 7))
+    grad_out, grad_lse = rng.standard_normal((2, 7, 3)), rng.standard_normal((2, 7)) if with_lse else None
+    tensors = [torch.tensor(x, requires_grad=True) for x in (outs, lses)]
+    lse = torch.logsumexp(tensors[1], 0)
+    out = (torch.exp(tensors[1] - lse)[..., None] * tensors[0]).sum(0)
+    loss = (out * torch.tensor(grad_out)).sum()
+    if with_lse:
+        loss = loss + (lse * torch.tensor(grad_lse)).sum()
+    want = torch.autograd.grad(loss, tensors)
+    got = na.merge_attention_backward(grad_out, grad_lse, outs, lses)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(np.stack(a), b.numpy(), atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+def test_gradients_of_parts_are_those_of_the_whole(dtype, cuts):
+    case = Case(5, 30)
+    query, key, value = case.arrays(dtype)
+    parts = parts_of(query, key, value, cuts)
+    outs, lses = zip(*parts, strict=True)
+    out, _ = na.merge_attention(outs, lses)
+    rng = np.random.default_rng(1)
+    grad_out, grad_lse = rng.standard_normal(out.shape).astype(out.dtype), rng.standard_normal(lses[0].shape)
+    grad_lse = grad_lse.astype(lses[0].dtype)
+    grad_outs, grad_lses = na.merge_attention_backward(grad_out, grad_lse, outs, lses)
+    assert all(g.dtype == out.dtype for g in grad_outs)
+    assert all(g.dtype == lses[0].dtype for g in grad_lses)
+    grads = [
+        na.attention_backward(g, query, key[..., a:b, :], value[..., a:b, :], *part, grad_lse=h)
+        for (a, b), part, g, h in zip(itertools.pairwise(cuts), parts, grad_outs, grad_lses, strict=True)
+    ]
+    want = oracle_backward(grad_out, query, key, value, grad_lse)
+    wide = sum(g.query.astype(np.float64) for g in grads)
+    limit = 4 * grad_tolerance(dtype)  # of a gradient that went through as many roundings
+    assert_close(wide, want.query, limit, offset=1)
+    assert_close(np.concatenate([g.key for g in grads], -2), want.key, limit, offset=1)
+    assert_close(np.concatenate([g.value for g in grads], -2), want.value, limit, offset=1)
+
+
+def test_gradients_of_empty_parts_are_0():
+    outs, lses = np.stack([some(0)[0], some(1)[0]]), np.stack([some(0)[1], np.full((2, 4), -np.inf)])
+    outs[1] = np.nan
+    grad_outs, grad_lses = na.merge_attention_backward(np.ones((2, 4, 3)), np.ones((2, 4)), outs, lses)
+    np.testing.assert_array_equal(grad_outs[0], 1)
+    np.testing.assert_array_equal(grad_lses[0], 1)
+    assert not grad_outs[1].any()
+    assert not grad_lses[1].any()
+    nothing = np.full((2, 2, 4), -np.inf)
+    for part in itertools.chain(*na.merge_attention_backward(np.ones((2, 4, 3)), None, outs, nothing)):
+        assert not part.any()
+
+
+def test_gradients_are_checked():
+    outs, lses = np.ones((2, 5, 3), np.float32), np.ones((2, 5), np.float32)
+    good = outs[0]
+    with pytest.raises(TypeError, match=r"grad_out .*float32.*float64"):
+        na.merge_attention_backward(good.astype(np.float64), None, outs, lses)
+    with pytest.raises(ValueError, match=r"grad_out .*\(5, 3\).*\(4, 3\)"):
+        na.merge_attention_backward(good[1:], None, outs, lses)
+    with pytest.raises(ValueError, match=r"grad_lse .*\(5,\)"):
+        na.merge_attention_backward(good, np.ones(4, np.float32), outs, lses)
+    with pytest.raises(TypeError, match=r"grad_lse .*numpy.ndarray"):
+        na.merge_attention_backward(good, [1.0] * 5, outs, lses)
+    with pytest.raises(ValueError, match="outs and lses"):
+        na.merge_attention_backward(good, None, outs, lses[:1])
