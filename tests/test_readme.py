@@ -15,8 +15,9 @@ def blocks(page, language):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_examples_run(page):
+    scope = {}
     for code in blocks(page, "python"):
-        exec(code, {})
+        exec(code, scope)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
