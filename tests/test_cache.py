@@ -22,10 +22,11 @@ def run(code, folder, **environment):
 ATTEND = """
     import numpy as np, numba, numba_attention as na
     from numba_attention.backends import cpu
+    from numba_attention.backends.resources import worker
     numba.set_num_threads(2)
     q = np.random.default_rng(0).standard_normal((4, 300, 32), dtype=np.float32)
     na.attention(q, q, q)
-    print(cpu._worker("float32", "forward").origin, cpu.launch._launcher.origin)
+    print(worker("float32", "forward").origin, cpu.launch._launcher.origin)
 """
 
 

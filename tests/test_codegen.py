@@ -9,6 +9,7 @@ from llvmlite import ir
 from numba_attention.cpu.elements import Spec
 from numba_attention.cpu.gemm import micro_kernel
 from numba_attention.cpu.simd import HOST, I64, Host, detect
+from numba_attention.cpu.sums import sum_blocks
 
 HOSTS = {
     "AVX-512": ("x86_64-unknown-linux-gnu", "znver4", "+avx512bf16"),
@@ -76,6 +77,19 @@ def test_loop_keeps_its_block_in_registers(name, fma, register, storage, role):
     stack = r"\(%rsp\)|\[sp"
     # Addresses may be reloaded; the block may not.
     assert not [line for line in loop.splitlines() if re.search(stack, line) and re.search(register, line)], loop
+
+
+@pytest.mark.parametrize("storage", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize(("name", "fma", "register"), [("AVX-512", "vfmadd", "%zmm"), ("AVX2", "vfmadd", "%ymm")])
+def test_sums_of_the_backward_pass(name, fma, register, storage, which):
+    spec = Spec(storage, detect(*HOSTS[name]), "backward")
+    rows, vectors = sum_blocks(spec)[which]
+    loop = innermost(assembly(micro_kernel(spec, "sum", (rows, vectors), dot=False), HOSTS[name]), fma)
+    number = len(re.findall(rf"\b{fma}\w*\b.*{register}", loop))
+    assert number > 0
+    assert number % (rows * vectors) == 0
+    assert not [line for line in loop.splitlines() if "(%rsp)" in line and register in line], loop
 
 
 def test_bfloat16_dot_products():

@@ -16,8 +16,12 @@ PREPARE = """
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, 4, 300, 32), dtype=np.float32) for _ in range(3))
     expected = na.attention(q, k, v, backend="reference")
+    out, lse = na.attention(q, k, v, return_lse=True)
+    gradients = na.attention_backward(q, q, k, v, out, lse)[:3]
     def check():
         np.testing.assert_allclose(na.attention(q, k, v), expected, atol=1e-5)
+        for a, b in zip(na.attention_backward(q, q, k, v, out, lse), gradients):
+            np.testing.assert_array_equal(a, b)
     check()
 """
 

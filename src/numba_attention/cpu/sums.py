@@ -22,6 +22,11 @@ def padded(spec: Spec, features: int) -> int:
     return -(-features // W) * W
 
 
+def sum_blocks(spec: Spec) -> tuple[tuple[int, int], ...]:
+    """Rows x vectors of the micro-kernels for the widest panel, for two vectors and for one, as registers allow."""
+    return spec.block, (SUM_ROWS if spec.host.registers == 32 else SUM_ROWS // 2, 2), (SUM_ROWS, 1)
+
+
 def add_products(spec: Spec) -> Any:
     """Make ``add(sums, tile, panels, n, features)``: sums[j, e] += sum_lane tile[j, lane] rows[lane, e].
 
@@ -29,30 +34,29 @@ def add_products(spec: Spec) -> Any:
     multiple of `SUM_ROWS` must be 0.
     """
     vector = spec.vector
-    BM, NV = spec.query_tile, spec.block[1]
-    size, row_bytes = vector.bytes, BM * vector.bytes
-    kernels = [(n, micro_kernel(spec, "sum", (rows, n), dot=False), rows) for n, rows in ((NV, 4), (2, 8), (1, 8))]
-    (_, mm_wide, _), (_, mm_two, _), (_, mm_one, _) = kernels
-    wide, two, one = (n * vector.width for n, _, _ in kernels)
+    BM, size, row_bytes = spec.query_tile, vector.bytes, spec.query_tile * vector.bytes
+    (rows_wide, _), (rows_two, _), (rows_one, _) = blocks = sum_blocks(spec)
+    mm_wide, mm_two, mm_one = (micro_kernel(spec, "sum", block, dot=False) for block in blocks)
+    wide, two, one = (n * vector.width for _, n in blocks)
 
     @spec.jit
     def add(sums: int, tile: int, panels: int, n: int, features: int) -> None:
         pitch = features * size
         e = 0
         while features - e >= wide:
-            for j in range(0, n, 4):
+            for j in range(0, n, rows_wide):
                 c, a, b = sums + j * pitch + e * size, tile + j * row_bytes, panels + e * BM * size
-                mm_wide(c, pitch, a, row_bytes, size, 4, b, wide * size, BM, 0)
+                mm_wide(c, pitch, a, row_bytes, size, rows_wide, b, wide * size, BM, 0)
             e += wide
         while features - e >= two:
-            for j in range(0, n, SUM_ROWS):
+            for j in range(0, n, rows_two):
                 c, a, b = sums + j * pitch + e * size, tile + j * row_bytes, panels + e * BM * size
-                mm_two(c, pitch, a, row_bytes, size, SUM_ROWS, b, two * size, BM, 0)
+                mm_two(c, pitch, a, row_bytes, size, rows_two, b, two * size, BM, 0)
             e += two
         if features - e >= one:
-            for j in range(0, n, SUM_ROWS):
+            for j in range(0, n, rows_one):
                 c, a, b = sums + j * pitch + e * size, tile + j * row_bytes, panels + e * BM * size
-                mm_one(c, pitch, a, row_bytes, size, SUM_ROWS, b, one * size, BM, 0)
+                mm_one(c, pitch, a, row_bytes, size, rows_one, b, one * size, BM, 0)
 
     return add
 
@@ -61,15 +65,14 @@ def copy_rows(spec: Spec) -> Any:
     """Make ``copy(panels, rows, stride, features, padded, marks)``: the rows of a tile, widened, for `add_products`.
 
     A panel is as many features as the widest micro-kernel takes, of all rows, so that a panel fits the cache without
-    gaps: of 128 features in one piece, the half in use shares half of the cache's sets (6 % slower). NaN and infinity
+    gaps: of 128 features in one piece, the half in use shares half of the sets of the cache (2 % slower). NaN and infinity
     become 0, because weights may be 0 and 0 * NaN is NaN; `marks` is a table of int64 that is set to DIRTY for rows
     that had some, or 0. Returns whether any had.
     """
     vector = spec.vector
     BM, size = spec.query_tile, vector.bytes
     real: Any = vector.dtype
-    widths = [n * vector.width for n in (spec.block[1], 2, 1)]
-    wide, two = widths[:2]
+    wide, two = spec.block[1] * vector.width, 2 * vector.width
     widen, has_nan, drop_nonfinite = widen_tile(spec), any_nan(spec), drop_nonfinite_of(spec)
 
     @spec.jit
