@@ -14,8 +14,10 @@ ROOT = Path(numba_attention.__file__).parent
 
 # From the rim down. A module may import from layers below its own, and from its own.
 LAYERS = [
-    ("rim", ["__init__", "__main__", "cli", "commands", "config", "files"]),
-    ("rim", ["benchmarking", "demo", "plot", "torch", "jax"]),
+    (
+        "rim",
+        ["__init__", "__main__", "benchmarking", "cli", "commands", "config", "demo", "files", "jax", "plot", "torch"],
+    ),
     ("layer", ["layer", "weights", "inputs"]),
     ("api", ["api", "merging", "rotary"]),
     ("backends", ["backends"]),

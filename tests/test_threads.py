@@ -70,3 +70,27 @@ def test_fork_after_use(layer):
         """,
         layer,
     )
+
+
+@pytest.mark.torch
+def test_caller_that_flushes_subnormals():
+    """As XLA does in its threads. Each result is that of one thread, and of a caller that does not."""
+    pytest.importorskip("torch")
+    run(
+        """
+        import torch
+
+        def compute(threads, flush):
+            numba.set_num_threads(threads)
+            torch.set_flush_denormal(flush)
+            out, lse = na.attention(60 * q, k, v, return_lse=True)
+            return [out, *na.attention_backward(v, 60 * q, k, v, out, lse)[:3]]
+
+        with np.errstate(all="ignore"):
+            want = compute(1, False)
+            for case in [(2, False), (1, True), (2, True)]:
+                for a, b in zip(compute(*case), want):
+                    np.testing.assert_array_equal(a.view(np.int32), b.view(np.int32), err_msg=str(case))
+        """,
+        "omp",
+    )

@@ -32,7 +32,7 @@ def warmup_jobs() -> list[tuple[str, Callable[[], None]]]:
     def job(kernel: Kernel) -> Callable[[], None]:
         return lambda: (kernel.address, None)[1]
 
-    jobs = [(kernel.name, job(kernel)) for kernel in (launch._launcher, *addresses.values())]
+    jobs = [(kernel.name, job(kernel)) for kernel in (launch._launcher, launch._caller, *addresses.values())]
     storages = ("float32", "float64", "float16", "bfloat16")
     jobs += [(f"attention, {storage}", job(worker(storage, "forward"))) for storage in storages]
     jobs += [(f"attention_backward, {storage}", job(worker(storage, "backward"))) for storage in storages[:2]]

@@ -105,6 +105,7 @@ class Kernel:
         self._parallel = parallel
         self._lock = threading.Lock()
         self._result: Any = None
+        self._address = 0
 
     @property
     def call(self) -> Callable[..., int]:
@@ -114,8 +115,10 @@ class Kernel:
     @property
     def address(self) -> int:
         """Where its machine code begins, for calls from other kernels."""
-        result = self._get()
-        return int(result.library.get_pointer_to_function(result.fndesc.llvm_func_name))
+        if not self._address:
+            result = self._get()
+            self._address = int(result.library.get_pointer_to_function(result.fndesc.llvm_func_name))
+        return self._address
 
     def assembly(self) -> str:
         """Machine code as text; compiles afresh, because a loaded kernel has none."""

@@ -65,9 +65,9 @@ def copy_rows(spec: Spec) -> Any:
     """Make ``copy(panels, rows, stride, features, padded, marks)``: the rows of a tile, widened, for `add_products`.
 
     A panel is as many features as the widest micro-kernel takes, of all rows, so that a panel fits the cache without
-    gaps: of 128 features in one piece, the half in use shares half of the sets of the cache (2 % slower). NaN and infinity
-    become 0, because weights may be 0 and 0 * NaN is NaN; `marks` is a table of int64 that is set to DIRTY for rows
-    that had some, or 0. Returns whether any had.
+    gaps: of 128 features in one piece, the half in use shares half of the sets of the cache (2 % slower). NaN and
+    infinity become 0, because weights may be 0 and 0 * NaN is NaN; `marks` is a table of int64 that is set to DIRTY for
+    rows that had some, or 0. Returns whether any had.
     """
     vector = spec.vector
     BM, size = spec.query_tile, vector.bytes

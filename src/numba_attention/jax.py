@@ -1,0 +1,300 @@
+"""`attention` for JAX arrays on the CPU, with gradients: ``import numba_attention.jax as naj``.
+
+XLA calls back into Python where attention belongs, and the kernels read and write its buffers in place. Not
+`jax.pure_callback`: that copies its arguments with JAX itself inside the callback, and a copy that waits for
+the very thread that runs the callback never comes, as on a machine with one core (jax issue 24255).
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import api
+from .backends import select
+from .options import Causal, Options, Window
+from .problem import Problem, build
+
+try:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.buffer_callback import buffer_callback
+except ImportError as error:
+    raise ImportError("numba_attention.jax needs JAX 0.6.2 or newer; install it with: pip install jax") from error
+
+JaxArray: TypeAlias = jax.Array
+
+_DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
+
+
+class _Static(NamedTuple):
+    """What is known of a call when it is traced, hashable: equal calls share what XLA compiled."""
+
+    ndim: int  # of query, key, value, mask and bias before `jax.vmap` adds axes in front
+    out_shape: tuple[int, ...]
+    dtype: str
+    is_causal: Causal
+    window: tuple[int | None, ...] | None
+    scale: float
+    softcap: float | None
+    backend: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("is_causal", "window", "scale", "softcap", "backend")}
+
+
+@overload
+def attention(
+    query: JaxArray,
+    key: JaxArray,
+    value: JaxArray,
+    *,
+    mask: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    is_causal: Causal = ...,
+    window: Window | Sequence[int | None] | None = ...,
+    query_offset: ArrayLike | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    sinks: ArrayLike | None = ...,
+    query_lengths: ArrayLike | None = ...,
+    key_lengths: ArrayLike | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> JaxArray: ...
+@overload
+def attention(
+    query: JaxArray,
+    key: JaxArray,
+    value: JaxArray,
+    *,
+    mask: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    is_causal: Causal = ...,
+    window: Window | Sequence[int | None] | None = ...,
+    query_offset: ArrayLike | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    sinks: ArrayLike | None = ...,
+    query_lengths: ArrayLike | None = ...,
+    key_lengths: ArrayLike | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[JaxArray, JaxArray]: ...
+def attention(
+    query: JaxArray,
+    key: JaxArray,
+    value: JaxArray,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: Causal = False,
+    window: Window | Sequence[int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> JaxArray | tuple[JaxArray, JaxArray]:
+    """Exact scaled dot-product attention of JAX arrays, in linear memory; works under jit, grad and vmap.
+
+    Parameters
+    ----------
+    query : Array, shape (..., H, L, E)
+        float32, float16, bfloat16 or, where JAX is set to 64 bits, float64. Two-dimensional input (L, E) is one head.
+        Note the order of axes: `jax.nn.dot_product_attention` has (..., L, H, E).
+    key : Array, shape (..., Hkv, S, E)
+        dtype of `query`; H must be a multiple of Hkv. Leading dimensions broadcast.
+    value : Array, shape (..., Hkv, S, Ev)
+        dtype of `query`; Ev may differ from E.
+    mask : array of bool, broadcastable to (..., H, L, S), optional
+        True where a query may attend to a key.
+    bias : array of float, broadcastable to (..., H, L, S), optional
+        Added to the scaled scores; differentiable.
+    query_offset, alibi_slopes, query_lengths, key_lengths : array, optional
+        As in `numba_attention.attention`; may be traced, and have no gradients.
+    is_causal, window, scale, softcap
+        As in `numba_attention.attention`; fixed when a function is traced.
+    sinks : array of float, shape (H,), optional
+        One extra logit per head in the softmax denominator; differentiable.
+    return_lse : bool, default False
+        Also return the natural log of the softmax denominator of each row; differentiable too.
+    backend : {"auto", "cpu", "reference"}, optional
+        Chosen when a function is traced.
+
+    Returns
+    -------
+    out : Array, shape (..., H, L, Ev)
+        dtype of `query`. A row that may attend to nothing is 0.
+    lse : Array, shape (..., H, L)
+        Only if `return_lse`: float32 (float64 for float64 input), -inf for empty rows.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendUnavailableError
+        As in `numba_attention.attention`, when the function is traced. Only lengths that are traced themselves are
+        checked later; what is wrong with them comes as a `jax.errors.JaxRuntimeError`.
+    NotImplementedError
+        A gradient is differentiated again, or one with respect to `alibi_slopes` is asked for.
+
+    See Also
+    --------
+    numba_attention.attention : the same for NumPy arrays, with every option explained.
+
+    Notes
+    -----
+    Axes that `jax.vmap` adds become leading dimensions of one call. With `sinks` there is a call for each
+    element instead, as sinks are one per head for a whole call.
+
+    Arrays must be on a CPU device. The number of threads is ``NUMBA_NUM_THREADS``: `numba.set_num_threads` counts
+    for the thread that calls it, and XLA calls from threads of its own.
+
+    References
+    ----------
+    .. [1] Dao, "FlashAttention-2", 2023, algorithms 1 and 2.
+    .. [2] JAX documentation, "External callbacks" and "Custom derivative rules for Python code".
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, numba_attention.jax as naj
+    >>> query = jax.random.normal(jax.random.key(0), (2, 8, 100, 64))
+    >>> key, value = jax.random.normal(jax.random.key(1), (2, 2, 2, 100, 64))  # two heads that serve eight
+    >>> def loss(query):
+    ...     return jnp.mean(naj.attention(query, key, value, is_causal=True) ** 2)
+    >>> jax.jit(jax.grad(loss))(query).shape
+    (2, 8, 100, 64)
+    """
+    given = {
+        "query": query, "key": key, "value": value, "mask": mask, "bias": bias, "query_offset": query_offset,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "query_lengths": query_lengths, "key_lengths": key_lengths,
+    }  # fmt: skip
+    arrays = {name: jnp.asarray(x) for name, x in given.items() if x is not None}
+    options = Options(is_causal=is_causal, window=window, scale=scale, softcap=softcap)
+    problem, chosen = _check(given, arrays, options, backend)
+    ndim = problem.out.ndim
+    ranks = {"query_offset": ndim - 3, "query_lengths": ndim - 3, "key_lengths": ndim - 3, "alibi_slopes": ndim - 2}
+    # With all their axes, arrays still broadcast as they should when vmap puts one more in front.
+    for name, x in arrays.items():
+        if name != "sinks":
+            arrays[name] = jnp.expand_dims(x, tuple(range(ranks.get(name, ndim) - x.ndim)))
+    static = _Static(
+        ndim, problem.out.shape, str(problem.out.dtype), is_causal,
+        None if window is None else tuple(None if x is None else int(x) for x in window),
+        problem.scale, problem.softcap, chosen,
+    )  # fmt: skip
+    out, lse = (x[0] if problem.result.ndim < ndim else x for x in _attention(static, arrays))
+    return (out, lse) if return_lse else out
+
+
+def _check(given: dict[str, Any], arrays: dict[str, Any], options: Options, backend: str | None) -> tuple[Problem, str]:
+    """Raise for bad input now, as an exception in a callback loses its type and its place; choose the backend."""
+    # What is traced, or large, is represented by its shape and dtype, in no memory.
+    small = ("query_offset", "alibi_slopes", "sinks", "query_lengths", "key_lengths")
+    examples: dict[str, Any] = {
+        name: np.asarray(given[name])
+        if name in small and not isinstance(given[name], jax.core.Tracer)
+        else np.broadcast_to(np.zeros((), x.dtype), x.shape)
+        for name, x in arrays.items()
+    }
+    query, key, value = (examples.pop(name) for name in ("query", "key", "value"))
+    problem = build(query, key, value, options._replace(**examples), None, True)
+    # By name, as the callback may run in another thread, which knows of no `use_backend`.
+    return problem, vars(select(backend, query, key, value))["__name__"].rpartition(".")[2]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: _Static, arrays: dict[str, Any]) -> tuple[Any, Any]:
+    """Out and lse; arrays have all their axes."""
+    lse_dtype = "float64" if static.dtype == "float64" else "float32"
+    results = {
+        "out": jax.ShapeDtypeStruct(static.out_shape, static.dtype),
+        "lse": jax.ShapeDtypeStruct(static.out_shape[:-1], lse_dtype),
+    }
+    made = buffer_callback(_Forward(static), results, vmap_method="expand_dims")(**arrays)
+    return made["out"], made["lse"]
+
+
+def _forward(static: _Static, arrays: dict[str, Any]) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
+    perturbed = {name for name, x in arrays.items() if x.perturbed}
+    if "alibi_slopes" in perturbed:
+        raise NotImplementedError("alibi_slopes have no gradient here; pass jax.lax.stop_gradient(alibi_slopes)")
+    values = {name: x.value for name, x in arrays.items()}
+    result = _attention(static, values)
+    # Names without arrays: a residual is a pytree, and so may say in its structure which gradients are wanted.
+    return result, (values, *result, dict.fromkeys(perturbed.intersection(_DIFFERENTIABLE)))
+
+
+def _backward(static: _Static, residual: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[dict[str, Any]]:
+    arrays, out, lse, wanted = residual
+    given = dict(zip(("grad_out", "grad_lse"), cotangents, strict=True))
+    given = {name: x for name, x in given.items() if not isinstance(x, jax.custom_derivatives.SymbolicZero)}
+    grads = dict.fromkeys(arrays)
+    if given and wanted:
+        grads |= _gradients(static, tuple(wanted), arrays | given | {"out": out, "lse": lse})
+    return (grads,)
+
+
+_attention.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gradients(static: _Static, wanted: tuple[str, ...], arrays: dict[str, Any]) -> dict[str, Any]:
+    results = {name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in wanted}
+    grads: dict[str, Any] = buffer_callback(_Backward(static), results, vmap_method="expand_dims")(**arrays)
+    return grads
+
+
+def _no_second_derivative(*arguments: Any) -> Any:
+    raise NotImplementedError("numba_attention.jax.attention can be differentiated once, not twice")
+
+
+_gradients.defvjp(_no_second_derivative, _no_second_derivative)
+
+
+class _Forward(NamedTuple):
+    """What XLA calls for `_attention`; equal, and so compiled once, for equal calls."""
+
+    static: _Static
+
+    def __call__(self, context: Any, results: Any, **buffers: Any) -> None:
+        for targets, arrays in _calls(self.static, results, buffers):
+            _, lse = api.attention(**arrays, **self.static.options, out=targets["out"], return_lse=True)
+            targets["lse"][...] = lse
+
+
+class _Backward(NamedTuple):
+    """What XLA calls for `_gradients`."""
+
+    static: _Static
+
+    def __call__(self, context: Any, results: Any, **buffers: Any) -> None:
+        for targets, arrays in _calls(self.static, results, buffers):
+            if "grad_out" not in arrays:
+                arrays["grad_out"] = np.broadcast_to(np.zeros((), arrays["out"].dtype), arrays["out"].shape)
+            grads = api.attention_backward(**arrays, **self.static.options)
+            for name, target in targets.items():
+                target[...] = getattr(grads, name)
+
+
+def _calls(static: _Static, *buffers: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """View buffers as arrays, and split the axes that vmap added into several calls if one call cannot have them."""
+    results, arrays = ({name: np.asarray(x) for name, x in group.items()} for group in buffers)
+    added = arrays["query"].ndim - static.ndim
+    if added:
+        # Such an axis is 1 where the input is the same for all, yet each of them has a gradient of its own.
+        lead = np.broadcast_shapes(*(x.shape[:added] for x in arrays.values()))
+        arrays = {name: np.broadcast_to(x, lead + x.shape[added:]) for name, x in arrays.items()}
+    if added and "sinks" in arrays:  # one per head for a whole call
+        for index in np.ndindex(lead):
+            yield {name: x[index] for name, x in results.items()}, {name: x[index] for name, x in arrays.items()}
+    else:
+        yield results, arrays

@@ -1,0 +1,269 @@
+"""`attention` for PyTorch tensors on the CPU, with gradients: ``import numba_attention.torch as nat``.
+
+Tensors and arrays share their memory, so the rim is thin: names, dtypes, and one `torch.autograd.Function`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import api
+from .options import Array, Causal, Window
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("numba_attention.torch needs PyTorch; install it with: pip install torch") from error
+
+Tensor: TypeAlias = torch.Tensor
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | ArrayLike | None = ...,
+    bias: Tensor | ArrayLike | None = ...,
+    is_causal: Causal = ...,
+    window: Window | Sequence[int | None] | None = ...,
+    query_offset: Tensor | ArrayLike | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | ArrayLike | None = ...,
+    sinks: Tensor | ArrayLike | None = ...,
+    query_lengths: Tensor | ArrayLike | None = ...,
+    key_lengths: Tensor | ArrayLike | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | ArrayLike | None = ...,
+    bias: Tensor | ArrayLike | None = ...,
+    is_causal: Causal = ...,
+    window: Window | Sequence[int | None] | None = ...,
+    query_offset: Tensor | ArrayLike | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | ArrayLike | None = ...,
+    sinks: Tensor | ArrayLike | None = ...,
+    query_lengths: Tensor | ArrayLike | None = ...,
+    key_lengths: Tensor | ArrayLike | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | ArrayLike | None = None,
+    bias: Tensor | ArrayLike | None = None,
+    is_causal: Causal = False,
+    window: Window | Sequence[int | None] | None = None,
+    query_offset: Tensor | ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | ArrayLike | None = None,
+    sinks: Tensor | ArrayLike | None = None,
+    query_lengths: Tensor | ArrayLike | None = None,
+    key_lengths: Tensor | ArrayLike | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact scaled dot-product attention of tensors, differentiable, in linear memory.
+
+    Parameters
+    ----------
+    query : Tensor, shape (..., H, L, E)
+        On the CPU; float32, float64, float16 or bfloat16. Any strides are taken without a copy: pass
+        ``x.transpose(-3, -2)`` for (B, S, H, E) storage. Two-dimensional input (L, E) is one head.
+    key : Tensor, shape (..., Hkv, S, E)
+        dtype of `query`; H must be a multiple of Hkv. Leading dimensions broadcast.
+    value : Tensor, shape (..., Hkv, S, Ev)
+        dtype of `query`; Ev may differ from E.
+    mask : Tensor or array of bool, broadcastable to (..., H, L, S), optional
+        True where a query may attend to a key.
+    bias : Tensor or array of float, broadcastable to (..., H, L, S), optional
+        Added to the scaled scores. A tensor that requires a gradient gets one.
+    is_causal, window, query_offset, scale, softcap, alibi_slopes, query_lengths, key_lengths
+        As in `numba_attention.attention`; tensors or arrays. They have no gradients.
+    sinks : Tensor or array of float, shape (H,), optional
+        One extra logit per head in the softmax denominator. A tensor that requires a gradient gets one.
+    return_lse : bool, default False
+        Also return the natural log of the softmax denominator of each row. It is differentiable too.
+    backend : {"auto", "cpu", "reference"}, optional
+        For this call and its gradients.
+
+    Returns
+    -------
+    out : Tensor, shape (..., H, L, Ev)
+        dtype of `query`. A row that may attend to nothing is 0.
+    lse : Tensor, shape (..., H, L)
+        Only if `return_lse`: float32 (float64 for float64 input), -inf for empty rows.
+
+    Raises
+    ------
+    TypeError
+        Something is not a strided tensor of a dtype that can be taken.
+    ValueError
+        A tensor is not on the CPU, a tensor without a gradient here requires one, or a shape or option is
+        out of range.
+    RuntimeError
+        From ``backward``, if the gradient is to be differentiated again.
+
+    See Also
+    --------
+    numba_attention.attention : the same for arrays, with every option explained.
+
+    Notes
+    -----
+    The gradients follow FlashAttention-2 [1]_: probabilities are computed again from `lse`, so what is kept for the
+    backward pass is O(L + S) features per head, never L x S.
+
+    The number of threads is Numba's (`numba.set_num_threads`), not that of `torch.set_num_threads`.
+
+    References
+    ----------
+    .. [1] Dao, "FlashAttention-2", 2023, algorithm 2.
+    .. [2] PyTorch documentation, "Extending PyTorch", section "Extending torch.autograd".
+
+    Examples
+    --------
+    >>> import torch, numba_attention.torch as nat
+    >>> query = torch.randn(2, 8, 100, 64, requires_grad=True)
+    >>> key, value = torch.randn(2, 2, 2, 100, 64)  # two heads that serve eight
+    >>> out = nat.attention(query, key, value, is_causal=True)
+    >>> out.square().mean().backward()
+    >>> out.shape, query.grad.shape
+    (torch.Size([2, 8, 100, 64]), torch.Size([2, 8, 100, 64]))
+    """
+    operands = {"query": query, "key": key, "value": value}
+    for name, x in operands.items():
+        if not torch.is_tensor(x):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}; "
+                "numba_attention.attention takes arrays"
+            )
+        if x.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name} must have dtype float32, float64, float16 or bfloat16, got {x.dtype}; "
+                f"convert it with {name}.to(torch.float32)"
+            )
+    options = {
+        "mask": mask, "bias": bias, "is_causal": is_causal, "window": window, "query_offset": query_offset,
+        "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
+        "query_lengths": query_lengths, "key_lengths": key_lengths, "backend": backend,
+    }  # fmt: skip
+    tensors = {**operands, **{name: x for name, x in options.items() if torch.is_tensor(x)}}
+    constants = {name: x for name, x in options.items() if name not in tensors}
+    for name, x in tensors.items():
+        if x.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU, got device {x.device}; move it with {name}.cpu()")
+        if x.layout != torch.strided:
+            raise TypeError(
+                f"{name} must be a strided tensor, got layout {x.layout}; convert it with {name}.to_dense()"
+            )
+        if x.requires_grad and name not in _DIFFERENTIABLE and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, but has none here; pass {name}.detach()")
+    apply = _Attention.apply
+    if torch.compiler.is_dynamo_compiling():
+        apply = torch.compiler.disable(apply)
+    out, lse = apply(tuple(tensors), constants, *tensors.values())
+    return (out, lse) if return_lse else out
+
+
+class _Attention(torch.autograd.Function):
+    """Tensors by name, in the order given, and the options that are not tensors."""
+
+    @staticmethod
+    def forward(names: tuple[str, ...], constants: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        arrays: dict[str, Any] = dict(zip(names, map(_to_array, tensors), strict=True))
+        out, lse = api.attention(**arrays, **constants, return_lse=True)
+        return _to_tensor(out), _to_tensor(lse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.names, ctx.constants, *tensors = inputs
+        # Masks and lengths too: autograd then notices if they are changed in place before the backward pass.
+        ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads: tuple[Tensor | None, ...] = (None,) * len(ctx.needs_input_grad)
+        if grad_out is not None or grad_lse is not None:
+            grads = _Gradients.apply(
+                ctx.names, ctx.constants, ctx.needs_input_grad, grad_out, grad_lse, *ctx.saved_tensors
+            )
+        return grads
+
+
+class _Gradients(torch.autograd.Function):
+    """A function of its own, so that a second derivative, which it lacks, is an error and never silently zero."""
+
+    @staticmethod
+    def forward(
+        names: tuple[str, ...],
+        constants: dict[str, Any],
+        needed: tuple[bool, ...],
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
+        *saved: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        *given, out, lse = map(_to_array, saved)
+        arrays: dict[str, Any] = dict(zip(names, given, strict=True))
+        grads = api.attention_backward(
+            np.broadcast_to(np.zeros((), out.dtype), out.shape) if grad_out is None else _to_array(grad_out),
+            **arrays,
+            out=out,
+            lse=lse,
+            grad_lse=None if grad_lse is None else _to_array(grad_lse),
+            **constants,
+        )
+        wanted = zip((None, None, *names), needed, strict=True)
+        return tuple(_to_tensor(getattr(grads, name)) if name and need else None for name, need in wanted)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError("numba_attention.torch.attention can be differentiated once, not twice")
+
+
+def _to_array(tensor: Tensor) -> Array:
+    """View a tensor as an array."""
+    if tensor.dtype != torch.bfloat16:
+        array: Array = tensor.numpy(force=True)
+        return array
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise ImportError(
+            "bfloat16 tensors need ml_dtypes; install it with: pip install 'numba-attention[bfloat16]'"
+        ) from error
+    # NumPy has no bfloat16 that PyTorch knows of: the bits go as integers.
+    bits: Array = tensor.detach().resolve_neg().view(torch.int16).numpy()
+    return bits.view(bfloat16)
+
+
+def _to_tensor(array: Array) -> Tensor:
+    """View an array of ours as a tensor."""
+    if array.dtype.name == "bfloat16":
+        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(array)
+    return tensor
