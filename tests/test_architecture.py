@@ -20,6 +20,7 @@ LAYERS = [
     ),
     ("layer", ["layer", "weights", "inputs"]),
     ("api", ["api", "merging", "rotary"]),
+    ("projection", ["projection"]),
     ("backends", ["backends"]),
     ("problem", ["problem"]),
     ("kernels", ["cpu", "cuda"]),

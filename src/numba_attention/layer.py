@@ -1,6 +1,5 @@
-"""Multi-head attention as a layer: the learned projections, in NumPy, around `attention`, there and back."""
+"""Multi-head attention as a layer: the learned projections around `attention`, there and back."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -12,6 +11,7 @@ from .api import attention, attention_backward, attention_weights
 from .inputs import check_inputs, hide_padding, query_offset
 from .options import Array, Causal, Gradients, Window
 from .problem import check_like, sum_to
+from .projection import linear, linear_backward
 from .rotary import Rotation, Turn, rotate
 from .weights import INPUTS, Weights
 
@@ -105,8 +105,9 @@ class MultiHeadAttention(Weights):
     -----
     Parameters are called "q_proj.weight" (H * E, embed_dim), "k_proj.weight" (Hkv * E, kdim), "v_proj.weight"
     (Hkv * E, vdim) and "out_proj.weight" (embed_dim, H * E), each (out_features, in_features) as in PyTorch, and
-    "q_proj.bias", "k_proj.bias", "v_proj.bias" and "out_proj.bias". Projections are NumPy's matrix product, whose last
-    bits may depend on the number of rows and on BLAS's threads; what comes between has the guarantees of `attention`.
+    "q_proj.bias", "k_proj.bias", "v_proj.bias" and "out_proj.bias". Projections run on the
+    threads and in the kernels of attention itself (`projection`): the same bits for any number of threads, and for a
+    sequence alone or in a batch. Gradients of parameters are sums over the batch.
 
     References
     ----------
@@ -405,7 +406,7 @@ class MultiHeadAttention(Weights):
 
     def _result(self, ctx: Context, need_weights: bool, average_weights: bool) -> Any:
         """Join the heads to what the caller gets."""
-        out = _linear(_features(ctx.heads), self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias"))
+        out = linear(_features(ctx.heads), self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias"))
         if not need_weights:
             return out
         if average_weights:
@@ -429,7 +430,7 @@ class MultiHeadAttention(Weights):
         """Queries (..., H, L, E), keys and values (..., Hkv, S, E), as views of products with the features last."""
         inputs, projected = (query, key, value), []
         for first, last in self._runs(key is query, value is key):
-            heads = self._heads(_linear(inputs[first], *self._joined(first, last)))
+            heads = self._heads(linear(inputs[first], *self._joined(first, last)))
             projected += [heads[..., self._place(n, first), :, :] for n in range(first, last)]
         return projected
 
@@ -486,27 +487,6 @@ def _features(heads: Array) -> Array:
     return heads.reshape(*heads.shape[:-2], heads.shape[-2] * heads.shape[-1])
 
 
-def _linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """``x @ weight.T + bias`` over the last axis."""
-    # As one matrix: over a stack of them, NumPy calls BLAS once for each, four times as slow at 128 rows.
-    out = _matrix(x) @ weight.T
-    if bias is not None:
-        out += bias
-    return out.reshape(*x.shape[:-1], len(weight))
-
-
-def _linear_backward(grad: Array, x: Array, weight: Array, need_bias: bool) -> tuple[Array, Array, Array | None]:
-    """Gradients of `_linear` with respect to x, weight and bias."""
-    rows = _matrix(grad)
-    # NumPy adds rows up one after another, which in float32 loses a digit for every hundred of them.
-    grad_bias = np.sum(rows, axis=0, dtype=np.float64).astype(rows.dtype) if need_bias else None
-    return (rows @ weight).reshape(x.shape), rows.T @ _matrix(x), grad_bias
-
-
-def _matrix(x: Array) -> Array:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
 def _gradients(grad: Array, x: Array, weight: Array, need_bias: bool) -> tuple[Array, Array, Array | None]:
     """Gradients of a projection, in which a row with the gradient 0 takes no part, not even as 0 * NaN.
 
@@ -514,7 +494,9 @@ def _gradients(grad: Array, x: Array, weight: Array, need_bias: bool) -> tuple[A
     """
     if not np.isfinite(x).all():
         x = np.where(grad.any(axis=-1, keepdims=True), x, 0)
-    return _linear_backward(grad, x, weight, need_bias)
+    grad_x, grad_weight, grad_bias = linear_backward(grad, x, weight, need_bias)
+    assert grad_x is not None
+    return grad_x, grad_weight, grad_bias
 
 
 def _averaged(query: Array, key: Array, options: dict[str, Any]) -> Array:

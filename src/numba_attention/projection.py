@@ -1,0 +1,305 @@
+"""The projections of a layer, there and back, on the threads that attention itself runs on.
+
+NumPy's products are as fast, but the threads of its BLAS go on spinning for 0.1 s after each, on the cores that the
+next parallel kernel needs: attention right after a projection takes up to twice its time.
+"""
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .options import Array
+
+ITEMS = 16  # worth having, so that many threads find work and finish together
+SLAB = 512  # rows of the numbers that an item takes at most: its tile of outputs, 128 KiB, is to stay in L2
+SHORT_SLAB = 128  # and at least, unless there are fewer: packing then costs 8 % of the item
+PANELS = 4  # tiles of lanes that share one reading of the numbers, in sums over many rows
+DEPTH = 1024  # terms that are worth a partial sum of their own: adding it to the others costs 3 %
+
+_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)  # native; a dtype of the other byte order is not equal
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None, out: Array | None = None) -> Array:
+    """Project the last axis: ``x @ weight.T + bias``.
+
+    Parameters
+    ----------
+    x : ndarray, shape (..., K)
+    weight : ndarray, shape (N, K)
+    bias : ndarray, shape (N,), optional
+    out : ndarray, shape (..., N), optional
+        Where to write the result.
+
+    Returns
+    -------
+    ndarray, shape (..., N)
+
+    See Also
+    --------
+    linear_backward : the gradients.
+
+    Notes
+    -----
+    A row of the result is the same, bit for bit, whatever other rows are in the call and whatever the threads. That
+    holds for float32 and float64; everything else is left to NumPy, and so are its error messages.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> linear(np.ones((2, 3)), np.arange(6.0).reshape(2, 3), np.array([0.5, 0]))
+    array([[ 3.5, 12. ],
+           [ 3.5, 12. ]])
+    """
+    if not _usable(x, weight, bias, out) or weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
+        return _with_numpy(x, weight, bias, out)
+    N = len(weight)
+    shape = (*x.shape[:-1], N)
+    if not (bias is None or bias.shape == (N,)) or not (out is None or out.shape == shape):
+        return _with_numpy(x, weight, bias, out)
+    if out is not None and _can_be_written(out, x, weight, bias):
+        target = out
+    else:
+        target = np.empty(shape, x.dtype)
+    _multiply(_matrix(x), weight, _matrix(target), bias)
+    if out is None or target is out:
+        return target
+    np.copyto(out, target)
+    return out
+
+
+def linear_backward(
+    grad: Array, x: Array, weight: Array, need_bias: bool = True, need_input: bool = True
+) -> tuple[Array | None, Array, Array | None]:
+    """Gradients of `linear`.
+
+    Parameters
+    ----------
+    grad : ndarray, shape (..., N)
+        Gradient with respect to the result.
+    x : ndarray, shape (..., K)
+    weight : ndarray, shape (N, K)
+    need_bias, need_input : bool, default True
+        Whether to make the gradients of the bias and of x.
+
+    Returns
+    -------
+    grad_x : ndarray, shape (..., K), or None
+        ``grad @ weight``; a row depends on its row of `grad` alone, as in `linear`.
+    grad_weight : ndarray, shape (N, K)
+        ``grad.T @ x``, summed over all rows.
+    grad_bias : ndarray, shape (N,), or None
+        The sum of the rows of `grad`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> grad_x, grad_weight, grad_bias = linear_backward(np.ones((4, 2)), np.ones((4, 3)), np.ones((2, 3)))
+    >>> grad_x.shape, grad_weight[0], grad_bias
+    ((4, 3), array([4., 4., 4.]), array([4., 4.]))
+    """
+    if not _usable(grad, x, weight) or (*x.shape[:-1], *weight.shape) != (*grad.shape, *x.shape[-1:]):
+        return _backward_with_numpy(grad, x, weight, need_bias, need_input)
+    rows = _matrix(grad)
+    grad_x = None
+    if need_input:
+        grad_x = np.empty(x.shape, x.dtype)
+        _multiply(rows, weight.T, _matrix(grad_x))
+    grad_weight = np.empty(weight.shape, x.dtype)
+    grad_bias = np.empty(len(weight), x.dtype) if need_bias else None
+    _multiply(rows.T, _matrix(x).T, grad_weight, sums=grad_bias, long=True)
+    return grad_x, grad_weight, grad_bias
+
+
+def _usable(*arrays: Array | None) -> bool:
+    """Whether the kernel knows such arrays, and there is one."""
+    first = arrays[0]
+    if type(first) is not np.ndarray or first.dtype not in (_F32, _F64):
+        return False
+    dtype = first.dtype
+    return all(a is None or (type(a) is np.ndarray and a.dtype == dtype) for a in arrays) and _modules() is not None
+
+
+def _can_be_written(out: Array, *others: Array | None) -> bool:
+    """Whether the kernel may write to `out` directly: as a matrix, and without changing what it still has to read."""
+    matrix = out.flags.writeable and (out.ndim == 2 or out.flags.c_contiguous)
+    return matrix and not any(np.may_share_memory(out, other) for other in others if other is not None)
+
+
+def _with_numpy(x: Array, weight: Array, bias: Array | None, out: Array | None) -> Array:
+    result: Array = np.matmul(x, np.asarray(weight).T)
+    if bias is not None:
+        result = result + bias
+    if out is None:
+        return result
+    np.copyto(out, result)
+    return out
+
+
+def _backward_with_numpy(
+    grad: Array, x: Array, weight: Array, need_bias: bool, need_input: bool
+) -> tuple[Array | None, Array, Array | None]:
+    rows = _matrix(np.asarray(grad))
+    grad_bias = np.sum(rows, axis=0) if need_bias else None
+    return np.matmul(grad, weight) if need_input else None, rows.T @ _matrix(np.asarray(x)), grad_bias
+
+
+def _matrix(x: Array) -> Array:
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+@cache
+def _modules() -> Any:
+    """The modules that need Numba, imported when first used: the reference backend does without."""
+    try:
+        from numba.core import config
+
+        from .backends import resources
+        from .cpu import launch
+        from .cpu import linear as kernels
+    except ImportError:
+        return None
+    return None if config.DISABLE_JIT else (resources, launch, kernels)
+
+
+class _Plan(NamedTuple):
+    """All of a product that follows from shapes and strides, and not from where the arrays are."""
+
+    kernel: Any
+    swapped: bool  # whether the second operand is in the lanes
+    rest: bytes  # the record of the kernel after the addresses
+    items: int
+    flops: float
+    scratch_size: int
+    groups: int
+
+
+_plans: dict[Any, _Plan] = {}
+
+
+def _multiply(
+    a: Array, b: Array, out: Array, bias: Array | None = None, sums: Array | None = None, long: bool = False
+) -> None:
+    """Write ``out[i, j] = sum_k a[i, k] b[j, k] + bias[j]`` and ``sums[i] = sum_k a[i, k]``.
+
+    In a `long` sum the k are rows of a batch, and no order of them is promised to be the same in another batch.
+    """
+    if not out.size:
+        if sums is not None:
+            np.sum(a, axis=1, out=sums)
+        return
+    resources, launch, kernels = _modules()
+    key = a.dtype, a.shape, a.strides, b.shape, b.strides, out.strides, bias is None or bias.strides, sums is None, long
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) > 500:
+            _plans.clear()
+        plan = _plans[key] = _make_plan(a, b, out, bias, sums, long)
+    if plan.swapped and sums is not None:
+        np.sum(a, axis=1, dtype=np.float64, out=sums)
+        sums = None
+    to, sums_to = out, sums
+    if plan.groups > 1:
+        to = np.empty((plan.groups, *out.shape), out.dtype)
+        sums_to = None if sums is None else np.empty((plan.groups, len(sums)), sums.dtype)
+    number = resources.threads_for(plan.items, plan.flops)
+    memory = resources.memory
+    scratch, scratch_address = memory.reserve(number * plan.scratch_size)
+    memory.counter.value = 0
+    first = to[0] if plan.groups > 1 else to
+    extra = sums_to if bias is None else bias
+    four = (b, a, first.T) if plan.swapped else (a, b, first)
+    resources.addresses[out.itemsize].call(
+        *four, first if extra is None else np.atleast_2d(extra), memory.params_address
+    )
+    kernels.pack_own(memory.params, kernels.OWN, memory.counter_address, scratch_address)
+    memory.params[kernels.REST : kernels.REST + len(plan.rest)] = plan.rest
+    launch.run(plan.kernel, memory.params_address, number)
+    if plan.groups > 1:
+        np.add.reduce(to, axis=0, out=out)
+        if sums is not None and sums_to is not None:
+            np.add.reduce(sums_to, axis=0, out=sums)
+    del scratch
+
+
+@cache
+def _kernel(storage: str) -> Any:
+    from .cpu import launch
+    from .cpu.cache import Kernel
+    from .cpu.elements import Spec
+    from .cpu.linear import make_worker
+    from .cpu.simd import HOST
+
+    spec = Spec(storage, HOST, "linear")
+    return Kernel(spec.name, lambda: make_worker(spec), launch.SIGNATURE), spec
+
+
+def _make_plan(a: Array, b: Array, out: Array, bias: Array | None, sums: Array | None, long: bool) -> _Plan:
+    _, _, kernels = _modules()
+    kernel, spec = _kernel(out.dtype.name)
+    straight, crossed = (_cut(spec, *operands, long) for operands in ((a, b), (b, a)))
+    swapped = crossed.cost < straight.cost
+    cut = crossed if swapped else straight
+    lanes, numbers, target = (b, a, out.T) if swapped else (a, b, out)
+    groups, K, size = cut.groups, a.shape[1], out.itemsize
+    if groups > 1:
+        target = np.empty_like(out, order="C").T if swapped else np.empty_like(out, order="C")
+    values = {
+        "items": groups * cut.slabs * cut.blocks,
+        "blocks": cut.blocks,
+        "slabs": cut.slabs,
+        "panels": cut.panels,
+        "slab": cut.slab,
+        "chunk": kernels.chunk_of(K),
+        "depth": -(-K // groups),
+        "P": len(lanes),
+        "Q": len(numbers),
+        "K": K,
+        "lanes_row": lanes.strides[0],
+        "lanes_k": lanes.strides[1],
+        "numbers_row": numbers.strides[0],
+        "numbers_k": numbers.strides[1],
+        "out_lane": target.strides[0],
+        "out_row": target.strides[1],
+        "out_group": out.size * size,
+        **kernels.scratch(spec, cut.slab, cut.panels, K),
+    }
+    if bias is not None:
+        values |= {"bias_use": kernels.ADD_BIAS, "bias_lane" if swapped else "bias_row": bias.strides[0]}
+    elif sums is not None and not swapped:
+        values |= {"bias_use": kernels.SUM_LANES, "bias_lane": size, "bias_group": len(a) * size}
+    rest = kernels.pack_rest(*(values.get(name, 0) for name in kernels.INTEGERS))
+    flops = 2.0 * out.size * K
+    return _Plan(kernel, swapped, rest, values["items"], flops, values["scratch_size"], groups)
+
+
+class _Cut(NamedTuple):
+    """How a product is cut into work items."""
+
+    panels: int
+    blocks: int
+    slab: int
+    slabs: int
+    groups: int
+    cost: float  # cycles for each k, roughly
+
+
+def _cut(spec: Any, lanes: Array, numbers: Array, long: bool) -> _Cut:
+    """Cut a product so that there are items for many threads; the shape alone decides."""
+    (P, K), Q = lanes.shape, len(numbers)
+    BM, MR, W = spec.query_tile, spec.block[0], spec.vector.width
+    tiles, slabs = -(-P // BM), -(-Q // SLAB)
+    panels = PANELS if long else 1
+    groups = max(1, min(K // DEPTH, ITEMS // (-(-tiles // panels) * slabs))) if long else 1
+    while panels > 1 and -(-tiles // panels) * slabs * groups < ITEMS:
+        panels //= 2
+    blocks = -(-tiles // panels)
+    if groups == 1:
+        slabs = max(slabs, min(-(-ITEMS // blocks), Q // SHORT_SLAB))
+    slab = -(-Q // (slabs * MR)) * MR
+    slabs = -(-Q // slab)
+    # Of packing one number; those of a vector that lies along the lanes need not be transposed.
+    pack = 0.6 if lanes.strides[1] == lanes.itemsize else 0.15 if lanes.strides[0] == lanes.itemsize else 2.0
+    padded = Q if Q == 1 else -(-Q // MR) * MR
+    return _Cut(panels, blocks, slab, slabs, groups, tiles * BM * (padded / W + pack * slabs))
