@@ -10,7 +10,7 @@ direction that confuses the model most.
 References
 ----------
 .. [1] Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, section 3.1: the vision transformer.
-.. [2] Goodfellow et al., "Explaining and Harnessing Adversarial Examples", 2015, section 4: the fast gradient sign method.
+.. [2] Goodfellow et al., "Explaining and Harnessing Adversarial Examples", 2015, section 4: fast gradient sign.
 """
 
 import argparse
