@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 
@@ -20,7 +21,12 @@ def trained():
     rng = np.random.default_rng(0)
     known, held_out = split(LARGEST, rng)
     model = Translator(features=32, heads=2, blocks=1, rng=rng)
+    threads = numba.get_num_threads()
+    numba.set_num_threads(
+        1
+    )  # where cores are busy, a second thread that spins between so small calls takes ten times as long
     loss = train(model, draw(known, 2000, rng), 400, rng, batch=64, tell=lambda line: None)
+    numba.set_num_threads(threads)
     return model, loss, held_out
 
 

@@ -146,7 +146,7 @@ def statistics(weights: ArrayLike) -> Statistics:
     Returns
     -------
     Statistics
-        Named tuple of `entropy` (bits: 0 for one key, log2(S) for all alike) and `distance` (mean of |i - j|), each of
+        Named tuple of `entropy` (bits: 0 for one key, log2(S) for all alike) and `distance` (mean of ``abs(i - j)``), each of
         shape (heads,), means over the rows and all leading dimensions. Rows that attend to nothing are left out; a head
         with no other rows has NaN.
 
