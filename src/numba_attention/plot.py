@@ -146,9 +146,9 @@ def statistics(weights: ArrayLike) -> Statistics:
     Returns
     -------
     Statistics
-        Named tuple of `entropy` (bits: 0 for one key, log2(S) for all alike) and `distance` (mean of ``abs(i - j)``), each of
-        shape (heads,), means over the rows and all leading dimensions. Rows that attend to nothing are left out; a head
-        with no other rows has NaN.
+        Named tuple of `entropy` (bits: 0 for one key, log2(S) for all alike) and `distance` (mean of
+        ``abs(i - j)``), each of shape (heads,), means over the rows and all leading dimensions. Rows that attend to
+        nothing are left out; a head with no other rows has NaN.
 
     Raises
     ------
