@@ -4,7 +4,7 @@
 
 The images are scikit-learn's: 1797 digits of 8 x 8 pixels. An image is cut into 16 patches of 2 x 2 pixels, which are
 the tokens; one more token asks the question, and after two blocks what it has gathered is classified. Training takes
-about a minute. Then it is shown where the heads of the last block look, and each test image is changed a little in the
+a minute or two. Then it is shown where the heads of the last block look, and each test image is changed a little in the
 direction that confuses the model most.
 
 References
@@ -171,7 +171,7 @@ def draw(model, images, digits, changed, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=80)
+    parser.add_argument("--epochs", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the order of training")
     parser.add_argument("--epsilon", type=float, default=0.1, help="by how much a pixel (0 to 1) is changed to fool it")
     parser.add_argument("--out", type=Path, help="folder for pictures, which need matplotlib")

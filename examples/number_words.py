@@ -17,6 +17,7 @@ References
 import argparse
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 from nn import Adam, Embedding, LayerNorm, Linear, Module, TransformerBlock, cross_entropy, warmup_cosine
@@ -142,7 +143,7 @@ class Translator(Module):
         self.words.backward(grad, embedded)
 
     def looks(self, text, digits):
-        """Where each of the digits looked in the last block: probabilities (L, S), the mean over the heads."""
+        """Where each of the digits looked in the last block: probabilities (heads, L, S)."""
         words, lengths = pad([read(text)])
         memory, _ = self.encode(words, lengths)
         x, _ = self.digits.forward(np.array([[STOP, *write(digits)[:-1]]]))
@@ -150,7 +151,8 @@ class Translator(Module):
         for block in blocks:
             x, _ = block.forward(x, memory, is_causal=True)
         x = x + last.attention(last.norm.forward(x)[0], is_causal=True)
-        _, weights = last.cross(last.cross_norm.forward(x)[0], memory, need_weights=True)
+        x, _ = last.cross_norm.forward(x)
+        _, weights = last.cross(x, memory, need_weights=True, average_weights=False)
         return weights[0]
 
 
@@ -200,14 +202,19 @@ def mistakes(model, numbers, rng=None):
     return [(text, answer) for number, text, answer in answers if answer != str(number)]
 
 
-def show_looks(model, text):
-    """Print which words each digit looked at: a row for each digit, a column for each word, in percent."""
+def show_looks(model, text, out=None):
+    """Print which words each digit looked at, in percent, the mean over the heads; with `out`, draw each head."""
     digits = translate(model, [text])[0]
-    words = words_of(text)
+    words, looks = words_of(text), model.looks(text, digits)
     print(" " * 3, *words)
-    for digit, row in zip(f"{digits}.", model.looks(text, digits), strict=True):
+    for digit, row in zip(f"{digits}.", looks.mean(0), strict=True):
         cells = (f"{100 * weight:.0f}" if weight >= 0.05 else "." for weight in row)
         print(f"{digit:>3}", *(f"{cell:>{len(word)}}" for cell, word in zip(cells, words, strict=True)))
+    if out:
+        from numba_attention import plot
+
+        out.mkdir(parents=True, exist_ok=True)
+        plot.heads(looks, list(f"{digits}."), words).savefig(out / "number-words-attention.png", dpi=100)
 
 
 def main():
@@ -216,6 +223,7 @@ def main():
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the order of training")
+    parser.add_argument("--out", type=Path, help="folder for a picture, which needs matplotlib")
     arguments = parser.parse_args()
     for text in arguments.text:
         if unknown := set(words_of(text)) - WORDS.keys():
@@ -241,7 +249,7 @@ def main():
     for text, answer in zip(texts, translate(model, texts), strict=True):
         print(f"{text} -> {answer}")
     print("where each digit looks, in percent:")
-    show_looks(model, arguments.text[0] if arguments.text else "eight hundred and five thousand forty")
+    show_looks(model, arguments.text[0] if arguments.text else "eight hundred and five thousand forty", arguments.out)
 
 
 if __name__ == "__main__":

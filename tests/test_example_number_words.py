@@ -1,5 +1,6 @@
 """The example that reads numbers: its English, its gradients, and that it learns what it was not shown."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -22,9 +23,8 @@ def trained():
     known, held_out = split(LARGEST, rng)
     model = Translator(features=32, heads=2, blocks=1, rng=rng)
     threads = numba.get_num_threads()
-    numba.set_num_threads(
-        1
-    )  # where cores are busy, a second thread that spins between so small calls takes ten times as long
+    # On busy cores, a second thread that spins between so small calls makes this take ten times as long.
+    numba.set_num_threads(1)
     loss = train(model, draw(known, 2000, rng), 400, rng, batch=64, tell=lambda line: None)
     numba.set_num_threads(threads)
     return model, loss, held_out
@@ -142,25 +142,33 @@ def test_a_translation_does_not_depend_on_its_batch(trained):
 
 def test_looks_are_probabilities(trained):
     model, _, _ = trained
-    looks = model.looks("seven hundred and six", "706")
-    assert looks.shape == (4, 4)
+    text = "seven hundred and six"
+    looks = model.looks(text, "706")
+    assert looks.shape == (2, 4, 4)
     np.testing.assert_allclose(looks.sum(-1), 1, atol=1e-5)
-    assert looks[0].argmax() == 0  # the 7 comes from "seven"
-    query, lengths = pad([read("seven hundred and six")])
-    _, (*_, last, _, _) = model.decode(np.array([[10, 7, 0, 6]]), model.encode(query, lengths)[0], lengths)
-    given = last[3].inputs  # what the example does on its own is what the block does
-    np.testing.assert_array_equal(looks, model.decoder[-1].cross(given[0], given[1], need_weights=True)[1][0])
+    assert looks.mean(0)[0].argmax() == 0  # the 7 comes from "seven"
+    # What they are computed from is what the last block gives its attention in `decode`.
+    words, lengths = pad([read(text)])
+    memory, _ = model.encode(words, lengths)
+    _, (*_, block, _, _) = model.decode(np.array([[number_words.STOP, 7, 0, 6]]), memory, lengths)
+    attended = block[3].inputs[0]
+    _, weights = model.decoder[-1].cross(attended, memory, need_weights=True, average_weights=False)
+    np.testing.assert_allclose(looks, weights[0], atol=1e-6)
 
 
-def test_run(monkeypatch, capsys):
+def test_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # what main sets in a process of its own
-    monkeypatch.setattr(sys, "argv", ["number_words.py", "--steps", "1", "--batch", "4", "ninety thousand six"])
+    options = ["--steps", "1", "--batch", "4"]
+    if importlib.util.find_spec("matplotlib"):
+        options += ["--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["number_words.py", *options, "ninety thousand six"])
     number_words.main()
     printed = capsys.readouterr().out
     assert "others to test with" in printed
     assert "right in every digit" in printed
     assert "\nninety thousand six -> " in printed
     assert "\n    ninety thousand six\n" in printed
+    assert (tmp_path / "number-words-attention.png").exists() == ("--out" in options)
 
 
 def test_other_words_are_refused(monkeypatch, capsys):
