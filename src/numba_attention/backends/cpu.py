@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba.core import config
 
+from ..cpu import decode, launch
 from ..cpu import forward as kernels
-from ..cpu import launch
 from ..cpu.cache import Kernel
 from ..cpu.elements import Spec
-from ..cpu.params import ARRAYS, NO_GRADIENTS, REST, pack_addresses
+from ..cpu.params import ARRAYS, REST, pack_addresses
 from ..cpu.simd import HOST
 from ..options import Array
 from ..problem import BackwardProblem, Problem
@@ -72,6 +72,7 @@ class _Plan(NamedTuple):
     items: int
     flops: float
     scratch_size: int
+    partial_size: int  # bytes for the states of an item, 0 if none is split
 
 
 _plans: dict[Any, _Plan] = {}
@@ -100,6 +101,9 @@ def _run(p: Problem, weights: bool) -> None:
     number = threads_for(plan.items, plan.flops)
     scratch, scratch_address = memory.reserve(number * plan.scratch_size)
     memory.counter.value = 0
+    counts = partial = None
+    if plan.partial_size:
+        counts, partial = np.zeros(plan.items, np.int64), np.empty(plan.items * plan.partial_size, np.uint8)
     # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
     first = (0,) * len(p.batch) + (0,)
@@ -107,15 +111,55 @@ def _run(p: Problem, weights: bool) -> None:
     pack_addresses(
         memory.params, ARRAYS, memory.counter_address, scratch_address, plan.sequences_address,
         address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), address_of(p.sinks),
-        address_of(p.rows), *NO_GRADIENTS,
+        address_of(p.rows), *NO_GRADIENTS, address_of(counts), address_of(partial),
     )  # fmt: skip
     memory.params[REST:] = plan.rest
     launch.run(plan.kernel, memory.params_address, number)
-    del scratch, slopes, bias
+    del scratch, slopes, bias, counts, partial
+
+
+NO_GRADIENTS = (0,) * 8  # the addresses that only the backward pass has
+FEW = 2 * HOST.bits // 32  # query rows for a key/value head, up to which features lie in the lanes
+
+
+def _has_few_rows(p: Problem, spec: Spec) -> bool:
+    """Whether the kernel for few query rows is to run: it wants features side by side, a vector of them at least."""
+    size, W = spec.element.size, spec.vector.width
+    return (
+        p.L * p.H <= FEW * p.Hkv
+        and min(p.E, p.Ev) >= W
+        and p.key.strides[-1] == p.value.strides[-1] == spec.kept.size
+        and p.out.strides[-1] == size
+    )
+
+
+def _make_decode_plan(p: Problem, bias: Array | None, spec: Spec) -> _Plan:
+    offsets, scratch_size, partial_size = decode.scratch(spec, p.E, p.Ev)
+    sequences = sequences_of(p, bias)
+    splits = np.maximum(1, -(-sequences["keys"] // decode.SPLIT))
+    each = splits * decode.tiles_of(spec, sequences["rows"], p.H // p.Hkv, p.Hkv)
+    sequences["first"] = np.cumsum(each) - each
+    items = int(each.sum())
+    if splits.max(initial=1) == 1:
+        partial_size = 0
+    values = values_of(p, spec, bias) | {
+        "items": items,
+        "number": len(sequences),
+        "Ev": p.Ev,
+        "scratch_size": scratch_size,
+        "partial_size": partial_size,
+    }
+    flops = 2.0 * len(sequences) * p.H * p.L * p.S * (p.E + p.Ev)
+    kernel = worker(spec.storage, "decode", spec.stored)
+    return _Plan(
+        kernel, sequences, address_of(sequences), pack(values, offsets), items, flops, scratch_size, partial_size
+    )
 
 
 def _make_plan(p: Problem, bias: Array | None, weights: bool) -> _Plan:
     storage = storage_of(p.query.dtype)
+    if not weights and _has_few_rows(p, Spec(storage, HOST, "decode")):
+        return _make_decode_plan(p, bias, Spec(storage, HOST, "decode"))
     spec = Spec(storage, HOST)
     offsets, scratch_size, depth = kernels.scratch(spec, p.E, 0 if weights else p.Ev)
     sequences = sequences_of(p, bias)
@@ -131,4 +175,4 @@ def _make_plan(p: Problem, bias: Array | None, weights: bool) -> _Plan:
     rest = pack(values_of(p, spec, bias) | sizes | {"scratch_size": scratch_size, "out_depth": depth}, offsets)
     flops = 2.0 * len(sequences) * heads * group * rows * p.S * (p.E + p.Ev)
     kernel = worker(storage, "weights" if weights else "forward")
-    return _Plan(kernel, sequences, address_of(sequences), rest, items, flops, scratch_size)
+    return _Plan(kernel, sequences, address_of(sequences), rest, items, flops, scratch_size, 0)

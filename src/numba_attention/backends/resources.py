@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from numba import carray, types
 
-from ..cpu import backward, forward, launch
+from ..cpu import backward, decode, forward, launch
 from ..cpu.cache import Kernel
 from ..cpu.elements import Spec
 from ..cpu.params import PARAMS
@@ -62,10 +62,10 @@ addresses = {size: _addresses_of(size) for size in (2, 4, 8)}
 
 
 @cache
-def worker(storage: str, task: str) -> Kernel:
-    """The kernel of a task for one way of storing numbers."""
-    spec = Spec(storage, HOST, task)
-    make = backward.make_worker if task == "backward" else forward.make_worker
+def worker(storage: str, task: str, stored: str = "") -> Kernel:
+    """The kernel of a task for one way of storing numbers, and keys and values if these are stored another way."""
+    spec = Spec(storage, HOST, task, stored)
+    make = {"backward": backward.make_worker, "decode": decode.make_worker}.get(task, forward.make_worker)
     return Kernel(spec.name, lambda: make(spec), launch.SIGNATURE)
 
 

@@ -21,8 +21,8 @@ from numba import carray
 from . import tiles
 from .elements import Spec
 from .gemm import micro_kernel
-from .params import PARAMS, SEQUENCE
-from .scoring import LOG2E, NEVER, areas, lay_out, make_scoring
+from .params import NEVER, PARAMS, SEQUENCE
+from .scoring import LOG2E, areas, lay_out, make_scoring
 from .simd import fetch_add, void_pointer
 from .softmax import MAX, RESCALE, ROWS, SUM, SUM_ROWS, TILE_MAX, multiply_tile, row_products, softmax_gradient
 from .sums import CLEAN, LOST, add_products, add_transposed, copy_rows, padded, write_sums
@@ -67,7 +67,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     real: Any = vector.dtype
     infinity = math.inf
 
-    table, place_rows, pack_rows, products, hides_all, score_tile = make_scoring(spec)
+    table, place_rows, pack_rows, products, hides_all, score_tile, _ = make_scoring(spec)
     mm_query = micro_kernel(spec, "output", dot=False)
     gather = tiles.gather_tile(spec, element)
     widen = tiles.widen_tile(spec)
@@ -219,7 +219,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
         careful = False
         while True:
-            start, stop, all_start, all_stop = place_rows(p, s, at, head, first_row)
+            start, stop, all_start, all_stop = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
             dirty = place_gradients(p, s, at, head, first_row, group)
             dirty = load_rows(p, s, at, first_row) or dirty
             grad_query[: p.out_depth] = 0

@@ -9,7 +9,7 @@ from .simd import F16, I8, I16, I32, Builder, Host, Value, Vector, load, splat, 
 
 
 class Element(NamedTuple):
-    """One storage type: "float32", "float64", "float16", "bfloat16", or "bool" (False reads as -inf, True as 0)."""
+    """One storage type: a floating one, "bool" (False reads as -inf, True as 0), or one that a cache quantises to."""
 
     name: str
     size: int  # bytes
@@ -30,9 +30,10 @@ class Element(NamedTuple):
         store(b, b.extract_element(rounded, I32(0)), p, align=self.size)
 
     def _type(self, width: int | None) -> Any:
-        ty = {"float32": ir.FloatType(), "float64": ir.DoubleType(), "float16": F16, "bfloat16": I16, "bool": I8}[
-            self.name
-        ]
+        ty = {
+            "float32": ir.FloatType(), "float64": ir.DoubleType(), "float16": F16, "bfloat16": I16,
+            "bool": I8, "int8": I8, "float8_e4m3fn": I8,
+        }[self.name]  # fmt: skip
         return ty if width is None else ir.VectorType(ty, width)
 
     def _widen(self, vector: Vector, b: Builder, x: Value, width: int | None) -> Value:
@@ -41,9 +42,15 @@ class Element(NamedTuple):
             hidden = ir.Constant(target, float("-inf") if width is None else [float("-inf")] * width)
             seen = ir.Constant(target, 0.0 if width is None else [0.0] * width)
             return b.select(b.icmp_signed("!=", x, ir.Constant(x.type, None)), seen, hidden)
-        if self.name == "bfloat16":
+        if self.name == "int8":
+            return b.sitofp(x, target)
+        if self.name in ("bfloat16", "float8_e4m3fn"):
             single = ir.FloatType() if width is None else ir.VectorType(ir.FloatType(), width)
-            x = b.bitcast(bfloat16_bits(b, x, width), single)
+            bits = bfloat16_bits(b, x, width) if self.name == "bfloat16" else float8_bits(b, x, width)
+            x = b.bitcast(bits, single)
+            if self.name == "float8_e4m3fn":
+                rebias = 2.0**120  # from the exponent bias of float8, 7, to 127; subnormals become normal on the way
+                x = b.fmul(x, ir.Constant(single, rebias if width is None else [rebias] * width))
         return x if x.type == target else b.fpext(x, target)
 
     def _narrow(self, vector: Vector, b: Builder, x: Value, width: int) -> Value:
@@ -58,6 +65,17 @@ def bfloat16_bits(b: Builder, x: Value, width: int | None) -> Value:
     ty = I32 if width is None else ir.VectorType(I32, width)
     shift = ir.Constant(ty, 16 if width is None else [16] * width)
     return b.shl(b.zext(x, ty), shift)
+
+
+def float8_bits(b: Builder, x: Value, width: int | None) -> Value:
+    """Bit patterns of float32 numbers that are 2**-120 times float8_e4m3fn ones; caches store no NaN in this format."""
+    ty = I32 if width is None else ir.VectorType(I32, width)
+
+    def const(n: int) -> Value:
+        return ir.Constant(ty, n if width is None else [n] * width)
+
+    signs_and_rest = b.ashr(b.shl(b.zext(x, ty), const(24)), const(4))
+    return b.and_(signs_and_rest, const(0x87F00000 - 2**32))
 
 
 def round_bfloat16(vector: Vector, b: Builder, x: Value, width: int) -> Value:
@@ -76,7 +94,9 @@ def round_bfloat16(vector: Vector, b: Builder, x: Value, width: int) -> Value:
 
 ELEMENTS = {
     name: Element(name, size)
-    for name, size in (("float32", 4), ("float64", 8), ("float16", 2), ("bfloat16", 2), ("bool", 1))
+    for name, size in {
+        "float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "bool": 1, "int8": 1, "float8_e4m3fn": 1,
+    }.items()  # fmt: skip
 }
 
 
@@ -85,11 +105,13 @@ class Spec(NamedTuple):
 
     storage: str  # a name in ELEMENTS
     host: Host
-    task: str = "forward"  # or "weights"
+    task: str = "forward"  # or "weights", "backward", "decode"
+    stored: str = ""  # how keys and values are stored, if not as the queries: in a cache
 
     @property
     def name(self) -> str:
-        return f"{self.task}-{self.storage}-{self.host.name}"
+        kinds = self.storage + (f"-{self.stored}" if self.stored else "")
+        return f"{self.task}-{kinds}-{self.host.name}"
 
     def jit(self, function: Any) -> Any:
         """`njit`, under a symbol that no other kernel has.
@@ -106,22 +128,34 @@ class Spec(NamedTuple):
         return ELEMENTS[self.storage]
 
     @property
+    def kept(self) -> Element:
+        """What keys and values are stored as."""
+        return ELEMENTS[self.stored or self.storage]
+
+    @property
+    def scaled(self) -> bool:
+        """Whether every key and every value has a scale, by which its numbers are to be multiplied."""
+        return self.kept.size == 1
+
+    @property
     def vector(self) -> Vector:
         return Vector(64 if self.storage == "float64" else 32, self.host)
 
     @property
     def dot(self) -> bool:
         """Whether products are taken by the host's bfloat16 dot-product instruction."""
-        return self.storage == "bfloat16" and self.host.bf16_dot
+        return self.storage == "bfloat16" and not self.stored and self.host.bf16_dot and self.task != "decode"
 
     @property
     def converts(self) -> bool:
         """Whether keys and values are widened into scratch, tile by tile, before they are used."""
-        return self.element.size < self.vector.bytes and not self.dot
+        return self.kept.size < self.vector.bytes and not self.dot
 
     @property
     def block(self) -> tuple[int, int]:
         """Rows x vectors that stay in registers: flat within 7 % among those that fit, half the speed where none do."""
+        if self.task == "decode":  # few queries: a tile is one vector of them
+            return (4, 1)
         return (4, 4) if self.host.registers == 32 else (4, 3) if self.host.bits == 256 else (4, 2)
 
     @property

@@ -13,8 +13,8 @@ from numba import carray
 from . import pairs, tiles
 from .elements import Spec
 from .gemm import micro_kernel
-from .params import PARAMS, SEQUENCE
-from .scoring import LN2, NEVER, areas, lay_out, make_scoring
+from .params import NEVER, PARAMS, SEQUENCE
+from .scoring import LN2, areas, lay_out, make_scoring
 from .simd import fetch_add, void_pointer
 from .softmax import MAX, RESCALE, ROWS, SUM, TILE_MAX, normalised_weights, softmax_step
 
@@ -27,6 +27,7 @@ def scratch(spec: Spec, E: int, Ev: int) -> tuple[dict[str, int], int, int]:
         "out": BM * rows * size,
         "weights": BM * BN // 2 * 4 if spec.dot else 0,
         "values": BN * Ev * size,
+        "raw_values": BN * Ev * spec.kept.size,
         "hidden": BM * BN,
         "extra": BM * Ev * size,
     }
@@ -44,9 +45,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     dot, converts, item_size = spec.dot, spec.converts, element.size
     real: Any = vector.dtype
     infinity = math.inf
-    with_output = spec.task == "forward"
+    with_output, scaled = spec.task == "forward", spec.scaled
 
-    table, place_rows, pack_rows, _, hides_all, score_tile = make_scoring(spec)
+    table, place_rows, pack_rows, _, hides_all, score_tile, sources = make_scoring(spec)
+    find_values, scale = sources.find_values, sources.scale
     mm_output = micro_kernel(spec, "output")
     step_softmax = softmax_step(spec, pairs=dot and with_output)
     weigh = normalised_weights(spec)
@@ -74,10 +76,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         """Give the NaN and infinity that `drop_nonfinite` took out to the rows that see them, and only those."""
         hidden = carray(void_pointer(at + p.at_hidden), (BN, BM), np.uint8)
         extra = carray(void_pointer(at + p.at_extra), (NEVER, BM), real)
-        values = p.value + s.value + head * p.value_head + j0 * p.value_row
+        values, row, column = find_values(p, s, at, head, j0, n)
         for j in range(n):
             for e in range(p.Ev):
-                x = value_at(values + j * p.value_row + e * p.value_column)
+                x = value_at(values + j * row + e * column)
                 if not math.isfinite(x):
                     for lane in range(BM):
                         if hidden[j, lane] == 0:
@@ -87,22 +89,34 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def output_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, careful: bool) -> None:
         """O^T = O^T * rescale + V^T P^T."""
         out, state = at + p.at_out, at + p.at_state
-        values = p.value + s.value + head * p.value_head + j0 * p.value_row
-        value_row, value_column, depth, weights = p.value_row, p.value_column, n, at + p.at_scores
+        values, row, column = find_values(p, s, at, head, j0, n)
+        depth, weights = n, at + p.at_scores
         if dot or converts or careful:
-            pack_values(at + p.at_values, values, p.value_row, p.value_column, n, p.Ev)
-            values, value_row, value_column = at + p.at_values, p.Ev * size, size
+            pack_values(at + p.at_values, values, row, column, n, p.Ev)
+            values, row, column = at + p.at_values, p.Ev * size, size
         if dot:
             depth, weights = (n + 1) // 2, at + p.at_weights
         if careful:
             drop_nonfinite(p, at, n)
         for e in range(0, p.Ev, MR):
             mm_output(
-                out + e * row_bytes, row_bytes, values + e * value_column, value_column, value_row, min(MR, p.Ev - e),
+                out + e * row_bytes, row_bytes, values + e * column, column, row, min(MR, p.Ev - e),
                 weights, row_bytes, depth, state + RESCALE * row_bytes,
             )  # fmt: skip
         if careful:
             add_nonfinite(p, s, at, head, j0, n)
+
+    @spec.jit
+    def scale_weights(p: Any, s: Any, at: int, j0: int, n: int, careful: bool) -> None:
+        """Weights times the scales of values; one that is NaN makes the rows NaN that see it."""
+        lost = at + p.at_hidden if careful else 0
+        scale(p, s, at, at + p.at_scores, at + p.at_value_scale_rows, p.value_scale_page, j0, n, lost)
+        if careful:
+            marks = carray(void_pointer(at + p.at_hidden), BM, np.uint8)
+            extra = carray(void_pointer(at + p.at_extra), (NEVER, BM), real)
+            for lane in range(BM):
+                if marks[lane] != 0:
+                    extra[: p.Ev, lane] = math.nan
 
     @spec.jit
     def fold_keys(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int], careful: bool) -> None:
@@ -121,6 +135,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                     for lane in range(BM):
                         hidden[j, lane] = scores[j, lane] == -infinity
             step_softmax(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
+            if scaled:
+                scale_weights(p, s, at, j0, n, careful)
             if with_output:
                 output_tile(p, s, at, head, j0, n, careful)
 
@@ -170,7 +186,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         extra = carray(void_pointer(at + p.at_extra), (NEVER, BM), real)
         careful = False
         while True:
-            seen = place_rows(p, s, at, head, first_row)
+            seen = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
             pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
             if with_output:
                 out[: p.out_depth] = 0

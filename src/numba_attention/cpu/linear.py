@@ -18,7 +18,8 @@ from numba import carray
 from . import tiles
 from .elements import Spec
 from .gemm import micro_kernel
-from .scoring import NEVER, lay_out
+from .params import NEVER
+from .scoring import lay_out
 from .simd import fetch_add, void_pointer
 
 # Products of so many k are summed in registers, then added to what is in scratch. The packed tile, 24 KiB, stays in L1

@@ -11,6 +11,8 @@ import numpy as np
 SCRATCH = (
     "queries", "keys", "values", "scores", "weights", "bias", "mask", "out", "state", "hidden", "extra",
     "query_rows", "out_rows", "bias_rows", "mask_rows", "lse_rows", "starts", "stops", "positions",
+    # of caches and few queries
+    "key_rows", "value_rows", "raw_keys", "raw_values", "scales", "key_scale_rows", "value_scale_rows", "lanes",
     # of the backward pass
     "grads", "grad_scores", "cap_slopes", "query_copy", "grad_copy", "wide_keys", "spare", "sums",
     "lane_rows", "lane_heads", "grad_rows", "grad_query_rows", "grad_bias_rows", "dirty",
@@ -30,6 +32,9 @@ INTEGERS = (
     "lse_head", "lse_row", "bias_head", "bias_row", "bias_column", "bias_kind",
     "mask_head", "mask_row", "mask_column", "left", "right",
     *(f"at_{name}" for name in SCRATCH),
+    # of caches: keys in a page, and strides
+    "page_size", "key_page", "value_page", "key_scale_head", "key_scale_page", "value_scale_head", "value_scale_page",
+    "partial_size",
     # of the backward pass
     "kv_heads", "groups", "split", "E_padded", "Ev_padded",
     "grad_out_head", "grad_out_row", "grad_out_column", "grad_lse_head", "grad_lse_row",
@@ -37,6 +42,8 @@ INTEGERS = (
     "grad_bias_head", "grad_bias_row", "grad_bias_column", "grad_bias_group", "delta_head", "delta_row",
 )  # fmt: skip
 REALS = ("prescale", "factor", "cap_inner", "cap_outer", "scale")
+
+NEVER = 2**62  # a position beyond every other, and a length for arrays of which only the beginning is known
 
 PARAMS = np.dtype([(name, np.int64) for name in ADDRESSES + INTEGERS] + [(name, np.float64) for name in REALS])
 NO_GRADIENTS = (0,) * 10  # the addresses that only the backward pass has
@@ -52,6 +59,7 @@ SEQUENCE = np.dtype([
         "rows", "queries", "keys", "offset",  # rows of output, valid queries and keys, key position of query 0
         "batch", "head",  # number of the sequence and of its first head, for slopes and sinks
         "first",  # work item
+        "pages", "key_scale", "value_scale",  # addresses: of the numbers of the pages, of the first scales
         # of the backward pass: byte offsets, and all rows of key and value
         "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias", "delta", "key_rows",
     )

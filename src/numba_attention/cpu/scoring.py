@@ -13,18 +13,19 @@ import numpy as np
 from numba import carray
 
 from ..intervals import visible as _visible
-from . import pairs, stages, tiles
+from . import features, pairs, stages, tiles
 from .elements import ELEMENTS, Spec
 from .gemm import micro_kernel
+from .params import NEVER
 from .simd import void_pointer
+from .sources import Sources, make_sources
 from .softmax import FIRST, MAX, POSITION, ROWS, SLOPE, SPAN, SUM, TILE_MAX
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
-NEVER = 2**62
 FEATURES = 128  # that a score sums in one chain; longer ones are summed in parts, at half the error for 256 of them
 LANE_TABLES = (
     "query_rows", "out_rows", "bias_rows", "mask_rows", "lse_rows", "starts", "stops", "positions",
-    "lane_rows", "lane_heads",
+    "lane_rows", "lane_heads", "key_scale_rows", "value_scale_rows",
 )  # fmt: skip
 
 
@@ -38,11 +39,17 @@ def areas(spec: Spec, E: int) -> dict[str, int]:
     """Bytes of the scratch areas that `Scoring` uses."""
     BM, BN, size = spec.query_tile, spec.key_tile, spec.vector.bytes
     words = (E + 1) // 2
+    by_features = spec.task == "decode"
+    paged = spec.task in ("forward", "decode")
     return {
         "state": ROWS * BM * size,
-        "queries": BM * (4 * words if spec.dot else size * E),
+        "queries": BM * (4 * words if spec.dot else size * (features.padded(spec, E) if by_features else E)),
         "scores": BM * BN * size,
-        "keys": BN * (4 * words if spec.dot else size * E if spec.converts else 0),
+        "keys": BN * (4 * words if spec.dot else size * E if spec.converts and not by_features else 0),
+        "raw_keys": BN * E * spec.kept.size if paged and not by_features else 0,
+        "key_rows": BN * 8 if paged else 0,
+        "value_rows": BN * 8 if paged else 0,
+        "scales": BM * BN * size if spec.scaled else 0,
         "bias": BM * BN * size,
         "mask": BM * BN * size,
         **dict.fromkeys(LANE_TABLES, BM * 8),
@@ -67,6 +74,7 @@ class Scoring(NamedTuple):
     products: Any
     hides_all: Any
     score_tile: Any
+    sources: Sources
 
 
 def make_scoring(spec: Spec) -> Scoring:
@@ -78,7 +86,7 @@ def make_scoring(spec: Spec) -> Scoring:
     real: Any = vector.dtype
     integer: Any = np.int32 if vector.bits == 32 else np.int64
     infinity = math.inf
-    biases, differentiates = len(bias_elements(spec)), spec.task == "backward"
+    biases, differentiates, scaled = len(bias_elements(spec)), spec.task == "backward", spec.scaled
     chain = 2 * FEATURES if dot else FEATURES
 
     mm_first = micro_kernel(spec, "product" if differentiates else "scores")
@@ -92,6 +100,9 @@ def make_scoring(spec: Spec) -> Scoring:
     softcap, cap_slope = stages.softcap(spec), stages.cap_slope(spec)
     alibi, add_bias = stages.alibi(spec), stages.add_bias(spec)
     clip_interval, tile_max = stages.clip_interval(spec), stages.tile_max(spec)
+    by_features, no_marks = spec.task == "decode", 0
+    sources = make_sources(spec)
+    find_keys, scale = sources.find_keys, sources.scale
     visible = spec.jit(FunctionType(_visible.__code__, {"min": min, "max": max}, "visible"))
 
     @spec.jit
@@ -99,19 +110,22 @@ def make_scoring(spec: Spec) -> Scoring:
         return carray(void_pointer(address), BM, np.int64)
 
     @spec.jit
-    def place_rows(p: Any, s: Any, at: int, head: int, first_row: int) -> tuple[int, int, int, int]:
-        """Fill the tables of the tile's rows; return the keys that any row sees, and those that all rows see."""
+    def place_rows(p: Any, s: Any, at: int, head: int, first_row: int, count: int) -> tuple[int, int, int, int]:
+        """Fill the tables of the tile's rows; return the keys that any row sees, and those that all rows see.
+
+        There are `count` rows, from `first_row` of a key/value head on, and of the next head where that one ends.
+        """
         query_rows, out_rows = table(at + p.at_query_rows), table(at + p.at_out_rows)
         lse_rows = table(at + p.at_lse_rows)
         bias_rows, mask_rows = table(at + p.at_bias_rows), table(at + p.at_mask_rows)
         starts, stops, positions = table(at + p.at_starts), table(at + p.at_stops), table(at + p.at_positions)
         lane_rows, lane_heads = table(at + p.at_lane_rows), table(at + p.at_lane_heads)
+        key_scales, value_scales = table(at + p.at_key_scale_rows), table(at + p.at_value_scale_rows)
         chosen = carray(void_pointer(p.chosen), NEVER, np.int64)
         state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
         slopes = carray(void_pointer(p.slopes), NEVER, np.float64)
         sinks = carray(void_pointer(p.sinks), NEVER, np.float64)
         G = p.group
-        last = s.rows * G - 1
         any_start, any_stop, all_start, all_stop = NEVER, 0, 0, NEVER
         row = first_row // G
         g = first_row - row * G
@@ -136,11 +150,17 @@ def make_scoring(spec: Spec) -> Scoring:
                 sink = sinks[s.head + h] * LOG2E
             state[MAX, lane] = sink
             state[SUM, lane] = 0 if sink == -infinity else 1
-            if first_row + lane < last:  # past the last row, the last row stands in
+            if scaled:
+                key_scales[lane] = s.key_scale + h // G * p.key_scale_head
+                value_scales[lane] = s.value_scale + h // G * p.value_scale_head
+            if lane + 1 < count:  # past the last row, the last row stands in
                 g += 1
                 if g == G:
                     g = 0
                     row += 1
+                    if row == s.rows:
+                        row = 0
+                        head += 1
         return any_start, any_stop, all_start, all_stop
 
     @spec.jit
@@ -186,6 +206,19 @@ def make_scoring(spec: Spec) -> Scoring:
                 )  # fmt: skip
 
     @spec.jit
+    def multiply_keys_by_queries(p: Any, s: Any, at: int, head: int, j0: int, n: int) -> None:
+        """Products of the tile's rows with n keys."""
+        if differentiates:
+            keys, row, column = p.key + s.key + head * p.key_head + j0 * p.key_row, p.key_row, p.key_column
+        else:
+            keys, row, column = find_keys(p, s, at, head, j0, n)
+        products(
+            at + p.at_scores, keys, row, column, n, p.E, at + p.at_queries, at + p.at_keys, at + p.at_state
+        )  # fmt: skip
+
+    multiply_keys = features.multiply_keys(spec) if by_features else multiply_keys_by_queries
+
+    @spec.jit
     def hides_all(p: Any, s: Any, at: int, j0: int, n: int) -> bool:
         """Load the tile of the mask; whether it hides every key of the tile from every row."""
         gather_mask(at + p.at_mask, at + p.at_mask_rows, j0 * p.mask_column, p.mask_column, n, real(1))
@@ -196,9 +229,10 @@ def make_scoring(spec: Spec) -> Scoring:
         """Scores of the tile's rows with keys j0 .. j0 + n; returns the factor that takes them to the log2 domain."""
         scores, state = at + p.at_scores, at + p.at_state
         lanes = carray(void_pointer(state), (ROWS, BM), real)
-        keys = p.key + s.key + head * p.key_head + j0 * p.key_row
-        products(scores, keys, p.key_row, p.key_column, n, p.E, at + p.at_queries, at + p.at_keys, state)
+        multiply_keys(p, s, at, head, j0, n)
         factor, unit = real(p.factor), real(1)
+        if scaled:
+            scale(p, s, at, scores, at + p.at_key_scale_rows, p.key_scale_page, j0, n, no_marks)
         if p.cap_outer != 0:
             softcap(scores, n, real(p.cap_inner), real(p.cap_outer))
             if differentiates:
@@ -229,8 +263,8 @@ def make_scoring(spec: Spec) -> Scoring:
                 relative[FIRST, lane] = first
                 relative[SPAN, lane] = max(min(stops[lane] - j0, n), first) - first
             clip_interval(scores, n, state)
-        if not differentiates and (edge or factor == unit or p.E > chain):
+        if scaled or by_features or (not differentiates and (edge or factor == unit or p.E > chain)):
             tile_max(scores, n, state)
         return factor
 
-    return Scoring(table, place_rows, pack_rows, products, hides_all, score_tile)
+    return Scoring(table, place_rows, pack_rows, products, hides_all, score_tile, sources)

@@ -170,6 +170,16 @@ def call(b: Builder, name: str, result: Value, *args: Value) -> Value:
     return b.call(function, args)
 
 
+def prefetch(b: Builder, p: Value) -> None:
+    """Ask for the cache line at a byte pointer, which need not be valid, to be brought as near as the level 2 cache."""
+    call(b, "llvm.prefetch.p0", ir.VoidType(), p, I32(0), I32(2), I32(1))
+
+
+def keep_order(b: Builder) -> None:
+    """Let the compiler move no load across this place, so that memory is read in the order that is written."""
+    b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
+
+
 def loop(
     b: Builder, n: Value, carried: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]
 ) -> list[Value]:

@@ -196,8 +196,8 @@ def scatter_tile(spec: Spec) -> Any:
 
 
 def widen_tile(spec: Spec) -> Any:
-    """Make ``widen(tile, source, row_stride, stride, rows, count)``: tile[r, c] = source[r, c], widened and packed."""
-    vector, element = spec.vector, spec.element
+    """Make ``widen(tile, source, row_stride, stride, rows, count)``: tile[r, c] = source[r, c], a key or value widened and packed."""
+    vector, element = spec.vector, spec.kept
     W, size = vector.width, element.size
 
     def blocks(b: Builder, tile: Value, source: Value, row_stride: Value, rows: Value, count: Value) -> None:
@@ -249,8 +249,36 @@ def widen_tile(spec: Spec) -> Any:
     return widen
 
 
+def copy_bytes(spec: Spec) -> Any:
+    """Make ``copy(target, rows, offset, count, n)``: n bytes at `offset` of each of `count` rows, one after another.
+
+    `rows` is a table of addresses.
+    """
+
+    @spec.jit
+    def copy(target: int, rows: int, offset: int, count: int, n: int) -> None:
+        addresses = carray(void_pointer(rows), count, np.int64)
+        for r in range(count):
+            source = carray(void_pointer(addresses[r] + offset), n, np.uint8)
+            out = carray(void_pointer(target + r * n), n, np.uint8)
+            for i in range(n):
+                out[i] = source[i]
+
+    return copy
+
+
 def load_value(spec: Spec) -> Any:
-    """Make ``value(address)``: one element as a compute value."""
+    """Make ``value(address)``: one number of a key or value as a compute value."""
+    vector = spec.vector
+
+    def build(b: Builder, address: Value) -> Value:
+        return spec.kept.load_one(vector, b, pointer(b, address))
+
+    return routine("address", build, result=vector.numba_type)
+
+
+def load_query(spec: Spec) -> Any:
+    """Make ``value(address)``: one number of a query as a compute value."""
     vector = spec.vector
 
     def build(b: Builder, address: Value) -> Value:

@@ -1,0 +1,257 @@
+"""The forward pass for few queries: split over keys, so that all threads have work, and merged ("split-K" decoding).
+
+A tile is one vector of query rows: those of several key/value heads where each has few (`features`). A work item is a
+tile and a split of the keys; where a sequence has more than one split, the last of them to be done merges the states
+(maximum, denominator, output) of all, in order. Where splits begin follows from the keys alone: no bit depends on the
+threads or on the rest of the batch. Dao et al., "Flash-Decoding for long-context inference", 2023.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from . import features, sums, tiles
+from .elements import Spec
+from .params import NEVER, PARAMS, SEQUENCE
+from .scoring import LN2, areas, lay_out, make_scoring
+from .simd import fetch_add, void_pointer
+from .softmax import MAX, RESCALE, ROWS, SUM, softmax_step
+
+SPLIT = 512  # keys
+
+
+def scratch(spec: Spec, E: int, Ev: int) -> tuple[dict[str, int], int, int]:
+    """Byte offsets of the scratch areas of one thread, their sum, and the size of the state of a tile."""
+    W, size = spec.vector.width, spec.vector.bytes
+    out = W * features.padded(spec, Ev) * size
+    own = {"out": out, "extra": out, "hidden": W * spec.key_tile, "lanes": 16}
+    return *lay_out(areas(spec, E) | own), out + 2 * W * size
+
+
+def make_worker(spec: Spec) -> Callable[[int, int], int]:
+    """Make the function that one thread runs: take work items until none is left."""
+    W, BN = spec.query_tile, spec.key_tile
+    vector = spec.vector
+    size, scaled = vector.bytes, spec.scaled
+    item_size, value_size = spec.element.size, spec.kept.size
+    real: Any = vector.dtype
+    infinity = math.inf
+
+    table, place_rows, _, _, hides_all, score_tile, sources = make_scoring(spec)
+    locate, scale = sources.locate, sources.scale
+    pack, add_values = features.pack_queries(spec), features.add_values(spec)
+    step_softmax = softmax_step(spec, pairs=False)
+    value_at, write = tiles.load_value(spec), sums.write_sums(spec)
+
+    @spec.jit
+    def pitch_of(p: Any) -> int:
+        """Numbers in a row of outputs."""
+        pitch: int = (p.Ev + W - 1) // W * W
+        return pitch
+
+    @spec.jit
+    def has_nan(p: Any, at: int, lanes: int) -> bool:
+        out = carray(void_pointer(at + p.at_out), NEVER, real)
+        total = real(0)
+        for x in range(lanes * pitch_of(p)):
+            total += out[x] * real(0)
+        return math.isnan(total)
+
+    @spec.jit
+    def mark_hidden(p: Any, at: int, n: int) -> None:
+        scores = carray(void_pointer(at + p.at_scores), (BN, W), real)
+        hidden = carray(void_pointer(at + p.at_hidden), (BN, W), np.uint8)
+        for j in range(n):
+            for lane in range(W):
+                hidden[j, lane] = scores[j, lane] == -infinity
+
+    @spec.jit
+    def add_carefully(p: Any, at: int, head: int, n: int) -> None:
+        """What `add_values` does, but a value that is NaN or infinite reaches the rows that see it, and only those."""
+        lanes, each = carray(void_pointer(at + p.at_lanes), 2, np.int64)
+        hidden = carray(void_pointer(at + p.at_hidden), (BN, W), np.uint8)
+        weights = carray(void_pointer(at + p.at_scores), (BN, W), real)
+        rows = carray(void_pointer(at + p.at_value_rows), BN, np.int64)
+        state = carray(void_pointer(at + p.at_state), (ROWS, W), real)
+        out = carray(void_pointer(at + p.at_out), (W, pitch_of(p)), real)
+        extra = carray(void_pointer(at + p.at_extra), (W, pitch_of(p)), real)
+        shift = pitch_of(p) - p.Ev if p.Ev % W != 0 else 0
+        for lane in range(lanes):
+            offset = (head + lane // each) * p.value_head
+            for c in range(pitch_of(p)):
+                # The last vector of a row ends with the features; see `features`.
+                e = c if c < p.Ev // W * W else c - shift
+                total = real(0)
+                for j in range(n):
+                    x = value_at(rows[j] + offset + e * value_size)
+                    if math.isfinite(x):
+                        total += weights[j, lane] * x
+                    elif hidden[j, lane] == 0:
+                        extra[lane, c] += x
+                out[lane, c] = out[lane, c] * state[RESCALE, lane] + total
+
+    @spec.jit
+    def scale_weights(p: Any, s: Any, at: int, j0: int, n: int, careful: bool) -> None:
+        """Weights times the scales of values; one that is NaN makes the rows NaN that see it."""
+        lost = at + p.at_hidden if careful else 0
+        scale(p, s, at, at + p.at_scores, at + p.at_value_scale_rows, p.value_scale_page, j0, n, lost)
+        if careful:
+            marks = carray(void_pointer(at + p.at_hidden), W, np.uint8)
+            extra = carray(void_pointer(at + p.at_extra), (W, pitch_of(p)), real)
+            for lane in range(W):
+                if marks[lane] != 0:
+                    extra[lane] = math.nan
+
+    @spec.jit
+    def fold_keys(
+        p: Any, s: Any, at: int, head: int, start: int, stop: int, all_start: int, all_stop: int, careful: bool
+    ) -> None:
+        """Fold every visible tile of keys into the state of the rows."""
+        for j0 in range(start, stop, BN):
+            n = min(BN, stop - j0)
+            if p.mask != 0 and hides_all(p, s, at, j0, n):
+                continue
+            locate(p, s, at, j0, n)
+            factor = score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
+            if careful:
+                mark_hidden(p, at, n)
+            step_softmax(at + p.at_scores, n, at + p.at_state, factor, at + p.at_scores)
+            if scaled:
+                scale_weights(p, s, at, j0, n, careful)
+            if careful:
+                add_carefully(p, at, head, n)
+            else:
+                add_values(p, s, at, head, n)
+
+    @spec.jit
+    def attend(p: Any, s: Any, at: int, head: int, first_row: int, split: int) -> None:
+        """Fold the keys of one split into the rows' states."""
+        lanes = carray(void_pointer(at + p.at_lanes), 2, np.int64)[0]
+        state = carray(void_pointer(at + p.at_state), (ROWS, W), real)
+        out = carray(void_pointer(at + p.at_out), NEVER, real)
+        extra = carray(void_pointer(at + p.at_extra), NEVER, real)
+        carray(void_pointer(at + p.at_scores), (BN, W), real)[:] = 0  # lanes without a row are never written
+        careful = False
+        while True:
+            start, stop, all_start, all_stop = place_rows(p, s, at, head, first_row, lanes)
+            if split > 0:  # a sink belongs to the first
+                state[MAX], state[SUM] = -infinity, 0
+            pack(p, at)
+            out[: lanes * pitch_of(p)] = 0
+            if careful:
+                extra[: lanes * pitch_of(p)] = 0
+            start, stop = max(start, split * SPLIT), min(stop, (split + 1) * SPLIT)
+            fold_keys(p, s, at, head, start, stop, all_start, all_stop, careful)
+            if careful:
+                for x in range(lanes * pitch_of(p)):
+                    out[x] += extra[x]
+            # As in `forward`: a tile in which a weight of 0 may have met NaN or infinity is done again.
+            if careful or not has_nan(p, at, lanes):
+                return
+            careful = True
+
+    @spec.jit
+    def keep_state(p: Any, at: int, item: int) -> None:
+        lanes = carray(void_pointer(at + p.at_lanes), 2, np.int64)[0]
+        state = carray(void_pointer(at + p.at_state), (ROWS, W), real)
+        out = carray(void_pointer(at + p.at_out), NEVER, real)
+        kept = carray(void_pointer(p.partial + item * p.partial_size), NEVER, real)
+        for lane in range(W):
+            kept[lane], kept[W + lane] = state[MAX, lane], state[SUM, lane]
+        for x in range(lanes * pitch_of(p)):
+            kept[2 * W + x] = out[x]
+
+    @spec.jit
+    def merge(p: Any, at: int, first: int, splits: int) -> None:
+        """Merge the states of all splits of a tile."""
+        lanes, pitch = carray(void_pointer(at + p.at_lanes), 2, np.int64)[0], pitch_of(p)
+        state = carray(void_pointer(at + p.at_state), (ROWS, W), real)
+        out = carray(void_pointer(at + p.at_out), NEVER, real)
+        out[: lanes * pitch] = 0
+        for lane in range(lanes):
+            highest = -infinity
+            for split in range(splits):
+                m = carray(void_pointer(p.partial + (first + split) * p.partial_size), W, real)[lane]
+                highest = max(highest, m)
+            state[MAX, lane], total = highest, 0.0
+            for split in range(splits):
+                kept = carray(void_pointer(p.partial + (first + split) * p.partial_size), NEVER, real)
+                weight = 2.0 ** (np.float64(kept[lane]) - highest) if kept[lane] != -infinity else 0.0
+                denominator = np.float64(kept[W + lane])
+                if denominator == 0:  # nothing was seen
+                    weight = 0.0
+                total += weight * denominator
+                factor = real(weight)
+                for e in range(pitch):
+                    out[lane * pitch + e] += factor * kept[2 * W + lane * pitch + e]
+            state[SUM, lane] = total
+
+    @spec.jit
+    def finish(p: Any, s: Any, at: int) -> None:
+        """Write the rows and their lse."""
+        lanes = carray(void_pointer(at + p.at_lanes), 2, np.int64)[0]
+        state = carray(void_pointer(at + p.at_state), (ROWS, W), real)
+        starts, stops = table(at + p.at_starts), table(at + p.at_stops)
+        out_rows, lse_rows = table(at + p.at_out_rows), table(at + p.at_lse_rows)
+        whole, pitch = p.Ev // W * W, pitch_of(p)
+        for lane in range(lanes):
+            m, total = np.float64(state[MAX, lane]), np.float64(state[SUM, lane])
+            if p.lse != 0:
+                lse = (m + math.log2(total)) * LN2 if total != 0 else -infinity
+                carray(void_pointer(lse_rows[lane]), 1, real)[0] = lse
+            factor = real(0)
+            if total != 0:
+                factor = real(1) / state[SUM, lane]
+            elif starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0:
+                factor = real(math.nan)  # keys were seen, and every score was -inf: infinite inputs
+            row = at + p.at_out + lane * pitch * size
+            write(out_rows[lane], 0, 1, whole, row, 0, factor)
+            if whole < p.Ev:
+                write(out_rows[lane] + (p.Ev - W) * item_size, 0, 1, W, row + whole * size, 0, factor)
+
+    def worker(params: int, thread: int) -> int:
+        p = carray(void_pointer(params), 1, PARAMS)[0]
+        sequences = carray(void_pointer(p.sequences), p.number, SEQUENCE)
+        at = p.scratch + thread * p.scratch_size
+        shape = carray(void_pointer(at + p.at_lanes), 2, np.int64)
+        while True:
+            item = fetch_add(p.counter, 1)
+            if item >= p.items:
+                return 0
+            low, high = 0, p.number  # the sequence of this item: the last that begins at or before it
+            while high - low > 1:
+                middle = (low + high) // 2
+                if sequences[middle].first <= item:
+                    low = middle
+                else:
+                    high = middle
+            s = sequences[low]
+            splits = max(1, (s.keys + SPLIT - 1) // SPLIT)
+            tile, split = divmod(item - s.first, splits)
+            each = s.rows * p.group  # rows of a key/value head
+            if each >= W:
+                head, part = divmod(tile, (each + W - 1) // W)
+                first_row = part * W
+                shape[0] = shape[1] = min(W, each - first_row)
+            else:
+                head, first_row = tile * (W // each), 0
+                shape[0], shape[1] = min(W // each, p.kv_heads - head) * each, each
+            attend(p, s, at, head, first_row, split)
+            if splits > 1:
+                keep_state(p, at, item)
+                if fetch_add(p.counts + 8 * (item - split), 1) < splits - 1:
+                    continue
+                merge(p, at, item - split, splits)
+            finish(p, s, at)
+
+    return worker
+
+
+def tiles_of(spec: Spec, rows: Any, group: int, kv_heads: int) -> Any:
+    """How many tiles a sequence with `rows` query rows, or each of several, has."""
+    W = spec.query_tile
+    each = np.maximum(rows * group, 1)
+    return np.where(each >= W, kv_heads * -(-each // W), -(-kv_heads // np.maximum(W // each, 1)))

@@ -1,0 +1,319 @@
+"""Both products of attention with features in the lanes, for few queries: every key and value is read once.
+
+With queries in the lanes, as `gemm` has them, one query would use one lane of sixteen. Here a score is a dot product
+along the vectors of a key, and sums over lanes are taken of many scores at once, by a tree of shuffles; an output is a
+row of vectors to which every value is added. A tile of scores still has queries in the lanes, those of several
+key/value heads where one head has few, so that everything between the products is the code of all other kernels.
+
+The time is that of reading memory, so the order of reading is what these loops are made for: docs/performance.md.
+
+Rows of keys and values are found through tables of addresses (`sources`). Features are cut into vectors, of which the
+last begins early enough to end with the features; where two overlap, the query has 0 in the last one.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray
+
+from .elements import Spec
+from .simd import I32, I64, Builder, Value, at, keep_order, load, loop, pointer, prefetch, routine, splat, store, void_pointer
+from .softmax import RESCALE
+from .tiles import load_query
+
+
+def padded(spec: Spec, features: int) -> int:
+    """Features of a row in scratch: whole vectors."""
+    W = spec.vector.width
+    return -(-features // W) * W
+
+
+def _heights(spec: Spec) -> list[int]:
+    """How many queries of one key/value head a product may take at once, highest first."""
+    return [rows for rows in (4, 2, 1) if rows <= spec.vector.width]
+
+
+def _accumulators(spec: Spec) -> int:
+    return 16 if spec.host.registers == 32 else 8
+
+
+def _sum_lanes(spec: Spec, b: Builder, vectors: list[Value]) -> Value:
+    """The sums of 1, 2, 4 .. `width` vectors over their lanes, as one vector of so many lanes."""
+    W = spec.vector.width
+
+    def fold(x: Value, y: Value, low: list[int], half: int) -> Value:
+        first, second = (b.shuffle_vector(x, y, lanes_of([lane + n for lane in low])) for n in (0, half))
+        return b.fadd(first, second)
+
+    parts, segments = list(vectors), 1  # each part holds so many sums, each spread over length lanes
+    length = W
+    while len(parts) > 1:
+        half = length // 2
+        low = [segment * length + lane for segment in range(segments) for lane in range(half)]
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [fold(x, y, low + [W + lane for lane in low], half) for x, y in pairs]
+        segments, length = 2 * segments, half
+    (x,) = parts
+    while length > 1:
+        half = length // 2
+        x = fold(x, x, [segment * length + lane for segment in range(segments) for lane in range(half)], half)
+        length = half
+    return x
+
+
+def _load(spec: Spec, b: Builder, p: Value) -> Value:
+    """Load a vector of a key or value; where that is a whole cache line, by halves.
+
+    A thread that reads every line once, as a whole, reads 16 GB/s of values on Zen 4, and by halves 28: a stream is
+    recognised by a second access to its lines.
+    """
+    vector, kept = spec.vector, spec.kept
+    if kept.size * vector.width < 64:
+        return kept.load(vector, b, p)
+    half = ir.VectorType(vector.element, vector.width // 2)
+    low = load(b, half, p, align=kept.size)
+    keep_order(b)  # or the two become one
+    high = load(b, half, p, 32, align=kept.size)
+    return b.shuffle_vector(low, high, lanes_of(list(range(vector.width))))
+
+
+def _row(b: Builder, rows: Value, index: Value, offset: Value) -> Value:
+    """The byte pointer to a row that a table of addresses tells."""
+    return at(b, pointer(b, load(b, I64, pointer(b, rows), b.mul(index, I64(8)), align=8)), offset)
+
+
+def _dot_products(spec: Spec, height: int) -> Any:
+    """Make ``dots(scores, rows, offset, n, queries, pitch, chunks, last, next_rows, next_offset)`` for `height` queries and n keys.
+
+    scores[j, lane] = key j . query lane, where `scores` is the address of the first of the lanes in a tile whose rows
+    are one vector, key j is `offset` bytes after the address in the table `rows`, and queries are `pitch` bytes apart.
+    `last` is where the last of the `chunks` vectors of a key begins, in bytes. Row j of `next_rows` at `next_offset` is what
+    will be read next: it is prefetched. Rows of the tile up to the next multiple
+    of `keys` are overwritten.
+    """
+    vector, kept = spec.vector, spec.kept
+    W = vector.width
+    keys = min(8, _accumulators(spec) // height)
+    row_bytes = W * vector.bytes
+    together = min(W, height * keys) // height  # keys of which all sums fit in a vector
+
+    def build(
+        b: Builder, scores: Value, rows: Value, offset: Value, n: Value,
+        queries: Value, pitch: Value, chunks: Value, last: Value,
+        next_rows: Value, next_offset: Value,
+    ) -> None:  # fmt: skip
+        pq, target = pointer(b, queries), pointer(b, scores)
+        end = b.sub(n, I64(1))
+        query = [at(b, pq, b.mul(pitch, I64(r))) for r in range(height)]
+        final = b.sub(chunks, I64(1))
+
+        def block(i: Value, _: list[Value]) -> list[Value]:
+            first = b.mul(i, I64(keys))
+            acc: list[Value] = []
+            for j in range(keys):
+                index = b.add(first, I64(j))
+                index = b.select(b.icmp_signed("<", index, end), index, end)  # the last stands in for those not there
+                key = _row(b, rows, index, offset)
+                later = _row(b, next_rows, index, next_offset)
+
+                def chunk(c: Value, sums: list[Value], key: Value = key, later: Value = later) -> list[Value]:
+                    where = b.select(b.icmp_signed("==", c, final), last, b.mul(c, I64(W * kept.size)))
+                    prefetch(b, at(b, later, where))
+                    k = _load(spec, b, at(b, key, where))
+                    in_query = b.mul(c, I64(row_bytes))
+                    new = [vector.fma(b, vector.load(b, at(b, query[r], in_query)), k, sums[r]) for r in range(height)]
+                    # One key after the other, each from end to end. Prefetchers want it so: where the compiler mixed
+                    # the loads of several keys, a thread read 11 GB/s, and so 30.
+                    keep_order(b)
+                    return new
+
+                acc += loop(b, chunks, [vector.const(0.0)] * height, chunk)
+            for j in range(0, keys, together):
+                sums = _sum_lanes(spec, b, acc[j * height : (j + together) * height])
+                for m in range(together):
+                    lanes = lanes_of(list(range(m * height, (m + 1) * height)))
+                    row = at(b, target, b.mul(b.add(first, I64(j + m)), I64(row_bytes)))
+                    store(b, b.shuffle_vector(sums, sums, lanes), row, align=vector.bytes)
+            return []
+
+        loop(b, b.sdiv(b.add(n, I64(keys - 1)), I64(keys)), [], block)
+
+    return routine("scores rows offset n queries pitch chunks last next_rows next_offset", build)
+
+
+def _weighted_rows(spec: Spec, height: int, vectors: int) -> Any:
+    """Make ``add(out, pitch, weights, rescale, rows, offset, n, next_offset)`` for `height` queries and `vectors` of a value.
+
+    out[r] = out[r] * rescale[r] + sum_j weights[j, r] * value j, where value j is `offset` bytes after the address in
+    the table `rows`; rows of out are `pitch` bytes apart. What lies at `next_offset` is prefetched.
+    """
+    vector, kept = spec.vector, spec.kept
+    W = vector.width
+    row_bytes = W * vector.bytes
+
+    def build(
+        b: Builder, out: Value, pitch: Value, weights: Value, rescale: Value,
+        rows: Value, offset: Value, n: Value,
+        next_offset: Value,
+    ) -> None:  # fmt: skip
+        def key(j: Value, carried: list[Value]) -> list[Value]:
+            weight, *acc = carried
+            value, later = _row(b, rows, j, offset), _row(b, rows, j, next_offset)
+            for start in range(0, vectors * W * kept.size, 64):
+                prefetch(b, at(b, later, start))
+            row = [_load(spec, b, at(b, value, v * W * kept.size)) for v in range(vectors)]
+            keep_order(b)
+            new = []
+            for r in range(height):
+                x = splat(b, load(b, vector.element, weight, r * vector.bytes, align=vector.bytes), W)
+                new += [vector.fma(b, x, row[v], acc[r * vectors + v]) for v in range(vectors)]
+            return [at(b, weight, row_bytes), *new]
+
+        zeros = [vector.const(0.0)] * (height * vectors)
+        _, *acc = loop(b, n, [pointer(b, weights), *zeros], key)
+        for r in range(height):
+            factor = load(b, vector.element, pointer(b, rescale), r * vector.bytes, align=vector.bytes)
+            x = splat(b, factor, W)
+            line = at(b, pointer(b, out), b.mul(pitch, I64(r)))
+            for v in range(vectors):
+                before = vector.load(b, line, v * row_bytes)
+                vector.store(b, vector.fma(b, before, x, acc[r * vectors + v]), line, v * row_bytes)
+
+    return routine("out pitch weights rescale rows offset n next_offset", build)
+
+
+def multiply_keys(spec: Spec) -> Any:
+    """Make ``multiply(p, s, at, head, j0, n)``: products of the tile's rows with n keys, to the tile of scores."""
+    vector = spec.vector
+    W, size, kept = vector.width, vector.bytes, spec.kept.size
+    four, two, one = _dot_products(spec, _heights(spec)[0]), _dot_products(spec, 2), _dot_products(spec, 1)
+    most = _heights(spec)[0]
+
+    @spec.jit
+    def multiply(p: Any, s: Any, at: int, head: int, j0: int, n: int) -> None:
+        lanes, each = carray(void_pointer(at + p.at_lanes), 2, np.int64)
+        chunks = (p.E + W - 1) // W
+        pitch, last = chunks * W * size, (p.E - W) * kept
+        rows, first_value = at + p.at_key_rows, head * p.value_head
+        lane = 0
+        while lane < lanes:
+            end, offset = lane + each, head * p.key_head
+            next_rows, next_offset = rows, offset + p.key_head
+            if end == lanes:  # after the keys of the last head come the values of the first
+                next_rows, next_offset = at + p.at_value_rows, first_value
+            while lane < end:
+                scores, queries = at + p.at_scores + lane * size, at + p.at_queries + lane * pitch
+                if end - lane >= most:
+                    four(scores, rows, offset, n, queries, pitch, chunks, last, next_rows, next_offset)
+                    lane += most
+                elif end - lane >= 2:
+                    two(scores, rows, offset, n, queries, pitch, chunks, last, next_rows, next_offset)
+                    lane += 2
+                else:
+                    one(scores, rows, offset, n, queries, pitch, chunks, last, next_rows, next_offset)
+                    lane += 1
+            head += 1
+
+    return multiply
+
+
+def add_values(spec: Spec) -> Any:
+    """Make ``add(p, s, at, head, n)``: out = out * rescale + weights * values, for the tile's rows and n values."""
+    vector = spec.vector
+    W, size, kept = vector.width, vector.bytes, spec.kept.size
+    row_bytes = W * size
+    # How many vectors of a value a product takes: many, though it be for two rows only, so that values are read in order.
+    wide, half = (8, 4) if _accumulators(spec) == 16 else (4, 2)
+    of_wide = [_weighted_rows(spec, h, wide) for h in (1, 2)]
+    of_half = [_weighted_rows(spec, h, half) for h in (1, 2, 4)]
+    of_one = [_weighted_rows(spec, h, 1) for h in (1, 2, 4)]
+    wide_one, wide_two = of_wide
+    half_one, half_two, half_four = of_half
+    one_one, one_two, one_four = of_one
+
+    @spec.jit
+    def add_block(
+        out: int, pitch: int, weights: int, rescale: int, rows: int, offset: int, n: int, after: int, left: int, vectors: int
+    ) -> int:
+        """One block of columns for as many rows as a product takes; returns how many rows."""
+        if vectors == wide:
+            if left >= 2:
+                wide_two(out, pitch, weights, rescale, rows, offset, n, after)
+                return 2
+            wide_one(out, pitch, weights, rescale, rows, offset, n, after)
+            return 1
+        if vectors == half:
+            if left >= 4:
+                half_four(out, pitch, weights, rescale, rows, offset, n, after)
+                return 4
+            if left >= 2:
+                half_two(out, pitch, weights, rescale, rows, offset, n, after)
+                return 2
+            half_one(out, pitch, weights, rescale, rows, offset, n, after)
+            return 1
+        if left >= 4:
+            one_four(out, pitch, weights, rescale, rows, offset, n, after)
+            return 4
+        if left >= 2:
+            one_two(out, pitch, weights, rescale, rows, offset, n, after)
+            return 2
+        one_one(out, pitch, weights, rescale, rows, offset, n, after)
+        return 1
+
+    @spec.jit
+    def add(p: Any, s: Any, at: int, head: int, n: int) -> None:
+        lanes, each = carray(void_pointer(at + p.at_lanes), 2, np.int64)
+        chunks = (p.Ev + W - 1) // W
+        whole = p.Ev // W
+        pitch = chunks * row_bytes
+        first = 0
+        while first < lanes:
+            offset = head * p.value_head
+            c = 0
+            while c < chunks:
+                left = whole - c
+                vectors = wide if left >= wide else half if left >= half else 1
+                where = offset + (c * W if c < whole else p.Ev - W) * kept
+                lane, end = first, first + each
+                while lane < end:
+                    lane += add_block(
+                        at + p.at_out + lane * pitch + c * row_bytes, pitch,
+                        at + p.at_scores + lane * size, at + p.at_state + RESCALE * row_bytes + lane * size,
+                        at + p.at_value_rows, where, n, where + p.value_head, end - lane, vectors,
+                    )  # fmt: skip
+                c += vectors
+            first += each
+            head += 1
+
+    return add
+
+
+def pack_queries(spec: Spec) -> Any:
+    """Make ``pack(p, at)``: the tile's queries as rows of vectors, times a power of two, for `multiply_keys`."""
+    vector = spec.vector
+    W = vector.width
+    real: Any = vector.dtype
+    query_at = load_query(spec)
+
+    @spec.jit
+    def pack(p: Any, at: int) -> None:
+        lanes, _ = carray(void_pointer(at + p.at_lanes), 2, np.int64)
+        rows = carray(void_pointer(at + p.at_query_rows), W, np.int64)
+        chunks = (p.E + W - 1) // W
+        packed = carray(void_pointer(at + p.at_queries), (W, chunks * W), real)
+        factor = real(p.prescale)
+        whole = p.E // W * W
+        for lane in range(lanes):
+            for e in range(whole):
+                packed[lane, e] = query_at(rows[lane] + e * p.query_column) * factor
+            if whole < p.E:
+                for e in range(p.E - W, p.E):
+                    x = query_at(rows[lane] + e * p.query_column) * factor
+                    packed[lane, e - (p.E - W) + whole] = x if e >= whole else real(0)
+
+    return pack
+
+
+def lanes_of(lanes: list[int]) -> Value:
+    return ir.Constant(ir.VectorType(I32, len(lanes)), lanes)
