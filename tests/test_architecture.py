@@ -18,11 +18,12 @@ LAYERS = [
         "rim",
         ["__init__", "__main__", "benchmarking", "cli", "commands", "config", "demo", "files", "jax", "plot", "torch"],
     ),
-    ("layer", ["layer", "weights", "inputs"]),
-    ("api", ["api", "merging", "rotary"]),
+    ("layer", ["layer", "incremental", "weights", "inputs"]),
+    ("api", ["api", "decoding", "merging", "rotary"]),
     ("projection", ["projection"]),
     ("backends", ["backends"]),
-    ("problem", ["problem"]),
+    ("problem", ["problem", "cached"]),
+    ("caches", ["caches"]),
     ("kernels", ["cpu", "cuda"]),
     ("primitives", ["intervals", "options", "errors"]),
 ]  # fmt: skip
@@ -30,9 +31,9 @@ LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module i
 
 # Within cpu/: the kernel, then what it is made of.
 CPU = [
-    ["forward", "backward", "linear"],
+    ["forward", "decode", "backward", "linear"],
     ["scoring"],
-    ["stages", "sums"],
+    ["stages", "sums", "sources", "features"],
     ["softmax", "tiles"],
     ["gemm"],
     ["elements", "exp", "launch"],

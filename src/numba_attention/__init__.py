@@ -2,8 +2,11 @@
 
 from .api import attention, attention_backward, attention_weights, merge_attention, merge_attention_backward
 from .backends import backends, set_backend, use_backend
+from .caches.contiguous import KVCache
+from .caches.paged import PagedKVCache
 from .config import show_config
-from .errors import BackendUnavailableError, NumbaAttentionWarning
+from .decoding import attention_decode
+from .errors import BackendUnavailableError, CacheFullError, NumbaAttentionWarning
 from .layer import MultiHeadAttention
 from .options import Gradients
 from .rotary import apply_rotary
@@ -12,12 +15,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
+    "CacheFullError",
     "Gradients",
+    "KVCache",
     "MultiHeadAttention",
     "NumbaAttentionWarning",
+    "PagedKVCache",
     "apply_rotary",
     "attention",
     "attention_backward",
+    "attention_decode",
     "attention_weights",
     "backends",
     "merge_attention",

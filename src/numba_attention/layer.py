@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .api import attention, attention_backward, attention_weights
+from .incremental import Cache, attend
 from .inputs import check_inputs, hide_padding, query_offset
 from .options import Array, Causal, Gradients, Window
 from .problem import check_like, sum_to
@@ -133,6 +134,8 @@ class MultiHeadAttention(Weights):
         key: Array | None = ...,
         value: Array | None = ...,
         *,
+        cache: Cache | None = ...,
+        ids: ArrayLike | None = ...,
         need_weights: Literal[False] = ...,
         average_weights: bool = ...,
         **options: Unpack[_Options],
@@ -166,6 +169,8 @@ class MultiHeadAttention(Weights):
         sinks: ArrayLike | None = None,
         query_lengths: ArrayLike | None = None,
         key_lengths: ArrayLike | None = None,
+        cache: Cache | None = None,
+        ids: ArrayLike | None = None,
         need_weights: bool = False,
         average_weights: bool = True,
     ) -> Array | tuple[Array, Array]:
@@ -189,8 +194,18 @@ class MultiHeadAttention(Weights):
             the opposite of `mask`.
         is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
             As in `attention`. Where padding is at the end, `key_lengths` says so in fewer words.
+        cache : KVCache or PagedKVCache, optional
+            Keys and values of earlier calls, one cache for each layer. Those of `key` (by default `query`), of shape
+            (batch, L, features), are projected, rotated and appended, as many as `key_lengths` says, and the queries
+            attend to all that is cached then. Positions go on from there: query i sits at its sequence's length before
+            the call plus i, for `is_causal`, `window`, ALiBi and rotary embeddings, unless `query_offset` says
+            otherwise. A `mask` or `bias` is about all cached keys or the L newest, as in `attention_decode`. With a key
+            of length 0 nothing is appended: how to use a memory that was cached before. Inference only; where anything
+            is refused, the cache stays as it was.
+        ids : array of int, shape (batch,), optional
+            Which sequences of a `PagedKVCache`; by default all there are.
         need_weights : bool, default False
-            Also return the attention probabilities.
+            Also return the attention probabilities. Not with a cache.
         average_weights : bool, default True
             Whether these are the mean over the heads, or those of every head.
 
@@ -220,6 +235,12 @@ class MultiHeadAttention(Weights):
             "query_lengths": query_lengths,
             "key_lengths": key_lengths,
         }
+        if cache is not None:
+            if need_weights:
+                raise ValueError("need_weights must be False with a cache; see attention_weights")
+            return self._attend_cache(query, key, value, cache, ids, options)
+        if ids is not None:
+            raise ValueError("ids must be None without a cache")
         ctx = self._attend(query, key, value, options, return_lse=False)
         result: Array | tuple[Array, Array] = self._result(ctx, need_weights, average_weights)
         return result
@@ -403,6 +424,21 @@ class MultiHeadAttention(Weights):
         else:
             attention(q, k, v, out=heads.swapaxes(-3, -2), **options)
         return Context(self, given, q, k, v, turns, heads, lse, options)
+
+    def _attend_cache(
+        self, query: Array, key: Array | None, value: Array | None, cache: Cache, ids: Any, options: dict[str, Any]
+    ) -> Array:
+        """Project, append, attend to the cache, project back."""
+        key, value, _ = check_inputs(query, key, value, (self.embed_dim, self.kdim, self.vdim), self.dtype)
+        if options.pop("key_padding_mask") is not None:
+            raise ValueError("key_padding_mask must be None with a cache; say how many keys are there with key_lengths")
+        flat = query.ndim == key.ndim == value.ndim == 2
+        q, k, v = self._project(query, key, value)
+        if flat:
+            q, k, v = q[None], k[None], v[None]
+        heads = attend(cache, ids, q, k, v, self._rotation, options | {"backend": self.backend})
+        out = linear(_features(heads), self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias"))
+        return out[0] if flat else out
 
     def _result(self, ctx: Context, need_weights: bool, average_weights: bool) -> Any:
         """Join the heads to what the caller gets."""

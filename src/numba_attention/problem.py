@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .caches.contents import Contents
 from .options import Array, Gradients, Options
 
 _F32, _F64, _F16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
@@ -48,6 +49,7 @@ class Problem:
     # attention_weights only: out is (*batch, len(heads), len(rows), S) and value is key, unused.
     heads: Array | None = None  # int64, chosen query heads
     rows: Array | None = None  # int64, chosen query rows
+    cache: Contents | None = None  # attention_decode only: key and value are what it stores, S is the longest length
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:

@@ -1,5 +1,6 @@
 """The CPU backend: turns a `Problem` into the records that the kernels read, and launches them."""
 
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,7 +17,18 @@ from ..cpu.simd import HOST
 from ..options import Array
 from ..problem import BackwardProblem, Problem
 from . import gradients
-from .records import address_of, pack, per_head, readable_bias, sequences_of, storage_of, values_of
+from .records import (
+    address_of,
+    fill_in,
+    pack,
+    per_head,
+    readable_bias,
+    sequences_of,
+    storage_of,
+    stored_of,
+    values_of,
+    varies,
+)
 from .resources import addresses, memory, threads_for, worker
 
 
@@ -63,16 +75,17 @@ def _run_widened(p: Problem, weights: bool) -> None:
 
 
 class _Plan(NamedTuple):
-    """All of a call that follows from shapes, strides and options, and not from where the arrays are."""
+    """All of a call that follows from shapes, strides and options, not from where the arrays are or from lengths."""
 
     kernel: Kernel
     sequences: Array
     sequences_address: int
     rest: bytes  # the PARAMS record after the addresses
     items: int
-    flops: float
+    flops: float  # for each key
     scratch_size: int
-    partial_size: int  # bytes for the states of an item, 0 if none is split
+    tiles: int = 0  # of a sequence, if the kernel splits keys
+    partial_size: int = 0  # bytes for the state of a tile
 
 
 _plans: dict[Any, _Plan] = {}
@@ -84,41 +97,60 @@ def _run(p: Problem, weights: bool) -> None:
     if p.query.dtype == np.float16 and not HOST.f16:
         return _run_widened(p, weights)
     bias = readable_bias(p)
-    plain = p.mask is None and bias is None and p.query_lengths is None and p.key_lengths is None and not weights
-    if plain and type(p.offset) is int:
-        q, k, v, out = p.query, p.key, p.value, p.out
-        key = (
-            q.dtype, q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, out.strides, p.lse is None,
-            p.scale, p.softcap, p.left, p.right, p.offset,
-        )  # fmt: skip
-        plan = _plans.get(key)
-        if plan is None:
-            if len(_plans) > 500:
-                _plans.clear()
-            plan = _plans[key] = _make_plan(p, bias, weights)
-    else:
-        plan = _make_plan(p, bias, weights)
-    number = threads_for(plan.items, plan.flops)
+    plan = _make_plan(p, bias, weights) if weights or p.mask is not None or bias is not None else _find_plan(p)
+    sequences, sequences_address, items = plan.sequences, plan.sequences_address, plan.items
+    if varies(p):
+        sequences = sequences.copy()
+        fill_in(p, sequences)
+        sequences_address = address_of(sequences)
+    counts = partial = None
+    if plan.tiles:
+        items, most = _split(plan, p, sequences)
+        if most > 1:
+            counts, partial = np.zeros(items, np.int64), np.empty(items * plan.partial_size, np.uint8)
+    number = threads_for(items, plan.flops * p.S)
     scratch, scratch_address = memory.reserve(number * plan.scratch_size)
     memory.counter.value = 0
-    counts = partial = None
-    if plan.partial_size:
-        counts, partial = np.zeros(plan.items, np.int64), np.empty(plan.items * plan.partial_size, np.uint8)
     # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
     first = (0,) * len(p.batch) + (0,)
-    addresses[p.query.itemsize].call(p.query[first], p.key[first], p.value[first], p.out[first], memory.params_address)
+    query, out = p.query[first], p.out[first]
+    if p.cache is None:
+        addresses[p.query.itemsize].call(query, p.key[first], p.value[first], out, memory.params_address)
+    else:
+        addresses[p.query.itemsize].call(query, query, query, out, memory.params_address)
+        pack_two(memory.params, 8, address_of(p.key), address_of(p.value))
     pack_addresses(
-        memory.params, ARRAYS, memory.counter_address, scratch_address, plan.sequences_address,
+        memory.params, ARRAYS, memory.counter_address, scratch_address, sequences_address,
         address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), address_of(p.sinks),
         address_of(p.rows), *NO_GRADIENTS, address_of(counts), address_of(partial),
     )  # fmt: skip
     memory.params[REST:] = plan.rest
+    pack_one(memory.params, REST, items)
     launch.run(plan.kernel, memory.params_address, number)
-    del scratch, slopes, bias, counts, partial
+    del scratch, slopes, bias, sequences, counts, partial
 
 
 NO_GRADIENTS = (0,) * 8  # the addresses that only the backward pass has
+pack_one, pack_two = struct.Struct("=q").pack_into, struct.Struct("=2q").pack_into
+
+
+def _find_plan(p: Problem) -> _Plan:
+    """The plan for a call without mask and bias, made once for all calls that are alike."""
+    q, k, v, out, cache = p.query, p.key, p.value, p.out, p.cache
+    key = (
+        q.dtype, q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, out.strides, p.lse is None,
+        p.scale, p.softcap, p.left, p.right, p.offset if type(p.offset) is int else None,
+        None if cache is None else (cache.storage, cache.table is None),
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) > 500:
+            _plans.clear()
+        plan = _plans[key] = _make_plan(p, None, weights=False)
+    return plan
+
+
 FEW = 2 * HOST.bits // 32  # query rows for a key/value head, up to which features lie in the lanes
 
 
@@ -133,34 +165,12 @@ def _has_few_rows(p: Problem, spec: Spec) -> bool:
     )
 
 
-def _make_decode_plan(p: Problem, bias: Array | None, spec: Spec) -> _Plan:
-    offsets, scratch_size, partial_size = decode.scratch(spec, p.E, p.Ev)
-    sequences = sequences_of(p, bias)
-    splits = np.maximum(1, -(-sequences["keys"] // decode.SPLIT))
-    each = splits * decode.tiles_of(spec, sequences["rows"], p.H // p.Hkv, p.Hkv)
-    sequences["first"] = np.cumsum(each) - each
-    items = int(each.sum())
-    if splits.max(initial=1) == 1:
-        partial_size = 0
-    values = values_of(p, spec, bias) | {
-        "items": items,
-        "number": len(sequences),
-        "Ev": p.Ev,
-        "scratch_size": scratch_size,
-        "partial_size": partial_size,
-    }
-    flops = 2.0 * len(sequences) * p.H * p.L * p.S * (p.E + p.Ev)
-    kernel = worker(spec.storage, "decode", spec.stored)
-    return _Plan(
-        kernel, sequences, address_of(sequences), pack(values, offsets), items, flops, scratch_size, partial_size
-    )
-
-
 def _make_plan(p: Problem, bias: Array | None, weights: bool) -> _Plan:
-    storage = storage_of(p.query.dtype)
-    if not weights and _has_few_rows(p, Spec(storage, HOST, "decode")):
-        return _make_decode_plan(p, bias, Spec(storage, HOST, "decode"))
-    spec = Spec(storage, HOST)
+    storage, stored = storage_of(p.query.dtype), stored_of(p)
+    spec = Spec(storage, HOST, "decode", stored)
+    if not weights and _has_few_rows(p, spec):
+        return _make_decode_plan(p, bias, spec)
+    spec = Spec(storage, HOST, stored=stored)
     offsets, scratch_size, depth = kernels.scratch(spec, p.E, 0 if weights else p.Ev)
     sequences = sequences_of(p, bias)
     heads, group, rows = p.Hkv, p.H // p.Hkv, p.L
@@ -173,6 +183,33 @@ def _make_plan(p: Problem, bias: Array | None, weights: bool) -> _Plan:
     items = len(sequences) * items_each
     sizes = {"items": items, "number": len(sequences), "group": group, "Ev": p.S if weights else p.Ev}
     rest = pack(values_of(p, spec, bias) | sizes | {"scratch_size": scratch_size, "out_depth": depth}, offsets)
-    flops = 2.0 * len(sequences) * heads * group * rows * p.S * (p.E + p.Ev)
-    kernel = worker(storage, "weights" if weights else "forward")
-    return _Plan(kernel, sequences, address_of(sequences), rest, items, flops, scratch_size, 0)
+    flops = 2.0 * len(sequences) * heads * group * rows * (p.E + p.Ev)
+    kernel = worker(storage, "weights" if weights else "forward", stored)
+    return _Plan(kernel, sequences, address_of(sequences), rest, items, flops, scratch_size)
+
+
+def _make_decode_plan(p: Problem, bias: Array | None, spec: Spec) -> _Plan:
+    offsets, scratch_size, partial_size = decode.scratch(spec, p.E, p.Ev)
+    sequences = sequences_of(p, bias)
+    sizes = {"number": len(sequences), "Ev": p.Ev, "scratch_size": scratch_size, "partial_size": partial_size}
+    flops = 2.0 * len(sequences) * p.H * p.L * (p.E + p.Ev)
+    kernel, rest = worker(spec.storage, "decode", spec.stored), pack(values_of(p, spec, bias) | sizes, offsets)
+    tiles = decode.tiles_of(spec, p.L, p.H // p.Hkv, p.Hkv)
+    address = address_of(sequences)
+    plan = _Plan(kernel, sequences, address, rest, 0, flops, scratch_size, tiles, partial_size)
+    return plan._replace(items=_split(plan, p, sequences)[0])
+
+
+def _split(plan: _Plan, p: Problem, sequences: Array) -> tuple[int, int]:
+    """Deal out the keys of every sequence; returns the number of work items, and of splits of the longest."""
+    if len(sequences) == 1 or p.key_lengths is None:
+        keys = p.S if p.key_lengths is None else int(p.key_lengths.flat[0])
+        most = max(1, -(-keys // decode.SPLIT))
+        each = plan.tiles * most
+        if len(sequences) > 1:
+            sequences["first"] = np.arange(0, len(sequences) * each, each)
+        return len(sequences) * each, most
+    splits = np.maximum(1, -(-sequences["keys"] // decode.SPLIT))
+    ends = np.cumsum(splits * plan.tiles)
+    sequences["first"] = ends - splits * plan.tiles
+    return int(ends[-1]), int(splits.max())

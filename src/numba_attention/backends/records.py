@@ -50,15 +50,47 @@ def sequences_of(p: Problem, bias: Array | None, **more: Array | None) -> Array:
     """One record a sequence; `more` are arrays of whose sequences the kernel wants the offsets."""
     sequences = np.zeros(math.prod(p.batch), SEQUENCE)
     arrays = {"query": p.query, "key": p.key, "value": p.value, "out": p.out, "lse": p.lse, "bias": bias}
+    if is_paged(p):
+        del arrays["key"], arrays["value"]  # pages are not a sequence's own
     for name, array in {**arrays, "mask": p.mask, **more}.items():
         if array is not None:
             sequences[name] = offsets_of(array, p.batch)
-    sequences["queries"] = p.L if p.query_lengths is None else p.query_lengths.ravel()
-    sequences["keys"] = p.S if p.key_lengths is None else p.key_lengths.ravel()
-    sequences["offset"] = p.offset if isinstance(p.offset, int) else p.offset.ravel()
+    sequences["queries"], sequences["keys"] = p.L, p.S
+    sequences["offset"] = p.offset if type(p.offset) is int else 0
     sequences["batch"] = np.arange(len(sequences))
     sequences["rows"], sequences["key_rows"] = p.L, p.S
+    if varies(p):
+        fill_in(p, sequences)
     return sequences
+
+
+def is_paged(p: Problem) -> bool:
+    return p.cache is not None and p.cache.table is not None
+
+
+def varies(p: Problem) -> bool:
+    """Whether the records of the sequences say more than shapes and strides do."""
+    return p.key_lengths is not None or p.query_lengths is not None or p.cache is not None or type(p.offset) is not int
+
+
+def fill_in(p: Problem, sequences: Array) -> None:
+    """Write what does not follow from shapes and strides: lengths, positions, where the pages and scales are."""
+    if p.query_lengths is not None:
+        sequences["queries"] = p.query_lengths.ravel()
+    if p.key_lengths is not None:
+        sequences["keys"] = p.key_lengths.ravel()
+    if type(p.offset) is not int:
+        sequences["offset"] = p.offset.ravel()  # type: ignore[union-attr]
+    if p.cache is None:
+        return
+    table = p.cache.table
+    if table is not None:
+        sequences["pages"] = address_of(table) + np.arange(len(sequences)) * table.strides[0]
+    for name, scale in (("key_scale", p.cache.key_scale), ("value_scale", p.cache.value_scale)):
+        if scale is not None:
+            sequences[name] = address_of(scale)
+            if table is None:
+                sequences[name] += np.arange(len(sequences)) * scale.strides[0]
 
 
 def values_of(p: Problem, spec: Spec, bias: Array | None) -> dict[str, float]:
@@ -83,7 +115,22 @@ def values_of(p: Problem, spec: Spec, bias: Array | None) -> dict[str, float]:
     arrays = {"query": p.query, "key": p.key, "value": p.value, "out": p.out, "lse": p.lse, "bias": bias}
     for name, array in {**arrays, "mask": p.mask}.items():
         values |= strides_of(name, array, len(p.batch))
+    if p.cache is not None:
+        values |= strides_of("key_scale", p.cache.key_scale, 1) | strides_of("value_scale", p.cache.value_scale, 1)
+        if p.cache.table is not None:
+            values |= {"page_size": p.key.shape[-2], "key_page": p.key.strides[0], "value_page": p.value.strides[0]}
+            if p.cache.key_scale is not None and p.cache.value_scale is not None:
+                values["key_scale_page"] = p.cache.key_scale.strides[0]
+                values["value_scale_page"] = p.cache.value_scale.strides[0]
     return values
+
+
+def stored_of(p: Problem) -> str:
+    """How keys and values are stored, if not as the queries."""
+    if p.cache is None:
+        return ""
+    storage = storage_of(p.query.dtype)
+    return "" if p.cache.storage == storage else p.cache.storage
 
 
 def strides_of(name: str, array: Array | None, batch: int) -> dict[str, float]:

@@ -219,7 +219,9 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
         careful = False
         while True:
-            start, stop, all_start, all_stop = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
+            start, stop, all_start, all_stop = place_rows(
+                p, s, at, head, first_row, min(BM, s.rows * p.group - first_row)
+            )
             dirty = place_gradients(p, s, at, head, first_row, group)
             dirty = load_rows(p, s, at, first_row) or dirty
             grad_query[: p.out_depth] = 0

@@ -250,8 +250,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     return worker
 
 
-def tiles_of(spec: Spec, rows: Any, group: int, kv_heads: int) -> Any:
-    """How many tiles a sequence with `rows` query rows, or each of several, has."""
-    W = spec.query_tile
-    each = np.maximum(rows * group, 1)
-    return np.where(each >= W, kv_heads * -(-each // W), -(-kv_heads // np.maximum(W // each, 1)))
+def tiles_of(spec: Spec, rows: int, group: int, kv_heads: int) -> int:
+    """How many tiles a sequence with `rows` query rows has."""
+    W, each = spec.query_tile, rows * group
+    return kv_heads * -(-each // W) if each >= W else -(-kv_heads // (W // each))

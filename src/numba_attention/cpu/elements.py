@@ -92,12 +92,8 @@ def round_bfloat16(vector: Vector, b: Builder, x: Value, width: int) -> Value:
     return b.trunc(result, ir.VectorType(I16, width))
 
 
-ELEMENTS = {
-    name: Element(name, size)
-    for name, size in {
-        "float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "bool": 1, "int8": 1, "float8_e4m3fn": 1,
-    }.items()  # fmt: skip
-}
+_SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "bool": 1, "int8": 1, "float8_e4m3fn": 1}
+ELEMENTS = {name: Element(name, size) for name, size in _SIZES.items()}
 
 
 class Spec(NamedTuple):

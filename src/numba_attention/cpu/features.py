@@ -18,7 +18,22 @@ from llvmlite import ir
 from numba import carray
 
 from .elements import Spec
-from .simd import I32, I64, Builder, Value, at, keep_order, load, loop, pointer, prefetch, routine, splat, store, void_pointer
+from .simd import (
+    I32,
+    I64,
+    Builder,
+    Value,
+    at,
+    keep_order,
+    load,
+    loop,
+    pointer,
+    prefetch,
+    routine,
+    splat,
+    store,
+    void_pointer,
+)
 from .softmax import RESCALE
 from .tiles import load_query
 
@@ -84,13 +99,13 @@ def _row(b: Builder, rows: Value, index: Value, offset: Value) -> Value:
 
 
 def _dot_products(spec: Spec, height: int) -> Any:
-    """Make ``dots(scores, rows, offset, n, queries, pitch, chunks, last, next_rows, next_offset)`` for `height` queries and n keys.
+    """Make ``dots(scores, rows, offset, n, queries, pitch, chunks, last, next_rows, next_offset)``.
 
-    scores[j, lane] = key j . query lane, where `scores` is the address of the first of the lanes in a tile whose rows
-    are one vector, key j is `offset` bytes after the address in the table `rows`, and queries are `pitch` bytes apart.
-    `last` is where the last of the `chunks` vectors of a key begins, in bytes. Row j of `next_rows` at `next_offset` is what
-    will be read next: it is prefetched. Rows of the tile up to the next multiple
-    of `keys` are overwritten.
+    For `height` queries and n keys, scores[j, lane] = key j . query lane. `scores` is the address of the first of the
+    lanes in a tile whose rows are one vector, key j is `offset` bytes after the address in the table `rows`, and
+    queries are `pitch` bytes apart. `last` is where the last of the `chunks` vectors of a key begins, in bytes. Row j
+    of `next_rows` at `next_offset` is what will be read next: it is prefetched. Rows of the tile up to the next
+    multiple of `keys` are overwritten.
     """
     vector, kept = spec.vector, spec.kept
     W = vector.width
@@ -143,7 +158,7 @@ def _dot_products(spec: Spec, height: int) -> Any:
 
 
 def _weighted_rows(spec: Spec, height: int, vectors: int) -> Any:
-    """Make ``add(out, pitch, weights, rescale, rows, offset, n, next_offset)`` for `height` queries and `vectors` of a value.
+    """Make ``add(out, pitch, weights, rescale, rows, offset, n, next_offset)`` for so many queries and vectors.
 
     out[r] = out[r] * rescale[r] + sum_j weights[j, r] * value j, where value j is `offset` bytes after the address in
     the table `rows`; rows of out are `pitch` bytes apart. What lies at `next_offset` is prefetched.
@@ -223,7 +238,7 @@ def add_values(spec: Spec) -> Any:
     vector = spec.vector
     W, size, kept = vector.width, vector.bytes, spec.kept.size
     row_bytes = W * size
-    # How many vectors of a value a product takes: many, though it be for two rows only, so that values are read in order.
+    # Vectors of a value that a product takes: many, though for two rows only, so that values are read in order.
     wide, half = (8, 4) if _accumulators(spec) == 16 else (4, 2)
     of_wide = [_weighted_rows(spec, h, wide) for h in (1, 2)]
     of_half = [_weighted_rows(spec, h, half) for h in (1, 2, 4)]
@@ -234,7 +249,16 @@ def add_values(spec: Spec) -> Any:
 
     @spec.jit
     def add_block(
-        out: int, pitch: int, weights: int, rescale: int, rows: int, offset: int, n: int, after: int, left: int, vectors: int
+        out: int,
+        pitch: int,
+        weights: int,
+        rescale: int,
+        rows: int,
+        offset: int,
+        n: int,
+        after: int,
+        left: int,
+        vectors: int,
     ) -> int:
         """One block of columns for as many rows as a product takes; returns how many rows."""
         if vectors == wide:

@@ -18,8 +18,8 @@ from .elements import ELEMENTS, Spec
 from .gemm import micro_kernel
 from .params import NEVER
 from .simd import void_pointer
-from .sources import Sources, make_sources
 from .softmax import FIRST, MAX, POSITION, ROWS, SLOPE, SPAN, SUM, TILE_MAX
+from .sources import Sources, make_sources
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 FEATURES = 128  # that a score sums in one chain; longer ones are summed in parts, at half the error for 256 of them

@@ -61,7 +61,7 @@ def make_sources(spec: Spec) -> Sources:
             return p.key + s.key + head * p.key_head + j0 * p.key_row, p.key_row, p.key_column
         locate(p, s, at, j0, n)
         copy(at + p.at_raw_keys, at + p.at_key_rows, head * p.key_head, n, p.E * kept)
-        return at + p.at_raw_keys, p.E * kept, np.int64(kept)
+        return at + p.at_raw_keys, p.E * kept, kept
 
     @spec.jit
     def find_values(p: Any, s: Any, at: int, head: int, j0: int, n: int) -> tuple[int, int, int]:
@@ -70,7 +70,7 @@ def make_sources(spec: Spec) -> Sources:
             return p.value + s.value + head * p.value_head + j0 * p.value_row, p.value_row, p.value_column
         locate(p, s, at, j0, n)
         copy(at + p.at_raw_values, at + p.at_value_rows, head * p.value_head, n, p.Ev * kept)
-        return at + p.at_raw_values, p.Ev * kept, np.int64(kept)
+        return at + p.at_raw_values, p.Ev * kept, kept
 
     @spec.jit
     def scale(p: Any, s: Any, at: int, tile: int, rows: int, page_stride: int, j0: int, n: int, lost: int) -> None:

@@ -196,7 +196,7 @@ def scatter_tile(spec: Spec) -> Any:
 
 
 def widen_tile(spec: Spec) -> Any:
-    """Make ``widen(tile, source, row_stride, stride, rows, count)``: tile[r, c] = source[r, c], a key or value widened and packed."""
+    """Make ``widen(tile, source, row_stride, stride, rows, count)``: tile[r, c] = source[r, c], keys or values."""
     vector, element = spec.vector, spec.kept
     W, size = vector.width, element.size
 

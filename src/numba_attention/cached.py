@@ -1,0 +1,97 @@
+"""New queries, the contents of a cache and `Options` in, a checked `Problem` out."""
+
+from typing import Any
+
+import numpy as np
+
+from .caches.contents import Contents
+from .options import Array, Options
+from .problem import Problem, _apply, _arrays, _broadcast, _check_out, _floats, _ints, _lse_dtype, _scale, _tensor
+from .problem import _array as as_array
+
+
+def build(query: Any, contents: Contents, options: Options, out: Any, return_lse: bool) -> Problem:
+    """Validate one `attention_decode` call and allocate its results."""
+    q = _tensor("query", query)
+    lengths = contents.lengths
+    flat = query.ndim == 3 and len(lengths) == 1
+    if flat:
+        q = q[None]
+    H, L, E, Hkv, Ev = _sizes(q, query, contents)
+    S = int(lengths[0]) if len(lengths) == 1 else int(lengths.max(initial=0))
+    shape = (*q.shape[:3], Ev)
+    if out is None:
+        full = np.empty(shape, q.dtype)
+        result = full[0] if flat else full
+    else:
+        inputs = {"query": query, "key": contents.key, "value": contents.value, **_arrays(options)}
+        _check_out(out, shape[1:] if flat else shape, q.dtype, **inputs)
+        result, full = out, out.view(np.ndarray)[None] if flat else out.view(np.ndarray)
+    lse = result_lse = None
+    if return_lse:
+        lse = np.empty(shape[:3], _lse_dtype(q))
+        result_lse = lse[0] if flat else lse
+    problem = Problem(
+        q, contents.key, contents.value, full, lse, result, result_lse, q.shape[:1], H, Hkv, L, S, E, Ev,
+        _scale(options.scale, E), cache=contents,
+    )  # fmt: skip
+    if options.is_causal == "bottom-right" and _is_plain(options):  # what nearly every call asks for
+        problem.right, problem.key_lengths = 0, lengths
+        problem.offset = S - L if len(lengths) == 1 else lengths - L
+        return problem
+    _apply(problem, _over_cache(options, contents, L, S))
+    return problem
+
+
+def _is_plain(o: Options) -> bool:
+    """Whether every option but scale and is_causal is None."""
+    arrays = o.mask is None and o.bias is None and o.alibi_slopes is None and o.sinks is None
+    positions = o.window is None and o.query_offset is None and o.query_lengths is None and o.key_lengths is None
+    return arrays and positions and o.softcap is None
+
+
+def _sizes(q: Array, query: Any, contents: Contents) -> tuple[int, int, int, int, int]:
+    if q.dtype != contents.dtype:
+        raise TypeError(
+            f"query must have the dtype of the cache, {contents.dtype}, got {q.dtype}; "
+            "convert it with query.astype(...)"
+        )
+    n, (_, Hkv, _, E), Ev = len(contents.lengths), contents.key.shape, contents.value.shape[-1]
+    if q.ndim != 4 or q.shape[0] != n or q.shape[3] != E:
+        raise ValueError(
+            f"query must have shape ({n}, heads, length, {E}), as the cache has {n} sequences, got {query.shape}"
+        )
+    H, L = q.shape[1:3]
+    if Hkv == 0 or H % Hkv:
+        raise ValueError(f"the cache has {Hkv} heads, which must divide the {H} heads of query")
+    return H, L, E, Hkv, Ev
+
+
+def _over_cache(options: Options, contents: Contents, L: int, S: int) -> Options:
+    """Options as `attention` takes them: lengths of the cache, masks over all of its keys."""
+    lengths, n = contents.lengths, len(contents.lengths)
+    keys = lengths
+    if options.key_lengths is not None:
+        keys = _broadcast("key_lengths", _ints("key_lengths", options.key_lengths), (n,))
+        if (keys < 0).any() or (keys > lengths).any():
+            raise ValueError(f"key_lengths must lie between 0 and the lengths of the cache, {lengths}, got {keys}")
+    mask, bias = options.mask, options.bias
+    if mask is not None:
+        mask = _over_newest("mask", as_array("mask", mask), lengths, L, S, True)
+    if bias is not None:
+        bias = _over_newest("bias", _floats("bias", bias), lengths, L, S, 0)
+    return options._replace(mask=mask, bias=bias, key_lengths=keys)
+
+
+def _over_newest(name: str, array: Array, lengths: Array, L: int, S: int, otherwise: Any) -> Array:
+    """Extend what says something of the L newest keys of every sequence only to all keys."""
+    if array.ndim < 2 or array.shape[-1] in (1, S) or array.shape[-1] != L:
+        return array
+    if (lengths < L).any():
+        raise ValueError(f"{name} over the {L} newest keys needs so many in every sequence, got lengths {lengths}")
+    shape = (len(lengths), *((1,) * (3 - array.ndim) + array.shape[-3:-1] if array.ndim < 4 else array.shape[1:3]), L)
+    array = _broadcast(name, array, shape)
+    full = np.full((*shape[:-1], S), otherwise, array.dtype)
+    for b, length in enumerate(lengths):
+        full[b, ..., length - L : length] = array[b]
+    return full

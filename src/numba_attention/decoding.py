@@ -1,0 +1,131 @@
+"""Attention of the newest tokens to a cache of all keys and values so far."""
+
+from collections.abc import Sequence
+
+from numpy.typing import ArrayLike
+
+from .backends import select
+from .cached import build
+from .caches.contiguous import KVCache
+from .caches.paged import PagedKVCache
+from .options import Array, Causal, Options, Window
+
+
+def attention_decode(
+    query: Array,
+    cache: KVCache | PagedKVCache,
+    *,
+    ids: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: Causal = "bottom-right",
+    window: Window | Sequence[int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> Array | tuple[Array, Array]:
+    r"""Attention of the newest positions to everything in a key/value cache, at the speed of reading it once.
+
+    Parameters
+    ----------
+    query : ndarray, shape (batch, H, L, E)
+        Queries of the L newest positions of every sequence, whose keys and values are in the cache already: 1 to
+        generate a token, some to check tokens that were guessed, many to read a prompt in pieces (chunked prefill).
+        dtype of the cache. (H, L, E) where there is one sequence. Any strides.
+    cache : KVCache or PagedKVCache
+        H must be a multiple of its heads Hkv.
+    ids : int or array of int, shape (batch,), optional
+        Which sequences of a `PagedKVCache`; by default all there are, in the order of their ids.
+    mask : array of bool, broadcastable to (batch, H, L, S), optional
+        True where a query may attend to a key; S is the length of the longest sequence. With L columns instead of S, it
+        is about the L newest keys of each sequence, and all before them are seen: a tree of guesses.
+    bias : array of float, broadcastable to (batch, H, L, S), optional
+        Added to the scaled scores, or with L columns to those of the newest keys.
+    is_causal : bool or {"top-left", "bottom-right"}, default "bottom-right"
+        The queries are the last positions of their sequence: query i sees the keys up to its own, which is number
+        ``length - L + i``. False: all keys.
+    window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths
+        As in `attention`. With `query_lengths`, only so many of the L queries of each sequence are there, and these
+        are its last positions.
+    key_lengths : int or array of int, shape (batch,), optional
+        How much of each sequence to use, by default all: no more than is there.
+    return_lse : bool, default False
+        Also return the natural log of the softmax denominator of each row.
+    out : ndarray, shape (batch, H, L, Ev), optional
+        Where to write the result.
+    backend : {"auto", "cpu", "reference"}, optional
+        As in `attention`.
+
+    Returns
+    -------
+    out : ndarray, shape (batch, H, L, Ev)
+        dtype of `query`. Sequences without keys have 0.
+    lse : ndarray, shape (batch, H, L)
+        Only if `return_lse`.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendUnavailableError
+        As in `attention`; the message names the argument.
+
+    See Also
+    --------
+    KVCache, PagedKVCache : where keys and values are kept.
+    merge_attention : join results, of a prefix that many sequences share for example.
+
+    Notes
+    -----
+    With few queries the keys are split among the threads and the partial results merged ("flash decoding" [1]_). Query
+    heads that share a key/value head are computed together, so that every key and value is read once. Numbers that a
+    cache stores as int8 or float8 are scaled on the way. Several threads may read one cache at once. Results have the
+    same bits for any number of threads, alone or in a batch, and whether the cache has pages or not.
+
+    References
+    ----------
+    .. [1] Dao et al., "Flash-Decoding for long-context inference", 2023.
+    .. [2] Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention as na
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.standard_normal((1, heads, 10, 64), dtype=np.float32) for heads in (8, 2, 2))
+    >>> cache = na.KVCache(1, 2, 100, 64)
+    >>> for t in range(10):
+    ...     cache.append(k[:, :, t : t + 1], v[:, :, t : t + 1])
+    ...     out = na.attention_decode(q[:, :, t : t + 1], cache)
+    >>> whole = na.attention(q, k, v, is_causal=True)
+    >>> bool(np.allclose(out, whole[:, :, -1:], atol=1e-6))
+    True
+    """
+    options = Options(
+        mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
+    )
+    if type(cache) is KVCache:
+        if ids is not None:
+            raise ValueError("ids must be None for a KVCache, whose sequences are all used")
+        contents = cache._contents()
+    elif isinstance(cache, PagedKVCache):
+        contents = cache._contents(ids)
+    elif isinstance(cache, KVCache):
+        contents = cache._contents()
+    else:
+        raise TypeError(
+            f"cache must be a KVCache or a PagedKVCache, got {type(cache).__module__}.{type(cache).__qualname__}"
+        )
+    chosen = select(backend, query)
+    problem = build(query, contents, options, out, return_lse)
+    chosen.forward(problem)
+    if problem.result_lse is None:
+        return problem.result
+    return problem.result, problem.result_lse
+
+
+__all__ = ["attention_decode"]

@@ -1,0 +1,84 @@
+"""What `MultiHeadAttention` does with a cache: new keys and values are appended, and new queries attend to all."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .caches.contiguous import KVCache
+from .caches.paged import PagedKVCache
+from .decoding import attention_decode
+from .options import Array
+from .rotary import Rotation, rotate
+
+Cache = KVCache | PagedKVCache
+
+
+def attend(
+    cache: Cache, ids: Any, q: Array, k: Array, v: Array, rotation: Rotation | None, options: dict[str, Any]
+) -> Array:
+    """Append k and v, (batch, Hkv, T, E), and return what q, (batch, H, L, E), sees in the cache, (batch, L, H, E).
+
+    New positions follow those that are cached already. If anything is refused the cache is as it was before.
+    """
+    before = _lengths(cache, ids)
+    if q.ndim != 4 or len(before) != len(q) or len(k) != len(q):
+        raise ValueError(
+            f"query must have shape (batch, length, features), where the cache has {len(before)} sequences; "
+            f"got {len(q) if q.ndim == 4 else q.ndim - 3} sequences"
+        )
+    if options.get("query_offset") is None:
+        options["query_offset"] = before
+    if rotation is not None:
+        _rotate(k, before, rotation)
+        _rotate(q, np.broadcast_to(options["query_offset"], before.shape), rotation)
+    lengths, options["key_lengths"] = options.get("key_lengths"), None
+    heads = np.empty((len(q), q.shape[2], q.shape[1], v.shape[-1]), q.dtype)
+    ids = _ids(cache, ids)
+    undo = _append(cache, ids, k, v, lengths, before)
+    try:
+        attention_decode(q, cache, ids=ids, out=heads.swapaxes(1, 2), **options)
+    except Exception:
+        undo()
+        raise
+    return heads
+
+
+def _ids(cache: Cache, ids: Any) -> Any:
+    if isinstance(cache, KVCache):
+        if ids is not None:
+            raise ValueError("ids must be None for a KVCache, whose sequences are all used")
+        return None
+    if not isinstance(cache, PagedKVCache):
+        kind = f"{type(cache).__module__}.{type(cache).__qualname__}"
+        raise TypeError(f"cache must be a KVCache or a PagedKVCache, got {kind}")
+    return cache.ids if ids is None else np.atleast_1d(ids)
+
+
+def _lengths(cache: Cache, ids: Any) -> Array:
+    ids = _ids(cache, ids)
+    lengths: Array = cache.lengths if isinstance(cache, KVCache) else cache.lengths(ids)
+    return lengths
+
+
+def _append(cache: Cache, ids: Any, k: Array, v: Array, lengths: Any, before: Array) -> Callable[[], None]:
+    """Append to the cache; returns what takes it back."""
+    if isinstance(cache, KVCache):
+        cache.append(k, v, lengths)
+        return lambda: cache.truncate(before)
+    cache.append(ids, k, v, lengths)
+
+    def undo() -> None:
+        for one, length in zip(ids, before, strict=True):
+            cache.truncate(int(one), int(length))
+
+    return undo
+
+
+def _rotate(x: Array, first: Array, rotation: Rotation) -> None:
+    """Rotate rows to their positions, which begin at `first` in every sequence, in place."""
+    if len(set(first.tolist())) == 1:
+        positions = first[0] + np.arange(x.shape[-2])
+    else:
+        positions = first[:, None, None] + np.arange(x.shape[-2])
+    rotate(x, rotation.turn(positions, x.dtype), x)
