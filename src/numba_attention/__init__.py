@@ -10,6 +10,7 @@ from .errors import BackendUnavailableError, CacheFullError, NumbaAttentionWarni
 from .layer import MultiHeadAttention
 from .options import Gradients
 from .rotary import apply_rotary
+from .varlen import attention_varlen, attention_varlen_backward
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,8 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_decode",
+    "attention_varlen",
+    "attention_varlen_backward",
     "attention_weights",
     "backends",
     "merge_attention",

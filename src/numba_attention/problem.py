@@ -3,7 +3,7 @@
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,18 @@ from .caches.contents import Contents
 from .options import Array, Gradients, Options
 
 _F32, _F64, _F16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
+
+
+class Packing(NamedTuple):
+    """Where the sequences of a packed problem are, whose arrays hold all of them on the row axis."""
+
+    query_starts: Array  # int64 (n,)
+    query_rows: Array
+    key_starts: Array
+    key_rows: Array
+    # Whether rows and columns of mask and bias are those of the packed arrays, and not of each sequence.
+    mask: tuple[bool, bool] = (False, False)
+    bias: tuple[bool, bool] = (False, False)
 
 
 @dataclass(slots=True)
@@ -49,6 +61,8 @@ class Problem:
     # attention_weights only: out is (*batch, len(heads), len(rows), S) and value is key, unused.
     heads: Array | None = None  # int64, chosen query heads
     rows: Array | None = None  # int64, chosen query rows
+    # attention_varlen only: batch is (n,), every array covers all sequences, L and S are the largest, lengths given.
+    packing: Packing | None = None
     cache: Contents | None = None  # attention_decode only: key and value are what it stores, S is the longest length
 
 
@@ -137,11 +151,13 @@ def _operands(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array, bo
 
 
 def _resolve(
-    q: Array, k: Array, v: Array, options: Options, out: Array, lse: Array | None, result: Array, result_lse: Any
-) -> Problem:
+    q: Array, k: Array, v: Array, options: Options, out: Array, lse: Array | None, result: Array, result_lse: Any,
+    L: int | None = None, S: int | None = None,
+) -> Problem:  # fmt: skip
     """Join operands, results and options in a problem."""
-    H, L, E = q.shape[-3:]
-    Hkv, S, Ev = v.shape[-3:]
+    H, rows, E = q.shape[-3:]
+    Hkv, columns, Ev = v.shape[-3:]
+    L, S = rows if L is None else L, columns if S is None else S
     scale = _scale(options.scale, E)
     problem = Problem(q, k, v, out, lse, result, result_lse, q.shape[:-3], H, Hkv, L, S, E, Ev, scale)
     if options.is_causal is not False or any(x is not None for x in options[:2] + options[3:5] + options[6:]):
@@ -194,6 +210,12 @@ def build_backward(
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (q, k, v))
     inputs = (query, key, value)
     return BackwardProblem(problem, full_grad, full_grad_lse, dq, dk, dv, bias_shape, inputs, options)
+
+
+def spread_bias(array: Array, p: Problem) -> Array:
+    """A bias (n or 1, H or 1, rows or 1, columns or 1) over every sequence, head, row and column, not copied."""
+    rows, columns = array.shape[-2:]
+    return np.broadcast_to(array, (*p.batch, p.H, p.L if rows == 1 else rows, p.S if columns == 1 else columns))
 
 
 def finish(p: BackwardProblem) -> Gradients:
@@ -344,15 +366,7 @@ def _apply(p: Problem, o: Options) -> None:
             raise ValueError(f"sinks must have shape ({p.H},), one per query head, got {sinks.shape}")
         p.sinks = sinks
     if o.mask is not None:
-        mask = _array("mask", o.mask)
-        if mask.dtype != np.bool_:
-            hint = (
-                "pass additive values as bias="
-                if mask.dtype.kind == "f" or is_bfloat16(mask.dtype)
-                else "compare or cast it"
-            )
-            raise TypeError(f"mask must be boolean (True = may attend), got {mask.dtype}; {hint}")
-        p.mask = _broadcast("mask", mask, (*p.batch, p.H, p.L, p.S))
+        p.mask = _broadcast("mask", _bools("mask", o.mask), (*p.batch, p.H, p.L, p.S))
     if o.bias is not None:
         bias = _floats("bias", o.bias)
         p.bias = _broadcast("bias", bias, (*p.batch, p.H, p.L, p.S))
@@ -424,6 +438,18 @@ def _lengths(name: str, x: Any, limit: int, batch: tuple[int, ...]) -> Array:
     if lengths.size and (int(lengths.min()) < 0 or int(lengths.max()) > limit):
         raise ValueError(f"{name} must lie between 0 and {limit}, got {lengths.min()} to {lengths.max()}")
     return _broadcast(name, lengths, batch)
+
+
+def _bools(name: str, x: Any) -> Array:
+    mask = _array(name, x)
+    if mask.dtype != np.bool_:
+        hint = (
+            "pass additive values as bias="
+            if mask.dtype.kind == "f" or is_bfloat16(mask.dtype)
+            else "compare or cast it"
+        )
+        raise TypeError(f"{name} must be boolean (True = may attend), got {mask.dtype}; {hint}")
+    return mask
 
 
 def _floats(name: str, x: Any) -> Array:

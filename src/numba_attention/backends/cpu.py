@@ -81,10 +81,10 @@ class _Plan(NamedTuple):
     sequences: Array
     sequences_address: int
     rest: bytes  # the PARAMS record after the addresses
-    items: int
+    items: int  # unless the kernel splits keys
     flops: float  # for each key
     scratch_size: int
-    tiles: int = 0  # of a sequence, if the kernel splits keys
+    tiles: Array | None = None  # of each sequence, if the kernel splits keys
     partial_size: int = 0  # bytes for the state of a tile
 
 
@@ -97,14 +97,44 @@ def _run(p: Problem, weights: bool) -> None:
     if p.query.dtype == np.float16 and not HOST.f16:
         return _run_widened(p, weights)
     bias = readable_bias(p)
-    plan = _make_plan(p, bias, weights) if weights or p.mask is not None or bias is not None else _find_plan(p)
-    sequences, sequences_address, items = plan.sequences, plan.sequences_address, plan.items
-    if varies(p):
-        sequences = sequences.copy()
+    for few, which in _kernels_for(p, weights):
+        _run_kernel(p, bias, weights, few, which)
+
+
+def _kernels_for(p: Problem, weights: bool) -> list[tuple[bool, Array | None]]:
+    """Which sequences, None for all, the kernel for few query rows takes, and which the other.
+
+    That follows from the sizes of a sequence alone, so that its bits are those of the same sequence anywhere.
+    """
+    width = HOST.bits // (64 if p.query.dtype == np.float64 else 32)
+    if weights or min(p.E, p.Ev) < width:
+        return [(False, None)]
+    rows = FEW * p.Hkv // p.H
+    if p.query_lengths is None:
+        return [(p.L <= rows, None)]
+    few = p.query_lengths.ravel() <= rows
+    if few.all() or not few.any():
+        return [(bool(few.any()), None)]
+    return [(False, np.flatnonzero(~few)), (True, np.flatnonzero(few))]
+
+
+def _run_kernel(p: Problem, bias: Array | None, weights: bool, few: bool, which: Array | None) -> None:
+    if weights or p.mask is not None or bias is not None or p.packing is not None or which is not None:
+        sequences = sequences_of(p, bias)
         fill_in(p, sequences)
-        sequences_address = address_of(sequences)
-    counts = partial = None
-    if plan.tiles:
+        if which is not None:
+            sequences = sequences[which]
+        plan = _make_plan(p, sequences, bias, weights, few)
+        sequences, sequences_address = plan.sequences, plan.sequences_address
+    else:
+        plan = _find_plan(p, few)
+        sequences, sequences_address = plan.sequences, plan.sequences_address
+        if varies(p):
+            sequences = sequences.copy()
+            fill_in(p, sequences)
+            sequences_address = address_of(sequences)
+    items, counts, partial = plan.items, None, None
+    if few:
         items, most = _split(plan, p, sequences)
         if most > 1:
             counts, partial = np.zeros(items, np.int64), np.empty(items * plan.partial_size, np.uint8)
@@ -128,88 +158,74 @@ def _run(p: Problem, weights: bool) -> None:
     memory.params[REST:] = plan.rest
     pack_one(memory.params, REST, items)
     launch.run(plan.kernel, memory.params_address, number)
-    del scratch, slopes, bias, sequences, counts, partial
+    del scratch, slopes, sequences, counts, partial
 
 
 NO_GRADIENTS = (0,) * 8  # the addresses that only the backward pass has
 pack_one, pack_two = struct.Struct("=q").pack_into, struct.Struct("=2q").pack_into
 
 
-def _find_plan(p: Problem) -> _Plan:
+def _find_plan(p: Problem, few: bool) -> _Plan:
     """The plan for a call without mask and bias, made once for all calls that are alike."""
     q, k, v, out, cache = p.query, p.key, p.value, p.out, p.cache
     key = (
         q.dtype, q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, out.strides, p.lse is None,
-        p.scale, p.softcap, p.left, p.right, p.offset if type(p.offset) is int else None,
+        p.scale, p.softcap, p.left, p.right, p.offset if type(p.offset) is int else None, few,
         None if cache is None else (cache.storage, cache.table is None),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) > 500:
             _plans.clear()
-        plan = _plans[key] = _make_plan(p, None, weights=False)
+        plan = _plans[key] = _make_plan(p, sequences_of(p, None), None, False, few)
     return plan
 
 
 FEW = 2 * HOST.bits // 32  # query rows for a key/value head, up to which features lie in the lanes
 
 
-def _has_few_rows(p: Problem, spec: Spec) -> bool:
-    """Whether the kernel for few query rows is to run: it wants features side by side, a vector of them at least."""
-    size, W = spec.element.size, spec.vector.width
-    return (
-        p.L * p.H <= FEW * p.Hkv
-        and min(p.E, p.Ev) >= W
-        and p.key.strides[-1] == p.value.strides[-1] == spec.kept.size
-        and p.out.strides[-1] == size
-    )
-
-
-def _make_plan(p: Problem, bias: Array | None, weights: bool) -> _Plan:
+def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, few: bool) -> _Plan:
+    if few:
+        return _make_decode_plan(p, sequences, bias)
     storage, stored = storage_of(p.query.dtype), stored_of(p)
-    spec = Spec(storage, HOST, "decode", stored)
-    if not weights and _has_few_rows(p, spec):
-        return _make_decode_plan(p, bias, spec)
     spec = Spec(storage, HOST, stored=stored)
     offsets, scratch_size, depth = kernels.scratch(spec, p.E, 0 if weights else p.Ev)
-    sequences = sequences_of(p, bias)
-    heads, group, rows = p.Hkv, p.H // p.Hkv, p.L
+    heads, group = p.Hkv, p.H // p.Hkv
     if p.heads is not None and p.rows is not None:
         sequences = per_head(p, p.heads, sequences, bias)
-        heads, group, rows = 1, 1, len(p.rows)
-    sequences["rows"] = rows
-    items_each = heads * -(-rows * group // spec.query_tile)
-    sequences["first"] = np.arange(len(sequences)) * items_each
-    items = len(sequences) * items_each
-    sizes = {"items": items, "number": len(sequences), "group": group, "Ev": p.S if weights else p.Ev}
+        heads, group = 1, 1
+        sequences["rows"] = len(p.rows)
+    if p.packing is not None:  # longest first, or a long one may be left over when all other work is done
+        sequences = sequences[np.argsort(-sequences["rows"] * sequences["keys"], kind="stable")]
+    rows = sequences["rows"] * group
+    ends = np.cumsum(heads * -(-rows // spec.query_tile))
+    sequences["first"] = ends - heads * -(-rows // spec.query_tile)
+    items = int(ends[-1]) if len(ends) else 0
+    sizes = {"number": len(sequences), "group": group, "Ev": p.S if weights else p.Ev}
     rest = pack(values_of(p, spec, bias) | sizes | {"scratch_size": scratch_size, "out_depth": depth}, offsets)
-    flops = 2.0 * len(sequences) * heads * group * rows * (p.E + p.Ev)
+    flops = 2.0 * heads * float(rows.sum()) * (p.E + p.Ev)
     kernel = worker(storage, "weights" if weights else "forward", stored)
     return _Plan(kernel, sequences, address_of(sequences), rest, items, flops, scratch_size)
 
 
-def _make_decode_plan(p: Problem, bias: Array | None, spec: Spec) -> _Plan:
+def _make_decode_plan(p: Problem, sequences: Array, bias: Array | None) -> _Plan:
+    spec = Spec(storage_of(p.query.dtype), HOST, "decode", stored_of(p))
     offsets, scratch_size, partial_size = decode.scratch(spec, p.E, p.Ev)
-    sequences = sequences_of(p, bias)
     sizes = {"number": len(sequences), "Ev": p.Ev, "scratch_size": scratch_size, "partial_size": partial_size}
-    flops = 2.0 * len(sequences) * p.H * p.L * (p.E + p.Ev)
+    flops = 2.0 * p.H * float(sequences["rows"].sum()) * (p.E + p.Ev)
     kernel, rest = worker(spec.storage, "decode", spec.stored), pack(values_of(p, spec, bias) | sizes, offsets)
-    tiles = decode.tiles_of(spec, p.L, p.H // p.Hkv, p.Hkv)
-    address = address_of(sequences)
-    plan = _Plan(kernel, sequences, address, rest, 0, flops, scratch_size, tiles, partial_size)
-    return plan._replace(items=_split(plan, p, sequences)[0])
+    tiles = decode.tiles_of(spec, sequences["rows"], p.H // p.Hkv, p.Hkv)
+    return _Plan(kernel, sequences, address_of(sequences), rest, 0, flops, scratch_size, tiles, partial_size)
 
 
 def _split(plan: _Plan, p: Problem, sequences: Array) -> tuple[int, int]:
     """Deal out the keys of every sequence; returns the number of work items, and of splits of the longest."""
-    if len(sequences) == 1 or p.key_lengths is None:
-        keys = p.S if p.key_lengths is None else int(p.key_lengths.flat[0])
-        most = max(1, -(-keys // decode.SPLIT))
-        each = plan.tiles * most
-        if len(sequences) > 1:
-            sequences["first"] = np.arange(0, len(sequences) * each, each)
-        return len(sequences) * each, most
+    assert plan.tiles is not None
+    if len(sequences) == 1:
+        most = max(1, -(-int(sequences["keys"][0]) // decode.SPLIT))
+        return int(plan.tiles[0]) * most, most
     splits = np.maximum(1, -(-sequences["keys"] // decode.SPLIT))
-    ends = np.cumsum(splits * plan.tiles)
-    sequences["first"] = ends - splits * plan.tiles
+    each = splits * plan.tiles
+    ends = np.cumsum(each)
+    sequences["first"] = ends - each
     return int(ends[-1]), int(splits.max())

@@ -1,6 +1,7 @@
 """The backward pass of the CPU backend: how the work is shared out, and the launch."""
 
 import math
+import struct
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,13 +16,31 @@ from ..cpu.simd import HOST
 from ..cpu.softmax import SUM_ROWS
 from ..cpu.sums import padded
 from ..options import Array
-from ..problem import BackwardProblem
-from .records import address_of, pack, readable_bias, sequences_of, storage_of, strides_of, values_of
+from ..problem import BackwardProblem, spread_bias
+from .records import (
+    address_of,
+    fill_in,
+    pack,
+    readable_bias,
+    sequences_of,
+    storage_of,
+    strides_of,
+    values_of,
+    varies,
+)
 from .resources import addresses, memory, threads_for, worker
 
 ITEMS = 16  # worth having, so that many threads find work and finish together
 GROUP = 8  # tiles of queries that are worth summing on their own: adding the sums up then costs 2 % or less
 BUFFERS = 2**26  # bytes that the groups of all heads may take together
+
+
+class _Wave(NamedTuple):
+    """Heads that are worked on side by side."""
+
+    members: Array  # (items, 4), as the kernel reads them
+    counters: int
+    partial_size: int
 
 
 class _Plan(NamedTuple):
@@ -30,15 +49,14 @@ class _Plan(NamedTuple):
     kernel: Kernel
     sequences: Array
     sequences_address: int
-    members: Array  # (waves, work, 2): number of a key/value head, and where its sums begin if they are split
+    waves: list[_Wave]
     rest: bytes  # the PARAMS record after the addresses
-    items: int
     flops: float
     scratch_size: int
-    partial_size: int
 
 
 _plans: dict[Any, _Plan] = {}
+_pack_one = struct.Struct("=q").pack_into
 
 
 def run(g: BackwardProblem) -> None:
@@ -52,52 +70,53 @@ def run(g: BackwardProblem) -> None:
     of_bias = delta = None
     if g.bias_shape is not None:
         # Where all rows share one row of the bias, each group has a gradient of its own.
-        of_bias = np.zeros((groups if g.bias_shape[-2] == 1 else 1, *g.bias_shape), spec.vector.dtype)
+        most = int(groups.max(initial=1))
+        of_bias = np.zeros((most if g.bias_shape[-2] == 1 else 1, *g.bias_shape), spec.vector.dtype)
     if p.sinks is not None:
-        delta = np.empty((*p.batch, p.H, p.L), spec.vector.dtype)
+        delta = np.empty(p.out.shape[-3:-1] if p.packing else p.out.shape[:-1], spec.vector.dtype)
     arrays = {
         "grad_out": g.grad_out,
         "grad_lse": g.grad_lse,
         "grad_query": g.query,
         "grad_key": g.key,
         "grad_value": g.value,
-        "grad_bias": None if of_bias is None else np.broadcast_to(of_bias[0], (*p.batch, p.H, p.L, p.S)),
-        "delta": delta,
+        "grad_bias": None if of_bias is None else spread_bias(of_bias[0], p),
+        "delta": None if delta is None else np.broadcast_to(delta, p.out.shape[:-1]),
     }
     plan = _find_plan(g, spec, groups, bias, arrays, of_bias)
-    number = threads_for(plan.items, plan.flops)
+    most_items = max((len(wave.members) for wave in plan.waves), default=0)
+    number = threads_for(most_items, plan.flops)
     scratch, scratch_address = memory.reserve(number * plan.scratch_size)
-    partial = np.empty(plan.partial_size, np.uint8)
     # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
-    if p.H and plan.items:
+    if p.H and most_items:
         first = (0,) * len(p.batch) + (0,)
         four = p.query[first], p.key[first], p.value[first], p.out[first]
         addresses[p.query.itemsize].call(*four, memory.params_address)
     memory.params[REST:] = plan.rest
-    for wave in plan.members:
-        counts = np.zeros(len(wave), np.int64)
+    for wave in plan.waves:
+        counts, partial = np.zeros(wave.counters, np.int64), np.empty(wave.partial_size, np.uint8)
         memory.counter.value = 0
+        _pack_one(memory.params, REST, len(wave.members))
         pack_addresses(
             memory.params, ARRAYS, memory.counter_address, scratch_address, plan.sequences_address,
             address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), 0, 0,
             *(address_of(array) for array in arrays.values()),
-            address_of(wave), address_of(counts), address_of(partial),
+            address_of(wave.members), address_of(counts), address_of(partial),
         )  # fmt: skip
         launch.run(plan.kernel, memory.params_address, number)
     if of_bias is not None:
         g.bias = of_bias.sum(axis=0) if len(of_bias) > 1 else of_bias[0]
     if p.sinks is not None and p.lse is not None and delta is not None:
-        g.sinks = _of_sinks(p.sinks, p.lse, delta)
+        g.sinks = _of_sinks(p.sinks, p.lse[0] if p.packing else p.lse, delta)
     del scratch, slopes, bias
 
 
 def _find_plan(
-    g: BackwardProblem, spec: Spec, groups: int, bias: Array | None, arrays: dict[str, Any], of_bias: Array | None
+    g: BackwardProblem, spec: Spec, groups: Array, bias: Array | None, arrays: dict[str, Any], of_bias: Array | None
 ) -> _Plan:
     p = g.forward
-    lengths = p.query_lengths is not None or p.key_lengths is not None or type(p.offset) is not int
-    if lengths or bias is not None or p.mask is not None:
+    if varies(p) or bias is not None or p.mask is not None:
         return _make_plan(g, spec, groups, bias, arrays, of_bias)
     all_arrays = p.query, p.key, p.value, p.out, p.lse, g.grad_out, g.grad_lse
     key = (
@@ -113,27 +132,21 @@ def _find_plan(
 
 
 def _make_plan(
-    g: BackwardProblem, spec: Spec, groups: int, bias: Array | None, arrays: dict[str, Any], of_bias: Array | None
+    g: BackwardProblem, spec: Spec, groups: Array, bias: Array | None, arrays: dict[str, Any], of_bias: Array | None
 ) -> _Plan:
     p = g.forward
     E, Ev = padded(spec, p.E), padded(spec, p.Ev)
-    head_bytes = (p.S + SUM_ROWS) * (E + Ev) * spec.vector.bytes
-    waves = _waves(g)
-    heads = waves.shape[1]
-    split = groups > 1 and heads < ITEMS and heads * groups * head_bytes <= BUFFERS
-    items = heads * groups if split else heads
-    members = np.zeros((*waves.shape, 2), np.int64)
-    members[..., 0] = waves
-    members[..., 1] = np.arange(heads) * (groups * head_bytes)
-    kept = 0 if split else head_bytes * min(groups, 2)
-    offsets, scratch_size, depth = kernels.scratch(spec, p.E, p.Ev, kept)
     sequences = sequences_of(p, bias, **arrays)
+    fill_in(p, sequences)
+    sequences["groups"] = groups
+    head_bytes = (sequences["key_rows"] + SUM_ROWS) * (E + Ev) * spec.vector.bytes
+    work = sequences["rows"] * sequences["key_rows"]
+    waves = [_share_out(heads, p.Hkv, groups, head_bytes, work) for heads in _waves(g)]
+    kept = int((head_bytes * np.minimum(groups, 2)).max(initial=0)) if any(not w.counters for w in waves) else 0
+    offsets, scratch_size, depth = kernels.scratch(spec, p.E, p.Ev, kept)
     values = values_of(p, spec, bias) | {
-        "items": items,
-        "split": split,
         "number": len(sequences),
         "Ev": p.Ev,
-        "groups": groups,
         "E_padded": E,
         "Ev_padded": Ev,
         "scratch_size": scratch_size,
@@ -142,11 +155,30 @@ def _make_plan(
     }
     for name, array in arrays.items():
         values |= strides_of(name, array, len(p.batch))
-    flops = 5.0 * p.L * p.S * (p.E + p.Ev) * p.H * math.prod(p.batch)
-    partial_size = items * head_bytes if split else 0
+    flops = 5.0 * float(work.sum()) * (p.E + p.Ev) * p.H
     kernel = worker(spec.storage, "backward")
-    rest = pack(values, offsets)
-    return _Plan(kernel, sequences, address_of(sequences), members, rest, items, flops, scratch_size, partial_size)
+    return _Plan(kernel, sequences, address_of(sequences), waves, pack(values, offsets), flops, scratch_size)
+
+
+def _share_out(heads: Array, Hkv: int, groups: Array, head_bytes: Array, work: Array) -> _Wave:
+    """Make work items of heads, numbered sequence * Hkv + head: one of each, or where they are few of each group."""
+    if Hkv == 0:
+        return _Wave(np.zeros((0, 4), np.int64), 0, 0)
+    index = heads // Hkv
+    # Longest first, or a long one may be left over when all other work is done.
+    order = np.argsort(-work[index], kind="stable")
+    heads, index = heads[order], index[order]
+    own = groups[index]
+    sizes = own * head_bytes[index]
+    if own.max(initial=1) == 1 or len(heads) >= ITEMS or sizes.sum() > BUFFERS:
+        members = np.zeros((len(heads), 4), np.int64)
+        members[:, 0], members[:, 1] = heads, -1
+        return _Wave(members, 0, 0)
+    which = np.repeat(np.arange(len(heads)), own)
+    first = np.cumsum(own) - own
+    begins = np.cumsum(sizes) - sizes
+    members = np.stack([heads[which], np.arange(len(which)) - first[which], begins[which], which], axis=1)
+    return _Wave(members, len(heads), int(sizes.sum()))
 
 
 def _waves(g: BackwardProblem) -> Array:
@@ -158,23 +190,27 @@ def _waves(g: BackwardProblem) -> Array:
     shape = (*p.batch, p.Hkv)
     heads: Array = np.arange(math.prod(shape)).reshape(shape)
     shared = [] if g.bias_shape is None else [axis for axis, n in enumerate(g.bias_shape[:-2]) if n == 1]
+    if p.packing is not None and any(p.packing.bias):  # of a packed bias, every sequence has its own part
+        shared = [axis for axis in shared if axis != 0]
     together = math.prod(shape[axis] for axis in shared)
     heads = np.moveaxis(heads, shared, range(len(shared)))
     return heads.reshape(together, heads.size // together if together else 0)
 
 
-def _groups(g: BackwardProblem, spec: Spec) -> int:
+def _groups(g: BackwardProblem, spec: Spec) -> Array:
     """In how many groups to deal out the tiles of queries of a head: the same for a sequence alone and in a batch."""
     p = g.forward
+    rows = np.full(math.prod(p.batch), p.L) if p.packing is None else p.packing.query_rows
     if not p.Hkv:
-        return 1
+        return np.ones_like(rows)
     G, heads = p.H // p.Hkv, p.Hkv
     if g.bias_shape is not None and g.bias_shape[-3] == 1:
         if G > 1 and spec.query_tile % G:
-            return 1  # two tiles may hold the same row of the bias
+            return np.ones_like(rows)  # two tiles may hold the same row of the bias
         heads = 1  # the others wait: see `_waves`
-    row_tiles = -(-p.L * G // spec.query_tile)
-    return max(1, min(-(-ITEMS // heads), row_tiles // GROUP, 8))
+    row_tiles = -(-rows * G // spec.query_tile)
+    groups: Array = np.clip(np.minimum(-(-ITEMS // heads), row_tiles // GROUP), 1, 8)
+    return groups
 
 
 def _of_sinks(sinks: Array, lse: Array, delta: Array) -> Array:

@@ -11,7 +11,7 @@ from ..cpu.scoring import LN2, LOG2E, bias_elements
 from ..cpu.simd import HOST
 from ..intervals import FAR
 from ..options import Array
-from ..problem import Problem, is_bfloat16
+from ..problem import Packing, Problem, is_bfloat16
 
 
 def storage_of(dtype: np.dtype[Any]) -> str:
@@ -47,7 +47,7 @@ def readable_bias(p: Problem) -> Array | None:
 
 
 def sequences_of(p: Problem, bias: Array | None, **more: Array | None) -> Array:
-    """One record a sequence; `more` are arrays of whose sequences the kernel wants the offsets."""
+    """One record a sequence, for `fill_in`; `more` are arrays of whose sequences the kernel wants the offsets."""
     sequences = np.zeros(math.prod(p.batch), SEQUENCE)
     arrays = {"query": p.query, "key": p.key, "value": p.value, "out": p.out, "lse": p.lse, "bias": bias}
     if is_paged(p):
@@ -55,13 +55,29 @@ def sequences_of(p: Problem, bias: Array | None, **more: Array | None) -> Array:
     for name, array in {**arrays, "mask": p.mask, **more}.items():
         if array is not None:
             sequences[name] = offsets_of(array, p.batch)
+            if p.packing is not None:
+                sequences[name] += _start_of(name, array, p.packing)
     sequences["queries"], sequences["keys"] = p.L, p.S
     sequences["offset"] = p.offset if type(p.offset) is int else 0
     sequences["batch"] = np.arange(len(sequences))
     sequences["rows"], sequences["key_rows"] = p.L, p.S
-    if varies(p):
-        fill_in(p, sequences)
+    if p.packing is not None:
+        sequences["rows"], sequences["key_rows"] = p.packing.query_rows, p.packing.key_rows
     return sequences
+
+
+def _start_of(name: str, array: Array, packing: Packing) -> Array:
+    """Byte offset of the first row of each sequence in an array that holds all of them."""
+    if name in ("mask", "bias", "grad_bias"):
+        in_rows, in_columns = packing.mask if name == "mask" else packing.bias
+        row, column = (
+            stride if packed else 0 for stride, packed in zip(array.strides[-2:], (in_rows, in_columns), strict=True)
+        )
+        offsets: Array = packing.query_starts * row + packing.key_starts * column
+        return offsets
+    starts = packing.key_starts if name in ("key", "value", "grad_key", "grad_value") else packing.query_starts
+    offsets = starts * array.strides[2]  # after those of sequences and heads
+    return offsets
 
 
 def is_paged(p: Problem) -> bool:

@@ -17,6 +17,10 @@ def unusable() -> str | None:
 
 def forward(problem: Problem) -> None:
     """Write ``problem.out`` and ``problem.lse``: softmax of the scores, times the values."""
+    if problem.packing is not None:
+        for _, part in _parts(problem):
+            forward(part)
+        return
     if problem.cache is not None:
         key, value = problem.cache.dense()
         problem = replace(problem, key=key, value=value, cache=None)
@@ -47,6 +51,8 @@ def backward(problem: BackwardProblem) -> None:
     The probabilities P are those that the given lse stands for, so that lse may be that of a larger set of keys.
     """
     f = problem.forward
+    if f.packing is not None:
+        return _backward_of_parts(problem)
     assert f.lse is not None
     rows = np.arange(f.L)
     if problem.bias_shape is not None:
@@ -77,6 +83,65 @@ def backward(problem: BackwardProblem) -> None:
                 sums[0][n] += f.scale * _weighted_sum(ds.T, query, visible.T)
                 sums[1][n] += _weighted_sum(p.T, grad_out, visible.T)
             problem.key[b], problem.value[b] = sums
+
+
+def _parts(p: Problem) -> list[tuple[tuple[slice, slice], Problem]]:
+    """Every sequence of a packed problem as one of its own, and the rows and columns where it is."""
+    found = []
+    assert p.packing is not None
+    assert p.query_lengths is not None
+    assert p.key_lengths is not None
+    for b, (row, L, column, S) in enumerate(zip(*p.packing[:4], strict=True)):
+        rows, columns = slice(row, row + L), slice(column, column + S)
+
+        def cut(x: Array | None, packed: tuple[bool, bool], b: int = b, own: Any = (rows, columns)) -> Array | None:
+            if x is None:
+                return None
+            where = [
+                part if is_packed else slice(part.stop - part.start)
+                for part, is_packed in zip(own, packed, strict=True)
+            ]
+            return x[b, :, where[0], where[1]]
+
+        part = replace(
+            p, query=p.query[b, :, rows], key=p.key[b, :, columns], value=p.value[b, :, columns],
+            out=p.out[b, :, rows], lse=None if p.lse is None else p.lse[b, :, rows], batch=(), L=int(L), S=int(S),
+            offset=_of_sequence(p.offset, (b,)), query_lengths=p.query_lengths[b], key_lengths=p.key_lengths[b],
+            alibi_slopes=None if p.alibi_slopes is None else p.alibi_slopes[b],
+            mask=cut(p.mask, p.packing.mask), bias=cut(p.bias, p.packing.bias), packing=None,
+        )  # fmt: skip
+        found.append(((rows, columns), part))
+    return found
+
+
+def _backward_of_parts(g: BackwardProblem) -> None:
+    """`backward` for packed sequences, one after the other."""
+    f = g.forward
+    assert f.packing is not None
+    g.bias = None if g.bias_shape is None else np.zeros(g.bias_shape)
+    g.sinks = None if f.sinks is None else np.zeros(f.H)
+    for b, ((rows, columns), part) in enumerate(_parts(f)):
+        grad_lse = None if g.grad_lse is None else g.grad_lse[b, :, rows]
+        one = replace(
+            g, forward=part, grad_out=g.grad_out[b, :, rows], grad_lse=grad_lse, query=g.query[b, :, rows],
+            key=g.key[b, :, columns], value=g.value[b, :, columns], bias=None, sinks=None,
+        )  # fmt: skip
+        where: tuple[Any, ...] = ()
+        if g.bias_shape is not None:
+            n, H, own_rows, own_columns = g.bias_shape
+            cuts = []
+            for size, own, packed in zip((own_rows, own_columns), (rows, columns), f.packing.bias, strict=True):
+                cuts.append(slice(0, 1) if size == 1 else own if packed else slice(0, own.stop - own.start))
+            where = (b if n > 1 else 0, slice(None), *cuts)
+            one.bias_shape = (
+                H,
+                *(1 if size == 1 else cut.stop - cut.start for size, cut in zip(g.bias_shape[2:], cuts, strict=True)),
+            )
+        backward(one)
+        if g.bias is not None and one.bias is not None:
+            g.bias[where] += one.bias
+        if g.sinks is not None and one.sinks is not None:
+            g.sinks += one.sinks
 
 
 def _add_to_bias(problem: BackwardProblem, index: Index, ds: Array) -> None:

@@ -7,8 +7,8 @@ As in the forward pass a tile of queries lies in the lanes and visits its tiles 
 
 The tiles of queries of one key/value head are dealt out to `groups`, a number that follows from the sizes of the
 sequence alone. A group sums its dK and dV by itself, and the sums of the groups are added in order: no bit depends on
-the threads or on the rest of the batch. A work item is one head, or where heads are few (`split`) one group, of which
-the last to be done adds them up.
+the threads or on the rest of the batch. A work item is one head, or where heads are few one group, of which the last to
+be done adds them up: a row (head, group or -1, offset of the head's sums, counter) of `members`.
 """
 
 import math
@@ -242,7 +242,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         carray(void_pointer(sums), NEVER, real)[: bytes_of(p, s) // size] = 0
         last = (s.rows * p.group + BM - 1) // BM - 1
         # Last rows first, as in the forward pass; the groups take turns, so that each gets of every kind.
-        for tile in range(last - group, -1, -p.groups):
+        for tile in range(last - group, -1, -s.groups):
             visit_rows(p, s, at, head, tile * BM, group, sums)
 
     @spec.jit
@@ -261,27 +261,27 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def worker(params: int, thread: int) -> int:
         p = carray(void_pointer(params), 1, PARAMS)[0]
         sequences = carray(void_pointer(p.sequences), p.number, SEQUENCE)
-        members = carray(void_pointer(p.members), (NEVER, 2), np.int64)
+        members = carray(void_pointer(p.members), (NEVER, 4), np.int64)
         at = p.scratch + thread * p.scratch_size
         while True:
             item = fetch_add(p.counter, 1)
             if item >= p.items:
                 return 0
-            number = item // p.groups if p.split != 0 else item
-            index, head = divmod(members[number, 0], p.kv_heads)
+            number, group, offset, slot = members[item]
+            index, head = divmod(number, p.kv_heads)
             s = sequences[index]
             each = bytes_of(p, s)
-            first = p.partial + members[number, 1] if p.split != 0 else at + p.at_sums
-            if p.split != 0:
-                group = item - number * p.groups
+            if group >= 0:
+                first = p.partial + offset
                 visit_group(p, s, at, head, group, first + group * each)
-                if fetch_add(p.counts + 8 * number, 1) < p.groups - 1:
+                if fetch_add(p.counts + 8 * slot, 1) < s.groups - 1:
                     continue
-                for other in range(1, p.groups):
+                for other in range(1, s.groups):
                     add_sums(first, first + other * each, each)
             else:
+                first = at + p.at_sums
                 visit_group(p, s, at, head, 0, first)
-                for other in range(1, p.groups):
+                for other in range(1, s.groups):
                     visit_group(p, s, at, head, other, first + each)
                     add_sums(first, first + each, each)
             write_keys(p, s, head, first)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from . import features, sums, tiles
+from . import features, tiles
 from .elements import Spec
 from .params import NEVER, PARAMS, SEQUENCE
 from .scoring import LN2, areas, lay_out, make_scoring
 from .simd import fetch_add, void_pointer
-from .softmax import MAX, RESCALE, ROWS, SUM, softmax_step
+from .softmax import MAX, ROWS, SUM, softmax_step
 
 SPLIT = 512  # keys
 
@@ -27,7 +27,16 @@ def scratch(spec: Spec, E: int, Ev: int) -> tuple[dict[str, int], int, int]:
     """Byte offsets of the scratch areas of one thread, their sum, and the size of the state of a tile."""
     W, size = spec.vector.width, spec.vector.bytes
     out = W * features.padded(spec, Ev) * size
-    own = {"out": out, "extra": out, "hidden": W * spec.key_tile, "lanes": 16}
+    BN, kept = spec.key_tile, spec.kept.size
+    own = {
+        "out": out,
+        "extra": out,
+        "hidden": W * BN,
+        "lanes": 16,
+        "raw_keys": BN * E * kept,
+        "raw_values": BN * Ev * kept,
+        "raw_rows": BN * 8,
+    }
     return *lay_out(areas(spec, E) | own), out + 2 * W * size
 
 
@@ -36,15 +45,15 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     W, BN = spec.query_tile, spec.key_tile
     vector = spec.vector
     size, scaled = vector.bytes, spec.scaled
-    item_size, value_size = spec.element.size, spec.kept.size
+    value_size = spec.kept.size
     real: Any = vector.dtype
     infinity = math.inf
 
     table, place_rows, _, _, hides_all, score_tile, sources = make_scoring(spec)
     locate, scale = sources.locate, sources.scale
-    pack, add_values = features.pack_queries(spec), features.add_values(spec)
+    pack, add, gather = features.pack_queries(spec), features.add_values(spec), features.copy_strided(spec)
     step_softmax = softmax_step(spec, pairs=False)
-    value_at, write = tiles.load_value(spec), sums.write_sums(spec)
+    value_at, write = tiles.load_value(spec), features.write_row(spec)
 
     @spec.jit
     def pitch_of(p: Any) -> int:
@@ -69,29 +78,42 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 hidden[j, lane] = scores[j, lane] == -infinity
 
     @spec.jit
-    def add_carefully(p: Any, at: int, head: int, n: int) -> None:
-        """What `add_values` does, but a value that is NaN or infinite reaches the rows that see it, and only those."""
-        lanes, each = carray(void_pointer(at + p.at_lanes), 2, np.int64)
+    def drop_nonfinite(p: Any, at: int, rows: int, offset: int, first: int, end: int, n: int) -> None:
+        """Copy the values of a head, to `raw_values`, without NaN and infinity, which the rows get that see them."""
         hidden = carray(void_pointer(at + p.at_hidden), (BN, W), np.uint8)
-        weights = carray(void_pointer(at + p.at_scores), (BN, W), real)
-        rows = carray(void_pointer(at + p.at_value_rows), BN, np.int64)
-        state = carray(void_pointer(at + p.at_state), (ROWS, W), real)
-        out = carray(void_pointer(at + p.at_out), (W, pitch_of(p)), real)
         extra = carray(void_pointer(at + p.at_extra), (W, pitch_of(p)), real)
-        shift = pitch_of(p) - p.Ev if p.Ev % W != 0 else 0
-        for lane in range(lanes):
-            offset = (head + lane // each) * p.value_head
-            for c in range(pitch_of(p)):
-                # The last vector of a row ends with the features; see `features`.
-                e = c if c < p.Ev // W * W else c - shift
-                total = real(0)
-                for j in range(n):
-                    x = value_at(rows[j] + offset + e * value_size)
-                    if math.isfinite(x):
-                        total += weights[j, lane] * x
-                    elif hidden[j, lane] == 0:
-                        extra[lane, c] += x
-                out[lane, c] = out[lane, c] * state[RESCALE, lane] + total
+        gather(at + p.at_raw_values, rows, offset, p.value_column, p.Ev, n, at + p.at_raw_rows)
+        whole = p.Ev // W * W
+        for j in range(n):
+            for e in range(p.Ev):
+                where = at + p.at_raw_values + (j * p.Ev + e) * value_size
+                x = value_at(where)
+                if not math.isfinite(x):
+                    carray(void_pointer(where), value_size, np.uint8)[:] = 0
+                    for lane in range(first, end):
+                        if hidden[j, lane] == 0:
+                            # The last vector of a row ends with the features (`features`): two places for some of them.
+                            if e < whole:
+                                extra[lane, e] += x
+                            if whole < p.Ev and e >= p.Ev - W:
+                                extra[lane, e - (p.Ev - W) + whole] += x
+
+    @spec.jit
+    def add_values(p: Any, at: int, head: int, n: int, careful: bool) -> None:
+        """Output = output * rescale + weights * values."""
+        lanes, each = carray(void_pointer(at + p.at_lanes), 2, np.int64)
+        first = 0
+        while first < lanes:
+            end, rows, offset, ahead = first + each, at + p.at_value_rows, head * p.value_head, p.value_head
+            if careful:
+                drop_nonfinite(p, at, rows, offset, first, end, n)
+            elif p.value_column != value_size:
+                gather(at + p.at_raw_values, rows, offset, p.value_column, p.Ev, n, at + p.at_raw_rows)
+            if careful or p.value_column != value_size:
+                rows, offset, ahead = at + p.at_raw_rows, 0, 0
+            add(p, at, first, end, rows, offset, n, ahead)
+            first = end
+            head += 1
 
     @spec.jit
     def scale_weights(p: Any, s: Any, at: int, j0: int, n: int, careful: bool) -> None:
@@ -121,10 +143,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             step_softmax(at + p.at_scores, n, at + p.at_state, factor, at + p.at_scores)
             if scaled:
                 scale_weights(p, s, at, j0, n, careful)
-            if careful:
-                add_carefully(p, at, head, n)
-            else:
-                add_values(p, s, at, head, n)
+            add_values(p, at, head, n, careful)
 
     @spec.jit
     def attend(p: Any, s: Any, at: int, head: int, first_row: int, split: int) -> None:
@@ -143,7 +162,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             out[: lanes * pitch_of(p)] = 0
             if careful:
                 extra[: lanes * pitch_of(p)] = 0
-            start, stop = max(start, split * SPLIT), min(stop, (split + 1) * SPLIT)
+            # From a multiple of BN on: what other rows are in the tile then changes no bit.
+            start, stop = max(start // BN * BN, split * SPLIT), min(stop, (split + 1) * SPLIT)
             fold_keys(p, s, at, head, start, stop, all_start, all_stop, careful)
             if careful:
                 for x in range(lanes * pitch_of(p)):
@@ -208,9 +228,9 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             elif starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0:
                 factor = real(math.nan)  # keys were seen, and every score was -inf: infinite inputs
             row = at + p.at_out + lane * pitch * size
-            write(out_rows[lane], 0, 1, whole, row, 0, factor)
+            write(out_rows[lane], p.out_column, whole, row, factor)
             if whole < p.Ev:
-                write(out_rows[lane] + (p.Ev - W) * item_size, 0, 1, W, row + whole * size, 0, factor)
+                write(out_rows[lane] + (p.Ev - W) * p.out_column, p.out_column, W, row + whole * size, factor)
 
     def worker(params: int, thread: int) -> int:
         p = carray(void_pointer(params), 1, PARAMS)[0]
@@ -250,7 +270,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     return worker
 
 
-def tiles_of(spec: Spec, rows: int, group: int, kv_heads: int) -> int:
-    """How many tiles a sequence with `rows` query rows has."""
+def tiles_of(spec: Spec, rows: Any, group: int, kv_heads: int) -> Any:
+    """How many tiles sequences with so many query rows have."""
     W, each = spec.query_tile, rows * group
-    return kv_heads * -(-each // W) if each >= W else -(-kv_heads // (W // each))
+    together = -(-kv_heads // (W // np.clip(each, 1, W)))
+    return np.where(each >= W, kv_heads * -(-each // W), np.where(each > 0, together, 0))

@@ -35,6 +35,7 @@ from .simd import (
     void_pointer,
 )
 from .softmax import RESCALE
+from .sums import write_sums
 from .tiles import load_query
 
 
@@ -202,25 +203,29 @@ def multiply_keys(spec: Spec) -> Any:
     """Make ``multiply(p, s, at, head, j0, n)``: products of the tile's rows with n keys, to the tile of scores."""
     vector = spec.vector
     W, size, kept = vector.width, vector.bytes, spec.kept.size
-    four, two, one = _dot_products(spec, _heights(spec)[0]), _dot_products(spec, 2), _dot_products(spec, 1)
     most = _heights(spec)[0]
+    many, two, one = _dot_products(spec, most), _dot_products(spec, 2), _dot_products(spec, 1)
+    gather = copy_strided(spec)
 
     @spec.jit
     def multiply(p: Any, s: Any, at: int, head: int, j0: int, n: int) -> None:
         lanes, each = carray(void_pointer(at + p.at_lanes), 2, np.int64)
         chunks = (p.E + W - 1) // W
         pitch, last = chunks * W * size, (p.E - W) * kept
-        rows, first_value = at + p.at_key_rows, head * p.value_head
+        first_value = head * p.value_head
         lane = 0
         while lane < lanes:
-            end, offset = lane + each, head * p.key_head
+            end, rows, offset = lane + each, at + p.at_key_rows, head * p.key_head
             next_rows, next_offset = rows, offset + p.key_head
             if end == lanes:  # after the keys of the last head come the values of the first
                 next_rows, next_offset = at + p.at_value_rows, first_value
+            if p.key_column != kept:
+                gather(at + p.at_raw_keys, rows, offset, p.key_column, p.E, n, at + p.at_raw_rows)
+                rows, offset, next_rows, next_offset = at + p.at_raw_rows, 0, at + p.at_raw_rows, 0
             while lane < end:
                 scores, queries = at + p.at_scores + lane * size, at + p.at_queries + lane * pitch
                 if end - lane >= most:
-                    four(scores, rows, offset, n, queries, pitch, chunks, last, next_rows, next_offset)
+                    many(scores, rows, offset, n, queries, pitch, chunks, last, next_rows, next_offset)
                     lane += most
                 elif end - lane >= 2:
                     two(scores, rows, offset, n, queries, pitch, chunks, last, next_rows, next_offset)
@@ -233,8 +238,34 @@ def multiply_keys(spec: Spec) -> Any:
     return multiply
 
 
+def copy_strided(spec: Spec) -> Any:
+    """Make ``copy(target, rows, offset, stride, count, n, table)``: rows with strided features, side by side.
+
+    Row j of `count` features begins `offset` bytes after the address in the table `rows`; where it is then, `table`
+    tells.
+    """
+    size = spec.kept.size
+
+    @spec.jit
+    def copy(target: int, rows: int, offset: int, stride: int, count: int, n: int, table: int) -> None:
+        sources, found = carray(void_pointer(rows), n, np.int64), carray(void_pointer(table), n, np.int64)
+        for j in range(n):
+            found[j] = target + j * count * size
+            for e in range(count):
+                x = carray(void_pointer(sources[j] + offset + e * stride), size, np.uint8)
+                y = carray(void_pointer(found[j] + e * size), size, np.uint8)
+                for k in range(size):
+                    y[k] = x[k]
+
+    return copy
+
+
 def add_values(spec: Spec) -> Any:
-    """Make ``add(p, s, at, head, n)``: out = out * rescale + weights * values, for the tile's rows and n values."""
+    """Make ``add(p, at, first, end, rows, offset, n, ahead)``: out = out * rescale + weights * values.
+
+    That is for lanes from `first` to `end`, all of one head, and n values `offset` bytes after the addresses in the
+    table `rows`. What lies `ahead` bytes further is prefetched.
+    """
     vector = spec.vector
     W, size, kept = vector.width, vector.bytes, spec.kept.size
     row_bytes = W * size
@@ -286,29 +317,30 @@ def add_values(spec: Spec) -> Any:
         return 1
 
     @spec.jit
-    def add(p: Any, s: Any, at: int, head: int, n: int) -> None:
-        lanes, each = carray(void_pointer(at + p.at_lanes), 2, np.int64)
+    def add(p: Any, at: int, first: int, end: int, rows: int, offset: int, n: int, ahead: int) -> None:
         chunks = (p.Ev + W - 1) // W
         whole = p.Ev // W
         pitch = chunks * row_bytes
-        first = 0
-        while first < lanes:
-            offset = head * p.value_head
-            c = 0
-            while c < chunks:
-                left = whole - c
-                vectors = wide if left >= wide else half if left >= half else 1
-                where = offset + (c * W if c < whole else p.Ev - W) * kept
-                lane, end = first, first + each
-                while lane < end:
-                    lane += add_block(
-                        at + p.at_out + lane * pitch + c * row_bytes, pitch,
-                        at + p.at_scores + lane * size, at + p.at_state + RESCALE * row_bytes + lane * size,
-                        at + p.at_value_rows, where, n, where + p.value_head, end - lane, vectors,
-                    )  # fmt: skip
-                c += vectors
-            first += each
-            head += 1
+        c = 0
+        while c < chunks:
+            left = whole - c
+            vectors = wide if left >= wide else half if left >= half else 1
+            where = offset + (c * W if c < whole else p.Ev - W) * kept
+            lane = first
+            while lane < end:
+                lane += add_block(
+                    at + p.at_out + lane * pitch + c * row_bytes,
+                    pitch,
+                    at + p.at_scores + lane * size,
+                    at + p.at_state + RESCALE * row_bytes + lane * size,
+                    rows,
+                    where,
+                    n,
+                    where + ahead,
+                    end - lane,
+                    vectors,
+                )
+            c += vectors
 
     return add
 
@@ -337,6 +369,32 @@ def pack_queries(spec: Spec) -> Any:
                     packed[lane, e - (p.E - W) + whole] = x if e >= whole else real(0)
 
     return pack
+
+
+def write_row(spec: Spec) -> Any:
+    """Make ``write(target, stride, count, source, factor)``: target[e] = source[e] * factor, rounded, `count` times."""
+    vector, element = spec.vector, spec.element
+    kind = "f64" if vector.bits == 64 else "f32"
+
+    def build(b: Builder, target: Value, stride: Value, count: Value, source: Value, factor: Value) -> None:
+        def single(i: Value, carried: list[Value]) -> list[Value]:
+            p, q = carried
+            element.store_one(vector, b, b.fmul(load(b, vector.element, q, align=vector.bytes), factor), p)
+            return [at(b, p, stride), at(b, q, vector.bytes)]
+
+        loop(b, count, [pointer(b, target), pointer(b, source)], single)
+
+    one_by_one = routine(f"target stride count source factor:{kind}", build)
+    by_vector = write_sums(spec)
+
+    @spec.jit
+    def write(target: int, stride: int, count: int, source: int, factor: float) -> None:
+        if stride == element.size:
+            by_vector(target, 0, 1, count, source, 0, factor)
+        else:
+            one_by_one(target, stride, count, source, factor)
+
+    return write
 
 
 def lanes_of(lanes: list[int]) -> Value:

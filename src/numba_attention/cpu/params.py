@@ -12,7 +12,8 @@ SCRATCH = (
     "queries", "keys", "values", "scores", "weights", "bias", "mask", "out", "state", "hidden", "extra",
     "query_rows", "out_rows", "bias_rows", "mask_rows", "lse_rows", "starts", "stops", "positions",
     # of caches and few queries
-    "key_rows", "value_rows", "raw_keys", "raw_values", "scales", "key_scale_rows", "value_scale_rows", "lanes",
+    "key_rows", "value_rows", "raw_keys", "raw_values", "raw_rows",
+    "scales", "key_scale_rows", "value_scale_rows", "lanes",
     # of the backward pass
     "grads", "grad_scores", "cap_slopes", "query_copy", "grad_copy", "wide_keys", "spare", "sums",
     "lane_rows", "lane_heads", "grad_rows", "grad_query_rows", "grad_bias_rows", "dirty",
@@ -36,7 +37,7 @@ INTEGERS = (
     "page_size", "key_page", "value_page", "key_scale_head", "key_scale_page", "value_scale_head", "value_scale_page",
     "partial_size",
     # of the backward pass
-    "kv_heads", "groups", "split", "E_padded", "Ev_padded",
+    "kv_heads", "E_padded", "Ev_padded",
     "grad_out_head", "grad_out_row", "grad_out_column", "grad_lse_head", "grad_lse_row",
     "grad_query_head", "grad_query_row", "grad_key_head", "grad_key_row", "grad_value_head", "grad_value_row",
     "grad_bias_head", "grad_bias_row", "grad_bias_column", "grad_bias_group", "delta_head", "delta_row",
@@ -61,6 +62,6 @@ SEQUENCE = np.dtype([
         "first",  # work item
         "pages", "key_scale", "value_scale",  # addresses: of the numbers of the pages, of the first scales
         # of the backward pass: byte offsets, and all rows of key and value
-        "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias", "delta", "key_rows",
+        "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias", "delta", "key_rows", "groups",
     )
 ])  # fmt: skip

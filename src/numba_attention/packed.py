@@ -1,0 +1,165 @@
+"""Sequences laid end to end, their offsets and `Options` in, a checked `Problem` out."""
+
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from .options import Array, Gradients, Options
+from .problem import (
+    BackwardProblem,
+    Packing,
+    Problem,
+    _arrays,
+    _bools,
+    _broadcast,
+    _check_out,
+    _floats,
+    _ints,
+    _kind,
+    _lse_dtype,
+    _operands,
+    _resolve,
+    check_like,
+)
+
+
+def build(
+    query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, options: Options, out: Any, return_lse: bool
+) -> Problem:
+    """Validate one `attention_varlen` call and allocate its results."""
+    q, k, v = _packed_operands(query, key, value)
+    packing = _packing(cu_q, cu_k, q, k)
+    shape = (q.shape[1], q.shape[0], v.shape[2])
+    if out is None:
+        out = np.empty(shape, q.dtype)
+    else:
+        _check_out(out, shape, q.dtype, query=query, key=key, value=value, **_arrays(options))
+    lse = np.empty(q.shape[:2], _lse_dtype(q)) if return_lse else None
+    return _problem(q, k, v, packing, options, out, lse)
+
+
+def build_backward(
+    grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, grad_lse: Any, cu_q: Any, cu_k: Any,
+    options: Options,
+) -> BackwardProblem:  # fmt: skip
+    """Validate one `attention_varlen_backward` call and allocate the gradients of query, key and value."""
+    q, k, v = _packed_operands(query, key, value)
+    packing = _packing(cu_q, cu_k, q, k)
+    shape = (q.shape[1], q.shape[0], v.shape[2])
+    check_like("out", out, shape, q.dtype)
+    check_like("grad_out", grad_out, shape, q.dtype)
+    check_like("lse", lse, q.shape[:2], _lse_dtype(q))
+    if grad_lse is not None:
+        check_like("grad_lse", grad_lse, q.shape[:2], _lse_dtype(q))
+    problem = _problem(q, k, v, packing, options, out, lse)
+    n = len(packing.query_rows)
+    grads = np.empty(query.shape, q.dtype), np.empty(key.shape, q.dtype), np.empty(value.shape, q.dtype)
+    dq, dk, dv = (_over(x.swapaxes(0, 1), n) for x in grads)
+    bias_shape = None if options.bias is None else _four(np.asarray(options.bias).shape)
+    over_lse = None if grad_lse is None else _over(grad_lse, n)
+    over_out = _over(grad_out.swapaxes(0, 1), n)
+    return BackwardProblem(problem, over_out, over_lse, dq, dk, dv, bias_shape, grads, options)
+
+
+def finish(p: BackwardProblem) -> Gradients:
+    """Give each gradient the shape and dtype of its input."""
+    bias = sinks = None
+    if p.bias is not None:
+        given = np.asarray(p.options.bias)
+        bias = p.bias.reshape(given.shape).astype(given.dtype, copy=False)
+    if p.sinks is not None:
+        sinks = p.sinks.astype(np.asarray(p.options.sinks).dtype, copy=False)
+    return Gradients(*p.inputs, bias, sinks)
+
+
+def _packed_operands(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:
+    """Check query, key and value, (T, heads, features); return them as (heads, T, features)."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
+            raise TypeError(f"{name} must be a numpy.ndarray, got {_kind(x)}; convert it with numpy.asarray({name})")
+        if x.ndim != 3:
+            raise ValueError(f"{name} must have shape (tokens, heads, features), got {x.shape}")
+    q, k, v, _ = _operands(*(x.swapaxes(0, 1) for x in (query, key, value)))
+    return q, k, v
+
+
+def _packing(cu_q: Any, cu_k: Any, q: Array, k: Array) -> Packing:
+    of_queries, of_keys = _starts("cu_seqlens_q", cu_q, q.shape[1]), _starts("cu_seqlens_k", cu_k, k.shape[1])
+    if len(of_queries) != len(of_keys):
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must be about the same sequences, "
+            f"got {len(of_queries) - 1} and {len(of_keys) - 1}"
+        )
+    return Packing(of_queries[:-1], np.diff(of_queries), of_keys[:-1], np.diff(of_keys))
+
+
+def _starts(name: str, offsets: Any, total: int) -> Array:
+    array = _ints(name, offsets)
+    if array.ndim != 1 or not array.size:
+        raise ValueError(f"{name} must have shape (sequences + 1,), got {array.shape}")
+    if array[0] != 0 or array[-1] != total:
+        raise ValueError(f"{name} must go from 0 to {total}, the number of tokens, got {array[0]} to {array[-1]}")
+    if (np.diff(array) < 0).any():
+        raise ValueError(f"{name} must not decrease")
+    return array
+
+
+def _over(array: Array, n: int) -> Array:
+    """The array for each of n sequences, not copied."""
+    return as_strided(array.view(np.ndarray), (n, *array.shape), (0, *array.strides))
+
+
+def _problem(
+    q: Array, k: Array, v: Array, packing: Packing, options: Options, out: Array, lse: Array | None
+) -> Problem:
+    n, L, S = len(packing.query_rows), *(int(x.max(initial=0)) for x in (packing.query_rows, packing.key_rows))
+    q, k, v, full = (_over(x, n) for x in (q, k, v, out.swapaxes(0, 1)))
+    lengths = options._replace(
+        mask=None,
+        bias=None,
+        query_lengths=_lengths("query_lengths", options.query_lengths, packing.query_rows),
+        key_lengths=_lengths("key_lengths", options.key_lengths, packing.key_rows),
+    )
+    p = _resolve(q, k, v, lengths, full, None if lse is None else _over(lse, n), out, lse, L, S)
+    if options.mask is not None:
+        p.mask, in_mask = _over_tokens("mask", _bools("mask", options.mask), p)
+        packing = packing._replace(mask=in_mask)
+    if options.bias is not None:
+        p.bias, in_bias = _over_tokens("bias", _floats("bias", options.bias), p)
+        packing = packing._replace(bias=in_bias)
+    p.packing = packing
+    return p
+
+
+def _lengths(name: str, lengths: Any, rows: Array) -> Array:
+    """The valid prefix of each sequence, all of it by default."""
+    if lengths is None:
+        return rows
+    array = _broadcast(name, _ints(name, lengths), rows.shape)
+    if (array < 0).any() or (array > rows).any():
+        raise ValueError(f"{name} must lie between 0 and the length of each sequence, got {array} for {rows}")
+    return array
+
+
+def _four(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (1,) * (4 - len(shape)) + shape
+
+
+def _over_tokens(name: str, array: Array, p: Problem) -> tuple[Array, tuple[bool, bool]]:
+    """A mask or bias over every sequence and head, and whether its rows and columns are those of the packed arrays."""
+    tokens = p.query.shape[-2], p.key.shape[-2]
+    longest = p.L, p.S
+    if array.ndim <= 4:
+        array = array.reshape(_four(array.shape))
+        given = array.shape[-2:]
+        packed = tuple(n not in (1, most) for n, most in zip(given, longest, strict=True))
+        fits = all(n in (1, most, total) for n, most, total in zip(given, longest, tokens, strict=True))
+        if fits and all(n in (1, most) for n, most in zip(array.shape[:2], (*p.batch, p.H), strict=True)):
+            shape = (*p.batch, p.H, *(n if n != 1 else most for n, most in zip(given, longest, strict=True)))
+            # (With as many tokens in all as in the longest sequence, that one has them all, and both readings agree.)
+            return np.broadcast_to(array, shape), (packed[0], packed[1])
+    raise ValueError(
+        f"{name} of shape {array.shape} broadcasts neither to {(*p.batch, p.H, *longest)}, "
+        f"(sequences, heads, longest, longest), nor to {(p.H, *tokens)}, (heads, tokens, tokens)"
+    )

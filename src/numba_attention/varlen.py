@@ -1,0 +1,234 @@
+"""Attention of packed sequences: laid end to end on one axis, without padding."""
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+from numpy.typing import ArrayLike
+
+from .backends import select
+from .options import Array, Causal, Gradients, Options, Window
+from .packed import build, build_backward, finish
+
+
+@overload
+def attention_varlen(
+    query: Array,
+    key: Array,
+    value: Array,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    mask: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    is_causal: Causal = ...,
+    window: Window | Sequence[int | None] | None = ...,
+    query_offset: ArrayLike | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    sinks: ArrayLike | None = ...,
+    query_lengths: ArrayLike | None = ...,
+    key_lengths: ArrayLike | None = ...,
+    return_lse: Literal[False] = ...,
+    out: Array | None = ...,
+    backend: str | None = ...,
+) -> Array: ...
+@overload
+def attention_varlen(
+    query: Array,
+    key: Array,
+    value: Array,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    mask: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    is_causal: Causal = ...,
+    window: Window | Sequence[int | None] | None = ...,
+    query_offset: ArrayLike | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    sinks: ArrayLike | None = ...,
+    query_lengths: ArrayLike | None = ...,
+    key_lengths: ArrayLike | None = ...,
+    return_lse: Literal[True],
+    out: Array | None = ...,
+    backend: str | None = ...,
+) -> tuple[Array, Array]: ...
+def attention_varlen(
+    query: Array,
+    key: Array,
+    value: Array,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: Causal = False,
+    window: Window | Sequence[int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> Array | tuple[Array, Array]:
+    r"""`attention` of n sequences of different lengths, laid end to end: no padding is stored or computed.
+
+    Parameters
+    ----------
+    query : ndarray, shape (T_q, H, E)
+        The queries of all sequences, T_q tokens together. Any strides.
+    key : ndarray, shape (T_k, Hkv, E)
+    value : ndarray, shape (T_k, Hkv, Ev)
+    cu_seqlens_q : array of int, shape (n + 1,)
+        Where sequences begin: the queries of sequence b are rows ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]``. From 0 to
+        T_q, not decreasing; sequences may be empty.
+    cu_seqlens_k : array of int, shape (n + 1,)
+        The same for keys and values.
+    mask, bias : array, optional
+        As in `attention`, broadcastable to (n, H, longest queries, longest keys), that is about positions within each
+        sequence, or to (H, T_q, T_k), about the packed arrays. The size of each of the two last axes decides.
+    is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
+        As in `attention`, with n sequences: alignment and positions are those within each sequence, lengths are valid
+        prefixes of each.
+    return_lse : bool, default False
+        Also return the natural log of the softmax denominator of each row.
+    out : ndarray, shape (T_q, H, Ev), optional
+        Where to write the result.
+    backend : {"auto", "cpu", "reference"}, optional
+        As in `attention`.
+
+    Returns
+    -------
+    out : ndarray, shape (T_q, H, Ev)
+        dtype of `query`. Queries of a sequence without keys have 0.
+    lse : ndarray, shape (H, T_q)
+        Only if `return_lse`.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendUnavailableError
+        As in `attention`; the message names the argument.
+
+    See Also
+    --------
+    attention : for sequences of one length, or with padding.
+    attention_varlen_backward : the gradients.
+
+    Notes
+    -----
+    The kernels are those of `attention`; every sequence has the bits that it has alone. Longest sequences are begun
+    first, so that threads finish together.
+
+    References
+    ----------
+    .. [1] Krell et al., "Efficient Sequence Packing without Cross-contamination", 2021.
+    .. [2] Dao, "FlashAttention-2", 2023.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention as na
+    >>> x = np.random.default_rng(0).standard_normal((12, 4, 32), dtype=np.float32)
+    >>> starts = [0, 7, 7, 12]  # three sequences, of 7, 0 and 5 tokens
+    >>> out = na.attention_varlen(x, x, x, starts, starts, is_causal=True)
+    >>> last = x[7:].swapaxes(0, 1)
+    >>> bool((out[7:].swapaxes(0, 1) == na.attention(last, last, last, is_causal=True)).all())
+    True
+    """
+    options = Options(
+        mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
+    )
+    chosen = select(backend, query, key, value)
+    problem = build(query, key, value, cu_seqlens_q, cu_seqlens_k, options, out, return_lse)
+    chosen.forward(problem)
+    if problem.result_lse is None:
+        return problem.result
+    return problem.result, problem.result_lse
+
+
+def attention_varlen_backward(
+    grad_out: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    out: Array,
+    lse: Array,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    grad_lse: Array | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: Causal = False,
+    window: Window | Sequence[int | None] | None = None,
+    query_offset: ArrayLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    backend: str | None = None,
+) -> Gradients:
+    r"""Gradients of `attention_varlen` with respect to its inputs.
+
+    Parameters
+    ----------
+    grad_out : ndarray, shape (T_q, H, Ev)
+        Gradient of some loss with respect to `out`, in the dtype of `query`.
+    query, key, value, cu_seqlens_q, cu_seqlens_k
+        What `attention_varlen` was called with.
+    out, lse : ndarray, shape (T_q, H, Ev) and (H, T_q)
+        What it returned, with ``return_lse=True``.
+    grad_lse : ndarray, shape (H, T_q), optional
+        Gradient of the loss with respect to `lse`.
+    mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
+        What `attention_varlen` was called with.
+    backend : {"auto", "cpu", "reference"}, optional
+        As in `attention`.
+
+    Returns
+    -------
+    Gradients
+        Named tuple (query, key, value, bias, sinks), each of the shape and dtype of its input; `bias` and `sinks` are
+        None if they were not given.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendUnavailableError
+        As in `attention_varlen`.
+
+    See Also
+    --------
+    attention_backward : the same for sequences of one length; see its notes.
+
+    References
+    ----------
+    .. [1] Dao, "FlashAttention-2", 2023, algorithm 2.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention as na
+    >>> x = np.random.default_rng(0).standard_normal((12, 4, 32), dtype=np.float32)
+    >>> starts = [0, 7, 12]
+    >>> out, lse = na.attention_varlen(x, x, x, starts, starts, return_lse=True)
+    >>> grads = na.attention_varlen_backward(np.ones_like(out), x, x, x, out, lse, starts, starts)
+    >>> bool(np.allclose(grads.value[:7].sum(0), 7, rtol=1e-4))  # the weights of each query sum to 1
+    True
+    """
+    options = Options(
+        mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
+    )
+    chosen = select(backend, grad_out, query, key, value)
+    problem = build_backward(grad_out, query, key, value, out, lse, grad_lse, cu_seqlens_q, cu_seqlens_k, options)
+    chosen.backward(problem)
+    return finish(problem)
+
+
+__all__ = ["attention_varlen", "attention_varlen_backward"]
