@@ -22,8 +22,7 @@ LAYERS = [
     ("api", ["api", "decoding", "merging", "rotary", "varlen"]),
     ("projection", ["projection"]),
     ("backends", ["backends"]),
-    ("problem", ["problem", "cached", "packed"]),
-    ("caches", ["caches"]),
+    ("problem", ["problem", "cached", "caches", "packed"]),
     ("kernels", ["cpu", "cuda"]),
     ("primitives", ["intervals", "options", "errors"]),
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from ..cpu import decode, launch
 from ..cpu import forward as kernels
 from ..cpu.cache import Kernel
 from ..cpu.elements import Spec
-from ..cpu.params import ARRAYS, REST, pack_addresses
+from ..cpu.params import ARRAYS, REST, SEQUENCE, pack_addresses
 from ..cpu.simd import HOST
 from ..options import Array
 from ..problem import BackwardProblem, Problem
@@ -79,6 +79,7 @@ class _Plan(NamedTuple):
 
     kernel: Kernel
     sequences: Array
+    numbers: Array  # the same memory as int64
     sequences_address: int
     rest: bytes  # the PARAMS record after the addresses
     items: int  # unless the kernel splits keys
@@ -130,9 +131,14 @@ def _run_kernel(p: Problem, bias: Array | None, weights: bool, few: bool, which:
         plan = _find_plan(p, few)
         sequences, sequences_address = plan.sequences, plan.sequences_address
         if varies(p):
-            sequences = sequences.copy()
-            fill_in(p, sequences)
-            sequences_address = address_of(sequences)
+            if _is_step(p):
+                sequences, sequences_address = memory.sequence, memory.sequence_address
+                sequences[:] = plan.numbers
+                sequences[KEYS], sequences[OFFSET] = p.S, p.offset
+            else:
+                numbers = plan.numbers.copy()  # as records they would be copied field by field: 7 us
+                sequences, sequences_address = numbers.view(SEQUENCE), address_of(numbers)
+                fill_in(p, sequences)
     items, counts, partial = plan.items, None, None
     if few:
         items, most = _split(plan, p, sequences)
@@ -145,15 +151,15 @@ def _run_kernel(p: Problem, bias: Array | None, weights: bool, few: bool, which:
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
     first = (0,) * len(p.batch) + (0,)
     query, out = p.query[first], p.out[first]
-    if p.cache is None:
+    if p.cache is None or (p.key.itemsize == p.query.itemsize and len(first) == 2):
         addresses[p.query.itemsize].call(query, p.key[first], p.value[first], out, memory.params_address)
     else:
         addresses[p.query.itemsize].call(query, query, query, out, memory.params_address)
         pack_two(memory.params, 8, address_of(p.key), address_of(p.value))
     pack_addresses(
         memory.params, ARRAYS, memory.counter_address, scratch_address, sequences_address,
-        address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), address_of(p.sinks),
-        address_of(p.rows), *NO_GRADIENTS, address_of(counts), address_of(partial),
+        *[0 if x is None else address_of(x) for x in (p.lse, bias, p.mask, slopes, p.sinks, p.rows)],
+        *NO_GRADIENTS, address_of(counts), address_of(partial),
     )  # fmt: skip
     memory.params[REST:] = plan.rest
     pack_one(memory.params, REST, items)
@@ -205,7 +211,8 @@ def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, 
     rest = pack(values_of(p, spec, bias) | sizes | {"scratch_size": scratch_size, "out_depth": depth}, offsets)
     flops = 2.0 * heads * float(rows.sum()) * (p.E + p.Ev)
     kernel = worker(storage, "weights" if weights else "forward", stored)
-    return _Plan(kernel, sequences, address_of(sequences), rest, items, flops, scratch_size)
+    numbers = sequences.view(np.int64)
+    return _Plan(kernel, sequences, numbers, address_of(numbers), rest, items, flops, scratch_size)
 
 
 def _make_decode_plan(p: Problem, sequences: Array, bias: Array | None) -> _Plan:
@@ -215,14 +222,34 @@ def _make_decode_plan(p: Problem, sequences: Array, bias: Array | None) -> _Plan
     flops = 2.0 * p.H * float(sequences["rows"].sum()) * (p.E + p.Ev)
     kernel, rest = worker(spec.storage, "decode", spec.stored), pack(values_of(p, spec, bias) | sizes, offsets)
     tiles = decode.tiles_of(spec, sequences["rows"], p.H // p.Hkv, p.Hkv)
-    return _Plan(kernel, sequences, address_of(sequences), rest, 0, flops, scratch_size, tiles, partial_size)
+    numbers = sequences.view(np.int64)
+    address = address_of(numbers)
+    return _Plan(kernel, sequences, numbers, address, rest, 0, flops, scratch_size, tiles, partial_size)
+
+
+KEYS, OFFSET = (SEQUENCE.names.index(name) for name in ("keys", "offset"))  # type: ignore[union-attr]
+
+
+def _is_step(p: Problem) -> bool:
+    """Whether this is the step of a single sequence, of which only the length changes: it must be quick."""
+    cache = p.cache
+    return (
+        cache is not None
+        and p.key_lengths is cache.lengths
+        and len(cache.lengths) == 1
+        and cache.table is None
+        and cache.key_scale is None
+        and p.query_lengths is None
+        and type(p.offset) is int
+    )
 
 
 def _split(plan: _Plan, p: Problem, sequences: Array) -> tuple[int, int]:
     """Deal out the keys of every sequence; returns the number of work items, and of splits of the longest."""
     assert plan.tiles is not None
-    if len(sequences) == 1:
-        most = max(1, -(-int(sequences["keys"][0]) // decode.SPLIT))
+    if len(plan.tiles) == 1:
+        keys = sequences["keys"][0] if sequences.dtype.names else sequences[KEYS]
+        most = max(1, -(-int(keys) // decode.SPLIT))
         return int(plan.tiles[0]) * most, most
     splits = np.maximum(1, -(-sequences["keys"] // decode.SPLIT))
     each = splits * plan.tiles

@@ -11,7 +11,7 @@ from numba import carray, types
 from ..cpu import backward, decode, forward, launch
 from ..cpu.cache import Kernel
 from ..cpu.elements import Spec
-from ..cpu.params import PARAMS
+from ..cpu.params import PARAMS, SEQUENCE
 from ..cpu.simd import HOST, void_pointer
 from ..options import Array
 
@@ -28,6 +28,8 @@ class _Memory(threading.local):
         self.counter = ctypes.c_int64(0)
         self.counter_address = ctypes.addressof(self.counter)
         self.scratch, self.scratch_address = np.empty(0, np.uint8), 0
+        self.sequence = np.zeros(SEQUENCE.itemsize // 8, np.int64)  # one record
+        self.sequence_address = self.sequence.ctypes.data
 
     def reserve(self, size: int) -> tuple[Array, int]:
         """At least `size` bytes of scratch, aligned to a cache line; raises MemoryError before anything is written."""

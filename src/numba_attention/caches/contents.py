@@ -1,4 +1,4 @@
-"""What attention reads of a cache, however it is kept."""
+"""What a backend reads of a cache."""
 
 from typing import Any, NamedTuple
 
@@ -9,33 +9,36 @@ from .storage import decode
 
 
 class Contents(NamedTuple):
-    """Keys and values of n sequences: in one array each, or in pages."""
+    """Arrays of a cache as they are stored, not copied: good until the cache changes.
 
-    key: Array  # as stored: (n, Hkv, capacity, E), or pages (num_pages, Hkv, page_size, E)
+    What lies past the length of a sequence has never been written or is out of date, and must not be read.
+    """
+
+    key: Array  # (n, Hkv, capacity, E), or pages (num_pages, Hkv, page_size, E)
     value: Array
     key_scale: Array | None  # float32, shape of key without its last axis; None where numbers are stored as they are
     value_scale: Array | None
-    table: Array | None  # int64 (n, blocks), rows contiguous: the page of each block; None if there are no pages
+    table: Array | None  # pages only: int64 (n, blocks); [i, j // page_size] is the page of key j of sequence i, or -1
     lengths: Array  # int64 (n,)
-    storage: str  # name of how `key` and `value` hold numbers
-    dtype: np.dtype[Any]  # of queries and results
+    storage: str  # "float32", "float64", "float16", "bfloat16", "int8" or "float8_e4m3fn": how numbers are held
+    dtype: np.dtype[Any]  # that of queries and results
 
     def dense(self) -> tuple[Array, Array]:
-        """Key and value (n, Hkv, longest length, E) as float64, 0 past each length."""
+        """Return key and value as float64 (n, Hkv, max(lengths), E), zero past each length."""
         return self._dense(self.key, self.key_scale), self._dense(self.value, self.value_scale)
 
-    def _dense(self, stored: Array, scale: Array | None) -> Array:
-        n, longest = len(self.lengths), int(self.lengths.max(initial=0))
-        found = np.zeros((n, stored.shape[1], longest, stored.shape[3]))
-        for i, length in enumerate(self.lengths.tolist()):
-            if self.table is None:
-                found[i, :, :length] = decode(stored[i, :, :length], None if scale is None else scale[i, :, :length])
-                continue
-            size = stored.shape[2]
-            for block in range(-(-length // size)):
-                page, start = self.table[i, block], block * size
-                part = slice(start, min(start + size, length))
-                count = part.stop - part.start
-                own = None if scale is None else scale[page, :, :count]
-                found[i, :, part] = decode(stored[page, :, :count], own)
-        return found
+    def _dense(self, codes: Array, scale: Array | None) -> Array:
+        longest = int(self.lengths.max(initial=0))
+        out = np.zeros((len(self.lengths), codes.shape[1], longest, codes.shape[3]))
+        for i, length in enumerate(self.lengths):
+            where: Any = (i, slice(None), slice(length))  # heads, tokens
+            if self.table is not None:
+                page, offset = np.divmod(np.arange(length), codes.shape[2])
+                where = (
+                    self.table[i, page],
+                    slice(None),
+                    offset,
+                )  # tokens, heads: indexed axes that are apart go first
+            numbers = decode(codes[where], None if scale is None else scale[where])
+            out[i, :, :length] = numbers if self.table is None else numbers.swapaxes(0, 1)
+        return out

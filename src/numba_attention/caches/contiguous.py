@@ -1,68 +1,85 @@
-"""A cache that holds every sequence in one piece."""
+"""KVCache: keys and values of a batch in one array each."""
 
-from typing import Any
+from typing import Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from ..errors import CacheFullError
 from ..options import Array
-from .checks import check_dtype, check_new, lengths_of, size_of
+from .checks import (
+    check_dtype,
+    check_ints,
+    check_lengths,
+    check_new,
+    check_pair,
+    check_size,
+    check_writeable,
+    why_read_only,
+)
 from .contents import Contents
-from .storage import aligned, encode, has_scale, resolve
+from .storage import Storage, blocks, each_token, storage_format
 
 
 class KVCache:
-    """Keys and values of a batch of sequences that grow token by token, for `attention_decode`.
+    """Keys and values of the tokens so far, in one array for a whole batch.
+
+    Room for `capacity` tokens of each sequence is taken at once. Where lengths differ much or sequences come and go,
+    `PagedKVCache` needs less.
 
     Parameters
     ----------
     batch, num_kv_heads, capacity, head_dim : int
-        Sequences, key/value heads, most tokens of a sequence, features of a key (E).
+        Shape of the keys: sequences, key/value heads, tokens that fit, features.
     value_dim : int, optional
-        Features of a value (Ev), by default `head_dim`.
-    dtype : dtype, default float32
-        Of the keys, values and queries: float32, float64, float16 or ``ml_dtypes.bfloat16``.
-    storage : {None, "float16", "bfloat16", "int8", "float8"} or dtype, optional
-        How numbers are held, by default as they are. int8 and float8 (e4m3fn) have a float32 scale for every token and
-        head, which takes the largest magnitude to 127 or 448. bfloat16 and float8 need ml_dtypes.
+        Features of a value, if not `head_dim`.
+    dtype : dtype, default numpy.float32
+        float32, float64, float16 or ``ml_dtypes.bfloat16``: that of what is appended, of queries and of results.
+    storage : {None, "float16", "bfloat16", "int8", "float8"}, optional
+        How numbers are held; None as they are. "int8" and "float8" (e4m3fn) have a float32 scale for each token and
+        head. "bfloat16" and "float8" need the extra ``bfloat16``.
 
     Attributes
     ----------
-    capacity, batch, num_kv_heads, head_dim, value_dim : int
-    dtype : dtype
+    batch, num_kv_heads, capacity, head_dim, value_dim : int
+        As given.
+    dtype : numpy.dtype
+        As given.
     storage : str
+        How numbers are held: "float32", "float64", "float16", "bfloat16", "int8" or "float8_e4m3fn".
 
     Raises
     ------
-    TypeError, ValueError, ImportError
-        An argument has the wrong type or is out of range.
+    TypeError, ValueError
+        An argument has the wrong type or is out of range; the message names it.
+    ImportError
+        `storage` needs ml_dtypes, and it is not installed.
 
     See Also
     --------
-    PagedKVCache : for sequences that come and go, or share a prefix.
-    attention_decode : reads it.
+    PagedKVCache : the same in pages, which sequences may share.
 
     Notes
     -----
-    All memory is allocated at once, ``batch * num_kv_heads * capacity * (head_dim + value_dim)`` numbers; the operating
-    system provides it as it is filled. Several threads may read a cache at once while none changes it.
+    With "int8" and "float8" the row of one token and head is held as ``round(x / scale)``, where scale is
+    ``max|x| / 127`` or ``max|x| / 448``; a row with NaN or infinity reads as NaN. "float16" and "bfloat16" round to
+    nearest.
 
-    References
-    ----------
-    .. [1] Shazeer, "Fast Transformer Decoding: One Write-Head is All You Need", 2019, section 2.4.
+    Threads may read one cache at the same time, but only while none changes it.
 
     Examples
     --------
     >>> import numpy as np, numba_attention as na
-    >>> cache = na.KVCache(batch=2, num_kv_heads=4, capacity=100, head_dim=64)
-    >>> new = np.ones((2, 4, 7, 64), np.float32)
-    >>> cache.append(new, new, lengths=[7, 5])
+    >>> cache = na.KVCache(batch=2, num_kv_heads=4, capacity=100, head_dim=8)
+    >>> key, value = np.random.default_rng(0).standard_normal((2, 2, 4, 10, 8), dtype=np.float32)
+    >>> cache.append(key, value, lengths=[10, 7])  # two prompts, the second padded
+    >>> cache.append(key[:, :, :1], value[:, :, :1])  # one new token each
     >>> cache.lengths
-    array([7, 5])
-    >>> cache.truncate([4, 5])  # undo the last 3 tokens of the first sequence
-    >>> cache.key.shape
-    (2, 4, 5, 64)
+    array([11,  8])
+    >>> cache.truncate([11, 5])
+    >>> cache
+    KVCache(batch=2, num_kv_heads=4, capacity=100, head_dim=8, value_dim=8, dtype=float32, storage=float32),
+    lengths 5 to 11
     """
 
     def __init__(
@@ -72,194 +89,241 @@ class KVCache:
         capacity: int,
         head_dim: int,
         value_dim: int | None = None,
-        dtype: Any = np.float32,
-        storage: Any = None,
+        dtype: DTypeLike = np.float32,
+        storage: DTypeLike | str | None = None,
     ) -> None:
-        batch, heads = size_of("batch", batch), size_of("num_kv_heads", num_kv_heads)
-        capacity, E = size_of("capacity", capacity), size_of("head_dim", head_dim)
-        Ev = E if value_dim is None else size_of("value_dim", value_dim)
-        real = check_dtype(dtype)
-        name, stored = resolve(storage, real)
-        key, value = (aligned((batch, heads, capacity, n), stored) for n in (E, Ev))
-        scales = [aligned(key.shape[:3], np.dtype(np.float32)) if has_scale(name) else None for _ in range(2)]
-        self._place(Contents(key, value, scales[0], scales[1], None, np.zeros(batch, np.int64), name, real))
+        shape = (
+            check_size("batch", batch),
+            check_size("num_kv_heads", num_kv_heads),
+            check_size("capacity", capacity, 0),
+        )
+        E = check_size("head_dim", head_dim)
+        Ev = E if value_dim is None else check_size("value_dim", value_dim)
+        kind = check_dtype(dtype)
+        form = storage_format(storage, kind)
+        key, key_scale = form.allocate((*shape, E))
+        value, value_scale = form.allocate((*shape, Ev))
+        self._hold(
+            Contents(key, value, key_scale, value_scale, None, np.zeros(shape[0], np.int64), form.name, kind), form
+        )
 
-    def _place(self, contents: Contents) -> None:
-        self._held = contents
+    def _hold(self, contents: Contents, form: Storage, read_only: str | None = None) -> None:
+        self._stored = contents
+        self._form = form
+        self._read_only = read_only
         self.batch, self.num_kv_heads, self.capacity, self.head_dim = contents.key.shape
         self.value_dim = contents.value.shape[-1]
         self.dtype, self.storage = contents.dtype, contents.storage
-        lengths = contents.lengths
-        # The length of all sequences while they have one: then appending is one assignment.
-        self._common: int | None = int(lengths[0]) if self.batch and (lengths == lengths[0]).all() else None
-        self._shapes = (
-            (self.batch, self.num_kv_heads),
-            self.head_dim,
-            self.value_dim,
-        )
+        self._common: int | None = None
+        self._lengths = contents.lengths  # changed in place, so that `contents` stays true
+        self._settle()
 
     @classmethod
-    def from_arrays(cls, key: Array, value: Array, lengths: ArrayLike | None = None) -> "KVCache":
-        """Make a cache of arrays that are there already, without a copy.
+    def from_arrays(cls, key: Array, value: Array, lengths: ArrayLike | None = None) -> Self:
+        """Make a cache of arrays that exist, without a copy.
+
+        The cache reads, and `append` writes, the arrays themselves.
 
         Parameters
         ----------
         key : ndarray, shape (batch, Hkv, capacity, E)
-            Any strides. What is appended is written to it; a read-only array makes a cache that cannot grow.
+            float32, float64, float16 or ``ml_dtypes.bfloat16``, any strides. Where it is read-only, or shares memory
+            with `value`, nothing can be appended.
         value : ndarray, shape (batch, Hkv, capacity, Ev)
-            dtype of `key`.
+            In the dtype of `key`.
         lengths : int or array of int, shape (batch,), optional
-            How many tokens of each sequence there are, by default all.
+            How many tokens of each sequence are there; by default all.
 
         Returns
         -------
         KVCache
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has the wrong type, dtype or shape, or is out of range; the message names it.
+
+        Examples
+        --------
+        >>> import numpy as np, numba_attention as na
+        >>> key, value = np.zeros((2, 1, 4, 100, 8), np.float32)
+        >>> cache = na.KVCache.from_arrays(key, value, lengths=40)
+        >>> cache.append(np.ones((1, 4, 1, 8), np.float32), np.ones((1, 4, 1, 8), np.float32))
+        >>> float(key[0, 0, 40, 0])
+        1.0
         """
-        for name, x in (("key", key), ("value", value)):
-            if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
-                raise TypeError(f"{name} must be a numpy.ndarray, got {type(x).__module__}.{type(x).__qualname__}")
-            if x.ndim != 4:
-                raise ValueError(f"{name} must have shape (batch, heads, capacity, features), got {x.shape}")
-        dtype = check_dtype(key.dtype, "key")
-        if value.dtype != dtype:
-            raise TypeError(f"value must have the dtype of key, {dtype}, got {value.dtype}")
-        if value.shape[:3] != key.shape[:3]:
-            raise ValueError(f"value must have shape {(*key.shape[:3], 'Ev')}, as key has, got {value.shape}")
-        batch, _, capacity, _ = key.shape
-        own = np.full(batch, capacity) if lengths is None else lengths_of(lengths, batch, capacity)
-        cache = cls.__new__(cls)
-        cache._place(Contents(key.view(np.ndarray), value.view(np.ndarray), None, None, None, own, dtype.name, dtype))
-        return cache
-
-    @property
-    def lengths(self) -> Array:
-        """Tokens in each sequence, int64 (batch,); a copy."""
-        return self._held.lengths.copy()
-
-    @property
-    def key(self) -> Array:
-        """The keys as they are stored, a view (batch, Hkv, longest length, E); what is past a length is arbitrary."""
-        return self._held.key[:, :, : self._longest()]
-
-    @property
-    def value(self) -> Array:
-        """The values as they are stored, a view (batch, Hkv, longest length, Ev)."""
-        return self._held.value[:, :, : self._longest()]
-
-    @property
-    def key_scale(self) -> Array | None:
-        """Scales of the keys, a view (batch, Hkv, longest length), or None if the storage has none."""
-        scale = self._held.key_scale
-        return None if scale is None else scale[:, :, : self._longest()]
-
-    @property
-    def value_scale(self) -> Array | None:
-        """Scales of the values, a view (batch, Hkv, longest length), or None if the storage has none."""
-        scale = self._held.value_scale
-        return None if scale is None else scale[:, :, : self._longest()]
-
-    def _longest(self) -> int:
-        return int(self._held.lengths.max(initial=0))
-
-    def _contents(self) -> Contents:
-        return self._held
+        dtype = check_pair(key, value, ("key", "value"), "batch, heads and capacity")
+        n, Hkv, capacity, E = key.shape
+        for name, size in (("batch", n), ("num_kv_heads", Hkv), ("head_dim", E), ("value_dim", value.shape[-1])):
+            check_size(name, size)
+        if lengths is None:
+            lengths = capacity
+        held = check_lengths("lengths", lengths, n, capacity, "the capacity").copy()
+        form = storage_format(None, dtype)
+        self = cls.__new__(cls)
+        contents = Contents(key.view(np.ndarray), value.view(np.ndarray), None, None, None, held, form.name, dtype)
+        self._hold(contents, form, why_read_only(key, value))
+        return self
 
     def append(self, key: Array, value: Array, lengths: ArrayLike | None = None) -> None:
-        """Add tokens to the end of every sequence.
+        """Add tokens at the end of each sequence.
 
         Parameters
         ----------
         key : ndarray, shape (batch, Hkv, T, E)
-            dtype of the cache. Any strides.
+            In the dtype of the cache, any strides. It is copied.
         value : ndarray, shape (batch, Hkv, T, Ev)
+            In the dtype of the cache.
         lengths : int or array of int, shape (batch,), optional
-            How many of the T tokens each sequence gets, the first ones; by default all.
+            How many of the T tokens each sequence gets, from the first; by default all.
 
         Raises
         ------
         CacheFullError
-            A sequence would be longer than the capacity; nothing was appended.
+            A sequence would outgrow the capacity. The cache is as it was.
         TypeError, ValueError
-            Wrong type, dtype or shape.
+            An argument has the wrong type, dtype or shape, or is out of range, or the cache was made of arrays that
+            cannot be written to. The cache is as it was.
         """
-        held, start = self._held, self._common
-        T = check_new(key, value, self._shapes, self.dtype)
-        if start is None or lengths is not None or held.key_scale is not None:
-            self._append_ragged(key, value, T, lengths)
+        stored = self._stored
+        T = key.shape[2] if type(key) is np.ndarray and key.ndim == 4 else -1
+        if (  # one token is appended in a few microseconds, so what is right is not asked twice
+            type(value) is not np.ndarray
+            or key.dtype is not self.dtype
+            or value.dtype is not self.dtype
+            or key.shape != (self.batch, self.num_kv_heads, T, self.head_dim)
+            or value.shape != (self.batch, self.num_kv_heads, T, self.value_dim)
+        ):
+            check_new("key", key, (self.batch, self.num_kv_heads, -1, self.head_dim), self.dtype)
+            T = key.shape[2]
+            check_new("value", value, (self.batch, self.num_kv_heads, T, self.value_dim), self.dtype)
+        if self._read_only is not None:
+            check_writeable(self._read_only)
+        start = self._common
+        if lengths is not None or start is None:
+            self._append_ragged(key, value, T, T if lengths is None else lengths)
             return
-        end = start + T
-        if end > self.capacity:
-            raise self._full(np.full(self.batch, end))
-        if not (held.key.flags.writeable and held.value.flags.writeable):
-            raise ValueError("the cache was made of a read-only array and cannot grow")
-        held.key[:, :, start:end] = key
-        held.value[:, :, start:end] = value
-        held.lengths[:] = end
-        self._common = end
-
-    def _full(self, ends: Array) -> CacheFullError:
-        return CacheFullError(f"the capacity of the cache is {self.capacity} tokens, {ends.max()} would be needed")
-
-    def _append_ragged(self, key: Array, value: Array, T: int, lengths: ArrayLike | None) -> None:
-        """Sequence by sequence, unless all are alike."""
-        held = self._held
-        counts = np.full(self.batch, T) if lengths is None else lengths_of(lengths, self.batch, T)
-        starts, ends = held.lengths, held.lengths + counts
-        if (ends > self.capacity).any():
-            raise self._full(ends)
-        if not (held.key.flags.writeable and held.value.flags.writeable):
-            raise ValueError("the cache was made of a read-only array and cannot grow")
-        if self._common is not None and (counts == counts[:1]).all():
-            groups: list[tuple[Any, int, int]] = [(slice(None), self._common, int(counts[0]))]
+        stop = start + T
+        if stop > self.capacity:
+            raise CacheFullError(self._full(0, T))
+        if stored.key_scale is None:
+            stored.key[:, :, start:stop] = key
+            stored.value[:, :, start:stop] = value
         else:
-            groups = [(slice(b, b + 1), int(starts[b]), int(counts[b])) for b in range(self.batch)]
-        for which, start, count in groups:
-            rows = slice(start, start + count)
-            for new, codes, scale in ((key, held.key, held.key_scale), (value, held.value, held.value_scale)):
-                own = None if scale is None else scale[which, :, rows]
-                encode(new[which, :, :count], self.storage, codes[which, :, rows], own)
-        held.lengths[:] = ends
-        self._common = int(ends[0]) if self.batch and (ends == ends[0]).all() else None
+            for part in blocks(T, self.batch * self.num_kv_heads * self.head_dim):
+                where = (slice(None), slice(None), slice(start + part.start, start + part.stop))
+                self._form.write(stored.key, stored.key_scale, where, key[:, :, part])
+                self._form.write(stored.value, stored.value_scale, where, value[:, :, part])
+        self._lengths.fill(stop)
+        self._common = stop
+
+    def _append_ragged(self, key: Array, value: Array, T: int, lengths: ArrayLike) -> None:
+        stored, old = self._stored, self._lengths
+        added = check_lengths("lengths", lengths, self.batch, T, "the number of tokens given")
+        over = np.flatnonzero(old + added > self.capacity)
+        if over.size:
+            raise CacheFullError(self._full(int(over[0]), int(added[over[0]])))
+        sequence, token = each_token(added)
+        self._form.scatter(stored[:4], key, value, (sequence, token), (sequence, old[sequence] + token))
+        old += added
+        self._settle()
+
+    def _full(self, i: int, T: int) -> str:
+        length = int(self._lengths[i])
+        return (
+            f"{T} more tokens are needed and {self.capacity - length} are free: "
+            f"sequence {i} has {length} of a capacity of {self.capacity}"
+        )
 
     def truncate(self, lengths: ArrayLike) -> None:
-        """Shorten sequences: take back tokens that were appended last.
+        """Forget the tokens of each sequence past a length.
 
         Parameters
         ----------
         lengths : int or array of int, shape (batch,)
-            New lengths, none larger than now.
+            How many tokens to keep, at most as many as there are.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `lengths` has the wrong type or shape, or is out of range. The cache is as it was.
         """
-        held = self._held
-        new = lengths_of(lengths, self.batch, self.capacity)
-        if (new > held.lengths).any():
-            raise ValueError(f"lengths must not exceed those of the cache, {held.lengths}, got {new}")
-        held.lengths[:] = new
-        self._common = int(new[0]) if self.batch and (new == new[0]).all() else None
+        self._lengths[:] = check_lengths("lengths", lengths, self.batch, self._lengths, "the current length")
+        self._settle()
 
     def reorder(self, index: ArrayLike) -> None:
-        """Make sequence i what sequence ``index[i]`` was, for all i at once: the step of a beam search.
+        """Let sequence i become a copy of sequence ``index[i]``, for all i at once, as in beam search.
 
         Parameters
         ----------
         index : array of int, shape (batch,)
+            A sequence may be named several times, or not at all.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `index` has the wrong type or shape, or is out of range, or the cache was made of arrays that cannot be
+            written to. The cache is as it was.
         """
-        chosen = np.asarray(index)
-        if chosen.dtype.kind not in "iu" or chosen.shape != (self.batch,):
-            raise ValueError(
-                f"index must be an array of int of shape ({self.batch},), got {chosen.dtype} {chosen.shape}"
-            )
-        if self.batch and (chosen.min() < 0 or chosen.max() >= self.batch):
-            raise ValueError(f"index must lie between 0 and {self.batch - 1}, got {chosen}")
-        held, longest = self._held, self._longest()
-        for array in (held.key, held.value, held.key_scale, held.value_scale):
-            if array is not None:
-                array[:, :, :longest] = array[chosen, :, :longest]
-        held.lengths[:] = held.lengths[chosen]
-        self._common = self._common if self._common is not None else None
+        source = check_ints("index", index)
+        if source.shape != (self.batch,):
+            raise ValueError(f"index must have shape ({self.batch},), got {source.shape}")
+        if source.min() < 0 or source.max() >= self.batch:
+            raise ValueError(f"index must lie between 0 and {self.batch - 1}, got {source.min()} to {source.max()}")
+        check_writeable(self._read_only)
+        moved = np.flatnonzero(source != np.arange(self.batch))
+        longest = int(self._lengths[source[moved]].max(initial=0))
+        for x in self._stored[:4]:
+            if x is not None:
+                for part in blocks(longest, x[moved, :, :1].size):
+                    x[moved, :, part] = x[source[moved], :, part]
+        self._lengths[:] = self._lengths[source]
+        self._settle()
+
+    @property
+    def lengths(self) -> Array:
+        """How many tokens each sequence has: int64 (batch,), a copy."""
+        return self._lengths.copy()
+
+    @property
+    def key(self) -> Array:
+        """Keys as they are stored: a view (batch, Hkv, max(lengths), E), undefined past each length."""
+        return self._stored.key[:, :, : self._longest()]
+
+    @property
+    def value(self) -> Array:
+        """Values as they are stored: a view (batch, Hkv, max(lengths), Ev), undefined past each length."""
+        return self._stored.value[:, :, : self._longest()]
+
+    @property
+    def key_scale(self) -> Array | None:
+        """What keys are multiplied by, one factor for each token and head: a float32 view (batch, Hkv, max(lengths)).
+
+        None where numbers are stored as they are.
+        """
+        scale = self._stored.key_scale
+        return None if scale is None else scale[:, :, : self._longest()]
+
+    @property
+    def value_scale(self) -> Array | None:
+        """What values are multiplied by, as `key_scale`."""
+        scale = self._stored.value_scale
+        return None if scale is None else scale[:, :, : self._longest()]
 
     def __repr__(self) -> str:
         return (
             f"KVCache(batch={self.batch}, num_kv_heads={self.num_kv_heads}, capacity={self.capacity}, "
-            f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self.dtype}, storage={self.storage!r}, "
-            f"lengths={self._held.lengths})"
+            f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self.dtype}, storage={self.storage}), "
+            f"lengths {self._lengths.min()} to {self._lengths.max()}"
         )
+
+    def _contents(self) -> Contents:
+        return self._stored
+
+    def _longest(self) -> int:
+        return int(self._lengths.max())
+
+    def _settle(self) -> None:
+        """Find the length that all sequences have, or None: then there is no plain slice to write to."""
+        first = int(self._lengths[0])
+        self._common = first if (self._lengths == first).all() else None

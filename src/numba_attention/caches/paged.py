@@ -1,50 +1,72 @@
-"""A cache of pages that sequences take as they grow, share, and give back."""
+"""PagedKVCache: keys and values of sequences that come, go and fork, in pages they may share."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
-from ..errors import CacheFullError
 from ..options import Array
-from .checks import check_dtype, check_new, lengths_of, size_of
+from .checks import (
+    check_array,
+    check_dtype,
+    check_ints,
+    check_lengths,
+    check_new,
+    check_pair,
+    check_size,
+    check_writeable,
+    why_read_only,
+)
 from .contents import Contents
-from .storage import aligned, encode, has_scale, resolve
+from .pages import PageTable
+from .storage import Arrays, Storage, each_token, storage_format
 
 
 class PagedKVCache:
-    """Keys and values of any number of sequences in pages of one size, for `attention_decode`.
+    """Keys and values of the tokens so far, in pages of a fixed size.
+
+    A sequence takes a page when it needs one, and gives it back when it ends. Sequences that begin with the same tokens
+    share the pages of those (`fork`); one that is to be written to is copied first.
 
     Parameters
     ----------
     num_pages, page_size, num_kv_heads, head_dim : int
-        Pages there are, tokens in a page, key/value heads, features of a key (E).
-    value_dim, dtype, storage
-        As in `KVCache`.
+        Pages, tokens of a page, key/value heads, features of a key.
+    value_dim : int, optional
+        Features of a value, if not `head_dim`.
+    dtype : dtype, default numpy.float32
+        float32, float64, float16 or ``ml_dtypes.bfloat16``: that of what is appended, of queries and of results.
+    storage : {None, "float16", "bfloat16", "int8", "float8"}, optional
+        How numbers are held, as in `KVCache`.
 
     Attributes
     ----------
     num_pages, page_size, num_kv_heads, head_dim, value_dim : int
-    dtype : dtype
+        As given.
+    dtype : numpy.dtype
+        As given.
     storage : str
+        How numbers are held: "float32", "float64", "float16", "bfloat16", "int8" or "float8_e4m3fn".
 
     Raises
     ------
-    TypeError, ValueError, ImportError
-        An argument has the wrong type or is out of range.
+    TypeError, ValueError
+        An argument has the wrong type or is out of range; the message names it.
+    ImportError
+        `storage` needs ml_dtypes, and it is not installed.
 
     See Also
     --------
-    KVCache : for a fixed batch.
-    attention_decode : reads it.
+    KVCache : one array for a batch: simpler, where all sequences have about the same length.
 
     Notes
     -----
-    A sequence has a list of pages, and takes a page when its last one is full. `fork` makes a sequence of the same
-    pages, which are copied when one of the two writes to a page that both have: a shared prefix is stored once. Pages
-    that no sequence has any more are free again. Whatever finds too few free pages changes nothing. Several threads may
-    read a cache at once while none changes it.
+    Each sequence has a row in a block table, which names its pages in order; each page has a count of the rows that
+    name it, and is free when that is 0. The last page of a fork is shared too, however full.
+
+    Every method either does all that was asked or raises and leaves the cache as it was.
+
+    Threads may read one cache at the same time, but only while none changes it.
 
     References
     ----------
@@ -54,17 +76,22 @@ class PagedKVCache:
     Examples
     --------
     >>> import numpy as np, numba_attention as na
-    >>> cache = na.PagedKVCache(num_pages=8, page_size=16, num_kv_heads=4, head_dim=64)
+    >>> cache = na.PagedKVCache(num_pages=10, page_size=16, num_kv_heads=4, head_dim=8)
+    >>> key, value = np.random.default_rng(0).standard_normal((2, 1, 4, 40, 8), dtype=np.float32)
     >>> (prompt,) = cache.add()
-    >>> new = np.ones((1, 4, 40, 64), np.float32)
-    >>> cache.append([prompt], new, new)
-    >>> other = cache.fork(prompt)
-    >>> cache.append([other], new[:, :, :1], new[:, :, :1])
-    >>> cache.lengths(), cache.free_pages
-    (array([40, 41]), 4)
+    >>> cache.append([prompt], key, value)
+    >>> other = cache.fork(prompt)  # takes no page
+    >>> cache.block_table()
+    array([[0, 1, 2],
+           [0, 1, 2]])
+    >>> cache.append([other], key[:, :, :1], value[:, :, :1])  # copies the page that it shares and writes to
     >>> cache.block_table()
     array([[0, 1, 2],
            [0, 1, 3]])
+    >>> cache.free(prompt)
+    >>> cache
+    PagedKVCache(num_pages=10, page_size=16, num_kv_heads=4, head_dim=8, value_dim=8, dtype=float32, storage=float32),
+    1 sequence, 7 pages free
     """
 
     def __init__(
@@ -74,276 +101,335 @@ class PagedKVCache:
         num_kv_heads: int,
         head_dim: int,
         value_dim: int | None = None,
-        dtype: Any = np.float32,
-        storage: Any = None,
+        dtype: DTypeLike = np.float32,
+        storage: DTypeLike | str | None = None,
     ) -> None:
-        pages, size = size_of("num_pages", num_pages), size_of("page_size", page_size)
-        heads, E = size_of("num_kv_heads", num_kv_heads), size_of("head_dim", head_dim)
-        Ev = E if value_dim is None else size_of("value_dim", value_dim)
-        real = check_dtype(dtype)
-        name, stored = resolve(storage, real)
-        key, value = (aligned((pages, heads, size, n), stored) for n in (E, Ev))
-        scales = [aligned(key.shape[:3], np.dtype(np.float32)) if has_scale(name) else None for _ in range(2)]
-        self._place(key, value, scales[0], scales[1], name, real)
+        num_pages = check_size("num_pages", num_pages)
+        page_size = check_size("page_size", page_size)
+        shape = (num_pages, check_size("num_kv_heads", num_kv_heads), page_size)
+        E = check_size("head_dim", head_dim)
+        Ev = E if value_dim is None else check_size("value_dim", value_dim)
+        kind = check_dtype(dtype)
+        form = storage_format(storage, kind)
+        key, key_scale = form.allocate((*shape, E))
+        value, value_scale = form.allocate((*shape, Ev))
+        self._hold((key, value, key_scale, value_scale), kind, form)
 
-    def _place(
-        self, key: Array, value: Array, key_scale: Array | None, value_scale: Array | None, name: str, dtype: Any
+    def _hold(
+        self,
+        arrays: Arrays,
+        dtype: np.dtype[Any],
+        form: Storage,
+        read_only: str | None = None,
     ) -> None:
-        self.num_pages, self.num_kv_heads, self.page_size, self.head_dim = key.shape
-        self.value_dim, self.dtype, self.storage = value.shape[-1], dtype, name
-        self._stores = [(key, key_scale), (value, value_scale)]
-        self._pages: dict[int, list[int]] = {}  # of each sequence, in order
-        self._lengths: dict[int, int] = {}
-        self._owners = [0] * self.num_pages  # sequences that have a page
-        self._free = list(range(self.num_pages - 1, -1, -1))  # a stack: the page given back last is taken first
-        self._next = 0
-        self._view: tuple[list[int], Contents] | None = None  # the last contents asked for, until something changes
+        self._arrays = arrays
+        self._form, self._read_only = form, read_only
+        self.num_pages, self.num_kv_heads, self.page_size, self.head_dim = arrays[0].shape
+        self.value_dim = arrays[1].shape[-1]
+        self.dtype, self.storage = dtype, form.name
+        self._pages = PageTable(self.num_pages, self.page_size)
 
     @classmethod
-    def from_arrays(
-        cls, key_pages: Array, value_pages: Array, block_table: ArrayLike, lengths: ArrayLike
-    ) -> "PagedKVCache":
-        """Make a cache of pages that are there already, without a copy.
+    def from_arrays(cls, key_pages: Array, value_pages: Array, block_table: ArrayLike, lengths: ArrayLike) -> Self:
+        """Make a cache of pages that exist, without a copy.
+
+        The cache reads, and `append` writes, the arrays themselves; the block table is copied.
 
         Parameters
         ----------
         key_pages : ndarray, shape (num_pages, Hkv, page_size, E)
-            Features must be contiguous. What is appended is written to it.
+            float32, float64, float16 or ``ml_dtypes.bfloat16``, features contiguous. Where it is read-only, or shares
+            memory with `value_pages`, nothing can be appended.
         value_pages : ndarray, shape (num_pages, Hkv, page_size, Ev)
-            dtype of `key_pages`.
+            In the dtype of `key_pages`, features contiguous.
         block_table : array of int, shape (n, blocks)
-            The pages of each sequence in order; what is past its length is ignored. Pages may be named several times:
-            they are shared.
-        lengths : array of int, shape (n,)
+            Pages of each sequence in order. A page that is named several times is shared. What no sequence needs is not
+            looked at.
+        lengths : int or array of int, shape (n,)
+            Tokens of each sequence.
 
         Returns
         -------
         PagedKVCache
-            Its sequences have the ids 0 .. n - 1; pages that none has are free.
+            Its sequences have the ids 0 to n - 1; pages that none of them needs are free.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has the wrong type, dtype or shape, or is out of range; the message names it.
+
+        Examples
+        --------
+        >>> import numpy as np, numba_attention as na
+        >>> key_pages, value_pages = np.ones((2, 8, 4, 16, 64), np.float32)
+        >>> cache = na.PagedKVCache.from_arrays(key_pages, value_pages, [[5, 0], [5, 3]], lengths=[20, 17])
+        >>> cache.free_pages
+        5
         """
-        for name, x in (("key_pages", key_pages), ("value_pages", value_pages)):
-            if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
-                raise TypeError(f"{name} must be a numpy.ndarray, got {type(x).__module__}.{type(x).__qualname__}")
-            if x.ndim != 4:
-                raise ValueError(f"{name} must have shape (pages, heads, page size, features), got {x.shape}")
+        names = ("key_pages", "value_pages")
+        dtype = check_pair(key_pages, value_pages, names, "pages, heads and page size")
+        sizes = (*key_pages.shape, value_pages.shape[-1])
+        for name, size in zip(("num_pages", "num_kv_heads", "page_size", "head_dim", "value_dim"), sizes, strict=True):
+            check_size(name, size)
+        for name, x in zip(names, (key_pages, value_pages), strict=True):
             if x.shape[-1] > 1 and x.strides[-1] != x.itemsize:
-                raise ValueError(
-                    f"{name} must have contiguous features, got strides {x.strides}; "
-                    f"use numpy.ascontiguousarray({name})"
-                )
-        dtype = check_dtype(key_pages.dtype, "key_pages")
-        if value_pages.dtype != dtype:
-            raise TypeError(f"value_pages must have the dtype of key_pages, {dtype}, got {value_pages.dtype}")
-        if value_pages.shape[:3] != key_pages.shape[:3] or min(key_pages.shape[1:]) < 1:
-            raise ValueError(
-                f"value_pages must have the shape of key_pages but Ev, {key_pages.shape}, got {value_pages.shape}"
-            )
-        table = np.asarray(block_table)
-        if table.ndim != 2 or (table.dtype.kind not in "iu" and table.size):
-            raise ValueError(f"block_table must be an array of int, (n, blocks), got {table.dtype} {table.shape}")
-        size = key_pages.shape[2]
-        own = lengths_of(lengths, len(table), table.shape[1] * size)
-        cache = cls.__new__(cls)
-        cache._place(key_pages.view(np.ndarray), value_pages.view(np.ndarray), None, None, dtype.name, dtype)
-        for i, length in enumerate(own.tolist()):
-            pages = [int(page) for page in table[i, : -(-length // size)]]
-            for page in pages:
-                if not 0 <= page < cache.num_pages:
-                    raise ValueError(f"block_table must name pages 0 .. {cache.num_pages - 1}, got {page}")
-                cache._owners[page] += 1
-            cache._pages[i], cache._lengths[i] = pages, length
-        cache._free = [page for page in range(cache.num_pages - 1, -1, -1) if not cache._owners[page]]
-        cache._next = len(table)
-        return cache
-
-    @property
-    def ids(self) -> Array:
-        """The sequences there are, int64, in the order they were made."""
-        return np.array(sorted(self._pages), np.int64)
-
-    @property
-    def free_pages(self) -> int:
-        """How many pages no sequence has."""
-        return len(self._free)
-
-    def __repr__(self) -> str:
-        return (
-            f"PagedKVCache(num_pages={self.num_pages}, page_size={self.page_size}, "
-            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
-            f"dtype={self.dtype}, storage={self.storage!r}, sequences={len(self._pages)}, free_pages={self.free_pages})"
-        )
-
-    def lengths(self, ids: ArrayLike | None = None) -> Array:
-        """Tokens in each of these sequences, by default in all; int64, a number where `ids` is one."""
-        return np.array([self._lengths[i] for i in self._known(ids)], np.int64).reshape(_shape(ids, len(self._pages)))
-
-    def block_table(self, ids: ArrayLike | None = None) -> Array:
-        """The pages of each of these sequences in order, int64 (n, most blocks), filled up with -1."""
-        lists = [self._pages[i] for i in self._known(ids)]
-        table = np.full((len(lists), max(map(len, lists), default=0)), -1, np.int64)
-        for row, pages in zip(table, lists, strict=True):
-            row[: len(pages)] = pages
-        return table
-
-    def _known(self, ids: ArrayLike | None) -> list[int]:
-        """Ids as a list; each must be there."""
-        if ids is None:
-            return sorted(self._pages)
-        array = np.asarray(ids)
-        if array.ndim > 1 or (array.dtype.kind not in "iu" and array.size):
-            raise TypeError(f"ids must be an int or a 1-D array of int, got {array.dtype} of shape {array.shape}")
-        found: list[int] = array.reshape(-1).tolist()
-        for i in found:
-            if i not in self._pages:
-                raise KeyError(f"there is no sequence {i} in the cache")
-        return found
-
-    def _contents(self, ids: ArrayLike | None = None) -> Contents:
-        known = self._known(ids)
-        if self._view is None or self._view[0] != known:
-            (key, key_scale), (value, value_scale) = self._stores
-            table, lengths = self.block_table(known), np.array([self._lengths[i] for i in known], np.int64)
-            held = Contents(key, value, key_scale, value_scale, table, lengths, self.storage, self.dtype)
-            self._view = known, held
-        return self._view[1]
+                raise ValueError(f"{name} must have contiguous features; pass numpy.ascontiguousarray({name})")
+        table = check_ints("block_table", block_table)
+        if table.ndim != 2:
+            raise ValueError(f"block_table must have shape (n, blocks), got {table.shape}")
+        n, width = table.shape
+        num_pages, _, page_size, _ = key_pages.shape
+        held = check_lengths("lengths", lengths, n, width * page_size, "what the blocks of block_table hold").copy()
+        used = np.arange(width) < -(-held[:, None] // page_size)
+        wrong = used & ((table < 0) | (table >= num_pages))
+        if wrong.any():
+            i, j = np.argwhere(wrong)[0]
+            raise ValueError(f"block_table must name pages from 0 to {num_pages - 1}, got {table[i, j]} at [{i}, {j}]")
+        self = cls.__new__(cls)
+        arrays = (key_pages.view(np.ndarray), value_pages.view(np.ndarray), None, None)
+        self._hold(arrays, dtype, storage_format(None, dtype), why_read_only(key_pages, value_pages))
+        self._pages.adopt(held, np.where(used, table, -1))
+        return self
 
     def add(self, n: int = 1) -> Array:
-        """Begin n empty sequences; returns their ids, int64 (n,). Ids are never used again."""
-        ids = np.arange(self._next, self._next + size_of("n", n))
-        self._next += len(ids)
-        for i in ids.tolist():
-            self._pages[i], self._lengths[i] = [], 0
-        self._view = None
-        return ids
+        """Begin n empty sequences.
 
-    def fork(self, id: int) -> int:
-        """Begin a sequence with the tokens of another, which takes no page until one of them writes; returns its id."""
-        (source,) = self._known([id])
-        new, self._next, self._view = self._next, self._next + 1, None
-        self._pages[new], self._lengths[new] = list(self._pages[source]), self._lengths[source]
-        for page in self._pages[new]:
-            self._owners[page] += 1
-        return new
+        Parameters
+        ----------
+        n : int, default 1
+            How many.
 
-    def free(self, id: int) -> None:
-        """End a sequence; pages that no other has are free again."""
-        (known,) = self._known([id])
-        self._give_back(self._pages.pop(known))
-        del self._lengths[known]
-        self._view = None
+        Returns
+        -------
+        ndarray of int64, shape (n,)
+            Their ids. No id is ever given twice.
 
-    def truncate(self, id: int, length: int) -> None:
-        """Shorten a sequence: take back tokens that were appended last."""
-        (known,) = self._known([id])
-        (new,) = lengths_of(length, 1, self._lengths[known], "length").tolist()
-        pages, keep = self._pages[known], -(-new // self.page_size)
-        self._give_back(pages[keep:])
-        del pages[keep:]
-        self._lengths[known], self._view = new, None
-
-    def reorder(self, ids: ArrayLike, sources: ArrayLike) -> None:
-        """Make sequence ``ids[i]`` what ``sources[i]`` was, for all i at once: the step of a beam search.
-
-        No token is copied, and no page is taken.
+        Raises
+        ------
+        TypeError, ValueError
+            `n` is no integer, or negative.
         """
-        known, chosen = self._distinct(ids), self._known(sources)
-        if len(known) != len(chosen):
-            raise ValueError(f"sources must be as many as ids, {len(known)}, got {len(chosen)}")
-        new = [(list(self._pages[i]), self._lengths[i]) for i in chosen]
-        for pages, _ in new:
-            for page in pages:
-                self._owners[page] += 1
-        for i, (pages, length) in zip(known, new, strict=True):
-            self._give_back(self._pages[i])
-            self._pages[i], self._lengths[i] = pages, length
-        self._view = None
+        n = check_size("n", n, 0)
+        return self._pages.add(np.zeros(n, np.int64), np.empty((n, 0), np.int64))
 
     def append(self, ids: ArrayLike, key: Array, value: Array, lengths: ArrayLike | None = None) -> None:
-        """Add tokens to the end of sequences.
+        """Add tokens at the end of some sequences.
 
         Parameters
         ----------
         ids : array of int, shape (n,)
-            Different sequences.
+            Which sequences, each at most once.
         key : ndarray, shape (n, Hkv, T, E)
-            dtype of the cache. Any strides.
+            In the dtype of the cache, any strides. It is copied.
         value : ndarray, shape (n, Hkv, T, Ev)
+            In the dtype of the cache.
         lengths : int or array of int, shape (n,), optional
-            How many of the T tokens each sequence gets, the first ones; by default all.
+            How many of the T tokens each sequence gets, from the first; by default all.
 
         Raises
         ------
         CacheFullError
-            Too few pages are free; nothing was appended to any sequence.
-        TypeError, ValueError, KeyError
-            Wrong type, dtype or shape, or a sequence that is not there.
+            There are fewer free pages than it takes. The cache is as it was, for all ids.
+        KeyError
+            A sequence was freed, or never added.
+        TypeError, ValueError
+            An argument has the wrong type, dtype or shape, or is out of range, or the cache was made of arrays that
+            cannot be written to. The cache is as it was.
         """
-        known = self._distinct(ids)
-        T = check_new(key, value, ((len(known), self.num_kv_heads), self.head_dim, self.value_dim), self.dtype)
-        counts = [T] * len(known) if lengths is None else lengths_of(lengths, len(known), T).tolist()
-        if not all(store.flags.writeable for store, _ in self._stores):
-            raise ValueError("the cache was made of a read-only array and cannot grow")
-        self._make_room(known, counts)
-        for n, (i, count) in enumerate(zip(known, counts, strict=True)):
-            self._write(self._pages[i], self._lengths[i], key[n], value[n], count)
-            self._lengths[i] += count
-        self._view = None
+        rows = self._rows("ids", ids, distinct=True)
+        n = len(rows)
+        T = check_array("key", key).shape[2]
+        check_new("key", key, (n, self.num_kv_heads, -1, self.head_dim), self.dtype)
+        check_new("value", value, (n, self.num_kv_heads, T, self.value_dim), self.dtype)
+        check_writeable(self._read_only)
+        if lengths is None:
+            added = np.full(n, T)
+        else:
+            added = check_lengths("lengths", lengths, n, T, "the number of tokens given")
+        growth = self._pages.grow(rows, added)
+        if len(growth.copies):
+            for x in self._arrays:
+                if x is not None:
+                    x[growth.copies] = x[growth.shared]
+        sequence, token = each_token(added)
+        block, place = np.divmod(growth.filled[sequence] + token, self.page_size)
+        self._form.scatter(self._arrays, key, value, (sequence, token), (growth.pages[sequence, block], place))
+        self._pages.commit(growth)
 
-    def _distinct(self, ids: ArrayLike) -> list[int]:
-        known = self._known(ids)
-        if len(set(known)) != len(known):
-            raise ValueError(f"ids must be different, got {known}")
-        return known
+    def fork(self, id: int) -> int:
+        """Begin a sequence with all the tokens of another, which takes no page.
 
-    def _make_room(self, ids: list[int], counts: list[int]) -> None:
-        """Give every sequence the pages it will write to, none of them shared; or raise and change nothing."""
-        size, owners = self.page_size, self._owners
-        new, copies = [], []  # pages to take for each sequence; sequences whose last page is to be copied
-        sharing: dict[int, int] = {}  # how many of these sequences will leave a page
-        for i, count in zip(ids, counts, strict=True):
-            pages, length = self._pages[i], self._lengths[i]
-            new.append(-(-(length + count) // size) - len(pages))
-            if count and length % size:
-                left = sharing.get(pages[-1], 0)
-                if owners[pages[-1]] - left > 1:  # the last one that has the page keeps it
-                    sharing[pages[-1]] = left + 1
-                    copies.append(i)
-        need = sum(new) + len(copies)
-        if need > len(self._free):
-            raise CacheFullError(f"{need} more pages of the cache would be needed, {len(self._free)} are free")
-        for i in copies:
-            pages, page = self._pages[i], self._free.pop()
-            used = self._lengths[i] % size
-            for store, scale in self._stores:
-                store[page, :, :used] = store[pages[-1], :, :used]
-                if scale is not None:
-                    scale[page, :, :used] = scale[pages[-1], :, :used]
-            owners[pages[-1]] -= 1
-            owners[page], pages[-1] = 1, page
-        for i, count in zip(ids, new, strict=True):
-            for _ in range(count):
-                page = self._free.pop()
-                owners[page] = 1
-                self._pages[i].append(page)
+        Parameters
+        ----------
+        id : int
+            Which sequence.
 
-    def _write(self, pages: list[int], length: int, key: Array, value: Array, count: int) -> None:
-        """Write `count` tokens of key and value (Hkv, T, E) after the first `length`."""
-        done = 0
-        while done < count:
-            block, slot = divmod(length + done, self.page_size)
-            part = min(self.page_size - slot, count - done)
-            rows = slice(slot, slot + part)
-            for new, (store, scale) in zip((key, value), self._stores, strict=True):
-                own = None if scale is None else scale[pages[block], :, rows]
-                encode(new[:, done : done + part], self.storage, store[pages[block], :, rows], own)
-            done += part
+        Returns
+        -------
+        int
+            Id of the new sequence.
 
-    def _give_back(self, pages: Sequence[int]) -> None:
-        for page in reversed(pages):
-            self._owners[page] -= 1
-            if not self._owners[page]:
-                self._free.append(page)
+        Raises
+        ------
+        KeyError
+            The sequence was freed, or never added.
+        TypeError
+            `id` is no integer.
+        """
+        row = self._row(id)
+        pages = self._pages
+        return int(pages.add(pages.lengths[[row]], pages.blocks(np.array([row])))[0])
 
+    def truncate(self, id: int, length: int) -> None:
+        """Forget the tokens of a sequence past a length; pages that nobody needs then are free.
 
-def _shape(ids: Any, n: int) -> tuple[int, ...]:
-    return (n,) if ids is None else np.shape(ids)
+        Parameters
+        ----------
+        id : int
+            Which sequence.
+        length : int
+            How many tokens to keep, at most as many as there are.
+
+        Raises
+        ------
+        KeyError
+            The sequence was freed, or never added.
+        TypeError, ValueError
+            An argument is no integer, or `length` is out of range.
+        """
+        row = self._row(id)
+        now = int(self._pages.lengths[row])
+        if not check_size("length", length, 0) <= now:
+            raise ValueError(f"length must lie between 0 and the current length, {now}, got {length}")
+        self._pages.truncate(row, int(length))
+
+    def free(self, id: int) -> None:
+        """End a sequence; pages that nobody needs then are free.
+
+        Parameters
+        ----------
+        id : int
+            Which sequence.
+
+        Raises
+        ------
+        KeyError
+            The sequence was freed already, or never added.
+        TypeError
+            `id` is no integer.
+        """
+        self._pages.remove(self._row(id))
+
+    def reorder(self, ids: ArrayLike, sources: ArrayLike) -> None:
+        """Let sequence ``ids[i]`` become what ``sources[i]`` is, for all i at once, as in beam search.
+
+        Nothing is copied but rows of the block table.
+
+        Parameters
+        ----------
+        ids : array of int, shape (n,)
+            Which sequences, each at most once.
+        sources : array of int, shape (n,)
+            Which they become. One may be named several times, and need not be in `ids`.
+
+        Raises
+        ------
+        KeyError
+            A sequence was freed, or never added.
+        TypeError, ValueError
+            An argument has the wrong type or shape.
+        """
+        rows, froms = self._rows("ids", ids, distinct=True), self._rows("sources", sources)
+        if rows.shape != froms.shape:
+            raise ValueError(f"sources must be as many as ids, {len(rows)}, got {len(froms)}")
+        self._pages.reorder(rows, froms)
+
+    def lengths(self, ids: ArrayLike | None = None) -> Array:
+        """How many tokens sequences have.
+
+        Parameters
+        ----------
+        ids : array of int, shape (n,), optional
+            Which sequences; by default all, in order of id.
+
+        Returns
+        -------
+        ndarray of int64, shape (n,)
+
+        Raises
+        ------
+        KeyError
+            A sequence was freed, or never added.
+        TypeError, ValueError
+            `ids` has the wrong type or shape.
+        """
+        return self._contents(ids).lengths.copy()
+
+    def block_table(self, ids: ArrayLike | None = None) -> Array:
+        """Which pages hold which sequence.
+
+        Parameters
+        ----------
+        ids : array of int, shape (n,), optional
+            Which sequences; by default all, in order of id.
+
+        Returns
+        -------
+        ndarray of int64, shape (n, blocks)
+            Entry [i, j] is the page of the tokens from ``j * page_size`` of sequence i, or -1 past its end.
+
+        Raises
+        ------
+        KeyError
+            A sequence was freed, or never added.
+        TypeError, ValueError
+            `ids` has the wrong type or shape.
+        """
+        table: Any = self._contents(ids).table
+        return np.array(table)
+
+    @property
+    def ids(self) -> Array:
+        """Ids of the sequences that have not been freed, ascending: int64, a copy."""
+        return self._pages.ids.copy()
+
+    @property
+    def free_pages(self) -> int:
+        """How many pages are free."""
+        return self._pages.num_free
+
+    def __repr__(self) -> str:
+        n = len(self._pages.ids)
+        return (
+            f"PagedKVCache(num_pages={self.num_pages}, page_size={self.page_size}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self.dtype}, storage={self.storage}), "
+            f"{n} sequence{'' if n == 1 else 's'}, {self.free_pages} pages free"
+        )
+
+    def _contents(self, ids: ArrayLike | None = None) -> Contents:
+        pages = self._pages
+        rows = slice(None) if ids is None else self._rows("ids", ids)
+        return Contents(
+            *self._arrays,
+            pages.blocks(rows),
+            pages.lengths[rows],
+            self.storage,
+            self.dtype,
+        )
+
+    def _rows(self, name: str, ids: ArrayLike, distinct: bool = False) -> Array:
+        wanted = check_ints(name, ids)
+        if wanted.ndim != 1:
+            raise ValueError(f"{name} must have shape (n,), got {wanted.shape}")
+        if distinct and len(wanted) > 1:
+            ordered = np.sort(wanted)
+            twice = ordered[1:][ordered[1:] == ordered[:-1]]
+            if twice.size:
+                raise ValueError(f"{name} must be distinct, got {twice[0]} twice")
+        return self._pages.rows(wanted)
+
+    def _row(self, id: Any) -> int:
+        wanted = check_ints("id", id)
+        if wanted.ndim != 0:
+            raise TypeError(f"id must be an integer, got {id!r}")
+        return int(self._pages.rows(wanted[None])[0])

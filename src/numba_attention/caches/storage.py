@@ -1,96 +1,128 @@
-"""How a cache holds numbers: as they are, rounded, or in a byte with a scale for each token and head."""
+"""How a cache holds numbers: as they are, rounded to fewer bits, or as 8-bit codes with a scale per token and head."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..options import Array
 
-_LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # magnitudes that a scale takes the largest number of a row to
-_BLOCK = 2**18  # numbers encoded at a time, so that temporaries stay in the cache
+Arrays = tuple[Array, Array, Array | None, Array | None]  # keys, values, and the scales of each or None
+_LIMITS = {"int8": 127.0, "float8_e4m3fn": 448.0}  # largest code of the formats that need a scale
+_SHORT = ("float16", "bfloat16", "int8", "float8_e4m3fn")
+_TINY = np.finfo(np.float32).tiny
+_LINE = 64  # bytes of a cache line, and of the widest vector
+_BLOCK = 2**16  # numbers encoded at a time: their temporaries stay in the second-level cache
 
 
-def resolve(storage: Any, dtype: np.dtype[Any]) -> tuple[str, np.dtype[Any]]:
-    """Name and dtype of a storage, for numbers of this dtype; None is that dtype itself."""
-    if storage is None:
-        return dtype.name, dtype
-    name = storage if isinstance(storage, str) else _name(storage)
-    name = "float8_e4m3fn" if name == "float8" else name
-    if name == dtype.name:
-        return name, dtype
-    if name in ("float16", "int8"):
-        found = np.dtype(name)
-    elif name in ("bfloat16", "float8_e4m3fn"):
-        try:
-            import ml_dtypes
-        except ImportError:
-            raise ImportError(f'storage {name} needs ml_dtypes: pip install "numba-attention[bfloat16]"') from None
-        found = np.dtype(getattr(ml_dtypes, name))
-    else:
-        raise ValueError(
-            f"storage must be None, 'float16', 'bfloat16', 'int8', 'float8' or the dtype {dtype}, got {storage!r}"
-        )
-    if found.itemsize >= dtype.itemsize:
-        raise ValueError(f"storage must be smaller than the dtype of the cache, {dtype}, got {name}")
-    return name, found
+@dataclass(frozen=True)
+class Storage:
+    """One storage format."""
 
+    name: str
+    dtype: np.dtype[Any]  # of what is stored
+    limit: float | None  # largest code, where there is a scale per token and head
 
-def _name(storage: Any) -> str:
-    try:
-        name: str = np.dtype(storage).name
-    except TypeError:
-        raise TypeError(f"storage must be None, a name or a dtype, got {storage!r}") from None
-    return name
+    def allocate(self, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
+        """Make room for numbers of `shape`, uninitialised: codes, and their scales or None."""
+        codes = aligned_empty(shape, self.dtype)
+        return codes, None if self.limit is None else aligned_empty(shape[:-1], np.dtype(np.float32))
 
+    def encode(self, x: Array) -> tuple[Array, Array | None]:
+        """Turn numbers (..., E) into codes (..., E) and scales (...).
 
-def has_scale(name: str) -> bool:
-    return name in _LARGEST
-
-
-def encode(x: Array, name: str, codes: Array, scale: Array | None) -> None:
-    """Write x (..., T, E) to `codes`, of its shape, and where the storage has scales to `scale`, (..., T).
-
-    A row that holds NaN or infinity has the scale NaN, so that it reads as NaN; a row of zeros has the scale 0.
-    """
-    if scale is None:
+        The scale is max|x| / limit, so that ``codes * scale`` is x to within half a step. Rows of zeros have scale 0.
+        A row with NaN or infinity, or too large for a scale in float32, has scale NaN and reads as NaN.
+        """
+        if self.limit is None:
+            return x.astype(self.dtype), None
+        wide = x.astype(np.float64 if x.dtype.itemsize == 8 else np.float32, copy=False)
         with np.errstate(all="ignore"):
-            codes[...] = x
-        return
-    T = x.shape[-2]
-    rows = max(1, _BLOCK // max(1, x[..., 0, :].size))
-    for start in range(0, T, rows):
-        part = slice(start, start + rows)
-        _encode_block(x[..., part, :], name, codes[..., part, :], scale[..., part])
+            largest = np.maximum(wide.max(-1, initial=0), np.abs(wide.min(-1, initial=0)))  # NaN if there is one
+            # Not subnormal: it would be a coarse multiple of the right scale, and codes would overflow.
+            scale = np.where(largest > 0, np.maximum(largest / self.limit, _TINY), largest).astype(np.float32)
+            lost = ~np.isfinite(scale)
+            numbers = wide / np.where(scale > 0, scale, 1)[..., None]
+            if self.dtype.kind == "i":
+                np.rint(numbers, out=numbers)
+            codes = numbers.astype(self.dtype)
+        if lost.any():
+            scale[lost], codes[lost] = np.nan, 0
+        return codes, scale
+
+    def write(self, codes: Array, scale: Array | None, where: tuple[Any, ...], x: Array) -> None:
+        """Store x in the places `where`, an index of the axes before the features."""
+        if scale is None:
+            codes[where] = x
+        else:
+            codes[where], scale[where] = self.encode(x)
+
+    def scatter(
+        self, arrays: Arrays, key: Array, value: Array, source: tuple[Array, Array], to: tuple[Array, Array]
+    ) -> None:
+        """Store tokens one by one: those of sequence and position `source` in row (or page) and position `to`."""
+        for part in blocks(len(to[0]), key[:1, :, :1].size):
+            where = to[0][part], slice(None), to[1][part]
+            i, t = source[0][part], source[1][part]
+            self.write(arrays[0], arrays[2], where, key[i, :, t])
+            self.write(arrays[1], arrays[3], where, value[i, :, t])
 
 
-def _encode_block(x: Array, name: str, codes: Array, scale: Array) -> None:
-    wide = np.float64 if x.dtype == np.float64 else np.float32
-    x = x.astype(wide, copy=False)
-    with np.errstate(all="ignore"):
-        # NaN if there is any, infinite if that is all there is: one more comparison finds both.
-        factor = (np.abs(x).max(axis=-1, initial=0) / wide(_LARGEST[name])).astype(np.float32)
-        scale[...] = np.where(np.isfinite(factor), factor, np.nan)
-        usable = np.isfinite(factor) & (factor > 0)
-        ratio = np.where(usable[..., None], x / np.where(usable, factor, 1).astype(wide)[..., None], 0)
-    limit = wide(_LARGEST[name])
-    np.clip(ratio, -limit, limit, out=ratio)
-    if name == "int8":
-        np.rint(ratio, out=ratio)
-    codes[...] = ratio.astype(codes.dtype)
+def each_token(lengths: Array) -> tuple[Array, Array]:
+    """List the tokens of sequences of these lengths: the sequence of each, and its position there."""
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    return sequence, np.arange(len(sequence)) - (np.cumsum(lengths) - lengths)[sequence]
 
 
 def decode(codes: Array, scale: Array | None) -> Array:
-    """The numbers that are stored, as float64."""
-    x: Array = codes.astype(np.float64)
-    return x if scale is None else x * scale[..., None].astype(np.float64)
+    """Return the numbers (..., E) that codes (..., E) and scales (...) stand for, as float64."""
+    numbers: Array = codes.astype(np.float64)
+    return numbers if scale is None else numbers * scale[..., None]
 
 
-def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An array that begins at a cache line, so that rows of a power of two do not straddle two; not initialised."""
-    count = 1
-    for n in shape:
-        count *= n
-    raw = np.empty(count * dtype.itemsize + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    found: Array = raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+def storage_format(storage: Any, dtype: np.dtype[Any]) -> Storage:
+    """Resolve the `storage` of a cache for numbers of `dtype`; None means as they are."""
+    if storage is None:
+        return Storage(dtype.name, dtype, None)
+    if isinstance(storage, str):
+        name = "float8_e4m3fn" if storage == "float8" else storage
+    else:
+        try:
+            name = np.dtype(storage).name
+        except TypeError:
+            raise TypeError(f"storage must be None, a string or a dtype, got {storage!r}") from None
+    if name == dtype.name:
+        return Storage(name, dtype, None)
+    if name not in _SHORT:
+        raise ValueError(
+            f"storage must be None (that of dtype, {dtype}), 'float16', 'bfloat16', 'int8' or 'float8', got {storage!r}"
+        )
+    held = np.dtype(name) if name in ("float16", "int8") else ml_dtype(name)
+    return Storage(name, held, _LIMITS.get(name))
+
+
+def ml_dtype(name: str) -> np.dtype[Any]:
+    """Return a dtype that NumPy itself does not have. Nothing is imported before someone asks for one."""
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ImportError(f'{name} needs ml_dtypes: pip install "numba-attention[bfloat16]"') from None
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
     return found
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """numpy.empty, beginning at a cache line, so that rows whose size is a multiple of one do not straddle two."""
+    size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    buffer = np.empty(size + _LINE, np.uint8)
+    start = -buffer.ctypes.data % _LINE
+    result: Array = buffer[start : start + size].view(dtype).reshape(shape)
+    return result
+
+
+def blocks(tokens: int, numbers: int) -> Iterator[slice]:
+    """Cut so many tokens into slices that are worth encoding at a time; `numbers` are those of one token."""
+    step = max(1, _BLOCK // max(1, numbers))
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))

@@ -53,21 +53,13 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     locate, scale = sources.locate, sources.scale
     pack, add, gather = features.pack_queries(spec), features.add_values(spec), features.copy_strided(spec)
     step_softmax = softmax_step(spec, pairs=False)
-    value_at, write = tiles.load_value(spec), features.write_row(spec)
+    value_at, write, has_nan = tiles.load_value(spec), features.write_row(spec), tiles.has_nan(spec)
 
     @spec.jit
     def pitch_of(p: Any) -> int:
         """Numbers in a row of outputs."""
         pitch: int = (p.Ev + W - 1) // W * W
         return pitch
-
-    @spec.jit
-    def has_nan(p: Any, at: int, lanes: int) -> bool:
-        out = carray(void_pointer(at + p.at_out), NEVER, real)
-        total = real(0)
-        for x in range(lanes * pitch_of(p)):
-            total += out[x] * real(0)
-        return math.isnan(total)
 
     @spec.jit
     def mark_hidden(p: Any, at: int, n: int) -> None:
@@ -169,7 +161,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 for x in range(lanes * pitch_of(p)):
                     out[x] += extra[x]
             # As in `forward`: a tile in which a weight of 0 may have met NaN or infinity is done again.
-            if careful or not has_nan(p, at, lanes):
+            if careful or not has_nan(at + p.at_out, lanes * pitch_of(p) // W):
                 return
             careful = True
 
