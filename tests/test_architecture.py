@@ -106,11 +106,19 @@ def test_no_numba_above_the_backends():
         "errors",
         "backends/__init__",
         "backends/reference",
+        "cached",
+        "packed",
+        *(f"caches/{path.stem}" for path in (ROOT / "caches").glob("*.py")),
     ):
         for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.split(".")[0] in ("numba", "llvmlite") for name in names), module
+
+
+def test_caches_know_nothing_of_who_reads_them():
+    for path in (ROOT / "caches").glob("*.py"):
+        assert {target[0] for target, _ in modules_imported(path)} <= {"caches", "errors", "options", "problem"}, path
 
 
 def test_reference_stands_alone():

@@ -63,7 +63,7 @@ def check_new(name: str, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -
 
 
 def check_ints(name: str, x: Any) -> Array:
-    """Make an int64 array of integers."""
+    """Make an int64 array of integers, always a new one."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost; pass its .data")
     try:

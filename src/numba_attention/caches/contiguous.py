@@ -158,7 +158,7 @@ class KVCache:
             check_size(name, size)
         if lengths is None:
             lengths = capacity
-        held = check_lengths("lengths", lengths, n, capacity, "the capacity").copy()
+        held = check_lengths("lengths", lengths, n, capacity, "the capacity")
         form = storage_format(None, dtype)
         self = cls.__new__(cls)
         contents = Contents(key.view(np.ndarray), value.view(np.ndarray), None, None, None, held, form.name, dtype)
@@ -188,7 +188,8 @@ class KVCache:
         stored = self._stored
         T = key.shape[2] if type(key) is np.ndarray and key.ndim == 4 else -1
         if (  # one token is appended in a few microseconds, so what is right is not asked twice
-            type(value) is not np.ndarray
+            T < 0
+            or type(value) is not np.ndarray
             or key.dtype is not self.dtype
             or value.dtype is not self.dtype
             or key.shape != (self.batch, self.num_kv_heads, T, self.head_dim)

@@ -179,7 +179,7 @@ class PagedKVCache:
             raise ValueError(f"block_table must have shape (n, blocks), got {table.shape}")
         n, width = table.shape
         num_pages, _, page_size, _ = key_pages.shape
-        held = check_lengths("lengths", lengths, n, width * page_size, "what the blocks of block_table hold").copy()
+        held = check_lengths("lengths", lengths, n, width * page_size, "what the blocks of block_table hold")
         used = np.arange(width) < -(-held[:, None] // page_size)
         wrong = used & ((table < 0) | (table >= num_pages))
         if wrong.any():

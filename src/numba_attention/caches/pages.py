@@ -24,8 +24,8 @@ class Growth(NamedTuple):
 class PageTable:
     """Live sequences, one row each in order of id, and the pages that hold them.
 
-    A page is named by any number of rows (`counts`); that of 0 are on the free list. Only the last page of a sequence
-    is ever written to, and only if nobody else names it.
+    A page is named by any number of rows (`counts`); that of none is on the free list. It is only ever written to past
+    the tokens that rows have in it: whoever has fewer of them than are there writes to a copy.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
