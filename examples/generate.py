@@ -1,7 +1,7 @@
 """Greedy text from a small trained decoder: without a cache, with one, with pages, and several prompts at once.
 
-The PyPI package `glassllm` ships the weights of a language model of 4 layers (4 query heads on 2 key/value heads, rotary
-positions, 1024 tokens), trained on 230 000 tokens of English, and its own NumPy code, which says what is right:
+The PyPI package `glassllm` ships the weights of a language model of 4 layers (4 query heads on 2 key/value heads,
+rotary positions, 1024 tokens), trained on 230 000 tokens of English, and its own NumPy code: it says what is right.
 
     python examples/generate.py "The whale" --tokens 100
 

@@ -1,5 +1,7 @@
 """Packed sequences: each as it would be alone, in every option, forward and backward."""
 
+import itertools
+
 import numba
 import numpy as np
 import pytest
@@ -263,3 +265,28 @@ def test_bad_input(change, error, message):
     na.attention_varlen(**arguments)
     with pytest.raises(error, match=message):
         na.attention_varlen(**arguments | change)
+
+
+@pytest.mark.parametrize("rotary", [None, True])
+def test_layer(rotary):
+    layer = na.MultiHeadAttention(48, 4, num_kv_heads=2, rotary=rotary, rng=0)
+    x, cu_seqlens = np.random.default_rng(1).standard_normal((40, 48), dtype=np.float32), [0, 7, 7, 30, 40]
+    out = layer(x, cu_seqlens=cu_seqlens, is_causal=True, window=(9, None))
+    for start, stop in itertools.pairwise(cu_seqlens):
+        if start < stop:
+            want = layer(x[start:stop], is_causal=True, window=(9, None))
+            np.testing.assert_allclose(out[start:stop], want, atol=2e-6)
+
+
+def test_layer_refuses():
+    layer, x = na.MultiHeadAttention(8, 2, rng=0), np.zeros((6, 8), np.float32)
+    with pytest.raises(ValueError, match="cu_seqlens is for self-attention"):
+        layer(x, x, cu_seqlens=[0, 6])
+    with pytest.raises(ValueError, match="query must have shape"):
+        layer(x[None], cu_seqlens=[0, 6])
+    with pytest.raises(ValueError, match="cu_seqlens_q must go from 0 to 6"):
+        layer(x, cu_seqlens=[0, 5])
+    with pytest.raises(ValueError, match="key_padding_mask must be None"):
+        layer(x, cu_seqlens=[0, 6], key_padding_mask=np.zeros(6, bool))
+    with pytest.raises(ValueError, match="cu_seqlens must be None with a cache"):
+        layer(x, cu_seqlens=[0, 6], cache=na.KVCache(1, 2, 8, 4))

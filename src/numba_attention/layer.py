@@ -14,6 +14,7 @@ from .options import Array, Causal, Gradients, Window
 from .problem import check_like, sum_to
 from .projection import linear, linear_backward
 from .rotary import Rotation, Turn, rotate
+from .varlen import attention_varlen
 from .weights import INPUTS, Weights
 
 # By whether key is query, and whether value is key: which input projections one product can do, as (first, last + 1).
@@ -136,6 +137,7 @@ class MultiHeadAttention(Weights):
         *,
         cache: Cache | None = ...,
         ids: ArrayLike | None = ...,
+        cu_seqlens: ArrayLike | None = ...,
         need_weights: Literal[False] = ...,
         average_weights: bool = ...,
         **options: Unpack[_Options],
@@ -171,6 +173,7 @@ class MultiHeadAttention(Weights):
         key_lengths: ArrayLike | None = None,
         cache: Cache | None = None,
         ids: ArrayLike | None = None,
+        cu_seqlens: ArrayLike | None = None,
         need_weights: bool = False,
         average_weights: bool = True,
     ) -> Array | tuple[Array, Array]:
@@ -204,8 +207,12 @@ class MultiHeadAttention(Weights):
             is refused, the cache stays as it was.
         ids : array of int, shape (batch,), optional
             Which sequences of a `PagedKVCache`; by default all there are.
+        cu_seqlens : array of int, shape (n + 1,), optional
+            `query`, of shape (T, embed_dim), is n sequences laid end to end, of which sequence b has the rows
+            ``cu_seqlens[b] : cu_seqlens[b + 1]`` and attends to itself: `attention_varlen`, whose options apply.
+            Inference only.
         need_weights : bool, default False
-            Also return the attention probabilities. Not with a cache.
+            Also return the attention probabilities. Not with a cache or `cu_seqlens`.
         average_weights : bool, default True
             Whether these are the mean over the heads, or those of every head.
 
@@ -236,11 +243,17 @@ class MultiHeadAttention(Weights):
             "key_lengths": key_lengths,
         }
         if cache is not None:
+            if cu_seqlens is not None:
+                raise ValueError("cu_seqlens must be None with a cache")
             if need_weights:
                 raise ValueError("need_weights must be False with a cache; see attention_weights")
             return self._attend_cache(query, key, value, cache, ids, options)
         if ids is not None:
             raise ValueError("ids must be None without a cache")
+        if cu_seqlens is not None:
+            if need_weights or key is not None or value is not None:
+                raise ValueError("cu_seqlens is for self-attention without need_weights: key and value must be None")
+            return self._attend_packed(query, cu_seqlens, options)
         ctx = self._attend(query, key, value, options, return_lse=False)
         result: Array | tuple[Array, Array] = self._result(ctx, need_weights, average_weights)
         return result
@@ -439,6 +452,29 @@ class MultiHeadAttention(Weights):
         heads = attend(cache, ids, q, k, v, self._rotation, options | {"backend": self.backend})
         out = linear(_features(heads), self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias"))
         return out[0] if flat else out
+
+    def _attend_packed(self, query: Array, cu_seqlens: ArrayLike, options: dict[str, Any]) -> Array:
+        """Self-attention of sequences laid end to end."""
+        key, value, _ = check_inputs(query, None, None, (self.embed_dim, self.kdim, self.vdim), self.dtype)
+        if query.ndim != 2:
+            raise ValueError(f"query must have shape (tokens, {self.embed_dim}) with cu_seqlens, got {query.shape}")
+        if options.pop("key_padding_mask") is not None:
+            raise ValueError("key_padding_mask must be None with cu_seqlens, where there is no padding")
+        q, k, v = self._project(query, key, value)
+        starts = np.asarray(cu_seqlens)
+        if self._rotation is not None:
+            if options["query_offset"] is not None:
+                raise ValueError("query_offset must be None with cu_seqlens and rotary positions")
+            # Whatever is wrong with the offsets, `attention_varlen` says.
+            own = starts[:-1] if starts.ndim == 1 and starts.dtype.kind in "iu" else np.zeros(0, np.int64)
+            first = own[np.searchsorted(own, np.arange(len(query)), side="right") - 1] if own.size else 0
+            turn = self._rotation.turn(np.arange(len(query)) - first, self.dtype)
+            for x in (q, k):
+                rotate(x, turn, x)
+        heads = np.empty((len(query), self.num_heads, self.head_dim), self.dtype)
+        q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))
+        attention_varlen(q, k, v, starts, starts, out=heads, backend=self.backend, **options)
+        return linear(_features(heads), self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias"))
 
     def _result(self, ctx: Context, need_weights: bool, average_weights: bool) -> Any:
         """Join the heads to what the caller gets."""

@@ -153,7 +153,7 @@ class MiniLM:
         return self.embed_tokens([encoding.ids for encoding in self.tokenize(sentences)])
 
     def embed_tokens(self, sequences: Sequence[Sequence[int]]) -> Array:
-        """Embed sequences of token ids, those of like length together, on as many threads as Numba has.
+        """Embed sequences of token ids, packed into batches, on as many threads as Numba has.
 
         Parameters
         ----------
@@ -194,28 +194,25 @@ class MiniLM:
             Rows sum to 1.
         """
         (encoding,) = self.tokenize([sentence])
-        x, lengths = self._look_up([encoding.ids])
+        x, starts = self._look_up([encoding.ids])
         for before in self.blocks[:block]:
-            x = before(x, lengths)
+            x = before(x, starts)
         _, maps = self.blocks[block].attention(x, need_weights=True, average_weights=False)
-        return list(encoding.tokens), maps[0]
+        return list(encoding.tokens), maps
 
     def _look_up(self, sequences: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-        """Embeddings of the tokens (B, L, 384), padded to the longest sequence, and the lengths (B,)."""
+        """Embeddings of the tokens (T, 384), sequences end to end, and where they begin (B + 1,)."""
         lengths = np.array([len(sequence) for sequence in sequences])
-        ids = np.zeros((len(sequences), max(lengths)), np.int64)
-        for row, sequence in zip(ids, sequences, strict=True):
-            row[: len(sequence)] = sequence
-        x: Array = self.words[ids]
-        x += self.positions[: ids.shape[1]]
-        return _layer_norm(x, *self.norm, self.eps), lengths
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        x: Array = self.words[np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences])]
+        x += self.positions[np.arange(len(x)) - np.repeat(starts[:-1], lengths)]
+        return _layer_norm(x, *self.norm, self.eps), starts
 
     def _embed_batch(self, sequences: Sequence[Sequence[int]]) -> Array:
-        x, lengths = self._look_up(sequences)
+        x, starts = self._look_up(sequences)
         for block in self.blocks:
-            x = block(x, lengths)
-        x *= (np.arange(x.shape[1]) < lengths[:, None])[..., None]
-        mean: Array = x.sum(axis=1)  # its length does not matter, so no division by the number of tokens
+            x = block(x, starts)
+        mean: Array = np.add.reduceat(x, starts[:-1])  # its length does not matter: no division by that of the sequence
         mean /= np.linalg.norm(mean, axis=1, keepdims=True)
         return mean
 
@@ -243,12 +240,12 @@ class _Block:
         self.norm = _pair(tensors, f"{prefix}output.LayerNorm")
         self.eps = eps
 
-    def __call__(self, x: Array, lengths: Array) -> Array:
-        """(B, L, 384) to the same; what is past a length is of no consequence to what is not."""
-        attended = self.attention(x, query_lengths=lengths, key_lengths=lengths)
+    def __call__(self, x: Array, starts: Array) -> Array:
+        """(T, 384) to the same, sequences end to end."""
+        attended = self.attention(x, cu_seqlens=starts)
         attended += x
         x = _layer_norm(attended, *self.attention_norm, self.eps)
-        out = self._feed_forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        out = self._feed_forward(x)
         out += x
         return _layer_norm(out, *self.norm, self.eps)
 
@@ -298,10 +295,13 @@ def _pair(tensors: dict[str, Array], name: str) -> tuple[Any, Any]:
 
 
 def _batches(lengths: list[int]) -> list[list[int]]:
-    """Indices in batches of about `BATCH` tokens, longest first: little padding, and small work at the end."""
+    """Indices in batches of about `BATCH` tokens, longest first, so that the last work is small; nothing is padded."""
     batches: list[list[int]] = []
+    tokens = BATCH
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > BATCH:
+        if tokens + lengths[n] > BATCH:
             batches.append([])
+            tokens = 0
         batches[-1].append(n)
+        tokens += lengths[n]
     return batches
