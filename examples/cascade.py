@@ -11,8 +11,6 @@ import os
 import statistics
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin: see docs/threads.md
-
 import numpy as np
 
 import numba_attention as na
@@ -56,6 +54,7 @@ def caches(shared, own):
 
 
 def main():
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin: see docs/threads.md
     query, shared, own = arrays()
     short, long, paged = caches(shared, own)
     ways = {

@@ -13,8 +13,6 @@ import argparse
 import os
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin: see docs/threads.md
-
 import glassllm
 import numpy as np
 
@@ -141,6 +139,7 @@ def glassllm_greedy(model, prompt, n):
 
 
 def main():
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin: see docs/threads.md
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", default="The old man looked at the sea and")
     parser.add_argument("--tokens", type=int, default=100)

@@ -170,6 +170,16 @@ class TransformerBlock(Module):
             x = beside(x, self.cross_norm, self.cross, memory, key_lengths=memory_lengths)
         return beside(x, self.mlp_norm, self.mlp), contexts
 
+    def step(self, x, cache, memory=None, memory_cache=None, memory_lengths=None):
+        """What `forward` gives for x, the next positions, where caches have those before it; nothing to differentiate.
+
+        A memory of length 0 adds nothing to what `memory_cache` has.
+        """
+        x = x + self.attention(self.norm.forward(x)[0], cache=cache, is_causal=True)
+        if memory is not None:
+            x = x + self.cross(self.cross_norm.forward(x)[0], memory, cache=memory_cache, key_lengths=memory_lengths)
+        return x + self.mlp.forward(self.mlp_norm.forward(x)[0])[0]
+
     def backward(self, grad, contexts):
         """Gradients of x and of the memory, which is None if there was none."""
         *attended, normed, last = contexts

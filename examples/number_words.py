@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from nn import Adam, Embedding, LayerNorm, Linear, Module, TransformerBlock, cross_entropy, warmup_cosine
 
+import numba_attention as na
+
 ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 ONES += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
@@ -127,6 +129,19 @@ class Translator(Module):
         scores, last = self.classify.forward(x)
         return scores, [*contexts, normed, last]
 
+    def caches(self, batch, longest, words):
+        """Make the two caches of every block of the decoder, for so many digits and words."""
+        heads, features = self.decoder[0].attention.num_heads, self.decoder[0].attention.head_dim
+        dtype = self.decoder[0].attention.dtype
+        return [[na.KVCache(batch, heads, n, features, dtype=dtype) for n in (longest, words)] for _ in self.decoder]
+
+    def decode_next(self, digits, caches, memory, lengths):
+        """Do what `decode` does for the next digits (B, 1) alone; caches keep what the others were computed from."""
+        x, _ = self.digits.forward(digits)
+        for block, (cache, memory_cache) in zip(self.decoder, caches, strict=True):
+            x = block.step(x, cache, memory, memory_cache, lengths)
+        return self.classify.forward(self.decoder_norm.forward(x)[0])[0]
+
     def backward(self, grad, encoded, decoded):
         """From the gradient of the scores to `grads`, by way of what `encode` and `decode` kept."""
         embedded, *contexts, normed, last = decoded
@@ -186,12 +201,12 @@ def translate(model, texts, longest=7):
     """Turn number words into digits, always taking the likeliest one next."""
     words, lengths = pad([read(text) for text in texts])
     memory, _ = model.encode(words, lengths)
+    caches = model.caches(len(texts), longest, memory.shape[1])
     digits = np.full((len(texts), 1), STOP)
     for _ in range(longest):
-        # All digits so far go through the decoder again for each new one. This loop is the one place to change once
-        # `MultiHeadAttention` takes a cache: it would keep their keys and values, and those of the memory.
-        scores, _ = model.decode(digits, memory, lengths)
-        digits = np.append(digits, scores[:, -1:].argmax(-1), axis=1)
+        scores = model.decode_next(digits[:, -1:], caches, memory, lengths)
+        digits = np.append(digits, scores.argmax(-1), axis=1)
+        memory, lengths = memory[:, :0], None  # its keys and values are in the caches now
     return ["".join(DIGITS[digit] for digit in row[1:]).partition(".")[0] for row in digits]
 
 

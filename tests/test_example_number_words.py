@@ -176,3 +176,18 @@ def test_other_words_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         number_words.main()
     assert "not a number word: a, million" in capsys.readouterr().err
+
+
+def test_caches_change_nothing():
+    rng = np.random.default_rng(0)
+    model = Translator(features=16, heads=2, blocks=2, rng=rng, dtype=np.float64)
+    words, lengths = pad([read(spell(number)) for number in (777_777, 3, 90_006)])
+    digits = rng.integers(0, 10, (3, 5))
+    memory, _ = model.encode(words, lengths)
+    want, _ = model.decode(digits, memory, lengths)
+    caches = model.caches(3, 5, memory.shape[1])
+    for n in range(5):
+        scores = model.decode_next(
+            digits[:, n : n + 1], caches, *((memory, lengths) if n == 0 else (memory[:, :0], None))
+        )
+        np.testing.assert_allclose(scores[:, 0], want[:, n], atol=1e-12)
