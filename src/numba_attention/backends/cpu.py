@@ -19,12 +19,15 @@ from ..problem import BackwardProblem, Problem
 from . import gradients
 from .records import (
     address_of,
+    compact,
     fill_in,
     pack,
     per_head,
     readable_bias,
+    room_for,
     sequences_of,
     storage_of,
+    stored,
     stored_of,
     values_of,
     varies,
@@ -68,10 +71,10 @@ def weights(problem: Problem) -> None:
 
 def _run_widened(p: Problem, weights: bool) -> None:
     """float16 on a host that cannot convert it in hardware (x86 before 2012): through float32 copies."""
-    single: list[Array] = [x.astype(np.float32) for x in (p.query, p.key, p.value)]
-    out = np.empty(p.out.shape, np.float32)
-    _run(replace(p, query=single[0], key=single[1], value=single[2], out=out), weights)
-    p.out[...] = out
+    q, k, v = (compact(x, np.float32) for x in (p.query, p.key, p.value))
+    out = room_for(p.out, np.float32)
+    _run(replace(p, query=q, key=k, value=v, out=out), weights)
+    stored(p.out)[...] = stored(out)
 
 
 class _Plan(NamedTuple):
@@ -201,8 +204,8 @@ def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, 
         sequences = per_head(p, p.heads, sequences, bias)
         heads, group = 1, 1
         sequences["rows"] = len(p.rows)
-    if p.packing is not None:  # longest first, or a long one may be left over when all other work is done
-        sequences = sequences[np.argsort(-sequences["rows"] * sequences["keys"], kind="stable")]
+    if p.packing is not None:  # a tile takes as long as it has keys: longest first, and short ones fill the gaps
+        sequences = sequences[np.argsort(-sequences["keys"], kind="stable")]
     rows = sequences["rows"] * group
     ends = np.cumsum(heads * -(-rows // spec.query_tile))
     sequences["first"] = ends - heads * -(-rows // spec.query_tile)
