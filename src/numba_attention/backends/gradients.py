@@ -111,8 +111,9 @@ def run(g: BackwardProblem) -> None:
         launch.run(plan.kernel, memory.params_address, number)
     if of_bias is not None:
         g.bias = of_bias.sum(axis=0) if len(of_bias) > 1 else of_bias[0]
-    if p.sinks is not None and p.lse is not None and delta is not None:
-        g.sinks = _of_sinks(p.sinks, p.lse[0] if p.packing else p.lse, delta)
+    lse = p.result_lse if p.packing else p.lse
+    if p.sinks is not None and lse is not None and delta is not None:
+        g.sinks = _of_sinks(p.sinks, lse, delta)
     del scratch, slopes, bias
 
 
