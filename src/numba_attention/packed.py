@@ -21,6 +21,7 @@ from .problem import (
     _operands,
     _resolve,
     check_like,
+    of_options,
 )
 
 
@@ -59,18 +60,13 @@ def build_backward(
     bias_shape = None if options.bias is None else _four(np.asarray(options.bias).shape)
     over_lse = None if grad_lse is None else _over(grad_lse, n)
     over_out = _over(grad_out.swapaxes(0, 1), n)
+    # The gradients stand where the inputs do otherwise: they have their shapes already, and nothing is to be summed.
     return BackwardProblem(problem, over_out, over_lse, dq, dk, dv, bias_shape, grads, options)
 
 
 def finish(p: BackwardProblem) -> Gradients:
     """Give each gradient the shape and dtype of its input."""
-    bias = sinks = None
-    if p.bias is not None:
-        given = np.asarray(p.options.bias)
-        bias = p.bias.reshape(given.shape).astype(given.dtype, copy=False)
-    if p.sinks is not None:
-        sinks = p.sinks.astype(np.asarray(p.options.sinks).dtype, copy=False)
-    return Gradients(*p.inputs, bias, sinks)
+    return Gradients(*p.inputs, *of_options(p))
 
 
 def _packed_operands(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:
@@ -100,8 +96,10 @@ def _starts(name: str, offsets: Any, total: int) -> Array:
         raise ValueError(f"{name} must have shape (sequences + 1,), got {array.shape}")
     if array[0] != 0 or array[-1] != total:
         raise ValueError(f"{name} must go from 0 to {total}, the number of tokens, got {array[0]} to {array[-1]}")
-    if (np.diff(array) < 0).any():
-        raise ValueError(f"{name} must not decrease")
+    falls = np.flatnonzero(np.diff(array) < 0)
+    if falls.size:
+        b = falls[0]
+        raise ValueError(f"{name} must not decrease, got {array[b]} and then {array[b + 1]}")
     return array
 
 
@@ -137,8 +135,12 @@ def _lengths(name: str, lengths: Any, rows: Array) -> Array:
     if lengths is None:
         return rows
     array = _broadcast(name, _ints(name, lengths), rows.shape)
-    if (array < 0).any() or (array > rows).any():
-        raise ValueError(f"{name} must lie between 0 and the length of each sequence, got {array} for {rows}")
+    wrong = np.flatnonzero((array < 0) | (array > rows))
+    if wrong.size:
+        b = wrong[0]
+        raise ValueError(
+            f"{name} must lie between 0 and the length of each sequence, got {array[b]} for sequence {b} of {rows[b]}"
+        )
     return array
 
 

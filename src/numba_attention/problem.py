@@ -221,13 +221,18 @@ def spread_bias(array: Array, p: Problem) -> Array:
 def finish(p: BackwardProblem) -> Gradients:
     """Sum what was broadcast, and give each gradient the shape and dtype of its input."""
     q, k, v = (sum_to(grad, x.shape) for grad, x in zip((p.query, p.key, p.value), p.inputs, strict=True))
+    return Gradients(q, k, v, *of_options(p))
+
+
+def of_options(p: BackwardProblem) -> tuple[Array | None, Array | None]:
+    """Give the gradients of bias and sinks, None without, the shape and dtype of what they are of."""
     bias = sinks = None
     if p.bias is not None:
         given = np.asarray(p.options.bias)
         bias = p.bias.reshape(given.shape).astype(given.dtype, copy=False)
     if p.sinks is not None:
         sinks = p.sinks.astype(np.asarray(p.options.sinks).dtype, copy=False)
-    return Gradients(q, k, v, bias, sinks)
+    return bias, sinks
 
 
 def sum_to(x: Array, shape: tuple[int, ...]) -> Array:

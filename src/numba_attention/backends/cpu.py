@@ -19,12 +19,15 @@ from ..problem import BackwardProblem, Problem
 from . import gradients
 from .records import (
     address_of,
+    compact,
     fill_in,
     pack,
     per_head,
     readable_bias,
+    room_for,
     sequences_of,
     storage_of,
+    stored,
     stored_of,
     values_of,
     varies,
@@ -68,10 +71,13 @@ def weights(problem: Problem) -> None:
 
 def _run_widened(p: Problem, weights: bool) -> None:
     """float16 on a host that cannot convert it in hardware (x86 before 2012): through float32 copies."""
-    single: list[Array] = [x.astype(np.float32) for x in (p.query, p.key, p.value)]
-    out = np.empty(p.out.shape, np.float32)
-    _run(replace(p, query=single[0], key=single[1], value=single[2], out=out), weights)
-    p.out[...] = out
+    cache, k, v, out = p.cache, p.key, p.value, room_for(p.out, np.float32)
+    if cache is None or cache.storage == "float16":
+        k, v = compact(k, np.float32), compact(v, np.float32)
+    if cache is not None and cache.storage == "float16":
+        cache = cache._replace(key=k, value=v, storage="float32")
+    _run(replace(p, query=compact(p.query, np.float32), key=k, value=v, out=out, cache=cache), weights)
+    stored(p.out)[...] = stored(out)
 
 
 class _Plan(NamedTuple):
@@ -95,7 +101,7 @@ _plans: dict[Any, _Plan] = {}
 def _run(p: Problem, weights: bool) -> None:
     if not p.out.size and (p.lse is None or not p.lse.size):
         return
-    if p.query.dtype == np.float16 and not HOST.f16:
+    if not HOST.f16 and (p.query.dtype == np.float16 or (p.cache is not None and p.cache.storage == "float16")):
         return _run_widened(p, weights)
     bias = readable_bias(p)
     for few, which in _kernels_for(p, weights):
@@ -201,8 +207,8 @@ def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, 
         sequences = per_head(p, p.heads, sequences, bias)
         heads, group = 1, 1
         sequences["rows"] = len(p.rows)
-    if p.packing is not None:  # longest first, or a long one may be left over when all other work is done
-        sequences = sequences[np.argsort(-sequences["rows"] * sequences["keys"], kind="stable")]
+    if p.packing is not None:  # a tile takes as long as it has keys: longest first, and short ones fill the gaps
+        sequences = sequences[np.argsort(-sequences["keys"], kind="stable")]
     rows = sequences["rows"] * group
     ends = np.cumsum(heads * -(-rows // spec.query_tile))
     sequences["first"] = ends - heads * -(-rows // spec.query_tile)
