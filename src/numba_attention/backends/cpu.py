@@ -50,6 +50,7 @@ def warmup_jobs() -> list[tuple[str, Callable[[], None]]]:
     jobs = [(kernel.name, job(kernel)) for kernel in (launch._launcher, launch._caller, *addresses.values())]
     storages = ("float32", "float64", "float16", "bfloat16")
     jobs += [(f"attention, {storage}", job(worker(storage, "forward"))) for storage in storages]
+    jobs += [("attention, float32, few queries", job(worker("float32", "decode")))]
     jobs += [(f"attention_backward, {storage}", job(worker(storage, "backward"))) for storage in storages[:2]]
     return [*jobs, ("attention_weights, float32", job(worker("float32", "weights")))]
 
