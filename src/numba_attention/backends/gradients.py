@@ -90,25 +90,25 @@ def run(g: BackwardProblem) -> None:
     plan = _find_plan(g, spec, groups, bias, arrays, of_bias)
     most_items = max((len(wave.members) for wave in plan.waves), default=0)
     number = threads_for(most_items, plan.flops)
-    scratch, scratch_address = memory.reserve(number * plan.scratch_size)
+    scratch, scratch_address = memory.own.reserve(number * plan.scratch_size)
     # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
     if p.H and most_items:
         first = (0,) * len(p.batch) + (0,)
         four = p.query[first], p.key[first], p.value[first], p.out[first]
-        addresses[p.query.itemsize].call(*four, memory.params_address)
-    memory.params[REST:] = plan.rest
+        addresses[p.query.itemsize].call(*four, memory.own.params_address)
+    memory.own.params[REST:] = plan.rest
     for wave in plan.waves:
         counts, partial = np.zeros(wave.counters, np.int64), np.empty(wave.partial_size, np.uint8)
-        memory.counter.value = 0
-        _pack_one(memory.params, REST, len(wave.members))
+        memory.own.counter.value = 0
+        _pack_one(memory.own.params, REST, len(wave.members))
         pack_addresses(
-            memory.params, ARRAYS, memory.counter_address, scratch_address, plan.sequences_address,
+            memory.own.params, ARRAYS, memory.own.counter_address, scratch_address, plan.sequences_address,
             address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), 0, 0,
             *(address_of(array) for array in arrays.values()),
             address_of(wave.members), address_of(counts), address_of(partial),
         )  # fmt: skip
-        launch.run(plan.kernel, memory.params_address, number)
+        launch.run(plan.kernel, memory.own.params_address, number)
     if of_bias is not None:
         g.bias = of_bias.sum(axis=0) if len(of_bias) > 1 else of_bias[0]
     lse = p.result_lse if p.packing else p.lse
