@@ -11,7 +11,8 @@ from ..cpu.scoring import LN2, LOG2E, bias_elements
 from ..cpu.simd import HOST
 from ..intervals import FAR
 from ..options import Array
-from ..problem import Packing, Problem, is_bfloat16
+from ..problem import Packing, Problem
+from ..validation import is_bfloat16
 
 
 def storage_of(dtype: np.dtype[Any]) -> str:
