@@ -51,7 +51,7 @@ FLAT_BIAS, EACH_BIAS = rng.standard_normal((T_Q, T_K)), rng.standard_normal((n, 
 SHARED_BIAS, COLUMN_BIAS = rng.standard_normal((H, *LONGEST)), rng.standard_normal((H, 1, T_K))
 KEY_MASK, MIXED_MASK = rng.random((n, 1, 1, LONGEST[1])) < 0.6, rng.random((LONGEST[0], T_K)) < 0.6
 SLOPES, SINKS = rng.random((n, H)), rng.standard_normal(H)
-QUERY_LENGTHS, KEY_LENGTHS = np.array([7, 0, 50, 2, 1, 39]), np.array([4, 5, 33, 0, 500, 40])
+QUERY_LENGTHS, KEY_LENGTHS = np.array([7, 0, 50, 2, 1, 5]), np.array([4, 5, 33, 0, 500, 40])
 
 
 def same(**options):
