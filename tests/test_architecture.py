@@ -22,7 +22,9 @@ LAYERS = [
     ("api", ["api", "decoding", "merging", "rotary", "varlen"]),
     ("projection", ["projection"]),
     ("backends", ["backends"]),
-    ("problem", ["problem", "cached", "caches", "packed"]),
+    ("problem", ["problem", "cached", "packed"]),
+    ("caches", ["caches"]),
+    ("validation", ["validation"]),
     ("kernels", ["cpu", "cuda"]),
     ("primitives", ["intervals", "options", "errors"]),
 ]  # fmt: skip
@@ -101,6 +103,7 @@ def test_no_numba_above_the_backends():
         "api",
         "merging",
         "problem",
+        "validation",
         "options",
         "intervals",
         "errors",
@@ -118,7 +121,9 @@ def test_no_numba_above_the_backends():
 
 def test_caches_know_nothing_of_who_reads_them():
     for path in (ROOT / "caches").glob("*.py"):
-        assert {target[0] for target, _ in modules_imported(path)} <= {"caches", "errors", "options", "problem"}, path
+        assert {target[0] for target, _ in modules_imported(path)} <= {"caches", "errors", "options", "validation"}, (
+            path
+        )
 
 
 def test_reference_stands_alone():

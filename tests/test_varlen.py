@@ -1,6 +1,8 @@
 """Packed sequences: each as it would be alone, in every option, forward and backward."""
 
 import itertools
+import sys
+import tracemalloc
 
 import numba
 import numpy as np
@@ -9,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import numba_attention as na
-from cases import DTYPES
+from cases import DTYPES, LAYOUTS, assert_close, grad_tolerance, tolerance
+from numba_attention.backends import gradients
 
 H, HKV, E, EV = 4, 2, 24, 40
 LENGTHS = [(7, 9), (0, 5), (70, 33), (3, 0), (1, 600), (40, 40)]
@@ -44,6 +47,7 @@ rng = np.random.default_rng(1)
 FLAT_MASK, EACH_MASK = rng.random((H, T_Q, T_K)) < 0.6, rng.random((n, 1, *LONGEST)) < 0.6
 FLAT_BIAS, EACH_BIAS = rng.standard_normal((T_Q, T_K)), rng.standard_normal((n, H, *LONGEST))
 SHARED_BIAS, COLUMN_BIAS = rng.standard_normal((H, *LONGEST)), rng.standard_normal((H, 1, T_K))
+KEY_MASK, MIXED_MASK = rng.random((n, 1, 1, LONGEST[1])) < 0.6, rng.random((LONGEST[0], T_K)) < 0.6
 SLOPES, SINKS = rng.random((n, H)), rng.standard_normal(H)
 QUERY_LENGTHS, KEY_LENGTHS = np.array([7, 0, 50, 2, 1, 39]), np.array([4, 5, 33, 0, 500, 40])
 
@@ -92,6 +96,11 @@ OPTIONS = {
         {"bias": SHARED_BIAS},
         lambda b, rows, columns: {"bias": SHARED_BIAS[(slice(None), *inside(rows, columns))]},
     ),
+    "mask of keys": ({"mask": KEY_MASK}, lambda b, rows, columns: {"mask": KEY_MASK[b][..., inside(rows, columns)[1]]}),
+    "mask, rows of each, columns over tokens": (
+        {"mask": MIXED_MASK},
+        lambda b, rows, columns: {"mask": MIXED_MASK[inside(rows, columns)[0], columns]},
+    ),
     "bias of columns": ({"bias": COLUMN_BIAS}, lambda b, rows, columns: {"bias": COLUMN_BIAS[:, :, columns]}),
 }
 BACKENDS = ["cpu", "reference"]
@@ -137,10 +146,7 @@ def test_as_each_alone(option, dtype, backend):
         if own.sinks is not None:
             want_sinks += own.sinks
     for got, expected in zip(grads[:3], want, strict=True):
-        if "bias" in option:  # how the query tiles of heads that share a bias are grouped may differ
-            np.testing.assert_allclose(got, expected, atol=2e-5 if dtype == "float32" else 1e-12)
-        else:
-            np.testing.assert_array_equal(got, expected)
+        np.testing.assert_array_equal(got, expected)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 1e-10, "atol": 1e-10}
     if "bias" in together:
         assert grads.bias.dtype == together["bias"].dtype
@@ -163,47 +169,161 @@ def add_bias(total, own, option, b, rows, columns):
         (total[b] if option == "bias of each" else total)[where] += own
 
 
-def oracle(q, k, v, of_queries, of_keys, **options):
-    """Every sequence in float64, from the textbook."""
-    out = np.zeros((*q.shape[:2], v.shape[2]))
-    for b in range(len(of_queries) - 1):
-        rows, columns = of_sequence(b, of_queries, of_keys)
-        one = [x.astype(np.float64).swapaxes(0, 1) for x in (q[rows], k[columns], v[columns])]
-        out[rows] = na.attention(*one, backend="reference", **options).swapaxes(0, 1)
-    return out
+def forward_and_backward(arrays, offsets, options, backend):
+    """Out, lse and all gradients, with a gradient of lse too."""
+    q, k, v, grad_out = arrays
+    out, lse = na.attention_varlen(q, k, v, *offsets, return_lse=True, backend=backend, **options)
+    grad_lse = 0.1 * lse_of_finite(lse)
+    grads = na.attention_varlen_backward(
+        grad_out, q, k, v, out, lse, *offsets, grad_lse=grad_lse, backend=backend, **options
+    )
+    return out, lse, grads
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def check(arrays, offsets, options, dtype):
+    """Hold the CPU against the reference in float64, which `test_as_each_alone` holds against single calls."""
+    out, lse, grads = forward_and_backward(arrays, offsets, options, "cpu")
+    wide = [x.astype(np.float64) for x in arrays]
+    want, want_lse, want_grads = forward_and_backward(wide, offsets, options, "reference")
+    of_out, of_lse = tolerance(dtype)
+    assert out.dtype == arrays[0].dtype
+    assert_close(out, want, of_out)
+    assert_close(lse, want_lse, of_lse, offset=1)
+    # What cancels in one gradient does so by parts of the size of the others.
+    offset = max((np.abs(x).max() for x in want_grads[:3] if x.size), default=0)
+    given = [*arrays[:3], options.get("bias"), options.get("sinks")]
+    for x, got, expected in zip(given, grads, want_grads, strict=True):
+        assert (got is None) == (x is None)
+        if x is not None:
+            assert got.shape == x.shape
+            assert got.dtype == x.dtype
+            assert_close(got, expected, grad_tolerance(dtype), offset)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes(dtype, backend):
-    q, k, v, _, of_queries, of_keys = packed(dtype=dtype)
-    out = na.attention_varlen(q, k, v, of_queries, of_keys, is_causal="bottom-right", backend=backend)
-    assert out.dtype == q.dtype
-    want = oracle(q, k, v, of_queries, of_keys, is_causal="bottom-right")
-    atol = {"float32": 2e-6, "float64": 1e-14, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
-    np.testing.assert_allclose(out.astype(np.float64), want, atol=atol)
+def test_against_float64(option, dtype):
+    *arrays, of_queries, of_keys = packed(dtype=dtype)
+    check(arrays, (of_queries, of_keys), cast(OPTIONS[option][0], "float32"), dtype)
 
 
 lengths = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 90)), min_size=0, max_size=7)
+sizes = st.sampled_from([(2, 2, 8, 8), (4, 1, 16, 33), (3, 3, 64, 16), (6, 2, 5, 3)])
 
 
-@given(lengths, st.sampled_from([(2, 2, 8, 8), (4, 1, 16, 33), (3, 3, 64, 16)]), st.integers(0, 10))
-def test_any_lengths(lengths, sizes, seed):
-    q, k, v, _, of_queries, of_keys = packed(lengths, seed=seed, sizes=sizes)
-    out = na.attention_varlen(q, k, v, of_queries, of_keys, is_causal="bottom-right", window=(30, None))
-    want = oracle(q, k, v, of_queries, of_keys, is_causal="bottom-right", window=(30, None))
-    np.testing.assert_allclose(out, want, atol=2e-6)
+@given(lengths, sizes, st.integers(0, 10))
+def test_any_lengths_have_the_bits_they_have_alone(lengths, sizes, seed):
+    q, k, v, grad_out, of_queries, of_keys = packed(lengths, seed=seed, sizes=sizes)
+    options = {"is_causal": "bottom-right", "window": (30, None)}
+    out, lse = na.attention_varlen(q, k, v, of_queries, of_keys, return_lse=True, **options)
+    grads = na.attention_varlen_backward(grad_out, q, k, v, out, lse, of_queries, of_keys, **options)
+    for b in range(len(lengths)):
+        rows, columns = of_sequence(b, of_queries, of_keys)
+        one = [x.swapaxes(0, 1) for x in (q[rows], k[columns], v[columns])]
+        one_out, one_lse = na.attention(*one, return_lse=True, **options)
+        own = na.attention_backward(grad_out[rows].swapaxes(0, 1), *one, one_out, one_lse, **options)
+        for together, alone in zip(
+            (out[rows], grads.query[rows], grads.key[columns], grads.value[columns]), (one_out, *own[:3]), strict=True
+        ):
+            np.testing.assert_array_equal(together.swapaxes(0, 1), alone)
+        np.testing.assert_array_equal(lse[:, rows], one_lse)
 
 
-def test_threads():
-    q, k, v, grad_out, *offsets = packed()
-    before = numba.get_num_threads()
+def drawn_axes(draw, of_queries, of_keys, heads):
+    """A shape for a mask or bias: each axis 1 or whole, rows and columns within the sequence or over all tokens."""
+    rows, columns = np.diff(of_queries), np.diff(of_keys)
+    row = draw(st.sampled_from([1, int(rows.max(initial=0)), int(of_queries[-1])]))
+    column = draw(st.sampled_from([1, int(columns.max(initial=0)), int(of_keys[-1])]))
+    over_tokens = row == of_queries[-1] or column == of_keys[-1]
+    sequences = 1 if over_tokens else draw(st.sampled_from([1, len(rows)]))
+    shape = sequences, draw(st.sampled_from([1, heads])), row, column
+    return shape[1:] if sequences == 1 and draw(st.booleans()) else shape
+
+
+@given(lengths, sizes, st.data())
+def test_any_options(lengths, sizes, data):
+    draw = data.draw
+    *arrays, of_queries, of_keys = packed(lengths, seed=draw(st.integers(0, 10)), sizes=sizes)
+    rng, number, heads = np.random.default_rng(draw(st.integers(0, 10))), len(lengths), sizes[0]
+    rows, columns = np.diff(of_queries), np.diff(of_keys)
+    makers = {
+        "is_causal": lambda: draw(st.sampled_from([True, "bottom-right"])),
+        "window": lambda: (draw(st.sampled_from([None, 0, 20])), draw(st.sampled_from([None, 0, 20]))),
+        "query_offset": lambda: rng.integers(-20, 20, number),
+        "softcap": lambda: 1.5,
+        "alibi_slopes": lambda: 0.1 * rng.standard_normal((number, heads) if draw(st.booleans()) else heads),
+        "sinks": lambda: rng.standard_normal(heads),
+        "query_lengths": lambda: rng.integers(0, rows, endpoint=True),
+        "key_lengths": lambda: rng.integers(0, columns, endpoint=True),
+        "mask": lambda: rng.random(drawn_axes(draw, of_queries, of_keys, heads)) < 0.7,
+        "bias": lambda: rng.standard_normal(drawn_axes(draw, of_queries, of_keys, heads)).astype(np.float32),
+    }
+    names = draw(st.lists(st.sampled_from(sorted(makers)), max_size=4, unique=True))
+    check(arrays, (of_queries, of_keys), {name: makers[name]() for name in names}, "float32")
+
+
+# Of sequences as long as these, dK and dV are summed in groups; some shapes of a bias bear on how.
+LONG = [(3, 40), (1100, 130), *[(20, 30)] * 20, (2100, 90)]
+
+
+@pytest.mark.parametrize("bias", [None, (1, 1), (2100, 1), (1, 130), (2100, 130)], ids=str)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_long_and_short_sequences(bias, heads):
+    q, k, v, grad_out, of_queries, of_keys = packed(LONG, sizes=(2, heads, 8, 8))
+    full = None if bias is None else np.random.default_rng(2).standard_normal((2, *bias)).astype(np.float32)
+    options = {"is_causal": True} | ({} if bias is None else {"bias": full})
+    arrays = q, k, v, grad_out
+    out, lse, grads = forward_and_backward(arrays, (of_queries, of_keys), options, "cpu")
+    check(arrays, (of_queries, of_keys), options, "float32")
+    for b in (1, 5, len(LONG) - 1):
+        rows, columns = of_sequence(b, of_queries, of_keys)
+        if bias is not None:
+            whole = np.broadcast_to(full, (2, *LONG[-1][:1], 130))
+            own = [s if n > 1 else slice(1) for n, s in zip(bias, inside(rows, columns), strict=True)]
+            options["bias"] = whole[:, own[0], own[1]] if bias[1] == 1 else full[:, own[0], own[1]]
+        offsets = [0, rows.stop - rows.start], [0, columns.stop - columns.start]
+        alone = forward_and_backward(
+            [x[s] for x, s in zip(arrays, (rows, columns, columns, rows), strict=True)], offsets, options, "cpu"
+        )
+        np.testing.assert_array_equal(out[rows], alone[0])
+        np.testing.assert_array_equal(lse[:, rows], alone[1])
+        for x, y, s in zip(grads, alone[2][:3], (rows, columns, columns), strict=False):
+            np.testing.assert_array_equal(x[s], y)
+
+
+def share_out(work, groups, size=1000):
+    work, groups = np.array(work), np.array(groups)
+    return gradients._share_out(np.arange(len(work)), 1, groups, np.full(len(work), size), work)
+
+
+def test_a_head_is_split_if_it_is_more_than_its_share():
+    """Whether there are few heads, or one that is much longer than the many others."""
+    few, many = share_out([5, 5], [3, 3]), share_out([5] * 40, [3] * 40)
+    np.testing.assert_array_equal(few.members, [[h, g, 3000 * h, h] for h in (0, 1) for g in range(3)])
+    assert (many.members[:, 1] == -1).all()
+    assert len(many.members) == 40
+    assert (many.partial_size, many.kept) == (0, 2000)
+    mixed = share_out([5] * 40 + [100], [3] * 40 + [8])
+    assert mixed.members[:8].tolist() == [[40, g, 0, 0] for g in range(8)]
+    assert (mixed.members[8:, 1] == -1).all()
+    assert len(mixed.members) == 48
+    assert mixed.partial_size == 8000
+    large = share_out([5, 5], [3, 3], gradients.BUFFERS)
+    assert (large.members[:, 1] == -1).all()
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, LONG], ids=["short", "long"])
+def test_same_bits_for_any_number_of_threads(lengths):
+    *arrays, of_queries, of_keys = packed(lengths, sizes=(2, 1, 8, 8))
+    most = numba.get_num_threads()
     found = []
-    for threads in (1, numba.config.NUMBA_NUM_THREADS):
-        numba.set_num_threads(threads)
-        out, lse = na.attention_varlen(q, k, v, *offsets, return_lse=True)
-        found.append([out, lse, *na.attention_varlen_backward(grad_out, q, k, v, out, lse, *offsets)[:3]])
-    numba.set_num_threads(before)
+    try:
+        for threads in (1, most):
+            numba.set_num_threads(threads)
+            out, lse, grads = forward_and_backward(arrays, (of_queries, of_keys), {"is_causal": True}, "cpu")
+            found.append([out, lse, *grads[:3]])
+    finally:
+        numba.set_num_threads(most)
     for a, b in zip(*found, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -219,14 +339,114 @@ def test_nan_stays_in_its_sequence():
     np.testing.assert_array_equal(out, want)
 
 
-def test_strides_and_out():
+@pytest.mark.parametrize("which", range(4), ids=["query", "key", "value", "grad_out"])
+def test_gradients_of_others_have_no_nan_of_a_sequence(which):
+    *arrays, of_queries, of_keys = packed()
+    want = forward_and_backward(arrays, (of_queries, of_keys), {}, "cpu")[2]
+    rows, columns = of_sequence(2, of_queries, of_keys)
+    arrays[which][(rows, columns, columns, rows)[which]] = np.nan
+    got = forward_and_backward(arrays, (of_queries, of_keys), {}, "cpu")[2]
+    assert np.isnan(got.query[rows]).all()
+    for x, y, own in zip(got[:3], want[:3], (rows, columns, columns), strict=True):
+        x[own] = y[own]
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layouts(layout, dtype):
+    *arrays, of_queries, of_keys = packed(dtype=dtype)
+    arrays = [LAYOUTS[layout](x) for x in arrays]
+    check(arrays, (of_queries, of_keys), {"is_causal": "bottom-right"}, dtype)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.int32, np.uint64, "strided"])
+def test_offsets_may_be_any_integers(kind):
     q, k, v, _, *offsets = packed()
     want = na.attention_varlen(q, k, v, *offsets)
-    strided = [np.ascontiguousarray(x.transpose(2, 1, 0)).transpose(2, 1, 0) for x in (q, k, v)]
-    np.testing.assert_array_equal(na.attention_varlen(*strided, *offsets), want)
+    if kind == "strided":
+        offsets = [np.repeat(x, 2)[::2] for x in offsets]
+    else:
+        offsets = [kind(x.tolist()) if kind in (list, tuple) else x.astype(kind) for x in offsets]
+    np.testing.assert_array_equal(na.attention_varlen(q, k, v, *offsets), want)
+
+
+def test_out():
+    q, k, v, _, *offsets = packed()
+    want = na.attention_varlen(q, k, v, *offsets)
     out = np.empty_like(want)
     assert na.attention_varlen(q, k, v, *offsets, out=out) is out
     np.testing.assert_array_equal(out, want)
+    sea = np.full((T_Q + 2, H + 2, 2 * EV), np.nan, np.float32)
+    inside = sea[1:-1, 1:-1, ::2]
+    na.attention_varlen(q, k, v, *offsets, out=inside)
+    np.testing.assert_array_equal(inside, want)
+    inside[...] = np.nan
+    assert np.isnan(sea).all()
+
+
+@pytest.mark.parametrize("option", ["plain", "lengths", "mask over tokens"])
+def test_every_row_is_written(monkeypatch, option):
+    """Also rows that belong to no valid query or key."""
+    arrays, offsets, options = packed()[:4], packed()[4:], OPTIONS[option][0]
+    forward_and_backward(arrays, offsets, options, "cpu")  # no kernel compiles below
+    empty = np.empty
+
+    def poisoned(shape, dtype=float, **more):
+        array = empty(shape, dtype, **more)
+        if array.dtype.kind == "f":
+            array[...] = np.nan
+        return array
+
+    monkeypatch.setattr(np, "empty", poisoned)
+    out, lse, grads = forward_and_backward(arrays, offsets, options, "cpu")
+    assert not np.isnan(out).any()
+    assert not np.isnan(lse).any()
+    assert not any(np.isnan(x).any() for x in grads if x is not None)
+    if option == "lengths":
+        of_queries, of_keys = (offsets[0], QUERY_LENGTHS), (offsets[1], KEY_LENGTHS)
+        for x, (begins, valid) in zip(grads[:3], (of_queries, of_keys, of_keys), strict=True):
+            for b in range(n):
+                assert not x[begins[b] + valid[b] : begins[b + 1]].any()
+
+
+def test_float16_without_conversion_in_hardware(monkeypatch):
+    arrays, offsets = packed(dtype="float16")[:4], packed()[4:]
+    want = forward_and_backward(arrays, offsets, {"is_causal": True}, "cpu")
+    for module in ("cpu", "gradients"):
+        module = sys.modules[f"numba_attention.backends.{module}"]
+        monkeypatch.setattr(module, "HOST", module.HOST._replace(f16=False))
+    got = forward_and_backward(arrays, offsets, {"is_causal": True}, "cpu")
+    assert_close(got[0], want[0], 1e-3)
+    for a, b in zip(got[2][:3], want[2][:3], strict=True):
+        assert_close(a, b, 2e-3)
+
+
+def test_memory_does_not_grow_with_the_number_of_sequences_times_tokens():
+    number, tokens = 2000, 4000
+    q, k, v, grad_out, *offsets = packed([(tokens // number,) * 2] * number, sizes=(2, 2, 8, 8))
+    offsets, mask = [offsets[0]] * 2, np.ones((1, tokens), bool)
+    forward_and_backward((q, k, v, grad_out), offsets, {"mask": mask}, "cpu")
+    tracemalloc.start()
+    try:
+        forward_and_backward((q, k, v, grad_out), offsets, {"mask": mask}, "cpu")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8e6  # a copy of the queries for each sequence takes 512e6 bytes
+
+
+@pytest.mark.parametrize("empty", [0, 2])
+def test_one_sequence_has_all_tokens(empty):
+    """Then as many rows as tokens are as many as in the longest sequence: both readings of a bias agree."""
+    lengths = [(0, 0), (0, 0)]
+    lengths.insert(empty, (30, 40))
+    *arrays, of_queries, of_keys = packed(lengths)
+    bias = np.random.default_rng(3).standard_normal((H, 30, 40)).astype(np.float32)
+    check(arrays, (of_queries, of_keys), {"bias": bias}, "float32")
+    one = [x.swapaxes(0, 1) for x in arrays[:3]]
+    out = na.attention_varlen(*arrays[:3], of_queries, of_keys, bias=bias)
+    np.testing.assert_array_equal(out.swapaxes(0, 1), na.attention(*one, bias=bias))
 
 
 def test_no_sequences():
@@ -255,6 +475,19 @@ def test_no_sequences():
         ({"mask": np.ones((10, 12))}, TypeError, "mask must be boolean"),
         ({"bias": np.zeros((3, 4, 10, 12), np.float32)}, ValueError, "bias of shape"),
         ({"out": np.zeros((4, 10, 8), np.float32)}, ValueError, "out must have shape"),
+        ({"out": np.zeros((10, 4, 8))}, TypeError, "out must have the dtype of query"),
+        ({"out": np.broadcast_to(np.float32(0), (10, 4, 8))}, ValueError, "out must be writeable"),
+        ({"query_lengths": -1}, ValueError, "query_lengths must lie .* got -1 for sequence 0 of 4"),
+        ({"key_lengths": [5, 8]}, ValueError, "key_lengths must lie .* got 8 for sequence 1 of 7"),
+        ({"key_lengths": [5, 5, 5]}, ValueError, "key_lengths of shape"),
+        ({"query_offset": [1, 2, 3]}, ValueError, "query_offset of shape"),
+        ({"alibi_slopes": np.ones((3, 4))}, ValueError, "alibi_slopes of shape"),
+        ({"sinks": np.ones(3)}, ValueError, "sinks must have shape"),
+        ({"cu_seqlens_q": [False, True]}, TypeError, "cu_seqlens_q must be integer"),
+        ({"cu_seqlens_k": None}, TypeError, "cu_seqlens_k must be integer"),
+        ({"value": np.zeros((11, 2, 8), np.float32)}, ValueError, "value must have the heads and length of key"),
+        ({"key": np.zeros((12, 3, 8), np.float32)}, ValueError, "3 heads, which must divide the 4"),
+        ({"bias": np.zeros((2, 1, 1, 1, 1), np.float32)}, ValueError, "bias of shape"),
     ],
 )
 def test_bad_input(change, error, message):
@@ -265,6 +498,38 @@ def test_bad_input(change, error, message):
     na.attention_varlen(**arguments)
     with pytest.raises(error, match=message):
         na.attention_varlen(**arguments | change)
+
+
+def test_out_may_not_overlap():
+    x = np.zeros((10, 4, 8), np.float32)
+    with pytest.raises(ValueError, match="out must not overlap an input, it shares memory with key"):
+        na.attention_varlen(x.copy(), x, x.copy(), [0, 10], [0, 10], out=x)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"grad_out": np.zeros((10, 4, 9), np.float32)}, ValueError, r"grad_out must have shape \(10, 4, 8\)"),
+        ({"grad_out": np.zeros((10, 4, 8))}, TypeError, "grad_out must have dtype float32"),
+        ({"out": np.zeros((4, 10, 8), np.float32)}, ValueError, r"out must have shape \(10, 4, 8\)"),
+        ({"lse": np.zeros((10, 4), np.float32)}, ValueError, r"lse must have shape \(4, 10\)"),
+        ({"lse": None}, TypeError, "lse must be a numpy.ndarray"),
+        ({"grad_lse": np.zeros((4, 10))}, TypeError, "grad_lse must have dtype float32"),
+        ({"grad_lse": np.zeros((10, 4), np.float32)}, ValueError, r"grad_lse must have shape \(4, 10\)"),
+        ({"cu_seqlens_k": [0, 13]}, ValueError, "cu_seqlens_k must go from 0 to 12"),
+        ({"key": np.zeros((2, 8), np.float32)}, ValueError, "key must have shape"),
+    ],
+)
+def test_bad_input_of_the_backward_pass(change, error, message):
+    arguments = {
+        "grad_out": np.zeros((10, 4, 8), np.float32), "query": np.zeros((10, 4, 8), np.float32),
+        "key": np.zeros((12, 2, 8), np.float32), "value": np.zeros((12, 2, 8), np.float32),
+        "out": np.zeros((10, 4, 8), np.float32), "lse": np.zeros((4, 10), np.float32),
+        "cu_seqlens_q": [0, 10], "cu_seqlens_k": [0, 12],
+    }  # fmt: skip
+    na.attention_varlen_backward(**arguments)
+    with pytest.raises(error, match=message):
+        na.attention_varlen_backward(**arguments | change)
 
 
 @pytest.mark.parametrize("rotary", [None, True])

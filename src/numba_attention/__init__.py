@@ -2,8 +2,7 @@
 
 from .api import attention, attention_backward, attention_weights, merge_attention, merge_attention_backward
 from .backends import backends, set_backend, use_backend
-from .caches.contiguous import KVCache
-from .caches.paged import PagedKVCache
+from .caches import KVCache, PagedKVCache
 from .config import show_config
 from .decoding import attention_decode
 from .errors import BackendUnavailableError, CacheFullError, NumbaAttentionWarning

@@ -6,13 +6,23 @@ import numpy as np
 
 from .caches.contents import Contents
 from .options import Array, Options
-from .problem import Problem, _apply, _arrays, _broadcast, _check_out, _floats, _ints, _lse_dtype, _scale, _tensor
-from .problem import _array as as_array
+from .problem import Problem, _apply
+from .validation import (
+    arrays_among,
+    as_array,
+    as_floats,
+    as_ints,
+    as_tensor,
+    broadcast_to,
+    check_out,
+    lse_dtype_of,
+    scale_of,
+)
 
 
 def build(query: Any, contents: Contents, options: Options, out: Any, return_lse: bool) -> Problem:
     """Validate one `attention_decode` call and allocate its results."""
-    q = _tensor("query", query)
+    q = as_tensor("query", query)
     lengths = contents.lengths
     flat = query.ndim == 3 and len(lengths) == 1
     if flat:
@@ -24,16 +34,16 @@ def build(query: Any, contents: Contents, options: Options, out: Any, return_lse
         full = np.empty(shape, q.dtype)
         result = full[0] if flat else full
     else:
-        inputs = {"query": query, "key": contents.key, "value": contents.value, **_arrays(options)}
-        _check_out(out, shape[1:] if flat else shape, q.dtype, **inputs)
+        inputs = {"query": query, "key": contents.key, "value": contents.value, **arrays_among(options)}
+        check_out(out, shape[1:] if flat else shape, q.dtype, **inputs)
         result, full = out, out.view(np.ndarray)[None] if flat else out.view(np.ndarray)
     lse = result_lse = None
     if return_lse:
-        lse = np.empty(shape[:3], _lse_dtype(q))
+        lse = np.empty(shape[:3], lse_dtype_of(q))
         result_lse = lse[0] if flat else lse
     problem = Problem(
         q, contents.key, contents.value, full, lse, result, result_lse, q.shape[:1], H, Hkv, L, S, E, Ev,
-        _scale(options.scale, E), cache=contents,
+        scale_of(options.scale, E), cache=contents,
     )  # fmt: skip
     if options.is_causal == "bottom-right" and _is_plain(options):  # what nearly every call asks for
         problem.right, problem.key_lengths = 0, lengths
@@ -72,14 +82,14 @@ def _over_cache(options: Options, contents: Contents, L: int, S: int) -> Options
     lengths, n = contents.lengths, len(contents.lengths)
     keys = lengths
     if options.key_lengths is not None:
-        keys = _broadcast("key_lengths", _ints("key_lengths", options.key_lengths), (n,))
+        keys = broadcast_to("key_lengths", as_ints("key_lengths", options.key_lengths), (n,))
         if (keys < 0).any() or (keys > lengths).any():
             raise ValueError(f"key_lengths must lie between 0 and the lengths of the cache, {lengths}, got {keys}")
     mask, bias = options.mask, options.bias
     if mask is not None:
         mask = _over_newest("mask", as_array("mask", mask), lengths, L, S, True)
     if bias is not None:
-        bias = _over_newest("bias", _floats("bias", bias), lengths, L, S, 0)
+        bias = _over_newest("bias", as_floats("bias", bias), lengths, L, S, 0)
     return options._replace(mask=mask, bias=bias, key_lengths=keys)
 
 
@@ -90,7 +100,7 @@ def _over_newest(name: str, array: Array, lengths: Array, L: int, S: int, otherw
     if (lengths < L).any():
         raise ValueError(f"{name} over the {L} newest keys needs so many in every sequence, got lengths {lengths}")
     shape = (len(lengths), *((1,) * (3 - array.ndim) + array.shape[-3:-1] if array.ndim < 4 else array.shape[1:3]), L)
-    array = _broadcast(name, array, shape)
+    array = broadcast_to(name, array, shape)
     full = np.full((*shape[:-1], S), otherwise, array.dtype)
     for b, length in enumerate(lengths):
         full[b, ..., length - L : length] = array[b]

@@ -6,8 +6,7 @@ from numpy.typing import ArrayLike
 
 from .backends import select
 from .cached import build
-from .caches.contiguous import KVCache
-from .caches.paged import PagedKVCache
+from .caches import KVCache, PagedKVCache
 from .options import Array, Causal, Options, Window
 
 

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .caches.contiguous import KVCache
-from .caches.paged import PagedKVCache
+from .caches import KVCache, PagedKVCache
 from .decoding import attention_decode
 from .options import Array
 from .rotary import Rotation, rotate

@@ -11,9 +11,10 @@ from .api import attention, attention_backward, attention_weights
 from .incremental import Cache, attend
 from .inputs import check_inputs, hide_padding, query_offset
 from .options import Array, Causal, Gradients, Window
-from .problem import check_like, sum_to
+from .problem import sum_to
 from .projection import linear, linear_backward
 from .rotary import Rotation, Turn, rotate
+from .validation import check_like
 from .varlen import attention_varlen
 from .weights import INPUTS, Weights
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from .options import Array
-from .problem import check_like, is_bfloat16
+from .validation import check_like, is_bfloat16
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 

@@ -6,21 +6,17 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from .options import Array, Gradients, Options
-from .problem import (
-    BackwardProblem,
-    Packing,
-    Problem,
-    _arrays,
-    _bools,
-    _broadcast,
-    _check_out,
-    _floats,
-    _ints,
-    _kind,
-    _lse_dtype,
-    _operands,
-    _resolve,
+from .problem import BackwardProblem, Packing, Problem, _operands, _resolve, of_options
+from .validation import (
+    arrays_among,
+    as_bools,
+    as_floats,
+    as_ints,
+    broadcast_to,
     check_like,
+    check_out,
+    kind_of,
+    lse_dtype_of,
 )
 
 
@@ -34,8 +30,8 @@ def build(
     if out is None:
         out = np.empty(shape, q.dtype)
     else:
-        _check_out(out, shape, q.dtype, query=query, key=key, value=value, **_arrays(options))
-    lse = np.empty(q.shape[:2], _lse_dtype(q)) if return_lse else None
+        check_out(out, shape, q.dtype, query=query, key=key, value=value, **arrays_among(options))
+    lse = np.empty(q.shape[:2], lse_dtype_of(q)) if return_lse else None
     return _problem(q, k, v, packing, options, out, lse)
 
 
@@ -49,9 +45,9 @@ def build_backward(
     shape = (q.shape[1], q.shape[0], v.shape[2])
     check_like("out", out, shape, q.dtype)
     check_like("grad_out", grad_out, shape, q.dtype)
-    check_like("lse", lse, q.shape[:2], _lse_dtype(q))
+    check_like("lse", lse, q.shape[:2], lse_dtype_of(q))
     if grad_lse is not None:
-        check_like("grad_lse", grad_lse, q.shape[:2], _lse_dtype(q))
+        check_like("grad_lse", grad_lse, q.shape[:2], lse_dtype_of(q))
     problem = _problem(q, k, v, packing, options, out, lse)
     n = len(packing.query_rows)
     grads = np.empty(query.shape, q.dtype), np.empty(key.shape, q.dtype), np.empty(value.shape, q.dtype)
@@ -59,25 +55,20 @@ def build_backward(
     bias_shape = None if options.bias is None else _four(np.asarray(options.bias).shape)
     over_lse = None if grad_lse is None else _over(grad_lse, n)
     over_out = _over(grad_out.swapaxes(0, 1), n)
+    # The gradients stand where the inputs do otherwise: they have their shapes already, and nothing is to be summed.
     return BackwardProblem(problem, over_out, over_lse, dq, dk, dv, bias_shape, grads, options)
 
 
 def finish(p: BackwardProblem) -> Gradients:
     """Give each gradient the shape and dtype of its input."""
-    bias = sinks = None
-    if p.bias is not None:
-        given = np.asarray(p.options.bias)
-        bias = p.bias.reshape(given.shape).astype(given.dtype, copy=False)
-    if p.sinks is not None:
-        sinks = p.sinks.astype(np.asarray(p.options.sinks).dtype, copy=False)
-    return Gradients(*p.inputs, bias, sinks)
+    return Gradients(*p.inputs, *of_options(p))
 
 
 def _packed_operands(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:
     """Check query, key and value, (T, heads, features); return them as (heads, T, features)."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
-            raise TypeError(f"{name} must be a numpy.ndarray, got {_kind(x)}; convert it with numpy.asarray({name})")
+            raise TypeError(f"{name} must be a numpy.ndarray, got {kind_of(x)}; convert it with numpy.asarray({name})")
         if x.ndim != 3:
             raise ValueError(f"{name} must have shape (tokens, heads, features), got {x.shape}")
     q, k, v, _ = _operands(*(x.swapaxes(0, 1) for x in (query, key, value)))
@@ -95,13 +86,15 @@ def _packing(cu_q: Any, cu_k: Any, q: Array, k: Array) -> Packing:
 
 
 def _starts(name: str, offsets: Any, total: int) -> Array:
-    array = _ints(name, offsets)
+    array = as_ints(name, offsets)
     if array.ndim != 1 or not array.size:
         raise ValueError(f"{name} must have shape (sequences + 1,), got {array.shape}")
     if array[0] != 0 or array[-1] != total:
         raise ValueError(f"{name} must go from 0 to {total}, the number of tokens, got {array[0]} to {array[-1]}")
-    if (np.diff(array) < 0).any():
-        raise ValueError(f"{name} must not decrease")
+    falls = np.flatnonzero(np.diff(array) < 0)
+    if falls.size:
+        b = falls[0]
+        raise ValueError(f"{name} must not decrease, got {array[b]} and then {array[b + 1]}")
     return array
 
 
@@ -118,27 +111,31 @@ def _problem(
     lengths = options._replace(
         mask=None,
         bias=None,
-        query_lengths=_lengths("query_lengths", options.query_lengths, packing.query_rows),
-        key_lengths=_lengths("key_lengths", options.key_lengths, packing.key_rows),
+        query_lengths=lengths_within("query_lengths", options.query_lengths, packing.query_rows),
+        key_lengths=lengths_within("key_lengths", options.key_lengths, packing.key_rows),
     )
     p = _resolve(q, k, v, lengths, full, None if lse is None else _over(lse, n), out, lse, L, S)
     if options.mask is not None:
-        p.mask, in_mask = _over_tokens("mask", _bools("mask", options.mask), p)
+        p.mask, in_mask = _over_tokens("mask", as_bools("mask", options.mask), p)
         packing = packing._replace(mask=in_mask)
     if options.bias is not None:
-        p.bias, in_bias = _over_tokens("bias", _floats("bias", options.bias), p)
+        p.bias, in_bias = _over_tokens("bias", as_floats("bias", options.bias), p)
         packing = packing._replace(bias=in_bias)
     p.packing = packing
     return p
 
 
-def _lengths(name: str, lengths: Any, rows: Array) -> Array:
+def lengths_within(name: str, lengths: Any, rows: Array) -> Array:
     """The valid prefix of each sequence, all of it by default."""
     if lengths is None:
         return rows
-    array = _broadcast(name, _ints(name, lengths), rows.shape)
-    if (array < 0).any() or (array > rows).any():
-        raise ValueError(f"{name} must lie between 0 and the length of each sequence, got {array} for {rows}")
+    array = broadcast_to(name, as_ints(name, lengths), rows.shape)
+    wrong = np.flatnonzero((array < 0) | (array > rows))
+    if wrong.size:
+        b = wrong[0]
+        raise ValueError(
+            f"{name} must lie between 0 and the length of each sequence, got {array[b]} for sequence {b} of {rows[b]}"
+        )
     return array
 
 

@@ -1,7 +1,5 @@
-"""Arrays and `Options` in, a checked `Problem` out: the only place that raises for bad input."""
+"""Arrays and `Options` in, a checked `Problem` out; what is wrong with them, `validation` says."""
 
-import math
-import operator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +7,23 @@ import numpy as np
 
 from .caches.contents import Contents
 from .options import Array, Gradients, Options
+from .validation import (
+    arrays_among,
+    as_bools,
+    as_floats,
+    as_index,
+    as_ints,
+    as_reach,
+    as_real,
+    as_tensor,
+    broadcast_batch,
+    broadcast_to,
+    check_like,
+    check_out,
+    lengths_within,
+    lse_dtype_of,
+    scale_of,
+)
 
 _F32, _F64, _F16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
 
@@ -66,53 +81,6 @@ class Problem:
     cache: Contents | None = None  # attention_decode only: key and value are what it stores, S is the longest length
 
 
-def is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    """Recognise ``ml_dtypes.bfloat16`` without importing ml_dtypes."""
-    return dtype.name == "bfloat16"
-
-
-def _is_supported(dtype: np.dtype[Any]) -> bool:
-    # Identity first: it is what every native array hits, and comparing dtypes costs more.
-    if dtype is _F32 or dtype is _F64 or dtype is _F16:
-        return True
-    return dtype.isnative and (dtype in (_F32, _F64, _F16) or is_bfloat16(dtype))
-
-
-def _tensor(name: str, array: Any) -> Array:
-    """Check one of query, key, value and give it a head axis."""
-    if type(array) is not np.ndarray:
-        if isinstance(array, np.ma.MaskedArray):
-            raise TypeError(f"{name} is a masked array; pass its .data and say what may be attended to with mask=")
-        if not isinstance(array, np.ndarray) or isinstance(array, np.matrix):
-            raise TypeError(
-                f"{name} must be a numpy.ndarray, got {_kind(array)}; convert it with numpy.asarray({name})"
-            )
-        array = np.asarray(array)  # np.memmap and friends
-    if not _is_supported(array.dtype):
-        raise TypeError(
-            f"{name} must have dtype float32, float64, float16 or ml_dtypes.bfloat16 in native byte order, "
-            f"got {array.dtype}; {_advice(name, array.dtype)}"
-        )
-    if array.ndim < 3:
-        if array.ndim < 2:
-            raise ValueError(f"{name} must have shape (..., heads, length, features), got {array.shape}")
-        array = array[None]
-    result: Array = array
-    return result
-
-
-def _advice(name: str, dtype: np.dtype[Any]) -> str:
-    if dtype.kind == "c":
-        return "complex attention is not defined here, pass real arrays"
-    if dtype.kind in "iubf":
-        return f"convert it with {name}.astype(numpy.float32)"
-    return "convert it to floating point"
-
-
-def _kind(x: Any) -> str:
-    return f"{type(x).__module__}.{type(x).__qualname__}"
-
-
 @dataclass(slots=True)
 class BackwardProblem:
     """One validated `attention_backward` call: the forward problem, whose out and lse are inputs, and the gradients.
@@ -135,7 +103,7 @@ class BackwardProblem:
 
 def _operands(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array, bool]:
     """Check query, key and value together; return them on one batch, and whether each was a matrix."""
-    q, k, v = _tensor("query", query), _tensor("key", key), _tensor("value", value)
+    q, k, v = as_tensor("query", query), as_tensor("key", key), as_tensor("value", value)
     if not (q.dtype is k.dtype is v.dtype or q.dtype == k.dtype == v.dtype):
         raise TypeError(f"query, key and value must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     _, _, _, Hkv, S = _sizes(q, k)
@@ -145,7 +113,7 @@ def _operands(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array, bo
         )
     batch = q.shape[:-3]
     if not batch == k.shape[:-3] == v.shape[:-3]:
-        batch = _broadcast_batch({"query": batch, "key": k.shape[:-3], "value": v.shape[:-3]})
+        batch = broadcast_batch({"query": batch, "key": k.shape[:-3], "value": v.shape[:-3]})
         q, k, v = (np.broadcast_to(x, batch + x.shape[-3:]) for x in (q, k, v))
     return q, k, v, query.ndim == key.ndim == value.ndim == 2
 
@@ -158,7 +126,7 @@ def _resolve(
     H, rows, E = q.shape[-3:]
     Hkv, columns, Ev = v.shape[-3:]
     L, S = rows if L is None else L, columns if S is None else S
-    scale = _scale(options.scale, E)
+    scale = scale_of(options.scale, E)
     problem = Problem(q, k, v, out, lse, result, result_lse, q.shape[:-3], H, Hkv, L, S, E, Ev, scale)
     if options.is_causal is not False or any(x is not None for x in options[:2] + options[3:5] + options[6:]):
         _apply(problem, options)
@@ -176,11 +144,13 @@ def build(query: Any, key: Any, value: Any, options: Options, out: Any, return_l
             result = full[0]
     else:
         result = out
-        _check_out(out, shape[1:] if flat else shape, q.dtype, query=query, key=key, value=value, **_arrays(options))
+        check_out(
+            out, shape[1:] if flat else shape, q.dtype, query=query, key=key, value=value, **arrays_among(options)
+        )
         full = out.view(np.ndarray)[None] if flat else out.view(np.ndarray)
     lse = result_lse = None
     if return_lse:
-        lse = result_lse = np.empty(shape[:-1], _lse_dtype(q))
+        lse = result_lse = np.empty(shape[:-1], lse_dtype_of(q))
         if flat:
             result_lse = lse[0]
     return _resolve(q, k, v, options, full, lse, result, result_lse)
@@ -195,9 +165,9 @@ def build_backward(
     given = shape[1:] if flat else shape
     check_like("out", out, given, q.dtype)
     check_like("grad_out", grad_out, given, q.dtype)
-    check_like("lse", lse, given[:-1], _lse_dtype(q))
+    check_like("lse", lse, given[:-1], lse_dtype_of(q))
     if grad_lse is not None:
-        check_like("grad_lse", grad_lse, given[:-1], _lse_dtype(q))
+        check_like("grad_lse", grad_lse, given[:-1], lse_dtype_of(q))
     full_out, full_lse, full_grad = (
         x.view(np.ndarray)[None] if flat else x.view(np.ndarray) for x in (out, lse, grad_out)
     )
@@ -221,13 +191,18 @@ def spread_bias(array: Array, p: Problem) -> Array:
 def finish(p: BackwardProblem) -> Gradients:
     """Sum what was broadcast, and give each gradient the shape and dtype of its input."""
     q, k, v = (sum_to(grad, x.shape) for grad, x in zip((p.query, p.key, p.value), p.inputs, strict=True))
+    return Gradients(q, k, v, *of_options(p))
+
+
+def of_options(p: BackwardProblem) -> tuple[Array | None, Array | None]:
+    """Give the gradients of bias and sinks, None without, the shape and dtype of what they are of."""
     bias = sinks = None
     if p.bias is not None:
         given = np.asarray(p.options.bias)
         bias = p.bias.reshape(given.shape).astype(given.dtype, copy=False)
     if p.sinks is not None:
         sinks = p.sinks.astype(np.asarray(p.options.sinks).dtype, copy=False)
-    return Gradients(q, k, v, bias, sinks)
+    return bias, sinks
 
 
 def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
@@ -243,33 +218,19 @@ def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     return result
 
 
-def _lse_dtype(q: Array) -> type[np.floating[Any]]:
-    return np.float64 if q.dtype == _F64 else np.float32
-
-
-def check_like(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> None:
-    """Check what a forward call returned, or a gradient with respect to it."""
-    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
-        raise TypeError(f"{name} must be a numpy.ndarray, got {_kind(x)}; convert it with numpy.asarray({name})")
-    if x.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {np.dtype(dtype)}, got {x.dtype}; convert it with {name}.astype(...)")
-    if x.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {x.shape}")
-
-
 def build_weights(query: Any, key: Any, options: Options, heads: Any, rows: Any) -> Problem:
     """Validate one `attention_weights` call and allocate its result."""
-    q, k = _tensor("query", query), _tensor("key", key)
+    q, k = as_tensor("query", query), as_tensor("key", key)
     if q.dtype != k.dtype:
         raise TypeError(f"query and key must share one dtype, got {q.dtype} and {k.dtype}")
     H, L, E, Hkv, S = _sizes(q, k)
-    batch = _broadcast_batch({"query": q.shape[:-3], "key": k.shape[:-3]})
+    batch = broadcast_batch({"query": q.shape[:-3], "key": k.shape[:-3]})
     q, k = (np.broadcast_to(x, batch + x.shape[-3:]) for x in (q, k))
-    chosen_heads, chosen_rows = _chosen("heads", heads, H), _chosen("rows", rows, L)
+    chosen_heads, chosen_rows = as_index("heads", heads, H), as_index("rows", rows, L)
     full = np.empty((*batch, len(chosen_heads), len(chosen_rows), S), q.dtype)
     result = full[0] if query.ndim == key.ndim == 2 else full
     problem = Problem(
-        q, k, k, full, None, result, None, batch, H, Hkv, L, S, E, E, _scale(options.scale, E),
+        q, k, k, full, None, result, None, batch, H, Hkv, L, S, E, E, scale_of(options.scale, E),
         heads=chosen_heads, rows=chosen_rows,
     )  # fmt: skip
     _apply(problem, options)
@@ -286,90 +247,34 @@ def _sizes(q: Array, k: Array) -> tuple[int, int, int, int, int]:
     return H, L, E, Hkv, S
 
 
-def _broadcast_batch(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    try:
-        return np.broadcast_shapes(*shapes.values())
-    except ValueError:
-        said = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"leading dimensions of {' and '.join(shapes)} do not broadcast: {said}") from None
-
-
-def _arrays(options: Options) -> dict[str, Any]:
-    return {name: x for name, x in options._asdict().items() if isinstance(x, np.ndarray)}
-
-
-def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], **inputs: Array) -> None:
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray | np.matrix):
-        raise TypeError(f"out must be a numpy.ndarray, got {_kind(out)}")
-    if out.dtype != dtype:
-        raise TypeError(f"out must have the dtype of query, {dtype}, got {out.dtype}")
-    if out.shape != shape:
-        raise ValueError(f"out must have shape {shape}, got {out.shape}")
-    if not out.flags.writeable:
-        raise ValueError("out must be writeable, got a read-only array")
-    if out.size and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
-        raise ValueError("out must not overlap itself, got an array with zero strides")
-    for name, array in inputs.items():
-        if np.may_share_memory(out, array) and _overlap(out, array):
-            raise ValueError(f"out must not overlap an input, it shares memory with {name}")
-
-
-def _overlap(a: Array, b: Array) -> bool:
-    work: Any = 10_000  # candidate solutions to try, well below a millisecond
-    try:
-        return bool(np.shares_memory(a, b, max_work=work))
-    except np.exceptions.TooHardError:  # undecided in reasonable time: take it as overlapping
-        return True
-
-
-def _scale(scale: Any, E: int) -> float:
-    if scale is None:
-        return 1 / math.sqrt(E) if E else 1.0
-    return _real("scale", scale)
-
-
-def _real(name: str, x: Any) -> float:
-    if isinstance(x, str | bytes | bool | np.bool_ | complex) or (isinstance(x, np.ndarray) and x.ndim):
-        raise TypeError(f"{name} must be a real number, got {x!r}")
-    try:
-        number = float(x)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a real number, got {_kind(x)}") from None
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
-    return number
-
-
 def _apply(p: Problem, o: Options) -> None:
     """Validate every option that is not at its default and resolve it into the problem."""
     if o.softcap is not None:
-        p.softcap = _real("softcap", o.softcap)
+        p.softcap = as_real("softcap", o.softcap)
         if p.softcap <= 0:
             raise ValueError(f"softcap must be positive, got {p.softcap}")
     if o.query_lengths is not None:
-        p.query_lengths = _lengths("query_lengths", o.query_lengths, p.L, p.batch)
+        p.query_lengths = lengths_within("query_lengths", o.query_lengths, p.L, p.batch)
     if o.key_lengths is not None:
-        p.key_lengths = _lengths("key_lengths", o.key_lengths, p.S, p.batch)
+        p.key_lengths = lengths_within("key_lengths", o.key_lengths, p.S, p.batch)
     _positions(p, o)
     if o.alibi_slopes is not None:
-        slopes = _floats("alibi_slopes", o.alibi_slopes).astype(np.float64)
+        slopes = as_floats("alibi_slopes", o.alibi_slopes).astype(np.float64)
         if not np.isfinite(slopes).all():
             raise ValueError("alibi_slopes must be finite")
         if slopes.ndim == 0 or slopes.shape[-1] != p.H:
             raise ValueError(f"alibi_slopes must have shape ({p.H},) or (..., {p.H}), got {slopes.shape}")
-        p.alibi_slopes = _broadcast("alibi_slopes", slopes, (*p.batch, p.H))
+        p.alibi_slopes = broadcast_to("alibi_slopes", slopes, (*p.batch, p.H))
     if o.sinks is not None:
-        sinks = _floats("sinks", o.sinks).astype(np.float64)
+        sinks = as_floats("sinks", o.sinks).astype(np.float64)
         if sinks.shape != (p.H,):
             raise ValueError(f"sinks must have shape ({p.H},), one per query head, got {sinks.shape}")
         p.sinks = sinks
     if o.mask is not None:
-        p.mask = _broadcast("mask", _bools("mask", o.mask), (*p.batch, p.H, p.L, p.S))
+        p.mask = broadcast_to("mask", as_bools("mask", o.mask), (*p.batch, p.H, p.L, p.S))
     if o.bias is not None:
-        bias = _floats("bias", o.bias)
-        p.bias = _broadcast("bias", bias, (*p.batch, p.H, p.L, p.S))
+        bias = as_floats("bias", o.bias)
+        p.bias = broadcast_to("bias", bias, (*p.batch, p.H, p.L, p.S))
 
 
 def _positions(p: Problem, o: Options) -> None:
@@ -385,104 +290,13 @@ def _positions(p: Problem, o: Options) -> None:
             left, right = o.window
         except (TypeError, ValueError):
             raise TypeError(f"window must be a pair (left, right) of int or None, got {o.window!r}") from None
-        p.left, p.right = _reach(left), _reach(right)
+        p.left, p.right = as_reach(left), as_reach(right)
     if causal:
         p.right = 0
     if o.query_offset is not None:
-        offset = _ints("query_offset", o.query_offset)
-        p.offset = int(offset) if offset.ndim == 0 else _broadcast("query_offset", offset, p.batch)
+        offset = as_ints("query_offset", o.query_offset)
+        p.offset = int(offset) if offset.ndim == 0 else broadcast_to("query_offset", offset, p.batch)
     elif isinstance(causal, str) and causal == "bottom-right":
         keys = p.S if p.key_lengths is None else p.key_lengths
         queries = p.L if p.query_lengths is None else p.query_lengths
         p.offset = keys - queries
-
-
-def _reach(x: Any) -> int | None:
-    if x is None:
-        return None
-    try:
-        if isinstance(x, bool | np.bool_):
-            raise TypeError
-        reach = operator.index(x)
-    except TypeError:
-        raise TypeError(f"window must be a pair (left, right) of int or None, got {x!r}") from None
-    if reach < 0:
-        raise ValueError(f"window must not be negative, got {reach}")
-    return min(reach, _FAR)
-
-
-def _array(name: str, x: Any) -> Array:
-    """Make an array of an option that may be any array-like."""
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, whose mask would be lost; pass its .data")
-    try:
-        return np.asarray(x)
-    except ValueError as error:
-        raise ValueError(f"{name} is not an array: {error}") from None
-
-
-def _ints(name: str, x: Any) -> Array:
-    array = _array(name, x)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integer, got {array.dtype}")
-    if array.size and (int(array.max()) > _FAR or int(array.min()) < -_FAR):
-        raise ValueError(f"{name} must lie within +-2**40, got values from {array.min()} to {array.max()}")
-    return array.astype(np.int64)
-
-
-_FAR = 2**40  # keeps every sum of positions far from overflow
-
-
-def _lengths(name: str, x: Any, limit: int, batch: tuple[int, ...]) -> Array:
-    lengths = _ints(name, x)
-    if lengths.size and (int(lengths.min()) < 0 or int(lengths.max()) > limit):
-        raise ValueError(f"{name} must lie between 0 and {limit}, got {lengths.min()} to {lengths.max()}")
-    return _broadcast(name, lengths, batch)
-
-
-def _bools(name: str, x: Any) -> Array:
-    mask = _array(name, x)
-    if mask.dtype != np.bool_:
-        hint = (
-            "pass additive values as bias="
-            if mask.dtype.kind == "f" or is_bfloat16(mask.dtype)
-            else "compare or cast it"
-        )
-        raise TypeError(f"{name} must be boolean (True = may attend), got {mask.dtype}; {hint}")
-    return mask
-
-
-def _floats(name: str, x: Any) -> Array:
-    array = _array(name, x)
-    if not _is_supported(array.dtype):
-        hint = "pass a boolean as mask=" if name == "bias" and array.dtype.kind == "b" else _advice(name, array.dtype)
-        raise TypeError(f"{name} must be floating point, got {array.dtype}; {hint}")
-    return array
-
-
-def _broadcast(name: str, array: Array, shape: tuple[int, ...]) -> Array:
-    if array.shape == shape:
-        return array
-    try:
-        return np.broadcast_to(array, shape)
-    except ValueError:
-        raise ValueError(f"{name} of shape {array.shape} does not broadcast to {shape}") from None
-
-
-def _chosen(name: str, index: Any, n: int) -> Array:
-    """Turn an index array, boolean array or slice over n items into an int64 array."""
-    every = np.arange(n)
-    if index is None:
-        return every
-    if not isinstance(index, slice):
-        index = np.atleast_1d(_array(name, index))
-        if index.size == 0:
-            return every[:0]
-        if index.ndim != 1 or index.dtype.kind not in "iub":
-            raise TypeError(
-                f"{name} must be a slice or a 1-D array of int or bool, got {index.dtype} of shape {index.shape}"
-            )
-    try:
-        return np.ascontiguousarray(every[index])
-    except (IndexError, TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None

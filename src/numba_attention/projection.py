@@ -205,17 +205,17 @@ def _multiply(
         sums_to = None if sums is None else np.empty((plan.groups, len(sums)), sums.dtype)
     number = resources.threads_for(plan.items, plan.flops)
     memory = resources.memory
-    scratch, scratch_address = memory.reserve(number * plan.scratch_size)
-    memory.counter.value = 0
+    scratch, scratch_address = memory.own.reserve(number * plan.scratch_size)
+    memory.own.counter.value = 0
     first = to[0] if plan.groups > 1 else to
     extra = sums_to if bias is None else bias
     four = (b, a, first.T) if plan.swapped else (a, b, first)
     resources.addresses[out.itemsize].call(
-        *four, first if extra is None else np.atleast_2d(extra), memory.params_address
+        *four, first if extra is None else np.atleast_2d(extra), memory.own.params_address
     )
-    kernels.pack_own(memory.params, kernels.OWN, memory.counter_address, scratch_address)
-    memory.params[kernels.REST : kernels.REST + len(plan.rest)] = plan.rest
-    launch.run(plan.kernel, memory.params_address, number)
+    kernels.pack_own(memory.own.params, kernels.OWN, memory.own.counter_address, scratch_address)
+    memory.own.params[kernels.REST : kernels.REST + len(plan.rest)] = plan.rest
+    launch.run(plan.kernel, memory.own.params_address, number)
     if plan.groups > 1:
         np.add.reduce(to, axis=0, out=out)
         if sums is not None and sums_to is not None:

@@ -19,12 +19,15 @@ from ..problem import BackwardProblem, Problem
 from . import gradients
 from .records import (
     address_of,
+    compact,
     fill_in,
     pack,
     per_head,
     readable_bias,
+    room_for,
     sequences_of,
     storage_of,
+    stored,
     stored_of,
     values_of,
     varies,
@@ -47,6 +50,7 @@ def warmup_jobs() -> list[tuple[str, Callable[[], None]]]:
     jobs = [(kernel.name, job(kernel)) for kernel in (launch._launcher, launch._caller, *addresses.values())]
     storages = ("float32", "float64", "float16", "bfloat16")
     jobs += [(f"attention, {storage}", job(worker(storage, "forward"))) for storage in storages]
+    jobs += [("attention, float32, few queries", job(worker("float32", "decode")))]
     jobs += [(f"attention_backward, {storage}", job(worker(storage, "backward"))) for storage in storages[:2]]
     return [*jobs, ("attention_weights, float32", job(worker("float32", "weights")))]
 
@@ -68,10 +72,13 @@ def weights(problem: Problem) -> None:
 
 def _run_widened(p: Problem, weights: bool) -> None:
     """float16 on a host that cannot convert it in hardware (x86 before 2012): through float32 copies."""
-    single: list[Array] = [x.astype(np.float32) for x in (p.query, p.key, p.value)]
-    out = np.empty(p.out.shape, np.float32)
-    _run(replace(p, query=single[0], key=single[1], value=single[2], out=out), weights)
-    p.out[...] = out
+    cache, k, v, out = p.cache, p.key, p.value, room_for(p.out, np.float32)
+    if cache is None or cache.storage == "float16":
+        k, v = compact(k, np.float32), compact(v, np.float32)
+    if cache is not None and cache.storage == "float16":
+        cache = cache._replace(key=k, value=v, storage="float32")
+    _run(replace(p, query=compact(p.query, np.float32), key=k, value=v, out=out, cache=cache), weights)
+    stored(p.out)[...] = stored(out)
 
 
 class _Plan(NamedTuple):
@@ -95,31 +102,23 @@ _plans: dict[Any, _Plan] = {}
 def _run(p: Problem, weights: bool) -> None:
     if not p.out.size and (p.lse is None or not p.lse.size):
         return
-    if p.query.dtype == np.float16 and not HOST.f16:
+    if not HOST.f16 and (p.query.dtype == np.float16 or (p.cache is not None and p.cache.storage == "float16")):
         return _run_widened(p, weights)
     bias = readable_bias(p)
-    for few, which in _kernels_for(p, weights):
-        _run_kernel(p, bias, weights, few, which)
-
-
-def _kernels_for(p: Problem, weights: bool) -> list[tuple[bool, Array | None]]:
-    """Which sequences, None for all, the kernel for few query rows takes, and which the other.
-
-    That follows from the sizes of a sequence alone, so that its bits are those of the same sequence anywhere.
-    """
-    width = HOST.bits // (64 if p.query.dtype == np.float64 else 32)
-    if weights or min(p.E, p.Ev) < width:
-        return [(False, None)]
-    rows = FEW * p.Hkv // p.H
+    # Which kernel a sequence gets follows from its own sizes alone, so that its bits are those it has anywhere.
+    width = HOST.bits // 8 // (8 if p.query.itemsize == 8 else 4)
+    rows = 0 if weights or p.E < width or p.Ev < width else FEW * p.Hkv // p.H
     if p.query_lengths is None:
-        return [(p.L <= rows, None)]
+        return _run_kernel(p, bias, weights, p.L <= rows, None)
     few = p.query_lengths.ravel() <= rows
-    if few.all() or not few.any():
-        return [(bool(few.any()), None)]
-    return [(False, np.flatnonzero(~few)), (True, np.flatnonzero(few))]
+    if few.all() or not few.any() or not rows:
+        return _run_kernel(p, bias, weights, bool(few.any() and rows), None)
+    _run_kernel(p, bias, weights, False, np.flatnonzero(~few))
+    _run_kernel(p, bias, weights, True, np.flatnonzero(few))
 
 
 def _run_kernel(p: Problem, bias: Array | None, weights: bool, few: bool, which: Array | None) -> None:
+    own = memory.own
     if weights or p.mask is not None or bias is not None or p.packing is not None or which is not None:
         sequences = sequences_of(p, bias)
         fill_in(p, sequences)
@@ -132,7 +131,7 @@ def _run_kernel(p: Problem, bias: Array | None, weights: bool, few: bool, which:
         sequences, sequences_address = plan.sequences, plan.sequences_address
         if varies(p):
             if _is_step(p):
-                sequences, sequences_address = memory.sequence, memory.sequence_address
+                sequences, sequences_address = own.sequence, own.sequence_address
                 sequences[:] = plan.numbers
                 sequences[KEYS], sequences[OFFSET] = p.S, p.offset
             else:
@@ -145,25 +144,25 @@ def _run_kernel(p: Problem, bias: Array | None, weights: bool, few: bool, which:
         if most > 1:
             counts, partial = np.zeros(items, np.int64), np.empty(items * plan.partial_size, np.uint8)
     number = threads_for(items, plan.flops * p.S)
-    scratch, scratch_address = memory.reserve(number * plan.scratch_size)
-    memory.counter.value = 0
+    scratch, scratch_address = own.reserve(number * plan.scratch_size)
+    own.counter.value = 0
     # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
     first = (0,) * len(p.batch) + (0,)
     query, out = p.query[first], p.out[first]
     if p.cache is None or (p.key.itemsize == p.query.itemsize and len(first) == 2):
-        addresses[p.query.itemsize].call(query, p.key[first], p.value[first], out, memory.params_address)
+        addresses[p.query.itemsize].call(query, p.key[first], p.value[first], out, own.params_address)
     else:
-        addresses[p.query.itemsize].call(query, query, query, out, memory.params_address)
-        pack_two(memory.params, 8, address_of(p.key), address_of(p.value))
+        addresses[p.query.itemsize].call(query, query, query, out, own.params_address)
+        pack_two(own.params, 8, address_of(p.key), address_of(p.value))
     pack_addresses(
-        memory.params, ARRAYS, memory.counter_address, scratch_address, sequences_address,
+        own.params, ARRAYS, own.counter_address, scratch_address, sequences_address,
         *[0 if x is None else address_of(x) for x in (p.lse, bias, p.mask, slopes, p.sinks, p.rows)],
-        *NO_GRADIENTS, address_of(counts), address_of(partial),
+        *NO_GRADIENTS, 0 if counts is None else address_of(counts), 0 if partial is None else address_of(partial),
     )  # fmt: skip
-    memory.params[REST:] = plan.rest
-    pack_one(memory.params, REST, items)
-    launch.run(plan.kernel, memory.params_address, number)
+    own.params[REST:] = plan.rest
+    pack_one(own.params, REST, items)
+    launch.run(plan.kernel, own.params_address, number)
     del scratch, slopes, sequences, counts, partial
 
 
@@ -201,8 +200,8 @@ def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, 
         sequences = per_head(p, p.heads, sequences, bias)
         heads, group = 1, 1
         sequences["rows"] = len(p.rows)
-    if p.packing is not None:  # longest first, or a long one may be left over when all other work is done
-        sequences = sequences[np.argsort(-sequences["rows"] * sequences["keys"], kind="stable")]
+    if p.packing is not None:  # a tile takes as long as it has keys: longest first, and short ones fill the gaps
+        sequences = sequences[np.argsort(-sequences["keys"], kind="stable")]
     rows = sequences["rows"] * group
     ends = np.cumsum(heads * -(-rows // spec.query_tile))
     sequences["first"] = ends - heads * -(-rows // spec.query_tile)

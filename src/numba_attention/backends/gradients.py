@@ -19,11 +19,14 @@ from ..options import Array
 from ..problem import BackwardProblem, spread_bias
 from .records import (
     address_of,
+    compact,
     fill_in,
     pack,
     readable_bias,
+    room_for,
     sequences_of,
     storage_of,
+    stored,
     strides_of,
     values_of,
     varies,
@@ -40,7 +43,8 @@ class _Wave(NamedTuple):
 
     members: Array  # (items, 4), as the kernel reads them
     counters: int
-    partial_size: int
+    partial_size: int  # bytes for the sums of groups that are worked on side by side
+    kept: int  # bytes for the sums of a head that one thread does alone
 
 
 class _Plan(NamedTuple):
@@ -86,29 +90,30 @@ def run(g: BackwardProblem) -> None:
     plan = _find_plan(g, spec, groups, bias, arrays, of_bias)
     most_items = max((len(wave.members) for wave in plan.waves), default=0)
     number = threads_for(most_items, plan.flops)
-    scratch, scratch_address = memory.reserve(number * plan.scratch_size)
+    scratch, scratch_address = memory.own.reserve(number * plan.scratch_size)
     # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
     if p.H and most_items:
         first = (0,) * len(p.batch) + (0,)
         four = p.query[first], p.key[first], p.value[first], p.out[first]
-        addresses[p.query.itemsize].call(*four, memory.params_address)
-    memory.params[REST:] = plan.rest
+        addresses[p.query.itemsize].call(*four, memory.own.params_address)
+    memory.own.params[REST:] = plan.rest
     for wave in plan.waves:
         counts, partial = np.zeros(wave.counters, np.int64), np.empty(wave.partial_size, np.uint8)
-        memory.counter.value = 0
-        _pack_one(memory.params, REST, len(wave.members))
+        memory.own.counter.value = 0
+        _pack_one(memory.own.params, REST, len(wave.members))
         pack_addresses(
-            memory.params, ARRAYS, memory.counter_address, scratch_address, plan.sequences_address,
+            memory.own.params, ARRAYS, memory.own.counter_address, scratch_address, plan.sequences_address,
             address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), 0, 0,
             *(address_of(array) for array in arrays.values()),
             address_of(wave.members), address_of(counts), address_of(partial),
         )  # fmt: skip
-        launch.run(plan.kernel, memory.params_address, number)
+        launch.run(plan.kernel, memory.own.params_address, number)
     if of_bias is not None:
         g.bias = of_bias.sum(axis=0) if len(of_bias) > 1 else of_bias[0]
-    if p.sinks is not None and p.lse is not None and delta is not None:
-        g.sinks = _of_sinks(p.sinks, p.lse[0] if p.packing else p.lse, delta)
+    lse = p.result_lse if p.packing else p.lse
+    if p.sinks is not None and lse is not None and delta is not None:
+        g.sinks = _of_sinks(p.sinks, lse, delta)
     del scratch, slopes, bias
 
 
@@ -142,7 +147,7 @@ def _make_plan(
     head_bytes = (sequences["key_rows"] + SUM_ROWS) * (E + Ev) * spec.vector.bytes
     work = sequences["rows"] * sequences["key_rows"]
     waves = [_share_out(heads, p.Hkv, groups, head_bytes, work) for heads in _waves(g)]
-    kept = int((head_bytes * np.minimum(groups, 2)).max(initial=0)) if any(not w.counters for w in waves) else 0
+    kept = max((wave.kept for wave in waves), default=0)
     offsets, scratch_size, depth = kernels.scratch(spec, p.E, p.Ev, kept)
     values = values_of(p, spec, bias) | {
         "number": len(sequences),
@@ -161,24 +166,27 @@ def _make_plan(
 
 
 def _share_out(heads: Array, Hkv: int, groups: Array, head_bytes: Array, work: Array) -> _Wave:
-    """Make work items of heads, numbered sequence * Hkv + head: one of each, or where they are few of each group."""
+    """Make work items of heads, numbered sequence * Hkv + head: one of each, or of each group of a head too long."""
     if Hkv == 0:
-        return _Wave(np.zeros((0, 4), np.int64), 0, 0)
+        return _Wave(np.zeros((0, 4), np.int64), 0, 0, 0)
     index = heads // Hkv
     # Longest first, or a long one may be left over when all other work is done.
     order = np.argsort(-work[index], kind="stable")
     heads, index = heads[order], index[order]
-    own = groups[index]
-    sizes = own * head_bytes[index]
-    if own.max(initial=1) == 1 or len(heads) >= ITEMS or sizes.sum() > BUFFERS:
-        members = np.zeros((len(heads), 4), np.int64)
-        members[:, 0], members[:, 1] = heads, -1
-        return _Wave(members, 0, 0)
-    which = np.repeat(np.arange(len(heads)), own)
-    first = np.cumsum(own) - own
-    begins = np.cumsum(sizes) - sizes
-    members = np.stack([heads[which], np.arange(len(which)) - first[which], begins[which], which], axis=1)
-    return _Wave(members, len(heads), int(sizes.sum()))
+    of_head, size = groups[index], head_bytes[index]
+    # A head that is more than its share of the work would keep the others waiting.
+    split = (of_head > 1) & (work[index] * ITEMS > work[index].sum())
+    if (size * of_head)[split].sum() > BUFFERS:
+        split[:] = False
+    items = np.where(split, of_head, 1)
+    sums = np.where(split, size * of_head, 0)
+    alone = size * np.minimum(of_head, 2)
+    which = np.repeat(np.arange(len(heads)), items)
+    group = np.arange(len(which)) - (np.cumsum(items) - items)[which]
+    group[~split[which]] = -1
+    begins = np.cumsum(sums) - sums
+    members = np.stack([heads[which], group, begins[which], which], axis=1)
+    return _Wave(members, len(heads), int(sums.sum()), int(alone[~split].max(initial=0)))
 
 
 def _waves(g: BackwardProblem) -> Array:
@@ -225,8 +233,8 @@ def _of_sinks(sinks: Array, lse: Array, delta: Array) -> Array:
 def _run_widened(g: BackwardProblem) -> None:
     """float16 on a host that cannot convert it in hardware: through float32 copies."""
     p = g.forward
-    q, k, v, out, grad_out = (x.astype(np.float32) for x in (p.query, p.key, p.value, p.out, g.grad_out))
-    grads = [np.empty(x.shape, np.float32) for x in (g.query, g.key, g.value)]
+    q, k, v, out, grad_out = (compact(x, np.float32) for x in (p.query, p.key, p.value, p.out, g.grad_out))
+    grads = [room_for(x, np.float32) for x in (g.query, g.key, g.value)]
     single = replace(
         g,
         forward=replace(p, query=q, key=k, value=v, out=out),
@@ -236,5 +244,6 @@ def _run_widened(g: BackwardProblem) -> None:
         value=grads[2],
     )
     run(single)
-    g.query[...], g.key[...], g.value[...] = grads
+    for grad, single_grad in zip((g.query, g.key, g.value), grads, strict=True):
+        stored(grad)[...] = stored(single_grad)
     g.bias, g.sinks = single.bias, single.sinks

@@ -11,7 +11,8 @@ from ..cpu.scoring import LN2, LOG2E, bias_elements
 from ..cpu.simd import HOST
 from ..intervals import FAR
 from ..options import Array
-from ..problem import Packing, Problem, is_bfloat16
+from ..problem import Packing, Problem
+from ..validation import is_bfloat16
 
 
 def storage_of(dtype: np.dtype[Any]) -> str:
@@ -34,10 +35,19 @@ def offsets_of(array: Array, batch: tuple[int, ...]) -> Array:
     return total.ravel()
 
 
-def _compact(array: Array, dtype: Any) -> Array:
+def stored(array: Array) -> Array:
+    """What is in memory of a broadcast array: one element of every axis that only repeats it."""
+    return array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)]
+
+
+def compact(array: Array, dtype: Any) -> Array:
     """Convert the dtype of a broadcast array without expanding it."""
-    index = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)
-    return np.broadcast_to(array[index].astype(dtype), array.shape)
+    return np.broadcast_to(stored(array).astype(dtype), array.shape)
+
+
+def room_for(array: Array, dtype: Any) -> Array:
+    """Memory for a result in another dtype, broadcast as `array` is."""
+    return np.broadcast_to(np.empty_like(stored(array), dtype), array.shape)
 
 
 def readable_bias(p: Problem) -> Array | None:
@@ -45,7 +55,7 @@ def readable_bias(p: Problem) -> Array | None:
     if p.bias is None:
         return None
     names = bias_elements(Spec(storage_of(p.query.dtype), HOST))
-    return p.bias if storage_of(p.bias.dtype) in names else _compact(p.bias, names[0])
+    return p.bias if storage_of(p.bias.dtype) in names else compact(p.bias, names[0])
 
 
 def sequences_of(p: Problem, bias: Array | None, **more: Array | None) -> Array:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..options import Array
-from ..problem import is_bfloat16
+from ..validation import is_bfloat16
 from .storage import ml_dtype
 
 _NATIVE = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16))

@@ -324,7 +324,8 @@ def add_values(spec: Spec) -> Any:
         c = 0
         while c < chunks:
             left = whole - c
-            vectors = wide if left >= wide else half if left >= half else 1
+            in_order = kept > 1 or end - first <= 2  # converting bytes twice costs more than reading out of order
+            vectors = wide if left >= wide and in_order else half if left >= half else 1
             where = offset + (c * W if c < whole else p.Ev - W) * kept
             lane = first
             while lane < end:

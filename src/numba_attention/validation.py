@@ -1,0 +1,219 @@
+"""What callers pass, checked: messages that name the argument and say what was expected and how to convert."""
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
+from .options import Array, Options
+
+_F32, _F64, _F16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
+FAR = 2**40  # keeps every sum of positions far from overflow
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Recognise ``ml_dtypes.bfloat16`` without importing ml_dtypes."""
+    return dtype.name == "bfloat16"
+
+
+def is_supported(dtype: np.dtype[Any]) -> bool:
+    # Identity first: it is what every native array hits, and comparing dtypes costs more.
+    if dtype is _F32 or dtype is _F64 or dtype is _F16:
+        return True
+    return dtype.isnative and (dtype in (_F32, _F64, _F16) or is_bfloat16(dtype))
+
+
+def as_tensor(name: str, array: Any) -> Array:
+    """Check one of query, key, value and give it a head axis."""
+    if type(array) is not np.ndarray:
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{name} is a masked array; pass its .data and say what may be attended to with mask=")
+        if not isinstance(array, np.ndarray) or isinstance(array, np.matrix):
+            raise TypeError(
+                f"{name} must be a numpy.ndarray, got {kind_of(array)}; convert it with numpy.asarray({name})"
+            )
+        array = np.asarray(array)  # np.memmap and friends
+    if not is_supported(array.dtype):
+        raise TypeError(
+            f"{name} must have dtype float32, float64, float16 or ml_dtypes.bfloat16 in native byte order, "
+            f"got {array.dtype}; {advice_for(name, array.dtype)}"
+        )
+    if array.ndim < 3:
+        if array.ndim < 2:
+            raise ValueError(f"{name} must have shape (..., heads, length, features), got {array.shape}")
+        array = array[None]
+    result: Array = array
+    return result
+
+
+def advice_for(name: str, dtype: np.dtype[Any]) -> str:
+    if dtype.kind == "c":
+        return "complex attention is not defined here, pass real arrays"
+    if dtype.kind in "iubf":
+        return f"convert it with {name}.astype(numpy.float32)"
+    return "convert it to floating point"
+
+
+def kind_of(x: Any) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
+def lse_dtype_of(q: Array) -> type[np.floating[Any]]:
+    return np.float64 if q.dtype == _F64 else np.float32
+
+
+def check_like(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    """Check what a forward call returned, or a gradient with respect to it."""
+    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
+        raise TypeError(f"{name} must be a numpy.ndarray, got {kind_of(x)}; convert it with numpy.asarray({name})")
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {np.dtype(dtype)}, got {x.dtype}; convert it with {name}.astype(...)")
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {x.shape}")
+
+
+def broadcast_batch(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    try:
+        return np.broadcast_shapes(*shapes.values())
+    except ValueError:
+        said = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"leading dimensions of {' and '.join(shapes)} do not broadcast: {said}") from None
+
+
+def arrays_among(options: Options) -> dict[str, Any]:
+    return {name: x for name, x in options._asdict().items() if isinstance(x, np.ndarray)}
+
+
+def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], **inputs: Array) -> None:
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray | np.matrix):
+        raise TypeError(f"out must be a numpy.ndarray, got {kind_of(out)}")
+    if out.dtype != dtype:
+        raise TypeError(f"out must have the dtype of query, {dtype}, got {out.dtype}")
+    if out.shape != shape:
+        raise ValueError(f"out must have shape {shape}, got {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
+    if out.size and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
+        raise ValueError("out must not overlap itself, got an array with zero strides")
+    for name, array in inputs.items():
+        if np.may_share_memory(out, array) and overlap(out, array):
+            raise ValueError(f"out must not overlap an input, it shares memory with {name}")
+
+
+def overlap(a: Array, b: Array) -> bool:
+    work: Any = 10_000  # candidate solutions to try, well below a millisecond
+    try:
+        return bool(np.shares_memory(a, b, max_work=work))
+    except np.exceptions.TooHardError:  # undecided in reasonable time: take it as overlapping
+        return True
+
+
+def scale_of(scale: Any, E: int) -> float:
+    if scale is None:
+        return 1 / math.sqrt(E) if E else 1.0
+    return as_real("scale", scale)
+
+
+def as_real(name: str, x: Any) -> float:
+    if isinstance(x, str | bytes | bool | np.bool_ | complex) or (isinstance(x, np.ndarray) and x.ndim):
+        raise TypeError(f"{name} must be a real number, got {x!r}")
+    try:
+        number = float(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {kind_of(x)}") from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def as_reach(x: Any) -> int | None:
+    if x is None:
+        return None
+    try:
+        if isinstance(x, bool | np.bool_):
+            raise TypeError
+        reach = operator.index(x)
+    except TypeError:
+        raise TypeError(f"window must be a pair (left, right) of int or None, got {x!r}") from None
+    if reach < 0:
+        raise ValueError(f"window must not be negative, got {reach}")
+    return min(reach, FAR)
+
+
+def as_array(name: str, x: Any) -> Array:
+    """Make an array of an option that may be any array-like."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost; pass its .data")
+    try:
+        return np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"{name} is not an array: {error}") from None
+
+
+def as_ints(name: str, x: Any) -> Array:
+    array = as_array(name, x)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integer, got {array.dtype}")
+    if array.size and (int(array.max()) > FAR or int(array.min()) < -FAR):
+        raise ValueError(f"{name} must lie within +-2**40, got values from {array.min()} to {array.max()}")
+    return array.astype(np.int64)
+
+
+def lengths_within(name: str, x: Any, limit: int, batch: tuple[int, ...]) -> Array:
+    lengths = as_ints(name, x)
+    if lengths.size and (int(lengths.min()) < 0 or int(lengths.max()) > limit):
+        raise ValueError(f"{name} must lie between 0 and {limit}, got {lengths.min()} to {lengths.max()}")
+    return broadcast_to(name, lengths, batch)
+
+
+def as_bools(name: str, x: Any) -> Array:
+    mask = as_array(name, x)
+    if mask.dtype != np.bool_:
+        hint = (
+            "pass additive values as bias="
+            if mask.dtype.kind == "f" or is_bfloat16(mask.dtype)
+            else "compare or cast it"
+        )
+        raise TypeError(f"{name} must be boolean (True = may attend), got {mask.dtype}; {hint}")
+    return mask
+
+
+def as_floats(name: str, x: Any) -> Array:
+    array = as_array(name, x)
+    if not is_supported(array.dtype):
+        hint = (
+            "pass a boolean as mask=" if name == "bias" and array.dtype.kind == "b" else advice_for(name, array.dtype)
+        )
+        raise TypeError(f"{name} must be floating point, got {array.dtype}; {hint}")
+    return array
+
+
+def broadcast_to(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+    if array.shape == shape:
+        return array
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(f"{name} of shape {array.shape} does not broadcast to {shape}") from None
+
+
+def as_index(name: str, index: Any, n: int) -> Array:
+    """Turn an index array, boolean array or slice over n items into an int64 array."""
+    every = np.arange(n)
+    if index is None:
+        return every
+    if not isinstance(index, slice):
+        index = np.atleast_1d(as_array(name, index))
+        if index.size == 0:
+            return every[:0]
+        if index.ndim != 1 or index.dtype.kind not in "iub":
+            raise TypeError(
+                f"{name} must be a slice or a 1-D array of int or bool, got {index.dtype} of shape {index.shape}"
+            )
+    try:
+        return np.ascontiguousarray(every[index])
+    except (IndexError, TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
