@@ -57,6 +57,7 @@ def main():
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin: see docs/threads.md
     query, shared, own = arrays()
     short, long, paged = caches(shared, own)
+    batch, prefix, length = len(query), shared.shape[2], own.shape[3]
     ways = {
         "a cache for each sequence": lambda: na.attention_decode(query, long),
         "pages that share the prefix": lambda: na.attention_decode(query, paged),
@@ -71,7 +72,7 @@ def main():
             start = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - start)
-    print(f"\nB{B} H{H} Hkv{HKV} E{E} float32, a prefix of {PREFIX} tokens and {OWN} of each sequence's own")
+    print(f"\nB{batch} H{H} Hkv{HKV} E{E} float32, a prefix of {prefix} tokens and {length} of each sequence's own")
     slowest = statistics.median(seconds["a cache for each sequence"])
     for name, of_way in seconds.items():
         ms = statistics.median(of_way) * 1e3

@@ -11,10 +11,12 @@ they are kept.
 
 import argparse
 import os
+import statistics
 import time
 
 import glassllm
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 import numba_attention as na
 
@@ -24,8 +26,8 @@ class NoCache:
 
     whole = True
 
-    def attend(self, layer, q, k, v):
-        return na.attention(q, k, v, is_causal=True)
+    def attend(self, layer, q, k, v, lengths):
+        return na.attention(q, k, v, is_causal=True, query_lengths=lengths, key_lengths=lengths)
 
 
 class Contiguous:
@@ -40,7 +42,7 @@ class Contiguous:
     def start(self):
         return self.caches[0].lengths
 
-    def attend(self, layer, q, k, v, lengths=None):
+    def attend(self, layer, q, k, v, lengths):
         self.caches[layer].append(k, v, lengths)
         return na.attention_decode(q, self.caches[layer], query_lengths=lengths)
 
@@ -60,7 +62,7 @@ class Paged:
     def start(self):
         return self.caches[0].lengths(self.ids)
 
-    def attend(self, layer, q, k, v, lengths=None):
+    def attend(self, layer, q, k, v, lengths):
         self.caches[layer].append(self.ids, k, v, lengths)
         return na.attention_decode(q, self.caches[layer], ids=self.ids, query_lengths=lengths)
 
@@ -83,8 +85,7 @@ class Decoder:
             h = rms_norm(x, w[own + "norm1.gamma"], config.eps)
             q, k, v = (split(h @ w[own + name], config) for name in ("attn.W_Q", "attn.W_K", "attn.W_V"))
             q, k = (na.apply_rotary(y, positions, base=config.rope_base, interleaved=True) for y in (q, k))
-            more = {} if lengths is None else {"lengths": lengths}
-            heads = keep.attend(layer, q, k, v, **more)
+            heads = keep.attend(layer, q, k, v, lengths)
             x = x + heads.swapaxes(1, 2).reshape(x.shape) @ w[own + "attn.W_O"]
             h = rms_norm(x, w[own + "norm2.gamma"], config.eps)
             gate = h @ w[own + "ffn.W1"]
@@ -102,7 +103,7 @@ class Decoder:
         return text[len(prompt) :], np.array(rows)
 
     def generate_batch(self, prompts, n, keep):
-        """The same for several prompts at once; they need not be of one length."""
+        """The same for several prompts at once, of any lengths, with a cache: later steps only have that."""
         lengths = np.array([len(prompt) for prompt in prompts])
         tokens = np.zeros((len(prompts), lengths.max()), np.int64)
         for row, prompt in zip(tokens, prompts, strict=True):
@@ -138,50 +139,64 @@ def glassllm_greedy(model, prompt, n):
     return tokens[len(prompt) :], np.array(rows)
 
 
-def main():
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin: see docs/threads.md
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompt", nargs="?", default="The old man looked at the sea and")
-    parser.add_argument("--tokens", type=int, default=100)
-    options = parser.parse_args()
-    model, tokenizer = glassllm.load_pretrained("en")
-    prompt = tokenizer.encode(options.prompt)
-    n = min(options.tokens, model.cfg.max_len - len(prompt))
-    decoder = Decoder(model)
+def compare(decoder, model, prompt, n):
+    """Print how fast each way generates n tokens, and how near it is to glassllm; return glassllm's tokens."""
+    want, want_logits = glassllm_greedy(model, prompt, n)
+    capacity = len(prompt) + n
     ways = {
         "no cache": NoCache,
-        "KVCache": lambda: Contiguous(model.cfg, len(prompt) + n),
-        "PagedKVCache": lambda: Paged(model.cfg, len(prompt) + n),
-        "KVCache, int8": lambda: Contiguous(model.cfg, len(prompt) + n, "int8"),
+        "KVCache": lambda: Contiguous(model.cfg, capacity),
+        "PagedKVCache": lambda: Paged(model.cfg, capacity),
+        "KVCache, int8": lambda: Contiguous(model.cfg, capacity, "int8"),
     }
-    want, want_logits = glassllm_greedy(model, prompt, n)
-    print(options.prompt + tokenizer.decode(want), "\n")
-    print(f"{n} tokens after {len(prompt)}   tokens/s   same tokens   largest difference of a logit")
     runs = {"glassllm": lambda: glassllm_greedy(model, prompt, n)}
     runs |= {name: lambda make=make: decoder.generate(prompt, n, make()) for name, make in ways.items()}
-    for name, run in runs.items():
-        run()  # compiles, or loads what was compiled before
-        best = min(_seconds(run) for _ in range(3))
-        tokens, logits = run()
+    results = {name: run() for name, run in runs.items()}  # compiles, or loads what was compiled before
+    seconds = {name: [] for name in runs}
+    for _ in range(5):  # in turn, so that a busy machine is as slow for all of them
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    print(f"{n} tokens after {len(prompt)}:   tokens/s   same tokens   largest difference of a logit")
+    for name, (tokens, logits) in results.items():
         same = next((i for i, pair in enumerate(zip(tokens, want, strict=True)) if pair[0] != pair[1]), n)
         # As long as the tokens are the same: after that it is another text.
         difference = np.abs(logits[: same + 1] - want_logits[: same + 1]).max()
-        print(f"{name:22} {n / best:10.0f} {same:8} of {n} {difference:14.1e}")
+        print(f"{name:20} {n / statistics.median(seconds[name]):12.0f} {same:13} {difference:13.1e}")
+    return want
 
-    texts = [options.prompt, "The", "It was a cold evening in the city, and there was"]
+
+def show_batch(decoder, model, tokenizer, texts):
+    """Print how several texts go on, generated together."""
     prompts = [tokenizer.encode(text) for text in texts]
-    n = min(24, model.cfg.max_len - max(map(len, prompts)))
-    together = decoder.generate_batch(prompts, n, Paged(model.cfg, max(map(len, prompts)) + n, batch=3))
-    print(f"\nThree prompts of {', '.join(str(len(p)) for p in prompts)} tokens in one PagedKVCache:")
+    longest = max(map(len, prompts))
+    n = min(24, model.cfg.max_len - longest)
+    together = decoder.generate_batch(prompts, n, Paged(model.cfg, longest + n, batch=len(prompts)))
+    print(f"\nPrompts of {', '.join(str(len(prompt)) for prompt in prompts)} tokens in one PagedKVCache:")
     for text, prompt, tokens in zip(texts, prompts, together, strict=True):
         same = tokens == glassllm_greedy(model, prompt, n)[0]
         print(f"  {text}|{tokenizer.decode(tokens)!r}", "" if same else "(glassllm goes on otherwise)")
 
 
-def _seconds(run):
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def main():
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin: see docs/threads.md
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", nargs="?", default="The old man looked at the sea and")
+    parser.add_argument("--tokens", type=int, default=100, help="how many to generate; at most 128 with the prompt's")
+    options = parser.parse_args()
+    model, tokenizer = glassllm.load_pretrained("en")
+    prompt = tokenizer.encode(options.prompt)
+    room = model.cfg.max_len - len(prompt)
+    if not prompt or room < 1 or options.tokens < 1:
+        parser.error(f"prompt must have 1 to {model.cfg.max_len - 1} tokens, got {len(prompt)}; --tokens at least 1")
+    decoder = Decoder(model)
+    # The matrices are so small that BLAS's threads cost more than they bring, glassllm too.
+    with threadpool_limits(1, user_api="blas"):
+        tokens = compare(decoder, model, prompt, min(options.tokens, room))
+        print(f"\n{options.prompt}{tokenizer.decode(tokens)}")
+        others = ["The", "It was a cold evening in the city, and there was"]
+        show_batch(decoder, model, tokenizer, [options.prompt, *others])
 
 
 if __name__ == "__main__":

@@ -47,6 +47,22 @@ def test_with_bounds_checks(tmp_path, dtypes, weights):
     )
 
 
+CACHED = """
+import test_decode, test_varlen
+for sizes in [(2, 5, 5, 1, 90, 24, 40), (2, 4, 2, 90, 100, 32, 32)]:
+    test_decode.test_storages_pages_and_sizes(sizes, {storage!r})
+if {storage!r} is None:
+    test_decode.test_tree_of_guesses()
+    test_varlen.test_as_each_alone("sinks", "float32", "cpu")
+print("done")
+"""
+
+
+@pytest.mark.parametrize("storage", [None, pytest.param("int8", marks=pytest.mark.slow)])
+def test_caches_with_bounds_checks(tmp_path, storage):
+    run(CACHED.format(storage=storage), NUMBA_BOUNDSCHECK="1", NUMBA_ATTENTION_CACHE_DIR=str(tmp_path))
+
+
 GUARDED = """
 import ctypes, mmap, itertools
 import numpy as np

@@ -6,6 +6,7 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 
+from numba_attention.cpu import features
 from numba_attention.cpu.elements import Spec
 from numba_attention.cpu.gemm import micro_kernel
 from numba_attention.cpu.simd import HOST, I64, Host, detect
@@ -97,3 +98,19 @@ def test_bfloat16_dot_products():
     loop = innermost(assembly(micro_kernel(Spec("bfloat16", host), "scores"), HOSTS["AVX-512"]), "vdpbf16ps")
     assert len(re.findall("vdpbf16ps", loop)) % 16 == 0
     assert "(%rsp)" not in loop
+
+
+@pytest.mark.parametrize("stored", ["", "bfloat16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("name", "register"), [("AVX-512", "%zmm"), ("AVX2", "%ymm")])
+@pytest.mark.parametrize("height", [1, 2, 4])
+def test_products_of_few_queries(name, register, height, stored):
+    """One multiply-add for each vector of a key (value) and each query, and nothing spilled."""
+    spec = Spec("float32", detect(*HOSTS[name]), "decode", stored)
+    wide = 8 // height if name == "AVX-512" else 4 // height
+    dots, add = features._dot_products(spec, height), features._weighted_rows(spec, height, max(1, wide))
+    for routine, number in ((dots, height), (add, height * max(1, wide))):
+        loop = innermost(assembly(routine, HOSTS[name]), "vfmadd")
+        found = len(re.findall(rf"\bvfmadd\w*\b.*{register}", loop))
+        assert found > 0
+        assert found % number == 0
+        assert not [line for line in loop.splitlines() if "(%rsp)" in line and register in line], loop

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from numba_attention.demo import run, sentences
-from numba_attention.demo.minilm import MiniLM
+from numba_attention.demo.minilm import BATCH, MiniLM, _batches
 
 pytestmark = [
     pytest.mark.model,
@@ -54,6 +55,27 @@ def test_a_sentence_does_not_depend_on_its_batch(model):
     together = model.embed(texts)
     alone = np.concatenate([model.embed([text]) for text in texts])
     np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_packed_sequences_of_all_lengths(model):
+    """Batches that end in the middle of the order, one token alone, and the longest sequence there may be."""
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(1000, 30000, n).tolist() for n in (3, 256, 1, 200, 57, 256, 2, 130, 9)]
+    together = model.embed_tokens(sequences)
+    for embedding, sequence in zip(together, sequences, strict=True):
+        np.testing.assert_allclose(embedding, model.embed_tokens([sequence])[0], atol=1e-6)
+    with pytest.raises(ValueError, match=r"sequences\[1\] is empty"):
+        model.embed_tokens([[101, 102], [], [101]])
+    assert model.embed_tokens([]).shape == (0, 384)
+
+
+def test_batches_are_of_limited_size():
+    lengths = np.random.default_rng(0).integers(1, 257, 100).tolist()
+    batches = _batches(lengths)
+    assert sorted(n for batch in batches for n in batch) == list(range(100))
+    sizes = [sum(lengths[n] for n in batch) for batch in batches]
+    assert max(sizes) <= BATCH
+    assert all(a + b > BATCH for a, b in itertools.pairwise(sizes))  # no two that could have been one
 
 
 def test_meaning_is_found(model):

@@ -163,7 +163,14 @@ class MiniLM:
         -------
         ndarray of float32, shape (len(sequences), 384)
             In the order given.
+
+        Raises
+        ------
+        ValueError
+            A sequence is empty: it has no mean.
         """
+        if empty := [n for n, sequence in enumerate(sequences) if not len(sequence)]:
+            raise ValueError(f"every sequence must have a token, sequences[{empty[0]}] is empty")
         embeddings = np.empty((len(sequences), self.words.shape[1]), np.float32)
 
         def embed(batch: list[int]) -> None:
