@@ -21,6 +21,7 @@ LAYERS = [
     ("layer", ["layer", "incremental", "weights", "inputs"]),
     ("api", ["api", "decoding", "merging", "rotary", "varlen"]),
     ("projection", ["projection"]),
+    ("placing", ["placing"]),
     ("backends", ["backends"]),
     ("problem", ["problem", "cached", "packed"]),
     ("caches", ["caches"]),
@@ -121,7 +122,7 @@ def test_no_numba_above_the_backends():
 
 def test_caches_know_nothing_of_who_reads_them():
     for path in (ROOT / "caches").glob("*.py"):
-        assert {target[0] for target, _ in modules_imported(path)} <= {"caches", "errors", "options", "validation"}, (
+        assert {target[0] for target, _ in modules_imported(path)} <= {"caches", "cuda", "errors", "options", "validation"}, (
             path
         )
 

@@ -1,15 +1,16 @@
 """The public functions: signature, documentation, and a few lines that hand over to `problem` and a backend."""
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
+import numpy as np
 from numpy.typing import ArrayLike
 
-from . import backends
+from . import backends, placing
 from .merging import merge as _merge
 from .merging import merge_backward as _merge_backward
 from .options import Array, Causal, Gradients, Options, Window
-from .problem import build, build_backward, build_weights, finish
+from .problem import Empty, build, build_backward, build_weights, finish
 
 Index = ArrayLike | slice
 
@@ -168,7 +169,17 @@ def attention(
         mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
     )
     chosen = backends.select(backend, query, key, value)
-    problem = build(query, key, value, options, out, return_lse)
+    if chosen.on_device:
+        operands = {"query": query, "key": key, "value": value}
+        return placing.run(_attention, chosen, operands, options, out=out, return_lse=return_lse)
+    return _attention(chosen, query, key, value, options, return_lse, out)
+
+
+def _attention(
+    chosen: backends.Backend, query: Array, key: Array, value: Array, options: Options, return_lse: bool,
+    out: Array | None = None, empty: Empty = np.empty,
+) -> Array | tuple[Array, Array]:  # fmt: skip
+    problem = build(query, key, value, options, out, return_lse, empty)
     chosen.forward(problem)
     if problem.result_lse is None:
         return problem.result
@@ -262,9 +273,22 @@ def attention_backward(
         mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
     )
     chosen = backends.select(backend, grad_out, query, key, value)
-    problem = build_backward(grad_out, query, key, value, out, lse, grad_lse, options)
+    if chosen.on_device:
+        operands = {
+            "query": query, "key": key, "value": value, "out": out, "lse": lse, "grad_out": grad_out,
+            "grad_lse": grad_lse,
+        }  # fmt: skip
+        return placing.run(_attention_backward, chosen, operands, options)
+    return _attention_backward(chosen, query, key, value, out, lse, grad_out, grad_lse, options)
+
+
+def _attention_backward(
+    chosen: backends.Backend, query: Array, key: Array, value: Array, result: Array, lse: Array, grad_out: Array,
+    grad_lse: Array | None, options: Options, empty: Empty = np.empty,
+) -> Gradients:  # fmt: skip
+    problem = build_backward(grad_out, query, key, value, result, lse, grad_lse, options, empty)
     chosen.backward(problem)
-    return finish(problem)
+    return finish(problem, chosen.reduce)
 
 
 def attention_weights(
@@ -326,7 +350,17 @@ def attention_weights(
         mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
     )
     chosen = backends.select(backend, query, key)
-    problem = build_weights(query, key, options, heads, rows)
+    if chosen.on_device:
+        small = {"heads": heads, "rows": rows}
+        return placing.run(_attention_weights, chosen, {"query": query, "key": key}, options, small=small)
+    return _attention_weights(chosen, query, key, heads, rows, options)
+
+
+def _attention_weights(
+    chosen: backends.Backend, query: Array, key: Array, heads: Any, rows: Any, options: Options,
+    empty: Empty = np.empty,
+) -> Array:  # fmt: skip
+    problem = build_weights(query, key, options, heads, rows, empty)
     chosen.weights(problem)
     return problem.result
 

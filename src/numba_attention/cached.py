@@ -6,7 +6,7 @@ import numpy as np
 
 from .caches.contents import Contents
 from .options import Array, Options
-from .problem import Problem, _apply
+from .problem import Empty, Problem, _apply
 from .validation import (
     arrays_among,
     as_array,
@@ -20,7 +20,9 @@ from .validation import (
 )
 
 
-def build(query: Any, contents: Contents, options: Options, out: Any, return_lse: bool) -> Problem:
+def build(
+    query: Any, contents: Contents, options: Options, out: Any, return_lse: bool, empty: Empty = np.empty
+) -> Problem:
     """Validate one `attention_decode` call and allocate its results."""
     q = as_tensor("query", query)
     lengths = contents.lengths
@@ -31,7 +33,7 @@ def build(query: Any, contents: Contents, options: Options, out: Any, return_lse
     S = int(lengths[0]) if len(lengths) == 1 else int(lengths.max(initial=0))
     shape = (*q.shape[:3], Ev)
     if out is None:
-        full = np.empty(shape, q.dtype)
+        full = empty(shape, q.dtype)
         result = full[0] if flat else full
     else:
         inputs = {"query": query, "key": contents.key, "value": contents.value, **arrays_among(options)}
@@ -39,7 +41,7 @@ def build(query: Any, contents: Contents, options: Options, out: Any, return_lse
         result, full = out, out.view(np.ndarray)[None] if flat else out.view(np.ndarray)
     lse = result_lse = None
     if return_lse:
-        lse = np.empty(shape[:3], lse_dtype_of(q))
+        lse = empty(shape[:3], lse_dtype_of(q))
         result_lse = lse[0] if flat else lse
     problem = Problem(
         q, contents.key, contents.value, full, lse, result, result_lse, q.shape[:1], H, Hkv, L, S, E, Ev,
@@ -87,21 +89,26 @@ def _over_cache(options: Options, contents: Contents, L: int, S: int) -> Options
             raise ValueError(f"key_lengths must lie between 0 and the lengths of the cache, {lengths}, got {keys}")
     mask, bias = options.mask, options.bias
     if mask is not None:
-        mask = _over_newest("mask", as_array("mask", mask), lengths, L, S, True)
+        mask = over_newest("mask", as_array("mask", mask), lengths, L, S)
     if bias is not None:
-        bias = _over_newest("bias", as_floats("bias", bias), lengths, L, S, 0)
+        bias = over_newest("bias", as_floats("bias", bias), lengths, L, S)
     return options._replace(mask=mask, bias=bias, key_lengths=keys)
 
 
-def _over_newest(name: str, array: Array, lengths: Array, L: int, S: int, otherwise: Any) -> Array:
+def is_of_newest(array: Array, L: int, S: int) -> bool:
+    """Whether a mask or bias says something of the L newest keys of every sequence only."""
+    return array.ndim >= 2 and array.shape[-1] not in (1, S) and array.shape[-1] == L
+
+
+def over_newest(name: str, array: Array, lengths: Array, L: int, S: int) -> Array:
     """Extend what says something of the L newest keys of every sequence only to all keys."""
-    if array.ndim < 2 or array.shape[-1] in (1, S) or array.shape[-1] != L:
+    if not is_of_newest(array, L, S):
         return array
     if (lengths < L).any():
         raise ValueError(f"{name} over the {L} newest keys needs so many in every sequence, got lengths {lengths}")
     shape = (len(lengths), *((1,) * (3 - array.ndim) + array.shape[-3:-1] if array.ndim < 4 else array.shape[1:3]), L)
     array = broadcast_to(name, array, shape)
-    full = np.full((*shape[:-1], S), otherwise, array.dtype)
+    full = np.full((*shape[:-1], S), name == "mask", array.dtype)  # a key may be attended to, with a bias of 0
     for b, length in enumerate(lengths):
         full[b, ..., length - L : length] = array[b]
     return full

@@ -1,13 +1,19 @@
 """Attention of the newest tokens to a cache of all keys and values so far."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
-from .backends import select
-from .cached import build
+from . import placing
+from .backends import Backend, select
+from .cached import build, is_of_newest, over_newest
 from .caches import KVCache, PagedKVCache
+from .caches.contents import Contents
+from .cuda import runtime
 from .options import Array, Causal, Options, Window
+from .problem import Empty
 
 
 def attention_decode(
@@ -119,12 +125,52 @@ def attention_decode(
         raise TypeError(
             f"cache must be a KVCache or a PagedKVCache, got {type(cache).__module__}.{type(cache).__qualname__}"
         )
-    chosen = select(backend, query)
-    problem = build(query, contents, options, out, return_lse)
+    given = contents.given
+    chosen = select(backend, query) if given is None else select(backend, query, *given)
+    if chosen.on_device:
+        key, value = (_used(contents, x) for x in (contents.key, contents.value)) if given is None else given
+        operands = {"query": query, "key": key, "value": value}
+        scales = {"key_scale": contents.key_scale, "value_scale": contents.value_scale}
+        return placing.run(
+            _decode_on_device, chosen, operands | scales, options, out=out, contents=contents, return_lse=return_lse
+        )
+    if given is not None:
+        raise TypeError("the cache is on a GPU, and this call runs on the host: pass backend='cuda'")
+    return _decode(chosen, query, contents, options, return_lse, out)
+
+
+def _decode(
+    chosen: Backend, query: Array, contents: Contents, options: Options, return_lse: bool, out: Array | None = None,
+    empty: Empty = np.empty,
+) -> Array | tuple[Array, Array]:  # fmt: skip
+    problem = build(query, contents, options, out, return_lse, empty)
     chosen.forward(problem)
     if problem.result_lse is None:
         return problem.result
     return problem.result, problem.result_lse
+
+
+def _used(contents: Contents, array: Array) -> Array:
+    """The part of keys or values that must be copied to a GPU."""
+    return array if contents.table is not None else array[:, :, : int(contents.lengths.max(initial=0))]
+
+
+def _decode_on_device(
+    chosen: Backend, query: Array, key: Array, value: Array, key_scale: Array | None, value_scale: Array | None,
+    contents: Contents, options: Options, return_lse: bool, out: Array | None = None, empty: Empty = np.empty,
+) -> Array | tuple[Array, Array]:  # fmt: skip
+    there = contents._replace(key=key, value=value, key_scale=key_scale, value_scale=value_scale)
+    S = int(contents.lengths.max(initial=0))
+    for name in ("mask", "bias"):
+        array = getattr(options, name)
+        if array is not None and query.ndim >= 2 and is_of_newest(array, query.shape[-2], S):
+            # A tree of guesses: small, and made as wide as the cache by the host.
+            small = np.empty(array.shape, array.dtype)
+            runtime.download(array, small, runtime.stream())
+            wide = over_newest(name, small, contents.lengths, query.shape[-2], S)
+            changed: dict[str, Any] = {name: runtime.upload(wide, runtime.stream())}
+            options = options._replace(**changed)
+    return _decode(chosen, query, there, options, return_lse, out, empty)
 
 
 __all__ = ["attention_decode"]

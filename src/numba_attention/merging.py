@@ -1,17 +1,21 @@
 """Joining attention results over disjoint sets of keys: the monoid of (out, lse), with lse = -inf as its identity."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from . import placing
+from .cuda.arrays import on_device
 from .options import Array
 from .validation import check_like, is_bfloat16
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
+def merge(outs: Any, lses: Any) -> tuple[Any, Any]:
     """Merge n results; see `numba_attention.merge_attention`."""
+    if _on_device(outs) or _on_device(lses):
+        return cast(tuple[Any, Any], placing.through_host(merge, outs=outs, lses=lses))
     parts, logs = _arrays("outs", outs), _arrays("lses", lses)
     _check(parts, logs)
     with np.errstate(all="ignore"):  # as in `attention`, infinities and NaNs are results
@@ -19,8 +23,11 @@ def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
     return out.astype(parts[0].dtype), lse.astype(logs[0].dtype)
 
 
-def merge_backward(grad_out: Any, grad_lse: Any, outs: Any, lses: Any) -> tuple[list[Array], list[Array]]:
+def merge_backward(grad_out: Any, grad_lse: Any, outs: Any, lses: Any) -> tuple[list[Any], list[Any]]:
     """Differentiate `merge`; see `numba_attention.merge_attention_backward`."""
+    if _on_device(outs) or _on_device(lses) or on_device(grad_out):
+        given = {"outs": outs, "lses": lses, "grad_out": grad_out, "grad_lse": grad_lse}
+        return cast(tuple[list[Any], list[Any]], placing.through_host(merge_backward, **given))
     parts, logs = _arrays("outs", outs), _arrays("lses", lses)
     _check(parts, logs)
     check_like("grad_out", grad_out, parts[0].shape, parts[0].dtype)
@@ -52,6 +59,12 @@ def _merge(parts: list[Array], logs: list[Array]) -> tuple[Array, Array, list[Ar
         # An empty part adds nothing even if its rows hold NaN; a part whose weight only underflows does.
         out += np.where(log[..., None] == -np.inf, 0, weight[..., None] * part.astype(dtype))
     return out, highest + np.log(total), weights
+
+
+def _on_device(given: Any) -> bool:
+    if isinstance(given, list | tuple):
+        return any(on_device(x) for x in given)
+    return on_device(given)
 
 
 def _arrays(name: str, given: Any) -> list[Array]:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from .options import Array, Gradients, Options
-from .problem import BackwardProblem, Packing, Problem, _operands, _resolve, of_options
+from .problem import BackwardProblem, Empty, Packing, Problem, Reduce, _operands, _resolve, of_options
 from .validation import (
     arrays_among,
     as_bools,
@@ -17,27 +17,29 @@ from .validation import (
     check_out,
     kind_of,
     lse_dtype_of,
+    refuse_on_device,
 )
 
 
 def build(
-    query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, options: Options, out: Any, return_lse: bool
-) -> Problem:
+    query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, options: Options, out: Any, return_lse: bool,
+    empty: Empty = np.empty,
+) -> Problem:  # fmt: skip
     """Validate one `attention_varlen` call and allocate its results."""
     q, k, v = _packed_operands(query, key, value)
     packing = _packing(cu_q, cu_k, q, k)
     shape = (q.shape[1], q.shape[0], v.shape[2])
     if out is None:
-        out = np.empty(shape, q.dtype)
+        out = empty(shape, q.dtype)
     else:
         check_out(out, shape, q.dtype, query=query, key=key, value=value, **arrays_among(options))
-    lse = np.empty(q.shape[:2], lse_dtype_of(q)) if return_lse else None
+    lse = empty(q.shape[:2], lse_dtype_of(q)) if return_lse else None
     return _problem(q, k, v, packing, options, out, lse)
 
 
 def build_backward(
     grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, grad_lse: Any, cu_q: Any, cu_k: Any,
-    options: Options,
+    options: Options, empty: Empty = np.empty,
 ) -> BackwardProblem:  # fmt: skip
     """Validate one `attention_varlen_backward` call and allocate the gradients of query, key and value."""
     q, k, v = _packed_operands(query, key, value)
@@ -50,7 +52,7 @@ def build_backward(
         check_like("grad_lse", grad_lse, q.shape[:2], lse_dtype_of(q))
     problem = _problem(q, k, v, packing, options, out, lse)
     n = len(packing.query_rows)
-    grads = np.empty(query.shape, q.dtype), np.empty(key.shape, q.dtype), np.empty(value.shape, q.dtype)
+    grads = empty(query.shape, q.dtype), empty(key.shape, q.dtype), empty(value.shape, q.dtype)
     dq, dk, dv = (_over(x.swapaxes(0, 1), n) for x in grads)
     bias_shape = None if options.bias is None else _four(np.asarray(options.bias).shape)
     over_lse = None if grad_lse is None else _over(grad_lse, n)
@@ -59,15 +61,16 @@ def build_backward(
     return BackwardProblem(problem, over_out, over_lse, dq, dk, dv, bias_shape, grads, options)
 
 
-def finish(p: BackwardProblem) -> Gradients:
+def finish(p: BackwardProblem, reduce: Reduce) -> Gradients:
     """Give each gradient the shape and dtype of its input."""
-    return Gradients(*p.inputs, *of_options(p))
+    return Gradients(*p.inputs, *of_options(p, reduce))
 
 
 def _packed_operands(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:
     """Check query, key and value, (T, heads, features); return them as (heads, T, features)."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
+            refuse_on_device(name, x)
             raise TypeError(f"{name} must be a numpy.ndarray, got {kind_of(x)}; convert it with numpy.asarray({name})")
         if x.ndim != 3:
             raise ValueError(f"{name} must have shape (tokens, heads, features), got {x.shape}")

@@ -1,7 +1,7 @@
 """Arrays and `Options` in, a checked `Problem` out; what is wrong with them, `validation` says."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,6 +26,20 @@ from .validation import (
 )
 
 _F32, _F64, _F16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
+
+
+class Empty(Protocol):
+    """What makes room for results: `numpy.empty`, or that of a device."""
+
+    def __call__(self, shape: tuple[int, ...], dtype: Any, /) -> Array:
+        """Make an array, uninitialised."""
+
+
+class Reduce(Protocol):
+    """What sums gradients: `sum_to`, or that of a device."""
+
+    def __call__(self, x: Array, shape: tuple[int, ...], dtype: Any = None, /) -> Array:
+        """Sum over the axes along which `shape` was broadcast to that of x, and convert to `dtype`."""
 
 
 class Packing(NamedTuple):
@@ -133,12 +147,14 @@ def _resolve(
     return problem
 
 
-def build(query: Any, key: Any, value: Any, options: Options, out: Any, return_lse: bool) -> Problem:
+def build(
+    query: Any, key: Any, value: Any, options: Options, out: Any, return_lse: bool, empty: Empty = np.empty
+) -> Problem:
     """Validate one `attention` call and allocate its results."""
     q, k, v, flat = _operands(query, key, value)
     shape = (*q.shape[:-1], v.shape[-1])
     if out is None:
-        result = np.empty(shape, q.dtype)
+        result = empty(shape, q.dtype)
         full = result
         if flat:
             result = full[0]
@@ -150,15 +166,16 @@ def build(query: Any, key: Any, value: Any, options: Options, out: Any, return_l
         full = out.view(np.ndarray)[None] if flat else out.view(np.ndarray)
     lse = result_lse = None
     if return_lse:
-        lse = result_lse = np.empty(shape[:-1], lse_dtype_of(q))
+        lse = result_lse = empty(shape[:-1], lse_dtype_of(q))
         if flat:
             result_lse = lse[0]
     return _resolve(q, k, v, options, full, lse, result, result_lse)
 
 
 def build_backward(
-    grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, grad_lse: Any, options: Options
-) -> BackwardProblem:
+    grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, grad_lse: Any, options: Options,
+    empty: Empty = np.empty,
+) -> BackwardProblem:  # fmt: skip
     """Validate one `attention_backward` call and allocate the gradients of query, key and value."""
     q, k, v, flat = _operands(query, key, value)
     shape = (*q.shape[:-1], v.shape[-1])
@@ -177,7 +194,7 @@ def build_backward(
     if options.bias is not None:
         bias_shape = np.shape(options.bias)
         bias_shape = (1,) * (q.ndim - len(bias_shape)) + bias_shape
-    dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (q, k, v))
+    dq, dk, dv = (empty(x.shape, x.dtype) for x in (q, k, v))
     inputs = (query, key, value)
     return BackwardProblem(problem, full_grad, full_grad_lse, dq, dk, dv, bias_shape, inputs, options)
 
@@ -188,25 +205,27 @@ def spread_bias(array: Array, p: Problem) -> Array:
     return np.broadcast_to(array, (*p.batch, p.H, p.L if rows == 1 else rows, p.S if columns == 1 else columns))
 
 
-def finish(p: BackwardProblem) -> Gradients:
+def finish(p: BackwardProblem, reduce: Reduce) -> Gradients:
     """Sum what was broadcast, and give each gradient the shape and dtype of its input."""
-    q, k, v = (sum_to(grad, x.shape) for grad, x in zip((p.query, p.key, p.value), p.inputs, strict=True))
-    return Gradients(q, k, v, *of_options(p))
+    q, k, v = (reduce(grad, x.shape) for grad, x in zip((p.query, p.key, p.value), p.inputs, strict=True))
+    return Gradients(q, k, v, *of_options(p, reduce))
 
 
-def of_options(p: BackwardProblem) -> tuple[Array | None, Array | None]:
+def of_options(p: BackwardProblem, reduce: Reduce) -> tuple[Array | None, Array | None]:
     """Give the gradients of bias and sinks, None without, the shape and dtype of what they are of."""
     bias = sinks = None
     if p.bias is not None:
         given = np.asarray(p.options.bias)
-        bias = p.bias.reshape(given.shape).astype(given.dtype, copy=False)
+        bias = reduce(p.bias.reshape(given.shape), given.shape, given.dtype)
     if p.sinks is not None:
-        sinks = p.sinks.astype(np.asarray(p.options.sinks).dtype, copy=False)
+        sinks = reduce(p.sinks, p.sinks.shape, np.asarray(p.options.sinks).dtype)
     return bias, sinks
 
 
-def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+def sum_to(x: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
     """Sum over the axes along which `shape` was broadcast to that of x; halves are summed as float32."""
+    if dtype is not None:
+        x = x.astype(dtype, copy=False)
     if x.shape == shape:
         return x
     extra = tuple(range(x.ndim - len(shape)))
@@ -218,7 +237,7 @@ def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     return result
 
 
-def build_weights(query: Any, key: Any, options: Options, heads: Any, rows: Any) -> Problem:
+def build_weights(query: Any, key: Any, options: Options, heads: Any, rows: Any, empty: Empty = np.empty) -> Problem:
     """Validate one `attention_weights` call and allocate its result."""
     q, k = as_tensor("query", query), as_tensor("key", key)
     if q.dtype != k.dtype:
@@ -227,7 +246,7 @@ def build_weights(query: Any, key: Any, options: Options, heads: Any, rows: Any)
     batch = broadcast_batch({"query": q.shape[:-3], "key": k.shape[:-3]})
     q, k = (np.broadcast_to(x, batch + x.shape[-3:]) for x in (q, k))
     chosen_heads, chosen_rows = as_index("heads", heads, H), as_index("rows", rows, L)
-    full = np.empty((*batch, len(chosen_heads), len(chosen_rows), S), q.dtype)
+    full = empty((*batch, len(chosen_heads), len(chosen_rows), S), q.dtype)
     result = full[0] if query.ndim == key.ndim == 2 else full
     problem = Problem(
         q, k, k, full, None, result, None, batch, H, Hkv, L, S, E, E, scale_of(options.scale, E),

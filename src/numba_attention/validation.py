@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .cuda.arrays import on_device
 from .options import Array, Options
 
 _F32, _F64, _F16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
@@ -30,6 +31,7 @@ def as_tensor(name: str, array: Any) -> Array:
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name} is a masked array; pass its .data and say what may be attended to with mask=")
         if not isinstance(array, np.ndarray) or isinstance(array, np.matrix):
+            refuse_on_device(name, array)
             raise TypeError(
                 f"{name} must be a numpy.ndarray, got {kind_of(array)}; convert it with numpy.asarray({name})"
             )
@@ -45,6 +47,14 @@ def as_tensor(name: str, array: Any) -> Array:
         array = array[None]
     result: Array = array
     return result
+
+
+def refuse_on_device(name: str, x: Any) -> None:
+    """Say of an array on a GPU, where one of the host was expected, what to do about it."""
+    if on_device(x):
+        raise TypeError(
+            f"{name} is on a GPU ({kind_of(x)}), and this call runs on the host; copy it there, or use backend='cuda'"
+        )
 
 
 def advice_for(name: str, dtype: np.dtype[Any]) -> str:
@@ -66,6 +76,7 @@ def lse_dtype_of(q: Array) -> type[np.floating[Any]]:
 def check_like(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> None:
     """Check what a forward call returned, or a gradient with respect to it."""
     if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
+        refuse_on_device(name, x)
         raise TypeError(f"{name} must be a numpy.ndarray, got {kind_of(x)}; convert it with numpy.asarray({name})")
     if x.dtype != dtype:
         raise TypeError(f"{name} must have dtype {np.dtype(dtype)}, got {x.dtype}; convert it with {name}.astype(...)")
@@ -87,6 +98,7 @@ def arrays_among(options: Options) -> dict[str, Any]:
 
 def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], **inputs: Array) -> None:
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray | np.matrix):
+        refuse_on_device("out", out)
         raise TypeError(f"out must be a numpy.ndarray, got {kind_of(out)}")
     if out.dtype != dtype:
         raise TypeError(f"out must have the dtype of query, {dtype}, got {out.dtype}")
@@ -147,6 +159,7 @@ def as_array(name: str, x: Any) -> Array:
     """Make an array of an option that may be any array-like."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost; pass its .data")
+    refuse_on_device(name, x)
     try:
         return np.asarray(x)
     except ValueError as error:

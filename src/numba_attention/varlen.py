@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from typing import Literal, overload
 
+import numpy as np
 from numpy.typing import ArrayLike
 
-from .backends import select
+from . import placing
+from .backends import Backend, select
 from .options import Array, Causal, Gradients, Options, Window
 from .packed import build, build_backward, finish
+from .problem import Empty
 
 
 @overload
@@ -145,7 +148,18 @@ def attention_varlen(
         mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
     )
     chosen = select(backend, query, key, value)
-    problem = build(query, key, value, cu_seqlens_q, cu_seqlens_k, options, out, return_lse)
+    if chosen.on_device:
+        operands = {"query": query, "key": key, "value": value}
+        small = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        return placing.run(_attention_varlen, chosen, operands, options, out=out, small=small, return_lse=return_lse)
+    return _attention_varlen(chosen, query, key, value, cu_seqlens_q, cu_seqlens_k, options, return_lse, out)
+
+
+def _attention_varlen(
+    chosen: Backend, query: Array, key: Array, value: Array, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike,
+    options: Options, return_lse: bool, out: Array | None = None, empty: Empty = np.empty,
+) -> Array | tuple[Array, Array]:  # fmt: skip
+    problem = build(query, key, value, cu_seqlens_q, cu_seqlens_k, options, out, return_lse, empty)
     chosen.forward(problem)
     if problem.result_lse is None:
         return problem.result
@@ -226,9 +240,28 @@ def attention_varlen_backward(
         mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
     )
     chosen = select(backend, grad_out, query, key, value)
-    problem = build_backward(grad_out, query, key, value, out, lse, grad_lse, cu_seqlens_q, cu_seqlens_k, options)
+    if chosen.on_device:
+        operands = {
+            "query": query, "key": key, "value": value, "out": out, "lse": lse, "grad_out": grad_out,
+            "grad_lse": grad_lse,
+        }  # fmt: skip
+        small = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        return placing.run(_attention_varlen_backward, chosen, operands, options, small=small)
+    return _attention_varlen_backward(
+        chosen, query, key, value, out, lse, grad_out, grad_lse, cu_seqlens_q, cu_seqlens_k, options
+    )
+
+
+def _attention_varlen_backward(
+    chosen: Backend, query: Array, key: Array, value: Array, result: Array, lse: Array, grad_out: Array,
+    grad_lse: Array | None, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike, options: Options,
+    empty: Empty = np.empty,
+) -> Gradients:  # fmt: skip
+    problem = build_backward(
+        grad_out, query, key, value, result, lse, grad_lse, cu_seqlens_q, cu_seqlens_k, options, empty
+    )
     chosen.backward(problem)
-    return finish(problem)
+    return finish(problem, chosen.reduce)
 
 
 __all__ = ["attention_varlen", "attention_varlen_backward"]

@@ -7,7 +7,9 @@ from contextvars import ContextVar
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol, cast
 
+from ..cuda.arrays import on_device
 from ..errors import BackendUnavailableError
+from ..options import Array
 from ..problem import BackwardProblem, Problem
 
 ENVIRONMENT = "NUMBA_ATTENTION_BACKEND"
@@ -15,6 +17,8 @@ ENVIRONMENT = "NUMBA_ATTENTION_BACKEND"
 
 class Backend(Protocol):
     """What a backend module provides; its functions write into the arrays of the problem."""
+
+    on_device: bool  # whether the arrays of its problems are headers of memory of a GPU
 
     def forward(self, problem: Problem) -> None:
         """Write ``problem.out`` and, if it is not None, ``problem.lse``."""
@@ -24,6 +28,9 @@ class Backend(Protocol):
 
     def backward(self, problem: BackwardProblem) -> None:
         """Write the gradients of query, key and value, and make those of bias and sinks."""
+
+    def reduce(self, x: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
+        """Sum over the axes along which `shape` was broadcast to that of x, and convert to `dtype`."""
 
     def unusable(self) -> str | None:
         """Why this backend cannot run here, or None."""
@@ -58,13 +65,6 @@ def _get(name: str) -> Backend:
     return backend
 
 
-def _on_gpu(array: Any) -> bool:
-    if hasattr(array, "__cuda_array_interface__"):
-        return True
-    device = getattr(array, "__dlpack_device__", None)
-    return device is not None and device()[0] == 2  # kDLCUDA
-
-
 def select(name: str | None, *arrays: Any) -> Backend:
     """Return the backend for one call; the argument beats the context, the default, and the environment."""
     if name is None:
@@ -78,7 +78,7 @@ def select(name: str | None, *arrays: Any) -> Backend:
         import numpy as np
 
         host = all(type(array) is np.ndarray for array in arrays)
-        name = "cpu" if host or not any(_on_gpu(array) for array in arrays) else "cuda"
+        name = "cpu" if host or not any(on_device(array) for array in arrays) else "cuda"
     return _get(name)
 
 

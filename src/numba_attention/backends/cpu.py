@@ -16,6 +16,7 @@ from ..cpu.params import ARRAYS, REST, SEQUENCE, pack_addresses
 from ..cpu.simd import HOST
 from ..options import Array
 from ..problem import BackwardProblem, Problem
+from ..problem import sum_to as reduce  # noqa: F401
 from . import gradients
 from .records import (
     address_of,
@@ -33,6 +34,8 @@ from .records import (
     varies,
 )
 from .resources import addresses, memory, threads_for, worker
+
+on_device = False
 
 
 def unusable() -> str | None:

@@ -1,8 +1,13 @@
-"""The place of the CUDA backend; this version has none, and says so."""
+"""The CUDA backend: turns a `Problem`, whose arrays are headers of device memory, into launches."""
 
+from typing import Any
+
+from ..cuda import runtime
+from ..options import Array
 from ..problem import BackwardProblem, Problem
 
-_WHY = "this version of numba-attention has no CUDA backend yet; copy the arrays to NumPy to use backend='cpu'"
+_WHY = "this version of numba-attention has no kernels for CUDA yet; copy the arrays to NumPy to use backend='cpu'"
+on_device = True
 
 
 def forward(problem: Problem) -> None:
@@ -17,5 +22,10 @@ def weights(problem: Problem) -> None:
     raise NotImplementedError(_WHY)
 
 
+def reduce(x: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
+    """Sum over the axes along which `shape` was broadcast to that of x, and convert to `dtype`."""
+    raise NotImplementedError(_WHY)
+
+
 def unusable() -> str | None:
-    return _WHY
+    return runtime.unusable()

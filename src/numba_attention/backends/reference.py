@@ -7,8 +7,10 @@ import numpy as np
 
 from ..options import Array
 from ..problem import BackwardProblem, Problem
+from ..problem import sum_to as reduce  # noqa: F401
 
 Index = tuple[int, ...]
+on_device = False
 
 
 def unusable() -> str | None:

@@ -5,10 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from ..cuda import runtime
+from ..cuda.arrays import on_device, take
+from ..errors import BackendUnavailableError
 from ..options import Array
 from ..validation import is_bfloat16
 from .storage import ml_dtype
 
+ON_GPU = "arrays on a GPU"
 _NATIVE = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16))
 
 
@@ -127,7 +131,36 @@ def why_read_only(key: Array, value: Array) -> str | None:
     return "a key and a value that share memory" if shared else None
 
 
+def taken(key: Any, value: Any, names: tuple[str, str]) -> tuple[Any, Any, tuple[Any, Any] | None]:
+    """Make headers of keys and values on a GPU, and say what they are of; None, and the same two, if on the host."""
+    places = [on_device(x) for x in (key, value)]
+    if not any(places):
+        return key, value, None
+    if not all(places):
+        raise TypeError(f"{names[0]} and {names[1]} must both be on the GPU, or both on the host")
+    why = runtime.unusable()
+    if why is not None:
+        raise BackendUnavailableError(f"{names[0]} is on a GPU, and the backend 'cuda' cannot run here: {why}")
+    headers = take(key), take(value)
+    devices = [runtime.device_of(x) for x in headers]
+    if devices[0] != devices[1]:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must be on one GPU, got GPU {devices[0].ordinal} and GPU {devices[1].ordinal}"
+        )
+    return *headers, (key, value)
+
+
+def check_on_host(reason: str | None) -> None:
+    """Refuse what only caches on the host can do yet."""
+    if reason is ON_GPU:
+        raise ValueError(
+            f"this cache was made from {reason}, which it only reads: write new tokens to the arrays themselves, and "
+            "make the cache again with from_arrays"
+        )
+
+
 def check_writeable(reason: str | None) -> None:
     """Refuse to write to arrays that cannot be written to."""
+    check_on_host(reason)
     if reason is not None:
         raise ValueError(f"this cache was made from {reason} and cannot be written to; pass copies to from_arrays")

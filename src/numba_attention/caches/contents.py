@@ -22,6 +22,7 @@ class Contents(NamedTuple):
     lengths: Array  # int64 (n,)
     storage: str  # "float32", "float64", "float16", "bfloat16", "int8" or "float8_e4m3fn": how numbers are held
     dtype: np.dtype[Any]  # that of queries and results
+    given: tuple[Any, Any] | None = None  # key and value as the caller has them, if on a GPU; above are their headers
 
     def dense(self) -> tuple[Array, Array]:
         """Return key and value as float64 (n, Hkv, max(lengths), E), zero past each length."""

@@ -5,16 +5,20 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from ..cuda.arrays import to_host
 from ..errors import CacheFullError
 from ..options import Array
 from .checks import (
+    ON_GPU,
     check_dtype,
     check_ints,
     check_lengths,
     check_new,
+    check_on_host,
     check_pair,
     check_size,
     check_writeable,
+    taken,
     why_read_only,
 )
 from .contents import Contents
@@ -128,7 +132,8 @@ class KVCache:
         ----------
         key : ndarray, shape (batch, Hkv, capacity, E)
             float32, float64, float16 or ``ml_dtypes.bfloat16``, any strides. Where it is read-only, or shares memory
-            with `value`, nothing can be appended.
+            with `value`, nothing can be appended. An array on a GPU is taken where it is, for `attention_decode` there;
+            the cache cannot append to it.
         value : ndarray, shape (batch, Hkv, capacity, Ev)
             In the dtype of `key`.
         lengths : int or array of int, shape (batch,), optional
@@ -152,17 +157,19 @@ class KVCache:
         >>> float(key[0, 0, 40, 0])
         1.0
         """
+        key, value, given = taken(key, value, ("key", "value"))
         dtype = check_pair(key, value, ("key", "value"), "batch, heads and capacity")
         n, Hkv, capacity, E = key.shape
         for name, size in (("batch", n), ("num_kv_heads", Hkv), ("head_dim", E), ("value_dim", value.shape[-1])):
             check_size(name, size)
         if lengths is None:
             lengths = capacity
-        held = check_lengths("lengths", lengths, n, capacity, "the capacity")
+        held = check_lengths("lengths", to_host(lengths), n, capacity, "the capacity")
         form = storage_format(None, dtype)
         self = cls.__new__(cls)
-        contents = Contents(key.view(np.ndarray), value.view(np.ndarray), None, None, None, held, form.name, dtype)
-        self._hold(contents, form, why_read_only(key, value))
+        arrays = key.view(np.ndarray), value.view(np.ndarray)
+        contents = Contents(*arrays, None, None, None, held, form.name, dtype, given)
+        self._hold(contents, form, why_read_only(key, value) if given is None else ON_GPU)
         return self
 
     def append(self, key: Array, value: Array, lengths: ArrayLike | None = None) -> None:
@@ -195,6 +202,7 @@ class KVCache:
             or key.shape != (self.batch, self.num_kv_heads, T, self.head_dim)
             or value.shape != (self.batch, self.num_kv_heads, T, self.value_dim)
         ):
+            check_on_host(self._read_only)
             check_new("key", key, (self.batch, self.num_kv_heads, -1, self.head_dim), self.dtype)
             T = key.shape[2]
             check_new("value", value, (self.batch, self.num_kv_heads, T, self.value_dim), self.dtype)
@@ -289,12 +297,16 @@ class KVCache:
     @property
     def key(self) -> Array:
         """Keys as they are stored: a view (batch, Hkv, max(lengths), E), undefined past each length."""
-        return self._stored.key[:, :, : self._longest()]
+        stored = self._stored
+        key: Array = stored.key if stored.given is None else stored.given[0]
+        return key[:, :, : self._longest()]
 
     @property
     def value(self) -> Array:
         """Values as they are stored: a view (batch, Hkv, max(lengths), Ev), undefined past each length."""
-        return self._stored.value[:, :, : self._longest()]
+        stored = self._stored
+        value: Array = stored.value if stored.given is None else stored.given[1]
+        return value[:, :, : self._longest()]
 
     @property
     def key_scale(self) -> Array | None:

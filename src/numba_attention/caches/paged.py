@@ -5,16 +5,20 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from ..cuda.arrays import to_host
 from ..options import Array
 from .checks import (
+    ON_GPU,
     check_array,
     check_dtype,
     check_ints,
     check_lengths,
     check_new,
+    check_on_host,
     check_pair,
     check_size,
     check_writeable,
+    taken,
     why_read_only,
 )
 from .contents import Contents
@@ -121,8 +125,9 @@ class PagedKVCache:
         dtype: np.dtype[Any],
         form: Storage,
         read_only: str | None = None,
+        given: tuple[Any, Any] | None = None,
     ) -> None:
-        self._arrays = arrays
+        self._arrays, self._given = arrays, given
         self._form, self._read_only = form, read_only
         self.num_pages, self.num_kv_heads, self.page_size, self.head_dim = arrays[0].shape
         self.value_dim = arrays[1].shape[-1]
@@ -139,7 +144,8 @@ class PagedKVCache:
         ----------
         key_pages : ndarray, shape (num_pages, Hkv, page_size, E)
             float32, float64, float16 or ``ml_dtypes.bfloat16``, features contiguous. Where it is read-only, or shares
-            memory with `value_pages`, nothing can be appended.
+            memory with `value_pages`, nothing can be appended. Arrays on a GPU are taken where they are, for
+            `attention_decode` there; the cache can neither append to them nor fork.
         value_pages : ndarray, shape (num_pages, Hkv, page_size, Ev)
             In the dtype of `key_pages`, features contiguous.
         block_table : array of int, shape (n, blocks)
@@ -167,6 +173,7 @@ class PagedKVCache:
         5
         """
         names = ("key_pages", "value_pages")
+        key_pages, value_pages, given = taken(key_pages, value_pages, names)
         dtype = check_pair(key_pages, value_pages, names, "pages, heads and page size")
         sizes = (*key_pages.shape, value_pages.shape[-1])
         for name, size in zip(("num_pages", "num_kv_heads", "page_size", "head_dim", "value_dim"), sizes, strict=True):
@@ -174,12 +181,12 @@ class PagedKVCache:
         for name, x in zip(names, (key_pages, value_pages), strict=True):
             if x.shape[-1] > 1 and x.strides[-1] != x.itemsize:
                 raise ValueError(f"{name} must have contiguous features; pass numpy.ascontiguousarray({name})")
-        table = check_ints("block_table", block_table)
+        table = check_ints("block_table", to_host(block_table))
         if table.ndim != 2:
             raise ValueError(f"block_table must have shape (n, blocks), got {table.shape}")
         n, width = table.shape
         num_pages, _, page_size, _ = key_pages.shape
-        held = check_lengths("lengths", lengths, n, width * page_size, "what the blocks of block_table hold")
+        held = check_lengths("lengths", to_host(lengths), n, width * page_size, "what the blocks of block_table hold")
         used = np.arange(width) < -(-held[:, None] // page_size)
         wrong = used & ((table < 0) | (table >= num_pages))
         if wrong.any():
@@ -187,7 +194,8 @@ class PagedKVCache:
             raise ValueError(f"block_table must name pages from 0 to {num_pages - 1}, got {table[i, j]} at [{i}, {j}]")
         self = cls.__new__(cls)
         arrays = (key_pages.view(np.ndarray), value_pages.view(np.ndarray), None, None)
-        self._hold(arrays, dtype, storage_format(None, dtype), why_read_only(key_pages, value_pages))
+        reason = why_read_only(key_pages, value_pages) if given is None else ON_GPU
+        self._hold(arrays, dtype, storage_format(None, dtype), reason, given)
         self._pages.adopt(held, np.where(used, table, -1))
         return self
 
@@ -236,6 +244,7 @@ class PagedKVCache:
             An argument has the wrong type, dtype or shape, or is out of range, or the cache was made of arrays that
             cannot be written to. The cache is as it was.
         """
+        check_on_host(self._read_only)
         rows = self._rows("ids", ids, distinct=True)
         n = len(rows)
         T = check_array("key", key).shape[2]
@@ -276,6 +285,7 @@ class PagedKVCache:
         TypeError
             `id` is no integer.
         """
+        check_on_host(self._read_only)
         row = self._row(id)
         pages = self._pages
         return int(pages.add(pages.lengths[[row]], pages.blocks(np.array([row])))[0])
@@ -415,6 +425,7 @@ class PagedKVCache:
             pages.lengths[rows],
             self.storage,
             self.dtype,
+            self._given,
         )
 
     def _rows(self, name: str, ids: ArrayLike, distinct: bool = False) -> Array:

@@ -62,6 +62,31 @@ def _warn(message: str) -> None:
         warnings.warn(message, NumbaAttentionWarning, stacklevel=3)
 
 
+def warn_unwritten(error: Exception) -> None:
+    _warn(f"a kernel could not be cached ({error!r}); set {ENVIRONMENT} to a folder that can be written")
+
+
+def read_checked(path: Path) -> bytes | None:
+    """What `write_checked` wrote, or None if it is not there or not whole."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    checksum, payload = content[:32], content[32:]
+    return payload if hashlib.sha256(payload).digest() == checksum else None
+
+
+def write_checked(path: Path, payload: bytes) -> None:
+    """Write a file that other processes see whole or not at all."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        file.write(hashlib.sha256(payload).digest() + payload)
+    try:
+        os.replace(file.name, path)
+    except OSError:
+        os.unlink(file.name)
+        raise
+
+
 def entries() -> list[Path]:
     """The files in the cache."""
     folder = directory()
@@ -141,16 +166,13 @@ class Kernel:
         path = self._path
         if path is None:
             return None
+        payload = read_checked(path)
+        if payload is None:
+            return None
         try:
-            content = path.read_bytes()
-            checksum, payload = content[:32], content[32:]
-            if hashlib.sha256(payload).digest() != checksum:
-                return None
             context = cpu_target.target_context
             rtsys.initialize(context)  # the object code refers to symbols of Numba's runtime
             result = CompileResult._rebuild(context, *pickle.loads(payload))
-        except FileNotFoundError:
-            return None
         except Exception:  # by design: whatever is wrong with a file, the kernel can be compiled
             return None
         self.origin = "loaded"
@@ -170,14 +192,7 @@ class Kernel:
         path = self._path
         if path is not None:
             try:
-                payload = serialize.dumps(result._reduce())
-                with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-                    file.write(hashlib.sha256(payload).digest() + payload)
-                try:
-                    os.replace(file.name, path)
-                except OSError:
-                    os.unlink(file.name)
-                    raise
+                write_checked(path, serialize.dumps(result._reduce()))
             except Exception as error:
-                _warn(f"a kernel could not be cached ({error!r}); set {ENVIRONMENT} to a folder that can be written")
+                warn_unwritten(error)
         return result

@@ -1,0 +1,113 @@
+"""Whether kernels can run here and, if not, the first reason why, in a sentence that says what to do."""
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+OLDEST = (7, 0)  # the first with independent threads in a warp, which the kernels count on
+_EXTRAS = 'pip install "numba-attention[cuda13]", or [cuda12] for a driver of CUDA 12'
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_NONE = "the NVIDIA driver finds no GPU; is one there, and does CUDA_VISIBLE_DEVICES hide it?"
+
+
+@cache
+def unusable() -> str | None:
+    """Say what is missing, or None; the answer is found once."""
+    for check in (_packages, _driver, _devices, _toolkit):
+        try:
+            reason = check()
+        except Exception as error:  # whatever the installation is like, this is a question and not a failure
+            reason = f"looking for a GPU failed: {error!r}"
+        if reason is not None:
+            return reason
+    return None
+
+
+def _packages() -> str | None:
+    missing = [name for module, name in _NEEDED.items() if not _has(module)]
+    if missing:
+        verb = "are" if len(missing) > 1 else "is"
+        return f"{' and '.join(missing)} {verb} not installed; install them with {_EXTRAS}"
+    return None
+
+
+_NEEDED = {"numba_cuda": "numba-cuda", "cuda.core": "cuda-core", "cuda.bindings": "cuda-bindings"}
+
+
+def _has(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is in
+        return False
+
+
+def _driver() -> str | None:
+    try:
+        driver = api()
+        (error,) = driver.cuInit(0)
+    except Exception:  # the kind differs from version to version of cuda.bindings
+        return "no NVIDIA driver library (libcuda) was found; install the driver, or start the container with --gpus"
+    if int(error) == _NO_DEVICE:
+        return _NONE
+    if error:
+        return f"the NVIDIA driver does not start: {error.name}"
+    _, version = driver.cuDriverGetVersion()
+    built_for = toolkit_major()
+    if version // 1000 < built_for:
+        found = f"{version // 1000}.{version % 1000 // 10}"
+        return (
+            f"the NVIDIA driver is too old: it supports CUDA {found}, and the packages installed are for {built_for}; "
+            f"update the driver, or install {_matching(version // 1000)}"
+        )
+    return None
+
+
+def _matching(major: int) -> str:
+    return f'numba-attention[cuda{major}] in their place: pip install "numba-attention[cuda{major}]"'
+
+
+def _devices() -> str | None:
+    driver = api()
+    _, count = driver.cuDeviceGetCount()
+    if not count:
+        return _NONE
+    attribute = driver.CUdevice_attribute
+    found = []
+    for ordinal in range(count):
+        _, device = driver.cuDeviceGet(ordinal)
+        _, major = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+        _, minor = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+        found.append((int(major), int(minor)))
+    best = max(found)
+    if best < OLDEST:
+        return (
+            f"the GPU has compute capability {best[0]}.{best[1]}, and the kernels need {OLDEST[0]}.{OLDEST[1]} (Volta)"
+        )
+    return None
+
+
+def _toolkit() -> str | None:
+    missing = [name for name in ("nvvm", "nvJitLink") if not _loads(name)]
+    if missing:
+        return f"the CUDA compiler libraries {' and '.join(missing)} were not found; install them with {_EXTRAS}"
+    return None
+
+
+def _loads(library: str) -> bool:
+    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
+
+    try:
+        load_nvidia_dynamic_lib(library)
+    except DynamicLibNotFoundError:
+        return False
+    return True
+
+
+def api() -> Any:
+    return import_module("cuda.bindings.driver")
+
+
+def toolkit_major() -> int:
+    version: str = import_module("cuda.bindings").__version__
+    return int(version.partition(".")[0])

@@ -1,0 +1,155 @@
+"""DLPack, read and written: how libraries hand arrays to one another, and the only way that knows bfloat16.
+
+A few ctypes structures, and not the reader of cuda.core (`StridedMemoryView`): that takes a third of a second to
+import, needs the driver for arrays that it only describes, and is not there where only a message is wanted.
+"""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from ..options import Array
+from .headers import address_of, header, held
+
+CUDA, MANAGED = 2, 13  # kDLCUDA, kDLCUDAManaged: the kinds of memory that are on a device
+_KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}
+_BFLOAT = 4
+
+
+class _Device(ctypes.Structure):
+    _fields_ = (("kind", ctypes.c_int32), ("ordinal", ctypes.c_int32))
+
+
+class _Type(ctypes.Structure):
+    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", _Device),
+        ("ndim", ctypes.c_int32),
+        ("type", _Type),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),  # in elements; null if contiguous
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _Managed(ctypes.Structure):
+    _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
+
+
+_NAME = b"dltensor"  # of a capsule that nobody has taken
+_pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def read(capsule: Any, owner: Any) -> Array:
+    """Make the header of what ``owner.__dlpack__()`` returned.
+
+    The capsule is kept and never marked as used: when the header goes, it calls the producer's deleter itself.
+    """
+    tensor = _Managed.from_address(_pointer_of(capsule, _NAME)).tensor
+    dtype = _dtype_of(tensor.type)
+    shape = tuple(tensor.shape[n] for n in range(tensor.ndim))
+    strides = tuple(tensor.strides[n] * dtype.itemsize for n in range(tensor.ndim)) if tensor.strides else None
+    address = (tensor.data or 0) + tensor.byte_offset
+    return header(address, shape, strides, dtype, (owner, capsule), tensor.device.ordinal)
+
+
+def _dtype_of(found: _Type) -> np.dtype[Any]:
+    if found.lanes == 1:
+        if (found.code, found.bits) == (_BFLOAT, 16):
+            return bfloat16()
+        kind = _KINDS.get(found.code)
+        if kind == "b" and found.bits == 8:
+            return np.dtype(np.bool_)
+        if kind is not None and found.bits in (8, 16, 32, 64, 128):
+            try:
+                return np.dtype(f"{kind}{found.bits // 8}")
+            except TypeError:
+                pass
+    raise TypeError(
+        f"an array of DLPack type code {found.code}, {found.bits} bits, {found.lanes} lanes cannot be taken"
+    )
+
+
+def bfloat16() -> np.dtype[Any]:
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError:
+        raise TypeError(
+            "bfloat16 arrays need ml_dtypes; install it with: pip install 'numba-attention[bfloat16]'"
+        ) from None
+    dtype: np.dtype[Any] = np.dtype(bfloat16)
+    return dtype
+
+
+class Exported:
+    """Memory of a header, for other libraries: ``from_dlpack`` and ``__cuda_array_interface__`` both take it."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        found = held(array)
+        self._device = 0 if found is None else found.device
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        array = self._array
+        return {
+            "version": 3,
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "data": (address_of(array) if array.size else 0, False),
+            "strides": None if array.flags.c_contiguous else array.strides,
+            "stream": None,  # whoever gets this has the stream that it was written on
+        }
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return CUDA, self._device
+
+    def __dlpack__(self, **_: Any) -> Any:
+        """Hand the memory over, in the oldest form of the protocol, which every library still takes."""
+        array = self._array
+        sizes = (ctypes.c_int64 * (2 * array.ndim))(*array.shape, *(n // array.itemsize for n in array.strides))
+        first = ctypes.addressof(sizes)
+        managed = _Managed()
+        tensor = managed.tensor
+        tensor.data, tensor.device, tensor.ndim = address_of(array), _Device(CUDA, self._device), array.ndim
+        tensor.type = _type_of(array.dtype)
+        tensor.shape = ctypes.cast(first, ctypes.POINTER(ctypes.c_int64))
+        tensor.strides = ctypes.cast(first + 8 * array.ndim, ctypes.POINTER(ctypes.c_int64))
+        managed.deleter = ctypes.cast(_delete, ctypes.c_void_p).value
+        address = ctypes.addressof(managed)
+        _lent[address] = managed, sizes, array
+        return _new_capsule(address, _NAME, ctypes.cast(_destroy, ctypes.c_void_p))
+
+
+def _type_of(dtype: np.dtype[Any]) -> _Type:
+    codes = {kind: code for code, kind in _KINDS.items()}
+    return _Type(_BFLOAT if dtype.name == "bfloat16" else codes[dtype.kind], 8 * dtype.itemsize, 1)
+
+
+_lent: dict[int, Any] = {}  # what others hold, by the address of its description
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
+# A capsule that is being destroyed is passed as an address: as an object it would be counted again.
+_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
+_pointer_at = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def _delete(address: int) -> None:
+    _lent.pop(address, None)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def _destroy(capsule: int) -> None:
+    if _is_valid(capsule, _NAME):  # else somebody took it, and calls the deleter
+        _lent.pop(_pointer_at(capsule, _NAME), None)

@@ -1,0 +1,265 @@
+"""The CUDA driver, through the public interfaces of cuda.core and cuda.bindings alone: memory, streams, launches.
+
+Both are imported when a `Driver` is first asked for something, never with this module. Tests put another object with
+these methods in the place of `runtime.driver`, and so run all but the kernels without a GPU.
+"""
+
+import ctypes
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any, Self
+
+import numpy as np
+
+from ..errors import BackendUnavailableError
+from ..options import Array
+from . import diagnosis
+
+DEFAULT_STREAM = 1  # the legacy default stream, as CUDA Array Interface and DLPack write it
+_CHUNK = 2**23  # bytes of a staging buffer: enough to keep the bus busy, little enough to be pinned for ever
+_STATIC_SHARED = 48 * 1024  # bytes of shared memory that a block may have without being asked
+
+
+@dataclass(frozen=True)
+class Device:
+    """What kernels are chosen by."""
+
+    ordinal: int
+    compute_capability: tuple[int, int]
+    arch: str  # what to compile for: "sm_80", "sm_90a"
+    multiprocessors: int
+    shared_memory: int  # bytes that a block can have if it asks
+    name: str = ""
+
+
+@dataclass(eq=False)
+class Kernel:
+    """Machine code of one kernel, and how it is launched."""
+
+    name: str
+    cubin: bytes
+    threads: int
+    shared: int  # bytes of dynamic shared memory
+    loaded: dict[int, Any] = field(default_factory=dict, repr=False)  # of a driver, by device
+
+
+class Memory:
+    """Memory of a device, freed in the order of its stream when nobody holds it."""
+
+    __slots__ = ("_buffer", "address")
+
+    def __init__(self, buffer: Any) -> None:
+        self._buffer = buffer  # of cuda.core, which frees itself
+        self.address = int(buffer.handle)
+
+
+class Driver:
+    """One process's access to its GPUs. A stream is an integer: the handle of a CUstream, 1 for the default stream."""
+
+    def unusable(self) -> str | None:
+        """Why nothing can run here, or None."""
+        return diagnosis.unusable()
+
+    def count(self) -> int:
+        """How many GPUs there are."""
+        return int(self._call(self._api.cuDeviceGetCount))
+
+    def device(self, ordinal: int) -> Device:
+        return _device(ordinal)
+
+    def current(self) -> int:
+        """The GPU of the calling thread, the first one if it has none."""
+        error, ordinal = self._api.cuCtxGetDevice()
+        return 0 if error else int(ordinal)
+
+    @contextmanager
+    def on(self, ordinal: int) -> Iterator[None]:
+        """Make a GPU that of the calling thread, for a block."""
+        error, found = self._api.cuCtxGetDevice()
+        if not error and int(found) == ordinal:
+            yield
+            return
+        previous = self._call(self._api.cuCtxGetCurrent)
+        self._core.Device(ordinal).set_current()
+        try:
+            yield
+        finally:
+            if int(previous):  # a thread without a GPU keeps the one that it was given
+                self._call(self._api.cuCtxSetCurrent, previous)
+
+    def ordinal_of(self, address: int) -> int:
+        """The GPU that an address belongs to."""
+        attribute = self._api.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        return int(self._call(self._api.cuPointerGetAttribute, attribute, address))
+
+    def allocate(self, size: int, stream: int) -> Memory:
+        """Take `size` bytes, more than 0, of the current GPU."""
+        device = self._core.Device()
+        try:
+            return Memory(device.memory_resource.allocate(size, stream=self._stream(stream)))
+        except Exception as error:
+            raise _translated(error, f"{size:,} bytes could not be had on GPU {device.device_id}") from error
+
+    def write(self, address: int, array: Array, stream: int) -> None:
+        """Copy an array of the host, in C order, to a GPU."""
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        with self._staging as staging:
+            for start in range(0, data.size, _CHUNK):
+                part = data[start : start + _CHUNK]
+                slot = staging.next()
+                slot.bytes[: part.size] = part
+                self._call(self._api.cuMemcpyHtoDAsync, address + start, slot.address, part.size, stream)
+                slot.used_on(stream)
+
+    def read(self, array: Array, address: int, stream: int) -> None:
+        """Copy memory of a GPU to a contiguous array of the host, and wait for it."""
+        data = array.reshape(-1).view(np.uint8)
+        with self._staging as staging:
+            for start in range(0, data.size, _CHUNK):
+                part = data[start : start + _CHUNK]
+                slot = staging.next()
+                self._call(self._api.cuMemcpyDtoHAsync, slot.address, address + start, part.size, stream)
+                self.synchronize(stream)
+                part[:] = slot.bytes[: part.size]
+        if not data.size:
+            self.synchronize(stream)
+
+    def wait(self, stream: int, before: int) -> None:
+        """Let what is put on `stream` from now on wait for all that is on the stream `before` now."""
+        event = self._call(self._api.cuEventCreate, self._api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        try:
+            self._call(self._api.cuEventRecord, event, before)
+            self._call(self._api.cuStreamWaitEvent, stream, event, 0)
+        finally:
+            self._call(self._api.cuEventDestroy, event)  # which waits until it has happened
+
+    def synchronize(self, stream: int) -> None:
+        """Wait until all that is on a stream is done."""
+        self._call(self._api.cuStreamSynchronize, stream)
+
+    def launch(
+        self, kernel: Kernel, grid: tuple[int, int, int], integers: Sequence[int], reals: Sequence[float], stream: int
+    ) -> None:
+        """Run a kernel whose parameters are int64, as many as there are integers, and then float64."""
+        ordinal = self.current()
+        code = kernel.loaded.get(ordinal)
+        if code is None:
+            code = kernel.loaded[ordinal] = self._load(kernel, ordinal)
+        config = self._core.LaunchConfig(grid=grid, block=kernel.threads, shmem_size=kernel.shared)
+        try:
+            # cuda.core passes an int as 64 bits and a float as a double, but a NumPy scalar as what it is.
+            self._core.launch(self._stream(stream), config, code, *map(int, integers), *map(float, reals))
+        except Exception as error:
+            raise _translated(error, f"kernel {kernel.name} could not be launched on GPU {ordinal}") from error
+
+    def _load(self, kernel: Kernel, ordinal: int) -> Any:
+        try:
+            code = self._core.ObjectCode.from_cubin(kernel.cubin).get_kernel(kernel.name)
+            if kernel.shared > _STATIC_SHARED:
+                attribute = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                self._call(self._api.cuKernelSetAttribute, attribute, kernel.shared, code.handle, ordinal)
+        except Exception as error:
+            raise _translated(error, f"kernel {kernel.name} could not be loaded on GPU {ordinal}") from error
+        return code
+
+    @cached_property
+    def _core(self) -> Any:
+        import cuda.core
+
+        return cuda.core
+
+    @cached_property
+    def _api(self) -> Any:
+        from cuda.bindings import driver
+
+        driver.cuInit(0)
+        return driver
+
+    @cached_property
+    def _staging(self) -> "_Staging":
+        return _Staging(self)
+
+    def _stream(self, handle: int) -> Any:
+        return self._core.Stream.from_handle(handle)
+
+    def _call(self, function: Any, *arguments: Any) -> Any:
+        """Call a function of the driver, which returns an error code and what it is to return."""
+        error, *result = function(*arguments)
+        if error:
+            raise _translated(RuntimeError(error.name), f"{function.__name__} failed")
+        return result[0] if result else None
+
+
+class _Slot:
+    """A piece of pinned memory, and when the GPU is done with it."""
+
+    def __init__(self, driver: Driver, ordinal: int) -> None:
+        self._driver = driver
+        api, call = driver._api, driver._call
+        self.address = int(call(api.cuMemHostAlloc, _CHUNK, api.CU_MEMHOSTALLOC_PORTABLE))
+        self.bytes: Array = np.ctypeslib.as_array((ctypes.c_uint8 * _CHUNK).from_address(self.address))
+        self._done = call(api.cuEventCreate, api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+
+    def used_on(self, stream: int) -> None:
+        self._driver._call(self._driver._api.cuEventRecord, self._done, stream)
+
+    def free(self) -> None:
+        self._driver._call(self._driver._api.cuEventSynchronize, self._done)
+
+
+class _Staging:
+    """Two pinned buffers for each GPU, in turn; entered by one thread at a time."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._lock = threading.Lock()
+        self._slots: dict[int, list[_Slot]] = {}
+
+    def __enter__(self) -> Self:
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def next(self) -> _Slot:
+        """Return the buffer that was used longest ago, once the GPU has read it."""
+        ordinal = self._driver.current()
+        slots = self._slots.get(ordinal)
+        if slots is None:
+            slots = self._slots[ordinal] = [_Slot(self._driver, ordinal) for _ in range(2)]
+        slots.reverse()
+        slots[0].free()
+        return slots[0]
+
+
+@cache
+def _device(ordinal: int) -> Device:
+    import cuda.core
+
+    found = cuda.core.Device(ordinal)
+    major, minor = found.compute_capability
+    return Device(
+        ordinal,
+        (int(major), int(minor)),
+        arch_of(int(major), int(minor)),
+        int(found.properties.multiprocessor_count),
+        int(found.properties.max_shared_memory_per_block_optin),
+        str(found.name),
+    )
+
+
+def arch_of(major: int, minor: int) -> str:
+    """What to compile for; on Hopper the variant with wgmma, whose code no other GPU can run."""
+    return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
+
+
+def _translated(error: Exception, what: str) -> Exception:
+    """An error of CUDA as one that callers know."""
+    if isinstance(error, MemoryError | BackendUnavailableError):
+        return error
+    kind = MemoryError if "OUT_OF_MEMORY" in str(error) else BackendUnavailableError
+    return kind(f"{what}: {error}")

@@ -1,0 +1,121 @@
+"""The device, for kernels and for the rest of the package: memory, streams, launches, and code that is kept.
+
+All of it goes through `driver`, in whose place tests put one of their own.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from ..options import Array
+from .cubins import cubin
+from .driver import DEFAULT_STREAM, Device, Driver, Kernel, arch_of
+from .headers import address_of, extent, header, held, stored
+
+driver: Driver = Driver()
+_stream: ContextVar[int] = ContextVar("numba_attention_stream", default=DEFAULT_STREAM)
+
+
+def unusable() -> str | None:
+    """Why nothing can run on a GPU here, or None; quick, and never raises."""
+    return driver.unusable()
+
+
+def stream() -> int:
+    """The stream of the call that is being made."""
+    return _stream.get()
+
+
+@contextmanager
+def using(device: int, stream: int) -> Iterator[None]:
+    """Let a block run on a device and a stream."""
+    token = _stream.set(stream)
+    try:
+        with driver.on(device):
+            yield
+    finally:
+        _stream.reset(token)
+
+
+def current_device() -> Device:
+    """The device that a call runs on, while it does."""
+    return driver.device(driver.current())
+
+
+def device_of(array: Array) -> Device:
+    """The device that a header describes memory of."""
+    found = held(array)
+    if found is None:
+        raise TypeError("this array is in memory of the host, and has no device")
+    return driver.device(found.device)
+
+
+def empty(shape: int | tuple[int, ...], dtype: Any, stream: int) -> Array:
+    """Take memory of the current device, which is freed in the order of `stream` when nobody holds it; its header."""
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    dtype = np.dtype(dtype)
+    size = dtype.itemsize
+    for n in shape:
+        size *= n
+    if not size:
+        return header(0, shape, None, dtype, None, driver.current())
+    memory = driver.allocate(size, stream)
+    return header(memory.address, shape, None, dtype, memory, driver.current())
+
+
+def upload(array: Array, stream: int) -> Array:
+    """Copy an array of the host to the device; what it repeats along an axis is copied once."""
+    once = stored(array)
+    made = empty(once.shape, once.dtype, stream)
+    if once.size:
+        driver.write(address_of(made), once, stream)
+    return made if made.shape == array.shape else np.broadcast_to(made, array.shape)
+
+
+def download(array: Array, out: Array, stream: int) -> None:
+    """Copy what a header describes to an array of the host, of its shape and dtype, and wait for it."""
+    if array.shape != out.shape or array.dtype != out.dtype:
+        raise ValueError(f"cannot copy {array.dtype} of shape {array.shape} to {out.dtype} of shape {out.shape}")
+    once = stored(array)
+    if not once.size:
+        return
+    if once.flags.c_contiguous and out.flags.c_contiguous and once.shape == out.shape:
+        driver.read(out, address_of(once), stream)
+        return
+    # All bytes from the first element to the last, in one copy; what lies between them is not used.
+    start, stop = extent(once)
+    data = np.empty(stop - start, np.uint8)
+    driver.read(data, address_of(once) + start, stream)
+    first = np.ndarray((), once.dtype, data, -start)
+    out[...] = as_strided(first, once.shape, once.strides)
+
+
+def launch(
+    kernel: Kernel, grid: tuple[int, int, int], integers: Sequence[int], reals: Sequence[float], stream: int
+) -> None:
+    """Run a kernel on the current device: its parameters are the integers as int64, then the reals as float64."""
+    driver.launch(kernel, grid, integers, reals, stream)
+
+
+__all__ = [
+    "DEFAULT_STREAM",
+    "Device",
+    "Driver",
+    "Kernel",
+    "arch_of",
+    "cubin",
+    "current_device",
+    "device_of",
+    "download",
+    "driver",
+    "empty",
+    "launch",
+    "stream",
+    "unusable",
+    "upload",
+    "using",
+]

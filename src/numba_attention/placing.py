@@ -1,0 +1,205 @@
+"""A call whose work is on a device: its arrays become headers, the same code runs on them, its results go back.
+
+`run` is the only place where what a caller holds and what the package works on differ.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .cuda import arrays, runtime
+from .cuda.headers import address_of, held
+from .options import Array, Options
+from .validation import as_array, as_bools, as_floats, check_out, kind_of
+
+Result = TypeVar("Result")
+
+_BIG = {"mask": as_bools, "bias": as_floats}  # options that stay on, or go to, the device; others are read by the host
+
+
+class Call:
+    """One call on a device: where it runs, and how its arguments and results are moved.
+
+    Parameters
+    ----------
+    operands : dict of str to array
+        The arrays that decide on the device, by the name of the argument. The first one decides on the kind of results.
+    """
+
+    def __init__(self, operands: dict[str, Any]) -> None:
+        leading = next(iter(operands.values()), None)
+        self.family = arrays.family_of(leading)
+        first = next((x for x in operands.values() if arrays.on_device(x)), None)
+        family = self.family if first is leading else arrays.family_of(first)
+        self._places = {name: self._ordinal(x) for name, x in operands.items() if arrays.on_device(x)}
+        self.device = next(iter(self._places.values()), None)
+        if self.device is None:
+            self.device = runtime.driver.current()
+        self._check_places()
+        stream = None if first is None else family.stream(first, self.device)
+        self.stream = runtime.DEFAULT_STREAM if stream is None else stream
+        self._others: set[int] = set()  # streams of inputs that are not this one
+        self._waits = False
+        self._known: dict[int, Array] = {}  # headers by the identity of what they are of: self-attention has one array
+
+    @staticmethod
+    def _ordinal(x: Any) -> int:
+        return arrays.family_of(x).ordinal(x)
+
+    def _check_places(self) -> None:
+        if len(set(self._places.values())) > 1:
+            said = ", ".join(f"{name} is on GPU {ordinal}" for name, ordinal in self._places.items())
+            raise ValueError(f"{' and '.join(self._places)} must be on one GPU: {said}")
+
+    def device_array(self, name: str, x: Any) -> Array:
+        """Make the header of an array that may be on the device or the host; from there it is copied."""
+        found = self._known.get(id(x))
+        if found is None:
+            found = self._known[id(x)] = self._device_array(name, x)
+        return found
+
+    def _device_array(self, name: str, x: Any) -> Array:
+        if not arrays.on_device(x):
+            if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
+                raise TypeError(f"{name} must be a numpy.ndarray or an array on a GPU, got {kind_of(x)}")
+            if x.dtype.kind not in "biufc" and x.dtype.name != "bfloat16":
+                return x  # refused by whoever looks at dtypes, in its own words
+            return runtime.upload(np.asarray(x), self.stream)
+        family = arrays.family_of(x)
+        if name not in self._places:
+            self._places[name] = family.ordinal(x)
+            self._check_places()
+        assert self.device is not None
+        stream = family.stream(x, self.device)
+        if stream is not None and stream != self.stream:
+            if stream not in self._others:
+                runtime.driver.wait(self.stream, stream)
+            self._others.add(stream)
+        self._waits |= family.name == "jax"
+        try:
+            return family.take(x, self.stream)
+        except (TypeError, BufferError) as error:
+            raise TypeError(f"{name}: {error}") from error
+
+    def options(self, given: Options) -> Options:
+        """Mask and bias on the device, all else on the host."""
+        changed: dict[str, Any] = {}
+        for name, x in given._asdict().items():
+            check = _BIG.get(name)
+            if x is None or (check is None and not arrays.on_device(x)):
+                continue
+            if check is None:
+                changed[name] = arrays.to_host(x)
+            else:
+                changed[name] = self.device_array(name, x if arrays.on_device(x) else check(name, as_array(name, x)))
+        return given._replace(**changed) if changed else given
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Make room for a result, of the caller's kind."""
+        assert self.device is not None
+        return self.family.empty(shape, np.dtype(dtype), self.device, self.stream)
+
+    def out(self, out: Any, inputs: dict[str, Any]) -> Array | None:
+        """Make the header of what the caller wants the result in."""
+        if out is None:
+            return None
+        if arrays.on_device(out):
+            return self.device_array("out", out)
+        if self.family.name != "numpy":
+            raise TypeError(f"out must be on the GPU as query is, got {kind_of(out)}")
+        check_out(out, np.shape(out), getattr(out, "dtype", None), **_of_host(inputs))  # type: ignore[arg-type]
+        return runtime.empty(out.shape, out.dtype, self.stream)
+
+    def give(self, result: Any) -> Any:
+        """Turn headers among results, in tuples and lists, into arrays of the caller's kind."""
+        if isinstance(result, np.ndarray):
+            return result if held(result) is None else self.family.give(result, self.stream)
+        if isinstance(result, list):
+            return [self.give(x) for x in result]
+        if isinstance(result, tuple):
+            given = [self.give(x) for x in result]
+            return type(result)(*given) if hasattr(result, "_fields") else tuple(given)
+        return result
+
+    def finish(self) -> None:
+        """Let the owners of inputs wait for the work: they may write to them, or free them, as soon as this returns."""
+        for stream in self._others:
+            runtime.driver.wait(stream, self.stream)
+        if self._waits:  # a library that cannot be told of a stream
+            runtime.driver.synchronize(self.stream)
+
+
+def _of_host(inputs: dict[str, Any]) -> dict[str, Array]:
+    return {name: x for name, x in inputs.items() if isinstance(x, np.ndarray)}
+
+
+def run(
+    function: Callable[..., Result],
+    backend: Any,
+    operands: dict[str, Any],
+    options: Options,
+    *,
+    out: Any = None,
+    small: dict[str, Any] | None = None,
+    **rest: Any,
+) -> Result:
+    """Call ``function(backend, **operands, **small, options=, **rest, empty=)`` as the device sees the arguments.
+
+    Parameters
+    ----------
+    function : callable
+        What runs on the host too. It asks its arrays for shapes, strides, dtypes and addresses only.
+    backend : Backend
+    operands : dict
+        Arrays by argument; None and what is no array of a device or the host are left to `function`.
+    options : Options
+    out : array, optional
+        Where the result is to go; `function` is passed it only if it is given.
+    small : dict, optional
+        Arguments that the host reads: copied from the device if they are there.
+    """
+    call = Call({name: x for name, x in operands.items() if x is not None})
+    assert call.device is not None
+    with runtime.using(call.device, call.stream):
+        moved = {name: None if x is None else call.device_array(name, x) for name, x in operands.items()}
+        moved |= {name: arrays.to_host(x) for name, x in (small or {}).items()}
+        target = call.out(out, operands | options._asdict())
+        if target is not None:
+            moved["out"] = target
+        found = function(backend, **moved, options=call.options(options), **rest, empty=call.empty)
+        result: Result = _with_out(call, found, target, out)
+        call.finish()
+        return result
+
+
+def _with_out(call: Call, result: Any, target: Array | None, out: Any) -> Any:
+    """The results as the caller sees them; the caller's own array where it gave one."""
+    if target is None:
+        return call.give(result)
+    first, *others = result if isinstance(result, tuple) else (result,)
+    assert first is target
+    if isinstance(out, np.ndarray):
+        runtime.download(target, out, call.stream)
+    given = (out, *(call.give(x) for x in others))
+    return given if isinstance(result, tuple) else out
+
+
+def through_host(function: Callable[..., Any], **arguments: Any) -> Any:
+    """Call a function of small arrays that has no kernel: copy its arguments to the host, and its results back."""
+    found = [x for given in arguments.values() for x in (given if isinstance(given, list | tuple) else [given])]
+    call = Call({"arrays": next(x for x in found if arrays.on_device(x))})
+    assert call.device is not None
+
+    def there(x: Any) -> Any:
+        return [there(part) for part in x] if isinstance(x, list | tuple) else arrays.to_host(x)
+
+    def back(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return type(x)(back(part) for part in x)
+        made = call.empty(x.shape, x.dtype)
+        runtime.driver.write(address_of(made), x, call.stream)
+        return call.family.give(made, call.stream)
+
+    with runtime.using(call.device, call.stream):
+        return back(function(**{name: there(x) for name, x in arguments.items()}))
