@@ -27,3 +27,19 @@ def torch():
     torch = pytest.importorskip("torch")
     torch.set_num_threads(1)
     return torch
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A device that is the host, whose kernels are the reference backend."""
+    from device import HostDriver, reference_on
+
+    from numba_attention.backends import cuda
+    from numba_attention.cuda import runtime
+
+    driver = HostDriver()
+    monkeypatch.setattr(runtime, "driver", driver)
+    monkeypatch.setattr(backends, "_usable", {})
+    for name, function in reference_on(driver).items():
+        monkeypatch.setattr(cuda, name, function)
+    return driver

@@ -283,10 +283,10 @@ def attention_backward(
 
 
 def _attention_backward(
-    chosen: backends.Backend, query: Array, key: Array, value: Array, result: Array, lse: Array, grad_out: Array,
+    chosen: backends.Backend, query: Array, key: Array, value: Array, out: Array, lse: Array, grad_out: Array,
     grad_lse: Array | None, options: Options, empty: Empty = np.empty,
 ) -> Gradients:  # fmt: skip
-    problem = build_backward(grad_out, query, key, value, result, lse, grad_lse, options, empty)
+    problem = build_backward(grad_out, query, key, value, out, lse, grad_lse, options, empty)
     chosen.backward(problem)
     return finish(problem, chosen.reduce)
 

@@ -41,7 +41,9 @@ class Call:
         self.stream = runtime.DEFAULT_STREAM if stream is None else stream
         self._others: set[int] = set()  # streams of inputs that are not this one
         self._waits = False
-        self._known: dict[int, Array] = {}  # headers by the identity of what they are of: self-attention has one array
+        self._known: dict[
+            int, tuple[Any, Array]
+        ] = {}  # by identity what was moved, which for self-attention is one array
 
     @staticmethod
     def _ordinal(x: Any) -> int:
@@ -56,8 +58,8 @@ class Call:
         """Make the header of an array that may be on the device or the host; from there it is copied."""
         found = self._known.get(id(x))
         if found is None:
-            found = self._known[id(x)] = self._device_array(name, x)
-        return found
+            found = self._known[id(x)] = x, self._device_array(name, x)
+        return found[1]
 
     def _device_array(self, name: str, x: Any) -> Array:
         if not arrays.on_device(x):

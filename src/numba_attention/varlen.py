@@ -253,12 +253,12 @@ def attention_varlen_backward(
 
 
 def _attention_varlen_backward(
-    chosen: Backend, query: Array, key: Array, value: Array, result: Array, lse: Array, grad_out: Array,
+    chosen: Backend, query: Array, key: Array, value: Array, out: Array, lse: Array, grad_out: Array,
     grad_lse: Array | None, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike, options: Options,
     empty: Empty = np.empty,
 ) -> Gradients:  # fmt: skip
     problem = build_backward(
-        grad_out, query, key, value, result, lse, grad_lse, cu_seqlens_q, cu_seqlens_k, options, empty
+        grad_out, query, key, value, out, lse, grad_lse, cu_seqlens_q, cu_seqlens_k, options, empty
     )
     chosen.backward(problem)
     return finish(problem, chosen.reduce)

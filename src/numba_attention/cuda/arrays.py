@@ -92,7 +92,7 @@ class Family:
         """Make room for a result; the header of an array of this library, or of memory of ours."""
         from numba import cuda
 
-        return self.take(cuda.device_array(shape, dtype), stream)
+        return _NUMBA.take(cuda.device_array(shape, dtype), stream)
 
     def owns(self, x: Any) -> bool:
         """Whether `empty` may have made an array."""

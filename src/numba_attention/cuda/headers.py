@@ -61,7 +61,8 @@ def address_of(array: Array) -> int:
 
 def stored(array: Array) -> Array:
     """What is in memory of a broadcast array: one element of every axis that only repeats it."""
-    return array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)]
+    # (The ellipsis: without it an array that has no axes would be read, to make a scalar.)
+    return array[(*(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides), ...)]
 
 
 def extent(array: Array) -> tuple[int, int]:

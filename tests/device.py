@@ -1,0 +1,317 @@
+"""A device without a GPU: its memory is the host's, its kernels are functions that a test gives, its arrays are fakes."""
+
+import ctypes
+import types
+import weakref
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+
+from numba_attention.cuda import runtime
+from numba_attention.cuda.dlpack import Exported
+from numba_attention.cuda.driver import Device, Driver
+
+
+class HostMemory:
+    """Memory of a `HostDriver`, off its books when nobody holds it."""
+
+    def __init__(self, driver, size, ordinal, stream):
+        self.buffer = np.empty(size + 256, np.uint8)
+        self.buffer[:] = 0xA5  # what was never written shows
+        self.address = -(-self.buffer.ctypes.data // 256) * 256
+        self.size, self.ordinal, self.stream = size, ordinal, stream
+        driver.allocations[self.address] = weakref.ref(self)
+        weakref.finalize(self, driver.freed, self.address, stream)
+
+
+class HostDriver(Driver):
+    """A driver whose devices are the host.
+
+    Parameters
+    ----------
+    run : callable, optional
+        Called as ``run(kernel, grid, integers, reals)`` for each launch.
+    devices : int
+    limit : int, optional
+        Bytes that can be had in one allocation.
+    """
+
+    def __init__(self, run=None, devices=2, limit=None):
+        self.run, self.devices, self.limit = run, devices, limit
+        self.ordinal = 0
+        self.allocations = {}  # address: weak reference to its HostMemory
+        self.frees = []  # (address, stream)
+        self.waits = []  # (stream, the one that it waits for)
+        self.copies = []  # ("write" or "read", bytes, stream)
+        self.synchronized = []
+        self.launches = []  # (kernel, device, grid, integers, reals, stream)
+        self.template = Device(0, (9, 0), "sm_90a", 132, 232448, "a host that plays a GPU")
+
+    def unusable(self):
+        return None
+
+    def count(self):
+        return self.devices
+
+    def device(self, ordinal):
+        return replace(self.template, ordinal=ordinal)
+
+    def current(self):
+        return self.ordinal
+
+    @contextmanager
+    def on(self, ordinal):
+        before, self.ordinal = self.ordinal, ordinal
+        try:
+            yield
+        finally:
+            self.ordinal = before
+
+    def memory_at(self, address):
+        """The allocation that an address is in."""
+        for start, reference in self.allocations.items():
+            memory = reference()
+            if memory is not None and start <= address < start + memory.size:
+                return memory
+        raise AssertionError(f"{address:#x} is no memory of this device")
+
+    def ordinal_of(self, address):
+        return self.memory_at(address).ordinal
+
+    def allocate(self, size, stream):
+        assert size > 0
+        if self.limit is not None and size > self.limit:
+            raise MemoryError(f"{size:,} bytes could not be had on GPU {self.ordinal}: CUDA_ERROR_OUT_OF_MEMORY")
+        return HostMemory(self, size, self.ordinal, stream)
+
+    def freed(self, address, stream):
+        self.allocations.pop(address, None)
+        self.frees.append((address, stream))
+
+    def write(self, address, array, stream):
+        self.copies.append(("write", array.nbytes, stream))
+        data = np.ascontiguousarray(array)
+        self._inside(address, data.nbytes)
+        ctypes.memmove(address, data.ctypes.data, data.nbytes)
+
+    def read(self, array, address, stream):
+        assert array.flags.c_contiguous
+        self.copies.append(("read", array.nbytes, stream))
+        self._inside(address, array.nbytes)
+        ctypes.memmove(array.ctypes.data, address, array.nbytes)
+
+    def _inside(self, address, size):
+        memory = self.memory_at(address)
+        assert address + size <= memory.address + memory.size
+        assert memory.ordinal == self.ordinal, "memory of another device"
+
+    def wait(self, stream, before):
+        self.waits.append((stream, before))
+
+    def synchronize(self, stream):
+        self.synchronized.append(stream)
+
+    def launch(self, kernel, grid, integers, reals, stream):
+        self.launches.append((kernel, self.ordinal, grid, tuple(integers), tuple(reals), stream))
+        if self.run is not None:
+            self.run(kernel, grid, integers, reals)
+
+
+class Fake:
+    """An array of a fake library on a `HostDriver`: `header` is its memory, `array` what a test may look at."""
+
+    def __init__(self, array, ordinal=None):
+        array = np.asarray(array)
+        if ordinal is not None:
+            with runtime.driver.on(ordinal):
+                self.__init__(array)
+            return
+        made = runtime.empty(array.shape, array.dtype, 1)
+        if array.size:
+            made[...] = array
+        self.header = made
+
+    @classmethod
+    def of(cls, header):
+        self = cls.__new__(cls)
+        self.header = header
+        return self
+
+    array = property(lambda self: self.header)
+    shape = property(lambda self: self.header.shape)
+    dtype = property(lambda self: self.header.dtype)
+    size = property(lambda self: self.header.size)
+    ordinal = property(lambda self: runtime.device_of(self.header).ordinal)
+
+    def reshape(self, *shape):
+        return type(self).of(self.header.reshape(*shape))
+
+    def __getitem__(self, index):
+        return type(self).of(self.header[index])
+
+
+class Interface(Fake):
+    """By CUDA Array Interface alone; `more` is added to it, or takes away what is None there."""
+
+    more = types.MappingProxyType({})
+
+    @property
+    def __cuda_array_interface__(self):
+        found = Exported(self.header).__cuda_array_interface__ | {"strides": self.header.strides} | dict(self.more)
+        return {name: x for name, x in found.items() if name != "stream" or x is not None}
+
+
+class ByDLPack(Fake):
+    """By DLPack alone."""
+
+    streams = ()  # asked for
+
+    def __dlpack_device__(self):
+        return Exported(self.header).__dlpack_device__()
+
+    def __dlpack__(self, *, stream=None):
+        self.streams = (*self.streams, stream)
+        return Exported(self.header).__dlpack__()
+
+
+class NumbaArray(Interface):
+    """As a device array of numba.cuda shows itself."""
+
+    __cuda_ndarray__ = True
+    strides = property(lambda self: self.header.strides)
+
+
+class CupyArray(Interface):
+    """As an array of CuPy shows itself."""
+
+    strides = property(lambda self: self.header.strides)
+    device = property(lambda self: types.SimpleNamespace(id=self.ordinal))
+    data = property(lambda self: types.SimpleNamespace(ptr=self.header.ctypes.data))
+
+
+class JaxArray(ByDLPack):
+    """As an array of JAX shows itself."""
+
+    waited = False
+
+    def block_until_ready(self):
+        self.waited = True
+
+
+class Dtype:
+    """As dtypes of PyTorch are."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __repr__(self):
+        return f"torch.{self.name}"
+
+
+class Tensor(Fake):
+    """As a tensor of PyTorch shows itself."""
+
+    is_cuda = True
+    requires_grad = False
+    layout = "strided"
+    device = property(lambda self: types.SimpleNamespace(index=self.ordinal, type="cuda"))
+    dtype = property(lambda self: Dtype(self.header.dtype.name))
+    size = None  # a method there
+
+    def is_conj(self):
+        return False
+
+    def is_neg(self):
+        return False
+
+    def data_ptr(self):
+        return self.header.ctypes.data if self.header.size else 0
+
+    def stride(self):
+        return tuple(n // self.header.itemsize for n in self.header.strides)
+
+    def numel(self):
+        return self.header.size
+
+    @property
+    def __cuda_array_interface__(self):
+        raise RuntimeError("nobody needs this of a tensor")
+
+
+def from_dlpack(kind):
+    """The function of that name of a fake library."""
+    from numba_attention.cuda.dlpack import read
+
+    return lambda exported: kind.of(read(exported.__dlpack__(), exported))
+
+
+def fake_torch(stream=0):
+    asked = []
+
+    def current_stream(device):
+        asked.append(device)
+        return types.SimpleNamespace(cuda_stream=stream)
+
+    def empty(shape, dtype, device):
+        kind, ordinal = device
+        assert kind == "cuda"
+        return Tensor(np.full(shape, 0, dtype.name if dtype.name != "bfloat16" else _bfloat16()), ordinal)
+
+    names = ("float16", "float32", "float64", "bfloat16")
+    return types.SimpleNamespace(
+        Tensor=Tensor,
+        strided="strided",
+        is_grad_enabled=lambda: True,
+        cuda=types.SimpleNamespace(current_stream=current_stream),
+        device=lambda kind, ordinal: (kind, ordinal),
+        empty=empty,
+        from_dlpack=from_dlpack(Tensor),
+        asked=asked,
+        **{name: Dtype(name) for name in names},
+    )
+
+
+def fake_cupy(stream=0):
+    return types.SimpleNamespace(
+        ndarray=CupyArray,
+        empty=lambda shape, dtype: CupyArray(np.zeros(shape, dtype)),
+        from_dlpack=from_dlpack(CupyArray),
+        cuda=types.SimpleNamespace(get_current_stream=lambda: types.SimpleNamespace(ptr=stream)),
+    )
+
+
+def fake_jax():
+    return types.SimpleNamespace(Array=JaxArray, dlpack=types.SimpleNamespace(from_dlpack=from_dlpack(JaxArray)))
+
+
+def fake_numba_cuda():
+    return types.SimpleNamespace(
+        device_array=lambda shape, dtype: NumbaArray(np.zeros(shape, dtype)),
+        as_cuda_array=lambda exported, sync: NumbaArray.of(exported._array),
+    )
+
+
+def _bfloat16():
+    import ml_dtypes
+
+    return ml_dtypes.bfloat16
+
+
+def reference_on(driver):
+    """What stands for kernels: the reference backend, which reads the memory of a `HostDriver` as its own."""
+    from numba_attention.backends import reference
+    from numba_attention.problem import sum_to
+
+    def reduce(x, shape, dtype=None):
+        summed = sum_to(x, shape, dtype)
+        made = runtime.empty(summed.shape, summed.dtype, runtime.stream())
+        made[...] = summed
+        return made
+
+    return {
+        "forward": reference.forward,
+        "backward": reference.backward,
+        "weights": reference.weights,
+        "reduce": reduce,
+    }
