@@ -33,7 +33,6 @@ def torch():
 def device(monkeypatch):
     """A device that is the host, whose kernels are the reference backend."""
     from device import HostDriver, reference_on
-
     from numba_attention.backends import cuda
     from numba_attention.cuda import runtime
 
@@ -43,3 +42,12 @@ def device(monkeypatch):
     for name, function in reference_on(driver).items():
         monkeypatch.setattr(cuda, name, function)
     return driver
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") is not None:
+        from numba_attention.cuda import runtime
+
+        reason = runtime.unusable()
+        if reason is not None:
+            pytest.skip(reason)

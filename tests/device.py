@@ -1,4 +1,4 @@
-"""A device without a GPU: its memory is the host's, its kernels are functions that a test gives, its arrays are fakes."""
+"""A device without a GPU: its memory is the host's, its kernels what a test gives, its arrays fakes."""
 
 import ctypes
 import types

@@ -122,9 +122,13 @@ def test_no_numba_above_the_backends():
 
 def test_caches_know_nothing_of_who_reads_them():
     for path in (ROOT / "caches").glob("*.py"):
-        assert {target[0] for target, _ in modules_imported(path)} <= {"caches", "cuda", "errors", "options", "validation"}, (
-            path
-        )
+        assert {target[0] for target, _ in modules_imported(path)} <= {
+            "caches",
+            "cuda",
+            "errors",
+            "options",
+            "validation",
+        }, path
 
 
 def test_reference_stands_alone():

@@ -1,8 +1,8 @@
 """Arrays of other libraries on a device: what is taken, where it runs, and what comes back.
 
-The device is the host, its kernels are the reference backend, and the libraries are fakes; `test_cuda_interop.py` has the
-real ones. What only a real device can show, that nothing on the host touches its memory, a subprocess shows here with
-memory that may not be read.
+The device is the host, its kernels are the reference backend, and the libraries are fakes; `test_cuda_interop.py` has
+the real ones. What only a real device can show, that nothing on the host touches its memory, a subprocess shows here
+with memory that may not be read.
 """
 
 import gc
@@ -15,6 +15,8 @@ import ml_dtypes
 import numba
 import numpy as np
 import pytest
+
+import numba_attention as na
 from cases import CASES, DTYPES, check, check_backward
 from device import (
     ByDLPack,
@@ -30,8 +32,6 @@ from device import (
     fake_numba_cuda,
     fake_torch,
 )
-
-import numba_attention as na
 from numba_attention.backends import cuda as backend
 from numba_attention.cuda import arrays, runtime
 from numba_attention.cuda.dlpack import Exported, read
@@ -203,7 +203,7 @@ def test_out(kinds):
     np.testing.assert_array_equal(out.array, na.attention(Q, K, V, backend="reference"))
     with pytest.raises(ValueError, match="out must have shape"):
         na.attention(give(Q), give(K), give(V), out=give(Q[:1]))
-    with pytest.raises(TypeError, match="out must be on the GPU as query is, got numpy.ndarray"):
+    with pytest.raises(TypeError, match=r"out must be on the GPU as query is, got numpy\.ndarray"):
         na.attention(give(Q), give(K), give(V), out=np.zeros_like(Q))
     with pytest.raises(ValueError, match="out must not overlap an input, it shares memory with query"):
         na.attention(out, give(K), give(V), out=out)
@@ -257,7 +257,8 @@ def test_numpy_out(device):
     assert found is out
     np.testing.assert_array_equal(out, na.attention(Q, K, V, backend="reference"))
     one = Q[0, 0].copy()
-    assert na.attention(one, one, one, out=(into := np.zeros_like(one)), backend="cuda") is into
+    into = np.zeros_like(one)
+    assert na.attention(one, one, one, out=into, backend="cuda") is into
     np.testing.assert_array_equal(into, na.attention(one, one, one, backend="reference"))
     apart = np.zeros((2, 4, 7, 16), np.float32)[..., ::2]
     assert na.attention(Q, K, V, out=apart, backend="cuda") is apart
@@ -318,7 +319,7 @@ def test_devices_must_agree(kinds, device):
 
 
 def test_the_device_of_the_arrays_is_used(kinds, device):
-    give, get = kinds
+    give, _get = kinds
     out = na.attention(*(give(x, 1) for x in (Q, K, V)))
     assert out.ordinal == 1
     assert device.current() == 0
@@ -522,7 +523,7 @@ def test_wrong_arguments_are_named(kinds):
         na.attention(give(Q), give(K.astype(np.float16)), give(V))
     with pytest.raises(ValueError, match="value must have the heads and length of key"):
         na.attention(give(Q), give(K), give(V[:, :, :3]))
-    with pytest.raises(TypeError, match="key must be a numpy.ndarray or an array on a GPU, got builtins.list"):
+    with pytest.raises(TypeError, match=r"key must be a numpy\.ndarray or an array on a GPU, got builtins\.list"):
         na.attention(give(Q), [1.0], give(V))
     with pytest.raises(TypeError, match="mask must be boolean"):
         na.attention(give(Q), give(K), give(V), mask=np.ones((7, 7)))
@@ -587,6 +588,13 @@ def test_errors_leave_no_trace(device, libraries, monkeypatch):
     gc.collect()
     assert (runtime.stream(), device.current()) == (1, 0)
     assert not device.allocations
+
+
+def test_show_config_names_devices(device):
+    found = na.show_config("dicts")
+    assert list(found["GPUs"]) == ["GPU 0", "GPU 1"]
+    assert found["GPUs"]["GPU 1"] == "a host that plays a GPU, compute capability 9.0, 132 multiprocessors, for sm_90a"
+    assert found["Backends"]["cuda"] == "usable"
 
 
 def test_nothing_on_a_gpu():
@@ -680,8 +688,8 @@ if "touch" in sys.argv:
 for dtype in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16):
     lse_dtype = np.float64 if dtype == np.float64 else np.float32
     q, k, v = There((2, 4, 7, 8), dtype), There((2, 2, 9, 8), dtype), There((1, 2, 9, 6), dtype)
-    options = dict(mask=There((7, 9), np.bool_), bias=There((4, 1, 9)), sinks=There((4,)), key_lengths=There((2,), np.int64),
-                   is_causal="bottom-right", window=(3, None), alibi_slopes=np.ones(4), softcap=3)
+    options = dict(mask=There((7, 9), np.bool_), bias=There((4, 1, 9)), sinks=There((4,)), softcap=3, window=(3, None),
+                   key_lengths=There((2,), np.int64), is_causal="bottom-right", alibi_slopes=np.ones(4))
     out, lse = na.attention(q, k, v, return_lse=True, **options)
     assert (type(out), out.shape, lse.shape, lse.dtype) == (There, (2, 4, 7, 6), (2, 4, 7), lse_dtype)
     assert na.attention(q, k, v, out=out) is out
@@ -691,12 +699,14 @@ for dtype in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16):
     na.attention_weights(q, k, heads=[1], **options)
     x = There((11, 4, 8), dtype)
     starts = [0, 4, 11]
-    out, lse = na.attention_varlen(x, x, x, starts, starts, mask=There((4, 11, 11), np.bool_), bias=There((2, 4, 7, 7)), return_lse=True)
+    options = dict(mask=There((4, 11, 11), np.bool_), bias=There((2, 4, 7, 7)))
+    out, lse = na.attention_varlen(x, x, x, starts, starts, **options, return_lse=True)
     na.attention_varlen_backward(out, x, x, x, out, lse, starts, starts, bias=There((2, 4, 7, 7)))
     cache = na.KVCache.from_arrays(There((2, 2, 9, 8), dtype), There((2, 2, 9, 6), dtype), [9, 8])
     na.attention_decode(q, cache, return_lse=True)
     na.attention_decode(q, cache, mask=There((7, 7), np.bool_), bias=There((2, 1, 7, 9)))
-    pages = na.PagedKVCache.from_arrays(There((5, 2, 4, 8), dtype), There((5, 2, 4, 6), dtype), [[0, 1], [3, 2]], [8, 7])
+    pages = There((5, 2, 4, 8), dtype), There((5, 2, 4, 6), dtype)
+    pages = na.PagedKVCache.from_arrays(*pages, [[0, 1], [3, 2]], [8, 7])
     na.attention_decode(q, pages, ids=[1, 0])
     repr(cache), repr(pages), cache.key, cache.lengths
     na.attention(q, k, v, mask=There((), np.bool_), bias=np.zeros(()))

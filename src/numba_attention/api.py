@@ -82,7 +82,8 @@ def attention(
     Parameters
     ----------
     query : ndarray, shape (..., H, L, E)
-        float32, float64, float16 or ``ml_dtypes.bfloat16``. Two-dimensional input (L, E) is one head.
+        float32, float64, float16 or ``ml_dtypes.bfloat16``. Two-dimensional input (L, E) is one head. An array on a GPU,
+        of PyTorch, CuPy, JAX, Numba or with ``__cuda_array_interface__``, is taken where it is, and so is the result.
         Leading dimensions broadcast with those of `key` and `value` as in `numpy.matmul`. Any strides are
         taken without a copy: pass ``x.swapaxes(-3, -2)`` for (B, S, H, E) storage.
     key : ndarray, shape (..., Hkv, S, E)
@@ -115,7 +116,7 @@ def attention(
         Also return the natural log of the softmax denominator of each row.
     out : ndarray, shape (..., H, L, Ev), optional
         Where to write the result: dtype of `query`, writeable, no overlap with an input.
-    backend : {"auto", "cpu", "reference"}, optional
+    backend : {"auto", "cpu", "cuda", "reference"}, optional
         Overrides `set_backend` and `use_backend` for this call.
 
     Returns
@@ -222,7 +223,7 @@ def attention_backward(
         Gradient of the loss with respect to `lse`, where `lse` was used too (`merge_attention`, a z-loss).
     mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
         What `attention` was called with.
-    backend : {"auto", "cpu", "reference"}, optional
+    backend : {"auto", "cpu", "cuda", "reference"}, optional
         As in `attention`.
 
     Returns
@@ -321,7 +322,7 @@ def attention_weights(
         They index the H and L axes as NumPy does; an integer array keeps its axis.
     mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
         As in `attention`, and broadcast against the full (..., H, L, S).
-    backend : {"auto", "cpu", "reference"}, optional
+    backend : {"auto", "cpu", "cuda", "reference"}, optional
         As in `attention`.
 
     Returns

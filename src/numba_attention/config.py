@@ -12,6 +12,7 @@ from typing import Literal, overload
 Facts = dict[str, dict[str, str]]
 
 _CORE = ("numba-attention", "numba", "llvmlite", "numpy", "scipy")
+_CUDA = ("numba-cuda", "cuda-core", "cuda-bindings", "cuda-toolkit")
 _OPTIONAL = ("ml_dtypes", "typer", "rich", "tokenizers", "safetensors", "matplotlib", "torch", "onnxruntime")
 
 
@@ -69,7 +70,7 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> Facts | None:
 
 def _versions() -> dict[str, str]:
     versions = {"python": f"{platform.python_version()} on {sys.platform} {platform.machine()}"}
-    for name in _CORE + _OPTIONAL:
+    for name in _CORE + _CUDA + _OPTIONAL:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -94,7 +95,22 @@ def _cpu() -> dict[str, str]:
 
 
 def _gpus() -> dict[str, str]:
-    """Ask the driver's own tool: importing a CUDA binding to count devices would cost a second and may fail."""
+    """What kernels would run on or, where they cannot run, what the driver's own tool knows of."""
+    from .cuda import runtime
+
+    if runtime.unusable() is not None:
+        return _listed()
+    found = [runtime.driver.device(ordinal) for ordinal in range(runtime.driver.count())]
+    return {
+        f"GPU {device.ordinal}": (
+            f"{device.name}, compute capability {'.'.join(map(str, device.compute_capability))}, "
+            f"{device.multiprocessors} multiprocessors, for {device.arch}"
+        )
+        for device in found
+    }
+
+
+def _listed() -> dict[str, str]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {"none": "no NVIDIA driver found (nvidia-smi is not on the path)"}

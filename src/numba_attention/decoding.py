@@ -65,7 +65,7 @@ def attention_decode(
         Also return the natural log of the softmax denominator of each row.
     out : ndarray, shape (batch, H, L, Ev), optional
         Where to write the result.
-    backend : {"auto", "cpu", "reference"}, optional
+    backend : {"auto", "cpu", "cuda", "reference"}, optional
         As in `attention`.
 
     Returns

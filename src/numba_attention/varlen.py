@@ -104,7 +104,7 @@ def attention_varlen(
         Also return the natural log of the softmax denominator of each row.
     out : ndarray, shape (T_q, H, Ev), optional
         Where to write the result.
-    backend : {"auto", "cpu", "reference"}, optional
+    backend : {"auto", "cpu", "cuda", "reference"}, optional
         As in `attention`.
 
     Returns
@@ -204,7 +204,7 @@ def attention_varlen_backward(
         Gradient of the loss with respect to `lse`.
     mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
         What `attention_varlen` was called with.
-    backend : {"auto", "cpu", "reference"}, optional
+    backend : {"auto", "cpu", "cuda", "reference"}, optional
         As in `attention`.
 
     Returns
