@@ -82,8 +82,8 @@ def attention(
     Parameters
     ----------
     query : ndarray, shape (..., H, L, E)
-        float32, float64, float16 or ``ml_dtypes.bfloat16``. Two-dimensional input (L, E) is one head. An array on a GPU,
-        of PyTorch, CuPy, JAX, Numba or with ``__cuda_array_interface__``, is taken where it is, and so is the result.
+        float32, float64, float16 or ``ml_dtypes.bfloat16``. Two-dimensional input (L, E) is one head. An array on a
+        GPU, of PyTorch, CuPy, JAX, Numba or with ``__cuda_array_interface__``, is taken as it is; so is the result.
         Leading dimensions broadcast with those of `key` and `value` as in `numpy.matmul`. Any strides are
         taken without a copy: pass ``x.swapaxes(-3, -2)`` for (B, S, H, E) storage.
     key : ndarray, shape (..., Hkv, S, E)

@@ -15,7 +15,7 @@ from .validation import as_array, as_bools, as_floats, check_out, kind_of
 
 Result = TypeVar("Result")
 
-_BIG = {"mask": as_bools, "bias": as_floats}  # options that stay on, or go to, the device; others are read by the host
+_SMALL = Options._fields[3:]  # read by the host: all but mask, bias and is_causal
 
 
 class Call:
@@ -28,28 +28,27 @@ class Call:
     """
 
     def __init__(self, operands: dict[str, Any]) -> None:
-        leading = next(iter(operands.values()), None)
-        self.family = arrays.family_of(leading)
-        first = next((x for x in operands.values() if arrays.on_device(x)), None)
-        family = self.family if first is leading else arrays.family_of(first)
-        self._places = {name: self._ordinal(x) for name, x in operands.items() if arrays.on_device(x)}
-        self.device = next(iter(self._places.values()), None)
-        if self.device is None:
-            self.device = runtime.driver.current()
-        self._check_places()
-        stream = None if first is None else family.stream(first, self.device)
-        self.stream = runtime.DEFAULT_STREAM if stream is None else stream
+        families = {name: arrays.family_of(x) for name, x in operands.items()}
+        self._families = {id(operands[name]): family for name, family in families.items()}
+        self._places: dict[str, int] = {}  # GPUs by argument
+        stream = None
+        self._leader = ""  # the library whose stream it is
+        for name, family in families.items():
+            if family is not arrays.HOST:
+                self._place(name, family, operands[name])
+                if stream is None:
+                    self._leader = family.name
+                    stream = family.stream(operands[name], self._places[name]) or runtime.DEFAULT_STREAM
+        self.device = next(iter(self._places.values())) if self._places else runtime.driver.current()
+        self.stream = stream or runtime.DEFAULT_STREAM
+        self.family = next(iter(families.values()), arrays.HOST)
         self._others: set[int] = set()  # streams of inputs that are not this one
         self._waits = False
-        self._known: dict[
-            int, tuple[Any, Array]
-        ] = {}  # by identity what was moved, which for self-attention is one array
+        # What was moved, by identity: in self-attention one array is all three.
+        self._known: dict[int, tuple[Any, Array]] = {}
 
-    @staticmethod
-    def _ordinal(x: Any) -> int:
-        return arrays.family_of(x).ordinal(x)
-
-    def _check_places(self) -> None:
+    def _place(self, name: str, family: arrays.Family, x: Any) -> None:
+        self._places[name] = family.ordinal(x)
         if len(set(self._places.values())) > 1:
             said = ", ".join(f"{name} is on GPU {ordinal}" for name, ordinal in self._places.items())
             raise ValueError(f"{' and '.join(self._places)} must be on one GPU: {said}")
@@ -62,21 +61,19 @@ class Call:
         return found[1]
 
     def _device_array(self, name: str, x: Any) -> Array:
-        if not arrays.on_device(x):
+        family = self._families.get(id(x)) or arrays.family_of(x)
+        if family is arrays.HOST:
             if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
                 raise TypeError(f"{name} must be a numpy.ndarray or an array on a GPU, got {kind_of(x)}")
-            if x.dtype.kind not in "biufc" and x.dtype.name != "bfloat16":
+            if x.dtype.hasobject or x.dtype.names:
                 return x  # refused by whoever looks at dtypes, in its own words
             return runtime.upload(np.asarray(x), self.stream)
-        family = arrays.family_of(x)
         if name not in self._places:
-            self._places[name] = family.ordinal(x)
-            self._check_places()
-        assert self.device is not None
-        stream = family.stream(x, self.device)
-        if stream is not None and stream != self.stream:
-            if stream not in self._others:
-                runtime.driver.wait(self.stream, stream)
+            self._place(name, family, x)
+        same = family.one_stream and family.name == self._leader
+        stream = self.stream if same else family.stream(x, self.device)
+        if stream is not None and stream != self.stream and stream not in self._others:
+            runtime.driver.wait(self.stream, stream)
             self._others.add(stream)
         self._waits |= family.name == "jax"
         try:
@@ -87,19 +84,18 @@ class Call:
     def options(self, given: Options) -> Options:
         """Mask and bias on the device, all else on the host."""
         changed: dict[str, Any] = {}
-        for name, x in given._asdict().items():
-            check = _BIG.get(name)
-            if x is None or (check is None and not arrays.on_device(x)):
-                continue
-            if check is None:
+        for name, check in (("mask", as_bools), ("bias", as_floats)):
+            x = getattr(given, name)
+            if x is not None:
+                there = arrays.family_of(x) is not arrays.HOST
+                changed[name] = self.device_array(name, x if there else check(name, as_array(name, x)))
+        for name, x in zip(_SMALL, given[3:], strict=True):
+            if x is not None and arrays.on_device(x):
                 changed[name] = arrays.to_host(x)
-            else:
-                changed[name] = self.device_array(name, x if arrays.on_device(x) else check(name, as_array(name, x)))
         return given._replace(**changed) if changed else given
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Make room for a result, of the caller's kind."""
-        assert self.device is not None
         return self.family.empty(shape, np.dtype(dtype), self.device, self.stream)
 
     def out(self, out: Any, inputs: dict[str, Any]) -> Array | None:
@@ -108,7 +104,7 @@ class Call:
             return None
         if arrays.on_device(out):
             return self.device_array("out", out)
-        if self.family.name != "numpy":
+        if self.family is not arrays.HOST:
             raise TypeError(f"out must be on the GPU as query is, got {kind_of(out)}")
         check_out(out, np.shape(out), getattr(out, "dtype", None), **_of_host(inputs))  # type: ignore[arg-type]
         return runtime.empty(out.shape, out.dtype, self.stream)
@@ -162,7 +158,6 @@ def run(
         Arguments that the host reads: copied from the device if they are there.
     """
     call = Call({name: x for name, x in operands.items() if x is not None})
-    assert call.device is not None
     with runtime.using(call.device, call.stream):
         moved = {name: None if x is None else call.device_array(name, x) for name, x in operands.items()}
         moved |= {name: arrays.to_host(x) for name, x in (small or {}).items()}
@@ -191,7 +186,6 @@ def through_host(function: Callable[..., Any], **arguments: Any) -> Any:
     """Call a function of small arrays that has no kernel: copy its arguments to the host, and its results back."""
     found = [x for given in arguments.values() for x in (given if isinstance(given, list | tuple) else [given])]
     call = Call({"arrays": next(x for x in found if arrays.on_device(x))})
-    assert call.device is not None
 
     def there(x: Any) -> Any:
         return [there(part) for part in x] if isinstance(x, list | tuple) else arrays.to_host(x)

@@ -15,9 +15,12 @@ from .driver import DEFAULT_STREAM
 from .headers import header, held
 
 
+_NEVER = (np.ndarray, np.generic, int, float, list, tuple, str)
+
+
 def on_device(x: Any) -> bool:
     """Whether something is an array on a GPU."""
-    if isinstance(x, np.ndarray | np.generic | int | float | list | tuple | str) or x is None:
+    if x is None or isinstance(x, _NEVER):
         return False
     of_torch = getattr(x, "is_cuda", None)  # whose interface costs more, and refuses what requires a gradient
     if isinstance(of_torch, bool):
@@ -56,6 +59,7 @@ class Family:
     """
 
     name = "an object with __cuda_array_interface__ or __dlpack__"
+    one_stream = False  # whether all arrays of the library are worked on in one stream at a time
 
     def ordinal(self, x: Any) -> int:
         """The GPU that an array is on."""
@@ -135,6 +139,7 @@ class TorchFamily(LibraryFamily):
     """Tensors of PyTorch, read without its protocols: those refuse tensors with gradients, and cost more."""
 
     name = "torch"
+    one_stream = True
 
     def ordinal(self, x: Any) -> int:
         return int(x.device.index or 0)
@@ -149,13 +154,15 @@ class TorchFamily(LibraryFamily):
             )
         if x.layout != self.module.strided:
             raise TypeError(f"a tensor of layout {x.layout} cannot be taken; pass x.to_dense()")
-        if x.is_conj() or x.is_neg():  # not yet computed
+        lazy = x.is_conj() or x.is_neg()
+        if lazy:  # what it holds is still to be negated: a copy, to which no result may go
             x = x.resolve_conj().resolve_neg()
         dtype = self.dtype(x.dtype)
         strides = tuple(n * dtype.itemsize for n in x.stride())
-        return header(x.data_ptr(), tuple(x.shape), strides, dtype, x, self.ordinal(x))
+        return header(x.data_ptr(), tuple(x.shape), strides, dtype, x, self.ordinal(x), lazy)
 
     def dtype(self, of_torch: Any) -> np.dtype[Any]:
+        """The same dtype in NumPy."""
         name = str(of_torch).rpartition(".")[2]
         if name == "bfloat16":
             return bfloat16()
@@ -185,6 +192,7 @@ class CupyFamily(LibraryFamily):
     """Arrays of CuPy."""
 
     name = "cupy"
+    one_stream = True
 
     def ordinal(self, x: Any) -> int:
         return int(x.device.id)
@@ -241,22 +249,25 @@ class HostFamily(Family):
         return out
 
 
-_ANY, _NUMBA, _HOST = Family(), NumbaFamily(), HostFamily()
-_LIBRARIES = (("torch", "Tensor", TorchFamily), ("cupy", "ndarray", CupyFamily), ("jax", "Array", JaxFamily))
+_ANY, _NUMBA, HOST = Family(), NumbaFamily(), HostFamily()
+_LIBRARIES = (("cupy", "ndarray", CupyFamily), ("jax", "Array", JaxFamily))
 
 
 def family_of(x: Any) -> Family:
-    """The family of an array; of what is not on a device, that of NumPy."""
+    """The family of an array; `HOST` for all that is not an array on a device."""
     if isinstance(x, np.ndarray):
-        return _HOST
+        return HOST
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, getattr(torch, "Tensor", ())):
+        return TorchFamily(torch) if x.is_cuda else HOST
+    if not on_device(x):
+        return HOST
     for name, kind, family in _LIBRARIES:
         module = sys.modules.get(name)
         found = getattr(module, kind, None)  # without it the module is being imported by another thread
         if found is not None and isinstance(x, found):
-            return family(module) if on_device(x) else _HOST
-    if getattr(x, "__cuda_ndarray__", False):
-        return _NUMBA
-    return _ANY if on_device(x) else _HOST
+            return family(module)
+    return _NUMBA if getattr(x, "__cuda_ndarray__", False) else _ANY
 
 
 def _interface(x: Any) -> dict[str, Any]:
