@@ -286,8 +286,14 @@ def fake_jax():
 
 
 def fake_numba_cuda():
+    def device_array(shape, dtype, stream=0):
+        made = NumbaArray(np.zeros(shape, dtype))
+        made.more = {"stream": stream[1] if stream else None}
+        return made
+
     return types.SimpleNamespace(
-        device_array=lambda shape, dtype: NumbaArray(np.zeros(shape, dtype)),
+        device_array=device_array,
+        external_stream=lambda handle: ("stream", handle),
         as_cuda_array=lambda exported, sync: NumbaArray.of(exported._array),
     )
 

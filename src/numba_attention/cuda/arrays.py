@@ -14,7 +14,6 @@ from .dlpack import CUDA, MANAGED, Exported, bfloat16, read
 from .driver import DEFAULT_STREAM
 from .headers import header, held
 
-
 _NEVER = (np.ndarray, np.generic, int, float, list, tuple, str)
 
 
@@ -96,7 +95,9 @@ class Family:
         """Make room for a result; the header of an array of this library, or of memory of ours."""
         from numba import cuda
 
-        return _NUMBA.take(cuda.device_array(shape, dtype), stream)
+        # The array then tells whoever takes it next on which stream it is written.
+        of_numba = 0 if stream == DEFAULT_STREAM else cuda.external_stream(stream)
+        return _NUMBA.take(cuda.device_array(shape, dtype, stream=of_numba), stream)
 
     def owns(self, x: Any) -> bool:
         """Whether `empty` may have made an array."""
@@ -257,14 +258,15 @@ def family_of(x: Any) -> Family:
     """The family of an array; `HOST` for all that is not an array on a device."""
     if isinstance(x, np.ndarray):
         return HOST
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, getattr(torch, "Tensor", ())):
+    torch: Any = sys.modules.get("torch")
+    tensors: Any = getattr(torch, "Tensor", ())  # without it torch is being imported by another thread
+    if isinstance(x, tensors):
         return TorchFamily(torch) if x.is_cuda else HOST
     if not on_device(x):
         return HOST
     for name, kind, family in _LIBRARIES:
         module = sys.modules.get(name)
-        found = getattr(module, kind, None)  # without it the module is being imported by another thread
+        found = getattr(module, kind, None)
         if found is not None and isinstance(x, found):
             return family(module)
     return _NUMBA if getattr(x, "__cuda_ndarray__", False) else _ANY
