@@ -43,6 +43,15 @@ CPU = [
 ]
 CPU_LEVEL = {module: level for level, modules in enumerate(CPU) for module in modules}
 
+# Within cuda/, on the host's side: what callers have, the device, and what both are made of.
+CUDA = [
+    ["arrays"],
+    ["runtime"],
+    ["driver", "cubins", "dlpack"],
+    ["diagnosis", "headers"],
+]
+CUDA_LEVEL = {module: level for level, modules in enumerate(CUDA) for module in modules}
+
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -83,19 +92,21 @@ def test_imports_run_down(path):
         assert LEVEL[target[0]] >= LEVEL[own], f"{own} imports {'.'.join(target)}, which is above it"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "cpu").glob("*.py")), ids=name_of)
-def test_imports_run_down_within_cpu(path):
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("cpu/*.py"), *ROOT.glob("cuda/*.py")]), ids=name_of)
+def test_imports_run_down_within_kernels(path):
     if path.stem == "__init__":
         return
-    own = CPU_LEVEL.get(path.stem, 0)
+    package = path.parent.name
+    levels = {"cpu": CPU_LEVEL, "cuda": CUDA_LEVEL}[package]
+    own = levels.get(path.stem, 0)
     for target, _ in modules_imported(path):
-        if target[0] == "cpu" and len(target) > 1 and target[1] in CPU_LEVEL:
-            assert CPU_LEVEL[target[1]] >= own, f"{path.stem} imports {target[1]}, which is above it"
+        if target[0] == package and len(target) > 1 and target[1] in levels:
+            assert levels[target[1]] >= own, f"{path.stem} imports {target[1]}, which is above it"
 
 
 def test_kernels_know_nothing_of_calls():
     """Only backends turn a Problem into numbers for a kernel."""
-    for path in (ROOT / "cpu").glob("*.py"):
+    for path in [*ROOT.glob("cpu/*.py"), *ROOT.glob("cuda/*.py")]:
         assert not {target[0] for target, _ in modules_imported(path)} & {"problem", "backends", "api", "merging"}
 
 
@@ -112,6 +123,7 @@ def test_no_numba_above_the_backends():
         "backends/reference",
         "cached",
         "packed",
+        "placing",
         *(f"caches/{path.stem}" for path in (ROOT / "caches").glob("*.py")),
     ):
         for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))):
@@ -155,6 +167,9 @@ def test_import_loads_nothing_optional():
         "ml_dtypes",
         "onnxruntime",
         "pytest",
+        "cuda",
+        "numba_cuda",
+        "cupy",
     ]
     code = f"import sys, numba_attention; print([m for m in {optional} if m in sys.modules])"
     assert run(code) == "[]"
