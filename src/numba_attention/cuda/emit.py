@@ -1,0 +1,361 @@
+"""What the body of a tile macro is written with: values with Python's operators, and one method an instruction.
+
+A macro is a Python function that computes with the registers of one thread. `Emit` here makes LLVM IR of it, with loops over
+registers unrolled by Python itself, whatever the compiler thinks of them. `emulator.Emit` in the tests has the same methods and
+runs the same function on NumPy arrays, one element for each thread of a block.
+
+Integers are signed and of 32 bits ("i"), or of 64 for addresses ("l"); ``//``, ``%`` and ``>>`` are those of numbers that are not negative.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+
+TYPES = {
+    "i": ir.IntType(32), "l": ir.IntType(64), "f": ir.FloatType(), "d": ir.DoubleType(), "p": ir.IntType(1),
+    "h": ir.IntType(16), "b": ir.IntType(8),
+}  # fmt: skip
+SIZES = {"i": 4, "l": 8, "f": 4, "d": 8, "h": 2, "b": 1}
+_PTX = {"i": "b32", "l": "b64", "f": "f32", "d": "f64", "h": "b16"}
+_ZEROS = {"f": "0f00000000", "d": "0d0000000000000000"}
+
+
+class Value:
+    """A register: what LLVM knows as a value, and what it is ("i", "l", "f", "d", or "p" for a predicate)."""
+
+    __slots__ = ("b", "kind", "llvm")
+
+    def __init__(self, b: ir.IRBuilder, kind: str, llvm: Any) -> None:
+        self.b, self.kind, self.llvm = b, kind, llvm
+
+    def _other(self, other: Any) -> Any:
+        if isinstance(other, Value):
+            if other.kind != self.kind:
+                raise TypeError(f"{self.kind} and {other.kind} do not mix")
+            return other.llvm
+        return ir.Constant(TYPES[self.kind], other)
+
+    def _apply(self, name: str, other: Any) -> "Value":
+        operation = getattr(self.b, ("f" if self.kind in "fd" else "") + name)
+        return Value(self.b, self.kind, operation(self.llvm, self._other(other)))
+
+    def _compare(self, sign: str, other: Any) -> "Value":
+        compare = self.b.fcmp_ordered if self.kind in "fd" else self.b.icmp_signed
+        return Value(self.b, "p", compare(sign, self.llvm, self._other(other)))
+
+    def _as(self, other: Any) -> "Value":
+        return Value(self.b, self.kind, self._other(other))
+
+    def __add__(self, other: Any) -> "Value":
+        return self._apply("add", other)
+
+    def __sub__(self, other: Any) -> "Value":
+        return self._apply("sub", other)
+
+    def __rsub__(self, other: Any) -> "Value":
+        return self._as(other)._apply("sub", self)
+
+    def __mul__(self, other: Any) -> "Value":
+        return self._apply("mul", other)
+
+    def __truediv__(self, other: Any) -> "Value":
+        return self._apply("div", other)
+
+    def __floordiv__(self, other: Any) -> "Value":
+        return self._apply("udiv", other)
+
+    def __mod__(self, other: Any) -> "Value":
+        return self._apply("urem", other)
+
+    def __and__(self, other: Any) -> "Value":
+        return self._apply("and_", other)
+
+    def __or__(self, other: Any) -> "Value":
+        return self._apply("or_", other)
+
+    def __xor__(self, other: Any) -> "Value":
+        return self._apply("xor", other)
+
+    def __rshift__(self, other: Any) -> "Value":
+        return self._apply("lshr", other)
+
+    def __lshift__(self, other: Any) -> "Value":
+        return self._apply("shl", other)
+
+    def __lt__(self, other: Any) -> "Value":
+        return self._compare("<", other)
+
+    def __le__(self, other: Any) -> "Value":
+        return self._compare("<=", other)
+
+    def __gt__(self, other: Any) -> "Value":
+        return self._compare(">", other)
+
+    def __ge__(self, other: Any) -> "Value":
+        return self._compare(">=", other)
+
+    def equals(self, other: Any) -> "Value":
+        return self._compare("==", other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+class Emit:
+    """Emits LLVM IR for one thread; see the module."""
+
+    def __init__(self, context: Any, builder: ir.IRBuilder) -> None:
+        self._context, self._b = context, builder
+
+    # Numbers.
+
+    def const(self, kind: str, x: float) -> Value:
+        return Value(self._b, kind, ir.Constant(TYPES[kind], x))
+
+    def select(self, condition: Value, a: Value, b: Value) -> Value:
+        return Value(self._b, a.kind, self._b.select(condition.llvm, a.llvm, b.llvm))
+
+    def min(self, a: Value, b: Any) -> Value:
+        other = a._as(b)
+        return self.select(a < other, a, other)
+
+    def max(self, a: Value, b: Any) -> Value:
+        """The larger of two; of floating-point numbers the one that is not NaN."""
+        other = a._as(b)
+        if a.kind == "f":
+            return self._asm("max.f32 $0, $1, $2;", "=f,f,f", [a, other], "f")
+        if a.kind == "d":
+            return self._asm("max.f64 $0, $1, $2;", "=d,d,d", [a, other], "d")
+        return self.select(a > other, a, other)
+
+    def wide(self, x: Value) -> Value:
+        """64 bits, of 32 with their sign."""
+        return Value(self._b, "l", self._b.sext(x.llvm, TYPES["l"]))
+
+    def narrow(self, x: Value) -> Value:
+        return Value(self._b, "i", self._b.trunc(x.llvm, TYPES["i"]))
+
+    def convert(self, kind: str, x: Value) -> Value:
+        """Between "i", "f" and "d", by value."""
+        if kind == x.kind:
+            return x
+        if x.kind == "i":
+            return Value(self._b, kind, self._b.sitofp(x.llvm, TYPES[kind]))
+        step = self._b.fpext if kind == "d" else self._b.fptrunc
+        return Value(self._b, kind, step(x.llvm, TYPES[kind]))
+
+    def bits(self, kind: str, x: Value) -> Value:
+        """The same bits as another kind of the same size."""
+        return Value(self._b, kind, self._b.bitcast(x.llvm, TYPES[kind]))
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        suffix, letter = ("f32", "f") if a.kind == "f" else ("f64", "d")
+        code = f"fma.rn.{suffix} $0, $1, $2, $3;"
+        return self._asm(code, f"={letter},{letter},{letter},{letter}", [a, b, c], a.kind)
+
+    def exp2(self, x: Value) -> Value:
+        if x.kind == "f":
+            return self._asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], "f")
+        return self._library("exp2", x)
+
+    def log2(self, x: Value) -> Value:
+        return self._library("log2", x)
+
+    def tanh(self, x: Value) -> Value:
+        return self._library("tanh", x)
+
+    def abs(self, x: Value) -> Value:
+        return self._library("fabs", x)
+
+    # Half types, two in 32 bits.
+
+    def pack(self, dtype: str, low: Value, high: Value) -> Value:
+        """Round two float32 to "f16" or "bf16"."""
+        if dtype == "bf16":
+            return self._asm("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], "i")
+        code = "{ .reg .b16 l, h; cvt.rn.f16.f32 l, $1; cvt.rn.f16.f32 h, $2; mov.b32 $0, {l, h}; }"
+        return self._asm(code, "=r,f,f", [low, high], "i")  # cvt.rn.f16x2.f32 is of sm_80; this becomes it there
+
+    def unpack(self, dtype: str, x: Value) -> tuple[Value, Value]:
+        if dtype == "bf16":
+            return self.bits("f", x << 16), self.bits("f", x & -65536)
+        code = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
+        low, high = self._asm_many(code, "=f,=f,r", [x], "ff")
+        return low, high
+
+    def to_half(self, dtype: str, x: Value) -> Value:
+        """The 16 bits of a rounded float32, in 32; done in integers for bf16, which needs no sm_80."""
+        if dtype == "f16":
+            code = "{ .reg .b16 l; cvt.rn.f16.f32 l, $1; cvt.u32.u16 $0, l; }"
+            return self._asm(code, "=r,f", [x], "i")
+        bits = self.bits("i", x)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return self.select(self.is_nan(x), self.const("i", 0x7FC0), rounded)
+
+    def is_nan(self, x: Value) -> Value:
+        return Value(self._b, "p", self._b.fcmp_unordered("uno", x.llvm, x.llvm))
+
+    def is_finite(self, x: Value) -> Value:
+        """By its bits, whatever the compiler may assume of NaN."""
+        if x.kind == "f":
+            return (self.bits("i", x) & 0x7F800000) < 0x7F800000
+        return (self.bits("l", x) & 0x7FF0000000000000) < 0x7FF0000000000000
+
+    # Memory. Addresses are of 64 bits in global memory and of 32 in shared memory.
+
+    def load(self, kind: str, address: Value, count: int = 1, where: Value | None = None) -> Any:
+        """Read 1, 2 or 4 neighbours, zeros where a predicate does not hold; "h" (16 bits) and "b" (8) come as 32."""
+        return self._load("global", "l", kind, address, count, where)
+
+    def load_shared(self, kind: str, address: Value, count: int = 1) -> Any:
+        return self._load("shared", "r", kind, address, count, None)
+
+    def store(self, kind: str, address: Value, values: Sequence[Value], where: Value) -> None:
+        """Write 1, 2 or 4 neighbours where a predicate holds; "h" takes the low 16 bits of 32."""
+        self._store("global", "l", kind, address, values, where)
+
+    def store_shared(self, kind: str, address: Value, values: Sequence[Value], where: Value | None = None) -> None:
+        self._store("shared", "r", kind, address, values, where)
+
+    def copy_async(self, shared: Value, address: Value, size: Value, where: Value | None = None) -> None:
+        """Copy `size` (0 to 16) bytes of 16 from global memory to shared memory, zeros for the rest."""
+        self._predicated("cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", [shared, address, size], where)
+
+    def commit(self) -> None:
+        self._effect("cp.async.commit_group;", "", [])
+
+    def wait(self, groups: int) -> None:
+        """Wait until all but so many of the newest groups of copies of this thread are there."""
+        self._effect(f"cp.async.wait_group {groups};", "", [])
+
+    # What the threads of a warp do together.
+
+    def shuffle_xor(self, x: Value, distance: int) -> Value:
+        if x.kind == "d":
+            code = (
+                "{ .reg .b32 l, h; mov.b64 {l, h}, $1; shfl.sync.bfly.b32 l, l, %d, 31, -1;"
+                " shfl.sync.bfly.b32 h, h, %d, 31, -1; mov.b64 $0, {l, h}; }" % (distance, distance)
+            )
+            return self._asm(code, "=d,d", [x], "d", effect=True)
+        letter = "f" if x.kind == "f" else "r"
+        code = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
+        return self._asm(code, f"={letter},{letter}", [x], x.kind, effect=True)
+
+    def sync_warp(self) -> None:
+        self._effect("bar.warp.sync -1;", "", [])
+
+    def load_matrices(self, address: Value, transposed: bool) -> list[Value]:
+        """Four 8x8 matrices of 16 bits; lane n gives the address of row n % 8 of matrix n // 8."""
+        code = "ldmatrix.sync.aligned.m8n8.x4%s.shared.b16 {$0,$1,$2,$3}, [$4];" % (".trans" if transposed else "")
+        return self._asm_many(code, "=r,=r,=r,=r,r,~{memory}", [address], "iiii", effect=True)
+
+    def multiply(self, dtype: str, a: Sequence[Value], b: Sequence[Value], c: Sequence[Value]) -> list[Value]:
+        """C + A B on the tensor cores, in float32: m16n8k16 for "f16" and "bf16", m16n8k8 for "tf32"."""
+        shape = "m16n8k8" if dtype == "tf32" else "m16n8k16"
+        n = len(b)
+        registers = [f"${i}" for i in range(8 + 3 * n)]
+        groups = (registers[:4], registers[4 : 4 + 2 * n], registers[4 + 2 * n : 4 + 3 * n], registers[4 + 3 * n :])
+        listed = ", ".join("{" + ",".join(group) + "}" for group in groups)
+        code = f"mma.sync.aligned.{shape}.row.col.f32.{dtype}.{dtype}.f32 {listed};"
+        constraints = "=f,=f,=f,=f," + "r," * (3 * n) + "f,f,f,f"
+        return self._asm_many(code, constraints, [*a, *b, *c], "ffff")
+
+    def to_tf32(self, x: Value) -> Value:
+        """The nearest number of 10 bits of fraction, as 32 bits."""
+        return self._asm("cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], "i")
+
+    # Loops that are the same for all threads of a warp.
+
+    def loop(self, count: int, state: Sequence[Value], body: Callable[[Value, list[Value]], list[Value]]) -> list[Value]:
+        """Run ``state = body(n, state)`` for n in range(count) as a loop of the machine."""
+        b = self._b
+        before = b.block
+        block, after = b.append_basic_block("loop"), b.append_basic_block("after")
+        b.branch(block)
+        b.position_at_end(block)
+        n = b.phi(TYPES["i"])
+        phis = [b.phi(TYPES[x.kind]) for x in state]
+        results = body(Value(b, "i", n), [Value(b, x.kind, phi) for x, phi in zip(state, phis, strict=True)])
+        following = b.add(n, ir.Constant(TYPES["i"], 1))
+        last = b.block
+        for phi, start, result in zip([n, *phis], [ir.Constant(TYPES["i"], 0), *(x.llvm for x in state)],
+                                      [following, *(x.llvm for x in results)], strict=True):  # fmt: skip
+            phi.add_incoming(start, before)
+            phi.add_incoming(result, last)
+        b.cbranch(b.icmp_signed("<", following, ir.Constant(TYPES["i"], count)), block, after)
+        b.position_at_end(after)
+        return results
+
+    # How instructions are made.
+
+    def _call(self, code: str, constraints: str, operands: Sequence[Value], result: Any, effect: bool) -> Any:
+        function = ir.FunctionType(result, [x.llvm.type for x in operands])
+        return self._b.call(ir.InlineAsm(function, code, constraints, effect), [x.llvm for x in operands])
+
+    def _asm(self, code: str, constraints: str, operands: Sequence[Value], kind: str, effect: bool = False) -> Value:
+        return Value(self._b, kind, self._call(code, constraints, operands, TYPES[kind], effect))
+
+    def _asm_many(
+        self, code: str, constraints: str, operands: Sequence[Value], kinds: str, effect: bool = False
+    ) -> list[Value]:
+        result = ir.LiteralStructType([TYPES[kind] for kind in kinds])
+        made = self._call(code, constraints, operands, result, effect)
+        return [Value(self._b, kind, self._b.extract_value(made, n)) for n, kind in enumerate(kinds)]
+
+    def _effect(self, code: str, constraints: str, operands: Sequence[Value]) -> None:
+        listed = f"{constraints},~{{memory}}" if constraints else "~{memory}"
+        self._call(code, listed, operands, ir.VoidType(), True)
+
+    def _load(self, space: str, letter: str, kind: str, address: Value, count: int, where: Value | None) -> Any:
+        register = {"i": "r", "l": "l", "f": "f", "d": "d", "h": "r", "b": "r"}[kind]
+        outputs = [f"${n}" for n in range(count)]
+        unit = {"h": "u16", "b": "u8"}.get(kind) or _PTX[kind]
+        names = ["x"] if kind in "hb" else outputs
+        target = f"v{count}.{unit} {{{','.join(names)}}}" if count > 1 else f"{unit} {names[0]}"
+        code = f"ld.{space}.{target}, [${count}];"
+        constraints = ",".join([f"=&{register}" if where is not None else f"={register}"] * count) + f",{letter}"
+        operands = [address]
+        if where is not None:
+            zeros = "".join(f"mov.{'b16' if kind in 'hb' else _PTX[kind]} {name}, {_ZEROS.get(kind, '0')}; " for name in names)
+            code = "%ssetp.ne.s32 p, $%d, 0; @p %s" % (zeros, count + 1, code)
+            constraints += ",r"
+            operands.append(self._flag(where))
+        if kind in "hb":
+            code += " cvt.u32.u16 $0, x;"
+        code = "{ .reg .b16 x; .reg .pred p; %s }" % code
+        found = "i" if kind in "hb" else kind
+        constraints += ",~{memory}"
+        if count == 1:
+            return self._asm(code, constraints, operands, found, effect=True)
+        return self._asm_many(code, constraints, operands, found * count, effect=True)
+
+    def _store(
+        self, space: str, letter: str, kind: str, address: Value, values: Sequence[Value], where: Value | None
+    ) -> None:
+        operands = list(values)
+        if kind == "h":
+            operands = [Value(self._b, "h", self._b.trunc(x.llvm, TYPES["h"])) for x in values]
+        register = {"i": "r", "l": "l", "f": "f", "d": "d", "h": "h"}[kind]
+        count = len(operands)
+        names = ",".join(f"${n}" for n in range(1, count + 1))
+        target = f"st.{space}{f'.v{count}' if count > 1 else ''}.{_PTX[kind]} [$0], "
+        target += f"{{{names}}};" if count > 1 else f"{names};"
+        self._predicated(target, ",".join([letter] + [register] * count), [address, *operands], where)
+
+    def _predicated(self, code: str, constraints: str, operands: Sequence[Value], where: Value | None) -> None:
+        if where is None:
+            return self._effect(code, constraints, operands)
+        code = "{ .reg .pred p; setp.ne.s32 p, $%d, 0; @p %s }" % (len(operands), code)
+        self._effect(code, constraints + ",r", [*operands, self._flag(where)])
+
+    def _flag(self, where: Value) -> Value:
+        return Value(self._b, "i", self._b.zext(where.llvm, TYPES["i"]))
+
+    def _library(self, name: str, x: Value) -> Value:
+        """A function of libdevice."""
+        full = f"__nv_{name}{'f' if x.kind == 'f' else ''}"
+        module = self._b.module
+        function = module.globals.get(full)
+        if function is None:
+            function = ir.Function(module, ir.FunctionType(x.llvm.type, [x.llvm.type]), full)
+        return Value(self._b, x.kind, self._b.call(function, [x.llvm]))

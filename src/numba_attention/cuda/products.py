@@ -1,0 +1,273 @@
+"""The two products of attention on tiles in shared memory, three ways: tensor cores, FMA, and float32 on tensor cores.
+
+`scores` makes A B^T of a tile of rows (queries) and a tile of columns (keys), `add` makes ``C += P B`` of what `scores` gave and a tile
+(values). A warp owns whole rows of P and C, a thread some of their elements: which, its `Layout` says. Everything else - softmax,
+masks, the algorithms - knows layouts and not what multiplies.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .tiles import CHUNK, HALVES, KINDS, SIZES, Tile
+
+HIDDEN = 0x7FC0DEAD  # bits of a float32 weight, a NaN that no arithmetic makes, for what must not be multiplied at all
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The elements of a tile that a thread holds: (slot, column) for each register, from where its lane begins."""
+
+    slots: int  # rows of a thread
+    elements: tuple[tuple[int, int], ...]
+    neighbours: int  # registers in a row that are neighbours in memory
+
+    def __len__(self) -> int:
+        return len(self.elements)
+
+    def of_slot(self, slot: int) -> list[int]:
+        return [n for n, (row, _) in enumerate(self.elements) if row == slot]
+
+
+class TensorCores:
+    """float16 and bfloat16: mma.sync m16n8k16, operands through ldmatrix (PTX ISA, "Matrix fragments for mma.m16n8k16")."""
+
+    kind = "f"
+
+    def __init__(self, storage: str, tiles: int = 1) -> None:
+        self.storage, self.tiles = storage, tiles  # tiles of 16 rows for each warp
+        self.rows, self.slots = 16 * tiles, 2 * tiles
+        self.half = HALVES[storage]
+        self.reduce = (1, 2)  # over which lanes of a row are apart
+        self.scratch = 0  # bytes of shared memory for each warp
+
+    def slot_row(self, slot: int) -> int:
+        return 8 * slot
+
+    def lane_row(self, lane: Any) -> Any:
+        return lane >> 2
+
+    def lane_column(self, lane: Any) -> Any:
+        """Of scores; the first column of a lane."""
+        return (lane & 3) * 2
+
+    lane_feature = lane_column
+
+    def layout(self, columns: int) -> Layout:
+        """Of scores with so many columns."""
+        elements = [
+            (2 * m + slot, 8 * n + column)
+            for m in range(self.tiles) for n in range(columns // 8) for slot in (0, 1) for column in (0, 1)
+        ]  # fmt: skip
+        return Layout(self.slots, tuple(elements), 2)
+
+    features = layout  # of a sum has the same order
+
+    def scores(self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any) -> list[Any]:
+        zero = e.const("f", 0.0)
+        per_tile = b.rows // 2  # registers of a tile of 16 rows
+        s = [[zero] * per_tile for _ in range(self.tiles)]
+        rows = [a.row(base, warp * self.rows + (lane & 15) + 16 * m) for m in range(self.tiles)]
+        columns = [b.row(base, (lane & 7) + (lane >> 4) * 8 + 16 * n) for n in range(b.rows // 16)]
+        for k in range(a.columns // 16):
+            left = [e.load_matrices(a.chunk(place, (lane >> 4) + 2 * k), False) for place in rows]
+            for n, place in enumerate(columns):
+                right = e.load_matrices(b.chunk(place, ((lane >> 3) & 1) + 2 * k), False)
+                for m in range(self.tiles):
+                    for half in (0, 1):
+                        at = slice(8 * n + 4 * half, 8 * n + 4 * half + 4)
+                        s[m][at] = e.multiply(self.half, left[m], right[2 * half : 2 * half + 2], s[m][at])
+        return [x for part in s for x in part]
+
+    def add(self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any) -> list[Any]:
+        c = list(c)
+        per_tile, wide = len(p) // self.tiles, len(c) // self.tiles
+        packed = [e.pack(self.half, p[n], p[n + 1]) for n in range(0, len(p), 2)]
+        for k in range(b.rows // 16):
+            place = b.row(base, (lane & 15) + 16 * k)
+            for n in range(b.columns // 16):
+                right = e.load_matrices(b.chunk(place, (lane >> 4) + 2 * n), True)
+                for m in range(self.tiles):
+                    left = packed[m * per_tile // 2 + 4 * k : m * per_tile // 2 + 4 * k + 4]
+                    for half in (0, 1):
+                        at = slice(m * wide + 8 * n + 4 * half, m * wide + 8 * n + 4 * half + 4)
+                        c[at] = e.multiply(self.half, left, right[2 * half : 2 * half + 2], c[at])
+        return c
+
+
+class TripleTF32(TensorCores):
+    """float32 on tensor cores: each number as the sum of two of 10 bits, three of their four products.
+
+    Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", 2022.
+    """
+
+    def __init__(self, storage: str = "float32", tiles: int = 1) -> None:
+        self.storage, self.tiles = "float32", tiles
+        self.rows, self.slots = 16 * tiles, 2 * tiles
+        self.reduce, self.scratch = (1, 2), 0
+
+    def _split(self, e: Any, x: Any) -> tuple[Any, Any]:
+        high = e.to_tf32(x)
+        return high, e.to_tf32(x - e.bits("f", high))
+
+    def _multiply(self, e: Any, a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
+        (a_high, a_low), (b_high, b_low) = ([[x[n] for x in pairs] for n in (0, 1)] for pairs in (a, b))
+        c = e.multiply("tf32", a_low, b_high, c)
+        c = e.multiply("tf32", a_high, b_low, c)
+        made: list[Any] = e.multiply("tf32", a_high, b_high, c)
+        return made
+
+    def scores(self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any) -> list[Any]:
+        row, word = lane >> 2, (lane & 3) * 4
+        left = [a.row(base, warp * self.rows + row + 8 * n) for n in range(self.slots)]
+        right = [b.row(base, row + 8 * n) for n in range(b.rows // 8)]
+        per_tile = b.rows // 2
+
+        def body(k: Any, s: list[Any]) -> list[Any]:
+            def read(tile: Tile, place: Any, chunk: int) -> Any:
+                return self._split(e, e.load_shared("f", tile.chunk(place, k * 2 + chunk) + word))
+
+            s = list(s)
+            rows = [
+                [read(a, left[2 * m + slot], chunk) for chunk in (0, 1) for slot in (0, 1)] for m in range(self.tiles)
+            ]
+            for n, place in enumerate(right):
+                column = [read(b, place, chunk) for chunk in (0, 1)]
+                for m in range(self.tiles):
+                    at = slice(m * per_tile + 4 * n, m * per_tile + 4 * n + 4)
+                    s[at] = self._multiply(e, rows[m], column, s[at])
+            return s
+
+        made: list[Any] = e.loop(a.columns // 8, [e.const("f", 0.0)] * (per_tile * self.tiles), body)
+        return made
+
+    def add(self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any) -> list[Any]:
+        # The order of the summed index is free: index t of a step of 8 is row 2t of B, index t + 4 row 2t + 1, as P lies.
+        c = list(c)
+        per_tile, wide = len(p) // self.tiles, len(c) // self.tiles
+        for k in range(b.rows // 8):
+            rows = [b.row(base, (lane & 3) * 2 + 8 * k + odd) for odd in (0, 1)]
+            left = [
+                [self._split(e, p[m * per_tile + 4 * k + n]) for n in (0, 2, 1, 3)] for m in range(self.tiles)
+            ]
+            for n in range(b.columns // 8):
+                column = (lane >> 2) + 8 * n
+                right = [
+                    self._split(e, e.load_shared("f", b.chunk(place, column >> 2) + (column & 3) * 4)) for place in rows
+                ]
+                for m in range(self.tiles):
+                    at = slice(m * wide + 4 * n, m * wide + 4 * n + 4)
+                    c[at] = self._multiply(e, left[m], right, c[at])
+        return c
+
+
+class Simt:
+    """float32 and float64 by FMA: a warp is a grid of lanes, each with some rows and every so-manieth column.
+
+    With one lane across, a thread has its rows to itself: no shuffles, so that this runs in Numba's simulator too.
+    ``careful``: what is `HIDDEN` is not multiplied, so that NaN in what a row does not see stays there.
+    """
+
+    def __init__(self, storage: str, slots: int = 4, across: int = 8, careful: bool = False) -> None:
+        self.storage = "float64" if storage == "float64" else "float32"
+        self.kind, self.size = KINDS[self.storage], SIZES[self.storage]
+        self.slots, self.across, self.careful = slots, across, careful
+        self.down = 32 // across
+        self.rows = self.down * slots
+        self.reduce = tuple(n for n in (1, 2, 4, 8, 16) if n < across)
+        self.per_chunk = CHUNK // self.size
+
+    def set_columns(self, columns: int) -> None:
+        """Prepare for scores of so many columns: weights go through shared memory, a row with a gap after it."""
+        self.pitch = (columns + 2 * self.per_chunk) * self.size
+        self.scratch = self.rows * self.pitch
+
+    def slot_row(self, slot: int) -> int:
+        return self.down * slot
+
+    def lane_row(self, lane: Any) -> Any:
+        return lane // self.across
+
+    def lane_column(self, lane: Any) -> Any:
+        return lane % self.across
+
+    def lane_feature(self, lane: Any) -> Any:
+        return lane % self.across * self.per_chunk
+
+    def layout(self, columns: int) -> Layout:
+        elements = [(slot, self.across * n) for slot in range(self.slots) for n in range(columns // self.across)]
+        return Layout(self.slots, tuple(elements), 1)
+
+    def features(self, columns: int) -> Layout:
+        elements = [
+            (slot, (n * self.across) * self.per_chunk + part)
+            for slot in range(self.slots) for n in range(columns // (self.across * self.per_chunk))
+            for part in range(self.per_chunk)
+        ]  # fmt: skip
+        return Layout(self.slots, tuple(elements), self.per_chunk)
+
+    def scores(self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any) -> list[Any]:
+        first = warp * self.rows + self.lane_row(lane)
+        rows = [a.row(base, first + self.slot_row(slot)) for slot in range(self.slots)]
+        columns = [b.row(base, self.lane_column(lane) + self.across * n) for n in range(b.rows // self.across)]
+
+        def body(k: Any, s: list[Any]) -> list[Any]:
+            left = [e.load_shared(self.kind, a.chunk(place, k), self.per_chunk) for place in rows]
+            right = [e.load_shared(self.kind, b.chunk(place, k), self.per_chunk) for place in columns]
+            made = []
+            for slot in range(self.slots):
+                for n in range(len(columns)):
+                    x = s[slot * len(columns) + n]
+                    for y, z in zip(left[slot], right[n], strict=True):
+                        x = e.fma(y, z, x)
+                    made.append(x)
+            return made
+
+        zero = e.const(self.kind, 0.0)
+        made: list[Any] = e.loop(a.chunks, [zero] * (self.slots * len(columns)), body)
+        return made
+
+    def add(self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any) -> list[Any]:
+        layout = self.layout(b.rows)
+        own = base + (warp * self.scratch + self.lane_row(lane) * self.pitch + self.at)
+        e.sync_warp()  # its weights of the last tile have been read
+        for x, (slot, column) in zip(p, layout.elements, strict=True):
+            at = own + (self.lane_column(lane) + column) * self.size + self.slot_row(slot) * self.pitch
+            e.store_shared(self.kind, at, [x])
+        e.sync_warp()
+        chunks = b.columns // (self.across * self.per_chunk)
+
+        def body(k: Any, sums: list[Any]) -> list[Any]:
+            sums = list(sums)
+            weights = [
+                e.load_shared(self.kind, own + self.slot_row(slot) * self.pitch + k * CHUNK, self.per_chunk)
+                for slot in range(self.slots)
+            ]
+            for part in range(self.per_chunk):
+                place = b.row(base, k * self.per_chunk + part)
+                for n in range(chunks):
+                    chunk = self.lane_column(lane) + n * self.across
+                    values = e.load_shared(self.kind, b.chunk(place, chunk), self.per_chunk)
+                    for slot in range(self.slots):
+                        for i, value in enumerate(values):
+                            at = (slot * chunks + n) * self.per_chunk + i
+                            sums[at] = self._add(e, weights[slot][part], value, sums[at])
+            return sums
+
+        made: list[Any] = e.loop(b.rows // self.per_chunk, c, body)
+        return made
+
+    at = 0  # byte offset of the weights in shared memory
+
+    def _add(self, e: Any, weight: Any, value: Any, total: Any) -> Any:
+        made = e.fma(weight, value, total)
+        return e.select(self.is_hidden(e, weight), total, made) if self.careful else made
+
+    def is_hidden(self, e: Any, x: Any) -> Any:
+        if self.kind == "f":
+            return e.bits("i", x).equals(HIDDEN)
+        return e.bits("l", x).equals(HIDDEN << 32)
+
+    def hidden(self, e: Any) -> Any:
+        if self.kind == "f":
+            return e.bits("f", e.const("i", HIDDEN))
+        return e.bits("d", e.const("l", HIDDEN << 32))

@@ -1,0 +1,141 @@
+"""Tiles in shared memory: where an element lies, and how it comes there from global memory.
+
+A row of a tile is cut into chunks of 16 bytes. Chunk c of row r lies at chunk ``c ^ mask(r)`` of that row, so that eight
+threads that read one chunk of eight rows, or eight chunks of one row, use every bank of shared memory once.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+CHUNK = 16
+KINDS = {"float32": "f", "float64": "d", "float16": "h", "bfloat16": "h"}  # how the elements of a tile are read
+SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+HALVES = {"float16": "f16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """``rows`` x ``columns`` elements of ``storage`` at a byte offset of shared memory."""
+
+    rows: int
+    columns: int
+    storage: str
+    offset: int
+
+    @property
+    def pitch(self) -> int:
+        """Bytes of a row."""
+        return self.columns * SIZES[self.storage]
+
+    @property
+    def bytes(self) -> int:
+        return self.rows * self.pitch
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.bytes
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a row: a multiple of 4."""
+        return self.pitch // CHUNK
+
+    def row(self, base: Any, row: Any) -> tuple[Any, Any]:
+        """Where a row begins, and the mask of its chunks, in bytes; what `chunk` wants."""
+        if self.chunks % 8 == 0:
+            return base + row * self.pitch + self.offset, (row & 7) * CHUNK
+        return base + row * self.pitch + self.offset, ((row >> 1) & 3) * CHUNK  # two rows make a line of all banks
+
+    def chunk(self, place: tuple[Any, Any], n: Any) -> Any:
+        """The address of chunk n of a row."""
+        begin, mask = place
+        return begin + (mask ^ (n * CHUNK))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of an array in global memory: as many as are there, zeros beyond them."""
+
+    address: Any  # of row 0
+    row: Any  # bytes from one to the next
+    column: Any  # bytes from one element to the next
+    number: Any  # rows that are there; at most 0 means none
+    elements: Any  # of a row
+    first: Any = 0  # row of the array that is row 0 of the tile
+    # Of an array in pages only: addresses of the page numbers, and of the pages
+    pages: Any = None
+    page_size: Any = None
+    page: Any = None  # bytes from one page to the next
+
+    def at(self, e: Any, row: Any, there: Any) -> Any:
+        """The address of a row of the tile, of row 0 if it is not there."""
+        row = e.select(there, row, row - row)
+        if self.pages is None:
+            return self.address + e.wide(row + self.first) * self.row
+        key = row + self.first
+        number = e.load("l", self.pages + e.wide(key // self.page_size) * 8, where=there)
+        return self.address + number * self.page + e.wide(key % self.page_size) * self.row
+
+
+def fetch(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int, storage: str, aligned: bool) -> None:
+    """Bring rows of an array of ``storage`` into a tile; whoever reads it waits for all copies and then for all threads.
+
+    ``aligned``: rows begin at multiples of 16 bytes and have no gaps, so that the copy needs no registers.
+    """
+    if aligned and storage == tile.storage:
+        return _fetch_chunks(e, tile, base, rows, thread, threads)
+    _fetch_elements(e, tile, base, rows, thread, threads, storage)
+
+
+def _fetch_chunks(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int) -> None:
+    total, size = tile.rows * tile.chunks, SIZES[tile.storage]
+    width = rows.elements * size
+    for n in range(-(-total // threads)):
+        index = thread + n * threads
+        row, chunk = index // tile.chunks, index % tile.chunks
+        there = row < rows.number
+        left = e.max(e.min(width - chunk * CHUNK, CHUNK), 0)
+        source = rows.at(e, row, there & (left > 0)) + e.wide(chunk * CHUNK)
+        where = None if (n + 1) * threads <= total else index < total
+        e.copy_async(tile.chunk(tile.row(base, row), chunk), source, e.select(there, left, left - left), where)
+
+
+def _fetch_elements(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int, storage: str) -> None:
+    total, per_chunk = tile.rows * tile.columns, CHUNK // SIZES[tile.storage]
+
+    def body(n: Any, state: list[Any]) -> list[Any]:
+        index = n * threads + thread
+        row, column = index // tile.columns, index % tile.columns
+        there = (row < rows.number) & (column < rows.elements) & (index < total)
+        address = rows.at(e, row, there) + e.wide(column) * rows.column
+        x = e.load(KINDS[storage], address, where=there)
+        if storage in HALVES and tile.storage not in HALVES:
+            x = e.unpack(HALVES[storage], x)[0]
+        target = tile.chunk(tile.row(base, row), column // per_chunk) + column % per_chunk * SIZES[tile.storage]
+        e.store_shared(KINDS[tile.storage], target, [x], index < total)
+        return state
+
+    e.loop(-(-total // threads), [], body)
+
+
+def scale_rows(e: Any, tile: Tile, base: Any, factor: Any, thread: Any, threads: int) -> None:
+    """Multiply a tile by a number that is exact in its type: a power of two, or minus one."""
+    total = tile.rows * tile.chunks
+
+    def body(n: Any, state: list[Any]) -> list[Any]:
+        index = n * threads + thread
+        address = base + (index * CHUNK + tile.offset)
+        inside = index < total
+        address = e.select(inside, address, base + tile.offset)
+        if tile.storage in HALVES:
+            half = HALVES[tile.storage]
+            words = e.load_shared("i", address, 4)
+            made = [e.pack(half, *(y * factor for y in e.unpack(half, x))) for x in words]
+            e.store_shared("i", address, made, inside)
+        else:
+            kind, count = KINDS[tile.storage], CHUNK // SIZES[tile.storage]
+            made = [x * factor for x in e.load_shared(kind, address, count)]
+            e.store_shared(kind, address, made, inside)
+        return state
+
+    e.loop(-(-total // threads), [], body)

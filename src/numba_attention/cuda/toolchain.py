@@ -1,0 +1,135 @@
+"""The one place that knows how numba-cuda compiles: macros as intrinsics, kernels as cubins. No driver is needed for either.
+
+numba-cuda is in maintenance mode, and what follows it has no llvmlite. Whoever ports this rewrites `emit.py` and this module.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from numba import cuda
+from numba.cuda import cgutils, types
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+from .emit import Emit, Value
+
+_KINDS = {types.int32: "i", types.int64: "l", types.float32: "f", types.float64: "d"}
+_NUMBA = {kind: numba_type for numba_type, kind in _KINDS.items()}
+
+
+class Intrinsics:
+    """Makes of a macro's body an intrinsic of numba.cuda, and of a shape of registers its type."""
+
+    cuda = cuda
+
+    @staticmethod
+    def macro(result: str, *arguments: str) -> Callable[[Callable[..., Any]], Any]:
+        """Decorate ``body(e, *arguments)``; registers are described as "i", "f8" (8 of float32 as a tuple), "" for none.
+
+        A result "f8 f2" is a tuple of two tuples.
+        """
+        numba_result = _result(result)
+        given = [_type(text) for text in arguments]
+
+        def decorate(body: Callable[..., Any]) -> Any:
+            def codegen(context: Any, builder: Any, sig: Any, values: Sequence[Any]) -> Any:
+                e = Emit(context, builder)
+                out = body(e, *(_take(builder, t, x) for t, x in zip(sig.args, values, strict=True)))
+                return _give(context, builder, numba_result, out)
+
+            names = ", ".join(f"a{n}" for n in range(len(given)))
+            scope = {"made": signature(numba_result, *given), "codegen": codegen}
+            exec(f"def {body.__name__}(typing_context, {names}):\n    return made, codegen", scope)
+            return intrinsic(scope[body.__name__])  # type: ignore[arg-type]
+
+        return decorate
+
+    @staticmethod
+    def shared() -> Any:
+        """The address of dynamic shared memory, which a kernel gets as a cuda.shared.array."""
+        return _shared_address
+
+
+def _type(text: str) -> Any:
+    kind, count = text[0], text[1:]
+    return types.UniTuple(_NUMBA[kind], int(count)) if count else _NUMBA[kind]
+
+
+def _result(text: str) -> Any:
+    parts = [_type(part) for part in text.split()]
+    return types.none if not parts else parts[0] if len(parts) == 1 else types.Tuple(parts)
+
+
+def _take(builder: Any, numba_type: Any, value: Any) -> Any:
+    if isinstance(numba_type, types.UniTuple):
+        kind = _KINDS[numba_type.dtype]
+        return [Value(builder, kind, x) for x in cgutils.unpack_tuple(builder, value, numba_type.count)]
+    return Value(builder, _KINDS[numba_type], value)
+
+
+def _give(context: Any, builder: Any, numba_type: Any, out: Any) -> Any:
+    if numba_type == types.none:
+        return context.get_dummy_value()
+    if isinstance(numba_type, types.UniTuple) and numba_type.dtype in _KINDS:
+        return context.make_tuple(builder, numba_type, [x.llvm for x in out])
+    if isinstance(numba_type, types.BaseTuple):
+        parts = [_give(context, builder, t, x) for t, x in zip(numba_type.types, out, strict=True)]
+        return context.make_tuple(builder, numba_type, parts)
+    return out.llvm
+
+
+@intrinsic
+def _shared_address(typing_context: Any, array: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, values: Sequence[Any]) -> Any:
+        from llvmlite import ir
+
+        data = context.make_array(sig.args[0])(context, builder, values[0]).data
+        function = ir.FunctionType(ir.IntType(32), [ir.IntType(64)])
+        code = "{ .reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t; }"
+        return builder.call(ir.InlineAsm(function, code, "=r,l", False), [builder.ptrtoint(data, ir.IntType(64))])
+
+    return signature(types.int32, array), codegen
+
+
+class Cubin(NamedTuple):
+    """Machine code of a kernel, and what the assembler said of it."""
+
+    name: str
+    code: bytes
+    log: str
+
+    @property
+    def registers(self) -> int:
+        return int(re.findall(r"Used (\d+) registers", self.log)[-1])
+
+    @property
+    def spills(self) -> int:
+        """Bytes of stack and of spilled registers."""
+        found = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads|cumulative stack size)", self.log)
+        return max((int(n) for n in found), default=0)
+
+
+def compile_kernel(function: Any, integers: int, reals: int, threads: int, arch: str, blocks: int = 1) -> Cubin:
+    """Compile ``function(integers, reals)``, two tuples of int64 and float64, for "sm_80", "sm_90a" and so on."""
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    digits, letter = re.fullmatch(r"sm_(\d+)([af]?)", arch).groups()  # type: ignore[union-attr]
+    capability: tuple[Any, ...] = (int(digits[:-1]), int(digits[-1]), *([letter] if letter else []))
+    of_kernel = (types.UniTuple(types.int64, integers), types.UniTuple(types.float64, reals))
+    ltoir, _ = cuda.compile(
+        function, of_kernel, device=False, abi="numba", cc=capability, fastmath=False, opt=True,
+        launch_bounds=(threads, blocks), output="ltoir",
+    )  # fmt: skip
+    options = LinkerOptions(arch=arch, link_time_optimization=True, ptxas_options=["-v"])
+    linker = Linker(ObjectCode.from_ltoir(ltoir), options=options)
+    code = bytes(linker.link("cubin").code)
+    log = linker.get_info_log() + linker.get_error_log()
+    return Cubin(_entry(code), code, log)
+
+
+def _entry(code: bytes) -> str:
+    """The name of the kernel in a cubin: that of its ``.text`` section."""
+    found = re.search(rb"\0\.text\.([\w$]+)\0", code)
+    assert found is not None
+    return found.group(1).decode()
