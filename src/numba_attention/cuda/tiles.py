@@ -66,10 +66,16 @@ class Rows:
     pages: Any = None
     page_size: Any = None
     page: Any = None  # bytes from one page to the next
+    # Where several arrays take turns, row by row: how many, and bytes from one to the next
+    group: Any = None
+    member: Any = None
 
     def at(self, e: Any, row: Any, there: Any) -> Any:
         """The address of a row of the tile, of row 0 if it is not there."""
         row = e.select(there, row, row - row)
+        if self.group is not None:
+            index = row + self.first
+            return self.address + e.wide(index // self.group) * self.row + e.wide(index % self.group) * self.member
         if self.pages is None:
             return self.address + e.wide(row + self.first) * self.row
         key = row + self.first

@@ -125,10 +125,10 @@ def compile_kernel(function: Any, integers: int, reals: int, threads: int, arch:
     linker = Linker(ObjectCode.from_ltoir(ltoir), options=options)
     code = bytes(linker.link("cubin").code)
     log = linker.get_info_log() + linker.get_error_log()
-    return Cubin(_entry(code), code, log)
+    return Cubin(entry(code), code, log)
 
 
-def _entry(code: bytes) -> str:
+def entry(code: bytes) -> str:
     """The name of the kernel in a cubin: that of its ``.text`` section."""
     found = re.search(rb"\0\.text\.([\w$]+)\0", code)
     assert found is not None

@@ -1,0 +1,99 @@
+"""What a kernel is compiled for, and which shape of tiles it has where."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from .products import Simt, TensorCores, TripleTF32
+from .tiles import HALVES, SIZES, Tile
+
+FEATURES = (32, 64, 96, 128, 192, 256)  # head dimensions that tiles have; others are filled up with zeros
+
+
+@dataclass(frozen=True)
+class Config:
+    """One kernel: its task, what it reads, what it does on the way, and its tiles."""
+
+    task: str  # "forward", "combine", "delta", "query", "key", "bias", "weights", "reduce"
+    storage: str  # of query, key, value and out
+    E: int  # head dimensions of tiles
+    Ev: int
+    product: str = "simt"  # or "tensor", "tf32"
+    slots: int = 8  # rows of a thread ("simt"), or 16 times of a warp
+    across: int = 8
+    warps: int = 4
+    columns: int = 64  # of a tile of scores
+    blocks: int = 1  # that are to fit on a multiprocessor
+    aligned: bool = True  # rows of arrays begin at multiples of 16 bytes and have no gaps
+    softcap: bool = False
+    alibi: bool = False
+    bias: str = ""  # its storage
+    mask: bool = False
+    sinks: bool = False
+    paged: bool = False
+    stacked: bool = False  # the query heads of a key head are rows of one tile
+    split: bool = False  # keys are dealt out to several blocks
+    flags: bool = False  # rows that are not finite are marked for the careful kernel
+    careful: bool = False  # the kernel that does marked rows again, and keeps what they do not see from them
+    grad_lse: bool = False
+    deep: int = 1  # tiles of columns in shared memory
+    arch: str = ""
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def make_product(self) -> Any:
+        if self.product == "tensor":
+            return TensorCores(self.storage, self.slots)
+        if self.product == "tf32":
+            return TripleTF32(self.storage, self.slots)
+        return Simt(self.storage, self.slots, self.across, self.careful)
+
+    @cached_property
+    def compute(self) -> str:
+        """How tiles hold numbers."""
+        return str(self.make_product().storage)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile of scores."""
+        return int(self.make_product().rows) * self.warps
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        from . import kernels
+
+        return kernels.shared(self)
+
+    @property
+    def name(self) -> str:
+        """All that distinguishes this kernel from others."""
+        options = [n for n in ("aligned", "softcap", "alibi", "mask", "sinks", "paged", "stacked", "split", "flags",
+                               "careful", "grad_lse") if getattr(self, n)]  # fmt: skip
+        words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",
+                 f"{self.warps}w{self.columns}c{self.blocks}b{self.deep}", *options]  # fmt: skip
+        return "-".join([*words, *([f"bias_{self.bias}"] if self.bias else []), self.arch])
+
+    def with_(self, **changes: Any) -> "Config":
+        return replace(self, **changes)
+
+
+def padded(features: int) -> int:
+    """The tile that a head dimension fits into."""
+    for most in FEATURES:
+        if features <= most:
+            return most
+    raise ValueError(f"the CUDA backend has kernels for head dimensions up to {FEATURES[-1]}, got {features}")
+
+
+def lay_out(*tiles: tuple[int, int, str]) -> list[Tile]:
+    """Tiles (rows, columns, storage) one after the other."""
+    made: list[Tile] = []
+    for rows, columns, storage in tiles:
+        made.append(Tile(rows, columns, storage, made[-1].end if made else 0))
+    return made
+
+
+__all__ = ["FEATURES", "HALVES", "SIZES", "Config", "lay_out", "padded"]

@@ -1,0 +1,60 @@
+"""What a kernel is told: integers and reals a call, by name, and one record a sequence in the memory of the device."""
+
+from typing import Any
+
+from ..cpu.params import SEQUENCE
+
+ARRAYS = ("query", "key", "value", "out", "lse", "bias", "mask", "grad_out", "grad_lse", "delta",
+          "grad_query", "grad_key", "grad_value", "grad_bias")  # fmt: skip
+INTEGERS = (
+    *ARRAYS, "slopes", "sinks", "sequences", "work", "flags", "partial",
+    *(f"{name}_{axis}" for name in ARRAYS for axis in ("head", "row", "column")),
+    "heads", "group", "E", "Ev", "left", "right", "tiles", "flag_rows", "splits", "number", "inner_tiles",
+    "page_size", "key_page", "value_page",
+    # of a bias that its gradient is summed over: how many sequences and heads share each element
+    "bias_batch", "bias_heads", "bias_rows", "bias_columns",
+)  # fmt: skip
+REALS = ("prescale", "factor", "cap_inner", "cap_outer", "scale")
+TYPES = (f"l{len(INTEGERS)}", f"d{len(REALS)}")  # of the two arguments of every kernel
+RECORD = SEQUENCE.itemsize
+FAR = 2**30  # beyond every position that kernels count in 32 bits
+MOST = 2**29  # rows or keys of a sequence, and positions
+
+_FIELDS = {name: SEQUENCE.fields[name][1] for name in SEQUENCE.names or ()}  # type: ignore[index]
+_INTEGERS = {name: n for n, name in enumerate(INTEGERS)}
+_REALS = {name: n for n, name in enumerate(REALS)}
+
+
+class Parameters:
+    """Parameters by name, as values of a macro: addresses and strides of 64 bits, reals of the kind asked for."""
+
+    def __init__(self, e: Any, integers: Any, reals: Any) -> None:
+        self._e, self._integers, self._reals = e, integers, reals
+
+    def __getattr__(self, name: str) -> Any:
+        return self._integers[_INTEGERS[name]]
+
+    def int(self, name: str) -> Any:
+        """An integer that fits into 32 bits."""
+        return self._e.narrow(self._integers[_INTEGERS[name]])
+
+    def real(self, name: str, kind: str) -> Any:
+        return self._e.convert(kind, self._reals[_REALS[name]])
+
+
+class Sequence:
+    """The record of one sequence, read field by field."""
+
+    def __init__(self, e: Any, p: Parameters, index: Any) -> None:
+        self._e, self._at = e, p.sequences + e.wide(index) * RECORD
+
+    def __getattr__(self, name: str) -> Any:
+        return self._e.load("l", self._at + _FIELDS[name])
+
+    def int(self, name: str) -> Any:
+        return self._e.narrow(self._e.load("l", self._at + _FIELDS[name]))
+
+
+def clamp(e: Any, x: Any) -> Any:
+    """Narrow a position: what lies further than any key does so by as much as counts."""
+    return e.narrow(e.max(e.min(x, FAR), -FAR))

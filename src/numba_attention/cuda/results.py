@@ -1,0 +1,32 @@
+"""Rows of registers out to global memory."""
+
+from typing import Any
+
+from .products import Layout
+from .tiles import HALVES, KINDS, SIZES
+
+HEAD = 4  # numbers before the accumulators of a part of a row: maximum, sum, and two for alignment
+
+
+def write_row(
+    e: Any, storage: str, aligned: bool, layout: Layout, mine: list[int], x: list[Any], address: Any, column: Any,
+    first: Any, width: Any, there: Any,
+) -> None:  # fmt: skip
+    """Store the registers `mine` of a row, whose values are x and whose lane begins at feature `first`, up to a width.
+
+    ``aligned``: the row has no gaps, and neighbours may be stored together.
+    """
+    size, half = SIZES[storage], HALVES.get(storage)
+    if not aligned:
+        for n, y in zip(mine, x, strict=True):
+            feature = first + layout.elements[n][1]
+            y = e.to_half(half, e.convert("f", y)) if half else y
+            e.store(KINDS[storage], address + e.wide(feature) * column, [y], there & (feature < width))
+        return
+    group = layout.neighbours
+    for n in range(0, len(mine), group):
+        feature, part = first + layout.elements[mine[n]][1], x[n : n + group]
+        where = there & (feature < width)
+        if half:
+            part = [e.pack(half, part[i], part[i + 1]) for i in range(0, group, 2)]
+        e.store("i" if half else KINDS[storage], address + e.wide(feature * size), part, where)

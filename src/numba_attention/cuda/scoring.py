@@ -1,0 +1,144 @@
+"""From products of queries and keys to scores: what the forward and the backward passes have in common.
+
+A tile of scores has rows and columns. In the forward pass rows are queries and columns are keys; where the backward pass sums
+over queries it is the other way round. Position by position the rules are the same: a row sees one interval of columns.
+"""
+
+import math
+from typing import Any
+
+from .config import Config
+from .parameters import Parameters, Sequence, clamp
+from .products import Layout
+from .softmax import LOG2E
+from .tiles import HALVES, KINDS
+
+
+class Span:
+    """Which columns of a tile each row sees: from row + low to row + high, within so many rows and columns."""
+
+    def __init__(self, e: Any, low: Any, high: Any, rows: Any, columns: Any) -> None:
+        self.e, self.low, self.high, self.rows, self.columns = e, low, high, rows, columns
+
+    def of_row(self, row: Any) -> tuple[Any, Any]:
+        """First column and the one after the last; none of them for a row that is not there."""
+        e = self.e
+        first, last = e.max(row + self.low, 0), e.min(row + self.high + 1, self.columns)
+        return first, e.select(row < self.rows, last, last - last)
+
+    def of_rows(self, first: Any, last: Any) -> tuple[Any, Any, Any, Any]:
+        """Columns that any of some rows sees, and columns that all of them see."""
+        e = self.e
+        last = e.min(last, self.rows - 1)
+        any_first, all_first = e.max(first + self.low, 0), e.max(last + self.low, 0)
+        any_last, all_last = e.min(last + self.high + 1, self.columns), e.min(first + self.high + 1, self.columns)
+        any_last = e.select(first < self.rows, any_last, any_first)  # no rows
+        return any_first, any_last, all_first, all_last
+
+
+def span_of(e: Any, p: Parameters, sequence: Sequence, transposed: bool = False) -> tuple[Any, Any, Any, Any]:
+    """The numbers of a `Span`, of 32 bits."""
+    offset = sequence.offset
+    low, high = clamp(e, offset - p.left), clamp(e, offset + p.right)
+    rows, columns = sequence.int("queries"), sequence.int("keys")
+    return (0 - high, 0 - low, columns, rows) if transposed else (low, high, rows, columns)
+
+
+class Scores:
+    """A tile of scores in registers: which query and key each one is of.
+
+    Parameters
+    ----------
+    row : Value
+        Row of the lane's slot 0, in the sequence.
+    rows : list of Value
+        Row of each slot.
+    column : Value
+        Column of the lane's first register.
+    """
+
+    def __init__(self, e: Any, c: Config, p: Parameters, product: Any, layout: Layout, rows: list[Any], column: Any,
+                 transposed: bool = False) -> None:  # fmt: skip
+        self.e, self.c, self.p, self.product, self.layout = e, c, p, product, layout
+        self.rows, self.column, self.transposed = rows, column, transposed
+
+    def places(self) -> list[tuple[Any, Any]]:
+        """Query and key of each register."""
+        columns = {n: self.column + n for n in dict.fromkeys(n for _, n in self.layout.elements)}
+        found = [(self.rows[slot], columns[n]) for slot, n in self.layout.elements]
+        return [(b, a) for a, b in found] if self.transposed else found
+
+    def stages(self, s: list[Any], where: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+        """Apply softcap, ALiBi, bias and mask, in this order.
+
+        `where` has the addresses of bias and mask of this head, or of head 0 and the heads of each slot, the offset, how many queries
+        and keys there are, and the slope of each slot. Returns the scores in base 2 and, with a softcap, the tanh of each.
+        """
+        e, c, p, kind = self.e, self.c, self.p, self.product.kind
+        factor, curves = p.real("factor", kind), []
+        places = self.places()
+        if c.softcap:
+            inner, outer = p.real("cap_inner", kind), p.real("cap_outer", kind)
+            curves = [e.tanh(x * inner) for x in s]
+            s = [x * outer for x in curves]
+        else:
+            s = [x * factor for x in s]
+        if c.alibi:
+            log2e = e.const(kind, -LOG2E)
+            made = []
+            for (slot, _), (i, j), x in zip(self.layout.elements, places, s, strict=True):
+                distance = i + where["offset"] - j
+                distance = e.max(distance, 0 - distance)
+                made.append(e.fma(e.convert(kind, distance), where["slopes"][slot] * log2e, x))
+            s = made
+        low = self.product.hidden(e) if self.careful else e.const(kind, -math.inf)
+        if c.bias or c.mask:
+            rows, keys = where["rows"], where["key_rows"]
+            inside = [(i < rows) & (j < keys) for i, j in places]
+        if c.bias:
+            log2e = e.const(kind, LOG2E)
+            made = []
+            for (slot, _), place, there, x in zip(self.layout.elements, places, inside, s, strict=True):
+                y = self.read(c.bias, self.at("bias", where, slot, *place), there)
+                made.append(e.select(y.equals(-math.inf), low, e.fma(y, log2e, x)))
+            s = made
+        if c.mask:
+            made = []
+            for (slot, _), place, there, x in zip(self.layout.elements, places, inside, s, strict=True):
+                shown = e.load("b", self.at("mask", where, slot, *place), where=there)
+                made.append(e.select(shown > 0, x, low))
+            s = made
+        return s, curves
+
+    @property
+    def careful(self) -> bool:
+        return bool(getattr(self.product, "careful", False))
+
+    def at(self, name: str, where: dict[str, Any], slot: int, i: Any, j: Any) -> Any:
+        e, p = self.e, self.p
+        row, column = getattr(p, f"{name}_row"), getattr(p, f"{name}_column")
+        address = where[name] + e.wide(i) * row + e.wide(j) * column
+        return address + e.wide(where["heads"][slot]) * getattr(p, f"{name}_head") if "heads" in where else address
+
+    def read(self, storage: str, address: Any, there: Any) -> Any:
+        """A number of an array, as the product computes."""
+        e, kind = self.e, self.product.kind
+        x = e.load(KINDS[storage], address, where=there)
+        if storage in HALVES:
+            x = e.unpack(HALVES[storage], x)[0]
+        return e.convert(kind, x)
+
+    def hide(self, s: list[Any], span: Span) -> list[Any]:
+        """Hide what rows do not see."""
+        e = self.e
+        low = self.product.hidden(e) if self.careful else e.const(self.product.kind, -math.inf)
+        ends = []
+        for row in self.rows:
+            first, last = span.of_row(row)
+            ends.append((first - self.column, last - self.column))
+        made = []
+        for (slot, n), x in zip(self.layout.elements, s, strict=True):
+            first, last = ends[slot]
+            seen = (first <= n) & (last > n)
+            made.append(e.select(seen, x, low))
+        return made
