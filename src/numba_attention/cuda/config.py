@@ -36,7 +36,7 @@ class Config:
     flags: bool = False  # rows that are not finite are marked for the careful kernel
     careful: bool = False  # the kernel that does marked rows again, and keeps what they do not see from them
     grad_lse: bool = False
-    deep: int = 1  # tiles of columns in shared memory
+    only: str = ""  # of the gradients of a tile of keys the one that is made, "key" or "value", where both are too many
     arch: str = ""
 
     @property
@@ -73,7 +73,7 @@ class Config:
         options = [n for n in ("aligned", "softcap", "alibi", "mask", "sinks", "paged", "stacked", "split", "flags",
                                "careful", "grad_lse") if getattr(self, n)]  # fmt: skip
         words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",
-                 f"{self.warps}w{self.columns}c{self.blocks}b{self.deep}", *options]  # fmt: skip
+                 f"{self.warps}w{self.columns}c{self.blocks}b{self.only}", *options]  # fmt: skip
         return "-".join([*words, *([f"bias_{self.bias}"] if self.bias else []), self.arch])
 
     def with_(self, **changes: Any) -> "Config":

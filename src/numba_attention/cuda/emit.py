@@ -167,6 +167,10 @@ class Emit:
     def abs(self, x: Value) -> Value:
         return self._library("fabs", x)
 
+    def opaque(self, x: Value) -> Value:
+        """The same, but the compiler does not know: what follows from it is not computed ahead, and kept, for all tiles."""
+        return self._asm("mov.b32 $0, $1;", "=r,r", [x], x.kind, effect=True)
+
     # Half types, two in 32 bits.
 
     def pack(self, dtype: str, low: Value, high: Value) -> Value:
@@ -207,6 +211,11 @@ class Emit:
         """Read 1, 2 or 4 neighbours, zeros where a predicate does not hold; "h" (16 bits) and "b" (8) come as 32."""
         return self._load("global", "l", kind, address, count, where)
 
+    def load_constant(self, kind: str, address: Value) -> Value:
+        """Read what no kernel writes; if nobody uses it, it is not read."""
+        register = {"i": "r", "l": "l", "d": "d"}[kind]
+        return self._asm(f"ld.global.nc.{_PTX[kind]} $0, [$1];", f"={register},l", [address], kind)
+
     def load_shared(self, kind: str, address: Value, count: int = 1) -> Any:
         return self._load("shared", "r", kind, address, count, None)
 
@@ -217,9 +226,13 @@ class Emit:
     def store_shared(self, kind: str, address: Value, values: Sequence[Value], where: Value | None = None) -> None:
         self._store("shared", "r", kind, address, values, where)
 
-    def copy_async(self, shared: Value, address: Value, size: Value, where: Value | None = None) -> None:
-        """Copy `size` (0 to 16) bytes of 16 from global memory to shared memory, zeros for the rest."""
-        self._predicated("cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", [shared, address, size], where)
+    def copy_async(
+        self, shared: Value, address: Value, size: Value, where: Value | None = None, width: int = 16
+    ) -> None:
+        """Copy `size` (0 to `width`) bytes of 4, 8 or 16 from global memory to shared memory, zeros for the rest."""
+        level = "cg" if width == 16 else "ca"
+        code = f"cp.async.{level}.shared.global [$0], [$1], {width}, $2;"
+        self._predicated(code, "r,l,r", [shared, address, size], where)
 
     def commit(self) -> None:
         self._effect("cp.async.commit_group;", "", [])

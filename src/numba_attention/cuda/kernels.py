@@ -11,16 +11,22 @@ from .parameters import INTEGERS, REALS
 
 def make(c: Config, on: Any) -> Any:
     """Make the Python function of a kernel for a target."""
-    from . import forward
+    from . import backward, combine, forward
 
-    return {"forward": forward.make_forward}[c.task](c, on)
+    makers = {
+        "forward": forward.make_forward, "combine": combine.make_combine, "query": backward.make_backward,
+        "key": backward.make_backward,
+    }  # fmt: skip
+    return makers[c.task](c, on)
 
 
 def shared(c: Config) -> int:
     """Bytes of shared memory."""
-    from . import forward
+    from . import backward, forward
 
-    return {"forward": lambda: forward.tiles_of(c)[3]}[c.task]()
+    if c.task in ("query", "key"):
+        return backward.Tiles(c).end
+    return forward.tiles_of(c)[3] if c.task == "forward" else 0
 
 
 def compile_(c: Config) -> Any:

@@ -49,10 +49,10 @@ class Sequence:
         self._e, self._at = e, p.sequences + e.wide(index) * RECORD
 
     def __getattr__(self, name: str) -> Any:
-        return self._e.load("l", self._at + _FIELDS[name])
+        return self._e.load_constant("l", self._at + _FIELDS[name])
 
     def int(self, name: str) -> Any:
-        return self._e.narrow(self._e.load("l", self._at + _FIELDS[name]))
+        return self._e.narrow(self._e.load_constant("l", self._at + _FIELDS[name]))
 
 
 def clamp(e: Any, x: Any) -> Any:

@@ -62,12 +62,14 @@ class TensorCores:
 
     features = layout  # of a sum has the same order
 
-    def scores(self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any) -> list[Any]:
+    def scores(
+        self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
+    ) -> list[Any]:
         zero = e.const("f", 0.0)
         per_tile = b.rows // 2  # registers of a tile of 16 rows
         s = [[zero] * per_tile for _ in range(self.tiles)]
         rows = [a.row(base, warp * self.rows + (lane & 15) + 16 * m) for m in range(self.tiles)]
-        columns = [b.row(base, (lane & 7) + (lane >> 4) * 8 + 16 * n) for n in range(b.rows // 16)]
+        columns = [b.row(base + shift, (lane & 7) + (lane >> 4) * 8 + 16 * n) for n in range(b.rows // 16)]
         for k in range(a.columns // 16):
             left = [e.load_matrices(a.chunk(place, (lane >> 4) + 2 * k), False) for place in rows]
             for n, place in enumerate(columns):
@@ -78,12 +80,14 @@ class TensorCores:
                         s[m][at] = e.multiply(self.half, left[m], right[2 * half : 2 * half + 2], s[m][at])
         return [x for part in s for x in part]
 
-    def add(self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any) -> list[Any]:
+    def add(
+        self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
+    ) -> list[Any]:
         c = list(c)
         per_tile, wide = len(p) // self.tiles, len(c) // self.tiles
         packed = [e.pack(self.half, p[n], p[n + 1]) for n in range(0, len(p), 2)]
         for k in range(b.rows // 16):
-            place = b.row(base, (lane & 15) + 16 * k)
+            place = b.row(base + shift, (lane & 15) + 16 * k)
             for n in range(b.columns // 16):
                 right = e.load_matrices(b.chunk(place, (lane >> 4) + 2 * n), True)
                 for m in range(self.tiles):
@@ -116,10 +120,12 @@ class TripleTF32(TensorCores):
         made: list[Any] = e.multiply("tf32", a_high, b_high, c)
         return made
 
-    def scores(self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any) -> list[Any]:
+    def scores(
+        self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
+    ) -> list[Any]:
         row, word = lane >> 2, (lane & 3) * 4
         left = [a.row(base, warp * self.rows + row + 8 * n) for n in range(self.slots)]
-        right = [b.row(base, row + 8 * n) for n in range(b.rows // 8)]
+        right = [b.row(base + shift, row + 8 * n) for n in range(b.rows // 8)]
         per_tile = b.rows // 2
 
         def body(k: Any, s: list[Any]) -> list[Any]:
@@ -140,12 +146,14 @@ class TripleTF32(TensorCores):
         made: list[Any] = e.loop(a.columns // 8, [e.const("f", 0.0)] * (per_tile * self.tiles), body)
         return made
 
-    def add(self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any) -> list[Any]:
+    def add(
+        self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
+    ) -> list[Any]:
         # The order of the summed index is free: index t of a step of 8 is row 2t of B, index t + 4 row 2t + 1, as P lies.
         c = list(c)
         per_tile, wide = len(p) // self.tiles, len(c) // self.tiles
         for k in range(b.rows // 8):
-            rows = [b.row(base, (lane & 3) * 2 + 8 * k + odd) for odd in (0, 1)]
+            rows = [b.row(base + shift, (lane & 3) * 2 + 8 * k + odd) for odd in (0, 1)]
             left = [
                 [self._split(e, p[m * per_tile + 4 * k + n]) for n in (0, 2, 1, 3)] for m in range(self.tiles)
             ]
@@ -205,10 +213,12 @@ class Simt:
         ]  # fmt: skip
         return Layout(self.slots, tuple(elements), self.per_chunk)
 
-    def scores(self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any) -> list[Any]:
+    def scores(
+        self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
+    ) -> list[Any]:
         first = warp * self.rows + self.lane_row(lane)
         rows = [a.row(base, first + self.slot_row(slot)) for slot in range(self.slots)]
-        columns = [b.row(base, self.lane_column(lane) + self.across * n) for n in range(b.rows // self.across)]
+        columns = [b.row(base + shift, self.lane_column(lane) + self.across * n) for n in range(b.rows // self.across)]
 
         def body(k: Any, s: list[Any]) -> list[Any]:
             left = [e.load_shared(self.kind, a.chunk(place, k), self.per_chunk) for place in rows]
@@ -226,7 +236,9 @@ class Simt:
         made: list[Any] = e.loop(a.chunks, [zero] * (self.slots * len(columns)), body)
         return made
 
-    def add(self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any) -> list[Any]:
+    def add(
+        self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
+    ) -> list[Any]:
         layout = self.layout(b.rows)
         own = base + (warp * self.scratch + self.lane_row(lane) * self.pitch + self.at)
         e.sync_warp()  # its weights of the last tile have been read
@@ -243,7 +255,7 @@ class Simt:
                 for slot in range(self.slots)
             ]
             for part in range(self.per_chunk):
-                place = b.row(base, k * self.per_chunk + part)
+                place = b.row(base + shift, k * self.per_chunk + part)
                 for n in range(chunks):
                     chunk = self.lane_column(lane) + n * self.across
                     values = e.load_shared(self.kind, b.chunk(place, chunk), self.per_chunk)

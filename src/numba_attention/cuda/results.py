@@ -5,8 +5,6 @@ from typing import Any
 from .products import Layout
 from .tiles import HALVES, KINDS, SIZES
 
-HEAD = 4  # numbers before the accumulators of a part of a row: maximum, sum, and two for alignment
-
 
 def write_row(
     e: Any, storage: str, aligned: bool, layout: Layout, mine: list[int], x: list[Any], address: Any, column: Any,

@@ -1,0 +1,111 @@
+"""From a `Problem` on a device to the parameters and records of its kernels."""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..cuda import runtime
+from ..cuda.config import Config
+from ..cuda.headers import address_of
+from ..cuda.parameters import ARRAYS, FAR, INTEGERS, MOST, REALS
+from ..cuda.softmax import LN2, LOG2E
+from ..options import Array
+from ..problem import Problem
+from .records import fill_in, is_paged, sequences_of, storage_of
+
+
+def check_size(p: Problem) -> None:
+    if max(p.L, p.S) * max(p.H // max(p.Hkv, 1), 1) > MOST:
+        raise ValueError(f"the CUDA backend takes up to {MOST} rows of a key head, got {p.L} queries and {p.S} keys")
+
+
+def is_aligned(*arrays: Array) -> bool:
+    """Whether rows begin at multiples of 16 bytes and have no gaps, so that they can be copied in pieces of 16."""
+    for x in arrays:
+        size = x.itemsize
+        if x.strides[-1] != size or x.shape[-1] * size % 16 or address_of(x) % 16:
+            return False
+        if any(stride % 16 for stride in x.strides[:-1]):
+            return False
+    return True
+
+
+def records(p: Problem, **more: Array | None) -> Array:
+    """One record a sequence, addresses of pages on the device."""
+    sequences = sequences_of(p, p.bias, **more)
+    fill_in(p, sequences)
+    if is_paged(p) and p.cache is not None and p.cache.table is not None:
+        table = upload(np.ascontiguousarray(p.cache.table))
+        sequences["pages"] = address_of(table) + np.arange(len(sequences)) * p.cache.table.shape[1] * 8
+        _kept.append(table)
+    return sequences
+
+
+_kept: list[Array] = []
+
+
+@lru_cache(maxsize=256)
+def _uploaded(data: bytes, device: int, stream: int) -> Array:
+    """A copy on the device of what seldom changes; kept for a stream, on which it is freed too."""
+    return runtime.upload(np.frombuffer(data, np.int64), stream)
+
+
+def upload(array: Array) -> Array:
+    """A copy of a few numbers on the device."""
+    data = array.tobytes()
+    return _uploaded(data, runtime.current_device().ordinal, runtime.stream())
+
+
+def work_list(p: Problem, sequences: Array, rows: int) -> Array | None:
+    """Tiles of sequences that differ in length, those that see most keys first; None where a count will do."""
+    if len(sequences) < 2 or p.query_lengths is None:
+        return None
+    tiles = -(-sequences["rows"] // rows)
+    index = np.repeat(np.arange(len(sequences)), tiles)
+    tile = np.arange(len(index)) - (np.cumsum(tiles) - tiles)[index]
+    last = np.minimum((tile + 1) * rows - 1, sequences["queries"][index] - 1)
+    right = np.minimum(sequences["keys"][index], last + sequences["offset"][index] + (FAR if p.right is None else p.right))
+    order = np.argsort(-right, kind="stable")
+    made: Array = (index[order] << 32) | tile[order]
+    return made.astype(np.int64)
+
+
+def numbers(p: Problem, c: Config, arrays: dict[str, Array | None], **more: int) -> tuple[list[int], list[float]]:
+    """The parameters of a kernel, in its order."""
+    values: dict[str, int] = {
+        "heads": p.H,
+        "group": p.H // p.Hkv if p.Hkv else 1,
+        "E": p.E,
+        "Ev": p.Ev,
+        "left": FAR * 4 if p.left is None else p.left,
+        "right": FAR * 4 if p.right is None else p.right,
+        **more,
+    }
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        values[name] = address_of(array)
+        if name in ARRAYS:
+            for axis, stride in zip(("head", "row", "column"), array.strides[len(p.batch) :], strict=False):
+                values[f"{name}_{axis}"] = stride
+    if c.paged:
+        values |= {"page_size": p.key.shape[-2], "key_page": p.key.strides[0], "value_page": p.value.strides[0]}
+    real = reals(p)
+    return [int(values.get(name, 0)) for name in INTEGERS], [real.get(name, 0.0) for name in REALS]
+
+
+def reals(p: Problem) -> dict[str, float]:
+    """What the scores are multiplied by: a power of two goes to the queries, before anything can overflow."""
+    scale = p.scale * LOG2E
+    factor, exponent = math.frexp(abs(scale))
+    if storage_of(p.query.dtype) == "float16":  # which has no room for it, and needs none: float32 holds every product
+        factor, exponent = abs(scale), 0
+    prescale = math.ldexp(math.copysign(1.0, scale), exponent)
+    if scale == 0:
+        prescale, factor = 0.0, 1.0
+    made = {"prescale": prescale, "factor": factor, "scale": p.scale}
+    if p.softcap is not None:
+        made |= {"cap_inner": factor * LN2 / p.softcap, "cap_outer": p.softcap * LOG2E}
+    return made

@@ -1,0 +1,287 @@
+"""The backward pass in two kernels without atomics, so that the same call has the same bits: FlashAttention-2, algorithm 2.
+
+One owns tiles of queries and sums dQ over keys, the other owns tiles of keys and sums dK and dV over queries and, for grouped
+heads, over the heads of the group. Both make the weights again, P = exp(S - lse), and dS = P (dO V^T - delta) with
+delta = rowsum(dO O) - dlse from `rowwise`. What is summed over comes tile by tile, the next one while this one is worked on.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from .blocks import BACKWARD, NUMBERS, Block, Lanes, place, stage, work_item
+from .config import Config, lay_out
+from .parameters import TYPES, Parameters
+from .results import write_row
+from .softmax import LOG2E, across
+from .tiles import Tile, copy_numbers, scale_rows
+
+NAMES = {"query": (*BACKWARD, "grad_query"), "key": (*BACKWARD, "grad_key", "grad_value")}
+
+
+class Tiles:
+    """Shared memory of a block: its own two tiles, and twice the two that pass by and, of queries, their lse and delta."""
+
+    def __init__(self, c: Config) -> None:
+        of = {"query": ("query", "grad_out"), "key": ("key", "value")}
+        self.own_names = of[c.task]
+        self.other_names = of["key" if c.task == "query" else "query"]
+        rows, columns, kept = c.rows, c.columns, c.compute
+        self.own = lay_out((rows, c.E, kept), (rows, c.Ev, kept))
+        first = self.own[1].end
+        self.other = [Tile(columns, c.E, kept, first), Tile(columns, c.Ev, kept, first + columns * c.E * self.own[0].size)]
+        self.lse = self.other[1].end
+        self.size = 8 if kept == "float64" else 4
+        self.delta = self.lse + columns * self.size
+        end = self.delta + columns * self.size if c.task == "key" else self.lse
+        self.period = end - first  # bytes from one set to the next
+        self.end = first + 2 * self.period
+        product = c.make_product()
+        if c.product == "simt":
+            self.scratch = self.end
+            product.set_columns(columns)
+            self.end += product.scratch * c.warps
+
+
+def make_backward(c: Config, on: Any) -> Any:
+    """Make the kernel of ``c.task``, "query" or "key"; its grid is tiles of all sequences, and heads (of keys)."""
+    cuda, macro, shared_address = on.cuda, on.macro, on.shared()
+    of_keys = c.task == "key"
+    product, tiles = c.make_product(), Tiles(c)
+    if c.product == "simt":
+        product.set_columns(c.columns)
+        product.at = tiles.scratch
+    kind, columns, threads = product.kind, c.columns, c.threads
+    lanes = Lanes(c, product)
+    layout = lanes.layout
+    keeps = {"query": ("query",), "key": ("key", "value")}[c.task] if not c.only else (c.only,)
+    sums = {name: product.features(c.Ev if name == "value" else c.E) for name in keeps}
+    S = f"{kind}{len(layout)}"
+    first, second = f"{kind}{len(sums[keeps[0]])}", f"{kind}{len(sums[keeps[-1]])}" if len(keeps) == 2 else f"{kind}1"
+    names = NAMES[c.task]
+    PLACES = f"l{len(names)}"
+    staged = c.softcap or c.alibi or bool(c.bias) or c.mask
+    own, other = tiles.own, tiles.other
+    careful, two = c.careful, len(keeps) == 2
+    wants_key, wants_value = "key" in keeps, "value" in keeps
+    period = tiles.period
+
+    def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
+        return Block(e, c, integers, reals, names, places, numbers)
+
+    @macro(f"{PLACES} {NUMBERS} i", *TYPES, "i", "i")
+    def find_work(e: Any, integers: Any, reals: Any, x: Any, head: Any) -> Any:
+        p = Parameters(e, integers, reals)
+        index, tile = work_item(e, p, e.opaque(x))
+        group = p.int("group") if of_keys else e.const("i", 1)
+        return *place(e, c, p, names, index, tile, head, of_keys), group
+
+    @macro("i4", *TYPES, PLACES, NUMBERS)
+    def columns_seen(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Any:
+        b = block(e, integers, reals, places, numbers)
+        return list(b.span.of_rows(b.first, b.first + (c.rows - 1)))
+
+    @macro("i", *TYPES, NUMBERS, "i")
+    def marked(e: Any, integers: Any, reals: Any, numbers: Any, thread: Any) -> Any:
+        b = block(e, integers, reals, None, numbers)
+        return e.load("i", b.flag_at(b.first + thread), where=(thread < c.rows) & b.exists(b.first + thread))
+
+    @macro("", *TYPES, PLACES, NUMBERS, "i", "i")
+    def load_own(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any) -> None:
+        b = block(e, integers, reals, places, numbers)
+        for name, tile in zip(tiles.own_names, own, strict=True):
+            b.load_tile(name, tile, base, thread, b.first, b.span.rows)
+
+    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i", "i", "i")
+    def load_other(
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any, g: Any, turn: Any
+    ) -> None:
+        """Bring the tiles from column j on, of head g of the group; this is the turn-th time."""
+        b = block(e, integers, reals, places, numbers)
+        base = base + (turn & 1) * period
+        for name, tile in zip(tiles.other_names, other, strict=True):
+            if of_keys:
+                b.places[name] = b.places[name] + e.wide(g) * getattr(b.p, f"{name}_head")
+            b.load_tile(name, tile, base, thread, j, b.span.columns)
+        if of_keys:
+            for name, at in (("lse", tiles.lse), ("delta", tiles.delta)):
+                head, row = getattr(b.p, f"{name}_head"), getattr(b.p, f"{name}_row")
+                address = b.places[name] + e.wide(g) * head
+                copy_numbers(e, kind, base + at, address, row, j, b.span.columns, columns, thread, threads, c.aligned)
+        e.commit()
+
+    @macro("", *TYPES, "i", "i")
+    def scale_own(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
+        factor = Parameters(e, integers, reals).real("prescale", "d" if c.compute == "float64" else "f")
+        scale_rows(e, own[0], base, factor, thread, threads)
+
+    @macro("")
+    def landed(e: Any) -> None:
+        e.wait(0)
+
+    @macro(f"{first} {second}")
+    def zeros(e: Any) -> Any:
+        zero = e.const(kind, 0.0)
+        return [zero] * len(sums[keeps[0]]), [zero] * (len(sums[keeps[-1]]) if two else 1)
+
+    @macro(S, "i", "i", "i")
+    def multiply(e: Any, base: Any, thread: Any, turn: Any) -> Any:
+        shift = (turn & 1) * period
+        return product.scores(e, own[0], other[0], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
+
+    @macro(f"{S} {S}" if c.softcap else S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
+    def stages(
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, g: Any, s: Any
+    ) -> Any:
+        b = block(e, integers, reals, places, numbers)
+        made, curves = stage(b, lanes, thread, j, s, g if of_keys else None)
+        return (made, curves) if c.softcap else made
+
+    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", S)
+    def hide(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, s: Any) -> Any:
+        b = block(e, integers, reals, places, numbers)
+        return lanes.scores(b, thread, j, of_keys).hide(s, b.span)
+
+    def of_queries(e: Any, name: str, b: Block | None, base: Any, thread: Any, turn: Any) -> Any:
+        """Of lse or delta, the number of each register: by row from memory, or by column from the tile that came along."""
+        if of_keys:
+            at = base + (turn & 1) * period + (tiles.lse if name == "lse" else tiles.delta)
+            at = at + product.lane_column(thread & 31) * tiles.size
+            known = {n: e.load_shared(kind, at + n * tiles.size) for n in dict.fromkeys(n for _, n in layout.elements)}
+            return [known[n] for _, n in layout.elements]
+        assert b is not None
+        rows = [b.first + row for row in lanes.rows(thread)]
+        stride = getattr(b.p, f"{name}_row")
+        found = [e.load(kind, b.places[name] + e.wide(row) * stride, where=row < b.span.rows) for row in rows]
+        return [found[slot] for slot, _ in layout.elements]
+
+    def is_hidden(e: Any, x: Any) -> Any:
+        return product.is_hidden(e, x) if careful else x.equals(float("-inf"))
+
+    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
+    def weigh(
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, turn: Any, s: Any
+    ) -> Any:
+        """P of scores; rows without keys have an lse of -inf, and all their keys are hidden."""
+        b = block(e, integers, reals, places, numbers)
+        factor, zero = None if staged else b.p.real("factor", kind), e.const(kind, 0.0)
+        made, known = [], {}
+        for x, lse in zip(s, of_queries(e, "lse", b, base, e.opaque(thread), turn), strict=True):
+            if id(lse) not in known:
+                known[id(lse)] = e.select(lse.equals(float("-inf")), zero, zero - lse * LOG2E)
+            base_ = known[id(lse)]
+            weight = e.exp2(x + base_ if factor is None else e.fma(x, factor, base_))
+            made.append(e.select(is_hidden(e, x), x if careful else zero, weight))
+        return made
+
+    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S, *([S] if c.softcap else []))
+    def differentiate(
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, turn: Any, p: Any,
+        curves: Any = None,
+    ) -> Any:  # fmt: skip
+        """Make dS of P: times dO V^T - delta, and the slope of the softcap."""
+        b = block(e, integers, reals, places, numbers)
+        shift = (turn & 1) * period
+        ds = product.scores(e, own[1], other[1], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
+        zero, one = e.const(kind, 0.0), e.const(kind, 1.0)
+        made = []
+        for n, (x, delta) in enumerate(zip(ds, of_queries(e, "delta", b, base, e.opaque(thread), turn), strict=True)):
+            y = p[n] * (x - delta)
+            if c.softcap:
+                y = y * (one - curves[n] * curves[n])
+            made.append(e.select(is_hidden(e, p[n]), p[n], y) if careful else e.select(p[n].equals(0.0), zero, y))
+        return made
+
+    def add_to(name: str, other_tile: Tile, size: str) -> Any:
+        @macro(size, "i", "i", "i", size, S)
+        def add(e: Any, base: Any, thread: Any, turn: Any, acc: Any, p: Any) -> Any:
+            shift = (turn & 1) * period
+            return product.add(e, acc, p, other_tile, e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
+
+        return add
+
+    add_first = add_to("", other[1] if keeps[0] == "value" else other[0], first)  # dQ += dS K, dK += dS^T Q, dV += P^T dO
+    add_second = add_to("", other[1], second)
+
+    @macro("", *TYPES, PLACES, NUMBERS, "i", first, second)
+    def finish(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, x: Any, y: Any) -> None:
+        b = block(e, integers, reals, places, numbers)
+        thread = e.opaque(thread)
+        lane = thread & 31
+        scale, zero = b.p.real("scale", kind), e.const(kind, 0.0)
+        for slot, row in enumerate(lanes.rows(thread)):
+            at = b.first + row
+            there, valid = at < b.rows, at < b.span.rows
+            if careful:
+                there = there & (e.load("i", b.flag_at(at), where=there) > 0)
+            bad = e.const("i", 0)
+            for name, sum_ in zip(keeps, (x, y), strict=False):
+                grad, features = f"grad_{name}", sums[name]
+                mine = features.of_slot(slot)
+                z = [e.select(valid, sum_[n] if name == "value" else sum_[n] * scale, zero) for n in mine]
+                for number in z:
+                    bad = bad | e.select(e.is_finite(number), e.const("i", 0), e.const("i", 1))
+                address = b.places[grad] + e.wide(at) * getattr(b.p, f"{grad}_row")
+                width = b.p.int("Ev" if name == "value" else "E")
+                begin, column = product.lane_feature(lane), getattr(b.p, f"{grad}_column")
+                write_row(e, c.storage, c.aligned, features, mine, z, address, column, begin, width, there)
+            if c.flags:
+                bad = across(e, product, bad, lambda a, b: a | b)
+                begins = product.lane_column(lane).equals(0)
+                if c.only:  # which of the two kernels of a tile of keys found it does not matter
+                    begins = begins & (bad > 0)
+                e.store("i", b.flag_at(at), [bad], there & begins)
+
+    softcap = c.softcap
+
+    def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        base = shared_address(cuda.shared.array(0, np.uint8))
+        thread = np.int32(cuda.threadIdx.x)
+        item, head = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
+        places, numbers, group = find_work(integers, reals, item, head)
+        if careful:
+            if cuda.syncthreads_or(marked(integers, reals, numbers, thread)) == 0:
+                return
+        begin, end, all_begin, all_end = columns_seen(integers, reals, places, numbers)
+        x, y = zeros()
+        if begin < end:
+            load_own(integers, reals, places, numbers, base, thread)
+            load_other(integers, reals, places, numbers, base, thread, begin, np.int32(0), np.int32(0))
+            landed()
+            cuda.syncthreads()
+            scale_own(integers, reals, base, thread)
+            j, g, turn = begin, np.int32(0), np.int32(0)
+            while g < group:
+                landed()
+                cuda.syncthreads()
+                next_j, next_g = np.int32(j + columns), g
+                if next_j >= end:
+                    next_j, next_g = begin, np.int32(g + 1)
+                if next_g < group:
+                    load_other(integers, reals, places, numbers, base, thread, next_j, next_g, np.int32(turn + 1))
+                s = multiply(base, thread, turn)
+                if staged:
+                    if softcap:
+                        s, curves = stages(integers, reals, places, numbers, thread, j, g, s)
+                    else:
+                        s = stages(integers, reals, places, numbers, thread, j, g, s)
+                if j < all_begin or j + columns > all_end:
+                    seldom, again, _ = find_work(integers, reals, item, head)
+                    s = hide(integers, reals, seldom, again, thread, j, s)
+                p = weigh(integers, reals, places, numbers, base, thread, turn, s)
+                if wants_value:
+                    if two:
+                        y = add_second(base, thread, turn, y, p)
+                    else:
+                        x = add_first(base, thread, turn, x, p)
+                if wants_key or not of_keys:
+                    if softcap:
+                        ds = differentiate(integers, reals, places, numbers, base, thread, turn, p, curves)
+                    else:
+                        ds = differentiate(integers, reals, places, numbers, base, thread, turn, p)
+                    x = add_first(base, thread, turn, x, ds)
+                j, g, turn = next_j, next_g, np.int32(turn + 1)
+        places, numbers, group = find_work(integers, reals, item, head)
+        finish(integers, reals, places, numbers, thread, x, y)
+
+    return kernel

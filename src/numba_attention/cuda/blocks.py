@@ -1,0 +1,155 @@
+"""Which part of a problem a block of threads is: sequence, head and rows, and where their arrays are."""
+
+from typing import Any
+
+from .config import Config
+from .parameters import Parameters, Sequence, clamp
+from .scoring import Scores, Span, span_of
+from .tiles import Rows, Tile, fetch
+
+FORWARD = ("query", "key", "value", "out", "lse", "bias", "mask")
+BACKWARD = ("query", "key", "value", "grad_out", "lse", "delta", "bias", "mask")
+OF_KEYS = ("key", "value", "grad_key", "grad_value")
+NUMBERS = "i9"  # what is told of the sequence
+HEAD = 4  # numbers before the accumulators of a part of a row: maximum, sum, and two for alignment
+
+
+class Block:
+    """What the macros of a kernel work with: its parameters, and which part of the problem it is.
+
+    Its rows are queries, or keys where the kernel sums over queries; `span` says which of the others they see.
+    """
+
+    def __init__(self, e: Any, c: Config, integers: Any, reals: Any, names: tuple[str, ...], places: Any, numbers: Any) -> None:
+        self.e, self.c = e, c
+        self.p = Parameters(e, integers, reals)
+        self.places = dict(zip(names, places, strict=True)) if places is not None else {}
+        self.first, low, high, rows, columns, self.offset, self.head, self.rows, self.index = numbers
+        self.span = Span(e, low, high, rows, columns)
+
+    def find(self, row: Any) -> tuple[Any, Any]:
+        """Query row and head of a row of the tiles."""
+        if not self.c.stacked:
+            return row, self.head
+        group = self.p.int("group")
+        return row // group, self.head * group + row % group
+
+    def exists(self, row: Any) -> Any:
+        return self.find(row)[0] < self.rows
+
+    @property
+    def heads(self) -> Any:
+        """How many heads the grid has."""
+        return self.p.heads // self.p.group if self.c.stacked else self.p.heads
+
+    def flag_at(self, row: Any) -> Any:
+        """The address of what is known of a row: whether it has to be done with care."""
+        heads = self.e.wide(self.index) * self.heads + self.e.wide(self.head)
+        return self.p.flags + (heads * self.p.flag_rows + self.e.wide(row)) * 4
+
+    def part_at(self, part: Any, row: Any, size: int) -> Any:
+        """The address of a part of a row's sums: maximum, sum, and accumulators."""
+        e, p = self.e, self.p
+        of_head = (e.wide(part) * p.number + e.wide(self.index)) * self.heads + e.wide(self.head)
+        return p.partial + (of_head * p.flag_rows + e.wide(row)) * ((self.c.Ev + HEAD) * size)
+
+    def slope(self, head: Any, kind: str) -> Any:
+        """The slope of ALiBi of a head."""
+        at = (self.e.wide(self.index) * self.p.heads + self.e.wide(head)) * 8
+        return self.e.convert(kind, self.e.load("d", self.p.slopes + at))
+
+    def load_tile(self, name: str, tile: Tile, base: Any, thread: Any, row: Any, most: Any) -> None:
+        """Bring rows of an array from `row` on, up to `most`, to a tile; E of queries and keys, Ev of values."""
+        e, c, p = self.e, self.c, self.p
+        stride, column = getattr(p, f"{name}_row"), getattr(p, f"{name}_column")
+        width = p.int("E" if name in ("query", "key") else "Ev")
+        more: dict[str, Any] = {}
+        address = self.places[name]
+        if c.paged and name in OF_KEYS:
+            pages = Sequence(e, p, self.index).pages
+            more = {"pages": pages, "page_size": p.int("page_size"), "page": getattr(p, f"{name}_page")}
+        elif c.stacked and name not in OF_KEYS:
+            member, group = getattr(p, f"{name}_head"), p.int("group")
+            address, most = address + e.wide(self.head) * p.group * member, most * group
+            more = {"group": group, "member": member}
+        rows = Rows(address, stride, column, most - row, width, row, **more)
+        fetch(e, tile, e.opaque(base), rows, e.opaque(thread), c.threads, c.storage, c.aligned)
+
+
+def place(
+    e: Any, c: Config, p: Parameters, names: tuple[str, ...], index: Any, tile: Any, head: Any, transposed: bool = False
+) -> tuple[list[Any], list[Any]]:
+    """Addresses and numbers of a `Block`. Its head is one of keys if its rows are keys, or stacked queries.
+
+    What belongs to queries then begins with the first head of the array, or of the group.
+    """
+    s = Sequence(e, p, index)
+    zero, group = e.const("l", 0), p.int("group")
+    if c.stacked:
+        of_queries, of_keys = zero, e.wide(head)
+    elif transposed:
+        of_queries, of_keys = e.wide(head * group), e.wide(head)
+    else:
+        of_queries, of_keys = e.wide(head), e.wide(head // group)
+    places = []
+    for name in names:
+        if (name == "bias" and not c.bias) or (name == "mask" and not c.mask):
+            places.append(zero)
+            continue
+        start = zero if c.paged and name in OF_KEYS else getattr(s, name)
+        of_head = of_keys if name in OF_KEYS else of_queries
+        places.append(getattr(p, name) + start + of_head * getattr(p, f"{name}_head"))
+    rows = s.int("key_rows" if transposed else "rows")
+    return places, [tile * c.rows, *span_of(e, p, s, transposed), clamp(e, s.offset), head, rows, index]
+
+
+def work_item(e: Any, p: Parameters, x: Any) -> tuple[Any, Any]:
+    """Sequence and tile of a block: as listed, or else counted, the last tiles first, which see most keys."""
+    tiles, listed = p.int("tiles"), p.work > 0
+    entry = e.load("l", p.work + e.wide(x) * 8, where=listed)
+    index = e.select(listed, e.narrow(entry >> 32), x // tiles)
+    return index, e.select(listed, e.narrow(entry & 0x7FFFFFFF), tiles - 1 - x % tiles)
+
+
+class Lanes:
+    """Which rows and columns of a tile of scores a thread has."""
+
+    def __init__(self, c: Config, product: Any) -> None:
+        self.c, self.product, self.layout = c, product, product.layout(c.columns)
+
+    def split(self, thread: Any) -> tuple[Any, Any]:
+        """Warp and lane."""
+        return thread >> 5, thread & 31
+
+    def rows(self, thread: Any) -> list[Any]:
+        """Row of the tile of each slot."""
+        warp, lane = self.split(thread)
+        first = warp * self.product.rows + self.product.lane_row(lane)
+        return [first + self.product.slot_row(slot) for slot in range(self.product.slots)]
+
+    def scores(self, b: Block, thread: Any, column: Any, transposed: bool = False) -> Scores:
+        """The tile of scores whose first column is given."""
+        thread = b.e.opaque(thread)
+        rows = [b.find(b.first + row)[0] for row in self.rows(thread)]
+        column = self.product.lane_column(thread & 31) + column
+        return Scores(b.e, self.c, b.p, self.product, self.layout, rows, column, transposed)
+
+
+def stage(b: Block, lanes: Lanes, thread: Any, column: Any, s: list[Any], head: Any = None) -> tuple[list[Any], list[Any]]:
+    """Softcap, ALiBi, bias and mask of a tile; where rows are keys, `head` is the query head, of a group from 0."""
+    transposed = head is not None
+    bias, mask = b.places["bias"], b.places["mask"]
+    rows, keys = (b.span.columns, b.rows) if transposed else (b.rows, b.span.columns)
+    where: dict[str, Any] = {"offset": b.offset, "rows": rows, "key_rows": keys}
+    if transposed:
+        bias, mask = bias + b.e.wide(head) * b.p.bias_head, mask + b.e.wide(head) * b.p.mask_head
+        heads = [b.head * b.p.int("group") + head] * lanes.product.slots
+    elif b.c.stacked:
+        heads = where["heads"] = [b.find(b.first + row)[1] for row in lanes.rows(thread)]
+    else:
+        heads = [b.head] * lanes.product.slots
+    where |= {"bias": bias, "mask": mask}
+    if b.c.alibi:
+        known = {id(h): b.slope(h, lanes.product.kind) for h in {id(h): h for h in heads}.values()}
+        where["slopes"] = [known[id(h)] for h in heads]
+    return lanes.scores(b, thread, column, transposed).stages(s, where)

@@ -1,0 +1,106 @@
+"""Which kernel does what: the one table of tile shapes, chosen so that no register is spilled (tests/test_cuda_codegen.py)."""
+
+import os
+import re
+from typing import Any
+
+from . import runtime
+from .config import Config, padded
+from .tiles import HALVES
+
+TF32X3 = "NUMBA_ATTENTION_TF32X3"  # "1": float32 on tensor cores, with three products for each
+
+# Head dimension: slots, warps, columns. ("tensor": slots are tiles of 16 rows.)
+_SHAPES: dict[tuple[str, str, str], dict[int, tuple[int, int, int]]] = {
+    ("forward", "tensor", "half"): {
+        32: (2, 4, 64), 64: (2, 4, 64), 96: (2, 4, 32), 128: (1, 8, 64), 192: (1, 8, 64), 256: (1, 8, 32),
+    },
+    ("forward", "tf32", "float32"): {
+        32: (1, 4, 64), 64: (1, 4, 64), 96: (1, 4, 32), 128: (1, 4, 32), 192: (1, 4, 32), 256: (1, 4, 32),
+    },
+    ("forward", "simt", "float32"): {
+        32: (8, 4, 64), 64: (8, 4, 64), 96: (8, 4, 32), 128: (8, 4, 32), 192: (4, 4, 32), 256: (4, 4, 32),
+    },
+    ("forward", "simt", "float64"): {
+        32: (4, 4, 64), 64: (4, 4, 64), 96: (2, 4, 32), 128: (2, 4, 32), 192: (1, 4, 32), 256: (1, 4, 32),
+    },
+}  # fmt: skip
+_chosen: dict[tuple[str, str, int, int], Config] = {}
+
+
+def base(task: str, storage: str, E: int, Ev: int, device: Any) -> Config:
+    """The kernel of a task without options: what multiplies, and its tiles, so that they fit into the device."""
+    E, Ev = padded(E), padded(Ev)
+    chosen = _chosen.get((task, storage, E, Ev))
+    product = product_of(storage, device)
+    if chosen is not None and chosen.product == product:
+        return chosen.with_(arch=device.arch)
+    return shaped(task, storage, E, Ev, product, device)
+
+
+def product_of(storage: str, device: Any) -> str:
+    """What multiplies: tensor cores of sm_80 and later, or FMA."""
+    if device.compute_capability < (8, 0):
+        return "simt"
+    if storage in HALVES:
+        return "tensor"
+    return "tf32" if storage == "float32" and os.environ.get(TF32X3) == "1" else "simt"
+
+
+def shaped(task: str, storage: str, E: int, Ev: int, product: str, device: Any) -> Config:
+    kind = "half" if product == "tensor" else "float64" if storage == "float64" else "float32"
+    slots, warps, columns = _SHAPES[task, product, kind][max(E, Ev)]
+    return fitted(Config(task, storage, E, Ev, product, slots, 8, warps, columns, arch=device.arch), device)
+
+
+def fitted(c: Config, device: Any) -> Config:
+    """Fewer warps or columns until the tiles fit into shared memory."""
+    while c.shared > device.shared_memory and (c.warps > 1 or c.columns > 16):
+        c = c.with_(warps=c.warps // 2) if c.warps > 1 else c.with_(columns=c.columns // 2)
+    return c
+
+
+def few(c: Config, rows: int, device: Any) -> Config:
+    """The kernel for few rows and many keys: one warp a block, so that many blocks read at the same time."""
+    if c.product != "simt":
+        return fitted(c.with_(slots=1, warps=1, columns=64 if c.E <= 128 and c.product == "tensor" else 32), device)
+    slots = 1 if rows <= 4 else 2 if rows <= 8 else min(4, c.slots)
+    return fitted(c.with_(slots=slots, warps=1, columns=32), device)
+
+
+def careful(c: Config, device: Any) -> Config:
+    """The kernel that does again the rows of `c` that are not finite, with FMA and hidden weights left out."""
+    slots = 4 if c.storage != "float64" else 2 if c.Ev <= 128 else 1
+    product = Config(c.task, c.storage, c.E, c.Ev).with_(
+        product="simt", slots=slots, warps=4, columns=32, careful=True, flags=False, split=False,
+        aligned=c.aligned and c.storage not in HALVES, arch=c.arch, softcap=c.softcap, alibi=c.alibi, bias=c.bias,
+        mask=c.mask, sinks=c.sinks, paged=c.paged, stacked=c.stacked,
+    )  # fmt: skip
+    return fitted(product, device)
+
+
+def candidates(task: str, storage: str, E: int, Ev: int) -> list[Config]:
+    """Shapes worth trying on a device (``benchmarks/gpu.py --tune``)."""
+    device = runtime.current_device()
+    c = base(task, storage, E, Ev, device)
+    simt = c.product == "simt"
+    shapes = [
+        (slots, warps, columns)
+        for slots in ((1, 2, 4, 8) if simt else (1, 2)) for warps in (4, 8) for columns in (16, 32, 64, 128)
+    ]  # fmt: skip
+    made = [c.with_(slots=slots, warps=warps, columns=columns) for slots, warps, columns in shapes]
+    return [x for x in made if x.shared <= device.shared_memory]
+
+
+def use(task: str, storage: str, E: int, Ev: int, config: Config | None) -> None:
+    """Take a shape from now on in this process; None for that of the table."""
+    key = task, storage, padded(E), padded(Ev)
+    if config is None:
+        _chosen.pop(key, None)
+    else:
+        _chosen[key] = config
+
+
+def compute_capability(arch: str) -> tuple[int, int]:
+    digits = re.sub(r"\D", "", arch)
+    return int(digits[:-1]), int(digits[-1])
