@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cuda import runtime
+from ..cuda import configs, kernels, runtime
 from ..cuda.config import Config
 from ..cuda.headers import address_of
 from ..cuda.parameters import ARRAYS, FAR, INTEGERS, MOST, REALS
@@ -32,18 +32,56 @@ def is_aligned(*arrays: Array) -> bool:
     return True
 
 
-def records(p: Problem, **more: Array | None) -> Array:
-    """One record a sequence, addresses of pages on the device."""
-    sequences = sequences_of(p, p.bias, **more)
-    fill_in(p, sequences)
-    if is_paged(p) and p.cache is not None and p.cache.table is not None:
-        table = upload(np.ascontiguousarray(p.cache.table))
-        sequences["pages"] = address_of(table) + np.arange(len(sequences)) * p.cache.table.shape[1] * 8
-        _kept.append(table)
-    return sequences
+class Work:
+    """The launches of one call, and what lives on the device until they are made.
 
+    Parameters
+    ----------
+    p : Problem
+    more : arrays whose sequences the kernels want the offsets of, by name
+    """
 
-_kept: list[Array] = []
+    def __init__(self, p: Problem, **more: Array | None) -> None:
+        check_size(p)
+        self.p = p
+        self.device, self.stream = runtime.current_device(), runtime.stream()
+        self.storage = storage_of(p.query.dtype)
+        self.real = np.dtype(np.float64 if self.storage == "float64" else np.float32)
+        self.sequences = sequences_of(p, p.bias, **more)
+        fill_in(p, self.sequences)
+        self.arrays: dict[str, Array | None] = {
+            "query": p.query, "key": p.key, "value": p.value, "out": p.out, "lse": p.lse, "bias": p.bias,
+            "mask": p.mask, **more,
+        }  # fmt: skip
+        self._kept: list[Array] = []
+        for name, x in (("slopes", p.alibi_slopes), ("sinks", p.sinks)):
+            if x is not None:
+                self.arrays[name] = upload(np.ascontiguousarray(x))
+        if is_paged(p) and p.cache is not None and p.cache.table is not None:
+            table = upload(np.ascontiguousarray(p.cache.table))
+            self._kept.append(table)
+            self.sequences["pages"] = address_of(table) + np.arange(len(self.sequences)) * p.cache.table.shape[1] * 8
+        self.hides = p.left is not None or p.right is not None or p.mask is not None or p.bias is not None
+
+    def config(self, task: str, aligned: bool) -> Config:
+        """The kernel for a task, with the options of this call."""
+        p = self.p
+        c = configs.base(task, self.storage, p.E, p.Ev, self.device)
+        return configs.with_options(
+            c, softcap=p.softcap is not None, alibi=p.alibi_slopes is not None, mask=p.mask is not None,
+            paged=is_paged(p), bias="" if p.bias is None else storage_of(p.bias.dtype), flags=self.hides,
+            aligned=aligned and self.device.compute_capability >= (8, 0),
+        )  # fmt: skip
+
+    def empty(self, shape: Any, dtype: Any) -> Array:
+        return runtime.empty(shape, dtype, self.stream)
+
+    def upload_sequences(self) -> None:
+        self.arrays["sequences"] = upload(self.sequences.view(np.int64))
+
+    def launch(self, c: Config, grid: tuple[int, int, int], **more: int) -> None:
+        integers, reals = numbers(self.p, c, self.arrays, **more)
+        runtime.launch(kernels.compiled(c), grid, integers, reals, self.stream)
 
 
 @lru_cache(maxsize=256)
@@ -58,16 +96,22 @@ def upload(array: Array) -> Array:
     return _uploaded(data, runtime.current_device().ordinal, runtime.stream())
 
 
-def work_list(p: Problem, sequences: Array, rows: int) -> Array | None:
-    """Tiles of sequences that differ in length, those that see most keys first; None where a count will do."""
-    if len(sequences) < 2 or p.query_lengths is None:
+def work_list(p: Problem, sequences: Array, rows: int, of_keys: bool = False) -> Array | None:
+    """Tiles of sequences that differ in length, those with most work first; None where a count will do."""
+    if len(sequences) < 2 or p.packing is None:
         return None
-    tiles = -(-sequences["rows"] // rows)
+    tiles = -(-sequences["key_rows" if of_keys else "rows"] // rows)
     index = np.repeat(np.arange(len(sequences)), tiles)
     tile = np.arange(len(index)) - (np.cumsum(tiles) - tiles)[index]
-    last = np.minimum((tile + 1) * rows - 1, sequences["queries"][index] - 1)
-    right = np.minimum(sequences["keys"][index], last + sequences["offset"][index] + (FAR if p.right is None else p.right))
-    order = np.argsort(-right, kind="stable")
+    if of_keys:
+        work = sequences["queries"][index]
+        if p.right is not None:
+            work = work - np.maximum(tile * rows - sequences["offset"][index] - p.right, 0)
+    else:
+        work = sequences["keys"][index]
+        if p.right is not None:
+            work = np.minimum(work, (tile + 1) * rows + sequences["offset"][index] + p.right)
+    order = np.argsort(-work, kind="stable")
     made: Array = (index[order] << 32) | tile[order]
     return made.astype(np.int64)
 
@@ -86,7 +130,7 @@ def numbers(p: Problem, c: Config, arrays: dict[str, Array | None], **more: int)
     for name, array in arrays.items():
         if array is None:
             continue
-        values[name] = address_of(array)
+        values[name] = address_of(array) if array.size else 0
         if name in ARRAYS:
             for axis, stride in zip(("head", "row", "column"), array.strides[len(p.batch) :], strict=False):
                 values[f"{name}_{axis}"] = stride

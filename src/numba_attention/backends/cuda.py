@@ -1,16 +1,19 @@
 """The CUDA backend: turns a `Problem`, whose arrays are headers of device memory, into launches."""
 
+import math
+
 import numpy as np
 
 from ..cuda import configs, kernels, runtime
 from ..cuda.config import Config
 from ..cuda.headers import address_of
+from ..cuda.parameters import AXES, REALS
 from ..options import Array
 from ..problem import BackwardProblem, Problem
-from .arguments import check_size, is_aligned, numbers, records, upload, work_list
-from .records import is_paged, storage_of, stored_of
+from . import device_gradients
+from .arguments import Work, is_aligned, upload, work_list
+from .records import per_head, storage_of, stored_of
 
-_WHY = "this version of numba-attention has no kernel for this on CUDA yet; copy the arrays to NumPy to use backend='cpu'"
 on_device = True
 
 FEW = 16  # rows of a key head, of all its query heads: the kernel for decoding
@@ -21,72 +24,48 @@ def unusable() -> str | None:
     return runtime.unusable()
 
 
-def with_options(c: Config, p: Problem) -> Config:
-    """Say which options a kernel is to have."""
-    return c.with_(
-        softcap=p.softcap is not None, alibi=p.alibi_slopes is not None, mask=p.mask is not None,
-        sinks=p.sinks is not None, paged=is_paged(p), bias="" if p.bias is None else storage_of(p.bias.dtype),
-    )  # fmt: skip
-
-
 def forward(problem: Problem) -> None:
     """Write ``problem.out`` and ``problem.lse``."""
     p = problem
     if not p.out.size and (p.lse is None or not p.lse.size):
         return
-    check_size(p)
     if stored_of(p):
-        raise NotImplementedError(f"the CUDA backend reads caches as the queries are stored, got {p.cache.storage}")  # type: ignore[union-attr]
-    device, stream = runtime.current_device(), runtime.stream()
-    storage = storage_of(p.query.dtype)
-    group = p.H // p.Hkv
-    c = with_options(configs.base("forward", storage, p.E, p.Ev, device), p)
-    aligned = is_aligned(p.query, p.key, p.value, p.out) and device.compute_capability >= (8, 0)
-    hides = p.left is not None or p.right is not None or p.mask is not None or p.bias is not None
-    stacked = p.L * group <= FEW
-    c = c.with_(aligned=aligned, flags=hides, stacked=stacked and group > 1)
-    if stacked:
+        raise NotImplementedError(
+            f"the CUDA backend reads caches that are stored as the queries are, {p.query.dtype}, got {stored_of(p)}"
+        )
+    work = Work(p)
+    device, group = work.device, p.H // p.Hkv
+    few = p.L * group <= FEW
+    c = work.config("forward", is_aligned(p.query, p.key, p.value, p.out))
+    c = c.with_(sinks=p.sinks is not None, stacked=few and group > 1)
+    if few:
         c = configs.few(c, p.L * group, device)
-    rows = p.L * group if c.stacked else p.L
-    heads = p.Hkv if c.stacked else p.H
-    tiles = -(-rows // c.rows)
-    sequences = records(p)
-    work = None if c.stacked else work_list(p, sequences, c.rows)
-    items = len(sequences) * tiles if work is None else len(work)
+    rows, heads = (p.L * group, p.Hkv) if c.stacked else (p.L, p.H)
+    tiles, number = -(-rows // c.rows), len(work.sequences)
+    listed = None if c.stacked else work_list(p, work.sequences, c.rows)
+    items = number * tiles if listed is None else len(listed)
     splits = _splits(items * heads, -(-p.S // c.columns), device.multiprocessors)
-    flag_rows = tiles * c.rows
-    total = len(sequences) * heads * flag_rows
-    kept = [
-        upload(sequences.view(np.int64)),
-        None if work is None else upload(work),
-        None if p.alibi_slopes is None else upload(np.ascontiguousarray(p.alibi_slopes)),
-        None if p.sinks is None else upload(np.ascontiguousarray(p.sinks)),
-        runtime.empty(total, np.int32, stream) if hides else None,
-        None,
-    ]
-    if splits > 1:
-        real = np.float64 if storage == "float64" else np.float32
-        kept[-1] = runtime.empty(splits * total * (c.Ev + 4), real, stream)
+    more = {"tiles": tiles, "flag_rows": tiles * c.rows, "splits": splits, "number": number}
+    total = number * heads * more["flag_rows"]
+    if not items:
+        return
+    work.upload_sequences()
+    work.arrays["work"] = None if listed is None else upload(listed)
+    if work.hides:
+        work.arrays["flags"] = work.empty(total, np.int32)
+    if splits == 1:
+        work.launch(c, (items, heads, 1), **more)
+    else:
+        work.arrays["partial"] = work.empty(splits * total * (c.Ev + 4), work.real)
         c = c.with_(split=True, flags=False)
-    names = ("sequences", "work", "slopes", "sinks", "flags", "partial")
-    arrays: dict[str, Array | None] = {
-        "query": p.query, "key": p.key, "value": p.value, "out": p.out, "lse": p.lse, "bias": p.bias, "mask": p.mask,
-        **dict(zip(names, kept, strict=True)),
-    }  # fmt: skip
-    more = {"tiles": tiles, "flag_rows": flag_rows, "splits": splits, "number": len(sequences)}
-    if items:
-        integers, reals = numbers(p, c, arrays, **more)
-        runtime.launch(kernels.compiled(c), (items, heads, splits), integers, reals, stream)
-    if splits > 1:
-        join = Config("combine", c.storage, c.E, c.Ev, warps=2, stacked=c.stacked, flags=hides, arch=c.arch)
-        integers, reals = numbers(p, join, arrays, **more)
-        runtime.launch(kernels.compiled(join), (len(sequences) * flag_rows, heads, 1), integers, reals, stream)
-    if hides and items:
+        work.launch(c, (items, heads, splits), **more)
+        join = Config("combine", c.storage, c.E, c.Ev, warps=2, stacked=c.stacked, flags=work.hides, arch=c.arch)
+        work.launch(join, (number * more["flag_rows"], heads, 1), **more)
+    if work.hides:
         again = configs.careful(c, device)
+        work.arrays["work"] = None
         more["tiles"] = -(-rows // again.rows)
-        arrays["work"] = None
-        integers, reals = numbers(p, again, arrays, **more)
-        runtime.launch(kernels.compiled(again), (len(sequences) * more["tiles"], heads, 1), integers, reals, stream)
+        work.launch(again, (number * more["tiles"], heads, 1), **more)
 
 
 def _splits(blocks: int, key_tiles: int, multiprocessors: int) -> int:
@@ -98,16 +77,53 @@ def _splits(blocks: int, key_tiles: int, multiprocessors: int) -> int:
 
 
 def backward(problem: BackwardProblem) -> None:
-    raise NotImplementedError(_WHY)
+    """Write the gradients of query, key and value, and make those of bias and sinks."""
+    device_gradients.run(problem)
 
 
 def weights(problem: Problem) -> None:
-    raise NotImplementedError(_WHY)
+    """Write the probabilities of the chosen heads and rows to ``problem.out``."""
+    p = problem
+    if not p.out.size or p.heads is None or p.rows is None:
+        return
+    work = Work(p)
+    c = configs.weights(work.config("forward", is_aligned(p.query, p.key)), work.device)
+    c = c.with_(sinks=p.sinks is not None)
+    tiles = -(-len(p.rows) // c.rows)
+    work.sequences = per_head(p, p.heads, work.sequences, p.bias)
+    work.upload_sequences()
+    work.arrays["work"] = upload(np.ascontiguousarray(p.rows, np.int64))
+    work.launch(c, (len(work.sequences) * tiles, 1, 1), tiles=tiles, number=len(p.rows), inner_tiles=p.S)
 
 
 def reduce(x: Array, shape: tuple[int, ...], dtype: object = None) -> Array:
     """Sum over the axes along which `shape` was broadcast to that of x, and convert to `dtype`."""
-    raise NotImplementedError(_WHY)
+    kind = x.dtype if dtype is None else np.dtype(dtype)  # type: ignore[call-overload]
+    if x.shape == shape and x.dtype == kind:
+        return x
+    stream, device = runtime.stream(), runtime.current_device()
+    made = runtime.empty(shape, kind, stream)
+    add_up(x, made, device.arch, stream)
+    return made
 
 
-__all__ = ["address_of", "backward", "forward", "on_device", "reduce", "unusable", "weights"]
+def add_up(x: Array, target: Array, arch: str, stream: int, terms: bool = True) -> None:
+    """Sum x over the axes that `target` does not have, or has of size 1; without terms, zeros."""
+    if not target.size:
+        return
+    extra = x.ndim - target.ndim
+    shape, strides = (1,) * extra + target.shape, (0,) * extra + target.strides
+    pairs = list(zip(x.shape, x.strides, shape, strides, strict=True))
+    kept = [(n, stride, to) for n, stride, m, to in pairs if m == n and n != 1][::-1]
+    summed = [(n, stride) for n, stride, m, _ in pairs if m != n]
+    if max(len(kept), len(summed)) > AXES:
+        raise ValueError(f"gradients of arrays of more than {AXES} dimensions cannot be summed on a GPU, got {x.shape}")
+    count = math.prod(n for n, _ in summed) if terms else 0
+    integers = [address_of(x), address_of(target), target.size, count]
+    for n in range(AXES):
+        integers += kept[n] if n < len(kept) else (1, 0, 0)
+    for n in range(AXES):
+        integers += summed[n] if n < len(summed) else (1, 0)
+    c = Config("reduce", storage_of(x.dtype), 32, 32, to=storage_of(target.dtype), arch=arch)
+    grid = (-(-target.size // c.threads), 1, 1)
+    runtime.launch(kernels.compiled(c), grid, integers, [0.0] * len(REALS), stream)

@@ -227,10 +227,7 @@ def make_backward(c: Config, on: Any) -> Any:
                 write_row(e, c.storage, c.aligned, features, mine, z, address, column, begin, width, there)
             if c.flags:
                 bad = across(e, product, bad, lambda a, b: a | b)
-                begins = product.lane_column(lane).equals(0)
-                if c.only:  # which of the two kernels of a tile of keys found it does not matter
-                    begins = begins & (bad > 0)
-                e.store("i", b.flag_at(at), [bad], there & begins)
+                e.store("i", b.flag_at(at), [bad], there & product.lane_column(lane).equals(0))
 
     softcap = c.softcap
 

@@ -5,6 +5,7 @@ from typing import Any
 from .config import Config
 from .parameters import Parameters, Sequence, clamp
 from .scoring import Scores, Span, span_of
+from .softmax import LOG2E
 from .tiles import Rows, Tile, fetch
 
 FORWARD = ("query", "key", "value", "out", "lse", "bias", "mask")
@@ -29,6 +30,9 @@ class Block:
 
     def find(self, row: Any) -> tuple[Any, Any]:
         """Query row and head of a row of the tiles."""
+        if self.c.chosen:
+            e = self.e
+            return e.narrow(e.load("l", self.p.work + e.wide(row) * 8, where=row < self.rows)), self.head
         if not self.c.stacked:
             return row, self.head
         group = self.p.int("group")
@@ -40,7 +44,7 @@ class Block:
     @property
     def heads(self) -> Any:
         """How many heads the grid has."""
-        return self.p.heads // self.p.group if self.c.stacked else self.p.heads
+        return self.p.heads // self.p.group if self.c.stacked or self.c.task == "key" else self.p.heads
 
     def flag_at(self, row: Any) -> Any:
         """The address of what is known of a row: whether it has to be done with care."""
@@ -55,8 +59,14 @@ class Block:
 
     def slope(self, head: Any, kind: str) -> Any:
         """The slope of ALiBi of a head."""
-        at = (self.e.wide(self.index) * self.p.heads + self.e.wide(head)) * 8
+        s = Sequence(self.e, self.p, self.index)
+        at = (s.batch * self.p.heads + s.head + self.e.wide(head)) * 8
         return self.e.convert(kind, self.e.load("d", self.p.slopes + at))
+
+    def sink(self, head: Any, kind: str) -> Any:
+        """The sink of a head, in base 2."""
+        at = Sequence(self.e, self.p, self.index).head + self.e.wide(head)
+        return self.e.convert(kind, self.e.load("d", self.p.sinks + at * 8) * LOG2E)
 
     def load_tile(self, name: str, tile: Tile, base: Any, thread: Any, row: Any, most: Any) -> None:
         """Bring rows of an array from `row` on, up to `most`, to a tile; E of queries and keys, Ev of values."""
@@ -68,6 +78,8 @@ class Block:
         if c.paged and name in OF_KEYS:
             pages = Sequence(e, p, self.index).pages
             more = {"pages": pages, "page_size": p.int("page_size"), "page": getattr(p, f"{name}_page")}
+        elif c.chosen and name not in OF_KEYS:
+            more = {"listed": p.work}
         elif c.stacked and name not in OF_KEYS:
             member, group = getattr(p, f"{name}_head"), p.int("group")
             address, most = address + e.wide(self.head) * p.group * member, most * group
@@ -139,7 +151,7 @@ def stage(b: Block, lanes: Lanes, thread: Any, column: Any, s: list[Any], head: 
     """Softcap, ALiBi, bias and mask of a tile; where rows are keys, `head` is the query head, of a group from 0."""
     transposed = head is not None
     bias, mask = b.places["bias"], b.places["mask"]
-    rows, keys = (b.span.columns, b.rows) if transposed else (b.rows, b.span.columns)
+    rows, keys = (b.span.columns, b.span.rows) if transposed else (b.span.rows, b.span.columns)
     where: dict[str, Any] = {"offset": b.offset, "rows": rows, "key_rows": keys}
     if transposed:
         bias, mask = bias + b.e.wide(head) * b.p.bias_head, mask + b.e.wide(head) * b.p.mask_head

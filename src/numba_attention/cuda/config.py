@@ -31,11 +31,12 @@ class Config:
     mask: bool = False
     sinks: bool = False
     paged: bool = False
+    chosen: bool = False  # rows are those of a list
     stacked: bool = False  # the query heads of a key head are rows of one tile
     split: bool = False  # keys are dealt out to several blocks
     flags: bool = False  # rows that are not finite are marked for the careful kernel
     careful: bool = False  # the kernel that does marked rows again, and keeps what they do not see from them
-    grad_lse: bool = False
+    to: str = ""  # storage of the result of "reduce"
     only: str = ""  # of the gradients of a tile of keys the one that is made, "key" or "value", where both are too many
     arch: str = ""
 
@@ -71,9 +72,9 @@ class Config:
     def name(self) -> str:
         """All that distinguishes this kernel from others."""
         options = [n for n in ("aligned", "softcap", "alibi", "mask", "sinks", "paged", "stacked", "split", "flags",
-                               "careful", "grad_lse") if getattr(self, n)]  # fmt: skip
+                               "careful", "chosen") if getattr(self, n)]  # fmt: skip
         words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",
-                 f"{self.warps}w{self.columns}c{self.blocks}b{self.only}", *options]  # fmt: skip
+                 f"{self.warps}w{self.columns}c{self.blocks}b{self.only}{self.to}", *options]  # fmt: skip
         return "-".join([*words, *([f"bias_{self.bias}"] if self.bias else []), self.arch])
 
     def with_(self, **changes: Any) -> "Config":

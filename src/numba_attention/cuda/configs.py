@@ -24,7 +24,27 @@ _SHAPES: dict[tuple[str, str, str], dict[int, tuple[int, int, int]]] = {
     ("forward", "simt", "float64"): {
         32: (4, 4, 64), 64: (4, 4, 64), 96: (2, 4, 32), 128: (2, 4, 32), 192: (1, 4, 32), 256: (1, 4, 32),
     },
+    ("query", "tensor", "half"): {
+        32: (1, 4, 64), 64: (1, 4, 64), 96: (1, 4, 32), 128: (1, 8, 32), 192: (1, 4, 32), 256: (1, 4, 32),
+    },
+    ("key", "tensor", "half"): {
+        32: (1, 4, 64), 64: (1, 4, 64), 96: (1, 4, 32), 128: (1, 8, 32), 192: (1, 4, 32), 256: (1, 4, 32),
+    },
+    ("query", "simt", "float32"): {
+        32: (4, 4, 32), 64: (4, 4, 32), 96: (4, 4, 32), 128: (2, 4, 32), 192: (2, 4, 16), 256: (2, 4, 16),
+    },
+    ("key", "simt", "float32"): {
+        32: (4, 4, 32), 64: (4, 4, 32), 96: (2, 4, 32), 128: (2, 4, 32), 192: (2, 4, 16), 256: (2, 4, 16),
+    },
+    ("query", "simt", "float64"): {
+        32: (2, 4, 32), 64: (2, 4, 32), 96: (2, 4, 16), 128: (1, 4, 16), 192: (1, 4, 16), 256: (1, 4, 16),
+    },
+    ("key", "simt", "float64"): {
+        32: (2, 4, 32), 64: (2, 4, 32), 96: (1, 4, 16), 128: (1, 4, 16), 192: (1, 4, 16), 256: (1, 4, 16),
+    },
 }  # fmt: skip
+for _task in ("query", "key"):
+    _SHAPES[_task, "tf32", "float32"] = {n: (1, 4, 32) for n in (32, 64, 96, 128, 192, 256)}
 _chosen: dict[tuple[str, str, int, int], Config] = {}
 
 
@@ -60,6 +80,14 @@ def fitted(c: Config, device: Any) -> Config:
     return c
 
 
+def with_options(c: Config, **options: Any) -> Config:
+    """Say what a kernel does on the way; what needs registers for it gets smaller tiles."""
+    c = c.with_(**options)
+    if c.product == "tensor" and (c.softcap or c.alibi or c.bias or c.mask):
+        c = c.with_(slots=1, columns=min(c.columns, 32))
+    return c
+
+
 def few(c: Config, rows: int, device: Any) -> Config:
     """The kernel for few rows and many keys: one warp a block, so that many blocks read at the same time."""
     if c.product != "simt":
@@ -70,11 +98,12 @@ def few(c: Config, rows: int, device: Any) -> Config:
 
 def careful(c: Config, device: Any) -> Config:
     """The kernel that does again the rows of `c` that are not finite, with FMA and hidden weights left out."""
-    slots = 4 if c.storage != "float64" else 2 if c.Ev <= 128 else 1
-    product = Config(c.task, c.storage, c.E, c.Ev).with_(
-        product="simt", slots=slots, warps=4, columns=32, careful=True, flags=False, split=False,
-        aligned=c.aligned and c.storage not in HALVES, arch=c.arch, softcap=c.softcap, alibi=c.alibi, bias=c.bias,
-        mask=c.mask, sinks=c.sinks, paged=c.paged, stacked=c.stacked,
+    slots = 2 if c.storage != "float64" else 1
+    if c.task == "forward" and c.Ev <= 128:
+        slots *= 2
+    product = c.with_(
+        product="simt", slots=slots, across=8, warps=4, columns=32 if c.task == "forward" else 16, careful=True,
+        flags=False, split=False, aligned=c.aligned and c.storage not in HALVES,
     )  # fmt: skip
     return fitted(product, device)
 
@@ -104,3 +133,30 @@ def use(task: str, storage: str, E: int, Ev: int, config: Config | None) -> None
 def compute_capability(arch: str) -> tuple[int, int]:
     digits = re.sub(r"\D", "", arch)
     return int(digits[:-1]), int(digits[-1])
+
+
+def parts(c: Config) -> list[Config]:
+    """The kernels of a tile of keys: one for both gradients, or one for each where registers have no room for two sums."""
+    if c.task != "key" or max(c.E, c.Ev) <= 128:
+        return [c]
+    return [c.with_(only="key"), c.with_(only="value")]
+
+
+def weights(c: Config, device: Any) -> Config:
+    """The kernel of probabilities, whose reading is nothing beside its writing."""
+    slots = 4 if c.storage != "float64" else 2
+    made = c.with_(
+        task="weights", product="simt", slots=slots, across=8, warps=4, columns=32, careful=True, flags=False,
+        chosen=True, aligned=c.aligned and c.storage not in HALVES, Ev=32,
+    )  # fmt: skip
+    return fitted(made, device)
+
+
+def bias(c: Config, device: Any) -> Config:
+    """The kernel of the gradient of a bias."""
+    made = c.with_(task="bias", flags=False, careful=False)
+    if made.product == "simt":
+        made = made.with_(slots=4 if c.storage != "float64" else 2, columns=32, careful=True)
+    else:
+        made = made.with_(slots=1, warps=4, columns=32)
+    return fitted(made, device)

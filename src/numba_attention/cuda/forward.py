@@ -13,7 +13,7 @@ from .blocks import FORWARD, HEAD, NUMBERS, Block, Lanes, place, stage, work_ite
 from .config import Config, lay_out
 from .parameters import TYPES, Parameters
 from .results import write_row
-from .softmax import LN2, LOG2E, fold, start, total
+from .softmax import LN2, fold, start, total
 from .tiles import Tile, scale_rows
 
 PLACES = f"l{len(FORWARD)}"
@@ -114,7 +114,7 @@ def make_forward(c: Config, on: Any) -> Any:
             sinks = []
             for row in lanes.rows(thread):
                 _, head = b.find(b.first + row)
-                sinks.append(e.convert(kind, e.load("d", b.p.sinks + e.wide(head) * 8) * LOG2E))
+                sinks.append(b.sink(head, kind))
             if split:
                 low = e.const(kind, -math.inf)
                 sinks = [e.select(part.equals(0), sink, low) for sink in sinks]

@@ -6,27 +6,32 @@ from typing import Any
 from .config import Config
 from .cubins import cubin
 from .driver import Kernel
-from .parameters import INTEGERS, REALS
+from .parameters import AXES, INTEGERS, REALS
 
 
 def make(c: Config, on: Any) -> Any:
     """Make the Python function of a kernel for a target."""
-    from . import backward, combine, forward
+    from . import backward, bias, combine, forward, probabilities, rowwise
 
     makers = {
         "forward": forward.make_forward, "combine": combine.make_combine, "query": backward.make_backward,
-        "key": backward.make_backward,
+        "key": backward.make_backward, "bias": bias.make_bias, "weights": probabilities.make_weights,
+        "delta": rowwise.make_delta, "sinks": rowwise.make_sinks, "reduce": rowwise.make_reduce,
     }  # fmt: skip
     return makers[c.task](c, on)
 
 
 def shared(c: Config) -> int:
     """Bytes of shared memory."""
-    from . import backward, forward
+    from . import backward, bias, forward
 
     if c.task in ("query", "key"):
         return backward.Tiles(c).end
-    return forward.tiles_of(c)[3] if c.task == "forward" else 0
+    if c.task == "bias":
+        return bias.Tiles(c).end
+    if c.task in ("forward", "weights"):
+        return forward.tiles_of(c)[3]
+    return c.threads * 8 if c.task == "sinks" else 0
 
 
 def compile_(c: Config) -> Any:
@@ -34,7 +39,8 @@ def compile_(c: Config) -> Any:
     from . import toolchain
 
     function = make(c, toolchain.Intrinsics)
-    return toolchain.compile_kernel(function, len(INTEGERS), len(REALS), c.threads, c.arch, c.blocks)
+    integers = 4 + 5 * AXES if c.task == "reduce" else len(INTEGERS)
+    return toolchain.compile_kernel(function, integers, len(REALS), c.threads, c.arch, c.blocks)
 
 
 @cache

@@ -11,11 +11,12 @@ INTEGERS = (
     *(f"{name}_{axis}" for name in ARRAYS for axis in ("head", "row", "column")),
     "heads", "group", "E", "Ev", "left", "right", "tiles", "flag_rows", "splits", "number", "inner_tiles",
     "page_size", "key_page", "value_page",
-    # of a bias that its gradient is summed over: how many sequences and heads share each element
-    "bias_batch", "bias_heads", "bias_rows", "bias_columns",
+    # of the gradient of a bias: which sequences share its elements, how many heads, rows and keys do
+    "members", "bias_heads", "bias_rows", "bias_keys",
 )  # fmt: skip
 REALS = ("prescale", "factor", "cap_inner", "cap_outer", "scale")
 TYPES = (f"l{len(INTEGERS)}", f"d{len(REALS)}")  # of the two arguments of every kernel
+AXES = 8  # that an array to be summed may have: kept ones, and summed ones
 RECORD = SEQUENCE.itemsize
 FAR = 2**30  # beyond every position that kernels count in 32 bits
 MOST = 2**29  # rows or keys of a sequence, and positions

@@ -74,10 +74,13 @@ class Rows:
     # Where several arrays take turns, row by row: how many, and bytes from one to the next
     group: Any = None
     member: Any = None
+    listed: Any = None  # the address of a list of rows, instead of one after the other
 
     def at(self, e: Any, row: Any, there: Any) -> Any:
         """The address of a row of the tile, of row 0 if it is not there."""
         row = e.select(there, row, row - row)
+        if self.listed is not None:
+            return self.address + e.load("l", self.listed + e.wide(row + self.first) * 8, where=there) * self.row
         if self.group is not None:
             index = row + self.first
             return self.address + e.wide(index // self.group) * self.row + e.wide(index % self.group) * self.member

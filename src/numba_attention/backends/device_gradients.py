@@ -1,0 +1,120 @@
+"""The backward pass of the CUDA backend: its kernels, one after the other."""
+
+from typing import Any
+
+import numpy as np
+
+from ..cuda import configs
+from ..cuda.config import Config
+from ..options import Array
+from ..problem import BackwardProblem, spread_bias
+from .arguments import Work, is_aligned, upload, work_list
+from .records import offsets_of
+
+ROWS = 4  # of a block of the kernel of delta
+
+
+def run(g: BackwardProblem) -> None:
+    """Write the gradients of query, key and value, and make those of bias and sinks."""
+    from .cuda import add_up
+
+    p = g.forward
+    real = np.float64 if p.query.dtype == np.float64 else np.float32
+    from ..cuda import runtime
+
+    stream = runtime.stream()
+    delta = runtime.empty(p.out.shape[-3:-1] if p.packing else p.out.shape[:-1], real, stream)
+    of_bias = None
+    if g.bias_shape is not None:
+        of_bias = g.bias = runtime.empty(g.bias_shape, real, stream)
+    work = Work(
+        p, grad_out=g.grad_out, grad_lse=g.grad_lse, grad_query=g.query, grad_key=g.key, grad_value=g.value,
+        delta=np.broadcast_to(delta, p.out.shape[:-1]), grad_bias=None if of_bias is None else spread_bias(of_bias, p),
+    )  # fmt: skip
+    if of_bias is not None and (p.packing is not None or not work.sequences.size):
+        add_up(of_bias, of_bias, work.device.arch, stream, terms=False)
+    number = len(work.sequences)
+    if not number or not p.H:
+        return _without_work(g, work)
+    work.upload_sequences()
+    if p.L:
+        tiles = -(-p.L // ROWS)
+        work.launch(_small("delta", work, ROWS), (number * tiles, p.H, 1), tiles=tiles)
+    aligned = is_aligned(p.query, p.key, p.value, g.grad_out, g.query, g.key, g.value)
+    for task, heads, length in (("query", p.H, p.L), ("key", p.Hkv, p.S)):
+        if length:
+            for c in configs.parts(work.config(task, aligned)):
+                _own(work, c, heads, length)
+    if of_bias is not None and p.L and p.S:
+        _of_bias(g, work, of_bias, is_aligned(p.query, p.key, p.value, g.grad_out))
+    if p.sinks is not None:
+        _of_sinks(g, work)
+
+
+def _small(task: str, work: Work, warps: int) -> Config:
+    return Config(task, work.storage, 32, configs.padded(work.p.Ev), warps=warps, arch=work.device.arch)
+
+
+def _own(work: Work, c: Config, heads: int, length: int) -> None:
+    """Launch a kernel whose blocks own tiles of `length` rows, and then that which does some of them again."""
+    number = len(work.sequences)
+    tiles = -(-length // c.rows)
+    listed = work_list(work.p, work.sequences, c.rows, c.task == "key")
+    items = number * tiles if listed is None else len(listed)
+    if not items:
+        return
+    more = {"tiles": tiles, "flag_rows": tiles * c.rows, "number": number}
+    work.arrays["work"] = None if listed is None else upload(listed)
+    if work.hides:
+        work.arrays["flags"] = work.empty(number * heads * more["flag_rows"], np.int32)
+    work.launch(c, (items, heads, 1), **more)
+    if work.hides:
+        again = configs.careful(c, work.device)
+        work.arrays["work"] = None
+        more["tiles"] = -(-length // again.rows)
+        work.launch(again, (number * more["tiles"], heads, 1), **more)
+
+
+def _of_bias(g: BackwardProblem, work: Work, of_bias: Array, aligned: bool) -> None:
+    p, shape = g.forward, g.bias_shape
+    assert shape is not None
+    c = configs.bias(work.config("query", aligned), work.device)
+    owners, of_members = _owners(work, of_bias)
+    packed = (False, False) if p.packing is None else p.packing.bias
+    sizes = [0 if is_packed and n != 1 else n for n, is_packed in zip(shape[-2:], packed, strict=True)]
+    tiles = 1 if shape[-2] == 1 else -(-p.L // c.rows)
+    inner = 1 if shape[-1] == 1 else -(-p.S // c.columns)
+    if not owners:
+        return
+    work.arrays["members"] = upload(of_members)
+    more = {"bias_heads": shape[-3], "bias_rows": sizes[0], "bias_keys": sizes[1]}
+    work.launch(c, (owners * tiles * inner, shape[-3], 1), tiles=tiles, inner_tiles=inner, number=owners, **more)
+
+
+def _owners(work: Work, of_bias: Array) -> tuple[int, Array]:
+    """Which sequences share elements of the bias: where those of each owner begin, and then their numbers."""
+    used = np.flatnonzero((work.sequences["rows"] > 0) & (work.sequences["key_rows"] > 0))
+    offsets = work.sequences["grad_bias"][used]
+    order = np.argsort(offsets, kind="stable")
+    _, starts = np.unique(offsets[order], return_index=True)
+    return len(starts), np.concatenate([starts, [len(used)], used[order]]).astype(np.int64)
+
+
+def _of_sinks(g: BackwardProblem, work: Work) -> None:
+    p = work.p
+    made = g.sinks = work.empty((p.H,), work.real)
+    c = _small("sinks", work, 8)
+    work.arrays["partial"] = made
+    work.launch(c, (p.H, 1, 1), number=len(work.sequences), inner_tiles=-(-p.L // c.threads))
+
+
+def _without_work(g: BackwardProblem, work: Work) -> None:
+    """No heads or no sequences: gradients without elements, or of nothing."""
+    from .cuda import add_up
+
+    if g.forward.sinks is not None:
+        g.sinks = work.empty((g.forward.H,), work.real)
+        add_up(g.sinks, g.sinks, work.device.arch, work.stream, terms=False)
+
+
+__all__: list[Any] = ["offsets_of", "run"]

@@ -1,0 +1,195 @@
+"""The gradient of a bias: dS summed over the sequences, heads, rows and keys that share an element, in a fixed order.
+
+A block owns a tile of the bias as it was given. It makes dS of every tile that shares it again, one after the other, and sums
+in registers; where all rows or all keys share an element, it sums over those of the tile at the end.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from .blocks import BACKWARD, NUMBERS, Block, Lanes, place, stage
+from .config import Config, lay_out
+from .parameters import TYPES, Parameters, Sequence
+from .softmax import LOG2E
+from .tiles import scale_rows
+
+NAMES = (*BACKWARD, "grad_bias")
+PLACES = f"l{len(NAMES)}"
+
+
+class Tiles:
+    """Shared memory: a tile of each operand; the sums of the tile take their place at the end."""
+
+    def __init__(self, c: Config) -> None:
+        kept = c.compute
+        self.query, self.grad_out, self.key, self.value = lay_out(
+            (c.rows, c.E, kept), (c.rows, c.Ev, kept), (c.columns, c.E, kept), (c.columns, c.Ev, kept)
+        )
+        self.size = 8 if kept == "float64" else 4
+        self.end = max(self.value.end, c.rows * c.columns * self.size)
+
+
+def make_bias(c: Config, on: Any) -> Any:
+    """Make the kernel; its grid is owners among sequences times tiles of rows times tiles of keys, and heads of the bias."""
+    cuda, macro, shared_address = on.cuda, on.macro, on.shared()
+    product, tiles = c.make_product(), Tiles(c)
+    kind, columns, threads, rows = product.kind, c.columns, c.threads, c.rows
+    if c.product == "simt":
+        product.set_columns(columns)
+    lanes = Lanes(c, product)
+    layout = lanes.layout
+    S = f"{kind}{len(layout)}"
+    size = tiles.size
+
+    def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
+        return Block(e, c, integers, reals, NAMES, places, numbers)
+
+    @macro("i8", *TYPES, "i", "i")
+    def shares(e: Any, integers: Any, reals: Any, x: Any, head: Any) -> Any:
+        """First row and the one after the last, keys, heads and members that share this tile; one step is one tile."""
+        p = Parameters(e, integers, reals)
+        key_tiles = p.int("inner_tiles")
+        key, x = x % key_tiles * columns, x // key_tiles
+        row, owner = x % p.int("tiles") * rows, x // p.int("tiles")
+        begin = e.load("l", p.members + e.wide(owner) * 8)
+        end = e.load("l", p.members + e.wide(owner) * 8 + 8)
+        all_rows, all_keys = p.int("bias_rows").equals(1), p.int("bias_keys").equals(1)
+        far = e.const("i", 2**30)
+        heads = p.int("bias_heads").equals(1)
+        return [
+            row, e.select(all_rows, far, row + 1), key, e.select(all_keys, far, key + 1),
+            e.select(heads, e.const("i", 0), head), e.select(heads, p.int("heads"), head + 1),
+            e.narrow(begin), e.narrow(end),
+        ]  # fmt: skip
+
+    @macro(f"{PLACES} {NUMBERS} i i", *TYPES, "i", "i", "i")
+    def member(e: Any, integers: Any, reals: Any, n: Any, head: Any, row: Any) -> Any:
+        """A sequence that shares the tile, and how many rows and keys it has."""
+        p = Parameters(e, integers, reals)
+        index = e.narrow(e.load("l", p.members + (e.wide(n) + p.number + 1) * 8))
+        places, numbers = place(e, c, p, NAMES, index, e.const("i", 0), head)
+        numbers[0] = row
+        return places, numbers, numbers[3], numbers[4]
+
+    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
+    def load(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> None:
+        b = block(e, integers, reals, places, numbers)
+        for name, tile in (("query", tiles.query), ("grad_out", tiles.grad_out)):
+            b.load_tile(name, tile, base, thread, b.first, b.span.rows)
+        for name, tile in (("key", tiles.key), ("value", tiles.value)):
+            b.load_tile(name, tile, base, thread, j, b.span.columns)
+        e.commit()
+
+    @macro("")
+    def landed(e: Any) -> None:
+        e.wait(0)
+
+    @macro("", *TYPES, "i", "i")
+    def scale_queries(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
+        factor = Parameters(e, integers, reals).real("prescale", "d" if c.compute == "float64" else "f")
+        scale_rows(e, tiles.query, base, factor, thread, threads)
+
+    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
+    def add(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any, acc: Any) -> Any:
+        """Add the dS of one tile: P (dO V^T - delta), before the slope of the softcap, which comes before the bias."""
+        b = block(e, integers, reals, places, numbers)
+        s = stage(b, lanes, thread, j, product.scores(e, tiles.query, tiles.key, base, *lanes.split(thread)))[0]
+        s = lanes.scores(b, thread, j).hide(s, b.span)
+        dp = product.scores(e, tiles.grad_out, tiles.value, base, *lanes.split(thread))
+        zero, low, made = e.const(kind, 0.0), float("-inf"), []
+        found = []
+        for row in lanes.rows(thread):
+            at = b.first + row
+            there = at < b.span.rows
+            lse = e.load(kind, b.places["lse"] + e.wide(at) * b.p.lse_row, where=there)
+            delta = e.load(kind, b.places["delta"] + e.wide(at) * b.p.delta_row, where=there)
+            found.append((e.select(lse.equals(low), zero, lse * LOG2E), delta))
+        for n, (slot, _) in enumerate(layout.elements):
+            lse, delta = found[slot]
+            hidden = product.is_hidden(e, s[n]) if c.careful else s[n].equals(low)
+            made.append(acc[n] + e.select(hidden, zero, e.exp2(s[n] - lse) * (dp[n] - delta)))
+        return made
+
+    @macro(S)
+    def zeros(e: Any) -> Any:
+        return [e.const(kind, 0.0)] * len(layout)
+
+    @macro("", "i", "i", S)
+    def leave(e: Any, base: Any, thread: Any, acc: Any) -> None:
+        column = product.lane_column(thread & 31)
+        places = lanes.rows(thread)
+        for (slot, n), x in zip(layout.elements, acc, strict=True):
+            e.store_shared(kind, base + (places[slot] * columns + column + n) * size, [x])
+
+    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i", "i")
+    def write(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, row: Any, key: Any) -> None:
+        """Sum over what the tile shares, and store."""
+        b = block(e, integers, reals, places, numbers)
+        p, zero = b.p, e.const(kind, 0.0)
+        all_rows, all_keys = p.int("bias_rows").equals(1), p.int("bias_keys").equals(1)
+        s = Sequence(e, p, b.index)
+        one = e.const("i", 1)
+        most_rows, most_keys = (  # of the bias, or of this sequence in a bias of packed sequences
+            e.select(p.int(f"bias_{axis}").equals(0), s.int(of), p.int(f"bias_{axis}"))
+            for axis, of in (("rows", "rows"), ("keys", "key_rows"))
+        )
+
+        def store(i: Any, j: Any, x: Any, where: Any) -> None:
+            at = e.wide(e.select(all_rows, one - one, row + i)) * p.grad_bias_row
+            at = at + e.wide(e.select(all_keys, one - one, key + j)) * p.grad_bias_column
+            e.store(kind, b.places["grad_bias"] + at, [x], where)
+
+        def element(i: Any, j: Any) -> Any:
+            return e.load_shared(kind, base + (i * columns + j) * size)
+
+        # Each of its own: thread n is row or column n, or element n, n + threads, ...
+        whole = all_rows & all_keys
+        neither = (all_rows | all_keys) ^ 1
+        column = e.select(thread < columns, thread, thread - thread)
+        line = e.select(thread < rows, thread, thread - thread)
+        sums = e.loop(rows, [zero], lambda i, t: [t[0] + element(i, column)])[0]
+        store(one - one, column, sums, all_rows & (all_keys ^ 1) & (thread < columns) & (key + column < most_keys))
+        sums = e.loop(columns, [zero], lambda j, t: [t[0] + element(line, j)])[0]
+        store(line, one - one, sums, all_keys & (all_rows ^ 1) & (thread < rows) & (row + line < most_rows))
+        sums = e.loop(rows * columns, [zero], lambda n, t: [t[0] + e.load_shared(kind, base + n * size)])[0]
+        store(one - one, one - one, sums, whole & thread.equals(0))
+
+        def each(n: Any, state: list[Any]) -> list[Any]:
+            index = n * threads + thread
+            i, j = index // columns, index % columns
+            store(i, j, e.load_shared(kind, base + index * size), neither & (row + i < most_rows) & (key + j < most_keys))
+            return state
+
+        e.loop(rows * columns // threads, [], each)
+
+    def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        base = shared_address(cuda.shared.array(0, np.uint8))
+        thread = np.int32(cuda.threadIdx.x)
+        first_row, last_row, first_key, last_key, first_head, last_head, begin, end = shares(
+            integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
+        )
+        acc = zeros()
+        for n in range(begin, end):
+            for h in range(first_head, last_head):
+                row = first_row
+                places, numbers, valid_rows, valid_keys = member(integers, reals, np.int32(n), np.int32(h), row)
+                while row < min(last_row, valid_rows):
+                    places, numbers, _, _ = member(integers, reals, np.int32(n), np.int32(h), row)
+                    key = first_key
+                    while key < min(last_key, valid_keys):
+                        load(integers, reals, places, numbers, base, thread, key)
+                        landed()
+                        cuda.syncthreads()
+                        scale_queries(integers, reals, base, thread)
+                        cuda.syncthreads()
+                        acc = add(integers, reals, places, numbers, base, thread, key, acc)
+                        cuda.syncthreads()
+                        key = np.int32(key + columns)
+                    row = np.int32(row + rows)
+        leave(base, thread, acc)
+        cuda.syncthreads()
+        places, numbers, _, _ = member(integers, reals, begin, first_head, first_row)
+        write(integers, reals, places, numbers, base, thread, first_row, first_key)
+
+    return kernel

@@ -1,0 +1,139 @@
+"""The probabilities themselves, for `attention_weights`: maxima and sums of chosen rows first, then every key again."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .blocks import FORWARD, NUMBERS, Block, Lanes, place, stage
+from .config import Config
+from .forward import make_product, tiles_of
+from .parameters import TYPES, Parameters
+from .products import Layout
+from .results import write_row
+from .softmax import fold, start, total
+from .tiles import scale_rows
+
+PLACES = f"l{len(FORWARD)}"
+
+
+def make_weights(c: Config, on: Any) -> Any:
+    """Make the kernel; its grid is tiles of chosen rows, of sequences that are one chosen head each."""
+    cuda, macro, shared_address = on.cuda, on.macro, on.shared()
+    product = make_product(c)
+    kind, columns, threads = product.kind, c.columns, c.threads
+    lanes = Lanes(c, product)
+    layout = lanes.layout
+    nothing = Layout(product.slots, (), 1)
+    q, k, _, _ = tiles_of(c)
+    S, M = f"{kind}{len(layout)}", f"{kind}{product.slots}"
+    staged = c.softcap or c.alibi or bool(c.bias) or c.mask
+
+    def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
+        return Block(e, c, integers, reals, FORWARD, places, numbers)
+
+    @macro(f"{PLACES} {NUMBERS} i", *TYPES, "i")
+    def find_work(e: Any, integers: Any, reals: Any, x: Any) -> Any:
+        p = Parameters(e, integers, reals)
+        tiles = p.int("tiles")
+        places, numbers = place(e, c, p, FORWARD, x // tiles, x % tiles, e.const("i", 0))
+        numbers[7] = p.int("number")  # rows are those chosen
+        return places, numbers, numbers[4]
+
+    @macro("", *TYPES, PLACES, NUMBERS, "i", "i")
+    def load_queries(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any) -> None:
+        b = block(e, integers, reals, places, numbers)
+        b.load_tile("query", q, base, thread, b.first, b.rows)
+        e.commit()
+
+    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
+    def load_keys(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> None:
+        b = block(e, integers, reals, places, numbers)
+        b.load_tile("key", k, base, thread, j, b.span.columns)
+        e.commit()
+
+    @macro("", *TYPES, "i", "i")
+    def scale_queries(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
+        factor = Parameters(e, integers, reals).real("prescale", "d" if c.compute == "float64" else "f")
+        scale_rows(e, q, base, factor, thread, threads)
+
+    @macro("")
+    def landed(e: Any) -> None:
+        e.wait(0)
+
+    @macro(f"{M} {M}", *TYPES, PLACES, NUMBERS, "i")
+    def begin_rows(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any) -> Any:
+        b = block(e, integers, reals, places, numbers)
+        sinks = None
+        if c.sinks:
+            sinks = [b.sink(b.head, kind)] * product.slots
+        return start(e, product, nothing, sinks, product.lane_column(thread & 31).equals(0))[:2]
+
+    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i")
+    def scores(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> Any:
+        b = block(e, integers, reals, places, numbers)
+        s = product.scores(e, q, k, base, *lanes.split(thread))
+        if staged:
+            s = stage(b, lanes, thread, j, s)[0]
+        return lanes.scores(b, thread, j).hide(s, b.span)
+
+    @macro(f"{M} {M}", *TYPES, S, M, M)
+    def take_in(e: Any, integers: Any, reals: Any, s: Any, m: Any, l: Any) -> Any:
+        factor = None if staged else Parameters(e, integers, reals).real("factor", kind)
+        return fold(e, product, layout, nothing, s, m, l, [], factor)[1:3]
+
+    @macro(M, M)
+    def sums(e: Any, l: Any) -> Any:
+        return total(e, product, l)
+
+    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", S, M, M)
+    def write(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, s: Any, m: Any, l: Any) -> None:
+        b = block(e, integers, reals, places, numbers)
+        factor, zero = None if staged else b.p.real("factor", kind), e.const(kind, 0.0)
+        keys = b.p.int("inner_tiles")  # all keys, valid or not
+        for slot, row in enumerate(lanes.rows(thread)):
+            at = b.first + row
+            base = zero - e.select(m[slot] > -math.inf, m[slot], zero)
+            some = (l[slot] > 0.0) | e.is_nan(l[slot])
+            mine = layout.of_slot(slot)
+            made = []
+            for n in mine:
+                hidden = product.is_hidden(e, s[n])
+                weight = e.exp2(s[n] + base if factor is None else e.fma(s[n], factor, base))
+                made.append(e.select(hidden, zero, e.select(some, weight / l[slot], zero)))
+            address = b.places["out"] + e.wide(at) * b.p.out_row
+            first = product.lane_column(thread & 31) + j
+            write_row(e, c.storage, False, layout, mine, made, address, b.p.out_column, first, keys, at < b.rows)
+
+    @macro("i", *TYPES)
+    def all_keys(e: Any, integers: Any, reals: Any) -> Any:
+        return Parameters(e, integers, reals).int("inner_tiles")
+
+    def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        base = shared_address(cuda.shared.array(0, np.uint8))
+        thread = np.int32(cuda.threadIdx.x)
+        places, numbers, end = find_work(integers, reals, np.int32(cuda.blockIdx.x))
+        m, l = begin_rows(integers, reals, places, numbers, thread)
+        load_queries(integers, reals, places, numbers, base, thread)
+        landed()
+        cuda.syncthreads()
+        scale_queries(integers, reals, base, thread)
+        j = np.int32(0)
+        while j < end:
+            load_keys(integers, reals, places, numbers, base, thread, j)
+            landed()
+            cuda.syncthreads()
+            m, l = take_in(integers, reals, scores(integers, reals, places, numbers, base, thread, j), m, l)
+            cuda.syncthreads()
+            j = np.int32(j + columns)
+        l = sums(l)
+        j, end = np.int32(0), all_keys(integers, reals)
+        while j < end:
+            load_keys(integers, reals, places, numbers, base, thread, j)
+            landed()
+            cuda.syncthreads()
+            write(integers, reals, places, numbers, thread, j, scores(integers, reals, places, numbers, base, thread, j), m, l)
+            cuda.syncthreads()
+            j = np.int32(j + columns)
+
+    return kernel

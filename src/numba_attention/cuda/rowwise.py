@@ -1,0 +1,153 @@
+"""Small kernels around the backward pass: delta, gradients of sinks, sums over what was broadcast, zeros."""
+
+from typing import Any
+
+import numpy as np
+
+from .blocks import Block, place
+from .config import Config
+from .parameters import AXES, TYPES, Parameters
+from .softmax import LOG2E
+from .tiles import HALVES, KINDS
+
+NAMES = ("out", "grad_out", "lse", "grad_lse", "delta")
+PLACES = f"l{len(NAMES)}"
+
+
+def kind_of(storage: str) -> str:
+    return "d" if storage == "float64" else "f"
+
+
+def _read(e: Any, storage: str, address: Any, there: Any) -> Any:
+    x = e.load(KINDS[storage], address, where=there)
+    return e.unpack(HALVES[storage], x)[0] if storage in HALVES else x
+
+
+def make_delta(c: Config, on: Any) -> Any:
+    """Make the kernel of delta = rowsum(dO O) - dlse: a warp for each row; its grid is rows by fours, and heads."""
+    cuda, macro = on.cuda, on.macro
+    kind, warps = kind_of(c.storage), c.warps
+
+    @macro("", *TYPES, "i", "i", "i")
+    def row(e: Any, integers: Any, reals: Any, x: Any, head: Any, thread: Any) -> None:
+        p = Parameters(e, integers, reals)
+        tiles = p.int("tiles")
+        index, i = x // tiles, x % tiles * warps + (thread >> 5)
+        b = Block(e, c, integers, reals, NAMES, *place(e, c, p, NAMES, index, e.const("i", 0), head))
+        there, total = i < b.span.rows, e.const(kind, 0.0)
+        for n in range(-(-c.Ev // 32)):
+            feature = (thread & 31) + 32 * n
+            inside = there & (feature < p.int("Ev"))
+            a, z = (
+                _read(e, c.storage, b.places[name] + e.wide(i) * getattr(p, f"{name}_row")
+                      + e.wide(feature) * getattr(p, f"{name}_column"), inside)
+                for name in ("out", "grad_out")
+            )  # fmt: skip
+            total = e.fma(a, z, total)
+        for distance in (16, 8, 4, 2, 1):
+            total = total + e.shuffle_xor(total, distance)
+        given = there & (p.grad_lse > 0)
+        total = total - e.load(kind, b.places["grad_lse"] + e.wide(i) * p.grad_lse_row, where=given)
+        e.store(kind, b.places["delta"] + e.wide(i) * p.delta_row, [total], there & (thread & 31).equals(0))
+
+    def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        row(integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y), np.int32(cuda.threadIdx.x))
+
+    return kernel
+
+
+def make_sinks(c: Config, on: Any) -> Any:
+    """Make the kernel of the gradient of sinks, each one more key whose value is 0; a block for each head."""
+    cuda, macro, shared_address = on.cuda, on.macro, on.shared()
+    kind, threads = kind_of(c.storage), c.threads
+    size = 8 if kind == "d" else 4
+
+    @macro("i i", *TYPES)
+    def counts(e: Any, integers: Any, reals: Any) -> Any:
+        p = Parameters(e, integers, reals)
+        return p.int("number"), p.int("inner_tiles")
+
+    @macro(kind, *TYPES, "i", "i", "i", "i", kind)
+    def add(e: Any, integers: Any, reals: Any, index: Any, turn: Any, head: Any, thread: Any, total: Any) -> Any:
+        p = Parameters(e, integers, reals)
+        b = Block(e, c, integers, reals, NAMES, *place(e, c, p, NAMES, index, e.const("i", 0), head))
+        i = turn * threads + thread
+        there = i < b.span.rows
+        lse = e.load(kind, b.places["lse"] + e.wide(i) * p.lse_row, where=there)
+        delta = e.load(kind, b.places["delta"] + e.wide(i) * p.delta_row, where=there)
+        sink = e.convert(kind, e.load("d", p.sinks + e.wide(head) * 8))
+        weight = e.exp2((sink - lse) * LOG2E)
+        # Beside an infinite sum nothing else weighs; of a row with neither sink nor keys (lse -inf) nothing does.
+        weighs = there & e.is_finite(lse) & (weight > 0.0)
+        return e.select(weighs, total - weight * delta, e.select(there & e.is_nan(lse), lse, total))
+
+    @macro("", "i", "i", kind)
+    def leave(e: Any, base: Any, thread: Any, x: Any) -> None:
+        e.store_shared(kind, base + thread * size, [x])
+
+    @macro("", *TYPES, "i", "i", "i")
+    def finish(e: Any, integers: Any, reals: Any, base: Any, head: Any, thread: Any) -> None:
+        p = Parameters(e, integers, reals)
+        total = e.loop(threads, [e.const(kind, 0.0)], lambda n, s: [s[0] + e.load_shared(kind, base + n * size)])[0]
+        e.store(kind, p.partial + e.wide(head) * size, [total], thread.equals(0))
+
+    @macro(kind)
+    def zero(e: Any) -> Any:
+        return e.const(kind, 0.0)
+
+    def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        base = shared_address(cuda.shared.array(0, np.uint8))
+        thread, head = np.int32(cuda.threadIdx.x), np.int32(cuda.blockIdx.x)
+        number, turns = counts(integers, reals)
+        total = zero()
+        for index in range(number):
+            for turn in range(turns):
+                total = add(integers, reals, np.int32(index), np.int32(turn), head, thread, total)
+        leave(base, thread, total)
+        cuda.syncthreads()
+        finish(integers, reals, base, head, thread)
+
+    return kernel
+
+
+def make_reduce(c: Config, on: Any) -> Any:
+    """Make the kernel that sums an array over some axes, converts and scales nothing: a thread for each element of the result.
+
+    Its integers are of its own kind: source, target, elements, terms, and for each of `AXES` kept axes size, source and target
+    stride, for each of as many summed axes size and stride.
+    """
+    cuda, macro = on.cuda, on.macro
+    of, to = c.storage, c.to
+    kind, threads = "d" if "float64" in (of, to) else "f", c.threads
+
+    @macro(f"l l i {kind}", f"l{4 + 5 * AXES}", "i", "i")
+    def begin(e: Any, n: Any, x: Any, thread: Any) -> Any:
+        index = e.wide(x) * threads + e.wide(thread)
+        there = index < n[2]
+        source, target, rest = n[0], n[1], e.select(there, index, index - index)
+        for axis in range(AXES):
+            size, a, b = n[4 + 3 * axis : 7 + 3 * axis]
+            source, target, rest = source + rest % size * a, target + rest % size * b, rest // size
+        return source, e.select(there, target, target - target), e.narrow(n[3]), e.const(kind, 0.0)
+
+    @macro(kind, f"l{4 + 5 * AXES}", "l", "l", "i", kind)
+    def add(e: Any, n: Any, source: Any, target: Any, term: Any, total: Any) -> Any:
+        rest = e.wide(term)
+        for axis in range(AXES):
+            size, a = n[4 + 3 * AXES + 2 * axis : 6 + 3 * AXES + 2 * axis]
+            source, rest = source + rest % size * a, rest // size
+        return total + e.convert(kind, _read(e, of, source, target > 0))
+
+    @macro("", "l", kind)
+    def finish(e: Any, target: Any, total: Any) -> None:
+        x = total if to == "float64" else e.convert("f", total)
+        x = e.to_half(HALVES[to], x) if to in HALVES else x
+        e.store(KINDS[to], target, [x], target > 0)
+
+    def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        source, target, terms, total = begin(integers, np.int32(cuda.blockIdx.x), np.int32(cuda.threadIdx.x))
+        for term in range(terms):
+            total = add(integers, source, target, np.int32(term), total)
+        finish(target, total)
+
+    return kernel
