@@ -61,7 +61,7 @@ class Work:
             table = upload(np.ascontiguousarray(p.cache.table))
             self._kept.append(table)
             self.sequences["pages"] = address_of(table) + np.arange(len(self.sequences)) * p.cache.table.shape[1] * 8
-        self.hides = p.left is not None or p.right is not None or p.mask is not None or p.bias is not None
+        self.hides = _hides(p, self.sequences)
 
     def config(self, task: str, aligned: bool) -> Config:
         """The kernel for a task, with the options of this call."""
@@ -94,6 +94,14 @@ def upload(array: Array) -> Array:
     """A copy of a few numbers on the device."""
     data = array.tobytes()
     return _uploaded(data, runtime.current_device().ordinal, runtime.stream())
+
+
+def _hides(p: Problem, sequences: Array) -> bool:
+    """Whether some row may not see some valid key: a NaN there must not reach it."""
+    if p.left is not None or p.mask is not None or p.bias is not None:
+        return True
+    # (A step of decoding is causal, and sees everything.)
+    return p.right is not None and bool((sequences["offset"] + p.right < sequences["keys"] - 1).any())
 
 
 def work_list(p: Problem, sequences: Array, rows: int, of_keys: bool = False) -> Array | None:

@@ -1,0 +1,574 @@
+"""Runs CUDA kernels without a GPU: the very functions that the compiler gets, on NumPy arrays of one element a thread.
+
+A kernel's factory takes a target. `toolchain.Intrinsics` makes machine code of its macros; an `Emulator` runs them at once, block after
+block. Asynchronous copies land as late as the program allows, or at once; shared memory starts as NaN; every address is checked, and so is
+who wrote what another thread reads, or overwrites, without a barrier between. What it cannot see: errors of the compiler, and speed.
+"""
+
+from __future__ import annotations
+
+import types
+from contextlib import contextmanager
+
+import numpy as np
+from device import HostDriver
+
+from numba_attention.cuda import kernels, runtime
+from numba_attention.cuda.driver import Kernel
+
+DTYPES = {"i": np.int32, "l": np.int64, "f": np.float32, "d": np.float64, "p": np.bool_}
+SIZES = {"i": 4, "l": 8, "f": 4, "d": 8, "h": 2, "b": 1}
+TINY = np.float32(2.0**-126)
+
+
+class Value:
+    """A register of every thread, with the operators of `emit.Value`."""
+
+    __slots__ = ("kind", "x")
+
+    def __init__(self, kind, x):
+        self.kind, self.x = kind, np.asarray(x, DTYPES[kind])
+
+    def _other(self, other):
+        if isinstance(other, Value):
+            if other.kind != self.kind:
+                raise TypeError(f"{self.kind} and {other.kind} do not mix")
+            return other.x
+        return DTYPES[self.kind](other)
+
+    def _made(self, x):
+        return Value(self.kind, x)
+
+    def _unsigned(self, operation, other):
+        unsigned = np.uint32 if self.kind == "i" else np.uint64
+        a, b = self.x.astype(unsigned), np.asarray(self._other(other)).astype(unsigned)
+        return self._made(operation(a, b).astype(DTYPES[self.kind]))
+
+    def __add__(self, other):
+        return self._made(self.x + self._other(other))
+
+    def __sub__(self, other):
+        return self._made(self.x - self._other(other))
+
+    def __rsub__(self, other):
+        return self._made(self._other(other) - self.x)
+
+    def __mul__(self, other):
+        return self._made(self.x * self._other(other))
+
+    def __truediv__(self, other):
+        return self._made(self.x / self._other(other))
+
+    def __floordiv__(self, other):
+        return self._unsigned(lambda a, b: a // np.maximum(b, 1), other)  # (GPUs do not stop at a division by 0)
+
+    def __mod__(self, other):
+        return self._unsigned(lambda a, b: a % np.maximum(b, 1), other)
+
+    def __and__(self, other):
+        return self._made(self.x & self._other(other))
+
+    def __or__(self, other):
+        return self._made(self.x | self._other(other))
+
+    def __xor__(self, other):
+        return self._made(self.x ^ self._other(other))
+
+    def __rshift__(self, other):
+        return self._unsigned(lambda a, b: a >> b, other)
+
+    def __lshift__(self, other):
+        return self._made(self.x << self._other(other))
+
+    def __lt__(self, other):
+        return Value("p", self.x < self._other(other))
+
+    def __le__(self, other):
+        return Value("p", self.x <= self._other(other))
+
+    def __gt__(self, other):
+        return Value("p", self.x > self._other(other))
+
+    def __ge__(self, other):
+        return Value("p", self.x >= self._other(other))
+
+    def equals(self, other):
+        return Value("p", self.x == self._other(other))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+def round_half(dtype, x):
+    """The 16 bits of float32 numbers, to the nearest, ties to even."""
+    x = np.ascontiguousarray(x, np.float32)
+    if dtype == "f16":
+        return x.astype(np.float16).view(np.uint16).astype(np.uint32)
+    bits = x.view(np.uint32)
+    return np.where(np.isnan(x), np.uint32(0x7FC0), (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16)
+
+
+class Emit:
+    """The methods of `emit.Emit`, for all threads of a block at once."""
+
+    def __init__(self, emulator, threads):
+        self._memory, self._shared, self.n = emulator.memory, emulator.block_memory, threads
+
+    def _all(self, value):
+        return np.broadcast_to(value.x, (self.n,))
+
+    def _where(self, where):
+        return np.ones(self.n, bool) if where is None else self._all(where)
+
+    def _words(self, value):
+        return np.ascontiguousarray(self._all(value)).view(np.uint32)
+
+    # Numbers.
+
+    def const(self, kind, x):
+        return Value(kind, np.asarray(x).astype(DTYPES[kind]))
+
+    def select(self, condition, a, b):
+        assert a.kind == b.kind
+        return Value(a.kind, np.where(condition.x, a.x, b.x))
+
+    def min(self, a, b):
+        return Value(a.kind, np.minimum(a.x, a._other(b)))
+
+    def max(self, a, b):
+        return Value(a.kind, np.fmax(a.x, a._other(b)))
+
+    def wide(self, x):
+        assert x.kind == "i"
+        return Value("l", x.x.astype(np.int64))
+
+    def narrow(self, x):
+        assert x.kind == "l"
+        return Value("i", x.x.astype(np.int32))
+
+    def convert(self, kind, x):
+        return Value(kind, x.x.astype(DTYPES[kind]))
+
+    def bits(self, kind, x):
+        return Value(kind, np.ascontiguousarray(self._all(x)).view(DTYPES[kind]))
+
+    def fma(self, a, b, c):
+        assert a.kind == b.kind == c.kind
+        wide = np.float64 if a.kind == "f" else np.longdouble
+        return Value(a.kind, (a.x.astype(wide) * b.x + c.x).astype(DTYPES[a.kind]))
+
+    def exp2(self, x):
+        made = np.exp2(x.x)
+        return Value(x.kind, np.where(made < TINY, np.float32(0), made) if x.kind == "f" else made)
+
+    def log2(self, x):
+        return Value(x.kind, np.log2(x.x))
+
+    def tanh(self, x):
+        return Value(x.kind, np.tanh(x.x))
+
+    def abs(self, x):
+        return Value(x.kind, np.abs(x.x))
+
+    def opaque(self, x):
+        return x
+
+    def pack(self, dtype, low, high):
+        words = round_half(dtype, self._all(low)) | (round_half(dtype, self._all(high)) << 16)
+        return Value("i", words.astype(np.uint32).view(np.int32))
+
+    def unpack(self, dtype, x):
+        words = self._words(x)
+        if dtype == "bf16":
+            return Value("f", (words << 16).view(np.float32)), Value("f", (words & 0xFFFF0000).view(np.float32))
+        halves = words.view(np.uint16).view(np.float16).reshape(-1, 2).astype(np.float32)
+        return Value("f", halves[:, 0]), Value("f", halves[:, 1])
+
+    def to_half(self, dtype, x):
+        return Value("i", round_half(dtype, self._all(x)).astype(np.int32))
+
+    def is_nan(self, x):
+        return Value("p", np.isnan(x.x))
+
+    def is_finite(self, x):
+        return Value("p", np.isfinite(x.x))
+
+    # Memory.
+
+    def load(self, kind, address, count=1, where=None):
+        size, where = SIZES[kind] * count, self._where(where)
+        data = np.zeros((self.n, size), np.uint8)
+        data[where] = self._memory.bytes_at(self._all(address)[where], size, size)
+        return self._values(kind, data, count)
+
+    def load_constant(self, kind, address):
+        return self.load(kind, address)
+
+    def store(self, kind, address, values, where):
+        data, where = self._bytes(kind, values), self._where(where)
+        self._memory.write(self._all(address)[where], data[where])
+
+    def load_shared(self, kind, address, count=1):
+        return self._values(kind, self._shared.read(self._all(address), SIZES[kind] * count), count)
+
+    def store_shared(self, kind, address, values, where=None):
+        self._shared.write(self._all(address), self._bytes(kind, values), self._where(where))
+
+    def copy_async(self, shared, address, size, where=None, width=16):
+        address, size, where = (x.copy() for x in (self._all(address), self._all(size), self._where(where)))
+        assert ((size >= 0) & (size <= width))[where].all(), "cp.async: size"
+
+        def fetch():
+            data = np.zeros((self.n, width), np.uint8)
+            for n in np.unique(size[where]):
+                which = where & (size == n)
+                if n:
+                    data[which, :n] = self._memory.bytes_at(address[which], int(n), width)
+            return data
+
+        self._shared.copy(self._all(shared).copy(), fetch, width, where)
+
+    def commit(self):
+        self._shared.groups.append([])
+
+    def wait(self, groups):
+        self._shared.wait(groups)
+
+    def _values(self, kind, data, count):
+        if kind in "hb":
+            return Value("i", data.view({"h": np.uint16, "b": np.uint8}[kind])[:, 0].astype(np.int32))
+        numbers = np.ascontiguousarray(data).view(DTYPES[kind])
+        found = [Value(kind, numbers[:, n].copy()) for n in range(count)]
+        return found[0] if count == 1 else found
+
+    def _bytes(self, kind, values):
+        dtype = np.uint16 if kind == "h" else DTYPES[kind]
+        assert all(x.kind == ("i" if kind == "h" else kind) for x in values)
+        return np.stack([self._all(x).astype(dtype) for x in values], 1).view(np.uint8)
+
+    # What a warp does together.
+
+    def shuffle_xor(self, x, distance):
+        return Value(x.kind, self._all(x)[np.arange(self.n) ^ distance])
+
+    def sync_warp(self):
+        self._shared.sync_warp()
+
+    def load_matrices(self, address, transposed):
+        rows = self._shared.read(self._all(address), 16, matrices=True).view(np.uint16).reshape(-1, 4, 8, 8)
+        rows = rows.swapaxes(-1, -2) if transposed else rows
+        lane = np.arange(32)
+        low, high = (rows[:, :, lane >> 2, 2 * (lane & 3) + n].astype(np.uint32) for n in (0, 1))
+        words = (low | (high << 16)).view(np.int32)
+        return [Value("i", words[:, n].ravel()) for n in range(4)]
+
+    def multiply(self, dtype, a, b, c):
+        g, t = np.arange(32) >> 2, np.arange(32) & 3
+        depth = 8 if dtype == "tf32" else 16
+        A, B, C = (np.zeros((self.n // 32, *shape)) for shape in ((16, depth), (depth, 8), (16, 8)))
+
+        def lanes(x):
+            return x.reshape(-1, 32)
+
+        for n, x in enumerate(c):
+            C[:, g + 8 * (n // 2), 2 * t + n % 2] = lanes(self._all(x))
+        for matrix, given in ((A, a), (B, b)):
+            for n, x in enumerate(given):
+                down, right = (8 * (n % 2), n // 2) if matrix is A else (0, n)
+                if dtype == "tf32":
+                    words = self._words(x)
+                    assert not (words & 0x1FFF).any(), "tf32: not rounded"
+                    parts, step, width = [words.view(np.float32)], 1, 4
+                else:
+                    parts, step, width = [y.x for y in self.unpack(dtype, x)], 2, 8
+                for m, part in enumerate(parts):
+                    k = step * t + m + width * right
+                    matrix[(slice(None), g + down, k) if matrix is A else (slice(None), k, g)] = lanes(part)
+        made = (A @ B + C).astype(np.float32)
+        return [Value("f", made[:, g + 8 * (n // 2), 2 * t + n % 2].ravel()) for n in range(4)]
+
+    def to_tf32(self, x):
+        return Value("i", ((self._words(x) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.int32))
+
+    def loop(self, count, state, body):
+        for n in range(count):
+            state = body(Value("i", n), list(state))
+        return state
+
+
+class Memory:
+    """Memory of the device, as far as `regions` of (address, bytes) go."""
+
+    def __init__(self):
+        self.regions = np.zeros((0, 2), np.int64)
+
+    def allow(self, regions):
+        self.regions = np.array(sorted(regions), np.int64).reshape(-1, 2)
+        first, last = int(self.regions[0, 0]), int((self.regions[:, 0] + self.regions[:, 1]).max())
+        self.start = first
+        # All of it as one array, most of which does not exist: only what is checked is touched.
+        described = types.SimpleNamespace(
+            __array_interface__={"version": 3, "shape": (last - first,), "typestr": "|u1", "data": (first, False)}
+        )
+        self.bytes = np.asarray(described)
+
+    def _index(self, address, size, alignment):
+        assert not (address % alignment).any(), f"misaligned by {set((address % alignment).tolist())} of {alignment}"
+        region = np.searchsorted(self.regions[:, 0], address, "right") - 1
+        start, length = self.regions[np.maximum(region, 0)].T
+        outside = (region < 0) | (address + size > start + length)
+        assert not outside.any(), f"out of bounds by {(address + size - start - length)[outside].max()} bytes"
+        return (address - self.start)[:, None] + np.arange(size)
+
+    def bytes_at(self, address, size, alignment):
+        return self.bytes[self._index(address, size, alignment)]
+
+    def write(self, address, data):
+        index = self._index(address, data.shape[1], data.shape[1])
+        self.bytes[index] = data
+        assert (self.bytes[index] == data).all(), "threads write different things to one place"
+
+
+class BlockMemory:
+    """Shared memory, who used it last, and copies that are under way."""
+
+    NOBODY, SEVERAL = -1, -2
+
+    def __init__(self, size, landing, races):
+        self.bytes = np.full(size, 0xFF, np.uint8)
+        self.landing, self.races = landing, races
+        self.groups = [[]]
+        words = -(-size // 4)
+        self.epoch = self.warp_epoch = 1  # how many barriers of the block, and of warps, there have been
+        self.writer, self.written, self.written_warp = np.full(words, self.NOBODY), *np.zeros((2, words), int)
+        self.reader, self.read_epoch, self.read_warp = np.full(words, self.NOBODY), *np.zeros((2, words), int)
+        self.read_warps = np.zeros(words, int)
+        self.coming = np.zeros(words, bool)
+        self.conflicts = {}  # most words of one bank in one access, by its width; filled if `count` is set
+        self.count = False
+
+    def sync(self):
+        self.epoch += 1
+        self.sync_warp()
+
+    def sync_warp(self):
+        self.warp_epoch += 1
+
+    def _index(self, address, width, where=None):
+        address = address.astype(np.int64) if where is None else address[where].astype(np.int64)
+        assert not (address % width).any(), "shared memory: misaligned"
+        assert (address >= 0).all(), "shared memory: out of bounds"
+        assert (address + width <= self.bytes.size).all(), "shared memory: out of bounds"
+        return address
+
+    def read(self, address, width, matrices=False):
+        address = self._index(address, width)
+        if self.count:
+            self._count("matrices" if matrices else f"read {width}", address, width)
+        if self.races:
+            self._check_read(address, width, matrices)
+        return self.bytes[address[:, None] + np.arange(width)]
+
+    def write(self, address, data, where):
+        width = data.shape[1]
+        threads = np.flatnonzero(where)
+        address = self._index(address, width, where)
+        if self.count:
+            self._count(f"write {width}", address, width)
+        if self.races:
+            words = self._words(address, width)
+            self._check_write(words, threads)
+            self._written(words, threads)
+        self.bytes[address[:, None] + np.arange(width)] = data[where]
+
+    def copy(self, address, fetch, width, where):
+        threads = np.flatnonzero(where)
+        address = self._index(address, width, where)
+        index, words = address[:, None] + np.arange(width), self._words(address, width)
+        if self.races:
+            self._check_write(words, threads)
+            self.coming[words] = True
+        if self.landing == "issue":
+            self.bytes[index] = fetch()[where]
+
+        def land():
+            if self.landing == "wait":
+                self.bytes[index] = fetch()[where]
+            self.coming[words] = False
+            if self.races:
+                self._written(words, threads)
+
+        self.groups[-1].append(land)
+
+    def wait(self, groups):
+        done = self.groups[: len(self.groups) - 1 - groups]
+        del self.groups[: len(done)]
+        for group in done:
+            for land in group:
+                land()
+
+    @staticmethod
+    def _words(address, width):
+        return address[:, None] // 4 + np.arange(max(width // 4, 1))
+
+    def _check_read(self, address, width, matrices):
+        words, threads = self._words(address, width), np.arange(len(address))[:, None]
+        assert not self.coming[words].any(), "shared memory: read while a copy is under way"
+        fresh = self.written[words] == self.epoch
+        writer = self.writer[words]
+        same_warp = (writer // 32 == threads // 32) & (self.written_warp[words] < self.warp_epoch)
+        mine = same_warp if matrices else same_warp | (writer == threads)
+        assert (~fresh | mine).all(), "shared memory: read without a barrier after another thread wrote"
+        old = self.read_epoch[words] != self.epoch
+        self.read_warps[words[old]] = 0
+        np.bitwise_or.at(self.read_warps, words, np.broadcast_to(1 << (threads // 32), words.shape))
+        flat, who = words.ravel(), np.broadcast_to(threads, words.shape).ravel()
+        before = np.where(self.read_warp[flat] == self.warp_epoch, self.reader[flat], self.NOBODY)
+        self.reader[flat] = who
+        several = matrices | (self.reader[flat] != who) | ((before != self.NOBODY) & (before != who))
+        self.reader[flat[several]] = self.SEVERAL
+        self.read_epoch[flat], self.read_warp[flat] = self.epoch, self.warp_epoch
+
+    def _check_write(self, words, threads):
+        threads = threads[:, None]
+        assert not self.coming[words].any(), "shared memory: written while a copy is under way"
+        fresh, writer = self.written[words] == self.epoch, self.writer[words]
+        ordered = (writer // 32 == threads // 32) & (self.written_warp[words] < self.warp_epoch)
+        assert (~fresh | ordered | (writer == threads)).all(), "shared memory: two threads write without a barrier"
+        fresh = self.read_epoch[words] == self.epoch
+        others = self.read_warps[words] & ~(1 << (threads // 32))
+        assert not (fresh & (others != 0)).any(), "shared memory: overwritten without a barrier after another warp read"
+        just = fresh & (self.read_warp[words] == self.warp_epoch) & (self.reader[words] != threads)
+        assert not just.any(), "shared memory: overwritten without a barrier after another thread read"
+
+    def _written(self, words, threads):
+        self.writer[words] = threads[:, None]
+        assert (self.writer[words] == threads[:, None]).all() or words.size == 0 or self._sub_words, "two threads write"
+        self.written[words], self.written_warp[words] = self.epoch, self.warp_epoch
+
+    _sub_words = True  # elements of 2 bytes share words
+
+    def _count(self, name, address, width):
+        lanes = {4: 32, 8: 16}.get(width, 8) if width >= 4 else 32
+        for start in range(0, len(address), lanes):
+            words = np.unique(self._words(address[start : start + lanes], width))
+            most = int(np.bincount(words % 32).max())
+            self.conflicts[name] = max(self.conflicts.get(name, 0), most)
+
+
+class Emulator:
+    """A target for the factories of kernels, and what runs what they make.
+
+    Parameters
+    ----------
+    landing : {"wait", "issue"}
+        When asynchronous copies arrive: as late as the program allows, or at once.
+    races : bool
+        Whether to look for missing barriers, which takes longer.
+    """
+
+    def __init__(self, landing="wait", races=True):
+        self.landing, self.races = landing, races
+        self.memory = Memory()
+        self.count_conflicts, self.conflicts = False, {}
+        self.cuda = types.SimpleNamespace(
+            shared=types.SimpleNamespace(array=lambda size, dtype: None),
+            syncthreads=lambda: self.block_memory.sync(),
+            syncthreads_or=self._any,
+        )
+
+    def _any(self, x):
+        self.block_memory.sync()
+        return int(np.any(x))
+
+    def shared(self):
+        return lambda array: np.int32(0)
+
+    def macro(self, result, *arguments):
+        def decorate(body):
+            def call(*given):
+                assert len(given) == len(arguments), body.__name__
+                values = [_take(text, x) for text, x in zip(arguments, given, strict=True)]
+                try:
+                    with np.errstate(all="ignore"):
+                        made = body(self.emit, *values)
+                except AssertionError as error:
+                    raise AssertionError(f"{body.__name__}: {error}") from error
+                parts = result.split()
+                if len(parts) < 2:
+                    return _give(parts[0], made) if parts else None
+                return tuple(_give(text, x) for text, x in zip(parts, made, strict=True))
+
+            return call
+
+        return decorate
+
+    def run(self, kernel, grid, threads, shared, integers, reals, regions):
+        """Run every block of a grid, one after the other."""
+        integers, reals = tuple(map(np.int64, integers)), tuple(map(np.float64, reals))
+        self.memory.allow(regions)
+        self.cuda.threadIdx = types.SimpleNamespace(x=np.arange(threads, dtype=np.int32))
+        for z, y, x in np.ndindex(grid[::-1]):
+            self.cuda.blockIdx = types.SimpleNamespace(x=x, y=y, z=z)
+            self.block_memory = BlockMemory(shared, self.landing, self.races)
+            self.block_memory.count, self.block_memory.conflicts = self.count_conflicts, self.conflicts
+            self.emit = Emit(self, threads)
+            kernel(integers, reals)
+
+
+def _take(text, x):
+    if len(text) > 1:
+        assert len(x) == int(text[1:])
+        return [Value(text[0], y) for y in x]
+    return Value(text, x)
+
+
+def _give(text, made):
+    if len(text) > 1:
+        assert len(made) == int(text[1:])
+        assert all(x.kind == text[0] for x in made)
+        return tuple(_uniform(x.x) for x in made)
+    assert made.kind == text
+    return _uniform(made.x)
+
+
+def _uniform(x):
+    """What all threads agree on as one number, which the kernel may branch on."""
+    if x.ndim and x.dtype.kind == "i" and (x == x[0]).all():
+        return x[0]
+    return x[()] if not x.ndim else x
+
+
+class EmulatedDriver(HostDriver):
+    """A device whose kernels are emulated; `configs` has every one that was launched."""
+
+    def __init__(self, landing="wait", races=True, capability=(9, 0), **options):
+        super().__init__(run=self.emulate, **options)
+        major, minor = capability
+        self.template = self.template.__class__(
+            0, capability, f"sm_{major}{minor}{'a' if capability == (9, 0) else ''}", 4, 232448, "an emulated GPU"
+        )
+        self.landing, self.races = landing, races
+        self.configs, self.made = {}, {}
+
+    def compiled(self, config):
+        self.configs[config.name] = config
+        return Kernel(config.name, b"", config.threads, config.shared)
+
+    def emulate(self, kernel, grid, integers, reals):
+        if kernel.name not in self.made:
+            emulator = Emulator(self.landing, self.races)
+            self.made[kernel.name] = emulator, kernels.make(self.configs[kernel.name], emulator)
+        emulator, function = self.made[kernel.name]
+        held = {address: reference() for address, reference in self.allocations.items()}
+        regions = [(address, memory.size) for address, memory in held.items() if memory is not None]
+        emulator.run(function, grid, kernel.threads, kernel.shared, integers, reals, regions)
+
+
+@contextmanager
+def emulated(monkeypatch, **options):
+    """Let the CUDA backend run in the emulator."""
+    driver = EmulatedDriver(**options)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "driver", driver)
+        patch.setattr(kernels, "compiled", driver.compiled)
+        yield driver

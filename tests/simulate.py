@@ -1,0 +1,146 @@
+"""The simplest form of a kernel, a row for each thread, in the CUDA simulator of numba-cuda: NUMBA_ENABLE_CUDASIM=1.
+
+The simulator has no shuffles and no inline PTX; the macros of a kernel run here with the emulator's instructions, one thread at a
+time, and its barriers, indices and shared memory are the simulator's. Run by test_cuda_kernels.py in a process of its own.
+"""
+
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+from cases import Case, assert_close, oracle, tolerance
+from emulator import Emit, Memory, _give, _take
+from numba import config, cuda
+
+import numba_attention as na
+from numba_attention.cuda import configs, kernels, runtime
+from numba_attention.cuda.driver import Kernel
+
+thread = threading.local()
+
+
+class Shared:
+    """Shared memory of the simulator, as the instructions of one thread see it."""
+
+    def read(self, address, width, matrices=False):
+        assert not matrices, "no matrices here"
+        return thread.shared[address[:, None] + np.arange(width)]
+
+    def write(self, address, data, where):
+        if where[0]:
+            thread.shared[address[:, None] + np.arange(data.shape[1])] = data
+
+    def copy(self, address, fetch, width, where):
+        self.write(address, fetch(), where)
+
+    def wait(self, groups):
+        pass
+
+    def sync_warp(self):
+        pass  # only a thread's own weights lie between two of them
+
+    groups = property(lambda self: [])
+
+
+class Cuda:
+    """numba.cuda as a kernel sees it: the simulator puts another module in the place of the global `cuda` while one runs."""
+
+    def __getattr__(self, name):
+        if name == "shared":  # which asks for a dtype, where the compiler asks for a type
+            return SimpleNamespace(array=lambda size, kind: cuda.shared.array(size, np.dtype(kind)))
+        return getattr(cuda, name)
+
+
+class Simulator:
+    """A target for the factories of kernels."""
+
+    def __init__(self):
+        self.cuda, self.memory, self.block_memory = Cuda(), Memory(), Shared()
+
+    def shared(self):
+        def address(array):
+            thread.shared = np.asarray(array._ary if hasattr(array, "_ary") else array).reshape(-1).view(np.uint8)
+            thread.emit = Emit(self, 1)
+            return np.int32(0)
+
+        return address
+
+    def macro(self, result, *arguments):
+        def decorate(body):
+            def call(*given):
+                if not hasattr(thread, "emit"):
+                    thread.emit = Emit(self, 1)
+                values = [_take(text, x) for text, x in zip(arguments, given, strict=True)]
+                with np.errstate(all="ignore"):
+                    made = body(thread.emit, *values)
+                parts = result.split()
+                if len(parts) < 2:
+                    return _give(parts[0], made) if parts else None
+                return tuple(_give(text, x) for text, x in zip(parts, made, strict=True))
+
+            return call
+
+        return decorate
+
+
+def simulated_driver():
+    from device import HostDriver
+
+    made = {}
+
+    def compiled(c):
+        c = c.with_(slots=1, across=1, warps=1, columns=16, product="simt")
+        target = Simulator()
+        kernel = Kernel(c.name, b"", c.threads, c.shared)
+        function = kernels.make(c, target)
+
+        def simulated(integers, reals):  # whose globals are those of this module, where the simulator looks for `cuda`
+            function(integers, reals)
+
+        made[c.name] = target, cuda.jit(simulated)
+        return kernel
+
+    def run(kernel, grid, integers, reals):
+        target, function = made[kernel.name]
+        held = {address: reference() for address, reference in driver.allocations.items()}
+        target.memory.allow([(address, x.size) for address, x in held.items() if x is not None])
+        numbers = tuple(map(np.int64, integers)), tuple(map(np.float64, reals))
+        function[grid, kernel.threads, 0, max(kernel.shared, 1)](*numbers)
+
+    driver = HostDriver(run=run)
+    return driver, compiled
+
+
+def plain(c, **options):
+    """Every kernel with one row a thread."""
+    return c.with_(slots=1, across=1, warps=1, columns=16, product="simt", **options)
+
+
+def main():
+    assert config.ENABLE_CUDASIM, "set NUMBA_ENABLE_CUDASIM=1"
+    runtime.driver, kernels.compiled = simulated_driver()
+    base, careful = configs.base, configs.careful
+    configs.base = lambda *given: plain(base(*given))
+    configs.few = lambda c, rows, device: c
+    configs.with_options = lambda c, **options: c.with_(**options)
+    configs.careful = lambda c, device: plain(careful(c, device))
+    cases = [
+        Case(L=5, S=21, H=2, batch=()),
+        Case(L=17, S=19, E=33, Ev=5, H=1, batch=(), options=("causal", "alibi", "sinks")),
+        Case(L=7, S=18, H=2, Hkv=1, batch=(2,), options=("window", "mask", "key lengths", "softcap")),
+    ]
+    for case in cases:
+        for dtype in ("float32", "float64"):
+            arrays, kwargs = case.arrays(dtype), case.kwargs()
+            out, lse = na.attention(*arrays, **kwargs, return_lse=True, backend="cuda")
+            want, want_lse = oracle(*arrays, **kwargs)
+            of_out, of_lse = tolerance(dtype, case)
+            assert_close(out, want, of_out)
+            assert_close(lse, want_lse, 2 * of_lse, offset=1)
+            print(f"simulated: {dtype} {case}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
