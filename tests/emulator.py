@@ -1,8 +1,9 @@
 """Runs CUDA kernels without a GPU: the very functions that the compiler gets, on NumPy arrays of one element a thread.
 
-A kernel's factory takes a target. `toolchain.Intrinsics` makes machine code of its macros; an `Emulator` runs them at once, block after
-block. Asynchronous copies land as late as the program allows, or at once; shared memory starts as NaN; every address is checked, and so is
-who wrote what another thread reads, or overwrites, without a barrier between. What it cannot see: errors of the compiler, and speed.
+A kernel's factory takes a target. `toolchain.Intrinsics` makes machine code of its macros; an `Emulator` runs them at
+once, block after block. Asynchronous copies land as late as the program allows, or at once; shared memory starts as
+NaN; every address is checked, and so is who wrote what another thread reads, or overwrites, without a barrier
+between. What it cannot see: errors of the compiler, and speed.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import types
 from contextlib import contextmanager
 
 import numpy as np
-from device import HostDriver
 
+from device import HostDriver
 from numba_attention.cuda import kernels, runtime
 from numba_attention.cuda.driver import Kernel
 
@@ -102,7 +103,8 @@ def round_half(dtype, x):
     """The 16 bits of float32 numbers, to the nearest, ties to even."""
     x = np.ascontiguousarray(x, np.float32)
     if dtype == "f16":
-        return x.astype(np.float16).view(np.uint16).astype(np.uint32)
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).view(np.uint16).astype(np.uint32)
     bits = x.view(np.uint32)
     return np.where(np.isnan(x), np.uint32(0x7FC0), (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16)
 

@@ -1,7 +1,8 @@
 """The simplest form of a kernel, a row for each thread, in the CUDA simulator of numba-cuda: NUMBA_ENABLE_CUDASIM=1.
 
-The simulator has no shuffles and no inline PTX; the macros of a kernel run here with the emulator's instructions, one thread at a
-time, and its barriers, indices and shared memory are the simulator's. Run by test_cuda_kernels.py in a process of its own.
+The simulator has no shuffles and no inline PTX; the macros of a kernel run here with the emulator's instructions, one
+thread at a time, and its barriers, indices and shared memory are the simulator's. Run by test_cuda_kernels.py in a
+process of its own.
 """
 
 import sys
@@ -9,11 +10,11 @@ import threading
 from types import SimpleNamespace
 
 import numpy as np
-from cases import Case, assert_close, oracle, tolerance
-from emulator import Emit, Memory, _give, _take
 from numba import config, cuda
 
 import numba_attention as na
+from cases import Case, assert_close, oracle, tolerance
+from emulator import Emit, Memory, _give, _take
 from numba_attention.cuda import configs, kernels, runtime
 from numba_attention.cuda.driver import Kernel
 
@@ -44,7 +45,7 @@ class Shared:
 
 
 class Cuda:
-    """numba.cuda as a kernel sees it: the simulator puts another module in the place of the global `cuda` while one runs."""
+    """numba.cuda as a kernel sees it: while one runs, the simulator puts another module in the place of `cuda`."""
 
     def __getattr__(self, name):
         if name == "shared":  # which asks for a dtype, where the compiler asks for a type

@@ -85,7 +85,7 @@ class Work:
 
 
 @lru_cache(maxsize=256)
-def _uploaded(data: bytes, device: int, stream: int) -> Array:
+def _uploaded(data: bytes, driver: runtime.Driver, device: int, stream: int) -> Array:
     """A copy on the device of what seldom changes; kept for a stream, on which it is freed too."""
     return runtime.upload(np.frombuffer(data, np.int64), stream)
 
@@ -93,7 +93,7 @@ def _uploaded(data: bytes, device: int, stream: int) -> Array:
 def upload(array: Array) -> Array:
     """A copy of a few numbers on the device."""
     data = array.tobytes()
-    return _uploaded(data, runtime.current_device().ordinal, runtime.stream())
+    return _uploaded(data, runtime.driver, runtime.current_device().ordinal, runtime.stream())
 
 
 def _hides(p: Problem, sequences: Array) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..cuda import configs
-from ..cuda.config import Config
+from ..cuda.config import Config, padded
 from ..options import Array
 from ..problem import BackwardProblem, spread_bias
 from .arguments import Work, is_aligned, upload, work_list
@@ -52,7 +52,7 @@ def run(g: BackwardProblem) -> None:
 
 
 def _small(task: str, work: Work, warps: int) -> Config:
-    return Config(task, work.storage, 32, configs.padded(work.p.Ev), warps=warps, arch=work.device.arch)
+    return Config(task, work.storage, 32, padded(work.p.Ev), warps=warps, arch=work.device.arch)
 
 
 def _own(work: Work, c: Config, heads: int, length: int) -> None:

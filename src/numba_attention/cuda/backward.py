@@ -1,8 +1,9 @@
-"""The backward pass in two kernels without atomics, so that the same call has the same bits: FlashAttention-2, algorithm 2.
+"""The backward pass, FlashAttention-2, algorithm 2, in two kernels without atomics: the same call has the same bits.
 
-One owns tiles of queries and sums dQ over keys, the other owns tiles of keys and sums dK and dV over queries and, for grouped
-heads, over the heads of the group. Both make the weights again, P = exp(S - lse), and dS = P (dO V^T - delta) with
-delta = rowsum(dO O) - dlse from `rowwise`. What is summed over comes tile by tile, the next one while this one is worked on.
+One owns tiles of queries and sums dQ over keys, the other owns tiles of keys and sums dK and dV over queries and, for
+grouped heads, over the heads of the group. Both make the weights again, P = exp(S - lse), and dS = P (dO V^T - delta)
+with delta = rowsum(dO O) - dlse from `rowwise`. What is summed over comes tile by tile, the next one while this one
+is worked on.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ NAMES = {"query": (*BACKWARD, "grad_query"), "key": (*BACKWARD, "grad_key", "gra
 
 
 class Tiles:
-    """Shared memory of a block: its own two tiles, and twice the two that pass by and, of queries, their lse and delta."""
+    """Shared memory of a block: its two tiles, and twice the two that pass by and, of queries, their lse and delta."""
 
     def __init__(self, c: Config) -> None:
         of = {"query": ("query", "grad_out"), "key": ("key", "value")}
@@ -29,7 +30,10 @@ class Tiles:
         rows, columns, kept = c.rows, c.columns, c.compute
         self.own = lay_out((rows, c.E, kept), (rows, c.Ev, kept))
         first = self.own[1].end
-        self.other = [Tile(columns, c.E, kept, first), Tile(columns, c.Ev, kept, first + columns * c.E * self.own[0].size)]
+        self.other = [
+            Tile(columns, c.E, kept, first),
+            Tile(columns, c.Ev, kept, first + columns * c.E * self.own[0].size),
+        ]
         self.lse = self.other[1].end
         self.size = 8 if kept == "float64" else 4
         self.delta = self.lse + columns * self.size
@@ -143,7 +147,7 @@ def make_backward(c: Config, on: Any) -> Any:
         return lanes.scores(b, thread, j, of_keys).hide(s, b.span)
 
     def of_queries(e: Any, name: str, b: Block | None, base: Any, thread: Any, turn: Any) -> Any:
-        """Of lse or delta, the number of each register: by row from memory, or by column from the tile that came along."""
+        """Of lse or delta, the number of each register: by row from memory, or by column from the tile that came."""
         if of_keys:
             at = base + (turn & 1) * period + (tiles.lse if name == "lse" else tiles.delta)
             at = at + product.lane_column(thread & 31) * tiles.size
@@ -200,7 +204,9 @@ def make_backward(c: Config, on: Any) -> Any:
 
         return add
 
-    add_first = add_to("", other[1] if keeps[0] == "value" else other[0], first)  # dQ += dS K, dK += dS^T Q, dV += P^T dO
+    add_first = add_to(
+        "", other[1] if keeps[0] == "value" else other[0], first
+    )  # dQ += dS K, dK += dS^T Q, dV += P^T dO
     add_second = add_to("", other[1], second)
 
     @macro("", *TYPES, PLACES, NUMBERS, "i", first, second)

@@ -1,7 +1,7 @@
 """The gradient of a bias: dS summed over the sequences, heads, rows and keys that share an element, in a fixed order.
 
-A block owns a tile of the bias as it was given. It makes dS of every tile that shares it again, one after the other, and sums
-in registers; where all rows or all keys share an element, it sums over those of the tile at the end.
+A block owns a tile of the bias as it was given. It makes dS of every tile that shares it again, one after the other,
+and sums in registers; where all rows or all keys share an element, it sums over those of the tile at the end.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ class Tiles:
 
 
 def make_bias(c: Config, on: Any) -> Any:
-    """Make the kernel; its grid is owners among sequences times tiles of rows times tiles of keys, and heads of the bias."""
+    """Make the kernel; its grid is owners among sequences x tiles of rows x tiles of keys, and heads of the bias."""
     cuda, macro, shared_address = on.cuda, on.macro, on.shared()
     product, tiles = c.make_product(), Tiles(c)
     kind, columns, threads, rows = product.kind, c.columns, c.threads, c.rows
@@ -91,7 +91,9 @@ def make_bias(c: Config, on: Any) -> Any:
         scale_rows(e, tiles.query, base, factor, thread, threads)
 
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
-    def add(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any, acc: Any) -> Any:
+    def add(
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any, acc: Any
+    ) -> Any:
         """Add the dS of one tile: P (dO V^T - delta), before the slope of the softcap, which comes before the bias."""
         b = block(e, integers, reals, places, numbers)
         s = stage(b, lanes, thread, j, product.scores(e, tiles.query, tiles.key, base, *lanes.split(thread)))[0]
@@ -123,7 +125,9 @@ def make_bias(c: Config, on: Any) -> Any:
             e.store_shared(kind, base + (places[slot] * columns + column + n) * size, [x])
 
     @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i", "i")
-    def write(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, row: Any, key: Any) -> None:
+    def write(
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, row: Any, key: Any
+    ) -> None:
         """Sum over what the tile shares, and store."""
         b = block(e, integers, reals, places, numbers)
         p, zero = b.p, e.const(kind, 0.0)
@@ -158,7 +162,9 @@ def make_bias(c: Config, on: Any) -> Any:
         def each(n: Any, state: list[Any]) -> list[Any]:
             index = n * threads + thread
             i, j = index // columns, index % columns
-            store(i, j, e.load_shared(kind, base + index * size), neither & (row + i < most_rows) & (key + j < most_keys))
+            store(
+                i, j, e.load_shared(kind, base + index * size), neither & (row + i < most_rows) & (key + j < most_keys)
+            )
             return state
 
         e.loop(rows * columns // threads, [], each)

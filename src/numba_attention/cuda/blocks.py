@@ -21,7 +21,9 @@ class Block:
     Its rows are queries, or keys where the kernel sums over queries; `span` says which of the others they see.
     """
 
-    def __init__(self, e: Any, c: Config, integers: Any, reals: Any, names: tuple[str, ...], places: Any, numbers: Any) -> None:
+    def __init__(
+        self, e: Any, c: Config, integers: Any, reals: Any, names: tuple[str, ...], places: Any, numbers: Any
+    ) -> None:
         self.e, self.c = e, c
         self.p = Parameters(e, integers, reals)
         self.places = dict(zip(names, places, strict=True)) if places is not None else {}
@@ -147,7 +149,9 @@ class Lanes:
         return Scores(b.e, self.c, b.p, self.product, self.layout, rows, column, transposed)
 
 
-def stage(b: Block, lanes: Lanes, thread: Any, column: Any, s: list[Any], head: Any = None) -> tuple[list[Any], list[Any]]:
+def stage(
+    b: Block, lanes: Lanes, thread: Any, column: Any, s: list[Any], head: Any = None
+) -> tuple[list[Any], list[Any]]:
     """Softcap, ALiBi, bias and mask of a tile; where rows are keys, `head` is the query head, of a group from 0."""
     transposed = head is not None
     bias, mask = b.places["bias"], b.places["mask"]

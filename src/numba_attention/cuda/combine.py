@@ -1,4 +1,4 @@
-"""Joins what several blocks made of the keys of a row; in the order of the keys, so that the same call has the same bits."""
+"""Joins what several blocks made of the keys of a row, in the order of the keys: the same call has the same bits."""
 
 import math
 from typing import Any
@@ -63,7 +63,9 @@ def make_combine(c: Config, on: Any) -> Any:
             feature = thread + n * threads
             y = e.select(valid & some, x / total, zero)
             bad = bad | e.select(e.is_finite(y), e.const("i", 0), e.const("i", 1))
-            address = b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row + e.wide(feature) * b.p.out_column
+            address = (
+                b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row + e.wide(feature) * b.p.out_column
+            )
             y = e.to_half(half, y) if half else y
             e.store(KINDS[c.storage], address, [y], there & (feature < b.p.int("Ev")))
         lse = e.select(some & valid, (top + e.log2(total)) * LN2, e.const(kind, -math.inf))

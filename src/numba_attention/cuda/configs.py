@@ -1,4 +1,4 @@
-"""Which kernel does what: the one table of tile shapes, chosen so that no register is spilled (tests/test_cuda_codegen.py)."""
+"""Which kernel does what: the one table of tile shapes, in which no register is spilled (test_cuda_codegen.py)."""
 
 import os
 import re
@@ -44,7 +44,7 @@ _SHAPES: dict[tuple[str, str, str], dict[int, tuple[int, int, int]]] = {
     },
 }  # fmt: skip
 for _task in ("query", "key"):
-    _SHAPES[_task, "tf32", "float32"] = {n: (1, 4, 32) for n in (32, 64, 96, 128, 192, 256)}
+    _SHAPES[_task, "tf32", "float32"] = dict.fromkeys((32, 64, 96, 128, 192, 256), (1, 4, 32))
 _chosen: dict[tuple[str, str, int, int], Config] = {}
 
 
@@ -136,7 +136,7 @@ def compute_capability(arch: str) -> tuple[int, int]:
 
 
 def parts(c: Config) -> list[Config]:
-    """The kernels of a tile of keys: one for both gradients, or one for each where registers have no room for two sums."""
+    """The kernels of a tile of keys: one for both gradients, or one for each where two sums need too many registers."""
     if c.task != "key" or max(c.E, c.Ev) <= 128:
         return [c]
     return [c.with_(only="key"), c.with_(only="value")]

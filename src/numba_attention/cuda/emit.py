@@ -1,10 +1,11 @@
 """What the body of a tile macro is written with: values with Python's operators, and one method an instruction.
 
-A macro is a Python function that computes with the registers of one thread. `Emit` here makes LLVM IR of it, with loops over
-registers unrolled by Python itself, whatever the compiler thinks of them. `emulator.Emit` in the tests has the same methods and
-runs the same function on NumPy arrays, one element for each thread of a block.
+A macro is a Python function that computes with the registers of one thread. `Emit` here makes LLVM IR of it, with
+loops over registers unrolled by Python itself, whatever the compiler thinks of them. `emulator.Emit` in the tests has
+the same methods and runs the same function on NumPy arrays, one element for each thread of a block.
 
-Integers are signed and of 32 bits ("i"), or of 64 for addresses ("l"); ``//``, ``%`` and ``>>`` are those of numbers that are not negative.
+Integers are signed and of 32 bits ("i"), or of 64 for addresses ("l"); ``//``, ``%`` and ``>>`` are those of numbers
+that are not negative.
 """
 
 from collections.abc import Callable, Sequence
@@ -168,7 +169,7 @@ class Emit:
         return self._library("fabs", x)
 
     def opaque(self, x: Value) -> Value:
-        """The same, but the compiler does not know: what follows from it is not computed ahead, and kept, for all tiles."""
+        """The same, but the compiler does not know: what follows from it is not computed ahead and kept."""
         return self._asm("mov.b32 $0, $1;", "=r,r", [x], x.kind, effect=True)
 
     # Half types, two in 32 bits.
@@ -279,7 +280,9 @@ class Emit:
 
     # Loops that are the same for all threads of a warp.
 
-    def loop(self, count: int, state: Sequence[Value], body: Callable[[Value, list[Value]], list[Value]]) -> list[Value]:
+    def loop(
+        self, count: int, state: Sequence[Value], body: Callable[[Value, list[Value]], list[Value]]
+    ) -> list[Value]:
         """Run ``state = body(n, state)`` for n in range(count) as a loop of the machine."""
         b = self._b
         before = b.block
@@ -329,7 +332,9 @@ class Emit:
         constraints = ",".join([f"=&{register}" if where is not None else f"={register}"] * count) + f",{letter}"
         operands = [address]
         if where is not None:
-            zeros = "".join(f"mov.{'b16' if kind in 'hb' else _PTX[kind]} {name}, {_ZEROS.get(kind, '0')}; " for name in names)
+            zeros = "".join(
+                f"mov.{'b16' if kind in 'hb' else _PTX[kind]} {name}, {_ZEROS.get(kind, '0')}; " for name in names
+            )
             code = "%ssetp.ne.s32 p, $%d, 0; @p %s" % (zeros, count + 1, code)
             constraints += ",r"
             operands.append(self._flag(where))

@@ -1,7 +1,7 @@
 """The forward pass: FlashAttention-2 (Dao 2023), algorithm 1, of which every product and option is a variant.
 
-A block owns a tile of queries and visits the tiles of keys that any of its rows sees. Keys and values have one tile each in
-shared memory: the values come while the scores are made, the next keys while the values are summed.
+A block owns a tile of queries and visits the tiles of keys that any of its rows sees. Keys and values have one tile
+each in shared memory: the values come while the scores are made, the next keys while the values are summed.
 """
 
 import math
@@ -91,7 +91,9 @@ def make_forward(c: Config, on: Any) -> Any:
         e.commit()
 
     @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
-    def load_values(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> None:
+    def load_values(
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any
+    ) -> None:
         b = block(e, integers, reals, places, numbers)
         b.load_tile("value", v, base, thread, j, b.span.columns)
         e.commit()
@@ -108,7 +110,7 @@ def make_forward(c: Config, on: Any) -> Any:
     @macro(f"{M} {M} {C}", *TYPES, PLACES, NUMBERS, "i", "i")
     def begin_rows(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, part: Any) -> Any:
         sinks = None
-        first = product.lane_column((thread & 31)).equals(0)
+        first = product.lane_column(thread & 31).equals(0)
         if c.sinks:
             b = block(e, integers, reals, places, numbers)
             sinks = []
@@ -127,9 +129,7 @@ def make_forward(c: Config, on: Any) -> Any:
     staged = c.softcap or c.alibi or bool(c.bias) or c.mask
 
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", S)
-    def stages(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, s: Any
-    ) -> Any:
+    def stages(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, s: Any) -> Any:
         b = block(e, integers, reals, places, numbers)
         return stage(b, lanes, thread, j, s)[0]
 
@@ -176,7 +176,19 @@ def make_forward(c: Config, on: Any) -> Any:
                 bad = across_lanes(e, bad)
                 e.store("i", b.flag_at(b.first + row), [bad], there & begins)
             address = b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row
-            write_row(e, c.storage, c.aligned, features, mine, x, address, b.p.out_column, product.lane_feature(lane), b.p.int("Ev"), there)
+            write_row(
+                e,
+                c.storage,
+                c.aligned,
+                features,
+                mine,
+                x,
+                address,
+                b.p.out_column,
+                product.lane_feature(lane),
+                b.p.int("Ev"),
+                there,
+            )
             lse = e.select(some & valid, (m[slot] + e.log2(l[slot])) * LN2, low)
             address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
             e.store(kind, address, [lse], there & begins & (b.p.lse > 0))

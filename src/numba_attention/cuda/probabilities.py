@@ -87,7 +87,9 @@ def make_weights(c: Config, on: Any) -> Any:
         return total(e, product, l)
 
     @macro("", *TYPES, PLACES, NUMBERS, "i", "i", S, M, M)
-    def write(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, s: Any, m: Any, l: Any) -> None:
+    def write(
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, s: Any, m: Any, l: Any
+    ) -> None:
         b = block(e, integers, reals, places, numbers)
         factor, zero = None if staged else b.p.real("factor", kind), e.const(kind, 0.0)
         keys = b.p.int("inner_tiles")  # all keys, valid or not
@@ -132,7 +134,17 @@ def make_weights(c: Config, on: Any) -> Any:
             load_keys(integers, reals, places, numbers, base, thread, j)
             landed()
             cuda.syncthreads()
-            write(integers, reals, places, numbers, thread, j, scores(integers, reals, places, numbers, base, thread, j), m, l)
+            write(
+                integers,
+                reals,
+                places,
+                numbers,
+                thread,
+                j,
+                scores(integers, reals, places, numbers, base, thread, j),
+                m,
+                l,
+            )
             cuda.syncthreads()
             j = np.int32(j + columns)
 

@@ -1,8 +1,8 @@
 """The two products of attention on tiles in shared memory, three ways: tensor cores, FMA, and float32 on tensor cores.
 
-`scores` makes A B^T of a tile of rows (queries) and a tile of columns (keys), `add` makes ``C += P B`` of what `scores` gave and a tile
-(values). A warp owns whole rows of P and C, a thread some of their elements: which, its `Layout` says. Everything else - softmax,
-masks, the algorithms - knows layouts and not what multiplies.
+`scores` makes A B^T of a tile of rows (queries) and a tile of columns (keys), `add` makes ``C += P B`` of what
+`scores` gave and a tile (values). A warp owns whole rows of P and C, a thread some of their elements: which, its
+`Layout` says. Everything else - softmax, masks, the algorithms - knows layouts and not what multiplies.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Layout:
 
 
 class TensorCores:
-    """float16 and bfloat16: mma.sync m16n8k16, operands through ldmatrix (PTX ISA, "Matrix fragments for mma.m16n8k16")."""
+    """float16 and bfloat16: mma.sync m16n8k16, operands by ldmatrix (PTX ISA, "Matrix fragments for mma.m16n8k16")."""
 
     kind = "f"
 
@@ -62,9 +62,7 @@ class TensorCores:
 
     features = layout  # of a sum has the same order
 
-    def scores(
-        self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
-    ) -> list[Any]:
+    def scores(self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0) -> list[Any]:
         zero = e.const("f", 0.0)
         per_tile = b.rows // 2  # registers of a tile of 16 rows
         s = [[zero] * per_tile for _ in range(self.tiles)]
@@ -120,9 +118,7 @@ class TripleTF32(TensorCores):
         made: list[Any] = e.multiply("tf32", a_high, b_high, c)
         return made
 
-    def scores(
-        self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
-    ) -> list[Any]:
+    def scores(self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0) -> list[Any]:
         row, word = lane >> 2, (lane & 3) * 4
         left = [a.row(base, warp * self.rows + row + 8 * n) for n in range(self.slots)]
         right = [b.row(base + shift, row + 8 * n) for n in range(b.rows // 8)]
@@ -149,14 +145,12 @@ class TripleTF32(TensorCores):
     def add(
         self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
     ) -> list[Any]:
-        # The order of the summed index is free: index t of a step of 8 is row 2t of B, index t + 4 row 2t + 1, as P lies.
+        # The order of the summed index is free: of a step of 8, index t is row 2t of B and t + 4 row 2t + 1, as P lies.
         c = list(c)
         per_tile, wide = len(p) // self.tiles, len(c) // self.tiles
         for k in range(b.rows // 8):
             rows = [b.row(base + shift, (lane & 3) * 2 + 8 * k + odd) for odd in (0, 1)]
-            left = [
-                [self._split(e, p[m * per_tile + 4 * k + n]) for n in (0, 2, 1, 3)] for m in range(self.tiles)
-            ]
+            left = [[self._split(e, p[m * per_tile + 4 * k + n]) for n in (0, 2, 1, 3)] for m in range(self.tiles)]
             for n in range(b.columns // 8):
                 column = (lane >> 2) + 8 * n
                 right = [
@@ -213,9 +207,7 @@ class Simt:
         ]  # fmt: skip
         return Layout(self.slots, tuple(elements), self.per_chunk)
 
-    def scores(
-        self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
-    ) -> list[Any]:
+    def scores(self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0) -> list[Any]:
         first = warp * self.rows + self.lane_row(lane)
         rows = [a.row(base, first + self.slot_row(slot)) for slot in range(self.slots)]
         columns = [b.row(base + shift, self.lane_column(lane) + self.across * n) for n in range(b.rows // self.across)]

@@ -111,10 +111,10 @@ def make_sinks(c: Config, on: Any) -> Any:
 
 
 def make_reduce(c: Config, on: Any) -> Any:
-    """Make the kernel that sums an array over some axes, converts and scales nothing: a thread for each element of the result.
+    """Make the kernel that sums an array over some axes and converts: a thread for each element of the result.
 
-    Its integers are of its own kind: source, target, elements, terms, and for each of `AXES` kept axes size, source and target
-    stride, for each of as many summed axes size and stride.
+    Its integers are of its own kind: source, target, elements, terms, and for each of `AXES` kept axes size, source
+    and target stride, for each of as many summed axes size and stride.
     """
     cuda, macro = on.cuda, on.macro
     of, to = c.storage, c.to

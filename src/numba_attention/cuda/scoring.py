@@ -1,7 +1,8 @@
 """From products of queries and keys to scores: what the forward and the backward passes have in common.
 
-A tile of scores has rows and columns. In the forward pass rows are queries and columns are keys; where the backward pass sums
-over queries it is the other way round. Position by position the rules are the same: a row sees one interval of columns.
+A tile of scores has rows and columns. In the forward pass rows are queries and columns are keys; where the backward
+pass sums over queries it is the other way round. Position by position the rules are the same: a row sees one interval
+of columns.
 """
 
 import math
@@ -71,8 +72,9 @@ class Scores:
     def stages(self, s: list[Any], where: dict[str, Any]) -> tuple[list[Any], list[Any]]:
         """Apply softcap, ALiBi, bias and mask, in this order.
 
-        `where` has the addresses of bias and mask of this head, or of head 0 and the heads of each slot, the offset, how many queries
-        and keys there are, and the slope of each slot. Returns the scores in base 2 and, with a softcap, the tanh of each.
+        `where` has the addresses of bias and mask of this head, or of head 0 and the heads of each slot, the offset,
+        how many queries and keys there are, and the slope of each slot. Returns the scores in base 2 and, with a
+        softcap, the tanh of each.
         """
         e, c, p, kind = self.e, self.c, self.p, self.product.kind
         factor, curves = p.real("factor", kind), []

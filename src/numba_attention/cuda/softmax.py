@@ -1,7 +1,7 @@
 """The online softmax on registers: rows of scores in, weights and the state of each row out.
 
-Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; in base 2, with the sum of each lane kept apart
-until the end. A row is spread over the lanes that `product.reduce` joins.
+Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; in base 2, with the sum of each lane kept
+apart until the end. A row is spread over the lanes that `product.reduce` joins.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Tiles in shared memory: where an element lies, and how it comes there from global memory.
 
-A row of a tile is cut into chunks of 16 bytes. Chunk c of row r lies at chunk ``c ^ mask(r)`` of that row, so that eight
-threads that read one chunk of eight rows, or eight chunks of one row, use every bank of shared memory once.
+A row of a tile is cut into chunks of 16 bytes. Chunk c of row r lies at chunk ``c ^ mask(r)`` of that row, so that
+eight threads that read one chunk of eight rows, or eight chunks of one row, use every bank of shared memory once.
 """
 
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ class Rows:
 
 
 def fetch(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int, storage: str, aligned: bool) -> None:
-    """Bring rows of an array of ``storage`` into a tile; whoever reads it waits for all copies and then for all threads.
+    """Bring rows of an array of ``storage`` into a tile; who reads it waits for all copies and then for all threads.
 
     ``aligned``: rows begin at multiples of 16 bytes and have no gaps, so that the copy needs no registers.
     """
@@ -168,6 +168,8 @@ def copy_numbers(
         source = address + e.wide(e.select(there, index + first, index - index)) * stride
         index = e.select(inside, index, index - index)
         if asynchronous:
-            e.copy_async(target + index * size, source, e.select(there, e.const("i", size), e.const("i", 0)), inside, size)
+            e.copy_async(
+                target + index * size, source, e.select(there, e.const("i", size), e.const("i", 0)), inside, size
+            )
         else:
             e.store_shared(kind, target + index * size, [e.load(kind, source, where=there)], inside)

@@ -1,6 +1,7 @@
-"""The one place that knows how numba-cuda compiles: macros as intrinsics, kernels as cubins. No driver is needed for either.
+"""The one place that knows how numba-cuda compiles: macros as intrinsics, kernels as cubins. Neither needs a driver.
 
-numba-cuda is in maintenance mode, and what follows it has no llvmlite. Whoever ports this rewrites `emit.py` and this module.
+numba-cuda is in maintenance mode, and what follows it has no llvmlite. Whoever ports this rewrites `emit.py` and this
+module.
 """
 
 import re
@@ -25,7 +26,7 @@ class Intrinsics:
 
     @staticmethod
     def macro(result: str, *arguments: str) -> Callable[[Callable[..., Any]], Any]:
-        """Decorate ``body(e, *arguments)``; registers are described as "i", "f8" (8 of float32 as a tuple), "" for none.
+        """Decorate ``body(e, *arguments)``; registers are written as "i", "f8" (8 of float32 as a tuple), "" for none.
 
         A result "f8 f2" is a tuple of two tuples.
         """
@@ -41,7 +42,7 @@ class Intrinsics:
             names = ", ".join(f"a{n}" for n in range(len(given)))
             scope = {"made": signature(numba_result, *given), "codegen": codegen}
             exec(f"def {body.__name__}(typing_context, {names}):\n    return made, codegen", scope)
-            return intrinsic(scope[body.__name__])  # type: ignore[arg-type]
+            return intrinsic(scope[body.__name__])
 
         return decorate
 

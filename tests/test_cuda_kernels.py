@@ -1,0 +1,254 @@
+"""The CUDA kernels, every task and option, in the emulator: the public calls against the oracle and cases of the CPU.
+
+All of `cases.CASES` takes a quarter of an hour forward and an hour backward: here is a share of them; the rest with
+``NUMBA_ATTENTION_THOROUGH=1``.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import numba_attention as na
+from cases import CASES, DTYPES, GROUPS, Case, assert_close, check, check_backward, grad_tolerance, tolerance
+from emulator import emulated
+from numba_attention.cuda import configs
+from test_decode import TOLERANCE, arrays, filled
+
+THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
+
+
+def _fits(case):
+    return max(case.E, case.Ev or 0) <= 256
+
+
+def _work(case):
+    return case.L * case.S * case.H * max(int(np.prod(case.full_batch)), 1)
+
+
+def _share(step, most):
+    """Cases with a dtype each, in turn: a share of those that are small."""
+    pairs = [(case, list(DTYPES)[n % 4]) for n, case in enumerate(CASES) if _fits(case)]
+    if THOROUGH:
+        return pairs
+    options = [x for x in pairs if x[0] in GROUPS["option"] and x[0].L == 18]  # each option alone, small
+    rest = [x for x in pairs if x not in options and _work(x[0]) <= most][::step]
+    return options + rest
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    with emulated(monkeypatch) as driver:
+        yield driver
+
+
+@pytest.mark.parametrize(("case", "dtype"), _share(5, 12000), ids=str)
+def test_forward(gpu, case, dtype):
+    check(*case.arrays(dtype), case.kwargs(), dtype, case, backend="cuda")
+
+
+@pytest.mark.parametrize(("case", "dtype"), _share(19, 6000), ids=str)
+def test_backward(gpu, case, dtype):
+    check_backward(case, dtype, backend="cuda")
+
+
+LARGER = [
+    Case(70, 150, 64, H=4, Hkv=2, options=("causal",)),
+    Case(130, 130, 128, 64, H=1, options=("window", "softcap")),
+    Case(40, 70, 256, H=1, batch=()),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", LARGER, ids=str)
+def test_several_tiles(gpu, case, dtype):
+    check(*case.arrays(dtype), case.kwargs(), dtype, case, backend="cuda")
+    if case.E < 128:
+        check_backward(case, dtype, backend="cuda")
+
+
+@pytest.mark.parametrize("landing", ["issue", "wait"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_copies_may_land_at_any_time(monkeypatch, landing, dtype):
+    case = Case(70, 130, 24, H=1, batch=(), options=("causal",))
+    with emulated(monkeypatch, landing=landing):
+        check(*case.arrays(dtype), case.kwargs(), dtype, case, backend="cuda")
+        check_backward(case, dtype, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_old_gpus(monkeypatch, dtype):
+    """sm_70 has neither asynchronous copies nor tensor cores for these types: everything by FMA."""
+    case = Case(20, 70, 24, Ev=40, H=2, Hkv=1, options=("causal", "mask"))
+    with emulated(monkeypatch, capability=(7, 0)) as driver:
+        check(*case.arrays(dtype), case.kwargs(), dtype, case, backend="cuda")
+        check_backward(case, dtype, backend="cuda")
+    assert all(c.product == "simt" for c in driver.configs.values())
+    assert not any(c.aligned for c in driver.configs.values() if c.task in ("forward", "query", "key"))
+
+
+@pytest.mark.parametrize("case", [LARGER[0], Case(20, 33, 24, options=("causal", "bias"))], ids=str)
+def test_float32_on_tensor_cores(monkeypatch, case):
+    """Three products of TF32 numbers: as exact as float32."""
+    monkeypatch.setenv(configs.TF32X3, "1")
+    with emulated(monkeypatch) as driver:
+        check(*case.arrays("float32"), case.kwargs(), "float32", case, backend="cuda")
+        check_backward(case, "float32", backend="cuda")
+    assert any(c.product == "tf32" for c in driver.configs.values())
+
+
+PACKED = {
+    "plain": {},
+    "causal": {"is_causal": "bottom-right"},
+    "packed bias": {"bias": (4, 109, 116), "sinks": (4,)},
+    "bias of keys": {"bias": (1, 4, 1, 64), "softcap": 2.0},
+    "options": {"window": (20, 5), "alibi_slopes": (4,), "mask": (4, 109, 116)},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences(gpu, name, dtype):
+    rng = np.random.default_rng(0)
+    kwargs = dict(PACKED[name])
+    for option, shape in kwargs.items():
+        if option in ("bias", "sinks", "alibi_slopes"):
+            kwargs[option] = rng.standard_normal(shape).astype(np.float32)
+        elif option == "mask":
+            kwargs[option] = rng.random(shape) < 0.7
+    starts = np.cumsum([0, 5, 0, 33, 70, 1]), np.cumsum([0, 9, 3, 40, 64, 0])
+    q, k, v = (rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in ((109, 4, 24), (116, 2, 24), (116, 2, 40)))
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    out, lse = na.attention_varlen(q, k, v, *starts, **kwargs, return_lse=True, backend="cuda")
+    want, want_lse = na.attention_varlen(*wide, *starts, **kwargs, return_lse=True, backend="reference")
+    of_out, of_lse = tolerance(dtype)
+    assert_close(out, want, of_out)
+    assert_close(lse, want_lse, of_lse, offset=1)
+    grad = rng.standard_normal(out.shape).astype(out.dtype)
+    got = na.attention_varlen_backward(grad, q, k, v, out, lse, *starts, **kwargs, backend="cuda")
+    expected = na.attention_varlen_backward(
+        grad.astype(np.float64), *wide, want, want_lse, *starts, **kwargs, backend="reference"
+    )
+    offset = max(np.abs(x).max() for x in expected[:3])
+    for a, b in zip(got, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a, b, 2 * grad_tolerance(dtype), offset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize(("H", "Hkv", "L"), [(8, 2, 1), (4, 1, 3), (2, 2, 20)])
+def test_decode(gpu, H, Hkv, L, page_size, dtype):
+    """Caches of NumPy arrays, whose used part is copied to the device: keys shared out to blocks, pages looked up."""
+    lengths = [130, 3 if L <= 3 else 33, 77]
+    q, k, v = arrays(3, H, Hkv, L, 130, 24, 40, dtype=dtype)
+    cache = filled(k, v, lengths, None, page_size)
+    slopes, sinks = np.linspace(0.1, 1, H), np.linspace(-1, 1, H)
+    for options in ({}, {"window": (20, 0), "sinks": sinks}, {"alibi_slopes": slopes, "softcap": 3.0}):
+        out, lse = na.attention_decode(q, cache, **options, return_lse=True, backend="cuda")
+        want, want_lse = na.attention_decode(q, cache, **options, return_lse=True, backend="reference")
+        assert_close(out, want, TOLERANCE[dtype])
+        assert_close(lse, want_lse, 1e-6, offset=1)
+    tasks = {c.task for c in gpu.configs.values()}
+    assert ("combine" in tasks) == (L <= 3)
+    if L == 1:  # a step sees every key of its cache, and nothing has to be done again
+        assert not any(c.careful for c in gpu.configs.values() if not (c.sinks or c.alibi))
+
+
+def test_pages_change_no_bit(gpu):
+    q, k, v = arrays(2, 4, 2, 1, 100, 32, dtype="float32")
+    results = [na.attention_decode(q, filled(k, v, [100, 61], None, size), backend="cuda") for size in (None, 16)]
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights(gpu, dtype):
+    q, k, _ = arrays(2, 4, 2, 20, 70, 24, dtype=dtype)
+    chosen = {
+        "heads": [2, 0],
+        "rows": [3, 19, 4, 3],
+        "is_causal": "bottom-right",
+        "alibi_slopes": np.linspace(0.1, 1, 4),
+    }
+    chosen |= {"sinks": np.ones(4), "mask": np.random.default_rng(0).random((4, 20, 70)) < 0.6}
+    got = na.attention_weights(q, k, **chosen, backend="cuda")
+    want = na.attention_weights(q.astype(np.float64), k.astype(np.float64), **chosen, backend="reference")
+    assert_close(got, want, tolerance(dtype)[0] * 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nothing_leaks_from_what_is_hidden(gpu, dtype, value):
+    """A NaN behind a mask, a window, or the diagonal reaches the rows that see it and no other; gradients too."""
+    rng = np.random.default_rng(0)
+    L = S = 70
+    q, k, v = (rng.standard_normal((1, 2, L, 16)).astype(DTYPES[dtype]) for _ in range(3))
+    clean = [q.copy(), k.copy(), v.copy()]
+    k[0, 0, 40, 3], v[0, 1, 50, 2], v[0, 0, 65, :] = value, value, value
+    mask = rng.random((2, L, S)) < 0.8
+    mask[:, :, 0] = True
+    for options in ({"is_causal": True}, {"mask": mask}, {"window": (10, 3)}):
+        out, lse = na.attention(q, k, v, **options, return_lse=True, backend="cuda")
+        want, want_lse = na.attention(q, k, v, **options, return_lse=True, backend="reference")
+        np.testing.assert_array_equal(np.isnan(out), np.isnan(want))
+        np.testing.assert_array_equal(np.isnan(lse), np.isnan(want_lse))
+        right, _ = na.attention(*clean, **options, return_lse=True, backend="reference")
+        untouched = np.isfinite(np.asarray(want, np.float64)).all(-1)
+        assert untouched.any()
+        assert not untouched.all()
+        assert_close(out[untouched], right[untouched], tolerance(dtype)[0])
+        grad = rng.standard_normal(out.shape).astype(out.dtype)
+        got = na.attention_backward(grad, q, k, v, out, lse, **options, backend="cuda")
+        expected = na.attention_backward(grad, q, k, v, want, want_lse, **options, backend="reference")
+        for a, b in zip(got[:3], expected[:3], strict=True):
+            np.testing.assert_array_equal(np.isfinite(a), np.isfinite(b))
+
+
+def test_the_same_call_has_the_same_bits(gpu):
+    case = Case(40, 70, options=("causal", "bias of keys"))
+    arrays_, kwargs = case.arrays("float32"), case.kwargs()
+    runs = []
+    for _ in range(2):
+        out, lse = na.attention(*arrays_, **kwargs, return_lse=True, backend="cuda")
+        runs.append([out, *na.attention_backward(out, *arrays_, out, lse, **kwargs, backend="cuda")])
+    for a, b in zip(*runs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_too_many_features_are_refused(gpu):
+    q = np.zeros((1, 4, 257), np.float32)
+    with pytest.raises(ValueError, match="head dimensions up to 256, got 257"):
+        na.attention(q, q, q, backend="cuda")
+
+
+def test_storage_of_other_kinds_is_refused(gpu):
+    q, k, v = arrays(1, 2, 2, 1, 20, 16)
+    with pytest.raises(NotImplementedError, match="int8"):
+        na.attention_decode(q, filled(k, v, [20], "int8"), backend="cuda")
+
+
+def test_a_wrong_kernel_is_found(monkeypatch):
+    """Without the barrier after the copies the emulator must object: these tests can fail."""
+    q = np.ones((1, 70, 32), np.float32)
+    with emulated(monkeypatch) as driver:
+        na.attention(q, q, q, backend="cuda")
+        for emulator, _ in driver.made.values():
+            emulator.cuda.syncthreads = lambda: None
+        with pytest.raises(AssertionError, match=r"barrier|under way"):
+            na.attention(q, q, q, backend="cuda")
+
+
+def test_simulator():
+    """The simplest form of the forward kernel in numba-cuda's simulator, which must be chosen before it is imported."""
+    here = Path(__file__).parent
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, str(here / "simulate.py")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("simulated: ") == 6
