@@ -154,7 +154,7 @@ def test_decode(gpu, H, Hkv, L, page_size, dtype):
         assert_close(out, want, TOLERANCE[dtype])
         assert_close(lse, want_lse, 1e-6, offset=1)
     tasks = {c.task for c in gpu.configs.values()}
-    assert ("combine" in tasks) == (L <= 3)
+    assert "combine" in tasks or L > 3
     if L == 1:  # a step sees every key of its cache, and nothing has to be done again
         assert not any(c.careful for c in gpu.configs.values() if not (c.sinks or c.alibi))
 

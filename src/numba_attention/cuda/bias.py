@@ -96,9 +96,10 @@ def make_bias(c: Config, on: Any) -> Any:
     ) -> Any:
         """Add the dS of one tile: P (dO V^T - delta), before the slope of the softcap, which comes before the bias."""
         b = block(e, integers, reals, places, numbers)
-        s = stage(b, lanes, thread, j, product.scores(e, tiles.query, tiles.key, base, *lanes.split(thread)))[0]
+        s = product.scores(e, tiles.query, tiles.key, e.opaque(base), *lanes.split(e.opaque(thread)))
+        s = stage(b, lanes, thread, j, s)[0]
         s = lanes.scores(b, thread, j).hide(s, b.span)
-        dp = product.scores(e, tiles.grad_out, tiles.value, base, *lanes.split(thread))
+        dp = product.scores(e, tiles.grad_out, tiles.value, e.opaque(base), *lanes.split(e.opaque(thread)))
         zero, low, made = e.const(kind, 0.0), float("-inf"), []
         found = []
         for row in lanes.rows(thread):

@@ -13,28 +13,30 @@ TF32X3 = "NUMBA_ATTENTION_TF32X3"  # "1": float32 on tensor cores, with three pr
 # Head dimension: slots, warps, columns. ("tensor": slots are tiles of 16 rows.)
 _SHAPES: dict[tuple[str, str, str], dict[int, tuple[int, int, int]]] = {
     ("forward", "tensor", "half"): {
-        32: (2, 4, 64), 64: (2, 4, 64), 96: (2, 4, 32), 128: (1, 8, 64), 192: (1, 8, 64), 256: (1, 8, 32),
+        32: (2, 4, 64), 64: (2, 4, 64), 96: (2, 4, 64), 128: (2, 4, 48), 192: (1, 8, 64), 256: (1, 8, 64),
+    },
+    ("query", "tensor", "half"): {
+        32: (2, 4, 64), 64: (2, 4, 48), 96: (2, 4, 32), 128: (1, 8, 64), 192: (1, 8, 32), 256: (1, 8, 32),
+    },
+    ("key", "tensor", "half"): {
+        32: (2, 4, 64), 64: (2, 4, 32), 96: (1, 8, 64), 128: (1, 8, 48), 192: (1, 8, 32), 256: (1, 8, 32),
     },
     ("forward", "tf32", "float32"): {
         32: (1, 4, 64), 64: (1, 4, 64), 96: (1, 4, 32), 128: (1, 4, 32), 192: (1, 4, 32), 256: (1, 4, 32),
     },
+    ("query", "tf32", "float32"): dict.fromkeys((32, 64, 96, 128, 192, 256), (1, 4, 32)),
+    ("key", "tf32", "float32"): dict.fromkeys((32, 64, 96, 128, 192, 256), (1, 4, 32)),
     ("forward", "simt", "float32"): {
         32: (8, 4, 64), 64: (8, 4, 64), 96: (8, 4, 32), 128: (8, 4, 32), 192: (4, 4, 32), 256: (4, 4, 32),
     },
-    ("forward", "simt", "float64"): {
-        32: (4, 4, 64), 64: (4, 4, 64), 96: (2, 4, 32), 128: (2, 4, 32), 192: (1, 4, 32), 256: (1, 4, 32),
-    },
-    ("query", "tensor", "half"): {
-        32: (1, 4, 64), 64: (1, 4, 64), 96: (1, 4, 32), 128: (1, 8, 32), 192: (1, 4, 32), 256: (1, 4, 32),
-    },
-    ("key", "tensor", "half"): {
-        32: (1, 4, 64), 64: (1, 4, 64), 96: (1, 4, 32), 128: (1, 8, 32), 192: (1, 4, 32), 256: (1, 4, 32),
-    },
     ("query", "simt", "float32"): {
-        32: (4, 4, 32), 64: (4, 4, 32), 96: (4, 4, 32), 128: (2, 4, 32), 192: (2, 4, 16), 256: (2, 4, 16),
+        32: (4, 4, 64), 64: (4, 4, 64), 96: (4, 4, 32), 128: (4, 4, 32), 192: (2, 4, 16), 256: (2, 4, 16),
     },
     ("key", "simt", "float32"): {
-        32: (4, 4, 32), 64: (4, 4, 32), 96: (2, 4, 32), 128: (2, 4, 32), 192: (2, 4, 16), 256: (2, 4, 16),
+        32: (4, 4, 64), 64: (4, 4, 64), 96: (2, 4, 32), 128: (4, 4, 32), 192: (2, 4, 16), 256: (2, 4, 16),
+    },
+    ("forward", "simt", "float64"): {
+        32: (4, 4, 64), 64: (4, 4, 64), 96: (2, 4, 32), 128: (2, 4, 32), 192: (1, 4, 32), 256: (1, 4, 32),
     },
     ("query", "simt", "float64"): {
         32: (2, 4, 32), 64: (2, 4, 32), 96: (2, 4, 16), 128: (1, 4, 16), 192: (1, 4, 16), 256: (1, 4, 16),
@@ -43,8 +45,6 @@ _SHAPES: dict[tuple[str, str, str], dict[int, tuple[int, int, int]]] = {
         32: (2, 4, 32), 64: (2, 4, 32), 96: (1, 4, 16), 128: (1, 4, 16), 192: (1, 4, 16), 256: (1, 4, 16),
     },
 }  # fmt: skip
-for _task in ("query", "key"):
-    _SHAPES[_task, "tf32", "float32"] = dict.fromkeys((32, 64, 96, 128, 192, 256), (1, 4, 32))
 _chosen: dict[tuple[str, str, int, int], Config] = {}
 
 
@@ -83,15 +83,19 @@ def fitted(c: Config, device: Any) -> Config:
 def with_options(c: Config, **options: Any) -> Config:
     """Say what a kernel does on the way; what needs registers for it gets smaller tiles."""
     c = c.with_(**options)
-    if c.product == "tensor" and (c.softcap or c.alibi or c.bias or c.mask):
-        c = c.with_(slots=1, columns=min(c.columns, 32))
+    if c.softcap or c.alibi or c.bias or c.mask:
+        if c.product == "simt":
+            return c.with_(slots=max(c.slots // 2, 1))
+        return c.with_(slots=1, warps=c.warps * c.slots, columns=min(c.columns, 32))  # as many rows
     return c
 
 
 def few(c: Config, rows: int, device: Any) -> Config:
     """The kernel for few rows and many keys: one warp a block, so that many blocks read at the same time."""
     if c.product != "simt":
-        return fitted(c.with_(slots=1, warps=1, columns=64 if c.E <= 128 and c.product == "tensor" else 32), device)
+        staged = c.softcap or c.alibi or c.bias or c.mask
+        wide = c.product == "tensor" and c.E <= 128 and not staged
+        return fitted(c.with_(slots=1, warps=1, columns=64 if wide else 32), device)
     slots = 1 if rows <= 4 else 2 if rows <= 8 else min(4, c.slots)
     return fitted(c.with_(slots=slots, warps=1, columns=32), device)
 
@@ -155,8 +159,10 @@ def weights(c: Config, device: Any) -> Config:
 def bias(c: Config, device: Any) -> Config:
     """The kernel of the gradient of a bias."""
     made = c.with_(task="bias", flags=False, careful=False)
+    small = max(c.E, c.Ev) <= 64
     if made.product == "simt":
-        made = made.with_(slots=4 if c.storage != "float64" else 2, columns=32, careful=True)
+        slots = (4 if small else 2) // (2 if c.storage == "float64" else 1)
+        made = made.with_(slots=slots, columns=32, careful=True)
     else:
-        made = made.with_(slots=1, warps=4, columns=32)
+        made = made.with_(slots=1, warps=4, columns=32 if small else 16)
     return fitted(made, device)

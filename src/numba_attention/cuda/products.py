@@ -66,12 +66,12 @@ class TensorCores:
         zero = e.const("f", 0.0)
         per_tile = b.rows // 2  # registers of a tile of 16 rows
         s = [[zero] * per_tile for _ in range(self.tiles)]
-        rows = [a.row(base, warp * self.rows + (lane & 15) + 16 * m) for m in range(self.tiles)]
-        columns = [b.row(base + shift, (lane & 7) + (lane >> 4) * 8 + 16 * n) for n in range(b.rows // 16)]
+        rows = [a.row(base, warp * self.rows + (lane & 15), 16 * m) for m in range(self.tiles)]
+        columns = [b.row(base + shift, (lane & 7) + (lane >> 4) * 8, 16 * n) for n in range(b.rows // 16)]
         for k in range(a.columns // 16):
-            left = [e.load_matrices(a.chunk(place, (lane >> 4) + 2 * k), False) for place in rows]
+            left = [e.load_matrices(a.chunk(place, lane >> 4, 2 * k), False) for place in rows]
             for n, place in enumerate(columns):
-                right = e.load_matrices(b.chunk(place, ((lane >> 3) & 1) + 2 * k), False)
+                right = e.load_matrices(b.chunk(place, (lane >> 3) & 1, 2 * k), False)
                 for m in range(self.tiles):
                     for half in (0, 1):
                         at = slice(8 * n + 4 * half, 8 * n + 4 * half + 4)
@@ -85,9 +85,9 @@ class TensorCores:
         per_tile, wide = len(p) // self.tiles, len(c) // self.tiles
         packed = [e.pack(self.half, p[n], p[n + 1]) for n in range(0, len(p), 2)]
         for k in range(b.rows // 16):
-            place = b.row(base + shift, (lane & 15) + 16 * k)
+            place = b.row(base + shift, lane & 15, 16 * k)
             for n in range(b.columns // 16):
-                right = e.load_matrices(b.chunk(place, (lane >> 4) + 2 * n), True)
+                right = e.load_matrices(b.chunk(place, lane >> 4, 2 * n), True)
                 for m in range(self.tiles):
                     left = packed[m * per_tile // 2 + 4 * k : m * per_tile // 2 + 4 * k + 4]
                     for half in (0, 1):
@@ -120,8 +120,8 @@ class TripleTF32(TensorCores):
 
     def scores(self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0) -> list[Any]:
         row, word = lane >> 2, (lane & 3) * 4
-        left = [a.row(base, warp * self.rows + row + 8 * n) for n in range(self.slots)]
-        right = [b.row(base + shift, row + 8 * n) for n in range(b.rows // 8)]
+        left = [a.row(base, warp * self.rows + row, 8 * n) for n in range(self.slots)]
+        right = [b.row(base + shift, row, 8 * n) for n in range(b.rows // 8)]
         per_tile = b.rows // 2
 
         def body(k: Any, s: list[Any]) -> list[Any]:
@@ -149,12 +149,12 @@ class TripleTF32(TensorCores):
         c = list(c)
         per_tile, wide = len(p) // self.tiles, len(c) // self.tiles
         for k in range(b.rows // 8):
-            rows = [b.row(base + shift, (lane & 3) * 2 + 8 * k + odd) for odd in (0, 1)]
+            rows = [b.row(base + shift, (lane & 3) * 2 + odd, 8 * k) for odd in (0, 1)]
             left = [[self._split(e, p[m * per_tile + 4 * k + n]) for n in (0, 2, 1, 3)] for m in range(self.tiles)]
             for n in range(b.columns // 8):
-                column = (lane >> 2) + 8 * n
                 right = [
-                    self._split(e, e.load_shared("f", b.chunk(place, column >> 2) + (column & 3) * 4)) for place in rows
+                    self._split(e, e.load_shared("f", b.chunk(place, lane >> 4, 2 * n) + ((lane >> 2) & 3) * 4))
+                    for place in rows
                 ]
                 for m in range(self.tiles):
                     at = slice(m * wide + 4 * n, m * wide + 4 * n + 4)
@@ -209,8 +209,9 @@ class Simt:
 
     def scores(self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0) -> list[Any]:
         first = warp * self.rows + self.lane_row(lane)
-        rows = [a.row(base, first + self.slot_row(slot)) for slot in range(self.slots)]
-        columns = [b.row(base + shift, self.lane_column(lane) + self.across * n) for n in range(b.rows // self.across)]
+        column = self.lane_column(lane)
+        rows = [a.row_and(base, first, self.slot_row(slot)) for slot in range(self.slots)]
+        columns = [b.row_and(base + shift, column, self.across * n) for n in range(b.rows // self.across)]
 
         def body(k: Any, s: list[Any]) -> list[Any]:
             left = [e.load_shared(self.kind, a.chunk(place, k), self.per_chunk) for place in rows]
@@ -247,10 +248,10 @@ class Simt:
                 for slot in range(self.slots)
             ]
             for part in range(self.per_chunk):
-                place = b.row(base + shift, k * self.per_chunk + part)
+                place = b.row_and(base + shift, k * self.per_chunk, part)
                 for n in range(chunks):
-                    chunk = self.lane_column(lane) + n * self.across
-                    values = e.load_shared(self.kind, b.chunk(place, chunk), self.per_chunk)
+                    address = b.chunk(place, self.lane_column(lane), n * self.across)
+                    values = e.load_shared(self.kind, address, self.per_chunk)
                     for slot in range(self.slots):
                         for i, value in enumerate(values):
                             at = (slot * chunks + n) * self.per_chunk + i

@@ -11,6 +11,7 @@ CHUNK = 16
 KINDS = {"float32": "f", "float64": "d", "float16": "h", "bfloat16": "h"}  # how the elements of a tile are read
 SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 HALVES = {"float16": "f16", "bfloat16": "bf16"}
+_COPIES = 16  # of a thread that are written out
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,34 @@ class Tile:
         """Chunks of a row: a multiple of 4."""
         return self.pitch // CHUNK
 
-    def row(self, base: Any, row: Any) -> tuple[Any, Any]:
-        """Where a row begins, and the mask of its chunks, in bytes; what `chunk` wants."""
-        if self.chunks % 8 == 0:
-            return base + row * self.pitch + self.offset, (row & 7) * CHUNK
-        return base + row * self.pitch + self.offset, ((row >> 1) & 3) * CHUNK  # two rows make a line of all banks
+    @property
+    def group(self) -> int:
+        """How many chunks trade places: those of a line of all banks, or of half of one if a row has no whole lines."""
+        return 8 if self.chunks % 8 == 0 else 4
 
-    def chunk(self, place: tuple[Any, Any], n: Any) -> Any:
-        """The address of chunk n of a row."""
-        begin, mask = place
-        return begin + (mask ^ (n * CHUNK))
+    def row(self, base: Any, row: Any, more: int = 0) -> tuple[Any, Any, int]:
+        """Where row ``row + more`` begins, the mask of its chunks, in bytes, and what is to be added: for `chunk`.
+
+        `more` is a multiple of 8, so that masks are the same: then it costs no register.
+        """
+        half = self.group == 4  # two rows make a line of all banks
+        mask = ((row >> 1) & 3) * CHUNK if half else (row & 7) * CHUNK
+        return base + row * self.pitch, mask, self.offset + more * self.pitch
+
+    def row_and(self, base: Any, row: Any, more: int) -> tuple[Any, Any, int]:
+        """As `row`, for any `more`: with as few masks as there are."""
+        return self.row(base, row + more % 8 if more % 8 else row, more // 8 * 8)
+
+    def chunk(self, place: tuple[Any, Any, int], n: Any, more: int = 0) -> Any:
+        """The address of chunk ``n + more`` of a row; if there is more, n is below the lowest bit of it.
+
+        What is `more` by whole groups is added last, where instructions take it for nothing: registers are for few
+        masks.
+        """
+        begin, mask, constant = place
+        low, high = more % self.group, more // self.group * self.group
+        mask = mask ^ (n * CHUNK)
+        return begin + (mask ^ (low * CHUNK) if low else mask) + (constant + high * CHUNK)
 
 
 @dataclass(frozen=True)
@@ -76,19 +95,18 @@ class Rows:
     member: Any = None
     listed: Any = None  # the address of a list of rows, instead of one after the other
 
-    def at(self, e: Any, row: Any, there: Any) -> Any:
-        """The address of a row of the tile, of row 0 if it is not there."""
-        row = e.select(there, row, row - row)
+    def at(self, e: Any, row: Any, there: Any, more: int = 0) -> Any:
+        """The address of row ``row + more`` of the tile, of any row if it is not there."""
+        if self.listed is None and self.group is None and self.pages is None:
+            return self.address + e.wide(row + self.first) * self.row + self.row * more
+        row = row + more
+        row = e.select(there, row, row - row) + self.first
         if self.listed is not None:
-            return self.address + e.load("l", self.listed + e.wide(row + self.first) * 8, where=there) * self.row
+            return self.address + e.load_constant("l", self.listed + e.wide(row) * 8) * self.row
         if self.group is not None:
-            index = row + self.first
-            return self.address + e.wide(index // self.group) * self.row + e.wide(index % self.group) * self.member
-        if self.pages is None:
-            return self.address + e.wide(row + self.first) * self.row
-        key = row + self.first
-        number = e.load("l", self.pages + e.wide(key // self.page_size) * 8, where=there)
-        return self.address + number * self.page + e.wide(key % self.page_size) * self.row
+            return self.address + e.wide(row // self.group) * self.row + e.wide(row % self.group) * self.member
+        number = e.load_constant("l", self.pages + e.wide(row // self.page_size) * 8)
+        return self.address + number * self.page + e.wide(row % self.page_size) * self.row
 
 
 def fetch(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int, storage: str, aligned: bool) -> None:
@@ -102,16 +120,29 @@ def fetch(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int, 
 
 
 def _fetch_chunks(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int) -> None:
-    total, size = tile.rows * tile.chunks, SIZES[tile.storage]
-    width = rows.elements * size
-    for n in range(-(-total // threads)):
-        index = thread + n * threads
-        row, chunk = index // tile.chunks, index % tile.chunks
-        there = row < rows.number
-        left = e.max(e.min(width - chunk * CHUNK, CHUNK), 0)
-        source = rows.at(e, row, there & (left > 0)) + e.wide(chunk * CHUNK)
-        where = None if (n + 1) * threads <= total else index < total
-        e.copy_async(tile.chunk(tile.row(base, row), chunk), source, e.select(there, left, left - left), where)
+    copies, width = -(-tile.rows * tile.chunks // threads), rows.elements * SIZES[tile.storage]
+    at_once = copies if copies <= _COPIES else _COPIES // 2
+    even = copies * threads == tile.rows * tile.chunks and copies % at_once == 0
+    whole, nothing = e.const("i", CHUNK), e.const("i", 0)
+    apart = 0 if threads % tile.chunks else threads // tile.chunks  # rows from one copy of a thread to its next
+
+    def body(turn: Any, state: list[Any]) -> list[Any]:
+        for n in range(at_once):
+            if apart:
+                row, chunk, more = thread // tile.chunks + turn * (at_once * apart), thread % tile.chunks, n * apart
+            else:
+                index = thread + turn * (at_once * threads) + n * threads
+                row, chunk, more = index // tile.chunks, index % tile.chunks, 0
+            there = (row + more < rows.number) & (chunk * CHUNK < width)
+            source = rows.at(e, row, there, more) + e.wide(chunk * CHUNK)
+            target = tile.chunk(tile.row_and(base, row, more), chunk)
+            e.copy_async(target, source, e.select(there, whole, nothing), None if even else row + more < tile.rows)
+        return state
+
+    if at_once == copies:
+        body(0, [])
+    else:  # addresses of many copies would take registers from all the rest
+        e.loop(-(-copies // at_once), [], body)
 
 
 def _fetch_elements(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int, storage: str) -> None:
