@@ -65,8 +65,8 @@ def _get(name: str) -> Backend:
     return backend
 
 
-# Every call asks whether the variable is set, and `os.environ.get` of what is not there costs 1 µs of the 16 of a step of
-# decoding: it raises and catches. What it asks is a plain dictionary.
+# Every call asks whether the variable is set, and `os.environ.get` of what is not there costs 1 µs of the 16 of a step
+# of decoding: it raises and catches. What it asks is a plain dictionary.
 _variables: Any = getattr(os.environ, "_data", os.environ)
 _variable = os.environ.encodekey(ENVIRONMENT) if _variables is not os.environ else ENVIRONMENT
 

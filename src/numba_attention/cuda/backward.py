@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import BACKWARD, NUMBERS, Block, Lanes, place, stage, work_item
+from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, place, stage, work_item
 from .config import Config, lay_out
 from .parameters import TYPES, Parameters
 from .results import write_row
@@ -49,7 +49,7 @@ class Tiles:
 
 def make_backward(c: Config, on: Any) -> Any:
     """Make the kernel of ``c.task``, "query" or "key"; its grid is tiles of all sequences, and heads (of keys)."""
-    cuda, macro, shared_address = on.cuda, on.macro, on.shared()
+    cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     of_keys = c.task == "key"
     product, tiles = c.make_product(), Tiles(c)
     if c.product == "simt":
@@ -112,16 +112,12 @@ def make_backward(c: Config, on: Any) -> Any:
                 head, row = getattr(b.p, f"{name}_head"), getattr(b.p, f"{name}_row")
                 address = b.places[name] + e.wide(g) * head
                 copy_numbers(e, kind, base + at, address, row, j, b.span.columns, columns, thread, threads, c.aligned)
-        e.commit()
+        b.commit()
 
     @macro("", *TYPES, "i", "i")
     def scale_own(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
         factor = Parameters(e, integers, reals).real("prescale", "d" if c.compute == "float64" else "f")
         scale_rows(e, own[0], base, factor, thread, threads)
-
-    @macro("")
-    def landed(e: Any) -> None:
-        e.wait(0)
 
     @macro(f"{first} {second}")
     def zeros(e: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import BACKWARD, NUMBERS, Block, Lanes, place, stage
+from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, place, stage
 from .config import Config, lay_out
 from .parameters import TYPES, Parameters, Sequence
 from .softmax import LOG2E
@@ -32,7 +32,7 @@ class Tiles:
 
 def make_bias(c: Config, on: Any) -> Any:
     """Make the kernel; its grid is owners among sequences x tiles of rows x tiles of keys, and heads of the bias."""
-    cuda, macro, shared_address = on.cuda, on.macro, on.shared()
+    cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product, tiles = c.make_product(), Tiles(c)
     kind, columns, threads, rows = product.kind, c.columns, c.threads, c.rows
     if c.product == "simt":
@@ -79,11 +79,7 @@ def make_bias(c: Config, on: Any) -> Any:
             b.load_tile(name, tile, base, thread, b.first, b.span.rows)
         for name, tile in (("key", tiles.key), ("value", tiles.value)):
             b.load_tile(name, tile, base, thread, j, b.span.columns)
-        e.commit()
-
-    @macro("")
-    def landed(e: Any) -> None:
-        e.wait(0)
+        b.commit()
 
     @macro("", *TYPES, "i", "i")
     def scale_queries(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:

@@ -89,6 +89,22 @@ class Block:
         rows = Rows(address, stride, column, most - row, width, row, **more)
         fetch(e, tile, e.opaque(base), rows, e.opaque(thread), c.threads, c.storage, c.aligned)
 
+    def commit(self) -> None:
+        """Make the copies so far a group, which `make_landed` waits for."""
+        if self.c.aligned:
+            self.e.commit()
+
+
+def make_landed(c: Config, on: Any) -> Any:
+    """Make the macro that waits for all copies of a thread; without asynchronous ones (before sm_80) they are there."""
+
+    @on.macro("")
+    def landed(e: Any) -> None:
+        if c.aligned:
+            e.wait(0)
+
+    return landed
+
 
 def place(
     e: Any, c: Config, p: Parameters, names: tuple[str, ...], index: Any, tile: Any, head: Any, transposed: bool = False

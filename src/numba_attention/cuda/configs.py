@@ -4,6 +4,7 @@ import os
 import re
 from typing import Any
 
+from ..errors import BackendUnavailableError
 from . import runtime
 from .config import Config, padded
 from .tiles import HALVES
@@ -75,8 +76,14 @@ def shaped(task: str, storage: str, E: int, Ev: int, product: str, device: Any) 
 
 def fitted(c: Config, device: Any) -> Config:
     """Fewer warps or columns until the tiles fit into shared memory."""
-    while c.shared > device.shared_memory and (c.warps > 1 or c.columns > 16):
-        c = c.with_(warps=c.warps // 2) if c.warps > 1 else c.with_(columns=c.columns // 2)
+    least = c.across if c.product == "simt" else 16
+    while c.shared > device.shared_memory:
+        if c.warps == 1 and c.columns <= least:
+            raise BackendUnavailableError(
+                f"head dimensions {c.E} and {c.Ev} of {c.storage} need {c.shared:,} bytes of shared memory for a "
+                f"block, and this GPU has {device.shared_memory:,}; use float32, or backend='cpu'"
+            )
+        c = c.with_(warps=c.warps // 2) if c.warps > 1 else c.with_(columns=max(c.columns // 32 * 16, least))
     return c
 
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 OLDEST = (7, 0)  # the first with independent threads in a warp, which the kernels count on
+_OLDEST_OF = {12: OLDEST, 13: (7, 5)}  # for which the compiler of a CUDA release makes code
 _EXTRAS = 'pip install "numba-attention[cuda13]", or [cuda12] for a driver of CUDA 12'
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _NONE = "the NVIDIA driver finds no GPU; is one there, and does CUDA_VISIBLE_DEVICES hide it?"
@@ -83,6 +84,11 @@ def _devices() -> str | None:
     if best < OLDEST:
         return (
             f"the GPU has compute capability {best[0]}.{best[1]}, and the kernels need {OLDEST[0]}.{OLDEST[1]} (Volta)"
+        )
+    if best < _OLDEST_OF.get(toolkit_major(), OLDEST):
+        return (
+            f"the GPU has compute capability {best[0]}.{best[1]}, for which CUDA {toolkit_major()} does not compile; "
+            f"install {_matching(12)}"
         )
     return None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import FORWARD, HEAD, NUMBERS, Block, Lanes, place, stage, work_item
+from .blocks import FORWARD, HEAD, NUMBERS, Block, Lanes, make_landed, place, stage, work_item
 from .config import Config, lay_out
 from .parameters import TYPES, Parameters
 from .results import write_row
@@ -40,7 +40,7 @@ def make_product(c: Config) -> Any:
 
 def make_forward(c: Config, on: Any) -> Any:
     """Make the kernel; its grid is tiles of all sequences, heads (of keys, if they are stacked), splits."""
-    cuda, macro, shared_address = on.cuda, on.macro, on.shared()
+    cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)
     kind = product.kind
     layout, features = product.layout(c.columns), product.features(c.Ev)
@@ -88,7 +88,7 @@ def make_forward(c: Config, on: Any) -> Any:
     def load_keys(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> None:
         b = block(e, integers, reals, places, numbers)
         b.load_tile("key", k, base, thread, j, b.span.columns)
-        e.commit()
+        b.commit()
 
     @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
     def load_values(
@@ -96,16 +96,12 @@ def make_forward(c: Config, on: Any) -> Any:
     ) -> None:
         b = block(e, integers, reals, places, numbers)
         b.load_tile("value", v, base, thread, j, b.span.columns)
-        e.commit()
+        b.commit()
 
     @macro("", *TYPES, "i", "i")
     def scale_queries(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
         factor = Parameters(e, integers, reals).real("prescale", "d" if c.compute == "float64" else "f")
         scale_rows(e, q, base, factor, thread, threads)
-
-    @macro("")
-    def landed(e: Any) -> None:
-        e.wait(0)
 
     @macro(f"{M} {M} {C}", *TYPES, PLACES, NUMBERS, "i", "i")
     def begin_rows(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, part: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import FORWARD, NUMBERS, Block, Lanes, place, stage
+from .blocks import FORWARD, NUMBERS, Block, Lanes, make_landed, place, stage
 from .config import Config
 from .forward import make_product, tiles_of
 from .parameters import TYPES, Parameters
@@ -19,7 +19,7 @@ PLACES = f"l{len(FORWARD)}"
 
 def make_weights(c: Config, on: Any) -> Any:
     """Make the kernel; its grid is tiles of chosen rows, of sequences that are one chosen head each."""
-    cuda, macro, shared_address = on.cuda, on.macro, on.shared()
+    cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)
     kind, columns, threads = product.kind, c.columns, c.threads
     lanes = Lanes(c, product)
@@ -44,22 +44,18 @@ def make_weights(c: Config, on: Any) -> Any:
     def load_queries(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any) -> None:
         b = block(e, integers, reals, places, numbers)
         b.load_tile("query", q, base, thread, b.first, b.rows)
-        e.commit()
+        b.commit()
 
     @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
     def load_keys(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> None:
         b = block(e, integers, reals, places, numbers)
         b.load_tile("key", k, base, thread, j, b.span.columns)
-        e.commit()
+        b.commit()
 
     @macro("", *TYPES, "i", "i")
     def scale_queries(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
         factor = Parameters(e, integers, reals).real("prescale", "d" if c.compute == "float64" else "f")
         scale_rows(e, q, base, factor, thread, threads)
-
-    @macro("")
-    def landed(e: Any) -> None:
-        e.wait(0)
 
     @macro(f"{M} {M}", *TYPES, PLACES, NUMBERS, "i")
     def begin_rows(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any) -> Any:

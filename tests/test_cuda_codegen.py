@@ -1,0 +1,192 @@
+"""What the CUDA kernels compile to: no spilled register, and of the instructions that count as many as there must be.
+
+Needs no GPU, only NVIDIA's wheels. All kernels on all architectures take twenty minutes: here is each of most of them
+on one architecture in turn; all of them with ``NUMBA_ATTENTION_THOROUGH=1``.
+"""
+
+import os
+import re
+import subprocess
+from collections import Counter
+from itertools import product as every
+from pathlib import Path
+from sysconfig import get_path
+
+import pytest
+
+pytest.importorskip("numba_cuda")
+pytest.importorskip("cuda.core")
+
+from numba_attention.cuda import configs, kernels
+from numba_attention.cuda.config import FEATURES, Config
+from numba_attention.cuda.driver import Device
+
+THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
+# What a block may ask for: "CUDA C++ Programming Guide", table of technical specifications.
+SHARED = {"sm_75": 65536, "sm_80": 166912, "sm_90a": 232448, "sm_120": 101376}
+ARCHS = ("sm_80", "sm_90a", "sm_120")
+STORAGES = ("float16", "bfloat16", "float32", "float64")
+OPTIONS = {"softcap": True, "alibi": True, "bias": "float32", "mask": True}
+
+
+def device(arch):
+    return Device(0, configs.compute_capability(arch), arch, 132, SHARED[arch])
+
+
+def disassembler():
+    """``nvdisasm``, from NVIDIA's wheel."""
+    found = sorted(Path(get_path("purelib")).glob("nvidia/**/bin/nvdisasm*"))
+    return found[0] if found else pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory):
+    """A function that counts the instructions of machine code by name."""
+    program, path = disassembler(), tmp_path_factory.mktemp("code") / "kernel.cubin"
+
+    def count(code):
+        path.write_bytes(code)
+        text = subprocess.run([program, "-c", path], capture_output=True, text=True, check=True).stdout
+        return Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", text, re.MULTILINE))
+
+    return count
+
+
+def check(compiled, c):
+    """A kernel has the registers that its blocks need, and none of them in memory."""
+    assert compiled.spills == 0, compiled.log
+    registers = -(-compiled.registers // 8) * 8  # a warp takes them by eights
+    assert registers * c.threads * c.blocks <= 65536
+    assert c.shared <= SHARED[c.arch]
+
+
+def plain(arch, storage, E):
+    """The kernels without options for one head dimension."""
+    for task in ("forward", "query", "key"):
+        yield from configs.parts(configs.base(task, storage, E, E, device(arch)))
+
+
+def products(c):
+    """How many instructions of the tensor cores, and loads for them, a kernel has where nothing is written twice.
+
+    By the sizes of its products: scores and, backward, dP, of a tile of 16 rows with all columns; sums with features.
+    """
+    steps = {"forward": (1, 1), "query": (2, 1), "key": (2, 2)}[c.task]
+    if c.only:
+        steps = {"key": (2, 1), "value": (1, 1)}[c.only]
+    scores, sums = steps
+    multiplied = c.slots * (scores * c.columns // 8 * (c.E // 16) + sums * c.E // 8 * (c.columns // 16))
+    loaded = scores * c.E // 16 * (c.slots + c.columns // 16) + sums * c.columns // 16 * (c.E // 16)
+    return multiplied, loaded
+
+
+@pytest.mark.parametrize("E", FEATURES)
+def test_tensor_cores(instructions, E):
+    """float16 and bfloat16: every product is there once, and nothing of it goes through local memory."""
+    common = E in (64, 128)
+    pairs = [(arch, "bfloat16" if n % 2 else "float16") for n, arch in enumerate(ARCHS) if common or n % 2]
+    for arch, storage in every(ARCHS, STORAGES[:2]) if THOROUGH else pairs:
+        for c in plain(arch, storage, E):
+            compiled = kernels.compile_(c)
+            check(compiled, c)
+            found = instructions(compiled.code)
+            assert (found["HMMA"], found["LDSM"]) == products(c), c.name
+            assert found["LDGSTS"] > 0, "tiles come by asynchronous copies"
+            assert not found["LDL"] + found["STL"]
+            assert found["FFMA"] + found["FMUL"] < 6 * found["HMMA"]
+
+
+@pytest.mark.parametrize("E", FEATURES)
+@pytest.mark.parametrize("storage", STORAGES[2:])
+def test_fma(instructions, storage, E):
+    """float32 and float64: many multiplications for each read of shared memory."""
+    for arch in ARCHS if THOROUGH else (ARCHS[FEATURES.index(E) % 3],):
+        for c in plain(arch, storage, E):
+            compiled = kernels.compile_(c)
+            check(compiled, c)
+            found = instructions(compiled.code)
+            multiplied = found["FFMA" if storage == "float32" else "DFMA"]
+            assert multiplied > (4 if storage == "float32" and E <= 128 else 1) * found["LDS"], c.name
+            assert found["LDGSTS"] > 0
+            assert not found["LDL"] + found["STL"] + found["HMMA"]
+
+
+@pytest.mark.parametrize("E", [32, 64, 128])
+def test_float32_on_tensor_cores(instructions, monkeypatch, E):
+    monkeypatch.setenv(configs.TF32X3, "1")
+    for arch in ARCHS if THOROUGH else (ARCHS[(32, 64, 128).index(E)],):
+        for c in plain(arch, "float32", E):
+            assert c.product == "tf32"
+            compiled = kernels.compile_(c)
+            check(compiled, c)
+            found = instructions(compiled.code)
+            assert found["HMMA"] % 3 == 0
+            assert found["HMMA"] > 0
+
+
+def rest(arch, storage, E):
+    """Every other kernel for one head dimension, with most that it can be asked for."""
+    of = device(arch)
+    forward = configs.base("forward", storage, E, E, of)
+    full = configs.with_options(forward, **OPTIONS)
+    yield full.with_(sinks=True, flags=True)
+    yield configs.with_options(forward, mask=True, aligned=False)
+    yield configs.careful(full, of)
+    steps = configs.few(full.with_(stacked=True, paged=True, sinks=True), 4, of)
+    yield steps.with_(split=True)
+    yield configs.few(forward.with_(stacked=True), 16, of).with_(split=True)
+    yield configs.careful(steps, of)
+    yield configs.weights(full, of)
+    yield configs.bias(configs.with_options(configs.base("query", storage, E, E, of), **OPTIONS), of)
+    for task in ("query", "key"):
+        c = configs.with_options(configs.base(task, storage, E, E, of), **OPTIONS, flags=True)
+        for part in configs.parts(c):
+            yield part
+            yield configs.careful(part, of)
+    yield Config("combine", storage, E, E, warps=2, stacked=True, flags=True, arch=arch)
+    yield Config("delta", storage, 32, E, warps=4, arch=arch)
+
+
+def shares():
+    """Every combination of architecture, storage and head dimension; unless thorough, each of the latter once."""
+    pairs = list(every(STORAGES, FEATURES))
+    if THOROUGH:
+        return [(arch, *pair) for arch in ARCHS for pair in pairs]
+    return [(ARCHS[n % 3], *pair) for n, pair in enumerate(pairs) if pair[0] != "bfloat16" or pair[1] == 128]
+
+
+@pytest.mark.parametrize(("arch", "storage", "E"), shares())
+def test_nothing_spills(arch, storage, E):
+    found = list(rest(arch, storage, E))
+    if not THOROUGH:  # a third of them, other ones for each head dimension
+        found = found[FEATURES.index(E) % 3 :: 3]
+    for c in found:
+        check(kernels.compile_(c), c)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_old_gpus(storage):
+    """Before sm_80 there are neither asynchronous copies nor matrices of these types, and less shared memory.
+
+    (CUDA 13 compiles for sm_75 and later, CUDA 12 for sm_70 too.)
+    """
+    for task in ("forward", "query", "key") if THOROUGH else ("forward",):
+        c = configs.with_options(configs.base(task, storage, 64, 64, device("sm_75")), aligned=False)
+        assert c.product == "simt"
+        check(kernels.compile_(c), c)
+
+
+@pytest.mark.parametrize(("of", "to"), [("float32", "bfloat16"), ("float64", "float64"), ("float16", "float32")])
+def test_sums(of, to):
+    check(
+        kernels.compile_(Config("reduce", of, 32, 32, to=to, arch="sm_90a")),
+        Config("reduce", of, 32, 32, arch="sm_90a"),
+    )
+
+
+def test_a_kernel_compiles_to_the_same_code():
+    """What the cache on disk counts on: the code of a kernel follows from its name."""
+    c = Config("combine", "float16", 64, 64, warps=2, arch="sm_80")
+    one, two = kernels.compile_(c), kernels.compile_(c)
+    assert len(one.code) == len(two.code)
+    assert (one.registers, one.spills) == (two.registers, two.spills)
