@@ -208,6 +208,12 @@ class Dtype:
     def __repr__(self):
         return f"torch.{self.name}"
 
+    def __eq__(self, other):
+        return self.name == other.name
+
+    def __hash__(self):
+        return hash(self.name)
+
 
 class Tensor(Fake):
     """As a tensor of PyTorch shows itself."""

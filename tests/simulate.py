@@ -93,7 +93,7 @@ def simulated_driver():
     def compiled(c):
         c = c.with_(slots=1, across=1, warps=1, columns=16, product="simt")
         target = Simulator()
-        kernel = Kernel(c.name, b"", c.threads, c.shared)
+        kernel = Kernel(c.name, b"", c.threads, c.shared, kernels.addresses(c))
         function = kernels.make(c, target)
 
         def simulated(integers, reals):  # whose globals are those of this module, where the simulator looks for `cuda`

@@ -167,7 +167,7 @@ def real(monkeypatch):
 
 
 def kernel(shared=0, name="k", cubin=b"code"):
-    return runtime.Kernel(name, cubin, 128, shared)
+    return runtime.Kernel(name, cubin, 128, shared, ())
 
 
 def test_launch(real):

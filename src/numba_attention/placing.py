@@ -4,11 +4,11 @@
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from .cuda import arrays, runtime
+from .cuda import arrays, configs, recording, runtime
 from .cuda.headers import address_of, held
 from .options import Array, Options
 from .validation import as_array, as_bools, as_floats, check_out, kind_of
@@ -96,7 +96,11 @@ class Call:
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Make room for a result, of the caller's kind."""
-        return self.family.empty(shape, np.dtype(dtype), self.device, self.stream)
+        made = self.family.empty(shape, np.dtype(dtype), self.device, self.stream)
+        recorder = recording.current()
+        if recorder is not None:
+            recorder.make(made, is_result=True)
+        return made
 
     def out(self, out: Any, inputs: dict[str, Any]) -> Array | None:
         """Make the header of what the caller wants the result in."""
@@ -157,8 +161,19 @@ def run(
     small : dict, optional
         Arguments that the host reads: copied from the device if they are there.
     """
+    seen = None if out is not None or small else _look(function, operands, options, rest)
+    if seen is not None:
+        recorded = recording.find(seen.key)
+        if recorded is not None:
+            return cast(Result, seen.repeat(recorded))
     call = Call({name: x for name, x in operands.items() if x is not None})
     with runtime.using(call.device, call.stream):
+        if seen is not None:
+            with recording.recording(seen.addresses) as recorder:
+                moved = {name: None if x is None else call.device_array(name, x) for name, x in operands.items()}
+                made = function(backend, **moved, options=options, **rest, empty=call.empty)
+                recorder.keep(seen.key, made)
+            return cast(Result, call.give(made))
         moved = {name: None if x is None else call.device_array(name, x) for name, x in operands.items()}
         moved |= {name: arrays.to_host(x) for name, x in (small or {}).items()}
         target = call.out(out, operands | options._asdict())
@@ -168,6 +183,66 @@ def run(
         result: Result = _with_out(call, found, target, out)
         call.finish()
         return result
+
+
+_PLAIN = (type(None), bool, int, float, str)  # what an option may be that is no array
+
+
+class _Seen(NamedTuple):
+    """All that a call follows from, as a key, and what differs from one such call to the next."""
+
+    key: Any
+    addresses: list[int]
+    family: arrays.Family
+    device: int
+    stream: int
+
+    def repeat(self, recorded: recording.Recorded) -> Any:
+        device, stream = self.device, self.stream
+
+        def new(shape: tuple[int, ...], dtype: Any) -> tuple[Any, int]:
+            return self.family.new(shape, dtype, device, stream)
+
+        with runtime.driver.on(device):
+            return recorded.repeat(runtime.driver, self.addresses, new, stream)
+
+
+def _look(
+    function: Callable[..., Any], operands: dict[str, Any], options: Options, rest: dict[str, Any]
+) -> _Seen | None:
+    """Look at a call that may have been made before: of arrays of one library on one stream, and plain options."""
+    for option in (*options, *rest.values()):
+        if not (type(option) in _PLAIN or (type(option) is tuple and all(type(x) in _PLAIN for x in option))):
+            return None
+    looks: list[Any] = []
+    addresses: list[int] = []
+    family = places = None
+    for x in operands.values():
+        if x is None:
+            looks.append(None)
+            continue
+        if family is None:
+            family, first = arrays.family_of(x), x
+        elif type(x) is not type(first):
+            return None
+        look = family.look(x)
+        if look is None or not look[1]:
+            return None
+        looks.append(look[0])
+        addresses.append(look[1])
+        if look[0][3:] != (places := places or look[0][3:]):  # on another device, or another stream
+            return None
+    if family is None or places is None:
+        return None
+    device = places[0]
+    stream = family.stream(first, device) or runtime.DEFAULT_STREAM
+    known = addresses if len(set(addresses)) == len(addresses) else None
+    alike = None if known else [addresses.index(address) for address in addresses]
+    key = (
+        function, runtime.driver, family.name, *looks, *[address % 16 for address in addresses], *(alike or ()),
+        options, type(options.is_causal), *rest.items(), stream, configs.state(),
+    )  # fmt: skip
+    return _Seen(key, addresses, family, device, stream)
 
 
 def _with_out(call: Call, result: Any, target: Array | None, out: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cuda import configs, kernels, runtime
+from ..cuda import configs, kernels, recording, runtime
 from ..cuda.config import Config
 from ..cuda.headers import address_of
 from ..cuda.parameters import ARRAYS, FAR, INTEGERS, MOST, REALS
@@ -14,6 +14,8 @@ from ..cuda.softmax import LN2, LOG2E
 from ..options import Array
 from ..problem import Problem
 from .records import fill_in, is_paged, sequences_of, storage_of
+
+_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
 def check_size(p: Problem) -> None:
@@ -32,8 +34,12 @@ def is_aligned(*arrays: Array) -> bool:
     return True
 
 
+_AT = {name: n for n, name in enumerate(INTEGERS)}
+_STRIDES = {name: [_AT[f"{name}_{axis}"] for axis in ("head", "row", "column")] for name in ARRAYS}
+
+
 class Work:
-    """The launches of one call, and what lives on the device until they are made.
+    """The launches of one call, and what they are told.
 
     Parameters
     ----------
@@ -46,54 +52,91 @@ class Work:
         self.p = p
         self.device, self.stream = runtime.current_device(), runtime.stream()
         self.storage = storage_of(p.query.dtype)
-        self.real = np.dtype(np.float64 if self.storage == "float64" else np.float32)
+        self.real = _F64 if self.storage == "float64" else _F32
         self.sequences = sequences_of(p, p.bias, **more)
         fill_in(p, self.sequences)
-        self.arrays: dict[str, Array | None] = {
+        self.hides = _hides(p, self.sequences)
+        self._integers = [0] * len(INTEGERS)
+        self._reals = reals(p)
+        self._kept: dict[str, Array] = {}
+        self.set(
+            heads=p.H, group=p.H // p.Hkv if p.Hkv else 1, E=p.E, Ev=p.Ev,
+            left=FAR * 4 if p.left is None else p.left, right=FAR * 4 if p.right is None else p.right,
+        )  # fmt: skip
+        arrays = {
             "query": p.query, "key": p.key, "value": p.value, "out": p.out, "lse": p.lse, "bias": p.bias,
             "mask": p.mask, **more,
         }  # fmt: skip
-        self._kept: list[Array] = []
+        for name, x in arrays.items():
+            if x is not None:
+                self.put(name, x)
         for name, x in (("slopes", p.alibi_slopes), ("sinks", p.sinks)):
             if x is not None:
-                self.arrays[name] = upload(np.ascontiguousarray(x))
-        if is_paged(p) and p.cache is not None and p.cache.table is not None:
-            table = upload(np.ascontiguousarray(p.cache.table))
-            self._kept.append(table)
-            self.sequences["pages"] = address_of(table) + np.arange(len(self.sequences)) * p.cache.table.shape[1] * 8
-        self.hides = _hides(p, self.sequences)
+                self.put(name, upload(np.ascontiguousarray(x)))
+        if is_paged(p):
+            self._of_pages(p)
+
+    def _of_pages(self, p: Problem) -> None:
+        assert p.cache is not None
+        assert p.cache.table is not None
+        table = upload(np.ascontiguousarray(p.cache.table))
+        self.put("pages", table)
+        self.sequences["pages"] = address_of(table) + np.arange(len(self.sequences)) * p.cache.table.shape[1] * 8
+        self.set(page_size=p.key.shape[-2], key_page=p.key.strides[0], value_page=p.value.strides[0])
+
+    def put(self, name: str, x: Array | None) -> None:
+        """Tell where an array is and how it is laid out, and keep it until launches are made; None takes it away."""
+        if x is None:
+            self.set(**{name: 0})
+            return
+        self._kept[name] = x
+        if name in _AT:  # page tables are known by their sequences
+            self._integers[_AT[name]] = address_of(x) if x.size else 0
+        for place, stride in zip(_STRIDES.get(name, ()), x.strides[len(self.p.batch) :], strict=False):
+            self._integers[place] = stride
+
+    def set(self, **numbers: int) -> None:
+        """Tell the kernels numbers by name."""
+        for name, x in numbers.items():
+            self._integers[_AT[name]] = int(x)
 
     def config(self, task: str, aligned: bool) -> Config:
         """The kernel for a task, with the options of this call."""
         p = self.p
-        c = configs.base(task, self.storage, p.E, p.Ev, self.device)
-        return configs.with_options(
-            c, softcap=p.softcap is not None, alibi=p.alibi_slopes is not None, mask=p.mask is not None,
-            paged=is_paged(p), bias="" if p.bias is None else storage_of(p.bias.dtype), flags=self.hides,
-            aligned=aligned and self.device.compute_capability >= (8, 0),
+        return configs.for_call(
+            task, self.storage, p.E, p.Ev, configs.product_of(self.storage, self.device), self.device,
+            p.softcap is not None, p.alibi_slopes is not None, "" if p.bias is None else storage_of(p.bias.dtype),
+            p.mask is not None, is_paged(p), self.hides, aligned,
         )  # fmt: skip
 
-    def empty(self, shape: Any, dtype: Any) -> Array:
-        return runtime.empty(shape, dtype, self.stream)
+    def empty(self, name: str, shape: Any, dtype: Any) -> Array:
+        """Make room on the device, and tell where it is."""
+        made = runtime.empty(shape, dtype, self.stream)
+        self.put(name, made)
+        return made
 
     def upload_sequences(self) -> None:
-        self.arrays["sequences"] = upload(self.sequences.view(np.int64))
+        self.put("sequences", upload(self.sequences))
 
-    def launch(self, c: Config, grid: tuple[int, int, int], **more: int) -> None:
-        integers, reals = numbers(self.p, c, self.arrays, **more)
-        runtime.launch(kernels.compiled(c), grid, integers, reals, self.stream)
+    def launch(self, c: Config, grid: tuple[int, int, int], **numbers: int) -> None:
+        self.set(**numbers)
+        runtime.launch(kernels.compiled(c), grid, self._integers, self._reals, self.stream)
 
 
 @lru_cache(maxsize=256)
 def _uploaded(data: bytes, driver: runtime.Driver, device: int, stream: int) -> Array:
     """A copy on the device of what seldom changes; kept for a stream, on which it is freed too."""
-    return runtime.upload(np.frombuffer(data, np.int64), stream)
+    with recording.nobody():
+        return runtime.upload(np.frombuffer(data, np.uint8), stream)
 
 
 def upload(array: Array) -> Array:
     """A copy of a few numbers on the device."""
-    data = array.tobytes()
-    return _uploaded(data, runtime.driver, runtime.current_device().ordinal, runtime.stream())
+    made = _uploaded(array.tobytes(), runtime.driver, runtime.current_device().ordinal, runtime.stream())
+    recorder = recording.current()
+    if recorder is not None:
+        recorder.fix(made)
+    return made
 
 
 def _hides(p: Problem, sequences: Array) -> bool:
@@ -124,31 +167,7 @@ def work_list(p: Problem, sequences: Array, rows: int, of_keys: bool = False) ->
     return made.astype(np.int64)
 
 
-def numbers(p: Problem, c: Config, arrays: dict[str, Array | None], **more: int) -> tuple[list[int], list[float]]:
-    """The parameters of a kernel, in its order."""
-    values: dict[str, int] = {
-        "heads": p.H,
-        "group": p.H // p.Hkv if p.Hkv else 1,
-        "E": p.E,
-        "Ev": p.Ev,
-        "left": FAR * 4 if p.left is None else p.left,
-        "right": FAR * 4 if p.right is None else p.right,
-        **more,
-    }
-    for name, array in arrays.items():
-        if array is None:
-            continue
-        values[name] = address_of(array) if array.size else 0
-        if name in ARRAYS:
-            for axis, stride in zip(("head", "row", "column"), array.strides[len(p.batch) :], strict=False):
-                values[f"{name}_{axis}"] = stride
-    if c.paged:
-        values |= {"page_size": p.key.shape[-2], "key_page": p.key.strides[0], "value_page": p.value.strides[0]}
-    real = reals(p)
-    return [int(values.get(name, 0)) for name in INTEGERS], [real.get(name, 0.0) for name in REALS]
-
-
-def reals(p: Problem) -> dict[str, float]:
+def reals(p: Problem) -> list[float]:
     """What the scores are multiplied by: a power of two goes to the queries, before anything can overflow."""
     scale = p.scale * LOG2E
     factor, exponent = math.frexp(abs(scale))
@@ -160,4 +179,4 @@ def reals(p: Problem) -> dict[str, float]:
     made = {"prescale": prescale, "factor": factor, "scale": p.scale}
     if p.softcap is not None:
         made |= {"cap_inner": factor * LN2 / p.softcap, "cap_outer": p.softcap * LOG2E}
-    return made
+    return [float(made.get(name, 0.0)) for name in REALS]

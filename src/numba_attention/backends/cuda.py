@@ -1,11 +1,14 @@
 """The CUDA backend: turns a `Problem`, whose arrays are headers of device memory, into launches."""
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
 from ..cuda import configs, kernels, runtime
+from ..cuda.blocks import HEAD
 from ..cuda.config import Config
+from ..cuda.driver import Device
 from ..cuda.headers import address_of
 from ..cuda.parameters import AXES, REALS
 from ..options import Array
@@ -17,7 +20,6 @@ from .records import per_head, storage_of, stored_of
 on_device = True
 
 FEW = 16  # rows of a key head, of all its query heads: the kernel for decoding
-WAVES = 4  # blocks for each multiprocessor that are worth having
 
 
 def unusable() -> str | None:
@@ -34,46 +36,51 @@ def forward(problem: Problem) -> None:
             f"the CUDA backend reads caches that are stored as the queries are, {p.query.dtype}, got {stored_of(p)}"
         )
     work = Work(p)
-    device, group = work.device, p.H // p.Hkv
-    few = p.L * group <= FEW
+    group = p.H // p.Hkv
+    few = p.L * group if p.L * group <= FEW else 0
     c = work.config("forward", is_aligned(p.query, p.key, p.value, p.out))
-    c = c.with_(sinks=p.sinks is not None, stacked=few and group > 1)
-    if few:
-        c = configs.few(c, p.L * group, device)
-    rows, heads = (p.L * group, p.Hkv) if c.stacked else (p.L, p.H)
-    tiles, number = -(-rows // c.rows), len(work.sequences)
-    listed = None if c.stacked else work_list(p, work.sequences, c.rows)
+    alone, split, join, again = _kernels(c, p.sinks is not None, few, group, work.device)
+    rows, heads = (few, p.Hkv) if alone.stacked else (p.L, p.H)
+    tiles, number = -(-rows // alone.rows), len(work.sequences)
+    listed = None if alone.stacked else work_list(p, work.sequences, alone.rows)
     items = number * tiles if listed is None else len(listed)
-    splits = _splits(items * heads, -(-p.S // c.columns), device.multiprocessors)
-    more = {"tiles": tiles, "flag_rows": tiles * c.rows, "splits": splits, "number": number}
-    total = number * heads * more["flag_rows"]
     if not items:
         return
+    splits = _splits(items * heads, -(-p.S // alone.columns), configs.resident(alone, work.device))
+    padded_rows = tiles * alone.rows
+    work.set(tiles=tiles, flag_rows=padded_rows, splits=splits, number=number)
     work.upload_sequences()
-    work.arrays["work"] = None if listed is None else upload(listed)
+    if listed is not None:
+        work.put("work", upload(listed))
     if work.hides:
-        work.arrays["flags"] = work.empty(total, np.int32)
+        work.empty("flags", number * heads * padded_rows, np.int32)
     if splits == 1:
-        work.launch(c, (items, heads, 1), **more)
+        work.launch(alone, (items, heads, 1))
     else:
-        work.arrays["partial"] = work.empty(splits * total * (c.Ev + 4), work.real)
-        c = c.with_(split=True, flags=False)
-        work.launch(c, (items, heads, splits), **more)
-        join = Config("combine", c.storage, c.E, c.Ev, warps=2, stacked=c.stacked, flags=work.hides, arch=c.arch)
-        work.launch(join, (number * more["flag_rows"], heads, 1), **more)
+        work.empty("partial", splits * number * heads * padded_rows * (alone.Ev + HEAD), work.real)
+        work.launch(split, (items, heads, splits))
+        work.launch(join, (number * padded_rows, heads, 1))
     if work.hides:
-        again = configs.careful(c, device)
-        work.arrays["work"] = None
-        more["tiles"] = -(-rows // again.rows)
-        work.launch(again, (number * more["tiles"], heads, 1), **more)
+        work.put("work", None)
+        tiles = -(-rows // again.rows)
+        work.launch(again, (number * tiles, heads, 1), tiles=tiles)
 
 
-def _splits(blocks: int, key_tiles: int, multiprocessors: int) -> int:
+@lru_cache(maxsize=512)
+def _kernels(c: Config, sinks: bool, few: int, group: int, device: Device) -> tuple[Config, Config, Config, Config]:
+    """The kernel for all keys, that for some of them, that which joins those, and that which does rows again."""
+    c = c.with_(sinks=sinks, stacked=few > 0 and group > 1)
+    if few:
+        c = configs.few(c, few, device)
+    join = Config("combine", c.storage, c.E, c.Ev, warps=2, stacked=c.stacked, flags=c.flags, arch=c.arch)
+    return c, c.with_(split=True, flags=False), join, configs.careful(c, device)
+
+
+def _splits(blocks: int, key_tiles: int, resident: int) -> int:
     """Among how many blocks to share out the keys of a tile of queries, so that every multiprocessor has work."""
-    wanted = multiprocessors * WAVES
-    if blocks * 2 > wanted or not blocks:
+    if blocks * 4 > resident * 3:
         return 1
-    return max(1, min(wanted // blocks, key_tiles // 2, 256))
+    return max(1, min(resident // blocks, key_tiles // 2, 256))
 
 
 def backward(problem: BackwardProblem) -> None:
@@ -92,7 +99,7 @@ def weights(problem: Problem) -> None:
     tiles = -(-len(p.rows) // c.rows)
     work.sequences = per_head(p, p.heads, work.sequences, p.bias)
     work.upload_sequences()
-    work.arrays["work"] = upload(np.ascontiguousarray(p.rows, np.int64))
+    work.put("work", upload(np.ascontiguousarray(p.rows, np.int64)))
     work.launch(c, (len(work.sequences) * tiles, 1, 1), tiles=tiles, number=len(p.rows), inner_tiles=p.S)
 
 

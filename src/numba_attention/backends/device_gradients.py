@@ -64,13 +64,13 @@ def _own(work: Work, c: Config, heads: int, length: int) -> None:
     if not items:
         return
     more = {"tiles": tiles, "flag_rows": tiles * c.rows, "number": number}
-    work.arrays["work"] = None if listed is None else upload(listed)
+    work.put("work", None if listed is None else upload(listed))
     if work.hides:
-        work.arrays["flags"] = work.empty(number * heads * more["flag_rows"], np.int32)
+        work.empty("flags", number * heads * more["flag_rows"], np.int32)
     work.launch(c, (items, heads, 1), **more)
     if work.hides:
         again = configs.careful(c, work.device)
-        work.arrays["work"] = None
+        work.put("work", None)
         more["tiles"] = -(-length // again.rows)
         work.launch(again, (number * more["tiles"], heads, 1), **more)
 
@@ -86,7 +86,7 @@ def _of_bias(g: BackwardProblem, work: Work, of_bias: Array, aligned: bool) -> N
     inner = 1 if shape[-1] == 1 else -(-p.S // c.columns)
     if not owners:
         return
-    work.arrays["members"] = upload(of_members)
+    work.put("members", upload(of_members))
     more = {"bias_heads": shape[-3], "bias_rows": sizes[0], "bias_keys": sizes[1]}
     work.launch(c, (owners * tiles * inner, shape[-3], 1), tiles=tiles, inner_tiles=inner, number=owners, **more)
 
@@ -102,9 +102,8 @@ def _owners(work: Work, of_bias: Array) -> tuple[int, Array]:
 
 def _of_sinks(g: BackwardProblem, work: Work) -> None:
     p = work.p
-    made = g.sinks = work.empty((p.H,), work.real)
+    g.sinks = work.empty("partial", (p.H,), work.real)
     c = _small("sinks", work, 8)
-    work.arrays["partial"] = made
     work.launch(c, (p.H, 1, 1), number=len(work.sequences), inner_tiles=-(-p.L // c.threads))
 
 
@@ -113,7 +112,7 @@ def _without_work(g: BackwardProblem, work: Work) -> None:
     from .cuda import add_up
 
     if g.forward.sinks is not None:
-        g.sinks = work.empty((g.forward.H,), work.real)
+        g.sinks = work.empty("partial", (g.forward.H,), work.real)
         add_up(g.sinks, g.sinks, work.device.arch, work.stream, terms=False)
 
 

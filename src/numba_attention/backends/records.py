@@ -1,6 +1,7 @@
 """From a `Problem` to the records that the kernels read."""
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,12 @@ from ..problem import Packing, Problem
 from ..validation import is_bfloat16
 
 
+@cache
 def storage_of(dtype: np.dtype[Any]) -> str:
     return "bfloat16" if is_bfloat16(dtype) else dtype.name
+
+
+_ZERO = np.zeros(1, np.int64)
 
 
 def address_of(array: Array | None) -> int:
@@ -29,6 +34,8 @@ def address_of(array: Array | None) -> int:
 
 def offsets_of(array: Array, batch: tuple[int, ...]) -> Array:
     """Byte offset of each sequence of the batch, flattened."""
+    if math.prod(batch) == 1:
+        return _ZERO
     total: Array = np.zeros((1,) * len(batch), np.int64)
     for axis, (n, stride) in enumerate(zip(batch, array.strides, strict=False)):
         total = total + np.arange(n).reshape((-1,) + (1,) * (len(batch) - 1 - axis)) * stride

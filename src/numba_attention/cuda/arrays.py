@@ -4,6 +4,7 @@ No library is imported for this: an array of one means that its library is there
 """
 
 import sys
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -91,13 +92,23 @@ class Family:
         strides = None if strides is None else tuple(strides)
         return header(address or 0, shape, strides, np.dtype(typestr), x, self.ordinal(x), readonly)
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> Array:
-        """Make room for a result; the header of an array of this library, or of memory of ours."""
+    def look(self, x: Any) -> tuple[Any, int] | None:
+        """All that a call follows from, of an array, as a key, and its address; None where that is not so simple."""
+        return None
+
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> tuple[Any, int]:
+        """Make an array for a result, and say where it is."""
         from numba import cuda
 
         # The array then tells whoever takes it next on which stream it is written.
         of_numba = 0 if stream == DEFAULT_STREAM else cuda.external_stream(stream)
-        return _NUMBA.take(cuda.device_array(shape, dtype, stream=of_numba), stream)
+        made = cuda.device_array(shape, dtype, stream=of_numba)
+        return made, made.__cuda_array_interface__["data"][0]
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> Array:
+        """Make room for a result; the header of an array of this library, or of memory of ours."""
+        made, address = self.new(shape, dtype, device, stream)
+        return header(address, shape, None, dtype, made, device)
 
     def owns(self, x: Any) -> bool:
         """Whether `empty` may have made an array."""
@@ -124,6 +135,10 @@ class NumbaFamily(Family):
 
     def take(self, x: Any, stream: int) -> Array:
         return header(x.__cuda_array_interface__["data"][0], x.shape, x.strides, np.dtype(x.dtype), x, self.ordinal(x))
+
+    def look(self, x: Any) -> tuple[Any, int] | None:
+        interface = x.__cuda_array_interface__
+        return (x.shape, x.strides, x.dtype, self.ordinal(x), interface.get("stream")), interface["data"][0]
 
 
 class LibraryFamily(Family):
@@ -174,10 +189,15 @@ class TorchFamily(LibraryFamily):
                 f"a tensor of dtype {of_torch} cannot be taken; convert it with x.to(torch.float32)"
             ) from None
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> Array:
+    def look(self, x: Any) -> tuple[Any, int] | None:
+        if x.requires_grad or x.layout != self.module.strided or x.is_conj() or x.is_neg():
+            return None
+        return (x.shape, x.stride(), x.dtype, x.device.index or 0, None), x.data_ptr()
+
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> tuple[Any, int]:
         torch = self.module
-        made = torch.empty(shape, dtype=getattr(torch, dtype.name), device=torch.device("cuda", device))
-        return header(made.data_ptr(), shape, None, dtype, made, device)
+        made = torch.empty(shape, dtype=getattr(torch, _name(dtype)), device=torch.device("cuda", device))
+        return made, made.data_ptr()
 
     def owns(self, x: Any) -> bool:
         return isinstance(x, self.module.Tensor)
@@ -204,8 +224,12 @@ class CupyFamily(LibraryFamily):
     def take(self, x: Any, stream: int) -> Array:
         return header(x.data.ptr, x.shape, x.strides, np.dtype(x.dtype), x, self.ordinal(x))
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> Array:
-        return self.take(self.module.empty(shape, dtype), stream)
+    def look(self, x: Any) -> tuple[Any, int] | None:
+        return (x.shape, x.strides, x.dtype, x.device.id, None), x.data.ptr
+
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> tuple[Any, int]:
+        made = self.module.empty(shape, dtype)
+        return made, made.data.ptr
 
     def owns(self, x: Any) -> bool:
         return isinstance(x, self.module.ndarray)
@@ -270,6 +294,11 @@ def family_of(x: Any) -> Family:
         if found is not None and isinstance(x, found):
             return family(module)
     return _NUMBA if getattr(x, "__cuda_ndarray__", False) else _ANY
+
+
+@cache  # 2 us at every look
+def _name(dtype: np.dtype[Any]) -> str:
+    return dtype.name
 
 
 def _interface(x: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a kernel is compiled for, and which shape of tiles it has where."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,13 @@ class Config:
     only: str = ""  # of the gradients of a tile of keys the one that is made, "key" or "value", where both are too many
     arch: str = ""
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
+    def __hash__(self) -> int:  # of 25 fields, asked for several times in every call
+        return self._hash
+
     @property
     def threads(self) -> int:
         return 32 * self.warps
@@ -56,12 +63,12 @@ class Config:
         """How tiles hold numbers."""
         return str(self.make_product().storage)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of a tile of scores."""
         return int(self.make_product().rows) * self.warps
 
-    @property
+    @cached_property
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
         from . import kernels

@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import lru_cache
 from typing import Any
 
 from ..errors import BackendUnavailableError
@@ -9,6 +10,7 @@ from . import runtime
 from .config import Config, padded
 from .tiles import HALVES
 
+ASYNCHRONOUS = (8, 0)  # the first with asynchronous copies, and matrices of these types
 TF32X3 = "NUMBA_ATTENTION_TF32X3"  # "1": float32 on tensor cores, with three products for each
 
 # Head dimension: slots, warps, columns. ("tensor": slots are tiles of 16 rows.)
@@ -47,6 +49,7 @@ _SHAPES: dict[tuple[str, str, str], dict[int, tuple[int, int, int]]] = {
     },
 }  # fmt: skip
 _chosen: dict[tuple[str, str, int, int], Config] = {}
+_changes = 0
 
 
 def base(task: str, storage: str, E: int, Ev: int, device: Any) -> Config:
@@ -61,7 +64,7 @@ def base(task: str, storage: str, E: int, Ev: int, device: Any) -> Config:
 
 def product_of(storage: str, device: Any) -> str:
     """What multiplies: tensor cores of sm_80 and later, or FMA."""
-    if device.compute_capability < (8, 0):
+    if device.compute_capability < ASYNCHRONOUS:
         return "simt"
     if storage in HALVES:
         return "tensor"
@@ -85,6 +88,27 @@ def fitted(c: Config, device: Any) -> Config:
             )
         c = c.with_(warps=c.warps // 2) if c.warps > 1 else c.with_(columns=max(c.columns // 32 * 16, least))
     return c
+
+
+@lru_cache(maxsize=1024)
+def for_call(
+    task: str, storage: str, E: int, Ev: int, product: str, device: Any, softcap: bool, alibi: bool, bias: str,
+    mask: bool, paged: bool, flags: bool, aligned: bool,
+) -> Config:  # fmt: skip
+    """The kernel of a task with the options of a call."""
+    c = base(task, storage, E, Ev, device)
+    assert c.product == product
+    return with_options(
+        c, softcap=softcap, alibi=alibi, bias=bias, mask=mask, paged=paged, flags=flags,
+        aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
+    )  # fmt: skip
+
+
+def resident(c: Config, device: Any) -> int:
+    """How many blocks of a kernel a device has at a time, if it uses all registers that it may."""
+    by_registers = 65536 // (256 * c.threads)
+    by_memory = device.shared_memory // max(c.shared + 1024, 1)
+    return int(device.multiprocessors * max(1, min(by_registers, by_memory, 16)))
 
 
 def with_options(c: Config, **options: Any) -> Config:
@@ -135,10 +159,18 @@ def candidates(task: str, storage: str, E: int, Ev: int) -> list[Config]:
 def use(task: str, storage: str, E: int, Ev: int, config: Config | None) -> None:
     """Take a shape from now on in this process; None for that of the table."""
     key = task, storage, padded(E), padded(Ev)
+    global _changes
+    _changes += 1
+    for_call.cache_clear()
     if config is None:
         _chosen.pop(key, None)
     else:
         _chosen[key] = config
+
+
+def state() -> tuple[Any, ...]:
+    """All that decides on kernels beside a call and its device."""
+    return _changes, os.environ.get(TF32X3)
 
 
 def compute_capability(arch: str) -> tuple[int, int]:

@@ -43,6 +43,7 @@ class Kernel:
     cubin: bytes
     threads: int
     shared: int  # bytes of dynamic shared memory
+    addresses: tuple[int, ...]  # which of its integers are addresses of memory
     loaded: dict[int, Any] = field(default_factory=dict, repr=False)  # of a driver, by device
 
 
@@ -143,15 +144,18 @@ class Driver:
     def launch(
         self, kernel: Kernel, grid: tuple[int, int, int], integers: Sequence[int], reals: Sequence[float], stream: int
     ) -> None:
-        """Run a kernel whose parameters are int64, as many as there are integers, and then float64."""
+        """Run a kernel whose parameters are int64, as many as there are integers, and then float64.
+
+        They are of Python's own types: cuda.core passes an int as 64 bits, a float as a double, and a NumPy scalar as
+        what it is.
+        """
         ordinal = self.current()
         code = kernel.loaded.get(ordinal)
         if code is None:
             code = kernel.loaded[ordinal] = self._load(kernel, ordinal)
         config = self._core.LaunchConfig(grid=grid, block=kernel.threads, shmem_size=kernel.shared)
         try:
-            # cuda.core passes an int as 64 bits and a float as a double, but a NumPy scalar as what it is.
-            self._core.launch(self._stream(stream), config, code, *map(int, integers), *map(float, reals))
+            self._core.launch(self._stream(stream), config, code, *integers, *reals)
         except Exception as error:
             raise _translated(error, f"kernel {kernel.name} could not be launched on GPU {ordinal}") from error
 
@@ -182,8 +186,17 @@ class Driver:
     def _staging(self) -> "_Staging":
         return _Staging(self)
 
+    @cached_property
+    def _streams(self) -> dict[tuple[int, int], Any]:
+        return {}
+
     def _stream(self, handle: int) -> Any:
-        return self._core.Stream.from_handle(handle)
+        """What cuda.core knows a stream of the current GPU by; it takes 10 us to make."""
+        key = handle, self.current()
+        found = self._streams.get(key)
+        if found is None:
+            found = self._streams[key] = self._core.Stream.from_handle(handle)
+        return found
 
     def _call(self, function: Any, *arguments: Any) -> Any:
         """Call a function of the driver, which returns an error code and what it is to return."""

@@ -6,7 +6,7 @@ from typing import Any
 from .config import Config
 from .cubins import cubin
 from .driver import Kernel
-from .parameters import AXES, INTEGERS, REALS
+from .parameters import ADDRESSES, AXES, INTEGERS, REALS
 
 
 def make(c: Config, on: Any) -> Any:
@@ -49,4 +49,9 @@ def compiled(c: Config) -> Kernel:
     code = cubin(c.name, lambda: compile_(c).code)
     from .toolchain import entry
 
-    return Kernel(entry(code), code, c.threads, c.shared)
+    return Kernel(entry(code), code, c.threads, c.shared, addresses(c))
+
+
+def addresses(c: Config) -> tuple[int, ...]:
+    """Which integers of a kernel are addresses."""
+    return (0, 1) if c.task == "reduce" else tuple(INTEGERS.index(name) for name in ADDRESSES)

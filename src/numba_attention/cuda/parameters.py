@@ -6,13 +6,14 @@ from ..cpu.params import SEQUENCE
 
 ARRAYS = ("query", "key", "value", "out", "lse", "bias", "mask", "grad_out", "grad_lse", "delta",
           "grad_query", "grad_key", "grad_value", "grad_bias")  # fmt: skip
+ADDRESSES = (*ARRAYS, "slopes", "sinks", "sequences", "work", "flags", "partial", "members")
 INTEGERS = (
-    *ARRAYS, "slopes", "sinks", "sequences", "work", "flags", "partial",
+    *ADDRESSES,
     *(f"{name}_{axis}" for name in ARRAYS for axis in ("head", "row", "column")),
     "heads", "group", "E", "Ev", "left", "right", "tiles", "flag_rows", "splits", "number", "inner_tiles",
     "page_size", "key_page", "value_page",
     # of the gradient of a bias: which sequences share its elements, how many heads, rows and keys do
-    "members", "bias_heads", "bias_rows", "bias_keys",
+    "bias_heads", "bias_rows", "bias_keys",
 )  # fmt: skip
 REALS = ("prescale", "factor", "cap_inner", "cap_outer", "scale")
 TYPES = (f"l{len(INTEGERS)}", f"d{len(REALS)}")  # of the two arguments of every kernel

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from ..options import Array
+from . import recording
 from .cubins import cubin
 from .driver import DEFAULT_STREAM, Device, Driver, Kernel, arch_of
 from .headers import address_of, extent, header, held, stored
@@ -64,11 +65,18 @@ def empty(shape: int | tuple[int, ...], dtype: Any, stream: int) -> Array:
     if not size:
         return header(0, shape, None, dtype, None, driver.current())
     memory = driver.allocate(size, stream)
-    return header(memory.address, shape, None, dtype, memory, driver.current())
+    made = header(memory.address, shape, None, dtype, memory, driver.current())
+    recorder = recording.current()
+    if recorder is not None:
+        recorder.make(made, is_result=False)
+    return made
 
 
 def upload(array: Array, stream: int) -> Array:
     """Copy an array of the host to the device; what it repeats along an axis is copied once."""
+    recorder = recording.current()
+    if recorder is not None:
+        recorder.give_up()
     once = stored(array)
     made = empty(once.shape, once.dtype, stream)
     if once.size:
@@ -98,6 +106,10 @@ def launch(
     kernel: Kernel, grid: tuple[int, int, int], integers: Sequence[int], reals: Sequence[float], stream: int
 ) -> None:
     """Run a kernel on the current device: its parameters are the integers as int64, then the reals as float64."""
+    integers, reals = list(map(int, integers)), list(map(float, reals))
+    recorder = recording.current()
+    if recorder is not None:
+        recorder.launch(kernel, grid, integers, reals)
     driver.launch(kernel, grid, integers, reals, stream)
 
 

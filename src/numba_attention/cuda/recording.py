@@ -1,0 +1,181 @@
+"""Calls that were made before: the same launches again, with the addresses of now, in a tenth of the time.
+
+What a call launches follows from the layout of its arrays and from its options, not from what is in the arrays. So the
+first call of a kind is made by the code that checks, plans and allocates, with a `Recorder` looking on, and `Recorded`
+repeats what it saw: the same allocations, the same launches, other addresses.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+from ..options import Array
+from .driver import Kernel
+from .headers import address_of, held
+
+MOST = 500  # kinds of calls that are remembered; then all are forgotten
+
+_current: ContextVar["Recorder | None"] = ContextVar("numba_attention_recorder", default=None)
+_recorded: dict[Any, "Recorded"] = {}
+
+
+class Launch(NamedTuple):
+    """One kernel: its integers, and which of them are addresses of what array of the call."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    integers: list[int]
+    patches: list[tuple[int, int]]
+    reals: list[float]
+
+
+class Made(NamedTuple):
+    """Memory that a call takes: a result, with its shape and dtype, or scratch, with its bytes."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    size: int
+
+
+class Recorder:
+    """Sees what one call does. `give_up` where it does what cannot be repeated, such as to copy from the host.
+
+    Parameters
+    ----------
+    addresses : list of int
+        Where the arrays of the call are.
+    """
+
+    def __init__(self, addresses: Sequence[int]) -> None:
+        self._sources = {address: n for n, address in reversed(list(enumerate(addresses)))}
+        self._number = len(addresses)
+        self._fixed: dict[int, Array] = {}
+        self.made: list[Made] = []
+        self.launches: list[Launch] = []
+        self._owners: dict[int, int] = {}  # which of `made` a result is
+        self._alive: list[Any] = []  # until the call is over: addresses must not be used again meanwhile
+        self.possible = True
+
+    def give_up(self) -> None:
+        self.possible = False
+
+    def make(self, array: Array, is_result: bool) -> None:
+        """Take note of an allocation."""
+        found = held(array)
+        if found is None or not array.size:
+            return self.give_up()
+        self._sources[address_of(array)] = self._number + len(self.made)
+        if is_result:
+            self._owners[id(found.owner)] = len(self.made)
+        self._alive.append(found.owner)
+        self.made.append(Made(array.shape, array.dtype, 0 if is_result else array.nbytes))
+
+    def fix(self, array: Array) -> None:
+        """Take note of memory whose contents follow from the kind of call, and which stays where it is."""
+        self._fixed[address_of(array)] = array
+
+    def launch(
+        self, kernel: Kernel, grid: tuple[int, int, int], integers: Sequence[int], reals: Sequence[float]
+    ) -> None:
+        patches = []
+        for place in kernel.addresses:
+            address = integers[place]
+            if address in self._sources:
+                patches.append((place, self._sources[address]))
+            elif address and address not in self._fixed:
+                return self.give_up()
+        self.launches.append(Launch(kernel, grid, list(integers), patches, list(reals)))
+
+    def keep(self, key: Any, result: Any) -> None:
+        """Remember the call under a key that says all it follows from."""
+        if not self.possible or not self.launches:
+            return
+        try:
+            built = _pattern(result, self._owners)
+        except KeyError:  # a result that is not what `make` saw
+            return
+        if len(_recorded) >= MOST:
+            _recorded.clear()
+        _recorded[key] = Recorded(self.made, self.launches, built, list(self._fixed.values()))
+
+
+def _pattern(result: Any, owners: dict[int, int]) -> Any:
+    """A result with the number of an allocation and a shape in the place of each array."""
+    if result is None:
+        return None
+    if isinstance(result, tuple):
+        parts = [_pattern(x, owners) for x in result]
+        return type(result), parts
+    found = held(result)
+    if found is None or not result.flags.c_contiguous:
+        raise KeyError(result)
+    return owners[id(found.owner)], result.shape
+
+
+def _built(pattern: Any, arrays: list[Any]) -> Any:
+    if pattern is None:
+        return None
+    first, second = pattern
+    if not isinstance(first, type):
+        array = arrays[first]
+        return array if array.shape == second else array.reshape(second)
+    parts = [_built(x, arrays) for x in second]
+    return first(*parts) if hasattr(first, "_fields") else first(parts)
+
+
+class Recorded:
+    """A kind of call."""
+
+    def __init__(self, made: list[Made], launches: list[Launch], pattern: Any, fixed: list[Array]) -> None:
+        self._made, self._launches, self._pattern, self._fixed = made, launches, pattern, fixed
+
+    def repeat(
+        self, driver: Any, addresses: list[int], new: Callable[[tuple[int, ...], Any], tuple[Any, int]], stream: int
+    ) -> Any:
+        """Make the call again; `new` makes an array of the caller's kind, and says where it is."""
+        addresses, arrays = list(addresses), []
+        for made in self._made:
+            if made.size:
+                array = driver.allocate(made.size, stream)
+                address = array.address
+            else:
+                array, address = new(made.shape, made.dtype)
+            arrays.append(array)
+            addresses.append(address)
+        for kernel, grid, template, patches, reals in self._launches:
+            integers = template.copy()
+            for place, source in patches:
+                integers[place] = addresses[source]
+            driver.launch(kernel, grid, integers, reals, stream)
+        return _built(self._pattern, arrays)
+
+
+def find(key: Any) -> Recorded | None:
+    return _recorded.get(key)
+
+
+def current() -> Recorder | None:
+    """What looks on at the call that is being made."""
+    return _current.get()
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Let nobody look on at a block."""
+    token = _current.set(None)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
+def recording(addresses: Sequence[int]) -> Iterator[Recorder]:
+    """Look on at what is done in a block."""
+    recorder = Recorder(addresses)
+    token = _current.set(recorder)
+    try:
+        yield recorder
+    finally:
+        _current.reset(token)

@@ -1,0 +1,161 @@
+/* A driver of CUDA without a GPU: one device, whose memory is the host's, whose streams are done at once, and whose kernels
+   are a function of whoever loads this. With it cuda.core and cuda.bindings run as they are; tests/test_cuda_libcuda.py. */
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_CONTEXT = 201, NOT_FOUND = 500 };
+
+typedef struct { char name[512]; int shared; } Kernel;
+typedef struct { /* CUlaunchConfig */
+    unsigned grid[3], block[3], shared;
+    void *stream, *attributes;
+    unsigned count;
+} Launch;
+
+static void *context = (void *)0x1000;
+static __thread void *current;
+static size_t most = (size_t)1 << 34; /* bytes in one piece */
+static char calls[1 << 16];
+/* What runs a kernel: name, grid and block, shared memory that it has and may have, stream, addresses of its parameters. */
+static int (*run)(const char *, unsigned *, unsigned, int, void *, void **);
+
+static void note(const char *call) {
+    if (strlen(calls) + strlen(call) + 2 < sizeof calls) strcat(strcat(calls, call), " ");
+}
+
+EXPORT void stub_run(void *function) { run = function; }
+EXPORT void stub_most(size_t size) { most = size; }
+EXPORT const char *stub_calls(void) {
+    static char taken[sizeof calls];
+    strcpy(taken, calls);
+    calls[0] = 0;
+    return taken;
+}
+
+int cuInit(unsigned flags) { return OK; }
+int cuDriverGetVersion(int *version) { return *version = 13000, OK; }
+int cuDeviceGetCount(int *count) { return *count = 1, OK; }
+int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal ? 101 : OK; }
+int cuDeviceGetName(char *name, int size, int device) { return snprintf(name, size, "a stub"), OK; }
+int cuDeviceGetUuid_v2(char *uuid, int device) { return memset(uuid, 7, 16), OK; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    switch (attribute) {
+    case 75: return *value = 9, OK;  /* compute capability */
+    case 76: return *value = 0, OK;
+    case 16: return *value = 132, OK;    /* multiprocessors */
+    case 97: return *value = 232448, OK; /* shared memory of a block that asks */
+    case 115: return *value = 1, OK;     /* memory pools */
+    default: return *value = 1, OK;
+    }
+}
+int cuDevicePrimaryCtxRetain(void **made, int device) { return *made = context, OK; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return OK; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { return *flags = 0, *active = 1, OK; }
+int cuCtxSetCurrent(void *one) { return current = one, OK; }
+int cuCtxGetCurrent(void **one) { return *one = current, OK; }
+int cuCtxGetDevice(int *device) { return *device = 0, current ? OK : NO_CONTEXT; }
+int cuCtxPushCurrent_v2(void *one) { return current = one, OK; }
+int cuCtxPopCurrent_v2(void **one) { return *one = current, current = 0, OK; }
+int cuCtxGetStreamPriorityRange(int *least, int *greatest) { return *least = *greatest = 0, OK; }
+int cuCtxSynchronize(void) { return OK; }
+
+int cuDeviceGetDefaultMemPool(void **pool, int device) { return *pool = (void *)0x2000, OK; }
+int cuDeviceGetMemPool(void **pool, int device) { return *pool = (void *)0x2000, OK; }
+int cuMemPoolGetAttribute(void *pool, int attribute, void *value) { return *(uint64_t *)value = 0, OK; }
+int cuMemPoolSetAttribute(void *pool, int attribute, void *value) { return OK; }
+int cuMemPoolSetAccess(void *pool, void *access, size_t count) { return OK; }
+int cuMemPoolGetAccess(int *flags, void *pool, void *location) { return *flags = 3, OK; }
+static int allocate(uint64_t *address, size_t size) {
+    if (size > most) return OUT_OF_MEMORY;
+    *address = (uint64_t)aligned_alloc(256, (size + 255) / 256 * 256);
+    return *address ? OK : OUT_OF_MEMORY;
+}
+int cuMemAllocFromPoolAsync(uint64_t *address, size_t size, void *pool, void *stream) { return allocate(address, size); }
+int cuMemAllocAsync(uint64_t *address, size_t size, void *stream) { return allocate(address, size); }
+int cuMemAlloc_v2(uint64_t *address, size_t size) { return allocate(address, size); }
+int cuMemFreeAsync(uint64_t address, void *stream) { return free((void *)address), note("free"), OK; }
+int cuMemFree_v2(uint64_t address) { return free((void *)address), OK; }
+int cuMemHostAlloc(void **address, size_t size, unsigned flags) { return allocate((uint64_t *)address, size); }
+int cuMemFreeHost(void *address) { return free(address), OK; }
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t size, void *stream) {
+    return memcpy((void *)to, from, size), note("write"), OK;
+}
+int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t size, void *stream) {
+    return memcpy(to, (void *)from, size), note("read"), OK;
+}
+int cuPointerGetAttribute(void *value, int attribute, uint64_t address) { return *(int *)value = 0, OK; }
+
+int cuStreamGetCtx(void *stream, void **one) { return *one = current, OK; }
+int cuStreamGetCtx_v2(void *stream, void **one, void **green) { return *one = current, *green = 0, OK; }
+int cuStreamGetDevice(void *stream, int *device) { return *device = 0, OK; }
+int cuStreamIsCapturing(void *stream, int *status) { return *status = 0, OK; }
+int cuStreamGetCaptureInfo_v2(void *stream, int *status, ...) { return *status = 0, OK; }
+int cuStreamSynchronize(void *stream) { return note("synchronize"), OK; }
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { return note("wait"), OK; }
+int cuEventCreate(void **event, unsigned flags) { return *event = (void *)0x3000, OK; }
+int cuEventRecord(void *event, void *stream) { return note("record"), OK; }
+int cuEventSynchronize(void *event) { return OK; }
+int cuEventDestroy_v2(void *event) { return OK; }
+
+static const char *code; /* the machine code loaded last */
+int cuLibraryLoadData(void **library, const void *data, void *a, void *b, unsigned n, void *c, void *d, unsigned m) {
+    return code = data, *library = (void *)code, memcmp(code, "\177ELF", 4) ? 200 : OK;
+}
+int cuLibraryUnload(void *library) { return OK; }
+int cuLibraryGetKernel(Kernel **kernel, void *library, const char *name) {
+    *kernel = calloc(1, sizeof(Kernel));
+    strncpy((*kernel)->name, name, sizeof (*kernel)->name - 1);
+    (*kernel)->shared = 48 * 1024;
+    return OK;
+}
+int cuKernelGetFunction(void **function, Kernel *kernel) { return *function = kernel, OK; }
+int cuKernelGetLibrary(void **library, Kernel *kernel) { return *library = (void *)code, OK; }
+int cuKernelSetAttribute(int attribute, int value, Kernel *kernel, int device) {
+    if (attribute != 8 || value > 232448) return INVALID;
+    return kernel->shared = value, OK;
+}
+int cuKernelGetAttribute(int *value, int attribute, Kernel *kernel, int device) { return *value = 0, OK; }
+int cuLaunchKernelEx(Launch *launch, Kernel *kernel, void **parameters, void **extra) {
+    note("launch");
+    if (!current) return NO_CONTEXT;
+    if ((int)launch->shared > kernel->shared) return INVALID;
+    return run ? run(kernel->name, launch->grid, launch->block[0], launch->shared, launch->stream, parameters) : OK;
+}
+
+int cuGetErrorName(int error, const char **name) {
+    *name = error == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : error == INVALID ? "CUDA_ERROR_INVALID_VALUE" : "CUDA_ERROR";
+    return OK;
+}
+int cuGetErrorString(int error, const char **text) { return *text = "said by a stub", OK; }
+
+static int missing(void) { return NOT_FOUND; }
+#define ENTRY(name) {#name, name}
+#define AS(name, version) {#name, name##version}
+static struct { const char *name; void *function; } entries[] = {
+    ENTRY(cuInit), ENTRY(cuDriverGetVersion), ENTRY(cuDeviceGetCount), ENTRY(cuDeviceGet), ENTRY(cuDeviceGetName),
+    AS(cuDeviceGetUuid, _v2), ENTRY(cuDeviceGetAttribute), ENTRY(cuDevicePrimaryCtxRetain),
+    AS(cuDevicePrimaryCtxRelease, _v2), ENTRY(cuDevicePrimaryCtxGetState), ENTRY(cuCtxSetCurrent), ENTRY(cuCtxGetCurrent),
+    ENTRY(cuCtxGetDevice), AS(cuCtxPushCurrent, _v2), AS(cuCtxPopCurrent, _v2), ENTRY(cuCtxGetStreamPriorityRange),
+    ENTRY(cuCtxSynchronize), ENTRY(cuDeviceGetDefaultMemPool), ENTRY(cuDeviceGetMemPool), ENTRY(cuMemPoolGetAttribute),
+    ENTRY(cuMemPoolSetAttribute), ENTRY(cuMemPoolSetAccess), ENTRY(cuMemPoolGetAccess), ENTRY(cuMemAllocFromPoolAsync),
+    ENTRY(cuMemAllocAsync), AS(cuMemAlloc, _v2), ENTRY(cuMemFreeAsync), AS(cuMemFree, _v2), ENTRY(cuMemHostAlloc),
+    ENTRY(cuMemFreeHost), AS(cuMemcpyHtoDAsync, _v2), AS(cuMemcpyDtoHAsync, _v2), ENTRY(cuPointerGetAttribute),
+    ENTRY(cuStreamGetCtx), ENTRY(cuStreamIsCapturing), AS(cuStreamGetCaptureInfo, _v2), ENTRY(cuStreamGetDevice), ENTRY(cuStreamSynchronize), ENTRY(cuStreamWaitEvent),
+    ENTRY(cuEventCreate), ENTRY(cuEventRecord), ENTRY(cuEventSynchronize), AS(cuEventDestroy, _v2),
+    ENTRY(cuLibraryLoadData), ENTRY(cuLibraryUnload), ENTRY(cuLibraryGetKernel), ENTRY(cuKernelGetFunction),
+    ENTRY(cuKernelGetLibrary), ENTRY(cuKernelSetAttribute), ENTRY(cuKernelGetAttribute), ENTRY(cuLaunchKernelEx),
+    ENTRY(cuGetErrorName), ENTRY(cuGetErrorString),
+};
+
+EXPORT int cuGetProcAddress_v2(const char *name, void **function, int version, uint64_t flags, int *status) {
+    *function = (void *)missing;
+    for (size_t n = 0; n < sizeof entries / sizeof *entries; n++)
+        if (!strcmp(name, entries[n].name)) *function = entries[n].function;
+    if (!strcmp(name, "cuGetProcAddress")) *function = (void *)cuGetProcAddress_v2;
+    if (*function == (void *)missing && getenv("STUB_SHOWS")) fprintf(stderr, "not in the stub: %s\n", name);
+    return OK;
+}

@@ -1,0 +1,268 @@
+"""Calls that are repeated from what was seen of the first one, and those that must not be."""
+
+import sys
+
+import numba
+import numpy as np
+import pytest
+
+import numba_attention as na
+from device import CupyArray, NumbaArray, Tensor, fake_cupy, fake_numba_cuda, fake_torch
+from emulator import emulated
+from numba_attention.cuda import configs, recording
+from numba_attention.cuda.headers import address_of
+
+KINDS = {"torch": Tensor, "cupy": CupyArray, "numba": NumbaArray}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", fake_torch())
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
+    monkeypatch.setattr(numba, "cuda", fake_numba_cuda(), raising=False)
+    monkeypatch.setattr(recording, "_recorded", {})
+    with emulated(monkeypatch, races=False) as driver:
+        yield driver
+
+
+@pytest.fixture(params=KINDS)
+def give(request, gpu):
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """How many calls were repeated so far."""
+    calls = []
+    repeat = recording.Recorded.repeat
+
+    def counted(self, *arguments):
+        calls.append(self)
+        return repeat(self, *arguments)
+
+    monkeypatch.setattr(recording.Recorded, "repeat", counted)
+    return calls
+
+
+def arrays(seed=0, L=20, S=33, E=16, H=4, Hkv=2, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((2, heads, n, E)).astype(dtype) for heads, n in ((H, L), (Hkv, S), (Hkv, S))]
+
+
+def close(got, want, limit=1e-5):
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            np.testing.assert_allclose(a.array, b, atol=limit)
+
+
+def test_other_numbers_in_other_places(give, repeated):
+    for seed in range(3):
+        q, k, v = arrays(seed)
+        got = na.attention(*map(give, (q, k, v)), is_causal=True, return_lse=True)
+        assert type(got[0]) is give
+        close(got, na.attention(q, k, v, is_causal=True, return_lse=True, backend="reference"))
+    assert len(repeated) == 2
+
+
+def test_gradients(give, repeated):
+    for seed in range(2):
+        q, k, v = arrays(seed)
+        out, lse = na.attention(q, k, v, window=(9, 3), return_lse=True, backend="reference")
+        got = na.attention_backward(*map(give, (out, q, k, v, out, lse)), window=(9, 3))
+        assert type(got) is na.Gradients
+        close(got, na.attention_backward(out, q, k, v, out, lse, window=(9, 3), backend="reference"))
+        grad_lse = np.ones_like(lse)
+        got = na.attention_backward(*map(give, (out, q, k, v, out, lse)), grad_lse=give(grad_lse), window=(9, 3))
+        close(got, na.attention_backward(out, q, k, v, out, lse, grad_lse=grad_lse, window=(9, 3), backend="reference"))
+    assert len(repeated) == 2
+
+
+def test_matrices(give, repeated):
+    for seed in range(2):
+        q, k, v = (x[0, 0] for x in arrays(seed))
+        out = na.attention(*map(give, (q, k, v)))
+        assert out.shape == q.shape
+        close([out], [na.attention(q, k, v, backend="reference")])
+    assert len(repeated) == 1
+
+
+def test_results_are_new_each_time(gpu, repeated):
+    q, k, v = map(Tensor, arrays())
+    first = na.attention(q, k, v)
+    kept = first.array.copy()
+    q.array[...] = 0
+    second = na.attention(q, k, v)
+    assert len(repeated) == 1
+    assert address_of(first.header) != address_of(second.header)
+    np.testing.assert_array_equal(first.array, kept)
+    assert not np.allclose(second.array, kept)
+
+
+DIFFERENCES = {
+    "causal": {"is_causal": True}, "bottom-right": {"is_causal": "bottom-right"}, "window": {"window": (3, 1)},
+    "scale": {"scale": 0.5}, "softcap": {"softcap": 2.0}, "offset": {"query_offset": 3}, "lse": {"return_lse": True},
+    "lengths": {"key_lengths": 5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_options_differ(gpu, repeated, name):
+    q, k, v = arrays()
+    there = [Tensor(x) for x in (q, k, v)]
+    options = DIFFERENCES[name]
+    for given in ({}, options, {}, options):
+        got = na.attention(*there, **given)
+        want = na.attention(q, k, v, **given, backend="reference")
+        close(got if isinstance(got, tuple) else [got], want if isinstance(want, tuple) else [want])
+    assert len(repeated) == 2
+
+
+def test_layouts_differ(gpu, repeated):
+    q, k, v = arrays(L=33, H=2)
+    variants = [
+        [Tensor(x) for x in (q, k, v)],
+        [Tensor(np.ascontiguousarray(x.swapaxes(1, 2))) for x in (q, k, v)],
+        [Tensor(x[:, :, :20]) for x in (q, k, v)],
+        [Tensor(q), Tensor(k[:, :, :20]), Tensor(v[:, :, :20])],
+    ]
+    variants[1] = [Tensor.of(x.header.swapaxes(1, 2)) for x in variants[1]]
+    wide = Tensor(np.zeros((2, 2, 33, 17), np.float32))  # rows that begin anywhere: another kernel
+    wide.array[..., 1:] = q
+    variants.append([Tensor.of(wide.header[..., 1:]), *variants[0][1:]])
+    for _ in range(2):
+        for there in variants:
+            close([na.attention(*there)], [na.attention(*(x.array for x in there), backend="reference")])
+    assert len(repeated) == len(variants)
+    assert len(recording._recorded) == len(variants)
+
+
+def test_alignment_differs(gpu, repeated):
+    q, k, v = arrays(E=20)  # rows of 80 bytes
+    room = Tensor(np.zeros(q.size + 4, np.float32))
+    for start in (0, 1, 0, 1):
+        x = Tensor.of(room.header[start : start + q.size].reshape(q.shape))
+        x.array[...] = q
+        close([na.attention(x, Tensor(k), Tensor(v))], [na.attention(q, k, v, backend="reference")])
+    assert len(repeated) == 2
+
+
+def test_one_array_is_several_arguments(gpu, repeated):
+    """Self-attention, and then other arrays of the same layout: those are not known to be one."""
+    q, k, v = arrays(L=33, H=2)
+    x = Tensor(q)
+    close([na.attention(x, x, x)], [na.attention(q, q, q, backend="reference")])
+    close([na.attention(x, Tensor(k), Tensor(v))], [na.attention(q, k, v, backend="reference")])
+    close([na.attention(x, x, Tensor(v))], [na.attention(q, q, v, backend="reference")])
+    assert not repeated
+    x.array[...] = k
+    close([na.attention(x, x, x)], [na.attention(k, k, k, backend="reference")])
+    assert len(repeated) == 1
+
+
+UNSEEN = {
+    "mask": lambda: {"mask": np.ones((20, 33), bool)},
+    "sinks": lambda: {"sinks": np.ones(4)},
+    "mask on the device": lambda: {"mask": Tensor(np.arange(660).reshape(20, 33) % 3 > 0)},
+    "lengths": lambda: {"key_lengths": [3, 20]},
+    "scale": lambda: {"scale": np.float32(0.5)},
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_depends_on_more_is_not_repeated(gpu, repeated, name):
+    q, k, v = arrays()
+    there = [Tensor(x) for x in (q, k, v)]
+    options = UNSEEN[name]()
+    for _ in range(2):
+        got = na.attention(*there, **options)
+        options = {key: getattr(x, "array", x) for key, x in options.items()}
+        close([got], [na.attention(q, k, v, **options, backend="reference")])
+        options = UNSEEN[name]()
+    assert not repeated
+    assert not recording._recorded
+
+
+def test_a_broadcast_gradient_is_not_repeated(gpu, repeated):
+    """It is summed in memory of our own, which another library's array is then made of."""
+    q, k, v = arrays()
+    k, v = k[:1], v[:1]
+    out, lse = na.attention(q, k, v, return_lse=True, backend="reference")
+    for _ in range(2):
+        got = na.attention_backward(*map(Tensor, (out, q, k, v, out, lse)))
+        close(got, na.attention_backward(out, q, k, v, out, lse, backend="reference"))
+    assert not repeated
+
+
+def test_errors_are_raised_again(gpu, repeated):
+    q, k, v = map(Tensor, arrays())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="softcap must be positive"):
+            na.attention(q, k, v, softcap=-1.0)
+        with pytest.raises(TypeError, match="is_causal must be"):
+            na.attention(q, k, v, is_causal=1)
+        na.attention(q, k, v, is_causal=True)
+    assert len(repeated) == 1
+    q.requires_grad = True
+    with pytest.raises(TypeError, match="requires a gradient"):
+        na.attention(q, k, v, is_causal=True)
+    assert len(repeated) == 1
+
+
+def test_empty_arrays(gpu, repeated):
+    q, k, v = arrays(S=0)
+    for _ in range(2):
+        out = na.attention(*map(Tensor, (q, k, v)))
+        assert not out.array.any()
+
+
+def test_streams_and_devices(gpu, repeated, monkeypatch):
+    given = arrays()
+    torch = sys.modules["torch"]
+    q, k, v = map(Tensor, given)
+    for stream in (0, 77, 0, 77):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, s=stream: type("S", (), {"cuda_stream": s}))
+        close([na.attention(q, k, v)], [na.attention(*given, backend="reference")])
+        assert gpu.launches[-1][-1] == (stream or 1)
+    assert len(repeated) == 2
+    there = [Tensor(x, 1) for x in given]
+    for _ in range(2):
+        close([na.attention(*there)], [na.attention(*given, backend="reference")])
+        assert gpu.launches[-1][1] == 1
+    assert len(repeated) == 3
+
+
+def test_what_kernels_are_chosen_by_counts(gpu, repeated, monkeypatch):
+    q, k, v = map(Tensor, arrays())
+    na.attention(q, k, v)
+    monkeypatch.setenv(configs.TF32X3, "1")
+    na.attention(q, k, v)
+    assert not repeated
+    assert {c.product for c in gpu.configs.values()} == {"simt", "tf32"}
+    chosen = configs.base("forward", "float32", 16, 16, gpu.device(0)).with_(columns=16)
+    configs.use("forward", "float32", 16, 16, chosen)
+    try:
+        na.attention(q, k, v)
+        assert not repeated
+        assert any(c.columns == 16 for c in gpu.configs.values())
+    finally:
+        configs.use("forward", "float32", 16, 16, None)
+
+
+def test_scratch_is_taken_and_freed(gpu, repeated):
+    """Keys shared out to blocks: partial sums, on the stream, of every call."""
+    q, k, v = map(Tensor, arrays(L=1, S=600))
+    for _ in range(2):
+        before = len(gpu.frees)
+        close([na.attention(q, k, v)], [na.attention(q.array, k.array, v.array, backend="reference")])
+        assert len(gpu.frees) > before
+    assert len(repeated) == 1
+    assert any(c.task == "combine" for c in gpu.configs.values())
+
+
+def test_only_so_many_are_remembered(gpu, monkeypatch):
+    monkeypatch.setattr(recording, "MOST", 2)
+    q, k, v = map(Tensor, arrays(L=3, S=3))
+    for scale in (0.1, 0.2, 0.3, 0.4):
+        na.attention(q, k, v, scale=scale)
+        assert len(recording._recorded) <= 2
