@@ -104,7 +104,7 @@ class Work:
         """The kernel for a task, with the options of this call."""
         p = self.p
         return configs.for_call(
-            task, self.storage, p.E, p.Ev, configs.product_of(self.storage, self.device), self.device,
+            task, self.storage, p.E, p.Ev, configs.product_of(self.storage, self.device, max(p.E, p.Ev)), self.device,
             p.softcap is not None, p.alibi_slopes is not None, "" if p.bias is None else storage_of(p.bias.dtype),
             p.mask is not None, is_paged(p), self.hides, aligned,
         )  # fmt: skip

@@ -25,10 +25,10 @@ _SHAPES: dict[tuple[str, str, str], dict[int, tuple[int, int, int]]] = {
         32: (2, 4, 64), 64: (2, 4, 32), 96: (1, 8, 64), 128: (1, 8, 48), 192: (1, 8, 32), 256: (1, 8, 32),
     },
     ("forward", "tf32", "float32"): {
-        32: (1, 4, 64), 64: (1, 4, 64), 96: (1, 4, 32), 128: (1, 4, 32), 192: (1, 4, 32), 256: (1, 4, 32),
+        32: (1, 4, 64), 64: (1, 4, 64), 96: (1, 4, 32), 128: (1, 4, 32),
     },
-    ("query", "tf32", "float32"): dict.fromkeys((32, 64, 96, 128, 192, 256), (1, 4, 32)),
-    ("key", "tf32", "float32"): dict.fromkeys((32, 64, 96, 128, 192, 256), (1, 4, 32)),
+    ("query", "tf32", "float32"): dict.fromkeys((32, 64, 96, 128), (1, 4, 32)),
+    ("key", "tf32", "float32"): {32: (1, 4, 32), 64: (1, 4, 32), 96: (1, 4, 16), 128: (1, 4, 16)},
     ("forward", "simt", "float32"): {
         32: (8, 4, 64), 64: (8, 4, 64), 96: (8, 4, 32), 128: (8, 4, 32), 192: (4, 4, 32), 256: (4, 4, 32),
     },
@@ -56,19 +56,20 @@ def base(task: str, storage: str, E: int, Ev: int, device: Any) -> Config:
     """The kernel of a task without options: what multiplies, and its tiles, so that they fit into the device."""
     E, Ev = padded(E), padded(Ev)
     chosen = _chosen.get((task, storage, E, Ev))
-    product = product_of(storage, device)
+    product = product_of(storage, device, max(E, Ev))
     if chosen is not None and chosen.product == product:
         return chosen.with_(arch=device.arch)
     return shaped(task, storage, E, Ev, product, device)
 
 
-def product_of(storage: str, device: Any) -> str:
+def product_of(storage: str, device: Any, E: int) -> str:
     """What multiplies: tensor cores of sm_80 and later, or FMA."""
     if device.compute_capability < ASYNCHRONOUS:
         return "simt"
     if storage in HALVES:
         return "tensor"
-    return "tf32" if storage == "float32" and os.environ.get(TF32X3) == "1" else "simt"
+    # (With more features the sums of a tile, beside those of all of them, would spill.)
+    return "tf32" if storage == "float32" and E <= 128 and os.environ.get(TF32X3) == "1" else "simt"
 
 
 def shaped(task: str, storage: str, E: int, Ev: int, product: str, device: Any) -> Config:

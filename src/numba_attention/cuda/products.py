@@ -146,19 +146,25 @@ class TripleTF32(TensorCores):
         self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
     ) -> list[Any]:
         # The order of the summed index is free: of a step of 8, index t is row 2t of B and t + 4 row 2t + 1, as P lies.
-        c = list(c)
-        per_tile, wide = len(p) // self.tiles, len(c) // self.tiles
-        for k in range(b.rows // 8):
-            rows = [b.row(base + shift, (lane & 3) * 2 + odd, 8 * k) for odd in (0, 1)]
-            left = [[self._split(e, p[m * per_tile + 4 * k + n]) for n in (0, 2, 1, 3)] for m in range(self.tiles)]
-            for n in range(b.columns // 8):
+        # Tensor cores round sums towards zero, so that a sum over all keys would drift: they sum a tile, from zero.
+        c, zero = list(c), [e.const("f", 0.0)] * 4
+        per_tile, wide, steps = len(p) // self.tiles, len(c) // self.tiles, range(b.rows // 8)
+        rows = [[b.row(base + shift, (lane & 3) * 2 + odd, 8 * k) for odd in (0, 1)] for k in steps]
+        left = [
+            [[self._split(e, p[m * per_tile + 4 * k + n]) for n in (0, 2, 1, 3)] for k in steps]
+            for m in range(self.tiles)
+        ]
+        for n in range(b.columns // 8):
+            sums = [zero] * self.tiles
+            for k in steps:
                 right = [
                     self._split(e, e.load_shared("f", b.chunk(place, lane >> 4, 2 * n) + ((lane >> 2) & 3) * 4))
-                    for place in rows
+                    for place in rows[k]
                 ]
-                for m in range(self.tiles):
-                    at = slice(m * wide + 4 * n, m * wide + 4 * n + 4)
-                    c[at] = self._multiply(e, left[m], right, c[at])
+                sums = [self._multiply(e, left[m][k], right, total) for m, total in enumerate(sums)]
+            for m, total in enumerate(sums):
+                at = slice(m * wide + 4 * n, m * wide + 4 * n + 4)
+                c[at] = [x + y for x, y in zip(c[at], total, strict=True)]
         return c
 
 
