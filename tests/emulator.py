@@ -134,10 +134,15 @@ class Emit:
         return Value(a.kind, np.where(condition.x, a.x, b.x))
 
     def min(self, a, b):
-        return Value(a.kind, np.minimum(a.x, a._other(b)))
+        other = a._other(b)
+        return Value(a.kind, np.where(a.x < other, a.x, other))
 
     def max(self, a, b):
-        return Value(a.kind, np.fmax(a.x, a._other(b)))
+        other = a._other(b)
+        if a.kind in "il":
+            return Value(a.kind, np.maximum(a.x, other))
+        zeros = (a.x == 0) & (other == 0)  # of which the one without a sign is the larger
+        return Value(a.kind, np.where(zeros, a.x + other, np.fmax(a.x, other)))
 
     def wide(self, x):
         assert x.kind == "i"
@@ -160,7 +165,12 @@ class Emit:
 
     def exp2(self, x):
         made = np.exp2(x.x)
-        return Value(x.kind, np.where(made < TINY, np.float32(0), made) if x.kind == "f" else made)
+        if x.kind == "d":
+            return Value("d", made)
+        # ex2.approx.ftz: right to 2 units in the last place (PTX ISA), and where the result is a power of two.
+        off = np.where(np.ascontiguousarray(x.x).view(np.int32) & 1, np.float32(np.inf), np.float32(0))
+        made = np.where(np.isfinite(made) & (x.x != np.rint(x.x)), np.nextafter(made, off), made)
+        return Value("f", np.where(made < TINY, np.float32(0), made))
 
     def log2(self, x):
         return Value(x.kind, np.log2(x.x))

@@ -1,7 +1,7 @@
-"""The CUDA kernels, every task and option, in the emulator: the public calls against the oracle and cases of the CPU.
+"""The CUDA kernels, every task and option: the public calls against the oracle and cases of the CPU.
 
-All of `cases.CASES` takes a quarter of an hour forward and an hour backward: here is a share of them; the rest with
-``NUMBA_ATTENTION_THOROUGH=1``.
+In the emulator, and on a GPU where there is one. The emulator takes a quarter of an hour for `cases.CASES` forward and
+an hour backward: it gets a share of them, and the rest with ``NUMBA_ATTENTION_THOROUGH=1``.
 """
 
 import os
@@ -15,10 +15,28 @@ import pytest
 import numba_attention as na
 from cases import CASES, DTYPES, GROUPS, Case, assert_close, check, check_backward, grad_tolerance, tolerance
 from emulator import emulated
-from numba_attention.cuda import configs
+from numba_attention.cuda import configs, kernels
 from test_decode import TOLERANCE, arrays, filled
 
 THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
+ON_A_GPU = pytest.param("GPU", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=["emulator", ON_A_GPU])
+def gpu(request, monkeypatch):
+    """Where kernels run; `configs` has every one that was launched, by name."""
+    if request.param == "emulator":
+        with emulated(monkeypatch) as driver:
+            yield driver
+        return
+    launched, compiled = {}, kernels.compiled
+
+    def remember(c):
+        launched[c.name] = c
+        return compiled(c)
+
+    monkeypatch.setattr(kernels, "compiled", remember)
+    yield type("GPU", (), {"configs": launched})
 
 
 def _fits(case):
@@ -30,27 +48,20 @@ def _work(case):
 
 
 def _share(step, most):
-    """Cases with a dtype each, in turn: a share of those that are small."""
+    """Cases with a dtype each, in turn: all of them for a GPU, and for the emulator a share of those that are small."""
     pairs = [(case, list(DTYPES)[n % 4]) for n, case in enumerate(CASES) if _fits(case)]
-    if THOROUGH:
-        return pairs
     options = [x for x in pairs if x[0] in GROUPS["option"] and x[0].L == 18]  # each option alone, small
     rest = [x for x in pairs if x not in options and _work(x[0]) <= most][::step]
-    return options + rest
+    emulated = [pytest.param("emulator", *x, id=f"{x[0]}-{x[1]}") for x in (pairs if THOROUGH else options + rest)]
+    return emulated + [pytest.param("GPU", *x, marks=pytest.mark.gpu, id=f"GPU-{x[0]}-{x[1]}") for x in pairs]
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    with emulated(monkeypatch) as driver:
-        yield driver
-
-
-@pytest.mark.parametrize(("case", "dtype"), _share(5, 12000), ids=str)
+@pytest.mark.parametrize(("gpu", "case", "dtype"), _share(5, 12000), indirect=["gpu"])
 def test_forward(gpu, case, dtype):
     check(*case.arrays(dtype), case.kwargs(), dtype, case, backend="cuda")
 
 
-@pytest.mark.parametrize(("case", "dtype"), _share(19, 6000), ids=str)
+@pytest.mark.parametrize(("gpu", "case", "dtype"), _share(19, 6000), indirect=["gpu"])
 def test_backward(gpu, case, dtype):
     check_backward(case, dtype, backend="cuda")
 
@@ -91,13 +102,12 @@ def test_old_gpus(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("case", [LARGER[0], Case(20, 33, 24, options=("causal", "bias"))], ids=str)
-def test_float32_on_tensor_cores(monkeypatch, case):
+def test_float32_on_tensor_cores(gpu, monkeypatch, case):
     """Three products of TF32 numbers: as exact as float32."""
     monkeypatch.setenv(configs.TF32X3, "1")
-    with emulated(monkeypatch) as driver:
-        check(*case.arrays("float32"), case.kwargs(), "float32", case, backend="cuda")
-        check_backward(case, "float32", backend="cuda")
-    assert any(c.product == "tf32" for c in driver.configs.values())
+    check(*case.arrays("float32"), case.kwargs(), "float32", case, backend="cuda")
+    check_backward(case, "float32", backend="cuda")
+    assert any(c.product == "tf32" for c in gpu.configs.values())
 
 
 PACKED = {

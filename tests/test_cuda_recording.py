@@ -266,3 +266,28 @@ def test_only_so_many_are_remembered(gpu, monkeypatch):
     for scale in (0.1, 0.2, 0.3, 0.4):
         na.attention(q, k, v, scale=scale)
         assert len(recording._recorded) <= 2
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_steps_of_decoding(give, repeated, page_size):
+    """The layers of a model make the same step on caches of their own; the next step has other lengths."""
+    rng = np.random.default_rng(0)
+    table, count = np.array([[3, 1, 0], [5, 2, 4]]), []
+    for lengths in ([40, 33], [41, 34]):
+        for _ in range(2):
+            q, k, v = (
+                rng.standard_normal((2, heads, n, 16), dtype=np.float32) for heads, n in ((4, 1), (2, 48), (2, 48))
+            )
+            if page_size is None:
+                cache, host = (na.KVCache.from_arrays(f(k), f(v), lengths) for f in (give, np.asarray))
+            else:
+                k, v = (x.reshape(2, 2, 3, 16, 16).swapaxes(1, 2).reshape(6, 2, 16, 16).copy() for x in (k, v))
+                cache, host = (na.PagedKVCache.from_arrays(f(k), f(v), table, lengths) for f in (give, np.asarray))
+            close([na.attention_decode(give(q), cache)], [na.attention_decode(q, host, backend="reference")])
+            count.append(len(repeated))
+    assert count == [0, 1, 1, 2]
+    if page_size is not None:
+        table[0, 0], table[1, 1] = 2, 3
+        cache, host = (na.PagedKVCache.from_arrays(f(k), f(v), table, lengths) for f in (give, np.asarray))
+        close([na.attention_decode(give(q), cache)], [na.attention_decode(q, host, backend="reference")])
+        assert len(repeated) == 2

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
+from .caches.contents import Contents
 from .cuda import arrays, configs, recording, runtime
 from .cuda.headers import address_of, held
 from .options import Array, Options
@@ -188,6 +189,10 @@ def run(
 _PLAIN = (type(None), bool, int, float, str)  # what an option may be that is no array
 
 
+def _is_plain(x: Any) -> bool:
+    return type(x) in _PLAIN or (type(x) is tuple and all(type(y) in _PLAIN for y in x))
+
+
 class _Seen(NamedTuple):
     """All that a call follows from, as a key, and what differs from one such call to the next."""
 
@@ -211,9 +216,11 @@ def _look(
     function: Callable[..., Any], operands: dict[str, Any], options: Options, rest: dict[str, Any]
 ) -> _Seen | None:
     """Look at a call that may have been made before: of arrays of one library on one stream, and plain options."""
-    for option in (*options, *rest.values()):
-        if not (type(option) in _PLAIN or (type(option) is tuple and all(type(x) in _PLAIN for x in option))):
-            return None
+    if not all(_is_plain(option) for option in options):
+        return None
+    of_rest = [x.look() if isinstance(x, Contents) else (x,) if _is_plain(x) else None for x in rest.values()]
+    if None in of_rest:
+        return None
     looks: list[Any] = []
     addresses: list[int] = []
     family = places = None
@@ -240,7 +247,7 @@ def _look(
     alike = None if known else [addresses.index(address) for address in addresses]
     key = (
         function, runtime.driver, family.name, *looks, *[address % 16 for address in addresses], *(alike or ()),
-        options, type(options.is_causal), *rest.items(), stream, configs.state(),
+        options, type(options.is_causal), *of_rest, stream, configs.state(),
     )  # fmt: skip
     return _Seen(key, addresses, family, device, stream)
 

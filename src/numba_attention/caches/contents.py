@@ -7,6 +7,8 @@ import numpy as np
 from ..options import Array
 from .storage import decode
 
+_MOST = 2**16  # bytes of a page table that are compared faster than a call is made anew
+
 
 class Contents(NamedTuple):
     """Arrays of a cache as they are stored, not copied: good until the cache changes.
@@ -23,6 +25,14 @@ class Contents(NamedTuple):
     storage: str  # "float32", "float64", "float16", "bfloat16", "int8" or "float8_e4m3fn": how numbers are held
     dtype: np.dtype[Any]  # that of queries and results
     given: tuple[Any, Any] | None = None  # key and value as the caller has them, if on a GPU; above are their headers
+
+    def look(self) -> tuple[Any, ...] | None:
+        """All that a call follows from, beside the arrays of keys and values; None if it is too much to compare."""
+        if self.table is None:
+            return self.storage, self.lengths.tobytes()
+        if self.table.nbytes > _MOST:
+            return None
+        return self.storage, self.lengths.tobytes(), self.table.shape, self.table.tobytes()
 
     def dense(self) -> tuple[Array, Array]:
         """Return key and value as float64 (n, Hkv, max(lengths), E), zero past each length."""
