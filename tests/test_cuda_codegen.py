@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("numba_cuda")
 pytest.importorskip("cuda.core")
 
+from numba_attention import BackendUnavailableError
 from numba_attention.cuda import configs, kernels
 from numba_attention.cuda.config import FEATURES, Config
 from numba_attention.cuda.driver import Device
@@ -190,3 +191,17 @@ def test_a_kernel_compiles_to_the_same_code():
     one, two = kernels.compile_(c), kernels.compile_(c)
     assert len(one.code) == len(two.code)
     assert (one.registers, one.spills) == (two.registers, two.spills)
+
+
+def test_what_does_not_compile_is_said(monkeypatch):
+    """Releases of numba and numba-cuda that do not belong together fail in many ways."""
+    from numba_attention.cuda import toolchain
+
+    def fail(*arguments):
+        raise AttributeError("no attribute 'NPDatetime'")
+
+    monkeypatch.setattr(toolchain, "compile_kernel", fail)
+    with pytest.raises(
+        BackendUnavailableError, match=r"numba-cuda [\d.]+ with numba .* NPDatetime'; releases that belong"
+    ):
+        kernels.compile_(Config("combine", "float16", 64, 64, arch="sm_80"))

@@ -482,7 +482,8 @@ class Installed:
 def machine(monkeypatch):
     """A function that installs things and asks what is wrong."""
 
-    def ask(installed=None, modules=True, libraries=True, toolkit=13):
+    def ask(installed=None, modules=True, libraries=True, toolkit=13, versions=None):
+        monkeypatch.setattr(diagnosis, "_version", (versions or {}).get)
         monkeypatch.setattr(diagnosis, "_has", lambda module: modules is True or module in modules)
         monkeypatch.setattr(diagnosis, "_loads", lambda library: libraries is True or library in libraries)
         monkeypatch.setattr(diagnosis, "toolkit_major", lambda: toolkit)
@@ -504,12 +505,20 @@ def test_nothing_is_missing(machine):
     assert machine(Installed()) is None
     assert machine(Installed(devices=((6, 1), (8, 0)))) is None
     assert machine(Installed(version=12080), toolkit=12) is None
+    assert machine(Installed(version=12080, devices=((7, 0),)), toolkit=12) is None
+    assert (
+        machine(Installed(), versions={"numba-cuda": "0.30.4", "cuda-core": "1.2.2", "cuda-bindings": "13.5"}) is None
+    )
     assert machine(Installed(version=13000), toolkit=12) is None
 
 
 REASONS = {
     "packages": ({"modules": ()}, ["numba-cuda and cuda-core", "not installed", "-attention[cuda13]", "[cuda12]"]),
     "one package": ({"modules": ("cuda.core", "cuda.bindings")}, ["numba-cuda is not installed"]),
+    "old package": (
+        {"versions": {"numba-cuda": "0.22.2", "cuda-core": "1.0.1"}},
+        ["numba-cuda 0.22.2 is too old", "0.24 or newer", "-attention[cuda13]"],
+    ),
     "driver": ({}, ["no NVIDIA driver library"]),
     "no device": ({"installed": Installed(start=100)}, ["finds no GPU", "CUDA_VISIBLE_DEVICES"]),
     "hidden devices": ({"installed": Installed(devices=())}, ["finds no GPU"]),
@@ -519,6 +528,10 @@ REASONS = {
         ["too old", "CUDA 12.4", "for 13", "update the driver", "numba-attention[cuda12]"],
     ),
     "old device": ({"installed": Installed(devices=((6, 1),))}, ["compute capability 6.1", "7.0"]),
+    "device that CUDA 13 does not know": (
+        {"installed": Installed(devices=((7, 0),))},
+        ["compute capability 7.0", "CUDA 13 does not compile", "numba-attention[cuda12]"],
+    ),
     "compiler": ({"installed": Installed(), "libraries": ("nvvm",)}, ["nvJitLink", "not found", "-attention[cuda13]"]),
 }  # fmt: skip
 

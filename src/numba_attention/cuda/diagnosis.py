@@ -1,7 +1,9 @@
 """Whether kernels can run here and, if not, the first reason why, in a sentence that says what to do."""
 
+import re
 from functools import cache
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,14 +28,31 @@ def unusable() -> str | None:
 
 
 def _packages() -> str | None:
-    missing = [name for module, name in _NEEDED.items() if not _has(module)]
+    missing = [name for module, (name, _) in _NEEDED.items() if not _has(module)]
     if missing:
         verb = "are" if len(missing) > 1 else "is"
         return f"{' and '.join(missing)} {verb} not installed; install them with {_EXTRAS}"
+    for name, oldest in _NEEDED.values():
+        found = _version(name)
+        if found is not None and tuple(map(int, re.findall(r"\d+", found)[:2])) < oldest:
+            wanted = ".".join(map(str, oldest))
+            return f"{name} {found} is too old, {wanted} or newer is needed; update it with {_EXTRAS}"
     return None
 
 
-_NEEDED = {"numba_cuda": "numba-cuda", "cuda.core": "cuda-core", "cuda.bindings": "cuda-bindings"}
+# By module: the package, and its first release that these kernels were compiled or launched with.
+_NEEDED = {
+    "numba_cuda": ("numba-cuda", (0, 24)),
+    "cuda.core": ("cuda-core", (0, 7)),
+    "cuda.bindings": ("cuda-bindings", (12, 9)),
+}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _has(module: str) -> bool:
@@ -53,13 +72,13 @@ def _driver() -> str | None:
         return _NONE
     if error:
         return f"the NVIDIA driver does not start: {error.name}"
-    _, version = driver.cuDriverGetVersion()
+    _, number = driver.cuDriverGetVersion()
     built_for = toolkit_major()
-    if version // 1000 < built_for:
-        found = f"{version // 1000}.{version % 1000 // 10}"
+    if number // 1000 < built_for:
+        found = f"{number // 1000}.{number % 1000 // 10}"
         return (
             f"the NVIDIA driver is too old: it supports CUDA {found}, and the packages installed are for {built_for}; "
-            f"update the driver, or install {_matching(version // 1000)}"
+            f"update the driver, or install {_matching(number // 1000)}"
         )
     return None
 
@@ -115,5 +134,5 @@ def api() -> Any:
 
 
 def toolkit_major() -> int:
-    version: str = import_module("cuda.bindings").__version__
-    return int(version.partition(".")[0])
+    found: str = import_module("cuda.bindings").__version__
+    return int(found.partition(".")[0])

@@ -274,5 +274,8 @@ def _translated(error: Exception, what: str) -> Exception:
     """An error of CUDA as one that callers know."""
     if isinstance(error, MemoryError | BackendUnavailableError):
         return error
-    kind = MemoryError if "OUT_OF_MEMORY" in str(error) else BackendUnavailableError
+    # (cuda.core before 1.0 does not say why an allocation fails.)
+    said = str(error)
+    of_memory = "OUT_OF_MEMORY" in said or "Failed to allocate memory" in said
+    kind = MemoryError if of_memory else BackendUnavailableError
     return kind(f"{what}: {error}")

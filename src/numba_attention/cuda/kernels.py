@@ -1,8 +1,10 @@
 """Kernels by their configuration: which factory makes each, and their machine code."""
 
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
+from ..errors import BackendUnavailableError
 from .config import Config
 from .cubins import cubin
 from .driver import Kernel
@@ -36,11 +38,18 @@ def shared(c: Config) -> int:
 
 def compile_(c: Config) -> Any:
     """Compile a kernel for the architecture it names; the log of the assembler comes with it."""
-    from . import toolchain
-
-    function = make(c, toolchain.Intrinsics)
     integers = 4 + 5 * AXES if c.task == "reduce" else len(INTEGERS)
-    return toolchain.compile_kernel(function, integers, len(REALS), c.threads, c.arch, c.blocks)
+    try:
+        from . import toolchain
+
+        function = make(c, toolchain.Intrinsics)
+        return toolchain.compile_kernel(function, integers, len(REALS), c.threads, c.arch, c.blocks)
+    except Exception as error:  # such as AttributeError, where a release of Numba has moved what numba-cuda uses
+        raise BackendUnavailableError(
+            f"numba-cuda {version('numba-cuda')} with numba {version('numba')} did not compile {c.name}: "
+            f"{type(error).__name__}: {error}; releases that belong together come with "
+            'pip install -U "numba-attention[cuda13]", or [cuda12] for a driver of CUDA 12'
+        ) from error
 
 
 @cache
