@@ -20,6 +20,7 @@ hypothesis.settings.load_profile("default")
 def _backend_as_found(monkeypatch):
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
     monkeypatch.setattr(backends, "_default", None)
+    monkeypatch.setattr(backends, "_usable", {})  # a GPU that was emulated is gone
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +39,6 @@ def device(monkeypatch):
 
     driver = HostDriver()
     monkeypatch.setattr(runtime, "driver", driver)
-    monkeypatch.setattr(backends, "_usable", {})
     for name, function in reference_on(driver).items():
         monkeypatch.setattr(cuda, name, function)
     return driver

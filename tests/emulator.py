@@ -219,6 +219,12 @@ class Emit:
         data, where = self._bytes(kind, values), self._where(where)
         self._memory.write(self._all(address)[where], data[where])
 
+    def add(self, address, values, where, together):
+        where = self._where(where)
+        for n, x in enumerate(values):
+            self._memory.add(self._all(address)[where] + 4 * n, self._all(x)[where])
+        assert not together or not (self._all(address)[where] % (4 * len(values))).any(), "red: misaligned"
+
     def load_shared(self, kind, address, count=1):
         return self._values(kind, self._shared.read(self._all(address), SIZES[kind] * count), count)
 
@@ -340,6 +346,12 @@ class Memory:
         index = self._index(address, data.shape[1], data.shape[1])
         self.bytes[index] = data
         assert (self.bytes[index] == data).all(), "threads write different things to one place"
+
+    def add(self, address, x):
+        index = self._index(address, 4, 4)
+        assert len(np.unique(address)) == len(address), "two threads add to one place: right, but slow"
+        total = self.bytes[index].view(np.float32)[:, 0] + x
+        self.bytes[index] = total[:, None].view(np.uint8)
 
 
 class BlockMemory:
@@ -555,11 +567,16 @@ def _uniform(x):
 class EmulatedDriver(HostDriver):
     """A device whose kernels are emulated; `configs` has every one that was launched."""
 
-    def __init__(self, landing="wait", races=True, capability=(9, 0), **options):
+    def __init__(self, landing="wait", races=True, capability=(9, 0), shared_memory=232448, **options):
         super().__init__(run=self.emulate, **options)
         major, minor = capability
         self.template = self.template.__class__(
-            0, capability, f"sm_{major}{minor}{'a' if capability == (9, 0) else ''}", 4, 232448, "an emulated GPU"
+            0,
+            capability,
+            f"sm_{major}{minor}{'a' if capability == (9, 0) else ''}",
+            4,
+            shared_memory,
+            "an emulated GPU",
         )
         self.landing, self.races = landing, races
         self.configs, self.made = {}, {}

@@ -15,8 +15,6 @@ from emulator import Emulator
 from numba_attention.cuda import kernels, runtime
 from numba_attention.cuda.parameters import AXES, INTEGERS, REALS
 
-stub = ctypes.CDLL("libcuda.so.1")
-stub.stub_calls.restype = ctypes.c_char_p
 Run = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_int, ctypes.c_void_p,
     ctypes.POINTER(ctypes.c_void_p),
@@ -24,7 +22,7 @@ Run = ctypes.CFUNCTYPE(
 configs, regions, launches, failures = {}, {}, [], []
 
 
-def calls():
+def calls(stub):
     return stub.stub_calls().decode().split()
 
 
@@ -72,6 +70,8 @@ def watch():
 
 
 def main():
+    stub = ctypes.CDLL("libcuda.so.1")
+    stub.stub_calls.restype = ctypes.c_char_p
     stub.stub_run(run)
     assert na.backends()["cuda"], na.backends()["cuda"]
     found = runtime.driver.device(0)
@@ -81,10 +81,10 @@ def main():
     watch()
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, heads, 40, 64)).astype(np.float16) for heads in (4, 2, 2))
-    calls()
+    calls(stub)
     out, lse = na.attention(q, k, v, is_causal=True, return_lse=True, backend="cuda")
     assert not failures, failures
-    made = calls()
+    made = calls(stub)
     assert made.count("launch") == len(launches) > 1
     assert made.count("read") == 2, "out and lse come back"
     assert made.count("free") >= 5, "operands and results are freed in the order of the stream"
@@ -99,7 +99,7 @@ def main():
     expected = na.attention_backward(*wide, is_causal=True, backend="reference")
     for a, b in zip(grads[:3], expected[:3], strict=True):
         np.testing.assert_allclose(a.astype(float), b, atol=2e-2 * np.abs(b).max())
-    assert {c.task for c, _ in launches} == {"delta", "query", "key"}
+    assert {c.task for c, _ in launches} == {"delta", "key", "round", "query"}
     assert all(stream == 1 for _, stream in launches), "the default stream"
     print("backward:", ", ".join(c.name for c, _ in launches))
     big = na.KVCache(1, 2, 300, 64, dtype=np.float16)

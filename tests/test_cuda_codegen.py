@@ -19,7 +19,7 @@ pytest.importorskip("cuda.core")
 
 from numba_attention import BackendUnavailableError
 from numba_attention.cuda import configs, kernels
-from numba_attention.cuda.config import FEATURES, Config
+from numba_attention.cuda.config import FEATURES, Config, compute_capability
 from numba_attention.cuda.driver import Device
 
 THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
@@ -31,7 +31,7 @@ OPTIONS = {"softcap": True, "alibi": True, "bias": "float32", "mask": True}
 
 
 def device(arch):
-    return Device(0, configs.compute_capability(arch), arch, 132, SHARED[arch])
+    return Device(0, compute_capability(arch), arch, 132, SHARED[arch])
 
 
 def disassembler():
@@ -65,6 +65,9 @@ def plain(arch, storage, E):
     """The kernels without options for one head dimension."""
     for task in ("forward", "query", "key"):
         yield from configs.parts(configs.base(task, storage, E, E, device(arch)))
+    single = configs.single(configs.base("key", storage, E, E, device(arch)), device(arch))
+    if single is not None:
+        yield single
 
 
 def products(c):
@@ -78,6 +81,10 @@ def products(c):
     scores, sums = steps
     multiplied = c.slots * (scores * c.columns // 8 * (c.E // 16) + sums * c.E // 8 * (c.columns // 16))
     loaded = scores * c.E // 16 * (c.slots + c.columns // 16) + sums * c.columns // 16 * (c.E // 16)
+    if c.single:  # dQ, of which each warp has a part of the features
+        of_warp = c.E // c.make_product().shares(c.columns, c.E, c.warps)[1]
+        multiplied += of_warp // 8 * (c.rows // 16)
+        loaded += (1 + of_warp // 16) * (c.rows // 16)
     return multiplied, loaded
 
 
@@ -144,8 +151,12 @@ def rest(arch, storage, E):
         for part in configs.parts(c):
             yield part
             yield configs.careful(part, of)
+    single = configs.single(configs.with_options(configs.base("key", storage, E, E, of), **OPTIONS, flags=True), of)
+    if single is not None:
+        yield single
+        yield Config("round", storage, E, E, warps=4, flags=True, arch=arch)
     yield Config("combine", storage, E, E, warps=2, stacked=True, flags=True, arch=arch)
-    yield Config("delta", storage, 32, E, warps=4, arch=arch)
+    yield Config("delta", storage, E, E, warps=4, single=single is not None, arch=arch)
 
 
 def shares():
@@ -202,6 +213,6 @@ def test_what_does_not_compile_is_said(monkeypatch):
 
     monkeypatch.setattr(toolchain, "compile_kernel", fail)
     with pytest.raises(
-        BackendUnavailableError, match=r"numba-cuda [\d.]+ with numba .* NPDatetime'; releases that belong"
+        BackendUnavailableError, match=r"numba-cuda [\d.]+ with numba .*'NPDatetime'; releases that belong"
     ):
         kernels.compile_(Config("combine", "float16", 64, 64, arch="sm_80"))

@@ -138,6 +138,42 @@ def test_products(product, storage, limit, aligned, columns, E, rows, keys, widt
         assert block.block_memory.conflicts["matrices"] == 1
 
 
+@pytest.mark.parametrize(("slots", "columns", "E"), [(1, 64, 128), (2, 32, 64), (1, 32, 96), (2, 32, 32), (1, 64, 96)])
+def test_transposed_products(slots, columns, E):
+    """Four warps write scores to a tile and share out its transpose times another tile, without bank conflicts."""
+    product, warps = TensorCores("float16", slots), 4
+    rows = product.rows * warps
+    a, b = Tile(rows, columns, "float16", 0), Tile(rows, E, "float16", rows * columns * 2)
+    block = Block(32 * warps, b.end, races=False)
+    rng = np.random.default_rng(3)
+    given = rng.integers(-4, 4, (rows, E)).astype(np.float16)
+    e, thread = block.emit, block.thread
+    lane = thread & 31
+    for row in range(rows):  # where `fetch` would put them
+        for chunk in range(E // 8):
+            at = int(b.chunk(b.row(Value("i", 0), Value("i", row)), chunk).x)
+            block.block_memory.bytes[at : at + 16] = given[row, 8 * chunk : 8 * chunk + 8].view(np.uint8)
+    scores = rng.integers(-4, 4, (rows, columns)).astype(float)
+    layout = product.layout(columns)
+    first = (thread >> 5) * product.rows + product.lane_row(lane)
+    p = [
+        Value("f", scores[(first + product.slot_row(slot)).x, (product.lane_column(lane) + n).x])
+        for slot, n in layout.elements
+    ]
+    block.block_memory.count = True
+    product.leave(e, p, a, Value("i", 0), thread >> 5, lane)
+    block.block_memory.sync()
+    sums, row, column, there = product.transposed(e, a, b, Value("i", 0), thread >> 5, lane, warps)
+    got = np.full((columns, E), np.nan)
+    where = there.x & np.ones(32 * warps, bool)
+    for n, x in enumerate(sums):
+        i = row + (lane >> 2) + 8 * (n // 2 % 2)
+        j = column + (lane & 3) * 2 + 8 * (n // 4) + n % 2
+        got[i.x[where], j.x[where]] = x.x[where]
+    np.testing.assert_array_equal(got, scores.T @ given.astype(float))
+    assert set(block.block_memory.conflicts.values()) == {1}
+
+
 def test_pages_and_groups_are_found():
     pages = np.arange(6 * 4 * 8, dtype=np.float32).reshape(6, 4, 8)  # pages of 4 rows
     table = np.array([4, 0, 5])

@@ -302,7 +302,8 @@ def test_very_long(monkeypatch, dtype, tf32):
 
 @gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_same_bits_every_time(dtype):
+def test_the_same_bits_every_time(monkeypatch, dtype):
+    monkeypatch.setenv(configs.DETERMINISTIC, "1")
     q, k, v = arrays(1000, 1000, 64, dtype)
     runs = []
     for _ in range(5):

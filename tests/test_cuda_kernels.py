@@ -110,6 +110,30 @@ def test_float32_on_tensor_cores(gpu, monkeypatch, case):
     assert any(c.product == "tf32" for c in gpu.configs.values())
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gradients_of_halves_in_two_passes(gpu, monkeypatch, dtype):
+    """On request without atomics: the same call has the same bits."""
+    for asked in ("0", "1"):
+        monkeypatch.setenv(configs.DETERMINISTIC, asked)
+        gpu.configs.clear()
+        for case in (LARGER[0], Case(20, 33, 24, 40, options=("window", "sinks")), Case(33, 20, 96, 32, H=1)):
+            check_backward(case, dtype, backend="cuda")
+        tasks = {c.task for c in gpu.configs.values() if not c.careful}
+        assert ("round" in tasks, "query" in tasks) == ((False, True) if asked == "1" else (True, False))
+
+
+@pytest.mark.parametrize("shared", [101376, 166912])
+def test_gpus_with_less_shared_memory(monkeypatch, shared):
+    """Smaller tiles, and two passes where tiles of a single one do not fit."""
+    case = Case(70, 40, 128, H=2, Hkv=1, batch=(), options=("causal",))
+    with emulated(monkeypatch, capability=(8, 0), shared_memory=shared) as driver:
+        for dtype in ("bfloat16", "float32"):
+            check(*case.arrays(dtype), case.kwargs(), dtype, case, backend="cuda")
+            check_backward(case, dtype, backend="cuda")
+    assert max(c.shared for c in driver.configs.values()) <= shared
+    assert any(c.single for c in driver.configs.values()) == (shared > 150_000)
+
+
 PACKED = {
     "plain": {},
     "causal": {"is_causal": "bottom-right"},

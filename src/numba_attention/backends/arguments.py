@@ -177,6 +177,7 @@ def reals(p: Problem) -> list[float]:
     if scale == 0:
         prescale, factor = 0.0, 1.0
     made = {"prescale": prescale, "factor": factor, "scale": p.scale}
+    made["unscale"] = p.scale / prescale if prescale else 0.0  # for sums of what was multiplied by it
     if p.softcap is not None:
         made |= {"cap_inner": factor * LN2 / p.softcap, "cap_outer": p.softcap * LOG2E}
     return [float(made.get(name, 0.0)) for name in REALS]

@@ -1,35 +1,35 @@
 """The backward pass of the CUDA backend: its kernels, one after the other."""
 
-from typing import Any
-
 import numpy as np
 
-from ..cuda import configs
+from ..cuda import configs, runtime
 from ..cuda.config import Config, padded
 from ..options import Array
-from ..problem import BackwardProblem, spread_bias
+from ..problem import BackwardProblem, Problem, spread_bias
 from .arguments import Work, is_aligned, upload, work_list
-from .records import offsets_of
+from .records import storage_of
 
-ROWS = 4  # of a block of the kernel of delta
+ROWS = 4  # of a block of a kernel with a warp for each
 
 
 def run(g: BackwardProblem) -> None:
     """Write the gradients of query, key and value, and make those of bias and sinks."""
     from .cuda import add_up
 
-    p = g.forward
+    p, stream = g.forward, runtime.stream()
     real = np.float64 if p.query.dtype == np.float64 else np.float32
-    from ..cuda import runtime
-
-    stream = runtime.stream()
-    delta = runtime.empty(p.out.shape[-3:-1] if p.packing else p.out.shape[:-1], real, stream)
+    of_rows = p.out.shape[-3:-1] if p.packing else p.out.shape[:-1]  # of packed sequences all have the same array
+    delta = np.broadcast_to(runtime.empty(of_rows, real, stream), p.out.shape[:-1])
+    sums = None
+    if _is_single(p):
+        sums = runtime.empty((*of_rows, padded(p.E)), real, stream)
+        sums = np.broadcast_to(sums, (*p.out.shape[:-1], sums.shape[-1]))
     of_bias = None
     if g.bias_shape is not None:
         of_bias = g.bias = runtime.empty(g.bias_shape, real, stream)
     work = Work(
         p, grad_out=g.grad_out, grad_lse=g.grad_lse, grad_query=g.query, grad_key=g.key, grad_value=g.value,
-        delta=np.broadcast_to(delta, p.out.shape[:-1]), grad_bias=None if of_bias is None else spread_bias(of_bias, p),
+        delta=delta, sum_query=sums, grad_bias=None if of_bias is None else spread_bias(of_bias, p),
     )  # fmt: skip
     if of_bias is not None and (p.packing is not None or not work.sequences.size):
         add_up(of_bias, of_bias, work.device.arch, stream, terms=False)
@@ -37,42 +37,54 @@ def run(g: BackwardProblem) -> None:
     if not number or not p.H:
         return _without_work(g, work)
     work.upload_sequences()
+    tiles = -(-p.L // ROWS)
     if p.L:
-        tiles = -(-p.L // ROWS)
-        work.launch(_small("delta", work, ROWS), (number * tiles, p.H, 1), tiles=tiles)
+        work.launch(_small("delta", work).with_(single=sums is not None), (number * tiles, p.H, 1), tiles=tiles)
     aligned = is_aligned(p.query, p.key, p.value, g.grad_out, g.query, g.key, g.value)
-    for task, heads, length in (("query", p.H, p.L), ("key", p.Hkv, p.S)):
-        if length:
-            for c in configs.parts(work.config(task, aligned)):
-                _own(work, c, heads, length)
+    of_queries, of_keys = work.config("query", aligned), work.config("key", aligned)
+    single = None if sums is None else configs.single(of_keys, work.device)
+    if p.S:
+        for c in configs.parts(of_keys) if single is None else [single]:
+            _own(work, c, c, p.Hkv, p.S, c.rows)
+    if p.L:
+        c = of_queries if single is None else _small("round", work).with_(aligned=aligned, flags=work.hides)
+        _own(work, c, of_queries, p.H, p.L, c.rows if single is None else ROWS)
     if of_bias is not None and p.L and p.S:
         _of_bias(g, work, of_bias, is_aligned(p.query, p.key, p.value, g.grad_out))
     if p.sinks is not None:
         _of_sinks(g, work)
 
 
-def _small(task: str, work: Work, warps: int) -> Config:
-    return Config(task, work.storage, 32, padded(work.p.Ev), warps=warps, arch=work.device.arch)
+def _is_single(p: Problem) -> bool:
+    """Whether the kernel of keys sums the gradient of queries too, in an order that differs from call to call."""
+    device, storage = runtime.current_device(), storage_of(p.query.dtype)
+    if configs.is_deterministic() or configs.product_of(storage, device, p.E) != "tensor":
+        return False
+    return configs.single(configs.base("key", storage, p.E, p.Ev, device), device) is not None
 
 
-def _own(work: Work, c: Config, heads: int, length: int) -> None:
-    """Launch a kernel whose blocks own tiles of `length` rows, and then that which does some of them again."""
+def _small(task: str, work: Work) -> Config:
+    p = work.p
+    return Config(task, work.storage, padded(p.E), padded(p.Ev), warps=ROWS, arch=work.device.arch)
+
+
+def _own(work: Work, c: Config, again: Config, heads: int, length: int, rows: int) -> None:
+    """Launch a kernel whose blocks own so many of `length` rows, and then the one that does some of them again."""
     number = len(work.sequences)
-    tiles = -(-length // c.rows)
-    listed = work_list(work.p, work.sequences, c.rows, c.task == "key")
+    tiles = -(-length // rows)
+    listed = None if c.task == "round" else work_list(work.p, work.sequences, rows, c.task == "key")
     items = number * tiles if listed is None else len(listed)
     if not items:
         return
-    more = {"tiles": tiles, "flag_rows": tiles * c.rows, "number": number}
     work.put("work", None if listed is None else upload(listed))
     if work.hides:
-        work.empty("flags", number * heads * more["flag_rows"], np.int32)
-    work.launch(c, (items, heads, 1), **more)
+        work.empty("flags", number * heads * tiles * rows, np.int32)
+    work.launch(c, (items, heads, 1), tiles=tiles, flag_rows=tiles * rows, number=number)
     if work.hides:
-        again = configs.careful(c, work.device)
+        again = configs.careful(again, work.device)
         work.put("work", None)
-        more["tiles"] = -(-length // again.rows)
-        work.launch(again, (number * more["tiles"], heads, 1), **more)
+        tiles = -(-length // again.rows)
+        work.launch(again, (number * tiles, heads, 1), tiles=tiles)
 
 
 def _of_bias(g: BackwardProblem, work: Work, of_bias: Array, aligned: bool) -> None:
@@ -103,7 +115,7 @@ def _owners(work: Work, of_bias: Array) -> tuple[int, Array]:
 def _of_sinks(g: BackwardProblem, work: Work) -> None:
     p = work.p
     g.sinks = work.empty("partial", (p.H,), work.real)
-    c = _small("sinks", work, 8)
+    c = _small("sinks", work).with_(warps=8)
     work.launch(c, (p.H, 1, 1), number=len(work.sequences), inner_tiles=-(-p.L // c.threads))
 
 
@@ -114,6 +126,3 @@ def _without_work(g: BackwardProblem, work: Work) -> None:
     if g.forward.sinks is not None:
         g.sinks = work.empty("partial", (g.forward.H,), work.real)
         add_up(g.sinks, g.sinks, work.device.arch, work.stream, terms=False)
-
-
-__all__: list[Any] = ["offsets_of", "run"]

@@ -63,5 +63,6 @@ SEQUENCE = np.dtype([
         "pages", "key_scale", "value_scale",  # addresses: of the numbers of the pages, of the first scales
         # of the backward pass: byte offsets, and all rows of key and value
         "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias", "delta", "key_rows", "groups",
+        "sum_query",  # on a GPU
     )
 ])  # fmt: skip

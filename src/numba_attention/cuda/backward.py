@@ -1,9 +1,11 @@
-"""The backward pass, FlashAttention-2, algorithm 2, in two kernels without atomics: the same call has the same bits.
+"""The backward pass: FlashAttention-2 (Dao 2023), algorithm 2, in one kernel or in two.
 
-One owns tiles of queries and sums dQ over keys, the other owns tiles of keys and sums dK and dV over queries and, for
-grouped heads, over the heads of the group. Both make the weights again, P = exp(S - lse), and dS = P (dO V^T - delta)
-with delta = rowsum(dO O) - dlse from `rowwise`. What is summed over comes tile by tile, the next one while this one
-is worked on.
+Blocks that own tiles of keys sum dK and dV over queries and, for grouped heads, over the heads of the group. dQ is
+summed over keys by other blocks, which own tiles of queries, without atomics: the same call has the same bits. Or
+(``single``) the former add their parts of it to memory as they come, for five products instead of seven.
+
+All make the weights again, P = exp(S - lse), and dS = P (dO V^T - delta) with delta = rowsum(dO O) - dlse from
+`rowwise`. What is summed over comes tile by tile, the next one while this one is worked on.
 """
 
 from typing import Any
@@ -11,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, place, stage, work_item
-from .config import Config, lay_out
+from .config import Config, compute_capability, lay_out
 from .parameters import TYPES, Parameters
 from .results import write_row
 from .softmax import LOG2E, across
 from .tiles import Tile, copy_numbers, scale_rows
 
-NAMES = {"query": (*BACKWARD, "grad_query"), "key": (*BACKWARD, "grad_key", "grad_value")}
+NAMES = {"query": (*BACKWARD, "grad_query"), "key": (*BACKWARD, "grad_key", "grad_value", "sum_query")}
 
 
 class Tiles:
@@ -41,6 +43,9 @@ class Tiles:
         self.period = end - first  # bytes from one set to the next
         self.end = first + 2 * self.period
         product = c.make_product()
+        if c.single:
+            self.grads = Tile(rows, columns, kept, self.end)
+            self.end = self.grads.end
         if c.product == "simt":
             self.scratch = self.end
             product.set_columns(columns)
@@ -68,7 +73,8 @@ def make_backward(c: Config, on: Any) -> Any:
     own, other = tiles.own, tiles.other
     careful, two = c.careful, len(keeps) == 2
     wants_key, wants_value = "key" in keeps, "value" in keeps
-    period = tiles.period
+    period, single = tiles.period, c.single
+    together = compute_capability(c.arch) >= (9, 0)
 
     def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
         return Block(e, c, integers, reals, names, places, numbers)
@@ -205,6 +211,28 @@ def make_backward(c: Config, on: Any) -> Any:
     )  # dQ += dS K, dK += dS^T Q, dV += P^T dO
     add_second = add_to("", other[1], second)
 
+    @macro("", "i", "i", S)
+    def leave(e: Any, base: Any, thread: Any, ds: Any) -> None:
+        product.leave(e, ds, tiles.grads, e.opaque(base), *lanes.split(e.opaque(thread)))
+
+    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i", "i")
+    def add_queries(
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any, g: Any
+    ) -> None:
+        """Add dS K of this tile to what other blocks find of these queries."""
+        b = block(e, integers, reals, places, numbers)
+        warp, lane = lanes.split(e.opaque(thread))
+        found = product.transposed(e, tiles.grads, own[0], e.opaque(base), warp, lane, c.warps)
+        total, row, feature, there = found
+        factor = b.p.real("unscale", kind)
+        at = b.places["sum_query"] + e.wide(g) * b.p.sum_query_head + e.wide(feature + (lane & 3) * 2) * 4
+        for slot in (0, 1):
+            i = j + row + (lane >> 2) + 8 * slot
+            address, where = at + e.wide(i) * b.p.sum_query_row, there & (i < b.span.columns)
+            for n in range(len(total) // 4):
+                x = [total[4 * n + 2 * slot + part] * factor for part in (0, 1)]
+                e.add(address + 32 * n, x, where, together)
+
     @macro("", *TYPES, PLACES, NUMBERS, "i", first, second)
     def finish(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, x: Any, y: Any) -> None:
         b = block(e, integers, reals, places, numbers)
@@ -279,6 +307,10 @@ def make_backward(c: Config, on: Any) -> Any:
                     else:
                         ds = differentiate(integers, reals, places, numbers, base, thread, turn, p)
                     x = add_first(base, thread, turn, x, ds)
+                    if single:
+                        leave(base, thread, ds)
+                        cuda.syncthreads()
+                        add_queries(integers, reals, places, numbers, base, thread, j, g)
                 j, g, turn = next_j, next_g, np.int32(turn + 1)
         places, numbers, group = find_work(integers, reals, item, head)
         finish(integers, reals, places, numbers, thread, x, y)

@@ -1,5 +1,6 @@
 """What a kernel is compiled for, and which shape of tiles it has where."""
 
+import re
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,7 @@ FEATURES = (32, 64, 96, 128, 192, 256)  # head dimensions that tiles have; other
 class Config:
     """One kernel: its task, what it reads, what it does on the way, and its tiles."""
 
-    task: str  # "forward", "combine", "delta", "query", "key", "bias", "weights", "reduce"
+    task: str  # "forward", "combine", "delta", "query", "key", "round", "bias", "sinks", "weights", "reduce"
     storage: str  # of query, key, value and out
     E: int  # head dimensions of tiles
     Ev: int
@@ -38,6 +39,7 @@ class Config:
     careful: bool = False  # the kernel that does marked rows again, and keeps what they do not see from them
     to: str = ""  # storage of the result of "reduce"
     only: str = ""  # of the gradients of a tile of keys the one that is made, "key" or "value", where both are too many
+    single: bool = False  # the kernel of a tile of keys sums the gradient of queries too, in whatever order
     arch: str = ""
 
     @cached_property
@@ -79,7 +81,7 @@ class Config:
     def name(self) -> str:
         """All that distinguishes this kernel from others."""
         options = [n for n in ("aligned", "softcap", "alibi", "mask", "sinks", "paged", "stacked", "split", "flags",
-                               "careful", "chosen") if getattr(self, n)]  # fmt: skip
+                               "careful", "chosen", "single") if getattr(self, n)]  # fmt: skip
         words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",
                  f"{self.warps}w{self.columns}c{self.blocks}b{self.only}{self.to}", *options]  # fmt: skip
         return "-".join([*words, *([f"bias_{self.bias}"] if self.bias else []), self.arch])
@@ -96,6 +98,11 @@ def padded(features: int) -> int:
     raise ValueError(f"the CUDA backend has kernels for head dimensions up to {FEATURES[-1]}, got {features}")
 
 
+def compute_capability(arch: str) -> tuple[int, int]:
+    digits = re.sub(r"\D", "", arch)
+    return int(digits[:-1]), int(digits[-1])
+
+
 def lay_out(*tiles: tuple[int, int, str]) -> list[Tile]:
     """Tiles (rows, columns, storage) one after the other."""
     made: list[Tile] = []
@@ -104,4 +111,4 @@ def lay_out(*tiles: tuple[int, int, str]) -> list[Tile]:
     return made
 
 
-__all__ = ["FEATURES", "HALVES", "SIZES", "Config", "lay_out", "padded"]
+__all__ = ["FEATURES", "HALVES", "SIZES", "Config", "compute_capability", "lay_out", "padded"]

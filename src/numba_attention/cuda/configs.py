@@ -1,7 +1,6 @@
 """Which kernel does what: the one table of tile shapes, in which no register is spilled (test_cuda_codegen.py)."""
 
 import os
-import re
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +11,7 @@ from .tiles import HALVES
 
 ASYNCHRONOUS = (8, 0)  # the first with asynchronous copies, and matrices of these types
 TF32X3 = "NUMBA_ATTENTION_TF32X3"  # "1": float32 on tensor cores, with three products for each
+DETERMINISTIC = "NUMBA_ATTENTION_DETERMINISTIC"  # "1": gradients of half types have the same bits every time
 
 # Head dimension: slots, warps, columns. ("tensor": slots are tiles of 16 rows.)
 _SHAPES: dict[tuple[str, str, str], dict[int, tuple[int, int, int]]] = {
@@ -24,6 +24,7 @@ _SHAPES: dict[tuple[str, str, str], dict[int, tuple[int, int, int]]] = {
     ("key", "tensor", "half"): {
         32: (2, 4, 64), 64: (2, 4, 32), 96: (1, 8, 64), 128: (1, 8, 48), 192: (1, 8, 32), 256: (1, 8, 32),
     },
+    ("single", "tensor", "half"): {32: (2, 4, 32), 64: (2, 4, 32), 96: (1, 8, 64), 128: (1, 8, 64)},
     ("forward", "tf32", "float32"): {
         32: (1, 4, 64), 64: (1, 4, 64), 96: (1, 4, 32), 128: (1, 4, 32),
     },
@@ -134,6 +135,7 @@ def few(c: Config, rows: int, device: Any) -> Config:
 
 def careful(c: Config, device: Any) -> Config:
     """The kernel that does again the rows of `c` that are not finite, with FMA and hidden weights left out."""
+    c = c.with_(single=False)
     slots = 2 if c.storage != "float64" else 1
     if c.task == "forward" and c.Ev <= 128:
         slots *= 2
@@ -163,6 +165,7 @@ def use(task: str, storage: str, E: int, Ev: int, config: Config | None) -> None
     global _changes
     _changes += 1
     for_call.cache_clear()
+    single.cache_clear()
     if config is None:
         _chosen.pop(key, None)
     else:
@@ -171,12 +174,28 @@ def use(task: str, storage: str, E: int, Ev: int, config: Config | None) -> None
 
 def state() -> tuple[Any, ...]:
     """All that decides on kernels beside a call and its device."""
-    return _changes, os.environ.get(TF32X3)
+    return _changes, os.environ.get(TF32X3), os.environ.get(DETERMINISTIC)
 
 
-def compute_capability(arch: str) -> tuple[int, int]:
-    digits = re.sub(r"\D", "", arch)
-    return int(digits[:-1]), int(digits[-1])
+def is_deterministic() -> bool:
+    return os.environ.get(DETERMINISTIC) == "1"
+
+
+@lru_cache(maxsize=256)
+def single(c: Config, device: Any) -> Config | None:
+    """The kernel of a tile of keys that sums gradients of queries too; None where there is none, or no room for it."""
+    shapes = _SHAPES["single", "tensor", "half"]
+    E = max(c.E, c.Ev)
+    if c.product != "tensor" or E not in shapes:
+        return None
+    slots, warps, columns = shapes[E]
+    chosen = _chosen.get(("single", c.storage, c.E, c.Ev))
+    if chosen is not None:
+        slots, warps, columns = chosen.slots, chosen.warps, chosen.columns
+    c = c.with_(single=True, slots=slots, warps=warps, columns=columns)
+    if c.softcap or c.alibi or c.bias or c.mask:
+        c = c.with_(slots=1, warps=warps * slots, columns=32)
+    return c if c.shared <= device.shared_memory else None
 
 
 def parts(c: Config) -> list[Config]:

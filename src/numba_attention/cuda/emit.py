@@ -227,6 +227,13 @@ class Emit:
     def store_shared(self, kind: str, address: Value, values: Sequence[Value], where: Value | None = None) -> None:
         self._store("shared", "r", kind, address, values, where)
 
+    def add(self, address: Value, values: Sequence[Value], where: Value, together: bool) -> None:
+        """Add float32 to neighbours in global memory, whatever others add meanwhile; two `together` from sm_90 on."""
+        if together and len(values) == 2:
+            return self._predicated("red.global.add.v2.f32 [$0], {$1,$2};", "l,f,f", [address, *values], where)
+        for n, x in enumerate(values):
+            self._predicated("red.global.add.f32 [$0], $1;", "l,f", [address + 4 * n, x], where)
+
     def copy_async(
         self, shared: Value, address: Value, size: Value, where: Value | None = None, width: int = 16
     ) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from ..cpu.params import SEQUENCE
 
 ARRAYS = ("query", "key", "value", "out", "lse", "bias", "mask", "grad_out", "grad_lse", "delta",
-          "grad_query", "grad_key", "grad_value", "grad_bias")  # fmt: skip
+          "grad_query", "grad_key", "grad_value", "grad_bias", "sum_query")  # fmt: skip
 ADDRESSES = (*ARRAYS, "slopes", "sinks", "sequences", "work", "flags", "partial", "members")
 INTEGERS = (
     *ADDRESSES,
@@ -15,7 +15,7 @@ INTEGERS = (
     # of the gradient of a bias: which sequences share its elements, how many heads, rows and keys do
     "bias_heads", "bias_rows", "bias_keys",
 )  # fmt: skip
-REALS = ("prescale", "factor", "cap_inner", "cap_outer", "scale")
+REALS = ("prescale", "factor", "cap_inner", "cap_outer", "scale", "unscale")
 TYPES = (f"l{len(INTEGERS)}", f"d{len(REALS)}")  # of the two arguments of every kernel
 AXES = 8  # that an array to be summed may have: kept ones, and summed ones
 RECORD = SEQUENCE.itemsize

@@ -95,6 +95,47 @@ class TensorCores:
                         c[at] = e.multiply(self.half, left, right[2 * half : 2 * half + 2], c[at])
         return c
 
+    def leave(self, e: Any, p: list[Any], tile: Tile, base: Any, warp: Any, lane: Any) -> None:
+        """Write what `scores` gave to a tile of its rows and columns, rounded."""
+        per_tile = len(p) // self.tiles
+        for m in range(self.tiles):
+            for slot in (0, 1):
+                place = tile.row(base, warp * self.rows + (lane >> 2), 16 * m + 8 * slot)
+                for n in range(tile.columns // 8):
+                    at = m * per_tile + 4 * n + 2 * slot
+                    word = e.pack(self.half, p[at], p[at + 1])
+                    e.store_shared("i", tile.chunk(place, 0, n) + (lane & 3) * 4, [word])
+
+    def shares(self, rows: int, columns: int, warps: int) -> tuple[int, int]:
+        """How many tiles of 16 rows warps share out, and how many parts of the columns; some warps may be left over."""
+        tiles = rows // 16
+        parts = max(1, min(warps // tiles, columns // 16))
+        while columns // 16 % parts:
+            parts -= 1
+        return tiles, parts
+
+    def transposed(
+        self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, warps: int
+    ) -> tuple[list[Any], Any, Any, Any]:
+        """A^T B, shared out among warps: 16 rows of it as `layout` has them, first row and column, and whether any."""
+        tiles, parts = self.shares(a.columns, b.columns, warps)
+        tile, part, features = warp % tiles, warp // tiles, b.columns // parts
+        zero = e.const("f", 0.0)
+        sums = [zero] * (features // 2)
+        first = (lane >> 4) + part * (features // 8)
+        even = features // 8 & (features // 8 - 1) == 0  # then the part is in other bits than the chunk
+        for k in range(a.rows // 16):
+            place = a.row(base, (lane & 7) + (lane >> 4) * 8, 16 * k)
+            left = e.load_matrices(a.chunk(place, ((lane >> 3) & 1) + tile * 2), True)
+            place = b.row(base, lane & 15, 16 * k)
+            for n in range(features // 16):
+                chunk = b.chunk(place, first, 2 * n) if even else b.chunk(place, first + 2 * n)
+                right = e.load_matrices(chunk, True)
+                for half in (0, 1):
+                    at = slice(8 * n + 4 * half, 8 * n + 4 * half + 4)
+                    sums[at] = e.multiply(self.half, left, right[2 * half : 2 * half + 2], sums[at])
+        return sums, tile * 16, part * features, part < parts
+
 
 class TripleTF32(TensorCores):
     """float32 on tensor cores: each number as the sum of two of 10 bits, three of their four products.

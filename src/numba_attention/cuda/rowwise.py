@@ -7,10 +7,12 @@ import numpy as np
 from .blocks import Block, place
 from .config import Config
 from .parameters import AXES, TYPES, Parameters
+from .products import Layout
+from .results import write_row
 from .softmax import LOG2E
 from .tiles import HALVES, KINDS
 
-NAMES = ("out", "grad_out", "lse", "grad_lse", "delta")
+NAMES = ("out", "grad_out", "lse", "grad_lse", "delta", "sum_query", "grad_query")
 PLACES = f"l{len(NAMES)}"
 
 
@@ -24,19 +26,20 @@ def _read(e: Any, storage: str, address: Any, there: Any) -> Any:
 
 
 def make_delta(c: Config, on: Any) -> Any:
-    """Make the kernel of delta = rowsum(dO O) - dlse: a warp for each row; its grid is rows by fours, and heads."""
+    """Make the kernel of delta = rowsum(dO O) - dlse: a warp for each row; its grid is rows by fours, and heads.
+
+    ``single``: it clears a row of the sums of the gradient of queries too.
+    """
     cuda, macro = on.cuda, on.macro
-    kind, warps = kind_of(c.storage), c.warps
+    kind = kind_of(c.storage)
 
     @macro("", *TYPES, "i", "i", "i")
     def row(e: Any, integers: Any, reals: Any, x: Any, head: Any, thread: Any) -> None:
         p = Parameters(e, integers, reals)
-        tiles = p.int("tiles")
-        index, i = x // tiles, x % tiles * warps + (thread >> 5)
-        b = Block(e, c, integers, reals, NAMES, *place(e, c, p, NAMES, index, e.const("i", 0), head))
-        there, total = i < b.span.rows, e.const(kind, 0.0)
+        b, i = _row_of_warp(e, c, integers, reals, x, head, thread)
+        lane, there, total = thread & 31, i < b.span.rows, e.const(kind, 0.0)
         for n in range(-(-c.Ev // 32)):
-            feature = (thread & 31) + 32 * n
+            feature = lane + 32 * n
             inside = there & (feature < p.int("Ev"))
             a, z = (
                 _read(e, c.storage, b.places[name] + e.wide(i) * getattr(p, f"{name}_row")
@@ -48,7 +51,49 @@ def make_delta(c: Config, on: Any) -> Any:
             total = total + e.shuffle_xor(total, distance)
         given = there & (p.grad_lse > 0)
         total = total - e.load(kind, b.places["grad_lse"] + e.wide(i) * p.grad_lse_row, where=given)
-        e.store(kind, b.places["delta"] + e.wide(i) * p.delta_row, [total], there & (thread & 31).equals(0))
+        e.store(kind, b.places["delta"] + e.wide(i) * p.delta_row, [total], there & lane.equals(0))
+        if c.single:
+            zero, at = e.const(kind, 0.0), b.places["sum_query"] + e.wide(i) * p.sum_query_row
+            for n in range(c.E // 32):
+                e.store(kind, at + e.wide(lane + 32 * n) * 4, [zero], i < b.rows)
+
+    def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        row(integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y), np.int32(cuda.threadIdx.x))
+
+    return kernel
+
+
+def _row_of_warp(e: Any, c: Config, integers: Any, reals: Any, x: Any, head: Any, thread: Any) -> tuple[Block, Any]:
+    """Sequence and row of a warp, where a block has as many rows as warps."""
+    p = Parameters(e, integers, reals)
+    tiles = p.int("tiles")
+    index, i = x // tiles, x % tiles * c.warps + (thread >> 5)
+    return Block(e, c, integers, reals, NAMES, *place(e, c, p, NAMES, index, e.const("i", 0), head)), i
+
+
+def make_round(c: Config, on: Any) -> Any:
+    """Make the kernel that rounds the sums of the gradient of queries to its type: a warp for each row."""
+    cuda, macro = on.cuda, on.macro
+
+    @macro("", *TYPES, "i", "i", "i")
+    def row(e: Any, integers: Any, reals: Any, x: Any, head: Any, thread: Any) -> None:
+        p = Parameters(e, integers, reals)
+        b, i = _row_of_warp(e, c, integers, reals, x, head, thread)
+        lane, there, bad = thread & 31, i < b.rows, e.const("i", 0)
+        source = b.places["sum_query"] + e.wide(i) * p.sum_query_row
+        target = b.places["grad_query"] + e.wide(i) * p.grad_query_row
+        pair = Layout(1, ((0, 0), (0, 1)), 2)
+        for n in range(-(-c.E // 64)):
+            feature = lane * 2 + 64 * n
+            found = e.load("f", source + e.wide(feature) * 4, 2, where=there & (feature < c.E))
+            for number in found:
+                bad = bad | e.select(e.is_finite(number), e.const("i", 0), e.const("i", 1))
+            write_row(e, c.storage, c.aligned, pair, [0, 1], found, target, p.grad_query_column, feature,
+                      p.int("E"), there)  # fmt: skip
+        if c.flags:
+            for distance in (16, 8, 4, 2, 1):
+                bad = bad | e.shuffle_xor(bad, distance)
+            e.store("i", b.flag_at(i), [bad], there & lane.equals(0))
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         row(integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y), np.int32(cuda.threadIdx.x))

@@ -65,7 +65,7 @@ class Tile:
         return self.row(base, row + more % 8 if more % 8 else row, more // 8 * 8)
 
     def chunk(self, place: tuple[Any, Any, int], n: Any, more: int = 0) -> Any:
-        """The address of chunk ``n + more`` of a row; if there is more, n is below the lowest bit of it.
+        """The address of chunk ``n + more`` of a row; if there is more, no bit of it is one of n.
 
         What is `more` by whole groups is added last, where instructions take it for nothing: registers are for few
         masks.
