@@ -1,8 +1,8 @@
 """The simplest form of a kernel, a row for each thread, in the CUDA simulator of numba-cuda: NUMBA_ENABLE_CUDASIM=1.
 
 The simulator has no shuffles and no inline PTX; the macros of a kernel run here with the emulator's instructions, one
-thread at a time, and its barriers, indices and shared memory are the simulator's. Run by test_cuda_kernels.py in a
-process of its own.
+thread at a time, and its barriers, indices and shared memory are the simulator's. Kernels that give a row to a warp,
+and so shuffle, run in the emulator. Run by test_cuda_kernels.py in a process of its own.
 """
 
 import sys
@@ -12,9 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 from numba import config, cuda
 
-import numba_attention as na
-from cases import Case, assert_close, oracle, tolerance
-from emulator import Emit, Memory, _give, _take
+from cases import Case, check, check_backward
+from emulator import Emit, Emulator, Memory, _give, _take
 from numba_attention.cuda import configs, kernels, runtime
 from numba_attention.cuda.driver import Kernel
 
@@ -91,21 +90,26 @@ def simulated_driver():
     made = {}
 
     def compiled(c):
-        c = c.with_(slots=1, across=1, warps=1, columns=16, product="simt")
-        target = Simulator()
+        shuffles = c.task not in ("forward", "query", "key")
+        c = c if shuffles else plain(c)
+        target = Emulator(races=False) if shuffles else Simulator()
         kernel = Kernel(c.name, b"", c.threads, c.shared, kernels.addresses(c))
         function = kernels.make(c, target)
 
         def simulated(integers, reals):  # whose globals are those of this module, where the simulator looks for `cuda`
             function(integers, reals)
 
-        made[c.name] = target, cuda.jit(simulated)
+        made[c.name] = target, function if shuffles else cuda.jit(simulated)
         return kernel
 
     def run(kernel, grid, integers, reals):
         target, function = made[kernel.name]
         held = {address: reference() for address, reference in driver.allocations.items()}
-        target.memory.allow([(address, x.size) for address, x in held.items() if x is not None])
+        regions = [(address, x.size) for address, x in held.items() if x is not None]
+        if isinstance(target, Emulator):
+            target.run(function, grid, kernel.threads, kernel.shared, integers, reals, regions)
+            return
+        target.memory.allow(regions)
         numbers = tuple(map(np.int64, integers)), tuple(map(np.float64, reals))
         function[grid, kernel.threads, 0, max(kernel.shared, 1)](*numbers)
 
@@ -133,13 +137,12 @@ def main():
     ]
     for case in cases:
         for dtype in ("float32", "float64"):
-            arrays, kwargs = case.arrays(dtype), case.kwargs()
-            out, lse = na.attention(*arrays, **kwargs, return_lse=True, backend="cuda")
-            want, want_lse = oracle(*arrays, **kwargs)
-            of_out, of_lse = tolerance(dtype, case)
-            assert_close(out, want, of_out)
-            assert_close(lse, want_lse, 2 * of_lse, offset=1)
+            check(*case.arrays(dtype), case.kwargs(), dtype, case, backend="cuda")
             print(f"simulated: {dtype} {case}")
+    small = Case(L=5, S=7, H=2, Hkv=1, batch=(), options=("causal", "alibi", "sinks"))
+    for dtype, case in (("float32", small), ("float64", Case(L=3, S=18, H=1, batch=(), options=("mask",)))):
+        check_backward(case, dtype, backend="cuda")
+        print(f"simulated: gradients, {dtype} {case}")
     return 0
 
 

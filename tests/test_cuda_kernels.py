@@ -275,7 +275,7 @@ def test_a_wrong_kernel_is_found(monkeypatch):
 
 
 def test_simulator():
-    """The simplest form of the forward kernel in numba-cuda's simulator, which must be chosen before it is imported."""
+    """The simplest form of the kernels in numba-cuda's simulator, which must be chosen before it is imported."""
     here = Path(__file__).parent
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
@@ -283,4 +283,4 @@ def test_simulator():
         [sys.executable, str(here / "simulate.py")], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("simulated: ") == 6
+    assert done.stdout.count("simulated: ") == 8

@@ -39,7 +39,8 @@ def run(g: BackwardProblem) -> None:
     work.upload_sequences()
     tiles = -(-p.L // ROWS)
     if p.L:
-        work.launch(_small("delta", work).with_(single=sums is not None), (number * tiles, p.H, 1), tiles=tiles)
+        c = _small("delta", work).with_(single=sums is not None, aligned=is_aligned(p.out, g.grad_out))
+        work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
     aligned = is_aligned(p.query, p.key, p.value, g.grad_out, g.query, g.key, g.value)
     of_queries, of_keys = work.config("query", aligned), work.config("key", aligned)
     single = None if sums is None else configs.single(of_keys, work.device)

@@ -50,6 +50,13 @@ def _path(folder: Path, key: str) -> Path:
     return folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', key)[:80]}-{digest}{SUFFIX}"
 
 
+def entry(code: bytes) -> str:
+    """The name of the kernel in a cubin: that of its ``.text`` section."""
+    found = re.search(rb"\0\.text\.([\w$]+)\0", code)
+    assert found is not None
+    return found.group(1).decode()
+
+
 @cache
 def environment() -> str:
     """Everything but its key that decides what a kernel compiles to."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import BackendUnavailableError
 from .config import Config
-from .cubins import cubin
+from .cubins import cubin, entry
 from .driver import Kernel
 from .parameters import ADDRESSES, AXES, INTEGERS, REALS
 
@@ -57,8 +57,6 @@ def compile_(c: Config) -> Any:
 def compiled(c: Config) -> Kernel:
     """The machine code of a kernel, from the cache on disk if it is there."""
     code = cubin(c.name, lambda: compile_(c).code)
-    from .toolchain import entry
-
     return Kernel(entry(code), code, c.threads, c.shared, addresses(c))
 
 

@@ -38,15 +38,21 @@ def make_delta(c: Config, on: Any) -> Any:
         p = Parameters(e, integers, reals)
         b, i = _row_of_warp(e, c, integers, reals, x, head, thread)
         lane, there, total = thread & 31, i < b.span.rows, e.const(kind, 0.0)
-        for n in range(-(-c.Ev // 32)):
-            feature = lane + 32 * n
+        pairs = c.aligned and c.storage in HALVES  # of features in one word
+        each = 2 if pairs else 1
+        for n in range(-(-c.Ev // (32 * each))):
+            feature = (lane + 32 * n) * each
             inside = there & (feature < p.int("Ev"))
-            a, z = (
-                _read(e, c.storage, b.places[name] + e.wide(i) * getattr(p, f"{name}_row")
-                      + e.wide(feature) * getattr(p, f"{name}_column"), inside)
-                for name in ("out", "grad_out")
-            )  # fmt: skip
-            total = e.fma(a, z, total)
+            found = []
+            for name in ("out", "grad_out"):
+                at = b.places[name] + e.wide(i) * getattr(p, f"{name}_row")
+                at = at + e.wide(feature) * getattr(p, f"{name}_column")
+                if pairs:
+                    found.append(e.unpack(HALVES[c.storage], e.load("i", at, where=inside)))
+                else:
+                    found.append([_read(e, c.storage, at, inside)])
+            for a, z in zip(*found, strict=True):
+                total = e.fma(a, z, total)
         for distance in (16, 8, 4, 2, 1):
             total = total + e.shuffle_xor(total, distance)
         given = there & (p.grad_lse > 0)

@@ -13,6 +13,7 @@ from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
+from .cubins import entry
 from .emit import Emit, Value
 
 _KINDS = {types.int32: "i", types.int64: "l", types.float32: "f", types.float64: "d"}
@@ -127,10 +128,3 @@ def compile_kernel(function: Any, integers: int, reals: int, threads: int, arch:
     code = bytes(linker.link("cubin").code)
     log = linker.get_info_log() + linker.get_error_log()
     return Cubin(entry(code), code, log)
-
-
-def entry(code: bytes) -> str:
-    """The name of the kernel in a cubin: that of its ``.text`` section."""
-    found = re.search(rb"\0\.text\.([\w$]+)\0", code)
-    assert found is not None
-    return found.group(1).decode()
