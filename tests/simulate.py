@@ -139,10 +139,9 @@ def main():
         for dtype in ("float32", "float64"):
             check(*case.arrays(dtype), case.kwargs(), dtype, case, backend="cuda")
             print(f"simulated: {dtype} {case}")
-    small = Case(L=5, S=7, H=2, Hkv=1, batch=(), options=("causal", "alibi", "sinks"))
-    for dtype, case in (("float32", small), ("float64", Case(L=3, S=18, H=1, batch=(), options=("mask",)))):
-        check_backward(case, dtype, backend="cuda")
-        print(f"simulated: gradients, {dtype} {case}")
+    case = Case(L=5, S=18, H=2, Hkv=1, batch=(), options=("causal", "alibi", "sinks"))
+    check_backward(case, "float32", backend="cuda")
+    print(f"simulated: gradients of {case}")
     return 0
 
 

@@ -283,4 +283,4 @@ def test_simulator():
         [sys.executable, str(here / "simulate.py")], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("simulated: ") == 8
+    assert done.stdout.count("simulated: ") == 7
