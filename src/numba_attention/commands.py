@@ -28,6 +28,7 @@ class Backend(StrEnum):
 
     auto = "auto"
     cpu = "cpu"
+    cuda = "cuda"
     reference = "reference"
 
 
