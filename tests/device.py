@@ -89,6 +89,10 @@ class HostDriver(Driver):
         self.allocations.pop(address, None)
         self.frees.append((address, stream))
 
+    def clear(self, address, size, stream):
+        self._inside(address, size)
+        ctypes.memset(address, 0, size)
+
     def write(self, address, array, stream):
         self.copies.append(("write", array.nbytes, stream))
         data = np.ascontiguousarray(array)

@@ -81,6 +81,9 @@ int cuMemFreeAsync(uint64_t address, void *stream) { return free((void *)address
 int cuMemFree_v2(uint64_t address) { return free((void *)address), OK; }
 int cuMemHostAlloc(void **address, size_t size, unsigned flags) { return allocate((uint64_t *)address, size); }
 int cuMemFreeHost(void *address) { return free(address), OK; }
+int cuMemsetD8Async(uint64_t address, unsigned char x, size_t size, void *stream) {
+    return memset((void *)address, x, size), OK;
+}
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t size, void *stream) {
     return memcpy((void *)to, from, size), note("write"), OK;
 }
@@ -143,7 +146,7 @@ static struct { const char *name; void *function; } entries[] = {
     ENTRY(cuCtxSynchronize), ENTRY(cuDeviceGetDefaultMemPool), ENTRY(cuDeviceGetMemPool), ENTRY(cuMemPoolGetAttribute),
     ENTRY(cuMemPoolSetAttribute), ENTRY(cuMemPoolSetAccess), ENTRY(cuMemPoolGetAccess), ENTRY(cuMemAllocFromPoolAsync),
     ENTRY(cuMemAllocAsync), AS(cuMemAlloc, _v2), ENTRY(cuMemFreeAsync), AS(cuMemFree, _v2), ENTRY(cuMemHostAlloc),
-    ENTRY(cuMemFreeHost), AS(cuMemcpyHtoDAsync, _v2), AS(cuMemcpyDtoHAsync, _v2), ENTRY(cuPointerGetAttribute),
+    ENTRY(cuMemFreeHost), ENTRY(cuMemsetD8Async), AS(cuMemcpyHtoDAsync, _v2), AS(cuMemcpyDtoHAsync, _v2), ENTRY(cuPointerGetAttribute),
     ENTRY(cuStreamGetCtx), ENTRY(cuStreamIsCapturing), AS(cuStreamGetCaptureInfo, _v2), ENTRY(cuStreamGetDevice), ENTRY(cuStreamSynchronize), ENTRY(cuStreamWaitEvent),
     ENTRY(cuEventCreate), ENTRY(cuEventRecord), ENTRY(cuEventSynchronize), AS(cuEventDestroy, _v2),
     ENTRY(cuLibraryLoadData), ENTRY(cuLibraryUnload), ENTRY(cuLibraryGetKernel), ENTRY(cuKernelGetFunction),

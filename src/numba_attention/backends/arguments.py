@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..cuda import configs, kernels, recording, runtime
+from ..cuda.blocks import HEAD
 from ..cuda.config import Config
 from ..cuda.headers import address_of
 from ..cuda.parameters import ARRAYS, FAR, INTEGERS, MOST, REALS
@@ -114,6 +115,10 @@ class Work:
         made = runtime.empty(shape, dtype, self.stream)
         self.put(name, made)
         return made
+
+    def mark_rows(self, rows: int) -> None:
+        """Make room for a flag for each row, and before them for whether any is set, which is cleared."""
+        self.put("flags", runtime.empty(rows + HEAD, np.int32, self.stream, cleared=4 * HEAD))
 
     def upload_sequences(self) -> None:
         self.put("sequences", upload(self.sequences))

@@ -53,7 +53,7 @@ def forward(problem: Problem) -> None:
     if listed is not None:
         work.put("work", upload(listed))
     if work.hides:
-        work.empty("flags", number * heads * padded_rows, np.int32)
+        work.mark_rows(number * heads * padded_rows)
     if splits == 1:
         work.launch(alone, (items, heads, 1))
     else:

@@ -79,7 +79,7 @@ def _own(work: Work, c: Config, again: Config, heads: int, length: int, rows: in
         return
     work.put("work", None if listed is None else upload(listed))
     if work.hides:
-        work.empty("flags", number * heads * tiles * rows, np.int32)
+        work.mark_rows(number * heads * tiles * rows)
     work.launch(c, (items, heads, 1), tiles=tiles, flag_rows=tiles * rows, number=number)
     if work.hides:
         again = configs.careful(again, work.device)

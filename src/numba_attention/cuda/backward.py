@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, place, stage, work_item
+from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, make_marks, place, stage, work_item
 from .config import Config, compute_capability, lay_out
 from .parameters import TYPES, Parameters
 from .results import write_row
@@ -74,6 +74,7 @@ def make_backward(c: Config, on: Any) -> Any:
     careful, two = c.careful, len(keeps) == 2
     wants_key, wants_value = "key" in keeps, "value" in keeps
     period, single = tiles.period, c.single
+    any_marked, marked = make_marks(c, on)
     together = compute_capability(c.arch) >= (9, 0)
 
     def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
@@ -90,11 +91,6 @@ def make_backward(c: Config, on: Any) -> Any:
     def columns_seen(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Any:
         b = block(e, integers, reals, places, numbers)
         return list(b.span.of_rows(b.first, b.first + (c.rows - 1)))
-
-    @macro("i", *TYPES, NUMBERS, "i")
-    def marked(e: Any, integers: Any, reals: Any, numbers: Any, thread: Any) -> Any:
-        b = block(e, integers, reals, None, numbers)
-        return e.load("i", b.flag_at(b.first + thread), where=(thread < c.rows) & b.exists(b.first + thread))
 
     @macro("", *TYPES, PLACES, NUMBERS, "i", "i")
     def load_own(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any) -> None:
@@ -243,7 +239,7 @@ def make_backward(c: Config, on: Any) -> Any:
             at = b.first + row
             there, valid = at < b.rows, at < b.span.rows
             if careful:
-                there = there & (e.load("i", b.flag_at(at), where=there) > 0)
+                there = there & (b.is_marked(at, there) > 0)
             bad = e.const("i", 0)
             for name, sum_ in zip(keeps, (x, y), strict=False):
                 grad, features = f"grad_{name}", sums[name]
@@ -257,7 +253,7 @@ def make_backward(c: Config, on: Any) -> Any:
                 write_row(e, c.storage, c.aligned, features, mine, z, address, column, begin, width, there)
             if c.flags:
                 bad = across(e, product, bad, lambda a, b: a | b)
-                e.store("i", b.flag_at(at), [bad], there & product.lane_column(lane).equals(0))
+                b.mark(at, bad, there & product.lane_column(lane).equals(0))
 
     softcap = c.softcap
 
@@ -265,6 +261,9 @@ def make_backward(c: Config, on: Any) -> Any:
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread = np.int32(cuda.threadIdx.x)
         item, head = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
+        if careful:
+            if any_marked(integers, reals) == 0:
+                return
         places, numbers, group = find_work(integers, reals, item, head)
         if careful:
             if cuda.syncthreads_or(marked(integers, reals, numbers, thread)) == 0:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .config import Config
-from .parameters import Parameters, Sequence, clamp
+from .parameters import TYPES, Parameters, Sequence, clamp
 from .scoring import Scores, Span, span_of
 from .softmax import LOG2E
 from .tiles import Rows, Tile, fetch
@@ -12,7 +12,7 @@ FORWARD = ("query", "key", "value", "out", "lse", "bias", "mask")
 BACKWARD = ("query", "key", "value", "grad_out", "lse", "delta", "bias", "mask")
 OF_KEYS = ("key", "value", "grad_key", "grad_value")
 NUMBERS = "i9"  # what is told of the sequence
-HEAD = 4  # numbers before the accumulators of a part of a row: maximum, sum, and two for alignment
+HEAD = 4  # numbers before all flags; and before the sums of a part of a row: maximum, denominator, two for alignment
 
 
 class Block:
@@ -48,10 +48,18 @@ class Block:
         """How many heads the grid has."""
         return self.p.heads // self.p.group if self.c.stacked or self.c.task == "key" else self.p.heads
 
+    def mark(self, row: Any, bad: Any, where: Any) -> None:
+        """Say of a row whether it has to be done with care and, if so, that there is one."""
+        self.e.store("i", self.flag_at(row), [bad], where)
+        self.e.store("i", self.p.flags, [self.e.const("i", 1)], where & (bad > 0))
+
+    def is_marked(self, row: Any, there: Any) -> Any:
+        return self.e.load("i", self.flag_at(row), where=there)
+
     def flag_at(self, row: Any) -> Any:
-        """The address of what is known of a row: whether it has to be done with care."""
+        """The address of what is known of a row; first of all comes whether there is any that is marked."""
         heads = self.e.wide(self.index) * self.heads + self.e.wide(self.head)
-        return self.p.flags + (heads * self.p.flag_rows + self.e.wide(row)) * 4
+        return self.p.flags + (heads * self.p.flag_rows + self.e.wide(row) + HEAD) * 4
 
     def part_at(self, part: Any, row: Any, size: int) -> Any:
         """The address of a part of a row's sums: maximum, sum, and accumulators."""
@@ -104,6 +112,22 @@ def make_landed(c: Config, on: Any) -> Any:
             e.wait(0)
 
     return landed
+
+
+def make_marks(c: Config, on: Any) -> tuple[Any, Any]:
+    """Make the macros that say whether any row is marked, and whether one of a block's is: a thread looks at each."""
+
+    @on.macro("i", *TYPES)
+    def any_marked(e: Any, integers: Any, reals: Any) -> Any:
+        return e.load("i", Parameters(e, integers, reals).flags)
+
+    @on.macro("i", *TYPES, NUMBERS, "i")
+    def marked(e: Any, integers: Any, reals: Any, numbers: Any, thread: Any) -> Any:
+        b = Block(e, c, integers, reals, (), None, numbers)
+        row = b.first + thread
+        return b.is_marked(row, (thread < c.rows) & b.exists(row))
+
+    return any_marked, marked
 
 
 def place(

@@ -72,7 +72,7 @@ def make_combine(c: Config, on: Any) -> Any:
         address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
         e.store(kind, address, [lse], there & thread.equals(0) & (b.p.lse > 0))
         if c.flags:  # zero before; all who write write 1
-            e.store("i", b.flag_at(row), [e.const("i", 1)], there & (bad > 0))
+            b.mark(row, e.const("i", 1), there & (bad > 0))
 
     @macro("", *TYPES, NUMBERS, "i", "i")
     def clear(e: Any, integers: Any, reals: Any, numbers: Any, thread: Any, row: Any) -> None:

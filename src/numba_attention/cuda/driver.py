@@ -104,6 +104,10 @@ class Driver:
         except Exception as error:
             raise _translated(error, f"{size:,} bytes could not be had on GPU {device.device_id}") from error
 
+    def clear(self, address: int, size: int, stream: int) -> None:
+        """Set bytes of a GPU to 0."""
+        self._call(self._api.cuMemsetD8Async, address, 0, size, stream)
+
     def write(self, address: int, array: Array, stream: int) -> None:
         """Copy an array of the host, in C order, to a GPU."""
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)

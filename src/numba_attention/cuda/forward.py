@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import FORWARD, HEAD, NUMBERS, Block, Lanes, make_landed, place, stage, work_item
+from .blocks import FORWARD, HEAD, NUMBERS, Block, Lanes, make_landed, make_marks, place, stage, work_item
 from .config import Config, lay_out
 from .parameters import TYPES, Parameters
 from .results import write_row
@@ -49,6 +49,7 @@ def make_forward(c: Config, on: Any) -> Any:
     columns, threads = c.columns, c.threads
     S, C, M = f"{kind}{len(layout)}", f"{kind}{len(features)}", f"{kind}{product.slots}"
     split, careful, flags = c.split, c.careful, c.flags
+    any_marked, marked = make_marks(c, on)
 
     def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
         return Block(e, c, integers, reals, FORWARD, places, numbers)
@@ -72,12 +73,6 @@ def make_forward(c: Config, on: Any) -> Any:
             begin = begin + part * share
             end = e.min(end, begin + share)
         return [begin, end, all_begin, all_end]
-
-    @macro("i", *TYPES, NUMBERS, "i")
-    def marked(e: Any, integers: Any, reals: Any, numbers: Any, thread: Any) -> Any:
-        """Whether a row of the tile is to be done again, asked by one thread for each."""
-        b = block(e, integers, reals, None, numbers)
-        return e.load("i", b.flag_at(b.first + thread), where=(thread < c.rows) & b.exists(b.first + thread))
 
     @macro("", *TYPES, PLACES, NUMBERS, "i", "i")
     def load_queries(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any) -> None:
@@ -159,7 +154,7 @@ def make_forward(c: Config, on: Any) -> Any:
             i, head = b.find(b.first + row)
             there, valid = i < b.rows, i < b.span.rows
             if careful:
-                there = there & (e.load("i", b.flag_at(b.first + row), where=there) > 0)
+                there = there & (b.is_marked(b.first + row, there) > 0)
             apart = e.wide(head) if c.stacked else e.const("l", 0)
             some = (l[slot] > 0.0) | e.is_nan(l[slot])
             scale = e.select(some, e.const(kind, 1.0) / l[slot], zero)
@@ -170,7 +165,7 @@ def make_forward(c: Config, on: Any) -> Any:
                 for y in x:
                     bad = bad | e.select(e.is_finite(y), e.const("i", 0), e.const("i", 1))
                 bad = across_lanes(e, bad)
-                e.store("i", b.flag_at(b.first + row), [bad], there & begins)
+                b.mark(b.first + row, bad, there & begins)
             address = b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row
             write_row(
                 e,
@@ -213,6 +208,9 @@ def make_forward(c: Config, on: Any) -> Any:
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread, part = np.int32(cuda.threadIdx.x), np.int32(cuda.blockIdx.z)
         item, head = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
+        if careful:
+            if any_marked(integers, reals) == 0:
+                return
         places, numbers = find_work(integers, reals, item, head)
         if careful:
             if cuda.syncthreads_or(marked(integers, reals, numbers, thread)) == 0:

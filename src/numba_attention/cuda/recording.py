@@ -31,11 +31,12 @@ class Launch(NamedTuple):
 
 
 class Made(NamedTuple):
-    """Memory that a call takes: a result, with its shape and dtype, or scratch, with its bytes."""
+    """Memory that a call takes: a result, with its shape and dtype, or scratch, with its bytes and those cleared."""
 
     shape: tuple[int, ...]
     dtype: Any
     size: int
+    cleared: int
 
 
 class Recorder:
@@ -60,7 +61,7 @@ class Recorder:
     def give_up(self) -> None:
         self.possible = False
 
-    def make(self, array: Array, is_result: bool) -> None:
+    def make(self, array: Array, is_result: bool, cleared: int = 0) -> None:
         """Take note of an allocation."""
         found = held(array)
         if found is None or not array.size:
@@ -69,7 +70,7 @@ class Recorder:
         if is_result:
             self._owners[id(found.owner)] = len(self.made)
         self._alive.append(found.owner)
-        self.made.append(Made(array.shape, array.dtype, 0 if is_result else array.nbytes))
+        self.made.append(Made(array.shape, array.dtype, 0 if is_result else array.nbytes, cleared))
 
     def fix(self, array: Array) -> None:
         """Take note of memory whose contents follow from the kind of call, and which stays where it is."""
@@ -139,6 +140,8 @@ class Recorded:
             if made.size:
                 array = driver.allocate(made.size, stream)
                 address = array.address
+                if made.cleared:
+                    driver.clear(address, made.cleared, stream)
             else:
                 array, address = new(made.shape, made.dtype)
             arrays.append(array)

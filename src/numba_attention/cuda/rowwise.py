@@ -99,7 +99,7 @@ def make_round(c: Config, on: Any) -> Any:
         if c.flags:
             for distance in (16, 8, 4, 2, 1):
                 bad = bad | e.shuffle_xor(bad, distance)
-            e.store("i", b.flag_at(i), [bad], there & lane.equals(0))
+            b.mark(i, bad, there & lane.equals(0))
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         row(integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y), np.int32(cuda.threadIdx.x))

@@ -55,8 +55,11 @@ def device_of(array: Array) -> Device:
     return driver.device(found.device)
 
 
-def empty(shape: int | tuple[int, ...], dtype: Any, stream: int) -> Array:
-    """Take memory of the current device, which is freed in the order of `stream` when nobody holds it; its header."""
+def empty(shape: int | tuple[int, ...], dtype: Any, stream: int, cleared: int = 0) -> Array:
+    """Take memory of the current device, which is freed in the order of `stream` when nobody holds it; its header.
+
+    So many bytes at its beginning are `cleared`.
+    """
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     dtype = np.dtype(dtype)
     size = dtype.itemsize
@@ -65,10 +68,12 @@ def empty(shape: int | tuple[int, ...], dtype: Any, stream: int) -> Array:
     if not size:
         return header(0, shape, None, dtype, None, driver.current())
     memory = driver.allocate(size, stream)
+    if cleared:
+        driver.clear(memory.address, cleared, stream)
     made = header(memory.address, shape, None, dtype, memory, driver.current())
     recorder = recording.current()
     if recorder is not None:
-        recorder.make(made, is_result=False)
+        recorder.make(made, is_result=False, cleared=cleared)
     return made
 
 
