@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, make_marks, place, stage, work_item
+from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, make_marks, make_scale, place, stage, work_item
 from .config import Config, compute_capability, lay_out
 from .parameters import TYPES, Parameters
 from .results import write_row
 from .softmax import LOG2E, across
-from .tiles import Tile, copy_numbers, scale_rows
+from .tiles import Tile, copy_numbers
 
 NAMES = {"query": (*BACKWARD, "grad_query"), "key": (*BACKWARD, "grad_key", "grad_value", "sum_query")}
 
@@ -71,6 +71,7 @@ def make_backward(c: Config, on: Any) -> Any:
     PLACES = f"l{len(names)}"
     staged = c.softcap or c.alibi or bool(c.bias) or c.mask
     own, other = tiles.own, tiles.other
+    scale_own = make_scale(c, on, own[0])
     careful, two = c.careful, len(keeps) == 2
     wants_key, wants_value = "key" in keeps, "value" in keeps
     period, single = tiles.period, c.single
@@ -115,11 +116,6 @@ def make_backward(c: Config, on: Any) -> Any:
                 address = b.places[name] + e.wide(g) * head
                 copy_numbers(e, kind, base + at, address, row, j, b.span.columns, columns, thread, threads, c.aligned)
         b.commit()
-
-    @macro("", *TYPES, "i", "i")
-    def scale_own(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
-        factor = Parameters(e, integers, reals).real("prescale", "d" if c.compute == "float64" else "f")
-        scale_rows(e, own[0], base, factor, thread, threads)
 
     @macro(f"{first} {second}")
     def zeros(e: Any) -> Any:

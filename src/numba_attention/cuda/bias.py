@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, place, stage
+from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, make_scale, place, stage
 from .config import Config, lay_out
 from .parameters import TYPES, Parameters, Sequence
 from .softmax import LOG2E
-from .tiles import scale_rows
 
 NAMES = (*BACKWARD, "grad_bias")
 PLACES = f"l{len(NAMES)}"
@@ -41,6 +40,7 @@ def make_bias(c: Config, on: Any) -> Any:
     layout = lanes.layout
     S = f"{kind}{len(layout)}"
     size = tiles.size
+    scale_queries = make_scale(c, on, tiles.query)
 
     def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
         return Block(e, c, integers, reals, NAMES, places, numbers)
@@ -80,11 +80,6 @@ def make_bias(c: Config, on: Any) -> Any:
         for name, tile in (("key", tiles.key), ("value", tiles.value)):
             b.load_tile(name, tile, base, thread, j, b.span.columns)
         b.commit()
-
-    @macro("", *TYPES, "i", "i")
-    def scale_queries(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
-        factor = Parameters(e, integers, reals).real("prescale", "d" if c.compute == "float64" else "f")
-        scale_rows(e, tiles.query, base, factor, thread, threads)
 
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
     def add(

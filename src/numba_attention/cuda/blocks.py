@@ -6,7 +6,7 @@ from .config import Config
 from .parameters import TYPES, Parameters, Sequence, clamp
 from .scoring import Scores, Span, span_of
 from .softmax import LOG2E
-from .tiles import Rows, Tile, fetch
+from .tiles import Rows, Tile, fetch, scale_rows
 
 FORWARD = ("query", "key", "value", "out", "lse", "bias", "mask")
 BACKWARD = ("query", "key", "value", "grad_out", "lse", "delta", "bias", "mask")
@@ -112,6 +112,17 @@ def make_landed(c: Config, on: Any) -> Any:
             e.wait(0)
 
     return landed
+
+
+def make_scale(c: Config, on: Any, tile: Tile) -> Any:
+    """Make the macro that multiplies a tile of queries, or keys, by the power of two in the scale."""
+
+    @on.macro("", *TYPES, "i", "i")
+    def scale(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
+        factor = Parameters(e, integers, reals).real("prescale", "d" if c.compute == "float64" else "f")
+        scale_rows(e, tile, base, factor, thread, c.threads)
+
+    return scale
 
 
 def make_marks(c: Config, on: Any) -> tuple[Any, Any]:

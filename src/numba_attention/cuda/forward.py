@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import FORWARD, HEAD, NUMBERS, Block, Lanes, make_landed, make_marks, place, stage, work_item
+from .blocks import FORWARD, HEAD, NUMBERS, Block, Lanes, make_landed, make_marks, make_scale, place, stage, work_item
 from .config import Config, lay_out
 from .parameters import TYPES, Parameters
 from .results import write_row
 from .softmax import LN2, fold, start, total
-from .tiles import Tile, scale_rows
+from .tiles import Tile
 
 PLACES = f"l{len(FORWARD)}"
 
@@ -46,7 +46,8 @@ def make_forward(c: Config, on: Any) -> Any:
     layout, features = product.layout(c.columns), product.features(c.Ev)
     lanes = Lanes(c, product)
     q, k, v, _ = tiles_of(c)
-    columns, threads = c.columns, c.threads
+    columns = c.columns
+    scale_queries = make_scale(c, on, q)
     S, C, M = f"{kind}{len(layout)}", f"{kind}{len(features)}", f"{kind}{product.slots}"
     split, careful, flags = c.split, c.careful, c.flags
     any_marked, marked = make_marks(c, on)
@@ -92,11 +93,6 @@ def make_forward(c: Config, on: Any) -> Any:
         b = block(e, integers, reals, places, numbers)
         b.load_tile("value", v, base, thread, j, b.span.columns)
         b.commit()
-
-    @macro("", *TYPES, "i", "i")
-    def scale_queries(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
-        factor = Parameters(e, integers, reals).real("prescale", "d" if c.compute == "float64" else "f")
-        scale_rows(e, q, base, factor, thread, threads)
 
     @macro(f"{M} {M} {C}", *TYPES, PLACES, NUMBERS, "i", "i")
     def begin_rows(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, part: Any) -> Any:

@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import FORWARD, NUMBERS, Block, Lanes, make_landed, place, stage
+from .blocks import FORWARD, NUMBERS, Block, Lanes, make_landed, make_scale, place, stage
 from .config import Config
 from .forward import make_product, tiles_of
 from .parameters import TYPES, Parameters
 from .products import Layout
 from .results import write_row
 from .softmax import fold, start, total
-from .tiles import scale_rows
 
 PLACES = f"l{len(FORWARD)}"
 
@@ -21,11 +20,12 @@ def make_weights(c: Config, on: Any) -> Any:
     """Make the kernel; its grid is tiles of chosen rows, of sequences that are one chosen head each."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)
-    kind, columns, threads = product.kind, c.columns, c.threads
+    kind, columns = product.kind, c.columns
     lanes = Lanes(c, product)
     layout = lanes.layout
     nothing = Layout(product.slots, (), 1)
     q, k, _, _ = tiles_of(c)
+    scale_queries = make_scale(c, on, q)
     S, M = f"{kind}{len(layout)}", f"{kind}{product.slots}"
     staged = c.softcap or c.alibi or bool(c.bias) or c.mask
 
@@ -51,11 +51,6 @@ def make_weights(c: Config, on: Any) -> Any:
         b = block(e, integers, reals, places, numbers)
         b.load_tile("key", k, base, thread, j, b.span.columns)
         b.commit()
-
-    @macro("", *TYPES, "i", "i")
-    def scale_queries(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
-        factor = Parameters(e, integers, reals).real("prescale", "d" if c.compute == "float64" else "f")
-        scale_rows(e, q, base, factor, thread, threads)
 
     @macro(f"{M} {M}", *TYPES, PLACES, NUMBERS, "i")
     def begin_rows(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any) -> Any:
