@@ -140,7 +140,9 @@ class TensorCores:
 class TripleTF32(TensorCores):
     """float32 on tensor cores: each number as the sum of two of 10 bits, three of their four products.
 
-    Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", 2022.
+    Tensor cores round sums towards zero, and long ones drift: they sum eight features of a score, or a tile of keys,
+    from zero, and the rest is added by FADD. Ootomo and Yokota, "Recovering single precision accuracy from Tensor
+    Cores while surpassing the FP32 theoretical peak performance", 2022, section 3.
     """
 
     def __init__(self, storage: str = "float32", tiles: int = 1) -> None:
@@ -177,7 +179,8 @@ class TripleTF32(TensorCores):
                 column = [read(b, place, chunk) for chunk in (0, 1)]
                 for m in range(self.tiles):
                     at = slice(m * per_tile + 4 * n, m * per_tile + 4 * n + 4)
-                    s[at] = self._multiply(e, rows[m], column, s[at])
+                    found = self._multiply(e, rows[m], column, [e.const("f", 0.0)] * 4)
+                    s[at] = [x + y for x, y in zip(s[at], found, strict=True)]
             return s
 
         made: list[Any] = e.loop(a.columns // 8, [e.const("f", 0.0)] * (per_tile * self.tiles), body)
@@ -187,7 +190,6 @@ class TripleTF32(TensorCores):
         self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
     ) -> list[Any]:
         # The order of the summed index is free: of a step of 8, index t is row 2t of B and t + 4 row 2t + 1, as P lies.
-        # Tensor cores round sums towards zero, so that a sum over all keys would drift: they sum a tile, from zero.
         c, zero = list(c), [e.const("f", 0.0)] * 4
         per_tile, wide, steps = len(p) // self.tiles, len(c) // self.tiles, range(b.rows // 8)
         rows = [[b.row(base + shift, (lane & 3) * 2 + odd, 8 * k) for odd in (0, 1)] for k in steps]
