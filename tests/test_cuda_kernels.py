@@ -251,6 +251,25 @@ def test_the_same_call_has_the_same_bits(gpu):
         np.testing.assert_array_equal(a, b)
 
 
+def test_warmup_compiles_what_calls_need(monkeypatch):
+    """The kernels of plain calls are those compiled ahead."""
+    from numba_attention.backends import cuda
+
+    with emulated(monkeypatch, races=False) as driver:
+        for _, job in cuda.warmup_jobs():
+            job()
+        ahead = set(driver.configs)
+        driver.configs.clear()
+        for dtype in ("bfloat16", "float32"):
+            q, k, v = (np.zeros((1, heads, 40, 64), DTYPES[dtype]) for heads in (8, 2, 2))
+            for causal in (False, True):
+                out, lse = na.attention(q, k, v, is_causal=causal, return_lse=True, backend="cuda")
+                na.attention_backward(out, q, k, v, out, lse, is_causal=causal, backend="cuda")
+            na.attention(q[:, :, :1], *(np.zeros((1, 2, 300, 64), DTYPES[dtype]) for _ in range(2)), backend="cuda")
+        assert len(driver.configs) > 15
+        assert set(driver.configs) <= ahead
+
+
 def test_too_many_features_are_refused(gpu):
     q = np.zeros((1, 4, 257), np.float32)
     with pytest.raises(ValueError, match="head dimensions up to 256, got 257"):

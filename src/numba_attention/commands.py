@@ -64,11 +64,11 @@ def demo(
 
 @app.command()
 def warmup() -> None:
-    """Compile the common kernels and put them into the cache, so that no later call waits for them."""
-    from .backends.cpu import warmup_jobs
+    """Compile the common kernels, also of a GPU, and put them into the cache, so that no later call waits for them."""
+    from .backends import backends, cpu, cuda
     from .config import show_config
 
-    jobs = warmup_jobs()
+    jobs = [*cpu.warmup_jobs(), *(cuda.warmup_jobs() if backends()["cuda"] else [])]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(jobs))

@@ -1,7 +1,8 @@
 """The CUDA backend: turns a `Problem`, whose arrays are headers of device memory, into launches."""
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -24,6 +25,24 @@ FEW = 16  # rows of a key head, of all its query heads: the kernel for decoding
 
 def unusable() -> str | None:
     return runtime.unusable()
+
+
+def warmup_jobs() -> list[tuple[str, Callable[[], object]]]:
+    """The kernels worth compiling ahead for the first GPU, each with a function that does it."""
+    device = runtime.driver.device(0)
+    found: dict[str, Config] = {}
+    for storage in ("bfloat16", "float16", "float32"):
+        for E in (64, 128):
+            for hides in (False, True):
+                c = configs.for_call("forward", storage, E, E, configs.product_of(storage, device, E), device, False,
+                                     False, "", False, False, hides, True)  # fmt: skip
+                alone, _, _, again = _kernels(c, False, 0, 1, device)
+                _, split, join, _ = _kernels(c, False, 4, 4, device)
+                for kernel in (alone, again) if hides else (alone, split, join):
+                    found[kernel.name] = kernel
+                for kernel in device_gradients.kernels_of(c, device):
+                    found[kernel.name] = kernel
+    return [(name, partial(kernels.compiled, c)) for name, c in found.items()]
 
 
 def forward(problem: Problem) -> None:

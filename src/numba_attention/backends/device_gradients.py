@@ -4,6 +4,7 @@ import numpy as np
 
 from ..cuda import configs, runtime
 from ..cuda.config import Config, padded
+from ..cuda.driver import Device
 from ..options import Array
 from ..problem import BackwardProblem, Problem, spread_bias
 from .arguments import Work, is_aligned, upload, work_list
@@ -58,10 +59,24 @@ def run(g: BackwardProblem) -> None:
 
 def _is_single(p: Problem) -> bool:
     """Whether the kernel of keys sums the gradient of queries too, in an order that differs from call to call."""
-    device, storage = runtime.current_device(), storage_of(p.query.dtype)
-    if configs.is_deterministic() or configs.product_of(storage, device, p.E) != "tensor":
-        return False
-    return configs.single(configs.base("key", storage, p.E, p.Ev, device), device) is not None
+    device = runtime.current_device()
+    base = configs.base("key", storage_of(p.query.dtype), p.E, p.Ev, device)
+    return not configs.is_deterministic() and configs.single(base, device) is not None
+
+
+def kernels_of(c: Config, device: Device) -> list[Config]:
+    """The kernels of the gradients of a call whose forward pass has the kernel `c`, without options that need more."""
+    queries, keys = (
+        configs.with_options(configs.base(task, c.storage, c.E, c.Ev, device), flags=c.flags, aligned=c.aligned)
+        for task in ("query", "key")
+    )
+    single = None if configs.is_deterministic() else configs.single(keys, device)
+    small = Config("delta", c.storage, c.E, c.Ev, warps=ROWS, single=single is not None, arch=c.arch)
+    found = [small, *configs.parts(keys), queries] if single is None else [small, single]
+    if single is not None:
+        found.append(small.with_(task="round", single=False, flags=c.flags))
+    again = [configs.careful(x, device) for x in (queries, *configs.parts(keys))] if c.flags else []
+    return [*found, *again]
 
 
 def _small(task: str, work: Work) -> Config:
