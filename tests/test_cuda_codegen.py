@@ -155,7 +155,7 @@ def rest(arch, storage, E):
     if single is not None:
         yield single
         yield Config("round", storage, E, E, warps=4, flags=True, arch=arch)
-    yield Config("combine", storage, E, E, warps=2, stacked=True, flags=True, arch=arch)
+    yield Config("combine", storage, E, E, warps=4, stacked=True, flags=True, arch=arch)
     yield Config("delta", storage, E, E, warps=4, single=single is not None, arch=arch)
 
 
@@ -198,7 +198,7 @@ def test_sums(of, to):
 
 def test_a_kernel_compiles_to_the_same_code():
     """What the cache on disk counts on: the code of a kernel follows from its name."""
-    c = Config("combine", "float16", 64, 64, warps=2, arch="sm_80")
+    c = Config("combine", "float16", 64, 64, warps=4, arch="sm_80")
     one, two = kernels.compile_(c), kernels.compile_(c)
     assert len(one.code) == len(two.code)
     assert (one.registers, one.spills) == (two.registers, two.spills)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..cuda import configs, kernels, runtime
 from ..cuda.blocks import HEAD
+from ..cuda.combine import MOST as MOST_PARTS
 from ..cuda.config import Config
 from ..cuda.driver import Device
 from ..cuda.headers import address_of
@@ -91,7 +92,7 @@ def _kernels(c: Config, sinks: bool, few: int, group: int, device: Device) -> tu
     c = c.with_(sinks=sinks, stacked=few > 0 and group > 1)
     if few:
         c = configs.few(c, few, device)
-    join = Config("combine", c.storage, c.E, c.Ev, warps=2, stacked=c.stacked, flags=c.flags, arch=c.arch)
+    join = Config("combine", c.storage, c.E, c.Ev, warps=4, stacked=c.stacked, flags=c.flags, arch=c.arch)
     return c, c.with_(split=True, flags=False), join, configs.careful(c, device)
 
 
@@ -99,7 +100,7 @@ def _splits(blocks: int, key_tiles: int, resident: int) -> int:
     """Among how many blocks to share out the keys of a tile of queries, so that every multiprocessor has work."""
     if blocks * 4 > resident * 3:
         return 1
-    return max(1, min(resident // blocks, key_tiles // 2, 256))
+    return max(1, min(resident // blocks, key_tiles // 2, MOST_PARTS))
 
 
 def backward(problem: BackwardProblem) -> None:

@@ -1,4 +1,8 @@
-"""Joins what several blocks made of the keys of a row, in the order of the keys: the same call has the same bits."""
+"""Joins what several blocks made of the keys of a row, in a fixed order: the same call has the same bits.
+
+A block owns a row, and its warps share out the parts. They are read many at a time: a read takes as long as hundreds of
+multiplications, and nothing here waits for a read but sums.
+"""
 
 import math
 from typing import Any
@@ -12,14 +16,26 @@ from .softmax import LN2
 from .tiles import HALVES, KINDS
 
 PLACES = f"l{len(FORWARD)}"
+MOST = 256  # parts
+AT_ONCE = 4  # parts that a warp reads at a time
+
+
+class Shared:
+    """Shared memory: the maximum that each warp found, and what it summed: the denominator, and then the features."""
+
+    def __init__(self, c: Config) -> None:
+        self.size = 8 if c.storage == "float64" else 4
+        self.sums = c.warps * self.size
+        self.pitch = (c.Ev + 1) * self.size
+        self.end = self.sums + c.warps * self.pitch
 
 
 def make_combine(c: Config, on: Any) -> Any:
-    """Make the kernel; its grid is rows of all sequences, and heads. A thread has every so-manieth feature of a row."""
-    cuda, macro = on.cuda, on.macro
-    kind = "d" if c.storage == "float64" else "f"
-    size, threads = 8 if kind == "d" else 4, c.threads
-    own = -(-c.Ev // threads)  # features of a thread
+    """Make the kernel; its grid is rows of all sequences, and heads."""
+    cuda, macro, shared_address = on.cuda, on.macro, on.shared()
+    kind, shared = "d" if c.storage == "float64" else "f", Shared(c)
+    size, threads, warps = shared.size, c.threads, c.warps
+    own = c.Ev // 32  # features of a lane
     C = f"{kind}{own}"
 
     @macro(f"{PLACES} {NUMBERS} i i", *TYPES, "i", "i")
@@ -27,76 +43,104 @@ def make_combine(c: Config, on: Any) -> Any:
         p = Parameters(e, integers, reals)
         rows = p.int("flag_rows")
         places, numbers = place(e, c, p, FORWARD, x // rows, e.const("i", 0), head)
-        return places, numbers, x % rows, p.int("splits")
+        return places, numbers, x % rows, (p.int("splits") + (warps * AT_ONCE - 1)) // (warps * AT_ONCE)
 
-    @macro(kind, *TYPES, NUMBERS, "i", "i", kind)
-    def highest(e: Any, integers: Any, reals: Any, numbers: Any, row: Any, part: Any, top: Any) -> Any:
+    @macro("", *TYPES, NUMBERS, "i", "i", "i")
+    def find_highest(e: Any, integers: Any, reals: Any, numbers: Any, base: Any, thread: Any, row: Any) -> None:
+        """The maximum of all parts, as far as the threads of a warp see them."""
         b = Block(e, c, integers, reals, FORWARD, None, numbers)
-        return e.max(top, e.load(kind, b.part_at(part, row, size), where=b.exists(row)))
+        low, there, top = e.const(kind, -math.inf), b.exists(row), e.const(kind, -math.inf)
+        for n in range(-(-MOST // threads)):
+            part = thread + n * threads
+            inside = there & (part < b.p.int("splits"))
+            top = e.max(top, e.select(inside, e.load(kind, b.part_at(part, row, size), where=inside), low))
+        for distance in (16, 8, 4, 2, 1):
+            top = e.max(top, e.shuffle_xor(top, distance))
+        e.store_shared(kind, base + (thread >> 5) * size, [top], (thread & 31).equals(0))
+        if c.flags:
+            e.store("i", b.flag_at(row), [e.const("i", 0)], there & thread.equals(0))
+
+    def highest(e: Any, base: Any) -> Any:
+        top = e.load_shared(kind, base)
+        for warp in range(1, warps):
+            top = e.max(top, e.load_shared(kind, base + warp * size))
+        return top
+
+    @macro(f"{kind} {kind} {C}", "i")
+    def begin(e: Any, base: Any) -> Any:
+        zero = e.const(kind, 0.0)
+        return highest(e, base), zero, [zero] * own
 
     @macro(f"{kind} {C}", *TYPES, NUMBERS, "i", "i", "i", kind, kind, C)
-    def add(e: Any, integers: Any, reals: Any, numbers: Any, thread: Any, row: Any, part: Any, top: Any, total: Any,
+    def add(e: Any, integers: Any, reals: Any, numbers: Any, thread: Any, row: Any, step: Any, top: Any, total: Any,
             acc: Any) -> Any:  # fmt: skip
         b = Block(e, c, integers, reals, FORWARD, None, numbers)
-        at, there = b.part_at(part, row, size), b.exists(row)
-        base = e.select(top > -math.inf, top, e.const(kind, 0.0))
-        weight = e.exp2(e.load(kind, at, where=there) - base)
-        total = e.fma(weight, e.load(kind, at + size, where=there), total)
-        made = []
-        for n, x in enumerate(acc):
-            feature = thread + n * threads
-            y = e.load(kind, at + e.wide(feature + HEAD) * size, where=there & (feature < c.Ev))
-            made.append(e.fma(weight, y, x))
-        return total, made
+        zero = e.const(kind, 0.0)
+        base, there, lane = e.select(top > -math.inf, top, zero), b.exists(row), thread & 31
+        found = []
+        for n in range(AT_ONCE):
+            part = (step * AT_ONCE + n) * warps + (thread >> 5)
+            at, inside = b.part_at(part, row, size), there & (part < b.p.int("splits"))
+            begins = [e.load(kind, at + i * size, where=inside) for i in (0, 1)]
+            values = [e.load(kind, at + e.wide(lane + 32 * i + HEAD) * size, where=inside) for i in range(own)]
+            found.append((inside, begins, values))
+        for inside, (maximum, denominator), values in found:
+            weight = e.select(inside, e.exp2(maximum - base), zero)
+            total = e.fma(weight, denominator, total)
+            acc = [e.fma(weight, y, x) for x, y in zip(acc, values, strict=True)]
+        return total, acc
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", kind, kind, C)
-    def write(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, row: Any, top: Any, total: Any,
-              acc: Any) -> None:  # fmt: skip
+    @macro("", "i", "i", kind, C)
+    def leave(e: Any, base: Any, thread: Any, total: Any, acc: Any) -> None:
+        at = base + ((thread >> 5) * shared.pitch + shared.sums)
+        e.store_shared(kind, at, [total], (thread & 31).equals(0))
+        for n, x in enumerate(acc):
+            e.store_shared(kind, at + ((thread & 31) + (1 + 32 * n)) * size, [x])
+
+    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
+    def write(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, row: Any) -> None:
         b = Block(e, c, integers, reals, FORWARD, places, numbers)
         i, head = b.find(row)
         there, valid = i < b.rows, i < b.span.rows
         apart = e.wide(head) if c.stacked else e.const("l", 0)
         zero = e.const(kind, 0.0)
+
+        def summed(n: Any) -> Any:
+            x = e.load_shared(kind, base + (n * size + shared.sums))
+            for warp in range(1, warps):
+                x = x + e.load_shared(kind, base + (n * size + (shared.sums + warp * shared.pitch)))
+            return x
+
+        total = summed(e.const("i", 0))
         some = (total > 0.0) | e.is_nan(total)
         half, bad = HALVES.get(c.storage), e.const("i", 0)
-        for n, x in enumerate(acc):
+        for n in range(-(-c.Ev // threads)):
             feature = thread + n * threads
-            y = e.select(valid & some, x / total, zero)
+            inside = feature < c.Ev
+            y = summed(e.select(inside, feature, feature - feature) + 1)
+            y = e.select(valid & some, y / total, zero)
             bad = bad | e.select(e.is_finite(y), e.const("i", 0), e.const("i", 1))
-            address = (
-                b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row + e.wide(feature) * b.p.out_column
-            )
+            address = b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row
             y = e.to_half(half, y) if half else y
-            e.store(KINDS[c.storage], address, [y], there & (feature < b.p.int("Ev")))
-        lse = e.select(some & valid, (top + e.log2(total)) * LN2, e.const(kind, -math.inf))
+            where = there & inside & (feature < b.p.int("Ev"))
+            e.store(KINDS[c.storage], address + e.wide(feature) * b.p.out_column, [y], where)
+        lse = e.select(some & valid, (highest(e, base) + e.log2(total)) * LN2, e.const(kind, -math.inf))
         address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
         e.store(kind, address, [lse], there & thread.equals(0) & (b.p.lse > 0))
         if c.flags:  # zero before; all who write write 1
             b.mark(row, e.const("i", 1), there & (bad > 0))
 
-    @macro("", *TYPES, NUMBERS, "i", "i")
-    def clear(e: Any, integers: Any, reals: Any, numbers: Any, thread: Any, row: Any) -> None:
-        b = Block(e, c, integers, reals, FORWARD, None, numbers)
-        e.store("i", b.flag_at(row), [e.const("i", 0)], b.exists(row) & thread.equals(0))
-
-    @macro(f"{kind} {kind} {C}")
-    def begin(e: Any) -> Any:
-        zero = e.const(kind, 0.0)
-        return e.const(kind, -math.inf), zero, [zero] * own
-
-    flags = c.flags
-
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        base = shared_address(cuda.shared.array(0, np.uint8))
         thread = np.int32(cuda.threadIdx.x)
-        places, numbers, row, splits = find_row(integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y))
-        if flags:
-            clear(integers, reals, numbers, thread, row)
-            cuda.syncthreads()
-        top, total, acc = begin()
-        for part in range(splits):
-            top = highest(integers, reals, numbers, row, np.int32(part), top)
-        for part in range(splits):
-            total, acc = add(integers, reals, numbers, thread, row, np.int32(part), top, total, acc)
-        write(integers, reals, places, numbers, thread, row, top, total, acc)
+        places, numbers, row, steps = find_row(integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y))
+        find_highest(integers, reals, numbers, base, thread, row)
+        cuda.syncthreads()
+        top, total, acc = begin(base)
+        for step in range(steps):
+            total, acc = add(integers, reals, numbers, thread, row, np.int32(step), top, total, acc)
+        leave(base, thread, total, acc)
+        cuda.syncthreads()
+        write(integers, reals, places, numbers, base, thread, row)
 
     return kernel

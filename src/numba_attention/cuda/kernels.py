@@ -26,8 +26,10 @@ def make(c: Config, on: Any) -> Any:
 
 def shared(c: Config) -> int:
     """Bytes of shared memory."""
-    from . import backward, bias, forward
+    from . import backward, bias, combine, forward
 
+    if c.task == "combine":
+        return combine.Shared(c).end
     if c.task in ("query", "key"):
         return backward.Tiles(c).end
     if c.task == "bias":
