@@ -276,6 +276,12 @@ def test_too_many_features_are_refused(gpu):
         na.attention(q, q, q, backend="cuda")
 
 
+def test_too_many_heads_are_refused(gpu):
+    q = np.zeros((65536, 1, 1), np.float32)
+    with pytest.raises(ValueError, match="up to 65535 heads, got 65536; make some"):
+        na.attention(q, q, q, backend="cuda")
+
+
 def test_storage_of_other_kinds_is_refused(gpu):
     q, k, v = arrays(1, 2, 2, 1, 20, 16)
     with pytest.raises(NotImplementedError, match="int8"):

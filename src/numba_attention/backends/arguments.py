@@ -17,11 +17,14 @@ from ..problem import Problem
 from .records import fill_in, is_paged, sequences_of, storage_of
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
+HEADS = 65535  # of a grid
 
 
 def check_size(p: Problem) -> None:
     if max(p.L, p.S) * max(p.H // max(p.Hkv, 1), 1) > MOST:
         raise ValueError(f"the CUDA backend takes up to {MOST} rows of a key head, got {p.L} queries and {p.S} keys")
+    if p.H > HEADS:
+        raise ValueError(f"the CUDA backend takes up to {HEADS} heads, got {p.H}; make some of them a batch axis")
 
 
 def is_aligned(*arrays: Array) -> bool:
