@@ -37,7 +37,9 @@ class FakeAPI:
     CU_MEMHOSTALLOC_PORTABLE = 1
     CUevent_flags = types.SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUpointer_attribute = types.SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
-    CUfunction_attribute = types.SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
+    CUfunction_attribute = types.SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT=9
+    )
 
     def __init__(self):
         self.pending = []  # copies and events, in the order of the one stream there is
@@ -192,14 +194,18 @@ def test_kernels_are_loaded_once_for_each_device(real):
         with real.on(ordinal):
             runtime.launch(k, (1, 1, 1), [], [], 1)
     assert len(real._core.loads) == 2
-    assert real._api.attributes == [(8, 80_000, ("k", b"code"), 0), (8, 80_000, ("k", b"code"), 1)]
+    assert real._api.attributes == [
+        (attribute, value, ("k", b"code"), ordinal)
+        for ordinal in (0, 1)
+        for attribute, value in ((8, 80_000), (9, 100))
+    ]
 
 
 @pytest.mark.parametrize(("shared", "asks"), [(48 * 1024, False), (48 * 1024 + 1, True)])
 def test_shared_memory_is_asked_for_where_it_must_be(real, shared, asks):
     with real.on(0):
         runtime.launch(kernel(shared), (1, 1, 1), [], [], 1)
-    assert bool(real._api.attributes) == asks
+    assert [attribute for attribute, *_ in real._api.attributes] == ([8, 9] if asks else [9])
 
 
 def test_errors_of_the_driver(real):

@@ -166,9 +166,14 @@ class Driver:
     def _load(self, kernel: Kernel, ordinal: int) -> Any:
         try:
             code = self._core.ObjectCode.from_cubin(kernel.cubin).get_kernel(kernel.name)
+            attributes = self._api.CUfunction_attribute
+            wanted = []
             if kernel.shared > _STATIC_SHARED:
-                attribute = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self._call(self._api.cuKernelSetAttribute, attribute, kernel.shared, code.handle, ordinal)
+                wanted.append((attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, kernel.shared))
+            if kernel.shared:  # all that the level 1 cache can spare: room for as many blocks as registers allow
+                wanted.append((attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100))
+            for attribute, value in wanted:
+                self._call(self._api.cuKernelSetAttribute, attribute, value, code.handle, ordinal)
         except Exception as error:
             raise _translated(error, f"kernel {kernel.name} could not be loaded on GPU {ordinal}") from error
         return code
