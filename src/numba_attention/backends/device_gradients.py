@@ -141,4 +141,6 @@ def _without_work(g: BackwardProblem, work: Work) -> None:
 
     if g.forward.sinks is not None:
         g.sinks = work.empty("partial", (g.forward.H,), work.real)
-        add_up(g.sinks, g.sinks, work.device.arch, work.stream, terms=False)
+    for x in (g.query, g.key, g.value, g.sinks):
+        if x is not None:
+            add_up(x, x, work.device.arch, work.stream, terms=False)
