@@ -69,7 +69,7 @@ def make_backward(c: Config, on: Any) -> Any:
     first, second = f"{kind}{len(sums[keeps[0]])}", f"{kind}{len(sums[keeps[-1]])}" if len(keeps) == 2 else f"{kind}1"
     names = NAMES[c.task]
     PLACES = f"l{len(names)}"
-    staged = c.softcap or c.alibi or bool(c.bias) or c.mask
+    staged = c.is_staged
     own, other = tiles.own, tiles.other
     scale_own = make_scale(c, on, own[0])
     careful, two = c.careful, len(keeps) == 2

@@ -50,6 +50,11 @@ class Config:
         return self._hash
 
     @property
+    def is_staged(self) -> bool:
+        """Whether scores go through any stage between the product and the softmax."""
+        return self.softcap or self.alibi or bool(self.bias) or self.mask
+
+    @property
     def threads(self) -> int:
         return 32 * self.warps
 

@@ -116,7 +116,7 @@ def resident(c: Config, device: Any) -> int:
 def with_options(c: Config, **options: Any) -> Config:
     """Say what a kernel does on the way; what needs registers for it gets smaller tiles."""
     c = c.with_(**options)
-    if c.softcap or c.alibi or c.bias or c.mask:
+    if c.is_staged:
         if c.product == "simt":
             return c.with_(slots=max(c.slots // 2, 1))
         return c.with_(slots=1, warps=c.warps * c.slots, columns=min(c.columns, 32))  # as many rows
@@ -126,8 +126,7 @@ def with_options(c: Config, **options: Any) -> Config:
 def few(c: Config, rows: int, device: Any) -> Config:
     """The kernel for few rows and many keys: one warp a block, so that many blocks read at the same time."""
     if c.product != "simt":
-        staged = c.softcap or c.alibi or c.bias or c.mask
-        wide = c.product == "tensor" and c.E <= 128 and not staged
+        wide = c.product == "tensor" and c.E <= 128 and not c.is_staged
         return fitted(c.with_(slots=1, warps=1, columns=64 if wide else 32), device)
     slots = 1 if rows <= 4 else 2 if rows <= 8 else min(4, c.slots)
     return fitted(c.with_(slots=slots, warps=1, columns=32), device)
@@ -137,7 +136,7 @@ def careful(c: Config, device: Any) -> Config:
     """The kernel that does again the rows of `c` that are not finite, with FMA and hidden weights left out."""
     c = c.with_(single=False)
     slots = 2 if c.storage != "float64" else 1
-    if c.task == "forward" and c.Ev <= 128:
+    if c.task == "forward" and c.Ev <= 128 and not c.is_staged:
         slots *= 2
     product = c.with_(
         product="simt", slots=slots, across=8, warps=4, columns=32 if c.task == "forward" else 16, careful=True,
@@ -193,8 +192,8 @@ def single(c: Config, device: Any) -> Config | None:
     if chosen is not None:
         slots, warps, columns = chosen.slots, chosen.warps, chosen.columns
     c = c.with_(single=True, slots=slots, warps=warps, columns=columns)
-    if c.softcap or c.alibi or c.bias or c.mask:
-        c = c.with_(slots=1, warps=warps * slots, columns=32)
+    if c.is_staged:
+        c = c.with_(slots=1, warps=warps * slots, columns=32 if E < 128 else 16)
     return c if c.shared <= device.shared_memory else None
 
 
@@ -207,7 +206,7 @@ def parts(c: Config) -> list[Config]:
 
 def weights(c: Config, device: Any) -> Config:
     """The kernel of probabilities, whose reading is nothing beside its writing."""
-    slots = 4 if c.storage != "float64" else 2
+    slots = 4 if c.storage != "float64" and not c.is_staged else 2
     made = c.with_(
         task="weights", product="simt", slots=slots, across=8, warps=4, columns=32, careful=True, flags=False,
         chosen=True, aligned=c.aligned and c.storage not in HALVES, Ev=32,
@@ -223,5 +222,5 @@ def bias(c: Config, device: Any) -> Config:
         slots = (4 if small else 2) // (2 if c.storage == "float64" else 1)
         made = made.with_(slots=slots, columns=32, careful=True)
     else:
-        made = made.with_(slots=1, warps=4, columns=32 if small else 16)
+        made = made.with_(slots=1, warps=4 if max(c.E, c.Ev) <= 128 else 2, columns=32 if small else 16)
     return fitted(made, device)

@@ -113,7 +113,7 @@ def make_forward(c: Config, on: Any) -> Any:
     def multiply_keys(e: Any, base: Any, thread: Any) -> Any:
         return product.scores(e, q, k, e.opaque(base), *lanes.split(e.opaque(thread)))
 
-    staged = c.softcap or c.alibi or bool(c.bias) or c.mask
+    staged = c.is_staged
 
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", S)
     def stages(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, s: Any) -> Any:

@@ -27,7 +27,7 @@ def make_weights(c: Config, on: Any) -> Any:
     q, k, _, _ = tiles_of(c)
     scale_queries = make_scale(c, on, q)
     S, M = f"{kind}{len(layout)}", f"{kind}{product.slots}"
-    staged = c.softcap or c.alibi or bool(c.bias) or c.mask
+    staged = c.is_staged
 
     def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
         return Block(e, c, integers, reals, FORWARD, places, numbers)
