@@ -61,10 +61,16 @@ class Value:
         return self._made(self.x / self._other(other))
 
     def __floordiv__(self, other):
+        self._no_sign(other)
         return self._unsigned(lambda a, b: a // np.maximum(b, 1), other)  # (GPUs do not stop at a division by 0)
 
     def __mod__(self, other):
+        self._no_sign(other)
         return self._unsigned(lambda a, b: a % np.maximum(b, 1), other)
+
+    def _no_sign(self, other):
+        for x in (self.x, self._other(other)):
+            assert np.all(x >= 0), "divided as if it had no sign, and it has one"
 
     def __and__(self, other):
         return self._made(self.x & self._other(other))
@@ -567,14 +573,16 @@ def _uniform(x):
 class EmulatedDriver(HostDriver):
     """A device whose kernels are emulated; `configs` has every one that was launched."""
 
-    def __init__(self, landing="wait", races=True, capability=(9, 0), shared_memory=232448, **options):
+    def __init__(
+        self, landing="wait", races=True, capability=(9, 0), shared_memory=232448, multiprocessors=4, **options
+    ):
         super().__init__(run=self.emulate, **options)
         major, minor = capability
         self.template = self.template.__class__(
             0,
             capability,
             f"sm_{major}{minor}{'a' if capability == (9, 0) else ''}",
-            4,
+            multiprocessors,
             shared_memory,
             "an emulated GPU",
         )

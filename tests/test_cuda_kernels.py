@@ -283,6 +283,26 @@ def test_too_many_heads_are_refused(gpu):
         na.attention(q, q, q, backend="cuda")
 
 
+@pytest.mark.parametrize(
+    ("L", "S", "options", "multiprocessors"),
+    [
+        (800, 520, {"is_causal": "bottom-right"}, 132),
+        (1, 600, {"is_causal": True, "query_offset": -200}, 4),
+        (1, 600, {"window": (10, 0), "query_offset": 2000}, 4),
+    ],
+)
+def test_tiles_that_see_no_keys(monkeypatch, L, S, options, multiprocessors):
+    """Where keys are shared out among blocks there is nothing to share; `multiprocessors` decides on how many."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, n, 32)).astype(np.float16) for n in (L, S, S))
+    with emulated(monkeypatch, races=False, multiprocessors=multiprocessors) as driver:
+        out, lse = na.attention(q, k, v, **options, return_lse=True, backend="cuda")
+    assert any(c.split for c in driver.configs.values())
+    want, want_lse = na.attention(q, k, v, **options, return_lse=True, backend="reference")
+    assert_close(out, want, tolerance("float16")[0])
+    assert_close(lse, want_lse, tolerance("float16")[1], offset=1)
+
+
 def test_storage_of_other_kinds_is_refused(gpu):
     q, k, v = arrays(1, 2, 2, 1, 20, 16)
     with pytest.raises(NotImplementedError, match="int8"):

@@ -69,8 +69,8 @@ def make_forward(c: Config, on: Any) -> Any:
         last, _ = b.find(b.first + (c.rows - 1))
         begin, end, all_begin, all_end = b.span.of_rows(first, last)
         if split:
-            tiles = (end - begin + columns - 1) // columns
-            share = (e.max(tiles, 0) + b.p.int("splits") - 1) // b.p.int("splits") * columns
+            tiles = (e.max(end - begin, 0) + columns - 1) // columns  # (of numbers that are not negative)
+            share = (tiles + b.p.int("splits") - 1) // b.p.int("splits") * columns
             begin = begin + part * share
             end = e.min(end, begin + share)
         return [begin, end, all_begin, all_end]
