@@ -85,6 +85,9 @@ class HostDriver(Driver):
             raise MemoryError(f"{size:,} bytes could not be had on GPU {self.ordinal}: CUDA_ERROR_OUT_OF_MEMORY")
         return HostMemory(self, size, self.ordinal, stream)
 
+    def keep(self, size):
+        return HostMemory(self, size, self.ordinal, None)
+
     def freed(self, address, stream):
         self.allocations.pop(address, None)
         self.frees.append((address, stream))
@@ -282,12 +285,15 @@ def fake_torch(stream=0):
     )
 
 
-def fake_cupy(stream=0):
+def fake_cupy(stream=0, streams=None):
+    """Its stream is the same on all devices, or that which `streams` has for each."""
     return types.SimpleNamespace(
         ndarray=CupyArray,
         empty=lambda shape, dtype: CupyArray(np.zeros(shape, dtype)),
         from_dlpack=from_dlpack(CupyArray),
-        cuda=types.SimpleNamespace(get_current_stream=lambda: types.SimpleNamespace(ptr=stream)),
+        cuda=types.SimpleNamespace(
+            get_current_stream=lambda device: types.SimpleNamespace(ptr=streams[device] if streams else stream)
+        ),
     )
 
 
@@ -319,9 +325,9 @@ def reference_on(driver):
     from numba_attention.backends import reference
     from numba_attention.problem import sum_to
 
-    def reduce(x, shape, dtype=None):
+    def reduce(x, shape, dtype, empty):
         summed = sum_to(x, shape, dtype)
-        made = runtime.empty(summed.shape, summed.dtype, runtime.stream())
+        made = empty(summed.shape, summed.dtype)
         made[...] = summed
         return made
 

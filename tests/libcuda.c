@@ -61,7 +61,7 @@ int cuCtxGetDevice(int *device) { return *device = 0, current ? OK : NO_CONTEXT;
 int cuCtxPushCurrent_v2(void *one) { return current = one, OK; }
 int cuCtxPopCurrent_v2(void **one) { return *one = current, current = 0, OK; }
 int cuCtxGetStreamPriorityRange(int *least, int *greatest) { return *least = *greatest = 0, OK; }
-int cuCtxSynchronize(void) { return OK; }
+int cuCtxSynchronize(void) { return note("wait_for_all"), OK; }
 
 int cuDeviceGetDefaultMemPool(void **pool, int device) { return *pool = (void *)0x2000, OK; }
 int cuDeviceGetMemPool(void **pool, int device) { return *pool = (void *)0x2000, OK; }
@@ -78,7 +78,7 @@ int cuMemAllocFromPoolAsync(uint64_t *address, size_t size, void *pool, void *st
 int cuMemAllocAsync(uint64_t *address, size_t size, void *stream) { return allocate(address, size); }
 int cuMemAlloc_v2(uint64_t *address, size_t size) { return allocate(address, size); }
 int cuMemFreeAsync(uint64_t address, void *stream) { return free((void *)address), note("free"), OK; }
-int cuMemFree_v2(uint64_t address) { return free((void *)address), OK; }
+int cuMemFree_v2(uint64_t address) { return free((void *)address), note("free_at_once"), OK; }
 int cuMemHostAlloc(void **address, size_t size, unsigned flags) { return allocate((uint64_t *)address, size); }
 int cuMemFreeHost(void *address) { return free(address), OK; }
 int cuMemsetD8Async(uint64_t address, unsigned char x, size_t size, void *stream) {

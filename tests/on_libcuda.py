@@ -5,6 +5,7 @@ arrived at the driver.
 """
 
 import ctypes
+import gc
 import sys
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 import numba_attention as na
 from emulator import Emulator
-from numba_attention.cuda import kernels, runtime
+from numba_attention.cuda import constants, kernels, runtime
 from numba_attention.cuda.parameters import AXES, INTEGERS, REALS
 
 Run = ctypes.CFUNCTYPE(
@@ -52,7 +53,7 @@ def fail(*arguments):
 
 def watch():
     """Know the configuration of every kernel, and the size of every allocation."""
-    compiled, allocate = kernels.compiled, runtime.driver.allocate
+    compiled, allocate, keep = kernels.compiled, runtime.driver.allocate, runtime.driver.keep
 
     def remember(c):
         kernel = compiled(c)
@@ -65,8 +66,13 @@ def watch():
         regions[memory.address] = size
         return memory
 
+    def note_slab(size):
+        slab = keep(size)
+        regions[slab.address] = size
+        return slab
+
     kernels.compiled = remember
-    runtime.driver.allocate = note
+    runtime.driver.allocate, runtime.driver.keep = note, note_slab
 
 
 def main():
@@ -109,6 +115,11 @@ def main():
         got.astype(float), na.attention_decode(q[:, :, :1], big, backend="reference").astype(float), atol=2e-3
     )
     assert not failures, failures
+    calls(stub)
+    constants._kept.cache_clear()
+    constants._slabs.clear()
+    gc.collect()
+    assert calls(stub) == ["wait_for_all", "free_at_once"], "a slab that nobody needs"
     stub.stub_most(ctypes.c_size_t(1000))
     with pytest.raises(MemoryError, match="bytes could not be had on GPU 0") as raised:
         na.attention(q, k, v, backend="cuda")

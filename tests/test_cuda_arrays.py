@@ -341,6 +341,13 @@ def test_stream_of_torch(libraries, device, monkeypatch):
     assert not device.waits
 
 
+def test_the_stream_of_cupy_is_that_of_the_arrays_device(libraries, device, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(streams={0: 5, 1: 6}))
+    for ordinal in (0, 1):
+        na.attention(CupyArray(Q, ordinal), K, V)
+    assert [stream for _, _, stream in device.copies] == [5, 5, 6, 6]
+
+
 def test_streams_of_others_wait(libraries, device, monkeypatch):
     """Inputs on other streams: this one waits for them, and they for it, or they might be freed too soon."""
     monkeypatch.setitem(sys.modules, "torch", fake_torch(stream=5))
@@ -678,7 +685,7 @@ def backward(problem):
 
 
 cuda.backward = backward
-cuda.reduce = lambda x, shape, dtype=None: runtime.empty(shape, dtype or x.dtype, runtime.stream())
+cuda.reduce = lambda x, shape, dtype, empty: empty(shape, dtype)
 if "touch" in sys.argv:
     There((3,)).header.sum()
     print("touched")

@@ -1,6 +1,8 @@
 """Calls that are repeated from what was seen of the first one, and those that must not be."""
 
 import sys
+import threading
+from functools import partial
 
 import numba
 import numpy as np
@@ -183,15 +185,15 @@ def test_what_depends_on_more_is_not_repeated(gpu, repeated, name):
     assert not recording._recorded
 
 
-def test_a_broadcast_gradient_is_not_repeated(gpu, repeated):
-    """It is summed in memory of our own, which another library's array is then made of."""
+def test_a_broadcast_gradient(gpu, repeated):
+    """It is summed into an array of the caller's library, as every result."""
     q, k, v = arrays()
     k, v = k[:1], v[:1]
     out, lse = na.attention(q, k, v, return_lse=True, backend="reference")
     for _ in range(2):
         got = na.attention_backward(*map(Tensor, (out, q, k, v, out, lse)))
         close(got, na.attention_backward(out, q, k, v, out, lse, backend="reference"))
-    assert not repeated
+    assert len(repeated) == 1
 
 
 def test_errors_are_raised_again(gpu, repeated):
@@ -237,6 +239,29 @@ def test_what_kernels_are_chosen_by_counts(gpu, repeated, monkeypatch):
     na.attention(q, k, v)
     monkeypatch.setenv(configs.TF32X3, "1")
     na.attention(q, k, v)
+def test_the_default_stream_of_each_thread_is_its_own(gpu, repeated, monkeypatch):
+    """It has the same handle in all of them: what one has copied another would not wait for."""
+    monkeypatch.setattr(sys.modules["torch"].cuda, "current_stream", lambda device: type("S", (), {"cuda_stream": 2}))
+    given = arrays()
+    q, k, v = map(Tensor, given)
+
+    def call():
+        close([na.attention(q, k, v)], [na.attention(*given, backend="reference")])
+
+    counts = []
+    for _ in range(2):
+        before = len(gpu.copies)
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        counts.append(len(gpu.copies) - before)
+    assert not repeated
+    assert counts[0] == counts[1] > 0
+    call()
+    call()
+    assert len(repeated) == 1
+
+
     assert not repeated
     assert {c.product for c in gpu.configs.values()} == {"simt", "tf32"}
     chosen = configs.base("forward", "float32", 16, 16, gpu.device(0)).with_(columns=16)

@@ -16,7 +16,7 @@ import pytest
 import numba_attention as na
 from device import HostDriver
 from numba_attention.cpu import cache
-from numba_attention.cuda import cubins, diagnosis, driver, runtime
+from numba_attention.cuda import constants, cubins, diagnosis, driver, runtime
 from numba_attention.cuda.headers import held
 
 
@@ -111,7 +111,7 @@ class FakeAPI:
         return OK, 0 if self.context[-1] is None else 100 + self.context[-1]
 
     def cuCtxSetCurrent(self, context):
-        self.context[-1] = context - 100
+        self.context[-1] = context - 100 if context else None
         return (OK,)
 
     def cuPointerGetAttribute(self, attribute, address):
@@ -311,6 +311,40 @@ def test_download_says_what_does_not_fit(device):
     for out in (np.ones(4), np.ones(3, np.float32)):
         with pytest.raises(ValueError, match="cannot copy"):
             runtime.download(there, out, 1)
+
+
+def test_few_numbers_are_copied_once(device, monkeypatch):
+    """By contents, for each stream; their memory belongs to no stream, and is freed when nobody needs it."""
+    constants._kept.cache_clear()
+    monkeypatch.setattr(constants, "SLAB", 1024)
+    numbers = [np.full(60, n) for n in range(4)]  # two of which fit in a slab
+    with runtime.using(0, 1):
+        made = [constants.upload(x) for x in (*numbers, *numbers)]
+        with runtime.using(0, 9):
+            other = constants.upload(numbers[0])
+        large = constants.upload(np.zeros(constants.MOST + 1, np.uint8))
+    assert [a is b for a, b in zip(made[:4], made[4:], strict=True)] == [True] * 4
+    assert other is not made[0]
+    for x, there in zip((*numbers, numbers[0]), (*made[:4], other), strict=True):
+        np.testing.assert_array_equal(there.view(np.int64), x)
+    slabs = {held(x).owner.address for x in (*made, other)}
+    assert len(slabs) == 3
+    assert device.memory_at(held(large).owner.address).stream == 1
+    del made, there, other
+    constants._kept.cache_clear()
+    gc.collect()
+    assert {address for address, stream in device.frees if stream is None} < slabs
+    constants._slabs.clear()
+    gc.collect()
+    assert {address for address, stream in device.frees if stream is None} == slabs
+
+
+def test_a_thread_without_a_gpu_keeps_the_first_at_most(real):
+    for ordinal, after in ((1, None), (0, 0)):
+        real._api.context = [None]
+        with real.on(ordinal):
+            assert real.current() == ordinal
+        assert real._api.context == [after]
 
 
 def test_devices(real, device):

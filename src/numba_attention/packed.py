@@ -58,7 +58,7 @@ def build_backward(
     over_lse = None if grad_lse is None else _over(grad_lse, n)
     over_out = _over(grad_out.swapaxes(0, 1), n)
     # The gradients stand where the inputs do otherwise: they have their shapes already, and nothing is to be summed.
-    return BackwardProblem(problem, over_out, over_lse, dq, dk, dv, bias_shape, grads, options)
+    return BackwardProblem(problem, over_out, over_lse, dq, dk, dv, bias_shape, grads, options, empty=empty)
 
 
 def finish(p: BackwardProblem, reduce: Reduce) -> Gradients:

@@ -10,6 +10,7 @@ import numpy as np
 
 from .caches.contents import Contents
 from .cuda import arrays, configs, recording, runtime
+from .cuda.driver import identity
 from .cuda.headers import address_of, held
 from .options import Array, Options
 from .validation import as_array, as_bools, as_floats, check_out, kind_of
@@ -247,7 +248,7 @@ def _look(
     alike = None if known else [addresses.index(address) for address in addresses]
     key = (
         function, runtime.driver, family.name, *looks, *[address % 16 for address in addresses], *(alike or ()),
-        options, type(options.is_causal), *of_rest, stream, configs.state(),
+        options, type(options.is_causal), *of_rest, stream, identity(stream), configs.state(),
     )  # fmt: skip
     return _Seen(key, addresses, family, device, stream)
 

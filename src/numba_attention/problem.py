@@ -38,7 +38,7 @@ class Empty(Protocol):
 class Reduce(Protocol):
     """What sums gradients: `sum_to`, or that of a device."""
 
-    def __call__(self, x: Array, shape: tuple[int, ...], dtype: Any = None, /) -> Array:
+    def __call__(self, x: Array, shape: tuple[int, ...], dtype: Any, empty: Empty, /) -> Array:
         """Sum over the axes along which `shape` was broadcast to that of x, and convert to `dtype`."""
 
 
@@ -113,6 +113,7 @@ class BackwardProblem:
     options: Options
     bias: Array | None = None  # to be made by the backend: of bias_shape, in its precision
     sinks: Array | None = None  # to be made by the backend if the problem has sinks: (H,), in its precision
+    empty: Empty = np.empty  # makes room for what is returned
 
 
 def _operands(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array, bool]:
@@ -196,7 +197,7 @@ def build_backward(
         bias_shape = (1,) * (q.ndim - len(bias_shape)) + bias_shape
     dq, dk, dv = (empty(x.shape, x.dtype) for x in (q, k, v))
     inputs = (query, key, value)
-    return BackwardProblem(problem, full_grad, full_grad_lse, dq, dk, dv, bias_shape, inputs, options)
+    return BackwardProblem(problem, full_grad, full_grad_lse, dq, dk, dv, bias_shape, inputs, options, empty=empty)
 
 
 def spread_bias(array: Array, p: Problem) -> Array:
@@ -207,7 +208,9 @@ def spread_bias(array: Array, p: Problem) -> Array:
 
 def finish(p: BackwardProblem, reduce: Reduce) -> Gradients:
     """Sum what was broadcast, and give each gradient the shape and dtype of its input."""
-    q, k, v = (reduce(grad, x.shape) for grad, x in zip((p.query, p.key, p.value), p.inputs, strict=True))
+    q, k, v = (
+        reduce(grad, x.shape, grad.dtype, p.empty) for grad, x in zip((p.query, p.key, p.value), p.inputs, strict=True)
+    )
     return Gradients(q, k, v, *of_options(p, reduce))
 
 
@@ -216,13 +219,13 @@ def of_options(p: BackwardProblem, reduce: Reduce) -> tuple[Array | None, Array 
     bias = sinks = None
     if p.bias is not None:
         given = np.asarray(p.options.bias)
-        bias = reduce(p.bias.reshape(given.shape), given.shape, given.dtype)
+        bias = reduce(p.bias.reshape(given.shape), given.shape, given.dtype, p.empty)
     if p.sinks is not None:
-        sinks = reduce(p.sinks, p.sinks.shape, np.asarray(p.options.sinks).dtype)
+        sinks = reduce(p.sinks, p.sinks.shape, np.asarray(p.options.sinks).dtype, p.empty)
     return bias, sinks
 
 
-def sum_to(x: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
+def sum_to(x: Array, shape: tuple[int, ...], dtype: Any = None, empty: Empty = np.empty) -> Array:
     """Sum over the axes along which `shape` was broadcast to that of x; halves are summed as float32."""
     if dtype is not None:
         x = x.astype(dtype, copy=False)

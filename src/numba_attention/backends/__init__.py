@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, cast
 from ..cuda.arrays import on_device
 from ..errors import BackendUnavailableError
 from ..options import Array
-from ..problem import BackwardProblem, Problem
+from ..problem import BackwardProblem, Empty, Problem
 
 ENVIRONMENT = "NUMBA_ATTENTION_BACKEND"
 
@@ -29,8 +29,11 @@ class Backend(Protocol):
     def backward(self, problem: BackwardProblem) -> None:
         """Write the gradients of query, key and value, and make those of bias and sinks."""
 
-    def reduce(self, x: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
-        """Sum over the axes along which `shape` was broadcast to that of x, and convert to `dtype`."""
+    def reduce(self, x: Array, shape: tuple[int, ...], dtype: Any, empty: Empty) -> Array:
+        """Sum over the axes along which `shape` was broadcast to that of x, and convert to `dtype`.
+
+        What is there already is returned as it is, all else in what `empty` makes.
+        """
 
     def unusable(self) -> str | None:
         """Why this backend cannot run here, or None."""

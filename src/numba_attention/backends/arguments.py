@@ -1,14 +1,15 @@
 """From a `Problem` on a device to the parameters and records of its kernels."""
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from ..cuda import configs, kernels, recording, runtime
+from ..caches.contents import Contents
+from ..cuda import configs, kernels, runtime
 from ..cuda.blocks import HEAD
 from ..cuda.config import Config
+from ..cuda.constants import upload
 from ..cuda.headers import address_of
 from ..cuda.parameters import ARRAYS, FAR, INTEGERS, MOST, REALS
 from ..cuda.softmax import LN2, LOG2E
@@ -129,22 +130,6 @@ class Work:
     def launch(self, c: Config, grid: tuple[int, int, int], **numbers: int) -> None:
         self.set(**numbers)
         runtime.launch(kernels.compiled(c), grid, self._integers, self._reals, self.stream)
-
-
-@lru_cache(maxsize=256)
-def _uploaded(data: bytes, driver: runtime.Driver, device: int, stream: int) -> Array:
-    """A copy on the device of what seldom changes; kept for a stream, on which it is freed too."""
-    with recording.nobody():
-        return runtime.upload(np.frombuffer(data, np.uint8), stream)
-
-
-def upload(array: Array) -> Array:
-    """A copy of a few numbers on the device."""
-    made = _uploaded(array.tobytes(), runtime.driver, runtime.current_device().ordinal, runtime.stream())
-    recorder = recording.current()
-    if recorder is not None:
-        recorder.fix(made)
-    return made
 
 
 def _hides(p: Problem, sequences: Array) -> bool:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -10,11 +11,12 @@ from ..cuda import configs, kernels, runtime
 from ..cuda.blocks import HEAD
 from ..cuda.combine import MOST as MOST_PARTS
 from ..cuda.config import Config
+from ..cuda.constants import upload
 from ..cuda.driver import Device
 from ..cuda.headers import address_of
 from ..cuda.parameters import AXES, REALS
 from ..options import Array
-from ..problem import BackwardProblem, Problem
+from ..problem import BackwardProblem, Empty, Problem
 from . import device_gradients
 from .arguments import Work, is_aligned, upload, work_list
 from .records import per_head, storage_of, stored_of
@@ -123,14 +125,12 @@ def weights(problem: Problem) -> None:
     work.launch(c, (len(work.sequences) * tiles, 1, 1), tiles=tiles, number=len(p.rows), inner_tiles=p.S)
 
 
-def reduce(x: Array, shape: tuple[int, ...], dtype: object = None) -> Array:
+def reduce(x: Array, shape: tuple[int, ...], dtype: np.dtype[Any], empty: Empty) -> Array:
     """Sum over the axes along which `shape` was broadcast to that of x, and convert to `dtype`."""
-    kind = x.dtype if dtype is None else np.dtype(dtype)  # type: ignore[call-overload]
-    if x.shape == shape and x.dtype == kind:
+    if x.shape == shape and x.dtype == dtype:
         return x
-    stream, device = runtime.stream(), runtime.current_device()
-    made = runtime.empty(shape, kind, stream)
-    add_up(x, made, device.arch, stream)
+    made: Array = empty(shape, dtype)
+    add_up(x, made, runtime.current_device().arch, runtime.stream())
     return made
 
 

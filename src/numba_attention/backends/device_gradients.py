@@ -4,10 +4,11 @@ import numpy as np
 
 from ..cuda import configs, runtime
 from ..cuda.config import Config, padded
+from ..cuda.constants import upload
 from ..cuda.driver import Device
 from ..options import Array
 from ..problem import BackwardProblem, Problem, spread_bias
-from .arguments import Work, is_aligned, upload, work_list
+from .arguments import Work, is_aligned, work_list
 from .records import storage_of
 
 ROWS = 4  # of a block of a kernel with a warp for each
@@ -27,7 +28,7 @@ def run(g: BackwardProblem) -> None:
         sums = np.broadcast_to(sums, (*p.out.shape[:-1], sums.shape[-1]))
     of_bias = None
     if g.bias_shape is not None:
-        of_bias = g.bias = runtime.empty(g.bias_shape, real, stream)
+        of_bias = g.bias = g.empty(g.bias_shape, real)
     work = Work(
         p, grad_out=g.grad_out, grad_lse=g.grad_lse, grad_query=g.query, grad_key=g.key, grad_value=g.value,
         delta=delta, sum_query=sums, grad_bias=None if of_bias is None else spread_bias(of_bias, p),
@@ -130,7 +131,8 @@ def _owners(work: Work, of_bias: Array) -> tuple[int, Array]:
 
 def _of_sinks(g: BackwardProblem, work: Work) -> None:
     p = work.p
-    g.sinks = work.empty("partial", (p.H,), work.real)
+    g.sinks = g.empty((p.H,), work.real)
+    work.put("partial", g.sinks)
     c = _small("sinks", work).with_(warps=8)
     work.launch(c, (p.H, 1, 1), number=len(work.sequences), inner_tiles=-(-p.L // c.threads))
 
@@ -140,7 +142,7 @@ def _without_work(g: BackwardProblem, work: Work) -> None:
     from .cuda import add_up
 
     if g.forward.sinks is not None:
-        g.sinks = work.empty("partial", (g.forward.H,), work.real)
+        g.sinks = g.empty((g.forward.H,), work.real)
     for x in (g.query, g.key, g.value, g.sinks):
         if x is not None:
             add_up(x, x, work.device.arch, work.stream, terms=False)

@@ -219,7 +219,7 @@ class CupyFamily(LibraryFamily):
         return int(x.device.id)
 
     def stream(self, x: Any, device: int) -> int | None:
-        return self.module.cuda.get_current_stream().ptr or DEFAULT_STREAM
+        return self.module.cuda.get_current_stream(device).ptr or DEFAULT_STREAM
 
     def take(self, x: Any, stream: int) -> Array:
         return header(x.data.ptr, x.shape, x.strides, np.dtype(x.dtype), x, self.ordinal(x))

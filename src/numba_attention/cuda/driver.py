@@ -6,6 +6,7 @@ these methods in the place of `runtime.driver`, and so run all but the kernels w
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from ..options import Array
 from . import diagnosis
 
 DEFAULT_STREAM = 1  # the legacy default stream, as CUDA Array Interface and DLPack write it
+PER_THREAD_STREAM = 2  # the default stream of each thread, another one for every thread
 _CHUNK = 2**23  # bytes of a staging buffer: enough to keep the bus busy, little enough to be pinned for ever
 _STATIC_SHARED = 48 * 1024  # bytes of shared memory that a block may have without being asked
 
@@ -57,6 +59,19 @@ class Memory:
         self.address = int(buffer.handle)
 
 
+class Slab:
+    """Memory of a device that belongs to no stream: freed when nobody holds it and the device is done with it."""
+
+    def __init__(self, driver: "Driver", address: int) -> None:
+        self.address = address
+        weakref.finalize(self, driver._free, address, driver.current()).atexit = False
+
+
+def identity(stream: int) -> Any:
+    """What two calls have in common that are put on the same stream, beside its handle."""
+    return threading.get_ident() if stream == PER_THREAD_STREAM else None
+
+
 class Driver:
     """One process's access to its GPUs. A stream is an integer: the handle of a CUstream, 1 for the default stream."""
 
@@ -88,7 +103,8 @@ class Driver:
         try:
             yield
         finally:
-            if int(previous):  # a thread without a GPU keeps the one that it was given
+            # (A thread without a GPU keeps the first, which is what all take who ask for none.)
+            if int(previous) or ordinal:
                 self._call(self._api.cuCtxSetCurrent, previous)
 
     def ordinal_of(self, address: int) -> int:
@@ -103,6 +119,15 @@ class Driver:
             return Memory(device.memory_resource.allocate(size, stream=self._stream(stream)))
         except Exception as error:
             raise _translated(error, f"{size:,} bytes could not be had on GPU {device.device_id}") from error
+
+    def keep(self, size: int) -> Slab:
+        """Take `size` bytes, more than 0, of the current GPU, for work on any stream."""
+        return Slab(self, int(self._call(self._api.cuMemAlloc, size)))
+
+    def _free(self, address: int, ordinal: int) -> None:
+        with self.on(ordinal):
+            self._call(self._api.cuCtxSynchronize)
+            self._call(self._api.cuMemFree, address)
 
     def clear(self, address: int, size: int, stream: int) -> None:
         """Set bytes of a GPU to 0."""

@@ -257,18 +257,18 @@ class Emit:
                 "{ .reg .b32 l, h; mov.b64 {l, h}, $1; shfl.sync.bfly.b32 l, l, %d, 31, -1;"
                 " shfl.sync.bfly.b32 h, h, %d, 31, -1; mov.b64 $0, {l, h}; }" % (distance, distance)
             )
-            return self._asm(code, "=d,d", [x], "d", effect=True)
+            return self._asm(code, "=d,d", [x], "d", effect=True, together=True)
         letter = "f" if x.kind == "f" else "r"
         code = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
-        return self._asm(code, f"={letter},{letter}", [x], x.kind, effect=True)
+        return self._asm(code, f"={letter},{letter}", [x], x.kind, effect=True, together=True)
 
     def sync_warp(self) -> None:
-        self._effect("bar.warp.sync -1;", "", [])
+        self._effect("bar.warp.sync -1;", "", [], together=True)
 
     def load_matrices(self, address: Value, transposed: bool) -> list[Value]:
         """Four 8x8 matrices of 16 bits; lane n gives the address of row n % 8 of matrix n // 8."""
         code = "ldmatrix.sync.aligned.m8n8.x4%s.shared.b16 {$0,$1,$2,$3}, [$4];" % (".trans" if transposed else "")
-        return self._asm_many(code, "=r,=r,=r,=r,r,~{memory}", [address], "iiii", effect=True)
+        return self._asm_many(code, "=r,=r,=r,=r,r,~{memory}", [address], "iiii", effect=True, together=True)
 
     def multiply(self, dtype: str, a: Sequence[Value], b: Sequence[Value], c: Sequence[Value]) -> list[Value]:
         """C + A B on the tensor cores, in float32: m16n8k16 for "f16" and "bf16", m16n8k8 for "tf32"."""
@@ -279,7 +279,7 @@ class Emit:
         listed = ", ".join("{" + ",".join(group) + "}" for group in groups)
         code = f"mma.sync.aligned.{shape}.row.col.f32.{dtype}.{dtype}.f32 {listed};"
         constraints = "=f,=f,=f,=f," + "r," * (3 * n) + "f,f,f,f"
-        return self._asm_many(code, constraints, [*a, *b, *c], "ffff")
+        return self._asm_many(code, constraints, [*a, *b, *c], "ffff", together=True)
 
     def to_tf32(self, x: Value) -> Value:
         """The nearest number of 10 bits of fraction, as 32 bits."""
@@ -309,25 +309,35 @@ class Emit:
         b.position_at_end(after)
         return results
 
-    # How instructions are made.
+    # How instructions are made. With an `effect` they are neither left out nor moved past others with one; what the
+    # threads of a warp do `together` is never moved to where not all of them are.
 
-    def _call(self, code: str, constraints: str, operands: Sequence[Value], result: Any, effect: bool) -> Any:
+    def _call(
+        self, code: str, constraints: str, operands: Sequence[Value], result: Any, effect: bool, together: bool
+    ) -> Any:
         function = ir.FunctionType(result, [x.llvm.type for x in operands])
-        return self._b.call(ir.InlineAsm(function, code, constraints, effect), [x.llvm for x in operands])
+        attributes = ("convergent",) if together else ()
+        return self._b.call(
+            ir.InlineAsm(function, code, constraints, effect), [x.llvm for x in operands], attrs=attributes
+        )
 
-    def _asm(self, code: str, constraints: str, operands: Sequence[Value], kind: str, effect: bool = False) -> Value:
-        return Value(self._b, kind, self._call(code, constraints, operands, TYPES[kind], effect))
+    def _asm(
+        self, code: str, constraints: str, operands: Sequence[Value], kind: str, effect: bool = False,
+        together: bool = False,
+    ) -> Value:  # fmt: skip
+        return Value(self._b, kind, self._call(code, constraints, operands, TYPES[kind], effect, together))
 
     def _asm_many(
-        self, code: str, constraints: str, operands: Sequence[Value], kinds: str, effect: bool = False
-    ) -> list[Value]:
+        self, code: str, constraints: str, operands: Sequence[Value], kinds: str, effect: bool = False,
+        together: bool = False,
+    ) -> list[Value]:  # fmt: skip
         result = ir.LiteralStructType([TYPES[kind] for kind in kinds])
-        made = self._call(code, constraints, operands, result, effect)
+        made = self._call(code, constraints, operands, result, effect, together)
         return [Value(self._b, kind, self._b.extract_value(made, n)) for n, kind in enumerate(kinds)]
 
-    def _effect(self, code: str, constraints: str, operands: Sequence[Value]) -> None:
+    def _effect(self, code: str, constraints: str, operands: Sequence[Value], together: bool = False) -> None:
         listed = f"{constraints},~{{memory}}" if constraints else "~{memory}"
-        self._call(code, listed, operands, ir.VoidType(), True)
+        self._call(code, listed, operands, ir.VoidType(), True, together)
 
     def _load(self, space: str, letter: str, kind: str, address: Value, count: int, where: Value | None) -> Any:
         register = {"i": "r", "l": "l", "f": "f", "d": "d", "h": "r", "b": "r"}[kind]
