@@ -175,8 +175,8 @@ def backward(E: int, L: int, causal: bool) -> Row:
     return Row(f"backward bfloat16 E{E} L{L}{' causal' if causal else ''}", make, flops, bars={"flash": 0.7})
 
 
-def decode(B: int, S: int, page_size: int = 0, H: int = 32, Hkv: int = 8, E: int = 128) -> Row:
-    size = 2.0 * 2 * B * Hkv * S * E
+def decode(B: int, S: int, page_size: int = 0, int8: bool = False, H: int = 32, Hkv: int = 8, E: int = 128) -> Row:
+    size = 2.0 * B * Hkv * S * (E + 4 if int8 else 2 * E)
 
     def make(m: Machine) -> dict[str, Callable[[], object]]:
         n, copies = S // m.short, 1 if m.dry else max(1, int(-(-L2 // size)))
@@ -185,6 +185,13 @@ def decode(B: int, S: int, page_size: int = 0, H: int = 32, Hkv: int = 8, E: int
         for _ in range(copies):
             k, v = (m.normal(B, Hkv, n, E) for _ in range(2))
             tensors.append((k, v))
+            if int8:
+                scales = [x.float().abs().amax(-1, keepdim=True) / 127 for x in (k, v)]
+                codes = [(x / scale).round().to(m.torch.int8) for x, scale in zip((k, v), scales, strict=True)]
+                key_scale, value_scale = _given(m, *(x[..., 0] for x in scales))
+                caches.append(na.KVCache.from_arrays(*_given(m, *codes), key_scale=key_scale, value_scale=value_scale,
+                                                     dtype="bfloat16"))  # fmt: skip
+                continue
             key, value = _given(m, k, v)
             if not page_size:
                 caches.append(na.KVCache.from_arrays(key, value))
@@ -199,13 +206,13 @@ def decode(B: int, S: int, page_size: int = 0, H: int = 32, Hkv: int = 8, E: int
         (query,) = _given(m, q)
         calls = {"ours": _in_turn(lambda cache: na.attention_decode(query, cache), caches)}
         found = m.peers(q, *tensors[0], False, gqa=True)
-        if "flash" in found and not page_size:
+        if "flash" in found and not page_size:  # (of bfloat16 caches, beside int8 too)
             attend = m.torch.nn.functional.scaled_dot_product_attention
             calls["flash"] = _in_turn(lambda pair: attend(q, *pair, enable_gqa=True), tensors)
         return calls
 
-    name = f"decode B{B} H{H}/{Hkv} S{S} E{E}{f' pages of {page_size}' if page_size else ''}"
-    return Row(name, make, bytes=size, bars={"% copy": 70})
+    name = f"decode B{B} H{H}/{Hkv} S{S} E{E}{f' pages of {page_size}' if page_size else ''}{' int8' if int8 else ''}"
+    return Row(name, make, bytes=size, bars={} if int8 else {"% copy": 70})
 
 
 def overhead() -> Row:
@@ -272,6 +279,7 @@ def rows() -> list[Row]:
     made += [forward(128, 4096, False, "float16"), forward(256, 4096, False), forward(32, 4096, False)]
     made += [backward(E, L, causal) for causal in (False, True) for E in (64, 128) for L in (4096, 8192, 16384)]
     made += [decode(1, 8192), decode(1, 65536), decode(64, 8192), decode(64, 32768), decode(64, 8192, page_size=16)]
+    made += [decode(1, 65536, int8=True), decode(64, 8192, int8=True)]
     made += [forward(64, 4096, False, "float32", bars={"TFLOP/s": 20})]
     made += [forward(64, 4096, False, "float32", tf32=True, bars={"TFLOP/s": 30})]
     return [*made, overhead()]

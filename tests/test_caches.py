@@ -608,6 +608,38 @@ def test_arrays_that_cannot_be_written_to():
         pages.fork(0)
 
 
+@pytest.mark.parametrize("storage", ["int8", "float8", "float16", "bfloat16"])
+def test_from_arrays_of_fewer_bits(storage):
+    """What one cache stores makes another, which reads the same and stores the same."""
+    key, value = tokens(T=10)
+    cache = na.KVCache(2, 3, 16, 8, 6, storage=storage)
+    cache.append(key, value, [7, 5])
+    held = cache._contents()[:4]
+    scales = {} if held[2] is None else {"key_scale": held[2], "value_scale": held[3]}
+    other = na.KVCache.from_arrays(*(x.copy() for x in held[:2]), [7, 5], dtype=np.float32,
+                                   **{name: x.copy() for name, x in scales.items()})  # fmt: skip
+    assert (other.dtype, other.storage) == (cache.dtype, cache.storage)
+    query = normal(2, 6, 1, 8)
+    for _ in range(2):
+        want = na.attention_decode(query, cache)
+        np.testing.assert_array_equal(na.attention_decode(query, other), want)
+        cache.append(key[:, :, :2], value[:, :, :2])
+        other.append(key[:, :, :2], value[:, :, :2])
+    if scales:  # the dtype is that of queries, and float32 unless said
+        assert na.KVCache.from_arrays(*held[:2], 1, **scales).dtype == np.float32
+        assert na.KVCache.from_arrays(*held[:2], 1, **scales, dtype="float16").dtype == np.float16
+    else:
+        assert na.KVCache.from_arrays(*held[:2], 1).dtype == held[0].dtype
+    # The same as pages, of eight tokens: sequence after sequence.
+    pages = {
+        name: np.ascontiguousarray(x.reshape(2, 3, 2, 8, *x.shape[3:]).swapaxes(1, 2)).reshape(4, 3, 8, *x.shape[3:])
+        for name, x in zip(("key_pages", "value_pages", *scales), held[: 2 + len(scales)], strict=True)
+    }
+    lengths = cache.lengths
+    paged = na.PagedKVCache.from_arrays(**pages, block_table=[[0, 1], [2, 3]], lengths=lengths, dtype=np.float32)
+    np.testing.assert_array_equal(na.attention_decode(query, paged), na.attention_decode(query, cache))
+
+
 def test_key_and_value_of_one_array():
     both = np.zeros((2, 10, 2, 3, 8), np.float32)
     key, value = both[:, :, 0].swapaxes(1, 2), both[:, :, 1].swapaxes(1, 2)
@@ -780,7 +812,39 @@ def test_no_sequence_in_an_empty_cache():
     assert empty._contents().dense()[0].shape == (0, 3, 0, 8)
 
 
+CODES = np.zeros((2, 3, 5, 8), np.int8), np.zeros((2, 3, 5, 6), np.int8)
+SCALES = {"key_scale": np.ones((2, 3, 5), np.float32), "value_scale": np.ones((2, 3, 5), np.float32)}
+FEWER = {
+    (TypeError, "key_scale must be given with int8"): {"key_scale": None},
+    (TypeError, "value_scale must be a numpy.ndarray, got builtins.float"): {"value_scale": 1.0},
+    (TypeError, "value_scale must have dtype float32 in native byte order, got float64"): {
+        "value_scale": np.ones((2, 3, 5))
+    },
+    (ValueError, r"key_scale must have shape \(2, 3, 5\), a factor .* got \(2, 3, 1\)"): {
+        "key_scale": np.ones((2, 3, 1), np.float32)
+    },
+    (ValueError, "key_scale must have contiguous tokens"): {"key_scale": np.ones((2, 3, 10), np.float32)[..., ::2]},
+    (ValueError, "key must have contiguous features"): {"key": np.zeros((2, 3, 5, 16), np.int8)[..., ::2]},
+    (TypeError, "dtype must be float32, float64, float16 or"): {"dtype": np.int8},
+    (TypeError, "value must have the dtype of key, int8, got float32"): {"value": VALUE},
+}
+
+
+@pytest.mark.parametrize(("error", "message"), FEWER)
+def test_bad_arrays_of_fewer_bits(error, message):
+    given = {"key": CODES[0], "value": CODES[1], **SCALES}
+    na.KVCache.from_arrays(**given)
+    with pytest.raises(error, match=message):
+        na.KVCache.from_arrays(**given | FEWER[error, message])
+
+
 FROM_ARRAYS = [
+    (TypeError, "key_scale must be None where keys and", lambda: na.KVCache.from_arrays(KEY, VALUE, **SCALES)),
+    (
+        TypeError,
+        "key must have the dtype float16 of queries, or hold fewer bits: .*; got float32",
+        lambda: na.KVCache.from_arrays(KEY, VALUE, dtype=np.float16),
+    ),
     (TypeError, "key must be a numpy.ndarray", lambda: na.KVCache.from_arrays([1], VALUE)),
     (TypeError, "key must have dtype .* got int64", lambda: na.KVCache.from_arrays(KEY.astype(int), VALUE)),
     (TypeError, "key must have dtype .* got >f4", lambda: na.KVCache.from_arrays(KEY.astype(">f4"), VALUE)),

@@ -713,6 +713,11 @@ for dtype in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16):
     pages = There((5, 2, 4, 8), dtype), There((5, 2, 4, 6), dtype)
     pages = na.PagedKVCache.from_arrays(*pages, [[0, 1], [3, 2]], [8, 7])
     na.attention_decode(q, pages, ids=[1, 0])
+    for kind in (np.int8, ml_dtypes.float8_e4m3fn):
+        scales = dict(key_scale=There((2, 2, 9)), value_scale=There((2, 2, 9)), dtype=dtype)
+        cache = na.KVCache.from_arrays(There((2, 2, 9, 8), kind), There((2, 2, 9, 6), kind), [9, 8], **scales)
+        na.attention_decode(q, cache, return_lse=True)
+        assert (cache.key_scale.shape, cache.dtype) == ((2, 2, 9), dtype)
     repr(cache), repr(pages), cache.key, cache.lengths
     na.attention(q, k, v, mask=There((), np.bool_), bias=np.zeros(()))
     na.attention_backward(*[There((2, 4, 7, 6), dtype), q, k, v, There((2, 4, 7, 6), dtype), lse4], bias=There(()))

@@ -27,6 +27,7 @@ THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
 SHARED = {"sm_75": 65536, "sm_80": 166912, "sm_90a": 232448, "sm_120": 101376}
 ARCHS = ("sm_80", "sm_90a", "sm_120")
 STORAGES = ("float16", "bfloat16", "float32", "float64")
+STORED = ("int8", "float8_e4m3fn", "bfloat16")
 OPTIONS = {"softcap": True, "alibi": True, "bias": "float32", "mask": True}
 
 
@@ -144,6 +145,13 @@ def rest(arch, storage, E):
     yield steps.with_(split=True)
     yield configs.few(forward.with_(stacked=True), 16, of).with_(split=True)
     yield configs.careful(steps, of)
+    held = STORED[FEATURES.index(E) % 3]
+    if held != storage:
+        yield configs.with_options(forward, stored=held)
+        of_codes = configs.with_options(forward, **OPTIONS, stored=held, paged=True).with_(sinks=True, flags=True)
+        yield of_codes
+        yield configs.careful(of_codes, of)
+        yield configs.few(configs.with_options(forward, stored=held, paged=True).with_(stacked=True), 4, of)
     yield configs.weights(full, of)
     yield configs.bias(configs.with_options(configs.base("query", storage, E, E, of), **OPTIONS), of)
     for task in ("query", "key"):

@@ -7,16 +7,21 @@ share of them, and the rest with ``NUMBA_ATTENTION_THOROUGH=1``.
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import product as every
 from pathlib import Path
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 import numba_attention as na
 from cases import CASES, DTYPES, GROUPS, Case, assert_close, check, check_backward, grad_tolerance, tolerance
 from emulator import emulated
 from numba_attention.cuda import configs, kernels
 from test_decode import TOLERANCE, arrays, filled
+from test_properties import cases, dtypes
 
 THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
 ON_A_GPU = pytest.param("GPU", marks=pytest.mark.gpu)
@@ -303,10 +308,68 @@ def test_tiles_that_see_no_keys(monkeypatch, L, S, options, multiprocessors):
     assert_close(lse, want_lse, tolerance("float16")[1], offset=1)
 
 
-def test_storage_of_other_kinds_is_refused(gpu):
-    q, k, v = arrays(1, 2, 2, 1, 20, 16)
-    with pytest.raises(NotImplementedError, match="int8"):
-        na.attention_decode(q, filled(k, v, [20], "int8"), backend="cuda")
+INTERVALS = st.fixed_dictionaries(
+    {
+        "is_causal": st.booleans(),
+        "window": st.tuples(*(st.none() | st.integers(0, 100) for _ in range(2))),
+        "query_offset": st.sampled_from([-500, -90, 0, 7, 2000]) | st.integers(-100, 700),
+    }
+)
+DEVICES = st.sampled_from([((7, 5), 65536), ((8, 0), 166912), ((9, 0), 232448), ((12, 0), 101376)])
+
+
+@settings(max_examples=200 if THOROUGH else 30, deadline=None)
+@given(cases(), st.integers(1, 700), dtypes, INTERVALS, DEVICES, st.sampled_from([1, 16, 132]))
+def test_any_interval_on_any_device(case, S, dtype, options, device, multiprocessors):
+    """Tiles and shares of keys follow from shapes and the device; what they sum up to does not."""
+    case = replace(case, L=min(case.L, 50), S=S)
+    arrays_ = case.arrays(dtype)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        emulated(patch, races=False, capability=device[0], shared_memory=device[1], multiprocessors=multiprocessors),
+    ):
+        got = na.attention(*arrays_, **options, return_lse=True, backend="cuda")
+    want = na.attention(*(x.astype(np.float64) for x in arrays_), **options, return_lse=True, backend="reference")
+    for x, y, limit, offset in zip(got, want, tolerance(dtype, case), (0, 1), strict=True):
+        assert_close(x, y, 2 * limit, offset=offset)
+
+
+# Some of the stored formats with each dtype, in turn; rows of 24 numbers of a byte cannot be copied in pieces of 16.
+STORED = [
+    (storage, dtype, E, page_size)
+    for n, (storage, dtype) in enumerate(every(("int8", "float8", "bfloat16", "float16"), DTYPES))
+    for m, (E, page_size) in enumerate([(32, None), (32, 16), (24, None), (24, 16)])
+    if storage != dtype and ((n + m) % 2 or THOROUGH)
+]
+
+
+@pytest.mark.parametrize(("storage", "dtype", "E", "page_size"), STORED)
+@pytest.mark.parametrize("L", [1, 20])
+def test_stored_in_fewer_bits(gpu, storage, dtype, E, page_size, L):
+    q, k, v = arrays(3, 8, 2, L, 130, E, 40 if E == 24 else 64, dtype=dtype)
+    cache = filled(k, v, [130, 33, 77], storage, page_size)
+    of_out, of_lse = tolerance(dtype)
+    for options in ({}, {"window": (20, 0), "softcap": 3.0}):
+        out, lse = na.attention_decode(q, cache, **options, return_lse=True, backend="cuda")
+        want, want_lse = na.attention_decode(q, cache, **options, return_lse=True, backend="reference")
+        # (Keys and values are rounded once more on the way to tensor cores.)
+        assert_close(out, want, 2 * of_out)
+        assert_close(lse, want_lse, max(of_lse, of_out), offset=1)
+    forward = [c for c in gpu.configs.values() if c.task == "forward" and not c.careful]
+    assert all(c.stored for c in forward)
+    assert any(c.is_unpacked for c in forward) == (E == 32 or storage.startswith(("bfloat", "float16")))
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_a_row_that_could_not_be_stored_is_nan_where_it_is_seen(gpu, page_size):
+    q, k, v = arrays(2, 4, 2, 20, 100, 32, dtype="float16")
+    k[0, 0, 90], v[1, 1, 95, 3] = np.inf, np.nan
+    cache = filled(k, v, [100, 100], "int8", page_size)
+    got = na.attention_decode(q, cache, window=(5, 0), backend="cuda")
+    want = na.attention_decode(q, cache, window=(5, 0), backend="reference")
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    assert 0 < np.isnan(want).sum() < want.size
+    assert_close(got[~np.isnan(want)], want[~np.isnan(want)], 2 * tolerance("float16")[0])
 
 
 def test_a_wrong_kernel_is_found(monkeypatch):

@@ -51,6 +51,11 @@ def arrays(seed=0, L=20, S=33, E=16, H=4, Hkv=2, dtype=np.float32):
     return [rng.standard_normal((2, heads, n, E)).astype(dtype) for heads, n in ((H, L), (Hkv, S), (Hkv, S))]
 
 
+def pages(x):
+    """What three pages of 16 tokens hold for each of two sequences."""
+    return np.ascontiguousarray(x.reshape(2, 2, 3, 16, *x.shape[3:]).swapaxes(1, 2).reshape(6, 2, 16, *x.shape[3:]))
+
+
 def close(got, want, limit=1e-5):
     for a, b in zip(got, want, strict=True):
         assert (a is None) == (b is None)
@@ -234,11 +239,6 @@ def test_streams_and_devices(gpu, repeated, monkeypatch):
     assert len(repeated) == 3
 
 
-def test_what_kernels_are_chosen_by_counts(gpu, repeated, monkeypatch):
-    q, k, v = map(Tensor, arrays())
-    na.attention(q, k, v)
-    monkeypatch.setenv(configs.TF32X3, "1")
-    na.attention(q, k, v)
 def test_the_default_stream_of_each_thread_is_its_own(gpu, repeated, monkeypatch):
     """It has the same handle in all of them: what one has copied another would not wait for."""
     monkeypatch.setattr(sys.modules["torch"].cuda, "current_stream", lambda device: type("S", (), {"cuda_stream": 2}))
@@ -262,6 +262,11 @@ def test_the_default_stream_of_each_thread_is_its_own(gpu, repeated, monkeypatch
     assert len(repeated) == 1
 
 
+def test_what_kernels_are_chosen_by_counts(gpu, repeated, monkeypatch):
+    q, k, v = map(Tensor, arrays())
+    na.attention(q, k, v)
+    monkeypatch.setenv(configs.TF32X3, "1")
+    na.attention(q, k, v)
     assert not repeated
     assert {c.product for c in gpu.configs.values()} == {"simt", "tf32"}
     chosen = configs.base("forward", "float32", 16, 16, gpu.device(0)).with_(columns=16)
@@ -293,8 +298,9 @@ def test_only_so_many_are_remembered(gpu, monkeypatch):
         assert len(recording._recorded) <= 2
 
 
+@pytest.mark.parametrize("storage", [None, "int8"])
 @pytest.mark.parametrize("page_size", [None, 16])
-def test_steps_of_decoding(give, repeated, page_size):
+def test_steps_of_decoding(give, gpu, repeated, page_size, storage):
     """The layers of a model make the same step on caches of their own; the next step has other lengths."""
     rng = np.random.default_rng(0)
     table, count = np.array([[3, 1, 0], [5, 2, 4]]), []
@@ -303,15 +309,23 @@ def test_steps_of_decoding(give, repeated, page_size):
             q, k, v = (
                 rng.standard_normal((2, heads, n, 16), dtype=np.float32) for heads, n in ((4, 1), (2, 48), (2, 48))
             )
+            scales = {}
+            if storage is not None:
+                full = na.KVCache(2, 2, 48, 16, storage=storage)
+                full.append(k, v)
+                k, v, scales = full.key, full.value, {"key_scale": full.key_scale, "value_scale": full.value_scale}
             if page_size is None:
-                cache, host = (na.KVCache.from_arrays(f(k), f(v), lengths) for f in (give, np.asarray))
+                make = partial(na.KVCache.from_arrays, lengths=lengths)
             else:
-                k, v = (x.reshape(2, 2, 3, 16, 16).swapaxes(1, 2).reshape(6, 2, 16, 16).copy() for x in (k, v))
-                cache, host = (na.PagedKVCache.from_arrays(f(k), f(v), table, lengths) for f in (give, np.asarray))
+                k, v = (pages(x) for x in (k, v))
+                scales = {name: pages(x) for name, x in scales.items()}
+                make = partial(na.PagedKVCache.from_arrays, block_table=table, lengths=lengths)
+            cache, host = (make(f(k), f(v), **{name: f(x) for name, x in scales.items()}) for f in (give, np.asarray))
             close([na.attention_decode(give(q), cache)], [na.attention_decode(q, host, backend="reference")])
             count.append(len(repeated))
     assert count == [0, 1, 1, 2]
-    if page_size is not None:
+    assert all(c.stored == (storage or "") for c in gpu.configs.values() if c.task == "forward")
+    if page_size is not None and storage is None:
         table[0, 0], table[1, 1] = 2, 3
         cache, host = (na.PagedKVCache.from_arrays(f(k), f(v), table, lengths) for f in (give, np.asarray))
         close([na.attention_decode(give(q), cache)], [na.attention_decode(q, host, backend="reference")])

@@ -126,13 +126,12 @@ def attention_decode(
             f"cache must be a KVCache or a PagedKVCache, got {type(cache).__module__}.{type(cache).__qualname__}"
         )
     given = contents.given
-    chosen = select(backend, query) if given is None else select(backend, query, *given)
+    chosen = select(backend, query) if given is None else select(backend, query, *given[:2])
     if chosen.on_device:
-        key, value = (_used(contents, x) for x in (contents.key, contents.value)) if given is None else given
-        operands = {"query": query, "key": key, "value": value}
-        scales = {"key_scale": contents.key_scale, "value_scale": contents.value_scale}
+        held = [_used(contents, x) for x in contents[:4]] if given is None else given
+        operands = {"query": query, **dict(zip(Contents._fields[:4], held, strict=True))}
         return placing.run(
-            _decode_on_device, chosen, operands | scales, options, out=out, contents=contents, return_lse=return_lse
+            _decode_on_device, chosen, operands, options, out=out, contents=contents, return_lse=return_lse
         )
     if given is not None:
         raise TypeError("the cache is on a GPU, and this call runs on the host: pass backend='cuda'")
@@ -150,9 +149,11 @@ def _decode(
     return problem.result, problem.result_lse
 
 
-def _used(contents: Contents, array: Array) -> Array:
-    """The part of keys or values that must be copied to a GPU."""
-    return array if contents.table is not None else array[:, :, : int(contents.lengths.max(initial=0))]
+def _used(contents: Contents, array: Array | None) -> Array | None:
+    """The part of keys, values or scales that must be copied to a GPU."""
+    if array is None or contents.table is not None:
+        return array
+    return array[:, :, : int(contents.lengths.max(initial=0))]
 
 
 def _decode_on_device(

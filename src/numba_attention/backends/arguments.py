@@ -15,7 +15,7 @@ from ..cuda.parameters import ARRAYS, FAR, INTEGERS, MOST, REALS
 from ..cuda.softmax import LN2, LOG2E
 from ..options import Array
 from ..problem import Problem
-from .records import fill_in, is_paged, sequences_of, storage_of
+from .records import fill_in, is_paged, sequences_of, storage_of, stored_of
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 HEADS = 65535  # of a grid
@@ -78,16 +78,21 @@ class Work:
         for name, x in (("slopes", p.alibi_slopes), ("sinks", p.sinks)):
             if x is not None:
                 self.put(name, upload(np.ascontiguousarray(x)))
-        if is_paged(p):
-            self._of_pages(p)
+        if p.cache is not None:
+            self._of_cache(p, p.cache)
 
-    def _of_pages(self, p: Problem) -> None:
-        assert p.cache is not None
-        assert p.cache.table is not None
-        table = upload(np.ascontiguousarray(p.cache.table))
-        self.put("pages", table)
-        self.sequences["pages"] = address_of(table) + np.arange(len(self.sequences)) * p.cache.table.shape[1] * 8
-        self.set(page_size=p.key.shape[-2], key_page=p.key.strides[0], value_page=p.value.strides[0])
+    def _of_cache(self, p: Problem, cache: Contents) -> None:
+        number = np.arange(len(self.sequences))
+        for name, scale in (("key_scale", cache.key_scale), ("value_scale", cache.value_scale)):
+            if scale is not None:
+                self.put(name, scale)
+                self.sequences[name] = number * scale.strides[0] if cache.table is None else 0
+                self.set(**{f"{name}_page": scale.strides[0]})
+        if cache.table is not None:
+            table = upload(np.ascontiguousarray(cache.table))
+            self.put("pages", table)
+            self.sequences["pages"] = address_of(table) + number * cache.table.shape[1] * 8
+            self.set(page_size=p.key.shape[-2], key_page=p.key.strides[0], value_page=p.value.strides[0])
 
     def put(self, name: str, x: Array | None) -> None:
         """Tell where an array is and how it is laid out, and keep it until launches are made; None takes it away."""
@@ -111,7 +116,7 @@ class Work:
         return configs.for_call(
             task, self.storage, p.E, p.Ev, configs.product_of(self.storage, self.device, max(p.E, p.Ev)), self.device,
             p.softcap is not None, p.alibi_slopes is not None, "" if p.bias is None else storage_of(p.bias.dtype),
-            p.mask is not None, is_paged(p), self.hides, aligned,
+            p.mask is not None, is_paged(p), self.hides, aligned, stored_of(p),
         )  # fmt: skip
 
     def empty(self, name: str, shape: Any, dtype: Any) -> Array:

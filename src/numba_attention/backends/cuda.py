@@ -18,8 +18,8 @@ from ..cuda.parameters import AXES, REALS
 from ..options import Array
 from ..problem import BackwardProblem, Empty, Problem
 from . import device_gradients
-from .arguments import Work, is_aligned, upload, work_list
-from .records import per_head, storage_of, stored_of
+from .arguments import Work, is_aligned, work_list
+from .records import per_head, storage_of
 
 on_device = True
 
@@ -53,10 +53,6 @@ def forward(problem: Problem) -> None:
     p = problem
     if not p.out.size and (p.lse is None or not p.lse.size):
         return
-    if stored_of(p):
-        raise NotImplementedError(
-            f"the CUDA backend reads caches that are stored as the queries are, {p.query.dtype}, got {stored_of(p)}"
-        )
     work = Work(p)
     group = p.H // p.Hkv
     few = p.L * group if p.L * group <= FEW else 0

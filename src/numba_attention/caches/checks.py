@@ -1,7 +1,8 @@
 """What both caches ask of their arguments."""
 
 import operator
-from typing import Any
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from ..cuda.arrays import on_device, take
 from ..errors import BackendUnavailableError
 from ..options import Array
 from ..validation import is_bfloat16
-from .storage import ml_dtype
+from .storage import SCALED, Arrays, Storage, ml_dtype, storage_format
 
 ON_GPU = "arrays on a GPU"
 _NATIVE = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16))
@@ -43,13 +44,13 @@ def check_dtype(dtype: Any) -> np.dtype[Any]:
     return found
 
 
-def check_array(name: str, x: Any) -> Array:
-    """Check that x is an array of four axes, without making one of it: the caller wants no copy."""
+def check_array(name: str, x: Any, axes: int = 4) -> Array:
+    """Check that x is an array of so many axes, without making one of it: the caller wants no copy."""
     if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
         kind = f"{type(x).__module__}.{type(x).__qualname__}"
         raise TypeError(f"{name} must be a numpy.ndarray, got {kind}; convert it with numpy.asarray({name})")
-    if x.ndim != 4:
-        raise ValueError(f"{name} must have 4 axes, got shape {x.shape}")
+    if x.ndim != axes:
+        raise ValueError(f"{name} must have {axes} axes, got shape {x.shape}")
     return x
 
 
@@ -98,15 +99,57 @@ def check_lengths(name: str, x: Any, n: int, limit: int | Array, what: str) -> A
     return lengths
 
 
-def check_pair(key: Any, value: Any, names: tuple[str, str], middle: str) -> np.dtype[Any]:
-    """Check the arrays that a cache is made of; return their dtype."""
+class Held(NamedTuple):
+    """What a cache is made of: arrays or headers of them, and what is known of them."""
+
+    arrays: Arrays
+    dtype: np.dtype[Any]  # of queries and results
+    form: Storage
+    read_only: str | None  # why nothing can be written, if so
+    given: tuple[Any, Any, Any, Any] | None  # the arrays as the caller has them, if on a GPU
+
+
+def check_held(
+    key: Any, value: Any, key_scale: Any, value_scale: Any, dtype: Any, names: tuple[str, str], middle: str
+) -> Held:
+    """Check the arrays that a cache is to be made of."""
+    named = dict(zip((*names, "key_scale", "value_scale"), (key, value, key_scale, value_scale), strict=True))
+    arrays, given = _taken(named)
+    kind = _check_pair(arrays[0], arrays[1], names, middle)
+    coded = kind.name in SCALED
+    if dtype is None:
+        dtype = np.dtype(np.float32) if coded else kind
+    else:
+        dtype = check_dtype(dtype)
+    if kind != dtype and kind.itemsize > 2:
+        raise TypeError(
+            f"{names[0]} must have the dtype {dtype} of queries, or hold fewer bits: float16, bfloat16, int8 or "
+            f"float8_e4m3fn; got {kind}"
+        )
+    for name, x, scale in zip(tuple(named)[2:], arrays[:2], arrays[2:], strict=True):
+        if (scale is not None) != coded:
+            raise TypeError(
+                f"{name} must be " + (f"given with {kind}" if coded else f"None where keys and values are {kind}")
+            )
+        if scale is not None:
+            _check_scale(name, scale, x.shape[:3])
+    if kind != dtype:
+        for name, x in zip(names, arrays[:2], strict=True):
+            check_features(name, x)
+    reason = ON_GPU if given is not None else why_read_only(*(x for x in arrays if x is not None))
+    plain: Any = tuple(None if x is None else x.view(np.ndarray) for x in arrays)
+    return Held(plain, dtype, storage_format(kind.name, dtype), reason, given)
+
+
+def _check_pair(key: Any, value: Any, names: tuple[str, str], middle: str) -> np.dtype[Any]:
+    """Check keys and values; return their dtype."""
     for name, x in zip(names, (key, value), strict=True):
         check_array(name, x)
     dtype: np.dtype[Any] = key.dtype
-    if not dtype.isnative or not (dtype in _NATIVE or is_bfloat16(dtype)):
+    if not dtype.isnative or not (dtype in _NATIVE or is_bfloat16(dtype) or dtype.name in SCALED):
         raise TypeError(
-            f"{names[0]} must have dtype float32, float64, float16 or ml_dtypes.bfloat16 in native byte order, "
-            f"got {dtype}"
+            f"{names[0]} must have dtype float32, float64, float16 or ml_dtypes.bfloat16 in native byte order, or "
+            f"int8 or ml_dtypes.float8_e4m3fn with scales, got {dtype}"
         )
     if value.dtype != dtype:
         raise TypeError(f"{names[1]} must have the dtype of {names[0]}, {dtype}, got {value.dtype}")
@@ -116,38 +159,60 @@ def check_pair(key: Any, value: Any, names: tuple[str, str], middle: str) -> np.
     return dtype
 
 
-def why_read_only(key: Array, value: Array) -> str | None:
-    """Say why arrays that a cache was made of cannot be written to; None if they can."""
-    if not (key.flags.writeable and value.flags.writeable):
+def _check_scale(name: str, scale: Any, shape: tuple[int, ...]) -> None:
+    check_array(name, scale, 3)
+    if scale.dtype != np.float32 or not scale.dtype.isnative:
+        raise TypeError(f"{name} must have dtype float32 in native byte order, got {scale.dtype}")
+    if scale.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, a factor for each token and head, got {scale.shape}")
+    if scale.shape[-1] > 1 and scale.strides[-1] != scale.itemsize:
+        raise ValueError(f"{name} must have contiguous tokens; pass numpy.ascontiguousarray({name})")
+
+
+def check_features(name: str, x: Array) -> None:
+    """Check that the features of each token are contiguous."""
+    if x.shape[-1] > 1 and x.strides[-1] != x.itemsize:
+        raise ValueError(f"{name} must have contiguous features; pass numpy.ascontiguousarray({name})")
+
+
+def why_read_only(*arrays: Array) -> str | None:
+    """Say why keys, values and scales that a cache was made of cannot be written to; None if they can."""
+    if not all(x.flags.writeable for x in arrays):
         return "read-only arrays"
-    for x in (key, value):
+    for x in arrays:
         if any(stride == 0 and size > 1 for stride, size in zip(x.strides, x.shape, strict=True)):
             return "arrays that overlap themselves"
     work: Any = 10_000  # candidate solutions to try, well below a millisecond
-    try:
-        shared = np.shares_memory(key, value, max_work=work)
-    except np.exceptions.TooHardError:  # undecided in reasonable time: take it as shared
-        shared = True
-    return "a key and a value that share memory" if shared else None
+    for x, y in combinations(arrays, 2):
+        try:
+            shared = np.shares_memory(x, y, max_work=work)
+        except np.exceptions.TooHardError:  # undecided in reasonable time: take it as shared
+            shared = True
+        if shared:
+            return "a key and a value that share memory" if len(arrays) == 2 else "arrays that share memory"
+    return None
 
 
-def taken(key: Any, value: Any, names: tuple[str, str]) -> tuple[Any, Any, tuple[Any, Any] | None]:
-    """Make headers of keys and values on a GPU, and say what they are of; None, and the same two, if on the host."""
-    places = [on_device(x) for x in (key, value)]
-    if not any(places):
-        return key, value, None
-    if not all(places):
-        raise TypeError(f"{names[0]} and {names[1]} must both be on the GPU, or both on the host")
+def _taken(named: dict[str, Any]) -> tuple[Any, tuple[Any, Any, Any, Any] | None]:
+    """Make headers of arrays on a GPU, and say what they are of; None, and the same arrays, if on the host."""
+    places = {name: on_device(x) for name, x in named.items() if x is not None}
+    arrays = tuple(named.values())
+    if not any(places.values()):
+        return arrays, None
+    if not all(places.values()):
+        both = "both" if len(places) == 2 else "all"
+        raise TypeError(f"{' and '.join(places)} must {both} be on the GPU, or {both} on the host")
     why = runtime.unusable()
     if why is not None:
-        raise BackendUnavailableError(f"{names[0]} is on a GPU, and the backend 'cuda' cannot run here: {why}")
-    headers = take(key), take(value)
-    devices = [runtime.device_of(x) for x in headers]
-    if devices[0] != devices[1]:
-        raise ValueError(
-            f"{names[0]} and {names[1]} must be on one GPU, got GPU {devices[0].ordinal} and GPU {devices[1].ordinal}"
+        raise BackendUnavailableError(
+            f"{next(iter(places))} is on a GPU, and the backend 'cuda' cannot run here: {why}"
         )
-    return *headers, (key, value)
+    headers = {name: take(named[name]) for name in places}
+    devices = {name: runtime.device_of(x).ordinal for name, x in headers.items()}
+    if len(set(devices.values())) > 1:
+        said = ", ".join(f"{name} on GPU {n}" for name, n in devices.items())
+        raise ValueError(f"{' and '.join(places)} must be on one GPU, got {said}")
+    return tuple(headers.get(name) for name in named), arrays
 
 
 def check_on_host(reason: str | None) -> None:

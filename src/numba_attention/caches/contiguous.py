@@ -9,17 +9,14 @@ from ..cuda.arrays import to_host
 from ..errors import CacheFullError
 from ..options import Array
 from .checks import (
-    ON_GPU,
     check_dtype,
+    check_held,
     check_ints,
     check_lengths,
     check_new,
     check_on_host,
-    check_pair,
     check_size,
     check_writeable,
-    taken,
-    why_read_only,
 )
 from .contents import Contents
 from .storage import Storage, blocks, each_token, storage_format
@@ -123,7 +120,16 @@ class KVCache:
         self._settle()
 
     @classmethod
-    def from_arrays(cls, key: Array, value: Array, lengths: ArrayLike | None = None) -> Self:
+    def from_arrays(
+        cls,
+        key: Array,
+        value: Array,
+        lengths: ArrayLike | None = None,
+        *,
+        key_scale: Array | None = None,
+        value_scale: Array | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> Self:
         """Make a cache of arrays that exist, without a copy.
 
         The cache reads, and `append` writes, the arrays themselves.
@@ -131,13 +137,19 @@ class KVCache:
         Parameters
         ----------
         key : ndarray, shape (batch, Hkv, capacity, E)
-            float32, float64, float16 or ``ml_dtypes.bfloat16``, any strides. Where it is read-only, or shares memory
-            with `value`, nothing can be appended. An array on a GPU is taken where it is, for `attention_decode` there;
-            the cache cannot append to it.
+            float32, float64, float16 or ``ml_dtypes.bfloat16``, any strides, or codes of 8 bits with scales. Where it
+            is read-only, or shares memory with `value`, nothing can be appended. An array on a GPU is taken where it
+            is, for `attention_decode` there; the cache cannot append to it.
         value : ndarray, shape (batch, Hkv, capacity, Ev)
             In the dtype of `key`.
         lengths : int or array of int, shape (batch,), optional
             How many tokens of each sequence are there; by default all.
+        key_scale, value_scale : ndarray, shape (batch, Hkv, capacity), optional
+            float32, tokens contiguous: what the numbers of each token and head are multiplied by, where `key` and
+            `value` are int8 or ``ml_dtypes.float8_e4m3fn`` (Notes of `KVCache`).
+        dtype : dtype, optional
+            Of queries and results, where `key` and `value` hold fewer bits: float16 or bfloat16, whose features are
+            contiguous then, or 8 bits with scales. By default their own, or float32.
 
         Returns
         -------
@@ -157,19 +169,18 @@ class KVCache:
         >>> float(key[0, 0, 40, 0])
         1.0
         """
-        key, value, given = taken(key, value, ("key", "value"))
-        dtype = check_pair(key, value, ("key", "value"), "batch, heads and capacity")
-        n, Hkv, capacity, E = key.shape
-        for name, size in (("batch", n), ("num_kv_heads", Hkv), ("head_dim", E), ("value_dim", value.shape[-1])):
+        names = ("key", "value")
+        found = check_held(key, value, key_scale, value_scale, dtype, names, "batch, heads and capacity")
+        n, Hkv, capacity, E = found.arrays[0].shape
+        Ev = found.arrays[1].shape[-1]
+        for name, size in (("batch", n), ("num_kv_heads", Hkv), ("head_dim", E), ("value_dim", Ev)):
             check_size(name, size)
         if lengths is None:
             lengths = capacity
         held = check_lengths("lengths", to_host(lengths), n, capacity, "the capacity")
-        form = storage_format(None, dtype)
         self = cls.__new__(cls)
-        arrays = key.view(np.ndarray), value.view(np.ndarray)
-        contents = Contents(*arrays, None, None, None, held, form.name, dtype, given)
-        self._hold(contents, form, why_read_only(key, value) if given is None else ON_GPU)
+        contents = Contents(*found.arrays, None, held, found.form.name, found.dtype, found.given)
+        self._hold(contents, found.form, found.read_only)
         return self
 
     def append(self, key: Array, value: Array, lengths: ArrayLike | None = None) -> None:
@@ -314,13 +325,15 @@ class KVCache:
 
         None where numbers are stored as they are.
         """
-        scale = self._stored.key_scale
+        stored = self._stored
+        scale: Array | None = stored.key_scale if stored.given is None else stored.given[2]
         return None if scale is None else scale[:, :, : self._longest()]
 
     @property
     def value_scale(self) -> Array | None:
         """What values are multiplied by, as `key_scale`."""
-        scale = self._stored.value_scale
+        stored = self._stored
+        scale: Array | None = stored.value_scale if stored.given is None else stored.given[3]
         return None if scale is None else scale[:, :, : self._longest()]
 
     def __repr__(self) -> str:

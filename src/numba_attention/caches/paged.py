@@ -8,18 +8,16 @@ from numpy.typing import ArrayLike, DTypeLike
 from ..cuda.arrays import to_host
 from ..options import Array
 from .checks import (
-    ON_GPU,
     check_array,
     check_dtype,
+    check_features,
+    check_held,
     check_ints,
     check_lengths,
     check_new,
     check_on_host,
-    check_pair,
     check_size,
     check_writeable,
-    taken,
-    why_read_only,
 )
 from .contents import Contents
 from .pages import PageTable
@@ -125,7 +123,7 @@ class PagedKVCache:
         dtype: np.dtype[Any],
         form: Storage,
         read_only: str | None = None,
-        given: tuple[Any, Any] | None = None,
+        given: tuple[Any, Any, Any, Any] | None = None,
     ) -> None:
         self._arrays, self._given = arrays, given
         self._form, self._read_only = form, read_only
@@ -135,7 +133,17 @@ class PagedKVCache:
         self._pages = PageTable(self.num_pages, self.page_size)
 
     @classmethod
-    def from_arrays(cls, key_pages: Array, value_pages: Array, block_table: ArrayLike, lengths: ArrayLike) -> Self:
+    def from_arrays(
+        cls,
+        key_pages: Array,
+        value_pages: Array,
+        block_table: ArrayLike,
+        lengths: ArrayLike,
+        *,
+        key_scale: Array | None = None,
+        value_scale: Array | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> Self:
         """Make a cache of pages that exist, without a copy.
 
         The cache reads, and `append` writes, the arrays themselves; the block table is copied.
@@ -143,9 +151,9 @@ class PagedKVCache:
         Parameters
         ----------
         key_pages : ndarray, shape (num_pages, Hkv, page_size, E)
-            float32, float64, float16 or ``ml_dtypes.bfloat16``, features contiguous. Where it is read-only, or shares
-            memory with `value_pages`, nothing can be appended. Arrays on a GPU are taken where they are, for
-            `attention_decode` there; the cache can neither append to them nor fork.
+            float32, float64, float16, ``ml_dtypes.bfloat16``, or codes of 8 bits with scales; features contiguous.
+            Where it is read-only, or shares memory with `value_pages`, nothing can be appended. Arrays on a GPU are
+            taken where they are, for `attention_decode` there; the cache can neither append to them nor fork.
         value_pages : ndarray, shape (num_pages, Hkv, page_size, Ev)
             In the dtype of `key_pages`, features contiguous.
         block_table : array of int, shape (n, blocks)
@@ -153,6 +161,11 @@ class PagedKVCache:
             looked at.
         lengths : int or array of int, shape (n,)
             Tokens of each sequence.
+        key_scale, value_scale : ndarray, shape (num_pages, Hkv, page_size), optional
+            float32, tokens contiguous; with pages of int8 or ``ml_dtypes.float8_e4m3fn``, as in `KVCache.from_arrays`.
+        dtype : dtype, optional
+            Of queries and results, where the pages hold fewer bits. By default their own, or float32 where there are
+            scales.
 
         Returns
         -------
@@ -173,19 +186,17 @@ class PagedKVCache:
         5
         """
         names = ("key_pages", "value_pages")
-        key_pages, value_pages, given = taken(key_pages, value_pages, names)
-        dtype = check_pair(key_pages, value_pages, names, "pages, heads and page size")
-        sizes = (*key_pages.shape, value_pages.shape[-1])
+        found = check_held(key_pages, value_pages, key_scale, value_scale, dtype, names, "pages, heads and page size")
+        sizes = (*found.arrays[0].shape, found.arrays[1].shape[-1])
         for name, size in zip(("num_pages", "num_kv_heads", "page_size", "head_dim", "value_dim"), sizes, strict=True):
             check_size(name, size)
-        for name, x in zip(names, (key_pages, value_pages), strict=True):
-            if x.shape[-1] > 1 and x.strides[-1] != x.itemsize:
-                raise ValueError(f"{name} must have contiguous features; pass numpy.ascontiguousarray({name})")
+        for name, x in zip(names, found.arrays[:2], strict=True):
+            check_features(name, x)
         table = check_ints("block_table", to_host(block_table))
         if table.ndim != 2:
             raise ValueError(f"block_table must have shape (n, blocks), got {table.shape}")
         n, width = table.shape
-        num_pages, _, page_size, _ = key_pages.shape
+        num_pages, _, page_size, _, _ = sizes
         held = check_lengths("lengths", to_host(lengths), n, width * page_size, "what the blocks of block_table hold")
         used = np.arange(width) < -(-held[:, None] // page_size)
         wrong = used & ((table < 0) | (table >= num_pages))
@@ -193,9 +204,7 @@ class PagedKVCache:
             i, j = np.argwhere(wrong)[0]
             raise ValueError(f"block_table must name pages from 0 to {num_pages - 1}, got {table[i, j]} at [{i}, {j}]")
         self = cls.__new__(cls)
-        arrays = (key_pages.view(np.ndarray), value_pages.view(np.ndarray), None, None)
-        reason = why_read_only(key_pages, value_pages) if given is None else ON_GPU
-        self._hold(arrays, dtype, storage_format(None, dtype), reason, given)
+        self._hold(*found)
         self._pages.adopt(held, np.where(used, table, -1))
         return self
 

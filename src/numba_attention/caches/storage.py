@@ -10,7 +10,8 @@ from ..options import Array
 
 Arrays = tuple[Array, Array, Array | None, Array | None]  # keys, values, and the scales of each or None
 _LIMITS = {"int8": 127.0, "float8_e4m3fn": 448.0}  # largest code of the formats that need a scale
-_SHORT = ("float16", "bfloat16", "int8", "float8_e4m3fn")
+SCALED = tuple(_LIMITS)
+_SHORT = ("float16", "bfloat16", *SCALED)
 _TINY = np.finfo(np.float32).tiny
 _LINE = 64  # bytes of a cache line, and of the widest vector
 _BLOCK = 2**16  # numbers encoded at a time: their temporaries stay in the second-level cache

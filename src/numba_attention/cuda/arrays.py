@@ -11,7 +11,7 @@ import numpy as np
 
 from ..options import Array
 from . import runtime
-from .dlpack import CUDA, MANAGED, Exported, bfloat16, read
+from .dlpack import CUDA, MANAGED, Exported, of_ml_dtypes, read
 from .driver import DEFAULT_STREAM
 from .headers import header, held
 
@@ -180,8 +180,8 @@ class TorchFamily(LibraryFamily):
     def dtype(self, of_torch: Any) -> np.dtype[Any]:
         """The same dtype in NumPy."""
         name = str(of_torch).rpartition(".")[2]
-        if name == "bfloat16":
-            return bfloat16()
+        if name in ("bfloat16", "float8_e4m3fn"):
+            return of_ml_dtypes(name)
         try:
             return np.dtype(name)
         except TypeError:

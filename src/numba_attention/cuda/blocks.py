@@ -6,11 +6,12 @@ from .config import Config
 from .parameters import TYPES, Parameters, Sequence, clamp
 from .scoring import Scores, Span, span_of
 from .softmax import LOG2E
+from .staging import SCALED, Codes, fetch_scales
 from .tiles import Rows, Tile, fetch, scale_rows
 
-FORWARD = ("query", "key", "value", "out", "lse", "bias", "mask")
+FORWARD = ("query", "key", "value", "out", "lse", "bias", "mask", "key_scale", "value_scale")
 BACKWARD = ("query", "key", "value", "grad_out", "lse", "delta", "bias", "mask")
-OF_KEYS = ("key", "value", "grad_key", "grad_value")
+OF_KEYS = ("key", "value", "key_scale", "value_scale", "grad_key", "grad_value")
 NUMBERS = "i9"  # what is told of the sequence
 HEAD = 4  # numbers before all flags; and before the sums of a part of a row: maximum, denominator, two for alignment
 
@@ -81,13 +82,15 @@ class Block:
     def load_tile(self, name: str, tile: Tile, base: Any, thread: Any, row: Any, most: Any) -> None:
         """Bring rows of an array from `row` on, up to `most`, to a tile; E of queries and keys, Ev of values."""
         e, c, p = self.e, self.c, self.p
+        base, thread = e.opaque(base), e.opaque(thread)
+        if c.stored and name in OF_KEYS:
+            return self._load_stored(name, tile, base, thread, row, most)
         stride, column = getattr(p, f"{name}_row"), getattr(p, f"{name}_column")
         width = p.int("E" if name in ("query", "key") else "Ev")
         more: dict[str, Any] = {}
         address = self.places[name]
-        if c.paged and name in OF_KEYS:
-            pages = Sequence(e, p, self.index).pages
-            more = {"pages": pages, "page_size": p.int("page_size"), "page": getattr(p, f"{name}_page")}
+        if name in OF_KEYS:
+            more = self._pages(name)
         elif c.chosen and name not in OF_KEYS:
             more = {"listed": p.work}
         elif c.stacked and name not in OF_KEYS:
@@ -95,7 +98,27 @@ class Block:
             address, most = address + e.wide(self.head) * p.group * member, most * group
             more = {"group": group, "member": member}
         rows = Rows(address, stride, column, most - row, width, row, **more)
-        fetch(e, tile, e.opaque(base), rows, e.opaque(thread), c.threads, c.storage, c.aligned)
+        fetch(e, tile, base, rows, thread, c.threads, c.storage, c.aligned)
+
+    def _load_stored(self, name: str, tile: Tile, base: Any, thread: Any, row: Any, most: Any) -> None:
+        """Bring codes and their scales to a tile of codes, or the numbers that they stand for to one of numbers."""
+        e, c, p = self.e, self.c, self.p
+        rows, scales = (
+            Rows(self.places[x], getattr(p, f"{x}_row"), getattr(p, f"{x}_column"), most - row,
+                 p.int("E" if name == "key" else "Ev"), row, **self._pages(x))
+            for x in (name, f"{name}_scale")
+        )  # fmt: skip
+        scaled = c.stored in SCALED
+        fetch(e, tile, base, rows, thread, c.threads, c.stored, c.aligned, scales if scaled else None)
+        if scaled and isinstance(tile, Codes):
+            fetch_scales(e, tile, base, scales, thread, c.threads)
+
+    def _pages(self, name: str) -> dict[str, Any]:
+        """Where the pages of an array are that has some."""
+        if not self.c.paged:
+            return {}
+        pages = Sequence(self.e, self.p, self.index).pages
+        return {"pages": pages, "page_size": self.p.int("page_size"), "page": getattr(self.p, f"{name}_page")}
 
     def commit(self) -> None:
         """Make the copies so far a group, which `make_landed` waits for."""
@@ -158,7 +181,8 @@ def place(
         of_queries, of_keys = e.wide(head), e.wide(head // group)
     places = []
     for name in names:
-        if (name == "bias" and not c.bias) or (name == "mask" and not c.mask):
+        used = {"bias": c.bias, "mask": c.mask, "key_scale": c.stored, "value_scale": c.stored}
+        if not used.get(name, True):
             places.append(zero)
             continue
         start = zero if c.paged and name in OF_KEYS else getattr(s, name)

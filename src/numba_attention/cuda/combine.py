@@ -11,9 +11,9 @@ import numpy as np
 
 from .blocks import FORWARD, HEAD, NUMBERS, Block, place
 from .config import Config
+from .formats import HALVES, KINDS
 from .parameters import TYPES, Parameters
 from .softmax import LN2
-from .tiles import HALVES, KINDS
 
 PLACES = f"l{len(FORWARD)}"
 MOST = 256  # parts

@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
+from .formats import HALVES, SIZES
 from .products import Simt, TensorCores, TripleTF32
-from .tiles import HALVES, SIZES, Tile
+from .tiles import Tile
 
 FEATURES = (32, 64, 96, 128, 192, 256)  # head dimensions that tiles have; others are filled up with zeros
 
@@ -32,6 +33,7 @@ class Config:
     mask: bool = False
     sinks: bool = False
     paged: bool = False
+    stored: str = ""  # how keys and values are held, if not as queries are
     chosen: bool = False  # rows are those of a list
     stacked: bool = False  # the query heads of a key head are rows of one tile
     split: bool = False  # keys are dealt out to several blocks
@@ -53,6 +55,11 @@ class Config:
     def is_staged(self) -> bool:
         """Whether scores go through any stage between the product and the softmax."""
         return self.softcap or self.alibi or bool(self.bias) or self.mask
+
+    @property
+    def is_unpacked(self) -> bool:
+        """Whether keys and values come as codes, of which tiles are made in shared memory."""
+        return bool(self.stored) and self.aligned
 
     @property
     def threads(self) -> int:
@@ -89,7 +96,8 @@ class Config:
                                "careful", "chosen", "single") if getattr(self, n)]  # fmt: skip
         words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",
                  f"{self.warps}w{self.columns}c{self.blocks}b{self.only}{self.to}", *options]  # fmt: skip
-        return "-".join([*words, *([f"bias_{self.bias}"] if self.bias else []), self.arch])
+        named = [f"{n}_{getattr(self, n)}" for n in ("bias", "stored") if getattr(self, n)]
+        return "-".join([*words, *named, self.arch])
 
     def with_(self, **changes: Any) -> "Config":
         return replace(self, **changes)

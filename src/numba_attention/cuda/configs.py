@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import BackendUnavailableError
 from . import runtime
 from .config import Config, padded
-from .tiles import HALVES
+from .formats import HALVES
 
 ASYNCHRONOUS = (8, 0)  # the first with asynchronous copies, and matrices of these types
 TF32X3 = "NUMBA_ATTENTION_TF32X3"  # "1": float32 on tensor cores, with three products for each
@@ -95,13 +95,13 @@ def fitted(c: Config, device: Any) -> Config:
 @lru_cache(maxsize=1024)
 def for_call(
     task: str, storage: str, E: int, Ev: int, product: str, device: Any, softcap: bool, alibi: bool, bias: str,
-    mask: bool, paged: bool, flags: bool, aligned: bool,
+    mask: bool, paged: bool, flags: bool, aligned: bool, stored: str = "",
 ) -> Config:  # fmt: skip
     """The kernel of a task with the options of a call."""
     c = base(task, storage, E, Ev, device)
     assert c.product == product
     return with_options(
-        c, softcap=softcap, alibi=alibi, bias=bias, mask=mask, paged=paged, flags=flags,
+        c, softcap=softcap, alibi=alibi, bias=bias, mask=mask, paged=paged, flags=flags, stored=stored,
         aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
     )  # fmt: skip
 
@@ -116,10 +116,13 @@ def resident(c: Config, device: Any) -> int:
 def with_options(c: Config, **options: Any) -> Config:
     """Say what a kernel does on the way; what needs registers for it gets smaller tiles."""
     c = c.with_(**options)
-    if c.is_staged:
+    if c.is_staged or c.stored:
         if c.product == "simt":
             return c.with_(slots=max(c.slots // 2, 1))
-        return c.with_(slots=1, warps=c.warps * c.slots, columns=min(c.columns, 32))  # as many rows
+        warps = c.warps * c.slots  # as many rows
+        if c.stored and c.is_staged and max(c.E, c.Ev) > 128:
+            warps = 4
+        return c.with_(slots=1, warps=warps, columns=min(c.columns, 32))
     return c
 
 

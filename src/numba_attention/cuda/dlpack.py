@@ -14,7 +14,7 @@ from .headers import address_of, header, held
 
 CUDA, MANAGED = 2, 13  # kDLCUDA, kDLCUDAManaged: the kinds of memory that are on a device
 _KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}
-_BFLOAT = 4
+_OF_ML_DTYPES = {(4, 16): "bfloat16", (10, 8): "float8_e4m3fn"}  # by code and bits
 
 
 class _Device(ctypes.Structure):
@@ -62,8 +62,8 @@ def read(capsule: Any, owner: Any) -> Array:
 
 def _dtype_of(found: _Type) -> np.dtype[Any]:
     if found.lanes == 1:
-        if (found.code, found.bits) == (_BFLOAT, 16):
-            return bfloat16()
+        if (found.code, found.bits) in _OF_ML_DTYPES:
+            return of_ml_dtypes(_OF_ML_DTYPES[found.code, found.bits])
         kind = _KINDS.get(found.code)
         if kind == "b" and found.bits == 8:
             return np.dtype(np.bool_)
@@ -77,14 +77,15 @@ def _dtype_of(found: _Type) -> np.dtype[Any]:
     )
 
 
-def bfloat16() -> np.dtype[Any]:
+def of_ml_dtypes(name: str) -> np.dtype[Any]:
+    """The dtype of a name that NumPy itself does not know."""
     try:
-        from ml_dtypes import bfloat16
+        import ml_dtypes
     except ImportError:
         raise TypeError(
-            "bfloat16 arrays need ml_dtypes; install it with: pip install 'numba-attention[bfloat16]'"
+            f"{name} arrays need ml_dtypes; install it with: pip install 'numba-attention[bfloat16]'"
         ) from None
-    dtype: np.dtype[Any] = np.dtype(bfloat16)
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
     return dtype
 
 
@@ -129,8 +130,8 @@ class Exported:
 
 
 def _type_of(dtype: np.dtype[Any]) -> _Type:
-    codes = {kind: code for code, kind in _KINDS.items()}
-    return _Type(_BFLOAT if dtype.name == "bfloat16" else codes[dtype.kind], 8 * dtype.itemsize, 1)
+    codes = {kind: code for code, kind in _KINDS.items()} | {name: code for (code, _), name in _OF_ML_DTYPES.items()}
+    return _Type(codes.get(dtype.name) or codes[dtype.kind], 8 * dtype.itemsize, 1)
 
 
 _lent: dict[int, Any] = {}  # what others hold, by the address of its description

@@ -67,9 +67,18 @@ class Slab:
         weakref.finalize(self, driver._free, address, driver.current()).atexit = False
 
 
+_thread = threading.local()
+
+
 def identity(stream: int) -> Any:
     """What two calls have in common that are put on the same stream, beside its handle."""
-    return threading.get_ident() if stream == PER_THREAD_STREAM else None
+    if stream != PER_THREAD_STREAM:
+        return None
+    try:
+        return _thread.identity
+    except AttributeError:
+        _thread.identity = object()  # the numbers of threads are used again
+        return _thread.identity
 
 
 class Driver:

@@ -1,7 +1,8 @@
 """The forward pass: FlashAttention-2 (Dao 2023), algorithm 1, of which every product and option is a variant.
 
 A block owns a tile of queries and visits the tiles of keys that any of its rows sees. Keys and values have one tile
-each in shared memory: the values come while the scores are made, the next keys while the values are summed.
+each in shared memory: the values come while the scores are made, the next keys while the values are summed. From a
+cache that holds fewer bits come codes, of which the tile is made where the copy would have been waited for.
 """
 
 import math
@@ -14,6 +15,7 @@ from .config import Config, lay_out
 from .parameters import TYPES, Parameters
 from .results import write_row
 from .softmax import LN2, fold, start, total
+from .staging import Codes, unpack
 from .tiles import Tile
 
 PLACES = f"l{len(FORWARD)}"
@@ -28,6 +30,18 @@ def tiles_of(c: Config) -> tuple[Tile, Tile, Tile, int]:
         product.set_columns(c.columns)
         end += product.scratch * c.warps
     return q, k, v, end
+
+
+def codes_of(c: Config) -> tuple[Codes, Codes]:
+    """What tiles of keys and values are made of, after them in shared memory."""
+    _, k, v, end = tiles_of(c)
+    keys = Codes(k.rows, k.columns, c.stored, end)
+    return keys, Codes(v.rows, v.columns, c.stored, keys.end)
+
+
+def shared(c: Config) -> int:
+    """Bytes of shared memory of a block."""
+    return codes_of(c)[1].end if c.is_unpacked else tiles_of(c)[3]
 
 
 def make_product(c: Config) -> Any:
@@ -46,7 +60,10 @@ def make_forward(c: Config, on: Any) -> Any:
     layout, features = product.layout(c.columns), product.features(c.Ev)
     lanes = Lanes(c, product)
     q, k, v, _ = tiles_of(c)
-    columns = c.columns
+    unpacked, columns = c.is_unpacked, c.columns
+    # (What `load_keys` and `load_values` bring: the tiles themselves, or codes.)
+    keys, values = codes_of(c) if unpacked else (k, v)
+    at_once = 4 if c.warps == 1 else 1  # a warp alone must not wait for each chunk of them; many have few registers
     scale_queries = make_scale(c, on, q)
     S, C, M = f"{kind}{len(layout)}", f"{kind}{len(features)}", f"{kind}{product.slots}"
     split, careful, flags = c.split, c.careful, c.flags
@@ -83,7 +100,7 @@ def make_forward(c: Config, on: Any) -> Any:
     @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
     def load_keys(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> None:
         b = block(e, integers, reals, places, numbers)
-        b.load_tile("key", k, base, thread, j, b.span.columns)
+        b.load_tile("key", keys, base, thread, j, b.span.columns)
         b.commit()
 
     @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
@@ -91,8 +108,16 @@ def make_forward(c: Config, on: Any) -> Any:
         e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any
     ) -> None:
         b = block(e, integers, reals, places, numbers)
-        b.load_tile("value", v, base, thread, j, b.span.columns)
+        b.load_tile("value", values, base, thread, j, b.span.columns)
         b.commit()
+
+    @macro("", "i", "i")
+    def unpack_keys(e: Any, base: Any, thread: Any) -> None:
+        unpack(e, keys, k, e.opaque(base), e.opaque(thread), c.threads, at_once)
+
+    @macro("", "i", "i")
+    def unpack_values(e: Any, base: Any, thread: Any) -> None:
+        unpack(e, values, v, e.opaque(base), e.opaque(thread), c.threads, at_once)
 
     @macro(f"{M} {M} {C}", *TYPES, PLACES, NUMBERS, "i", "i")
     def begin_rows(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, part: Any) -> Any:
@@ -222,6 +247,9 @@ def make_forward(c: Config, on: Any) -> Any:
         while j < end:
             landed()
             cuda.syncthreads()
+            if unpacked:
+                unpack_keys(base, thread)
+                cuda.syncthreads()
             load_values(integers, reals, places, numbers, base, thread, j)
             s = multiply_keys(base, thread)
             if staged:
@@ -233,6 +261,9 @@ def make_forward(c: Config, on: Any) -> Any:
             p, m, l, acc = take_in(integers, reals, s, m, l, acc)
             landed()
             cuda.syncthreads()
+            if unpacked:
+                unpack_values(base, thread)
+                cuda.syncthreads()
             j = np.int32(j + columns)
             if j < end:
                 load_keys(integers, reals, places, numbers, base, thread, j)

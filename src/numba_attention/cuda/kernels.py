@@ -35,7 +35,7 @@ def shared(c: Config) -> int:
     if c.task == "bias":
         return bias.Tiles(c).end
     if c.task in ("forward", "weights"):
-        return forward.tiles_of(c)[3]
+        return forward.shared(c)
     return c.threads * 8 if c.task == "sinks" else 0
 
 

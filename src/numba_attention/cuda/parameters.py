@@ -5,13 +5,13 @@ from typing import Any
 from ..cpu.params import SEQUENCE
 
 ARRAYS = ("query", "key", "value", "out", "lse", "bias", "mask", "grad_out", "grad_lse", "delta",
-          "grad_query", "grad_key", "grad_value", "grad_bias", "sum_query")  # fmt: skip
+          "grad_query", "grad_key", "grad_value", "grad_bias", "sum_query", "key_scale", "value_scale")  # fmt: skip
 ADDRESSES = (*ARRAYS, "slopes", "sinks", "sequences", "work", "flags", "partial", "members")
 INTEGERS = (
     *ADDRESSES,
     *(f"{name}_{axis}" for name in ARRAYS for axis in ("head", "row", "column")),
     "heads", "group", "E", "Ev", "left", "right", "tiles", "flag_rows", "splits", "number", "inner_tiles",
-    "page_size", "key_page", "value_page",
+    "page_size", "key_page", "value_page", "key_scale_page", "value_scale_page",
     # of the gradient of a bias: which sequences share its elements, how many heads, rows and keys do
     "bias_heads", "bias_rows", "bias_keys",
 )  # fmt: skip

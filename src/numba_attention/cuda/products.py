@@ -8,7 +8,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .tiles import CHUNK, HALVES, KINDS, SIZES, Tile
+from .formats import HALVES, KINDS, SIZES
+from .tiles import CHUNK, Tile
 
 HIDDEN = 0x7FC0DEAD  # bits of a float32 weight, a NaN that no arithmetic makes, for what must not be multiplied at all
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from .formats import HALVES, KINDS, SIZES
 from .products import Layout
-from .tiles import HALVES, KINDS, SIZES
 
 
 def write_row(

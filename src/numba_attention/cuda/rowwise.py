@@ -6,11 +6,11 @@ import numpy as np
 
 from .blocks import Block, place
 from .config import Config
+from .formats import HALVES, KINDS, read
 from .parameters import AXES, TYPES, Parameters
 from .products import Layout
 from .results import write_row
 from .softmax import LOG2E
-from .tiles import HALVES, KINDS
 
 NAMES = ("out", "grad_out", "lse", "grad_lse", "delta", "sum_query", "grad_query")
 PLACES = f"l{len(NAMES)}"
@@ -18,11 +18,6 @@ PLACES = f"l{len(NAMES)}"
 
 def kind_of(storage: str) -> str:
     return "d" if storage == "float64" else "f"
-
-
-def _read(e: Any, storage: str, address: Any, there: Any) -> Any:
-    x = e.load(KINDS[storage], address, where=there)
-    return e.unpack(HALVES[storage], x)[0] if storage in HALVES else x
 
 
 def make_delta(c: Config, on: Any) -> Any:
@@ -50,7 +45,7 @@ def make_delta(c: Config, on: Any) -> Any:
                 if pairs:
                     found.append(e.unpack(HALVES[c.storage], e.load("i", at, where=inside)))
                 else:
-                    found.append([_read(e, c.storage, at, inside)])
+                    found.append([read(e, c.storage, at, inside)])
             for a, z in zip(*found, strict=True):
                 total = e.fma(a, z, total)
         for distance in (16, 8, 4, 2, 1):
@@ -187,7 +182,7 @@ def make_reduce(c: Config, on: Any) -> Any:
         for axis in range(AXES):
             size, a = n[4 + 3 * AXES + 2 * axis : 6 + 3 * AXES + 2 * axis]
             source, rest = source + rest % size * a, rest // size
-        return total + e.convert(kind, _read(e, of, source, target > 0))
+        return total + e.convert(kind, read(e, of, source, target > 0))
 
     @macro("", "l", kind)
     def finish(e: Any, target: Any, total: Any) -> None:

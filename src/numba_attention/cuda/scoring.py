@@ -9,10 +9,10 @@ import math
 from typing import Any
 
 from .config import Config
+from .formats import read
 from .parameters import Parameters, Sequence, clamp
 from .products import Layout
 from .softmax import LOG2E
-from .tiles import HALVES, KINDS
 
 
 class Span:
@@ -101,7 +101,7 @@ class Scores:
             log2e = e.const(kind, LOG2E)
             made = []
             for (slot, _), place, there, x in zip(self.layout.elements, places, inside, s, strict=True):
-                y = self.read(c.bias, self.at("bias", where, slot, *place), there)
+                y = e.convert(kind, read(e, c.bias, self.at("bias", where, slot, *place), there))
                 made.append(e.select(y.equals(-math.inf), low, e.fma(y, log2e, x)))
             s = made
         if c.mask:
@@ -121,14 +121,6 @@ class Scores:
         row, column = getattr(p, f"{name}_row"), getattr(p, f"{name}_column")
         address = where[name] + e.wide(i) * row + e.wide(j) * column
         return address + e.wide(where["heads"][slot]) * getattr(p, f"{name}_head") if "heads" in where else address
-
-    def read(self, storage: str, address: Any, there: Any) -> Any:
-        """A number of an array, as the product computes."""
-        e, kind = self.e, self.product.kind
-        x = e.load(KINDS[storage], address, where=there)
-        if storage in HALVES:
-            x = e.unpack(HALVES[storage], x)[0]
-        return e.convert(kind, x)
 
     def hide(self, s: list[Any], span: Span) -> list[Any]:
         """Hide what rows do not see."""

@@ -7,10 +7,9 @@ eight threads that read one chunk of eight rows, or eight chunks of one row, use
 from dataclasses import dataclass
 from typing import Any
 
+from .formats import HALVES, KINDS, SIZES, read
+
 CHUNK = 16
-KINDS = {"float32": "f", "float64": "d", "float16": "h", "bfloat16": "h"}  # how the elements of a tile are read
-SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
-HALVES = {"float16": "f16", "bfloat16": "bf16"}
 _COPIES = 16  # of a thread that are written out
 
 
@@ -109,14 +108,18 @@ class Rows:
         return self.address + number * self.page + e.wide(row % self.page_size) * self.row
 
 
-def fetch(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int, storage: str, aligned: bool) -> None:
+def fetch(
+    e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int, storage: str, aligned: bool,
+    scales: Rows | None = None,
+) -> None:  # fmt: skip
     """Bring rows of an array of ``storage`` into a tile; who reads it waits for all copies and then for all threads.
 
-    ``aligned``: rows begin at multiples of 16 bytes and have no gaps, so that the copy needs no registers.
+    ``aligned``: rows begin at multiples of 16 bytes and have no gaps, so that the copy needs no registers. Else each
+    number becomes one of the tile, with the factor of its row in ``scales``.
     """
     if aligned and storage == tile.storage:
         return _fetch_chunks(e, tile, base, rows, thread, threads)
-    _fetch_elements(e, tile, base, rows, thread, threads, storage)
+    _fetch_elements(e, tile, base, rows, thread, threads, storage, scales)
 
 
 def _fetch_chunks(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int) -> None:
@@ -145,7 +148,9 @@ def _fetch_chunks(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, thread
         e.loop(-(-copies // at_once), [], body)
 
 
-def _fetch_elements(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int, storage: str) -> None:
+def _fetch_elements(
+    e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int, storage: str, scales: Rows | None
+) -> None:
     total, per_chunk = tile.rows * tile.columns, CHUNK // SIZES[tile.storage]
 
     def body(n: Any, state: list[Any]) -> list[Any]:
@@ -153,9 +158,13 @@ def _fetch_elements(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, thre
         row, column = index // tile.columns, index % tile.columns
         there = (row < rows.number) & (column < rows.elements) & (index < total)
         address = rows.at(e, row, there) + e.wide(column) * rows.column
-        x = e.load(KINDS[storage], address, where=there)
-        if storage in HALVES and tile.storage not in HALVES:
-            x = e.unpack(HALVES[storage], x)[0]
+        if storage == tile.storage:
+            x = e.load(KINDS[storage], address, where=there)
+        else:
+            x = e.convert("d" if tile.storage == "float64" else "f", read(e, storage, address, there))
+            if scales is not None:
+                x = x * e.convert(x.kind, e.load("f", scales.at(e, row, there), where=there))
+            x = e.to_half(HALVES[tile.storage], x) if tile.storage in HALVES else x
         target = tile.chunk(tile.row(base, row), column // per_chunk) + column % per_chunk * SIZES[tile.storage]
         e.store_shared(KINDS[tile.storage], target, [x], index < total)
         return state

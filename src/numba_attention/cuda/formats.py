@@ -1,0 +1,32 @@
+"""How numbers are held in memory: sizes, the kinds they are read as, and what their bits say."""
+
+from typing import Any
+
+KINDS = {"float32": "f", "float64": "d", "float16": "h", "bfloat16": "h", "int8": "b", "float8_e4m3fn": "b"}
+SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
+HALVES = {"float16": "f16", "bfloat16": "bf16"}
+
+
+def read(e: Any, storage: str, address: Any, there: Any) -> Any:
+    """Load a number of an array in global memory, where it is there; of less than 32 bits as float32."""
+    return number(e, storage, e.load(KINDS[storage], address, where=there))
+
+
+def number(e: Any, storage: str, x: Any) -> Any:
+    """What an element says that was loaded as its kind."""
+    if storage in HALVES:
+        return e.unpack(HALVES[storage], x)[0]
+    if storage == "int8":
+        return e.convert("f", (x ^ 0x80) - 0x80)
+    if storage == "float8_e4m3fn":  # bits of a float32 that is too small by the difference of the exponents' zeros
+        rest = x & 0x7F
+        made = e.bits("f", ((x & 0x80) << 24) | (rest << 20)) * 2.0**120
+        return e.select(rest.equals(0x7F), e.const("f", float("nan")), made)
+    return x
+
+
+def numbers(e: Any, storage: str, word: Any) -> list[Any]:
+    """The numbers in 32 bits: two of 16, or four of 8."""
+    if storage in HALVES:
+        return list(e.unpack(HALVES[storage], word))
+    return [number(e, storage, (word >> shift) & 0xFF) for shift in (0, 8, 16, 24)]

@@ -1,0 +1,76 @@
+"""Keys and values of a cache that holds them in fewer bits than queries: from codes to the numbers of a tile.
+
+Codes come by asynchronous copies, while something else is worked on, into a tile of their own, their scales beside
+them. When both are there, threads make of them the tile that products read.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .formats import HALVES, KINDS, SIZES, numbers
+from .tiles import CHUNK, Rows, Tile
+
+SCALED = ("int8", "float8_e4m3fn")  # with a float32 factor for each row
+
+
+@dataclass(frozen=True)
+class Codes(Tile):
+    """A tile whose chunks lie in order: it is read from one end to the other, and needs no trick for that."""
+
+    def row(self, base: Any, row: Any, more: int = 0) -> tuple[Any, Any, int]:
+        return base + row * self.pitch, None, self.offset + more * self.pitch
+
+    def chunk(self, place: tuple[Any, Any, int], n: Any, more: int = 0) -> Any:
+        begin, _, constant = place
+        return begin + n * CHUNK + (constant + more * CHUNK)
+
+    @property
+    def scales(self) -> int:
+        """Where their scales are, one for each row."""
+        return self.offset + self.bytes
+
+    @property
+    def end(self) -> int:
+        return self.scales + (4 * self.rows if self.storage in SCALED else 0)
+
+
+def fetch_scales(e: Any, codes: Codes, base: Any, rows: Rows, thread: Any, threads: int) -> None:
+    """Bring the scales of rows to shared memory, zeros where there is no row."""
+    size, nothing = e.const("i", 4), e.const("i", 0)
+    for n in range(-(-codes.rows // threads)):
+        row = thread + n * threads
+        inside, there = row < codes.rows, row < rows.number
+        target = base + row * 4 + codes.scales
+        e.copy_async(target, rows.at(e, row, there), e.select(there, size, nothing), inside, 4)
+
+
+def unpack(e: Any, codes: Tile, tile: Tile, base: Any, thread: Any, threads: int, at_once: int = 1) -> None:
+    """Make a tile of codes and their scales."""
+    assert isinstance(codes, Codes)
+    total, per_chunk, kind = tile.rows * tile.chunks, CHUNK // tile.size, KINDS[tile.storage]
+    size, scaled = per_chunk * SIZES[codes.storage], codes.storage in SCALED
+
+    def body(turn: Any, state: list[Any]) -> list[Any]:
+        found = []
+        for n in range(at_once):
+            index = (turn * at_once + n) * threads + thread
+            inside = None if total % (threads * at_once) == 0 else index < total
+            index = index if inside is None else e.select(inside, index, index - index)
+            row, address = index // tile.chunks, base + index * size + codes.offset
+            words = e.load_shared("i" if size >= 4 else "h", address, max(size // 4, 1))
+            scale = e.load_shared("f", base + row * 4 + codes.scales) if scaled else None
+            found.append((row, index % tile.chunks, [words] if size <= 4 else words, scale, inside))
+        for row, chunk, words, scale, inside in found:
+            x = [e.convert("d" if kind == "d" else "f", y) for word in words for y in numbers(e, codes.storage, word)]
+            x = x[:per_chunk]
+            if scale is not None:
+                x = [y * e.convert(y.kind, scale) for y in x]
+            target = tile.chunk(tile.row(base, row), chunk)
+            if tile.storage in HALVES:
+                half = HALVES[tile.storage]
+                e.store_shared("i", target, [e.pack(half, x[n], x[n + 1]) for n in range(0, per_chunk, 2)], inside)
+            else:
+                e.store_shared(kind, target, x, inside)
+        return state
+
+    e.loop(-(-total // (threads * at_once)), [], body)
