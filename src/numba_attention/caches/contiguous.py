@@ -146,7 +146,7 @@ class KVCache:
             How many tokens of each sequence are there; by default all.
         key_scale, value_scale : ndarray, shape (batch, Hkv, capacity), optional
             float32, tokens contiguous: what the numbers of each token and head are multiplied by, where `key` and
-            `value` are int8 or ``ml_dtypes.float8_e4m3fn`` (Notes of `KVCache`).
+            `value` are int8 or ``ml_dtypes.float8_e4m3fn``. Those are finite; a row with NaN has a scale of NaN.
         dtype : dtype, optional
             Of queries and results, where `key` and `value` hold fewer bits: float16 or bfloat16, whose features are
             contiguous then, or 8 bits with scales. By default their own, or float32.

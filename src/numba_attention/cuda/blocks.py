@@ -91,9 +91,9 @@ class Block:
         address = self.places[name]
         if name in OF_KEYS:
             more = self._pages(name)
-        elif c.chosen and name not in OF_KEYS:
+        elif c.chosen:
             more = {"listed": p.work}
-        elif c.stacked and name not in OF_KEYS:
+        elif c.stacked:
             member, group = getattr(p, f"{name}_head"), p.int("group")
             address, most = address + e.wide(self.head) * p.group * member, most * group
             more = {"group": group, "member": member}
