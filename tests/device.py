@@ -1,5 +1,6 @@
 """A device without a GPU: its memory is the host's, its kernels what a test gives, its arrays fakes."""
 
+import array
 import ctypes
 import types
 import weakref
@@ -11,6 +12,7 @@ import numpy as np
 from numba_attention.cuda import runtime
 from numba_attention.cuda.dlpack import Exported
 from numba_attention.cuda.driver import Device, Driver
+from numba_attention.cuda.parameters import REALS
 
 
 class HostMemory:
@@ -118,6 +120,11 @@ class HostDriver(Driver):
 
     def synchronize(self, stream):
         self.synchronized.append(stream)
+
+    def launch_again(self, again, stream):
+        n = len(again.numbers) - len(REALS)
+        reals = array.array("d", again.numbers[n:].tobytes())
+        self.launch(again.kernel, again.grid, list(again.numbers[:n]), list(reals), stream)
 
     def launch(self, kernel, grid, integers, reals, stream):
         self.launches.append((kernel, self.ordinal, grid, tuple(integers), tuple(reals), stream))
@@ -271,7 +278,7 @@ def fake_torch(stream=0):
         assert kind == "cuda"
         return Tensor(np.full(shape, 0, dtype.name if dtype.name != "bfloat16" else _bfloat16()), ordinal)
 
-    names = ("float16", "float32", "float64", "bfloat16")
+    names = ("float16", "float32", "float64", "bfloat16", "uint8")
     return types.SimpleNamespace(
         Tensor=Tensor,
         strided="strided",

@@ -123,11 +123,20 @@ int cuKernelSetAttribute(int attribute, int value, Kernel *kernel, int device) {
     return kernel->shared = value, OK;
 }
 int cuKernelGetAttribute(int *value, int attribute, Kernel *kernel, int device) { return *value = 0, OK; }
+static int start(Kernel *kernel, unsigned *grid, unsigned threads, unsigned shared, void *stream, void **parameters) {
+    if (!current) return NO_CONTEXT;
+    if ((int)shared > kernel->shared) return INVALID;
+    return run ? run(kernel->name, grid, threads, shared, stream, parameters) : OK;
+}
 int cuLaunchKernelEx(Launch *launch, Kernel *kernel, void **parameters, void **extra) {
     note("launch");
-    if (!current) return NO_CONTEXT;
-    if ((int)launch->shared > kernel->shared) return INVALID;
-    return run ? run(kernel->name, launch->grid, launch->block[0], launch->shared, launch->stream, parameters) : OK;
+    return start(kernel, launch->grid, launch->block[0], launch->shared, launch->stream, parameters);
+}
+int cuLaunchKernel(Kernel *kernel, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned b, unsigned c,
+                   unsigned shared, void *stream, void **parameters, void **extra) {
+    unsigned grid[3] = {x, y, z};
+    note("launch_again");
+    return start(kernel, grid, threads, shared, stream, parameters);
 }
 
 int cuGetErrorName(int error, const char **name) {
@@ -151,7 +160,7 @@ static struct { const char *name; void *function; } entries[] = {
     ENTRY(cuStreamGetCtx), ENTRY(cuStreamIsCapturing), AS(cuStreamGetCaptureInfo, _v2), ENTRY(cuStreamGetDevice), ENTRY(cuStreamSynchronize), ENTRY(cuStreamWaitEvent),
     ENTRY(cuEventCreate), ENTRY(cuEventRecord), ENTRY(cuEventSynchronize), AS(cuEventDestroy, _v2),
     ENTRY(cuLibraryLoadData), ENTRY(cuLibraryUnload), ENTRY(cuLibraryGetKernel), ENTRY(cuKernelGetFunction),
-    ENTRY(cuKernelGetLibrary), ENTRY(cuKernelSetAttribute), ENTRY(cuKernelGetAttribute), ENTRY(cuLaunchKernelEx),
+    ENTRY(cuKernelGetLibrary), ENTRY(cuKernelSetAttribute), ENTRY(cuKernelGetAttribute), ENTRY(cuLaunchKernelEx), ENTRY(cuLaunchKernel),
     ENTRY(cuGetErrorName), ENTRY(cuGetErrorString),
 };
 

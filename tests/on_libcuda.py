@@ -14,6 +14,7 @@ import pytest
 import numba_attention as na
 from emulator import Emulator
 from numba_attention.cuda import constants, kernels, runtime
+from numba_attention.cuda.driver import Again
 from numba_attention.cuda.parameters import AXES, INTEGERS, REALS
 
 Run = ctypes.CFUNCTYPE(
@@ -108,6 +109,19 @@ def main():
     assert {c.task for c, _ in launches} == {"delta", "key", "round", "query"}
     assert all(stream == 1 for _, stream in launches), "the default stream"
     print("backward:", ", ".join(c.name for c, _ in launches))
+    for stream in (1, 7):  # the same launches as they are made of calls that were seen before
+        launches.clear()
+        once = runtime.driver.launch
+        runtime.driver.launch = lambda kernel, grid, integers, reals, _, s=stream: runtime.driver.launch_again(
+            Again(kernel, grid, integers, reals), s
+        )
+        calls(stub)
+        again = na.attention(q, k, v, is_causal=True, backend="cuda")
+        runtime.driver.launch = once
+        assert not failures, failures
+        assert calls(stub).count("launch_again") == len(launches) > 1
+        assert {found for _, found in launches} == {stream}
+        np.testing.assert_array_equal(again, out)
     big = na.KVCache(1, 2, 300, 64, dtype=np.float16)
     big.append(*(rng.standard_normal((1, 2, 300, 64)).astype(np.float16) for _ in range(2)))
     got = na.attention_decode(q[:, :, :1], big, backend="cuda")
@@ -129,6 +143,10 @@ def main():
     with pytest.raises(na.BackendUnavailableError, match="could not be launched on GPU 0") as raised:
         na.attention(q, k, v, backend="cuda")
     print("a launch that fails:", raised.value)
+    c, _ = launches[0]
+    kernel = kernels.compiled(c)
+    with pytest.raises(na.BackendUnavailableError, match="could not be launched on GPU 0: CUDA_ERROR_INVALID_VALUE"):
+        runtime.driver.launch_again(Again(kernel, (1, 1, 1), [0] * len(INTEGERS), [0.0] * len(REALS)), 1)
     print("done")
     return 0
 

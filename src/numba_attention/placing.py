@@ -210,7 +210,7 @@ class _Seen(NamedTuple):
             return self.family.new(shape, dtype, device, stream)
 
         with runtime.driver.on(device):
-            return recorded.repeat(runtime.driver, self.addresses, new, stream)
+            return recorded.repeat(runtime.driver, self.addresses, new, new if self.family.has_pool else None, stream)
 
 
 def _look(

@@ -59,6 +59,7 @@ class Family:
     """
 
     name = "an object with __cuda_array_interface__ or __dlpack__"
+    has_pool = False  # whether memory that `new` takes and gives back costs less than the driver's
     one_stream = False  # whether all arrays of the library are worked on in one stream at a time
 
     def ordinal(self, x: Any) -> int:
@@ -155,7 +156,7 @@ class TorchFamily(LibraryFamily):
     """Tensors of PyTorch, read without its protocols: those refuse tensors with gradients, and cost more."""
 
     name = "torch"
-    one_stream = True
+    has_pool = one_stream = True
 
     def ordinal(self, x: Any) -> int:
         return int(x.device.index or 0)
@@ -213,7 +214,7 @@ class CupyFamily(LibraryFamily):
     """Arrays of CuPy."""
 
     name = "cupy"
-    one_stream = True
+    has_pool = one_stream = True
 
     def ordinal(self, x: Any) -> int:
         return int(x.device.id)

@@ -7,6 +7,7 @@ these methods in the place of `runtime.driver`, and so run all but the kernels w
 import ctypes
 import threading
 import weakref
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,22 @@ class Kernel:
     shared: int  # bytes of dynamic shared memory
     addresses: tuple[int, ...]  # which of its integers are addresses of memory
     loaded: dict[int, Any] = field(default_factory=dict, repr=False)  # of a driver, by device
+    functions: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)  # with a stream, by both
+
+
+class Again:
+    """A launch that is made more than once: its parameters as the driver takes them, of which addresses are changed.
+
+    ``numbers`` are those of the kernel, integers first and then the bits of the reals.
+    """
+
+    def __init__(self, kernel: Kernel, grid: tuple[int, int, int], integers: Sequence[int], reals: Sequence[float]):
+        self.kernel, self.grid = kernel, grid
+        self.numbers = array("q", integers)
+        self.numbers.frombytes(array("d", reals).tobytes())
+        first, count = self.numbers.buffer_info()
+        self._pointers = array("Q", range(first, first + 8 * count, 8))
+        self.parameters = self._pointers.buffer_info()[0]
 
 
 class Memory:
@@ -196,6 +213,22 @@ class Driver:
             self._core.launch(self._stream(stream), config, code, *integers, *reals)
         except Exception as error:
             raise _translated(error, f"kernel {kernel.name} could not be launched on GPU {ordinal}") from error
+
+    def launch_again(self, again: Again, stream: int) -> None:
+        """Make a launch with the numbers that it has now; some 2 us quicker than `launch`."""
+        kernel, ordinal = again.kernel, self.current()
+        found = kernel.functions.get((ordinal, stream))
+        if found is None:
+            code = kernel.loaded.get(ordinal) or self._load(kernel, ordinal)
+            found = self._api.CUfunction(int(code.handle)), self._api.CUstream(stream)
+            kernel.loaded[ordinal], kernel.functions[ordinal, stream] = code, found
+        function, on = found
+        (error,) = self._api.cuLaunchKernel(
+            function, *again.grid, kernel.threads, 1, 1, kernel.shared, on, again.parameters, 0
+        )
+        if error:
+            what = f"kernel {kernel.name} could not be launched on GPU {ordinal}"
+            raise _translated(RuntimeError(error.name), what)
 
     def _load(self, kernel: Kernel, ordinal: int) -> Any:
         try:

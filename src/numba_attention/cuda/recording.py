@@ -10,10 +10,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..options import Array
-from .driver import Kernel
+from .driver import Again, Kernel
 from .headers import address_of, held
 
+New = Callable[[tuple[int, ...], Any], tuple[Any, int]]
+_BYTES = np.dtype(np.uint8)
 MOST = 500  # kinds of calls that are remembered; then all are forgotten
 
 _current: ContextVar["Recorder | None"] = ContextVar("numba_attention_recorder", default=None)
@@ -130,27 +134,34 @@ class Recorded:
 
     def __init__(self, made: list[Made], launches: list[Launch], pattern: Any, fixed: list[Array]) -> None:
         self._made, self._launches, self._pattern, self._fixed = made, launches, pattern, fixed
+        self._patches = [x.patches for x in launches]
+        self._free: list[list[Again]] = []  # those that no thread is about to launch
 
-    def repeat(
-        self, driver: Any, addresses: list[int], new: Callable[[tuple[int, ...], Any], tuple[Any, int]], stream: int
-    ) -> Any:
-        """Make the call again; `new` makes an array of the caller's kind, and says where it is."""
+    def repeat(self, driver: Any, addresses: list[int], new: New, scratch: New | None, stream: int) -> Any:
+        """Make the call again; `new` makes an array of the caller's kind, and says where it is; so may `scratch`."""
         addresses, arrays = list(addresses), []
         for made in self._made:
             if made.size:
-                array = driver.allocate(made.size, stream)
-                address = array.address
+                if scratch is None:
+                    array = driver.allocate(made.size, stream)
+                    address = array.address
+                else:
+                    array, address = scratch((made.size,), _BYTES)
                 if made.cleared:
                     driver.clear(address, made.cleared, stream)
             else:
                 array, address = new(made.shape, made.dtype)
             arrays.append(array)
             addresses.append(address)
-        for kernel, grid, template, patches, reals in self._launches:
-            integers = template.copy()
+        try:
+            launches = self._free.pop()
+        except IndexError:
+            launches = [Again(x.kernel, x.grid, x.integers, x.reals) for x in self._launches]
+        for again, patches in zip(launches, self._patches, strict=True):
             for place, source in patches:
-                integers[place] = addresses[source]
-            driver.launch(kernel, grid, integers, reals, stream)
+                again.numbers[place] = addresses[source]
+            driver.launch_again(again, stream)
+        self._free.append(launches)
         return _built(self._pattern, arrays)
 
 
