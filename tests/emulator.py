@@ -169,6 +169,9 @@ class Emit:
         # (Long doubles, for those of float64, would take ten times as long.)
         return Value(a.kind, (a.x.astype(np.float64) * b.x + c.x).astype(DTYPES[a.kind]))
 
+    def times(self, a, b):
+        return a * b
+
     def exp2(self, x):
         made = np.exp2(x.x)
         if x.kind == "d":
@@ -311,9 +314,6 @@ class Emit:
         made = exact.astype(np.float32)  # and then towards zero, as tensor cores do (Fasi et al. 2021, section 4)
         made = np.where(np.abs(made) > np.abs(exact), np.nextafter(made, np.float32(0)), made)
         return [Value("f", made[:, g + 8 * (n // 2), 2 * t + n % 2].ravel()) for n in range(4)]
-
-    def to_tf32(self, x):
-        return Value("i", ((self._words(x) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.int32))
 
     def loop(self, count, state, body):
         for n in range(count):

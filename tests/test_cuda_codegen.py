@@ -136,6 +136,12 @@ def test_float32_on_tensor_cores(instructions, monkeypatch, E):
 def rest(arch, storage, E):
     """Every other kernel for one head dimension, with most that it can be asked for."""
     of = device(arch)
+    for task in ("forward", "query", "key"):  # of calls that are causal and no more
+        causal = configs.with_options(configs.base(task, storage, E, E, of), flags=True)
+        yield from configs.parts(causal)
+    single = configs.single(causal, of)
+    if single is not None:
+        yield single
     forward = configs.base("forward", storage, E, E, of)
     full = configs.with_options(forward, **OPTIONS)
     yield full.with_(sinks=True, flags=True)
@@ -147,8 +153,9 @@ def rest(arch, storage, E):
     yield configs.careful(steps, of)
     held = STORED[FEATURES.index(E) % 3]
     if held != storage:
-        yield configs.with_options(forward, stored=held)
+        yield configs.fitted(configs.with_options(forward, stored=held), of)
         of_codes = configs.with_options(forward, **OPTIONS, stored=held, paged=True).with_(sinks=True, flags=True)
+        of_codes = configs.fitted(of_codes, of)
         yield of_codes
         yield configs.careful(of_codes, of)
         yield configs.few(configs.with_options(forward, stored=held, paged=True).with_(stacked=True), 4, of)

@@ -19,6 +19,7 @@ from emulator import Emulator
 from numba_attention.cuda import configs, kernels, runtime
 from numba_attention.cuda.config import FEATURES
 from numba_attention.cuda.headers import address_of
+from numba_attention.cuda.products import to_tf32
 
 gpu = pytest.mark.gpu
 HERE = Path(__file__).parent
@@ -100,7 +101,7 @@ def of_halves(e, integers, thread):
         store("i", e.to_half(half, a))
         for x in e.unpack(half, e.pack(half, a, c)):
             store("f", x)
-    store("i", e.to_tf32(c))
+    store("i", to_tf32(e, c))
     store("i", e.load("h", integers[0] + e.wide(thread) * 2))
     store("i", e.load("b", integers[0] + e.wide(thread)))
     e.store("h", integers[3] + e.wide(thread) * 2 + 10 * THREADS * 4, [e.bits("i", a)], (thread & 1).equals(0))
@@ -150,7 +151,7 @@ def of_matrices(dtype):
         numbers = [e.convert("f", x & 15) for x in (a, b, c, a ^ b)]
         zero = e.const("f", 0.0)
         if dtype == "tf32":
-            left, right = [e.to_tf32(x) for x in numbers], [e.to_tf32(x) for x in numbers[:2]]
+            left, right = [to_tf32(e, x) for x in numbers], [to_tf32(e, x) for x in numbers[:2]]
         else:
             left = [e.pack(dtype, x, y) for x, y in zip(numbers, numbers[1:] + numbers[:1], strict=True)]
             right = left[1:3]

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 import numba_attention as na
 from cases import CASES, DTYPES, GROUPS, Case, assert_close, check, check_backward, grad_tolerance, tolerance
 from emulator import emulated
-from numba_attention.cuda import configs, kernels
+from numba_attention.cuda import backward, configs, forward, kernels
 from test_decode import TOLERANCE, arrays, filled
 from test_properties import cases, dtypes
 
@@ -332,6 +332,33 @@ def test_any_interval_on_any_device(case, S, dtype, options, device, multiproces
     want = na.attention(*(x.astype(np.float64) for x in arrays_), **options, return_lse=True, backend="reference")
     for x, y, limit, offset in zip(got, want, tolerance(dtype, case), (0, 1), strict=True):
         assert_close(x, y, 2 * limit, offset=offset)
+
+
+def test_long_tiles_begin_first(monkeypatch):
+    """A device begins blocks in their order: those of causal tiles with most work first, of some heads in turn."""
+    seen = {"forward": [], "key": []}
+
+    def watch(module):
+        place = module.place
+
+        def noted(e, c, p, names, index, tile, head, *rest):
+            if c.task in seen and not c.careful:
+                seen[c.task].append((int(np.ravel(head.x)[0]), int(np.ravel(tile.x)[0])))
+            return place(e, c, p, names, index, tile, head, *rest)
+
+        monkeypatch.setattr(module, "place", noted)
+
+    watch(forward)
+    watch(backward)
+    q = np.zeros((4, 600, 32), np.float16)
+    with emulated(monkeypatch, races=False, multiprocessors=8):
+        out, lse = na.attention(q, q, q, is_causal=True, return_lse=True, backend="cuda")
+        na.attention_backward(out, q, q, q, out, lse, is_causal=True, backend="cuda")
+    found = {task: list(dict.fromkeys(blocks)) for task, blocks in seen.items()}
+    # Five tiles of 128 rows, and room for 16 blocks: two heads at a time.
+    pairs = [(first + n, tile) for first in (0, 2) for tile in range(5) for n in (0, 1)]
+    assert found["key"] == pairs
+    assert found["forward"] == [(head, 4 - tile) for head, tile in pairs]
 
 
 # Some of the stored formats with each dtype, in turn; rows of 24 numbers of a byte cannot be copied in pieces of 16.

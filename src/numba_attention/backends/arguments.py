@@ -132,6 +132,12 @@ class Work:
     def upload_sequences(self) -> None:
         self.put("sequences", upload(self.sequences))
 
+    def launch_tiles(self, c: Config, tiles: int, items: int, heads: int, **numbers: int) -> None:
+        """Launch blocks for so many tiles of all sequences, at most `tiles` of each, and heads."""
+        together = configs.heads_together(heads, tiles, configs.resident(c, self.device))
+        self.launch(c, (items << together, heads >> together, 1), tiles=tiles, together=together, **numbers)
+        self.set(together=0)
+
     def launch(self, c: Config, grid: tuple[int, int, int], **numbers: int) -> None:
         self.set(**numbers)
         runtime.launch(kernels.compiled(c), grid, self._integers, self._reals, self.stream)

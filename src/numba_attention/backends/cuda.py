@@ -73,7 +73,7 @@ def forward(problem: Problem) -> None:
     if work.hides:
         work.mark_rows(number * heads * padded_rows)
     if splits == 1:
-        work.launch(alone, (items, heads, 1))
+        work.launch_tiles(alone, tiles, items, heads)
     else:
         work.empty("partial", splits * number * heads * padded_rows * (alone.Ev + HEAD), work.real)
         work.launch(split, (items, heads, splits))

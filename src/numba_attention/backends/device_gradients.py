@@ -96,7 +96,10 @@ def _own(work: Work, c: Config, again: Config, heads: int, length: int, rows: in
     work.put("work", None if listed is None else upload(listed))
     if work.hides:
         work.mark_rows(number * heads * tiles * rows)
-    work.launch(c, (items, heads, 1), tiles=tiles, flag_rows=tiles * rows, number=number)
+    if c.task == "round":
+        work.launch(c, (items, heads, 1), tiles=tiles, flag_rows=tiles * rows, number=number)
+    else:
+        work.launch_tiles(c, tiles, items, heads, flag_rows=tiles * rows, number=number)
     if work.hides:
         again = configs.careful(again, work.device)
         work.put("work", None)

@@ -15,7 +15,7 @@ import numpy as np
 from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, make_marks, make_scale, place, stage, work_item
 from .config import Config, compute_capability, lay_out
 from .parameters import TYPES, Parameters
-from .results import write_row
+from .results import not_finite, write_row
 from .softmax import LOG2E, across
 from .tiles import Tile, copy_numbers
 
@@ -53,7 +53,7 @@ class Tiles:
 
 
 def make_backward(c: Config, on: Any) -> Any:
-    """Make the kernel of ``c.task``, "query" or "key"; its grid is tiles of all sequences, and heads (of keys)."""
+    """Make the kernel of ``c.task``, "query" or "key"; its grid is tiles for some heads (of keys), and all of those."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     of_keys = c.task == "key"
     product, tiles = c.make_product(), Tiles(c)
@@ -82,9 +82,9 @@ def make_backward(c: Config, on: Any) -> Any:
         return Block(e, c, integers, reals, names, places, numbers)
 
     @macro(f"{PLACES} {NUMBERS} i", *TYPES, "i", "i")
-    def find_work(e: Any, integers: Any, reals: Any, x: Any, head: Any) -> Any:
+    def find_work(e: Any, integers: Any, reals: Any, at_x: Any, at_y: Any) -> Any:
         p = Parameters(e, integers, reals)
-        index, tile = work_item(e, p, e.opaque(x))
+        index, tile, head = work_item(e, p, at_x, at_y, of_keys)
         group = p.int("group") if of_keys else e.const("i", 1)
         return *place(e, c, p, names, index, tile, head, of_keys), group
 
@@ -101,11 +101,11 @@ def make_backward(c: Config, on: Any) -> Any:
 
     @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i", "i", "i")
     def load_other(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any, g: Any, turn: Any
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any, g: Any, shift: Any
     ) -> None:
-        """Bring the tiles from column j on, of head g of the group; this is the turn-th time."""
+        """Bring the tiles from column j on, of head g of the group, to one of the two places."""
         b = block(e, integers, reals, places, numbers)
-        base = base + (turn & 1) * period
+        base = base + shift
         for name, tile in zip(tiles.other_names, other, strict=True):
             if of_keys:
                 b.places[name] = b.places[name] + e.wide(g) * getattr(b.p, f"{name}_head")
@@ -117,14 +117,20 @@ def make_backward(c: Config, on: Any) -> Any:
                 copy_numbers(e, kind, base + at, address, row, j, b.span.columns, columns, thread, threads, c.aligned)
         b.commit()
 
+    @macro("i i", "i", "i", "i", "i")
+    def following(e: Any, j: Any, g: Any, begin: Any, end: Any) -> Any:
+        """The next tile of columns, and its head of the group."""
+        after = (e.opaque(j) if single and not c.flags else j) + columns  # (found anew where that saves a register)
+        over = after >= end
+        return e.select(over, begin, after), e.select(over, g + 1, g)
+
     @macro(f"{first} {second}")
     def zeros(e: Any) -> Any:
         zero = e.const(kind, 0.0)
         return [zero] * len(sums[keeps[0]]), [zero] * (len(sums[keeps[-1]]) if two else 1)
 
     @macro(S, "i", "i", "i")
-    def multiply(e: Any, base: Any, thread: Any, turn: Any) -> Any:
-        shift = (turn & 1) * period
+    def multiply(e: Any, base: Any, thread: Any, shift: Any) -> Any:
         return product.scores(e, own[0], other[0], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
 
     @macro(f"{S} {S}" if c.softcap else S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
@@ -140,10 +146,10 @@ def make_backward(c: Config, on: Any) -> Any:
         b = block(e, integers, reals, places, numbers)
         return lanes.scores(b, thread, j, of_keys).hide(s, b.span)
 
-    def of_queries(e: Any, name: str, b: Block | None, base: Any, thread: Any, turn: Any) -> Any:
+    def of_queries(e: Any, name: str, b: Block | None, base: Any, thread: Any, shift: Any) -> Any:
         """Of lse or delta, the number of each register: by row from memory, or by column from the tile that came."""
         if of_keys:
-            at = base + (turn & 1) * period + (tiles.lse if name == "lse" else tiles.delta)
+            at = base + shift + (tiles.lse if name == "lse" else tiles.delta)
             at = at + product.lane_column(thread & 31) * tiles.size
             known = {n: e.load_shared(kind, at + n * tiles.size) for n in dict.fromkeys(n for _, n in layout.elements)}
             return [known[n] for _, n in layout.elements]
@@ -153,47 +159,43 @@ def make_backward(c: Config, on: Any) -> Any:
         found = [e.load(kind, b.places[name] + e.wide(row) * stride, where=row < b.span.rows) for row in rows]
         return [found[slot] for slot, _ in layout.elements]
 
-    def is_hidden(e: Any, x: Any) -> Any:
-        return product.is_hidden(e, x) if careful else x.equals(float("-inf"))
-
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
     def weigh(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, turn: Any, s: Any
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, shift: Any, s: Any
     ) -> Any:
         """P of scores; rows without keys have an lse of -inf, and all their keys are hidden."""
         b = block(e, integers, reals, places, numbers)
         factor, zero = None if staged else b.p.real("factor", kind), e.const(kind, 0.0)
         made, known = [], {}
-        for x, lse in zip(s, of_queries(e, "lse", b, base, e.opaque(thread), turn), strict=True):
+        for x, lse in zip(s, of_queries(e, "lse", b, base, e.opaque(thread), shift), strict=True):
             if id(lse) not in known:
                 known[id(lse)] = e.select(lse.equals(float("-inf")), zero, zero - lse * LOG2E)
             base_ = known[id(lse)]
-            weight = e.exp2(x + base_ if factor is None else e.fma(x, factor, base_))
-            made.append(e.select(is_hidden(e, x), x if careful else zero, weight))
+            weight = e.exp2(x + base_ if factor is None else e.fma(x, factor, base_))  # of -inf: 0
+            made.append(e.select(product.is_hidden(e, x), x, weight) if careful else weight)
         return made
 
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S, *([S] if c.softcap else []))
     def differentiate(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, turn: Any, p: Any,
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, shift: Any, p: Any,
         curves: Any = None,
     ) -> Any:  # fmt: skip
         """Make dS of P: times dO V^T - delta, and the slope of the softcap."""
         b = block(e, integers, reals, places, numbers)
-        shift = (turn & 1) * period
         ds = product.scores(e, own[1], other[1], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
         zero, one = e.const(kind, 0.0), e.const(kind, 1.0)
         made = []
-        for n, (x, delta) in enumerate(zip(ds, of_queries(e, "delta", b, base, e.opaque(thread), turn), strict=True)):
+        for n, (x, delta) in enumerate(zip(ds, of_queries(e, "delta", b, base, e.opaque(thread), shift), strict=True)):
             y = p[n] * (x - delta)
             if c.softcap:
                 y = y * (one - curves[n] * curves[n])
-            made.append(e.select(is_hidden(e, p[n]), p[n], y) if careful else e.select(p[n].equals(0.0), zero, y))
+            gone = product.is_hidden(e, p[n]) if careful else p[n].equals(0.0)
+            made.append(e.select(gone, p[n] if careful else zero, y))
         return made
 
     def add_to(name: str, other_tile: Tile, size: str) -> Any:
         @macro(size, "i", "i", "i", size, S)
-        def add(e: Any, base: Any, thread: Any, turn: Any, acc: Any, p: Any) -> Any:
-            shift = (turn & 1) * period
+        def add(e: Any, base: Any, thread: Any, shift: Any, acc: Any, p: Any) -> Any:
             return product.add(e, acc, p, other_tile, e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
 
         return add
@@ -220,7 +222,8 @@ def make_backward(c: Config, on: Any) -> Any:
         at = b.places["sum_query"] + e.wide(g) * b.p.sum_query_head + e.wide(feature + (lane & 3) * 2) * 4
         for slot in (0, 1):
             i = j + row + (lane >> 2) + 8 * slot
-            address, where = at + e.wide(i) * b.p.sum_query_row, there & (i < b.span.columns)
+            address, inside = at + e.wide(i) * b.p.sum_query_row, i < b.span.columns
+            where = inside if there is None else there & inside
             for n in range(len(total) // 4):
                 x = [total[4 * n + 2 * slot + part] * factor for part in (0, 1)]
                 e.add(address + 32 * n, x, where, together)
@@ -241,8 +244,8 @@ def make_backward(c: Config, on: Any) -> Any:
                 grad, features = f"grad_{name}", sums[name]
                 mine = features.of_slot(slot)
                 z = [e.select(valid, sum_[n] if name == "value" else sum_[n] * scale, zero) for n in mine]
-                for number in z:
-                    bad = bad | e.select(e.is_finite(number), e.const("i", 0), e.const("i", 1))
+                if c.flags:
+                    bad = bad | not_finite(e, z)
                 address = b.places[grad] + e.wide(at) * getattr(b.p, f"{grad}_row")
                 width = b.p.int("Ev" if name == "value" else "E")
                 begin, column = product.lane_feature(lane), getattr(b.p, f"{grad}_column")
@@ -256,11 +259,11 @@ def make_backward(c: Config, on: Any) -> Any:
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread = np.int32(cuda.threadIdx.x)
-        item, head = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
+        at_x, at_y = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
         if careful:
             if any_marked(integers, reals) == 0:
                 return
-        places, numbers, group = find_work(integers, reals, item, head)
+        places, numbers, group = find_work(integers, reals, at_x, at_y)
         if careful:
             if cuda.syncthreads_or(marked(integers, reals, numbers, thread)) == 0:
                 return
@@ -272,42 +275,41 @@ def make_backward(c: Config, on: Any) -> Any:
             landed()
             cuda.syncthreads()
             scale_own(integers, reals, base, thread)
-            j, g, turn = begin, np.int32(0), np.int32(0)
+            j, g, shift = begin, np.int32(0), np.int32(0)
             while g < group:
                 landed()
                 cuda.syncthreads()
-                next_j, next_g = np.int32(j + columns), g
-                if next_j >= end:
-                    next_j, next_g = begin, np.int32(g + 1)
+                next_j, next_g = following(j, g, begin, end)
                 if next_g < group:
-                    load_other(integers, reals, places, numbers, base, thread, next_j, next_g, np.int32(turn + 1))
-                s = multiply(base, thread, turn)
+                    load_other(integers, reals, places, numbers, base, thread, next_j, next_g, np.int32(period - shift))
+                s = multiply(base, thread, shift)
                 if staged:
                     if softcap:
                         s, curves = stages(integers, reals, places, numbers, thread, j, g, s)
                     else:
                         s = stages(integers, reals, places, numbers, thread, j, g, s)
                 if j < all_begin or j + columns > all_end:
-                    seldom, again, _ = find_work(integers, reals, item, head)
+                    seldom, again, _ = find_work(integers, reals, at_x, at_y)
                     s = hide(integers, reals, seldom, again, thread, j, s)
-                p = weigh(integers, reals, places, numbers, base, thread, turn, s)
+                p = weigh(integers, reals, places, numbers, base, thread, shift, s)
                 if wants_value:
                     if two:
-                        y = add_second(base, thread, turn, y, p)
+                        y = add_second(base, thread, shift, y, p)
                     else:
-                        x = add_first(base, thread, turn, x, p)
+                        x = add_first(base, thread, shift, x, p)
                 if wants_key or not of_keys:
                     if softcap:
-                        ds = differentiate(integers, reals, places, numbers, base, thread, turn, p, curves)
+                        ds = differentiate(integers, reals, places, numbers, base, thread, shift, p, curves)
                     else:
-                        ds = differentiate(integers, reals, places, numbers, base, thread, turn, p)
-                    x = add_first(base, thread, turn, x, ds)
+                        ds = differentiate(integers, reals, places, numbers, base, thread, shift, p)
+                    x = add_first(base, thread, shift, x, ds)
                     if single:
                         leave(base, thread, ds)
                         cuda.syncthreads()
                         add_queries(integers, reals, places, numbers, base, thread, j, g)
-                j, g, turn = next_j, next_g, np.int32(turn + 1)
-        places, numbers, group = find_work(integers, reals, item, head)
+                j, g = following(j, g, begin, end)
+                shift = np.int32(period - shift)
+        places, numbers, group = find_work(integers, reals, at_x, at_y)
         finish(integers, reals, places, numbers, thread, x, y)
 
     return kernel

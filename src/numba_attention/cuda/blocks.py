@@ -192,12 +192,18 @@ def place(
     return places, [tile * c.rows, *span_of(e, p, s, transposed), clamp(e, s.offset), head, rows, index]
 
 
-def work_item(e: Any, p: Parameters, x: Any) -> tuple[Any, Any]:
-    """Sequence and tile of a block: as listed, or else counted, the last tiles first, which see most keys."""
-    tiles, listed = p.int("tiles"), p.work > 0
+def work_item(e: Any, p: Parameters, x: Any, y: Any, of_keys: bool = False) -> tuple[Any, Any, Any]:
+    """Sequence, tile and head of a block: as listed, or else counted. A device begins blocks in the order of x, then y.
+
+    Tiles with most work come first: the last ones, which see most keys, or the first ones of keys, which most queries
+    see. Some heads take turns, so that the long tiles of all but the last few do not begin when others end.
+    """
+    tiles, listed, bits = p.int("tiles"), p.work > 0, p.int("together")
+    x, head = e.opaque(x) >> bits, (y << bits) + (x & ((e.const("i", 1) << bits) - 1))
     entry = e.load("l", p.work + e.wide(x) * 8, where=listed)
     index = e.select(listed, e.narrow(entry >> 32), x // tiles)
-    return index, e.select(listed, e.narrow(entry & 0x7FFFFFFF), tiles - 1 - x % tiles)
+    tile = x % tiles if of_keys else tiles - 1 - x % tiles
+    return index, e.select(listed, e.narrow(entry & 0x7FFFFFFF), tile), head
 
 
 class Lanes:

@@ -13,6 +13,7 @@ from .blocks import FORWARD, HEAD, NUMBERS, Block, place
 from .config import Config
 from .formats import HALVES, KINDS
 from .parameters import TYPES, Parameters
+from .results import not_finite
 from .softmax import LN2
 
 PLACES = f"l{len(FORWARD)}"
@@ -119,7 +120,7 @@ def make_combine(c: Config, on: Any) -> Any:
             inside = feature < c.Ev
             y = summed(e.select(inside, feature, feature - feature) + 1)
             y = e.select(valid & some, y / total, zero)
-            bad = bad | e.select(e.is_finite(y), e.const("i", 0), e.const("i", 1))
+            bad = bad | not_finite(e, [y])
             address = b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row
             y = e.to_half(half, y) if half else y
             where = there & inside & (feature < b.p.int("Ev"))

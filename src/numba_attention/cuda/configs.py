@@ -26,7 +26,7 @@ _SHAPES: dict[tuple[str, str, str], dict[int, tuple[int, int, int]]] = {
     },
     ("single", "tensor", "half"): {32: (2, 4, 32), 64: (2, 4, 32), 96: (1, 8, 64), 128: (1, 8, 64)},
     ("forward", "tf32", "float32"): {
-        32: (1, 4, 64), 64: (1, 4, 64), 96: (1, 4, 32), 128: (1, 4, 32),
+        32: (2, 4, 32), 64: (2, 4, 32), 96: (1, 4, 32), 128: (1, 4, 32),
     },
     ("query", "tf32", "float32"): dict.fromkeys((32, 64, 96, 128), (1, 4, 32)),
     ("key", "tf32", "float32"): {32: (1, 4, 32), 64: (1, 4, 32), 96: (1, 4, 16), 128: (1, 4, 16)},
@@ -100,10 +100,11 @@ def for_call(
     """The kernel of a task with the options of a call."""
     c = base(task, storage, E, Ev, device)
     assert c.product == product
-    return with_options(
+    made = with_options(
         c, softcap=softcap, alibi=alibi, bias=bias, mask=mask, paged=paged, flags=flags, stored=stored,
         aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
     )  # fmt: skip
+    return fitted(made, device)  # (codes of a cache lie beside the tiles)
 
 
 def resident(c: Config, device: Any) -> int:
@@ -111,6 +112,17 @@ def resident(c: Config, device: Any) -> int:
     by_registers = 65536 // (256 * c.threads)
     by_memory = device.shared_memory // max(c.shared + 1024, 1)
     return int(device.multiprocessors * max(1, min(by_registers, by_memory, 16)))
+
+
+def heads_together(heads: int, tiles: int, resident: int) -> int:
+    """How many heads, as a power of two, take turns in the order of blocks: as many as have room on the device at once.
+
+    So the blocks that begin last are short ones of many heads, and what those read together fits in the level 2 cache.
+    """
+    bits = 0
+    while heads % (2 << bits) == 0 and (2 << bits) * tiles <= resident:
+        bits += 1
+    return bits
 
 
 def with_options(c: Config, **options: Any) -> Config:
@@ -123,6 +135,8 @@ def with_options(c: Config, **options: Any) -> Config:
         if c.stored and c.is_staged and max(c.E, c.Ev) > 128:
             warps = 4
         return c.with_(slots=1, warps=warps, columns=min(c.columns, 32))
+    if c.flags and c.task == "key" and c.product == "tensor" and max(c.E, c.Ev) == 64:
+        return c.with_(slots=1, warps=8, columns=64)  # two tiles of rows and their marks would spill on sm_80
     return c
 
 

@@ -154,6 +154,10 @@ class Emit:
         code = f"fma.rn.{suffix} $0, $1, $2, $3;"
         return self._asm(code, f"={letter},{letter},{letter},{letter}", [a, b, c], a.kind)
 
+    def times(self, a: Value, b: Value) -> Value:
+        """The product, here: the compiler would move those of float32 behind what waits, where they fill no gap."""
+        return self._asm("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], "f", effect=True) if a.kind == "f" else a * b
+
     def exp2(self, x: Value) -> Value:
         if x.kind == "f":
             return self._asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], "f")
@@ -227,7 +231,7 @@ class Emit:
     def store_shared(self, kind: str, address: Value, values: Sequence[Value], where: Value | None = None) -> None:
         self._store("shared", "r", kind, address, values, where)
 
-    def add(self, address: Value, values: Sequence[Value], where: Value, together: bool) -> None:
+    def add(self, address: Value, values: Sequence[Value], where: Value | None, together: bool) -> None:
         """Add float32 to neighbours in global memory, whatever others add meanwhile; two `together` from sm_90 on."""
         if together and len(values) == 2:
             return self._predicated("red.global.add.v2.f32 [$0], {$1,$2};", "l,f,f", [address, *values], where)
@@ -280,10 +284,6 @@ class Emit:
         code = f"mma.sync.aligned.{shape}.row.col.f32.{dtype}.{dtype}.f32 {listed};"
         constraints = "=f,=f,=f,=f," + "r," * (3 * n) + "f,f,f,f"
         return self._asm_many(code, constraints, [*a, *b, *c], "ffff", together=True)
-
-    def to_tf32(self, x: Value) -> Value:
-        """The nearest number of 10 bits of fraction, as 32 bits."""
-        return self._asm("cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], "i")
 
     # Loops that are the same for all threads of a warp.
 

@@ -13,7 +13,7 @@ import numpy as np
 from .blocks import FORWARD, HEAD, NUMBERS, Block, Lanes, make_landed, make_marks, make_scale, place, stage, work_item
 from .config import Config, lay_out
 from .parameters import TYPES, Parameters
-from .results import write_row
+from .results import not_finite, write_row
 from .softmax import LN2, fold, start, total
 from .staging import Codes, unpack
 from .tiles import Tile
@@ -53,7 +53,7 @@ def make_product(c: Config) -> Any:
 
 
 def make_forward(c: Config, on: Any) -> Any:
-    """Make the kernel; its grid is tiles of all sequences, heads (of keys, if they are stacked), splits."""
+    """Make the kernel; its grid is tiles for some heads (of keys, if they are stacked), all of those, and splits."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)
     kind = product.kind
@@ -67,15 +67,18 @@ def make_forward(c: Config, on: Any) -> Any:
     scale_queries = make_scale(c, on, q)
     S, C, M = f"{kind}{len(layout)}", f"{kind}{len(features)}", f"{kind}{product.slots}"
     split, careful, flags = c.split, c.careful, c.flags
+    # Exponentials beside the products of values, in one piece of code, wait for one another less; with more features
+    # there are no registers for both, and they come before what waits for the values.
+    mixed = c.product == "tensor" and max(c.E, c.Ev) <= 64
     any_marked, marked = make_marks(c, on)
 
     def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
         return Block(e, c, integers, reals, FORWARD, places, numbers)
 
     @macro(f"{PLACES} {NUMBERS}", *TYPES, "i", "i")
-    def find_work(e: Any, integers: Any, reals: Any, x: Any, head: Any) -> Any:
+    def find_work(e: Any, integers: Any, reals: Any, x: Any, y: Any) -> Any:
         p = Parameters(e, integers, reals)
-        index, tile = work_item(e, p, e.opaque(x))
+        index, tile, head = work_item(e, p, x, y)
         return place(e, c, p, FORWARD, index, tile, head)
 
     @macro("i4", *TYPES, PLACES, NUMBERS, "i")
@@ -153,7 +156,7 @@ def make_forward(c: Config, on: Any) -> Any:
     @macro(f"{S} {M} {M} {C}", *TYPES, S, M, M, C)
     def take_in(e: Any, integers: Any, reals: Any, s: Any, m: Any, l: Any, acc: Any) -> Any:
         factor = None if staged else Parameters(e, integers, reals).real("factor", kind)
-        return fold(e, product, layout, features, s, m, l, acc, factor)
+        return fold(e, product, layout, features, s, m, l, acc, factor, at_once=max(c.E, c.Ev) <= 128)
 
     @macro(C, "i", "i", C, S)
     def add_values(e: Any, base: Any, thread: Any, acc: Any, p: Any) -> Any:
@@ -182,10 +185,7 @@ def make_forward(c: Config, on: Any) -> Any:
             mine = features.of_slot(slot)
             x = [e.select(valid, acc[n] * scale, zero) for n in mine]
             if flags:
-                bad = e.const("i", 0)
-                for y in x:
-                    bad = bad | e.select(e.is_finite(y), e.const("i", 0), e.const("i", 1))
-                bad = across_lanes(e, bad)
+                bad = across_lanes(e, not_finite(e, x))
                 b.mark(b.first + row, bad, there & begins)
             address = b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row
             write_row(
@@ -228,11 +228,11 @@ def make_forward(c: Config, on: Any) -> Any:
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread, part = np.int32(cuda.threadIdx.x), np.int32(cuda.blockIdx.z)
-        item, head = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
+        x, y = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
         if careful:
             if any_marked(integers, reals) == 0:
                 return
-        places, numbers = find_work(integers, reals, item, head)
+        places, numbers = find_work(integers, reals, x, y)
         if careful:
             if cuda.syncthreads_or(marked(integers, reals, numbers, thread)) == 0:
                 return
@@ -256,9 +256,10 @@ def make_forward(c: Config, on: Any) -> Any:
                 s = stages(integers, reals, places, numbers, thread, j, s)
             if j < all_begin or j + columns > all_end:
                 # (Found again, here and at the end, so that it needs no registers all the while.)
-                seldom, numbers_again = find_work(integers, reals, item, head)
+                seldom, numbers_again = find_work(integers, reals, x, y)
                 s = hide(integers, reals, seldom, numbers_again, thread, j, s)
-            p, m, l, acc = take_in(integers, reals, s, m, l, acc)
+            if not mixed:
+                p, m, l, acc = take_in(integers, reals, s, m, l, acc)
             landed()
             cuda.syncthreads()
             if unpacked:
@@ -267,8 +268,10 @@ def make_forward(c: Config, on: Any) -> Any:
             j = np.int32(j + columns)
             if j < end:
                 load_keys(integers, reals, places, numbers, base, thread, j)
+            if mixed:
+                p, m, l, acc = take_in(integers, reals, s, m, l, acc)
             acc = add_values(base, thread, acc, p)
-        places, numbers = find_work(integers, reals, item, head)
+        places, numbers = find_work(integers, reals, x, y)
         finish(integers, reals, places, numbers, thread, part, m, l, acc)
 
     return kernel

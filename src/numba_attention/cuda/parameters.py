@@ -10,7 +10,7 @@ ADDRESSES = (*ARRAYS, "slopes", "sinks", "sequences", "work", "flags", "partial"
 INTEGERS = (
     *ADDRESSES,
     *(f"{name}_{axis}" for name in ARRAYS for axis in ("head", "row", "column")),
-    "heads", "group", "E", "Ev", "left", "right", "tiles", "flag_rows", "splits", "number", "inner_tiles",
+    "heads", "group", "E", "Ev", "left", "right", "tiles", "together", "flag_rows", "splits", "number", "inner_tiles",
     "page_size", "key_page", "value_page", "key_scale_page", "value_scale_page",
     # of the gradient of a bias: which sequences share its elements, how many heads, rows and keys do
     "bias_heads", "bias_rows", "bias_keys",

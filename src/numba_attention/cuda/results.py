@@ -1,9 +1,17 @@
-"""Rows of registers out to global memory."""
+"""Rows of registers out to global memory, and whether they are finite."""
 
 from typing import Any
 
 from .formats import HALVES, KINDS, SIZES
 from .products import Layout
+
+
+def not_finite(e: Any, numbers: list[Any]) -> Any:
+    """1 if any of some numbers is NaN or infinite, else 0."""
+    finite = e.is_finite(numbers[0])
+    for x in numbers[1:]:
+        finite = finite & e.is_finite(x)
+    return e.select(finite, e.const("i", 0), e.const("i", 1))
 
 
 def write_row(

@@ -9,7 +9,7 @@ from .config import Config
 from .formats import HALVES, KINDS, read
 from .parameters import AXES, TYPES, Parameters
 from .products import Layout
-from .results import write_row
+from .results import not_finite, write_row
 from .softmax import LOG2E
 
 NAMES = ("out", "grad_out", "lse", "grad_lse", "delta", "sum_query", "grad_query")
@@ -87,8 +87,7 @@ def make_round(c: Config, on: Any) -> Any:
         for n in range(-(-c.E // 64)):
             feature = lane * 2 + 64 * n
             found = e.load("f", source + e.wide(feature) * 4, 2, where=there & (feature < c.E))
-            for number in found:
-                bad = bad | e.select(e.is_finite(number), e.const("i", 0), e.const("i", 1))
+            bad = bad | not_finite(e, found)
             write_row(e, c.storage, c.aligned, pair, [0, 1], found, target, p.grad_query_column, feature,
                       p.int("E"), there)  # fmt: skip
         if c.flags:

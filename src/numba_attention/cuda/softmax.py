@@ -33,9 +33,12 @@ def start(e: Any, product: Any, features: Layout, sinks: list[Any] | None, first
 
 def fold(
     e: Any, product: Any, layout: Layout, features: Layout, s: list[Any], m: list[Any], l: list[Any], c: list[Any],
-    factor: Any,
+    factor: Any, at_once: bool = False,
 ) -> tuple[list[Any], list[Any], list[Any], list[Any]]:  # fmt: skip
-    """Take in a tile of scores (times `factor` in base 2): its weights, and maxima, sums and accumulators with it."""
+    """Take in a tile of scores (times `factor` in base 2): its weights, and maxima, sums and accumulators with it.
+
+    ``at_once``: accumulators are rescaled here, and not when they are needed.
+    """
     p, m, l, c = list(s), list(m), list(l), list(c)
     low, zero = e.const(product.kind, -math.inf), e.const(product.kind, 0.0)
     careful = getattr(product, "careful", False)
@@ -56,7 +59,7 @@ def fold(
             p[n] = e.select(product.is_hidden(e, s[n]), s[n], weight) if careful else weight
         l[slot] = total
         for n in features.of_slot(slot):
-            c[n] = c[n] * alpha
+            c[n] = e.times(c[n], alpha) if at_once else c[n] * alpha
     return p, m, l, c
 
 
