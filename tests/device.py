@@ -42,6 +42,7 @@ class HostDriver(Driver):
     def __init__(self, run=None, devices=2, limit=None):
         self.run, self.devices, self.limit = run, devices, limit
         self.ordinal = 0
+        self.capturing = set()  # streams
         self.allocations = {}  # address: weak reference to its HostMemory
         self.frees = []  # (address, stream)
         self.waits = []  # (stream, the one that it waits for)
@@ -117,6 +118,9 @@ class HostDriver(Driver):
 
     def wait(self, stream, before):
         self.waits.append((stream, before))
+
+    def is_capturing(self, stream):
+        return stream in self.capturing
 
     def synchronize(self, stream):
         self.synchronized.append(stream)

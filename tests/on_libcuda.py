@@ -121,6 +121,7 @@ def main():
         assert not failures, failures
         assert calls(stub).count("launch_again") == len(launches) > 1
         assert {found for _, found in launches} == {stream}
+        assert not runtime.driver.is_capturing(stream)
         np.testing.assert_array_equal(again, out)
     big = na.KVCache(1, 2, 300, 64, dtype=np.float16)
     big.append(*(rng.standard_normal((1, 2, 300, 64)).astype(np.float16) for _ in range(2)))

@@ -11,7 +11,7 @@ import pytest
 import numba_attention as na
 from device import CupyArray, NumbaArray, Tensor, fake_cupy, fake_numba_cuda, fake_torch
 from emulator import emulated
-from numba_attention.cuda import configs, recording
+from numba_attention.cuda import configs, constants, recording
 from numba_attention.cuda.headers import address_of
 
 KINDS = {"torch": Tensor, "cupy": CupyArray, "numba": NumbaArray}
@@ -237,6 +237,26 @@ def test_streams_and_devices(gpu, repeated, monkeypatch):
         close([na.attention(*there)], [na.attention(*given, backend="reference")])
         assert gpu.launches[-1][1] == 1
     assert len(repeated) == 3
+
+
+def test_what_a_graph_uses_is_kept(gpu, repeated, monkeypatch):
+    monkeypatch.setattr(sys.modules["torch"].cuda, "current_stream", lambda device: type("S", (), {"cuda_stream": 7}))
+    monkeypatch.setattr(recording, "_captured", [])
+    q, k, v = map(Tensor, arrays(L=1, S=600))
+    na.attention(q, k, v)
+    na.attention(q, k, v)
+    assert not recording._captured
+    gpu.capturing.add(7)
+    before = len(gpu.copies)
+    na.attention(q, k, v)
+    assert len(gpu.copies) == before, "nothing that a graph cannot repeat"
+    ((kept, held),) = recording._captured
+    assert kept is repeated[-1]
+    assert len(held) > 1, "the result and partial sums"
+    recording._recorded.clear()
+    constants._kept.cache_clear()
+    addresses = {integers[place] for kernel, _, _, integers, *_ in gpu.launches[-2:] for place in kernel.addresses}
+    assert all(gpu.memory_at(address) for address in addresses - {0})
 
 
 def test_the_default_stream_of_each_thread_is_its_own(gpu, repeated, monkeypatch):

@@ -192,6 +192,10 @@ class Driver:
         finally:
             self._call(self._api.cuEventDestroy, event)  # which waits until it has happened
 
+    def is_capturing(self, stream: int) -> bool:
+        """Whether what is put on a stream becomes part of a CUDA graph."""
+        return stream != DEFAULT_STREAM and bool(int(self._call(self._api.cuStreamIsCapturing, stream)))
+
     def synchronize(self, stream: int) -> None:
         """Wait until all that is on a stream is done."""
         self._call(self._api.cuStreamSynchronize, stream)

@@ -156,7 +156,7 @@ def make_forward(c: Config, on: Any) -> Any:
     @macro(f"{S} {M} {M} {C}", *TYPES, S, M, M, C)
     def take_in(e: Any, integers: Any, reals: Any, s: Any, m: Any, l: Any, acc: Any) -> Any:
         factor = None if staged else Parameters(e, integers, reals).real("factor", kind)
-        return fold(e, product, layout, features, s, m, l, acc, factor, at_once=max(c.E, c.Ev) <= 128)
+        return fold(e, product, layout, features, s, m, l, acc, factor, at_once=max(c.E, c.Ev) <= 128 or staged)
 
     @macro(C, "i", "i", C, S)
     def add_values(e: Any, base: Any, thread: Any, acc: Any, p: Any) -> Any:

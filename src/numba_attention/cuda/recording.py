@@ -22,6 +22,7 @@ MOST = 500  # kinds of calls that are remembered; then all are forgotten
 
 _current: ContextVar["Recorder | None"] = ContextVar("numba_attention_recorder", default=None)
 _recorded: dict[Any, "Recorded"] = {}
+_captured: list[Any] = []  # what CUDA graphs may use again, at any time
 
 
 class Launch(NamedTuple):
@@ -162,6 +163,8 @@ class Recorded:
                 again.numbers[place] = addresses[source]
             driver.launch_again(again, stream)
         self._free.append(launches)
+        if driver.is_capturing(stream):
+            _captured.append((self, arrays))
         return _built(self._pattern, arrays)
 
 
