@@ -143,8 +143,10 @@ def with_options(c: Config, **options: Any) -> Config:
 def few(c: Config, rows: int, device: Any) -> Config:
     """The kernel for few rows and many keys: one warp a block, so that many blocks read at the same time."""
     if c.product != "simt":
-        wide = c.product == "tensor" and c.E <= 128 and not c.is_staged
-        return fitted(c.with_(slots=1, warps=1, columns=64 if wide else 32), device)
+        columns = 64 if c.product == "tensor" and c.E <= 128 and not c.is_staged else 32
+        if c.is_staged and max(c.E, c.Ev) == 256:
+            columns = 16
+        return fitted(c.with_(slots=1, warps=1, columns=columns), device)
     slots = 1 if rows <= 4 else 2 if rows <= 8 else min(4, c.slots)
     return fitted(c.with_(slots=slots, warps=1, columns=32), device)
 
