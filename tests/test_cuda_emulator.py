@@ -165,7 +165,7 @@ def test_transposed_products(slots, columns, E):
     block.block_memory.sync()
     sums, row, column, there = product.transposed(e, a, b, Value("i", 0), thread >> 5, lane, warps)
     got = np.full((columns, E), np.nan)
-    where = there.x & np.ones(32 * warps, bool)
+    where = np.ones(32 * warps, bool) if there is None else there.x
     for n, x in enumerate(sums):
         i = row + (lane >> 2) + 8 * (n // 2 % 2)
         j = column + (lane & 3) * 2 + 8 * (n // 4) + n % 2
