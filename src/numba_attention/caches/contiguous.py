@@ -1,6 +1,6 @@
 """KVCache: keys and values of a batch in one array each."""
 
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -308,16 +308,14 @@ class KVCache:
     @property
     def key(self) -> Array:
         """Keys as they are stored: a view (batch, Hkv, max(lengths), E), undefined past each length."""
-        stored = self._stored
-        key: Array = stored.key if stored.given is None else stored.given[0]
-        return key[:, :, : self._longest()]
+        key: Array = self._held(0)
+        return key
 
     @property
     def value(self) -> Array:
         """Values as they are stored: a view (batch, Hkv, max(lengths), Ev), undefined past each length."""
-        stored = self._stored
-        value: Array = stored.value if stored.given is None else stored.given[1]
-        return value[:, :, : self._longest()]
+        value: Array = self._held(1)
+        return value
 
     @property
     def key_scale(self) -> Array | None:
@@ -325,16 +323,14 @@ class KVCache:
 
         None where numbers are stored as they are.
         """
-        stored = self._stored
-        scale: Array | None = stored.key_scale if stored.given is None else stored.given[2]
-        return None if scale is None else scale[:, :, : self._longest()]
+        scale: Array | None = self._held(2)
+        return scale
 
     @property
     def value_scale(self) -> Array | None:
         """What values are multiplied by, as `key_scale`."""
-        stored = self._stored
-        scale: Array | None = stored.value_scale if stored.given is None else stored.given[3]
-        return None if scale is None else scale[:, :, : self._longest()]
+        scale: Array | None = self._held(3)
+        return scale
 
     def __repr__(self) -> str:
         return (
@@ -345,6 +341,12 @@ class KVCache:
 
     def _contents(self) -> Contents:
         return self._stored
+
+    def _held(self, n: int) -> Any:
+        """An array of the contents by its number, as the caller has it, up to the longest sequence."""
+        stored: Any = self._stored
+        array = stored[n] if stored.given is None else stored.given[n]
+        return None if array is None else array[:, :, : self._longest()]
 
     def _longest(self) -> int:
         return int(self._lengths.max())

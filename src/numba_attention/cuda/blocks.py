@@ -3,10 +3,11 @@
 from typing import Any
 
 from .config import Config
+from .formats import SIZES
 from .parameters import TYPES, Parameters, Sequence, clamp
 from .scoring import Scores, Span, span_of
 from .softmax import LOG2E
-from .staging import SCALED, Codes, fetch_scales
+from .staging import Codes, fetch_scales
 from .tiles import Rows, Tile, fetch, scale_rows
 
 FORWARD = ("query", "key", "value", "out", "lse", "bias", "mask", "key_scale", "value_scale")
@@ -108,7 +109,7 @@ class Block:
                  p.int("E" if name == "key" else "Ev"), row, **self._pages(x))
             for x in (name, f"{name}_scale")
         )  # fmt: skip
-        scaled = c.stored in SCALED
+        scaled = SIZES[c.stored] == 1
         fetch(e, tile, base, rows, thread, c.threads, c.stored, c.aligned, scales if scaled else None)
         if scaled and isinstance(tile, Codes):
             fetch_scales(e, tile, base, scales, thread, c.threads)

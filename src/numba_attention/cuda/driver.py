@@ -209,30 +209,32 @@ class Driver:
         what it is.
         """
         ordinal = self.current()
-        code = kernel.loaded.get(ordinal)
-        if code is None:
-            code = kernel.loaded[ordinal] = self._load(kernel, ordinal)
+        code = self._loaded(kernel, ordinal)
         config = self._core.LaunchConfig(grid=grid, block=kernel.threads, shmem_size=kernel.shared)
         try:
             self._core.launch(self._stream(stream), config, code, *integers, *reals)
         except Exception as error:
-            raise _translated(error, f"kernel {kernel.name} could not be launched on GPU {ordinal}") from error
+            raise _not_launched(error, kernel, ordinal) from error
 
     def launch_again(self, again: Again, stream: int) -> None:
         """Make a launch with the numbers that it has now; some 2 us quicker than `launch`."""
         kernel, ordinal = again.kernel, self.current()
         found = kernel.functions.get((ordinal, stream))
         if found is None:
-            code = kernel.loaded.get(ordinal) or self._load(kernel, ordinal)
-            found = self._api.CUfunction(int(code.handle)), self._api.CUstream(stream)
-            kernel.loaded[ordinal], kernel.functions[ordinal, stream] = code, found
+            function = self._api.CUfunction(int(self._loaded(kernel, ordinal).handle))
+            found = kernel.functions[ordinal, stream] = function, self._api.CUstream(stream)
         function, on = found
         (error,) = self._api.cuLaunchKernel(
             function, *again.grid, kernel.threads, 1, 1, kernel.shared, on, again.parameters, 0
         )
         if error:
-            what = f"kernel {kernel.name} could not be launched on GPU {ordinal}"
-            raise _translated(RuntimeError(error.name), what)
+            raise _not_launched(RuntimeError(error.name), kernel, ordinal)
+
+    def _loaded(self, kernel: Kernel, ordinal: int) -> Any:
+        code = kernel.loaded.get(ordinal)
+        if code is None:
+            code = kernel.loaded[ordinal] = self._load(kernel, ordinal)
+        return code
 
     def _load(self, kernel: Kernel, ordinal: int) -> Any:
         try:
@@ -348,6 +350,10 @@ def _device(ordinal: int) -> Device:
 def arch_of(major: int, minor: int) -> str:
     """What to compile for; on Hopper the variant with wgmma, whose code no other GPU can run."""
     return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
+
+
+def _not_launched(error: Exception, kernel: Kernel, ordinal: int) -> Exception:
+    return _translated(error, f"kernel {kernel.name} could not be launched on GPU {ordinal}")
 
 
 def _translated(error: Exception, what: str) -> Exception:

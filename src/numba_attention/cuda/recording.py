@@ -135,7 +135,6 @@ class Recorded:
 
     def __init__(self, made: list[Made], launches: list[Launch], pattern: Any, fixed: list[Array]) -> None:
         self._made, self._launches, self._pattern, self._fixed = made, launches, pattern, fixed
-        self._patches = [x.patches for x in launches]
         self._free: list[list[Again]] = []  # those that no thread is about to launch
 
     def repeat(self, driver: Any, addresses: list[int], new: New, scratch: New | None, stream: int) -> Any:
@@ -158,8 +157,8 @@ class Recorded:
             launches = self._free.pop()
         except IndexError:
             launches = [Again(x.kernel, x.grid, x.integers, x.reals) for x in self._launches]
-        for again, patches in zip(launches, self._patches, strict=True):
-            for place, source in patches:
+        for again, launch in zip(launches, self._launches, strict=True):
+            for place, source in launch.patches:
                 again.numbers[place] = addresses[source]
             driver.launch_again(again, stream)
         self._free.append(launches)

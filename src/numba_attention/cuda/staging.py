@@ -7,10 +7,8 @@ them. When both are there, threads make of them the tile that products read.
 from dataclasses import dataclass
 from typing import Any
 
-from .formats import HALVES, KINDS, SIZES, numbers
+from .formats import HALVES, KINDS, numbers
 from .tiles import CHUNK, Rows, Tile
-
-SCALED = ("int8", "float8_e4m3fn")  # with a float32 factor for each row
 
 
 @dataclass(frozen=True)
@@ -25,13 +23,18 @@ class Codes(Tile):
         return begin + n * CHUNK + (constant + more * CHUNK)
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether each row has a float32 factor."""
+        return self.size == 1
+
+    @property
     def scales(self) -> int:
         """Where their scales are, one for each row."""
         return self.offset + self.bytes
 
     @property
     def end(self) -> int:
-        return self.scales + (4 * self.rows if self.storage in SCALED else 0)
+        return self.scales + (4 * self.rows if self.is_scaled else 0)
 
 
 def fetch_scales(e: Any, codes: Codes, base: Any, rows: Rows, thread: Any, threads: int) -> None:
@@ -48,7 +51,7 @@ def unpack(e: Any, codes: Tile, tile: Tile, base: Any, thread: Any, threads: int
     """Make a tile of codes and their scales."""
     assert isinstance(codes, Codes)
     total, per_chunk, kind = tile.rows * tile.chunks, CHUNK // tile.size, KINDS[tile.storage]
-    size, scaled = per_chunk * SIZES[codes.storage], codes.storage in SCALED
+    size = per_chunk * codes.size
 
     def body(turn: Any, state: list[Any]) -> list[Any]:
         found = []
@@ -58,7 +61,7 @@ def unpack(e: Any, codes: Tile, tile: Tile, base: Any, thread: Any, threads: int
             index = index if inside is None else e.select(inside, index, index - index)
             row, address = index // tile.chunks, base + index * size + codes.offset
             words = e.load_shared("i" if size >= 4 else "h", address, max(size // 4, 1))
-            scale = e.load_shared("f", base + row * 4 + codes.scales) if scaled else None
+            scale = e.load_shared("f", base + row * 4 + codes.scales) if codes.is_scaled else None
             found.append((row, index % tile.chunks, [words] if size <= 4 else words, scale, inside))
         for row, chunk, words, scale, inside in found:
             x = [e.convert("d" if kind == "d" else "f", y) for word in words for y in numbers(e, codes.storage, word)]
