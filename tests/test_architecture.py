@@ -38,8 +38,9 @@ CPU = [
     ["stages", "sums", "sources", "features"],
     ["softmax", "tiles"],
     ["gemm"],
-    ["elements", "exp", "launch"],
-    ["simd", "params", "cache"],
+    ["elements", "exp", "launch", "views"],
+    ["cache"],
+    ["simd", "params", "machine_code"],
 ]
 CPU_LEVEL = {module: level for level, modules in enumerate(CPU) for module in modules}
 

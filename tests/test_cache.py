@@ -45,7 +45,7 @@ def kernel(name="add"):
 
         return add
 
-    return cache.Kernel(name, make, "int64(int64, int64)")
+    return cache.Function(name, make, "int64(int64, int64)")
 
 
 def test_second_process_compiles_nothing(tmp_path):
@@ -122,13 +122,13 @@ def test_no_place_to_write(tmp_path, monkeypatch):
 def test_processes_race_for_one_empty_cache(tmp_path, rounds):
     code = f"""
     import sys
-    from numba_attention.cpu.cache import Kernel
+    from numba_attention.cpu.cache import Function
     def make():
         def add(a, b):
             return a + b
         return add
     for i in range({rounds}):
-        kernel = Kernel(f"race{{i}}", make, "int64(int64, int64)")
+        kernel = Function(f"race{{i}}", make, "int64(int64, int64)")
         assert kernel.call(i, 1) == i + 1
     """
     env = {**os.environ, cache.ENVIRONMENT: str(tmp_path)}

@@ -9,7 +9,7 @@ import numpy as np
 from numba import carray, types
 
 from ..cpu import backward, decode, forward, launch
-from ..cpu.cache import Kernel
+from ..cpu.cache import Function, Kernel
 from ..cpu.elements import Spec
 from ..cpu.params import PARAMS, SEQUENCE
 from ..cpu.simd import HOST, void_pointer
@@ -61,10 +61,10 @@ def _make_addresses() -> Callable[..., int]:
     return addresses
 
 
-def _addresses_of(size: int) -> Kernel:
+def _addresses_of(size: int) -> Function:
     """Finds where four matrices of elements of this size begin, in a tenth of the time of ``array.ctypes.data``."""
     matrix = types.Array(types.Integer.from_bitwidth(8 * size, signed=False), 2, "A", readonly=True)
-    return Kernel(f"addresses-{size}", _make_addresses, types.int64(matrix, matrix, matrix, matrix, types.int64))
+    return Function(f"addresses-{size}", _make_addresses, types.int64(matrix, matrix, matrix, matrix, types.int64))
 
 
 addresses = {size: _addresses_of(size) for size in (2, 4, 8)}

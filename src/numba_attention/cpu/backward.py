@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray
 
 from . import tiles
 from .elements import Spec
@@ -27,6 +26,7 @@ from .simd import fetch_add, void_pointer
 from .softmax import MAX, RESCALE, ROWS, SUM, SUM_ROWS, TILE_MAX, multiply_tile, row_products, softmax_gradient
 from .sums import CLEAN, LOST, add_products, add_transposed, copy_rows, padded, write_sums
 from .sums import add_sums as sums_adder
+from .views import carray
 
 LSE, DELTA = MAX, SUM  # rows of the state
 TABLES = ("grad_rows", "grad_query_rows", "grad_bias_rows", "dirty")

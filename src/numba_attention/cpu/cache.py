@@ -27,6 +27,7 @@ from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
 
 from ..errors import NumbaAttentionWarning
+from .machine_code import MachineCode, compile_kernel, load
 
 ENVIRONMENT = "NUMBA_ATTENTION_CACHE_DIR"
 _SUFFIX = ".kernel"
@@ -107,7 +108,7 @@ def _environment() -> str:
 
 
 class Kernel:
-    """One function for one signature, compiled or loaded when first needed.
+    """One function for one signature, compiled or loaded when first needed; called by other machine code.
 
     Parameters
     ----------
@@ -116,45 +117,32 @@ class Kernel:
     make : callable
         Returns the Python function to compile; not called when the cache has the kernel.
     signature : str or numba signature
-    parallel : bool
-        Whether the function has a `prange`.
     """
 
-    def __init__(
-        self, name: str, make: Callable[[], Callable[..., int]], signature: Any, parallel: bool = False
-    ) -> None:
+    def __init__(self, name: str, make: Callable[[], Callable[..., int]], signature: Any) -> None:
         self.name = name
         self.origin = ""  # "compiled" or "loaded", once it is there
         self._make = make
         self._signature = signature
-        self._parallel = parallel
         self._lock = threading.Lock()
-        self._result: Any = None
-        self._address = 0
-
-    @property
-    def call(self) -> Callable[..., int]:
-        """The compiled function, called without Numba's dispatcher; arguments must have the very types."""
-        return self._get().entry_point  # type: ignore[no-any-return]
+        self._loaded: Any = None
 
     @property
     def address(self) -> int:
-        """Where its machine code begins, for calls from other kernels."""
-        if not self._address:
-            result = self._get()
-            self._address = int(result.library.get_pointer_to_function(result.fndesc.llvm_func_name))
-        return self._address
+        """Where its machine code begins."""
+        return int(self._get())
 
     def assembly(self) -> str:
         """Machine code as text; compiles afresh, because a loaded kernel has none."""
-        return str(self._compile().library.get_asm_str())
+        library, _ = compile_kernel(self._function(), self._signature)
+        return str(library.assembly())
 
     def _get(self) -> Any:
-        if self._result is None:
+        if self._loaded is None:
             with self._lock:
-                if self._result is None:
-                    self._result = self._load() or self._compile_and_save()
-        return self._result
+                if self._loaded is None:
+                    self._loaded = self._load() or self._compile_and_save()
+        return self._loaded
 
     @property
     def _path(self) -> Path | None:
@@ -164,35 +152,78 @@ class Kernel:
 
     def _load(self) -> Any:
         path = self._path
-        if path is None:
-            return None
-        payload = read_checked(path)
+        payload = None if path is None else read_checked(path)
         if payload is None:
             return None
         try:
-            context = cpu_target.target_context
-            rtsys.initialize(context)  # the object code refers to symbols of Numba's runtime
-            result = CompileResult._rebuild(context, *pickle.loads(payload))
+            loaded = self._from_bytes(payload)
         except Exception:  # by design: whatever is wrong with a file, the kernel can be compiled
             return None
         self.origin = "loaded"
-        return result
-
-    def _compile(self) -> Any:
-        function = self._make()
-        function.__qualname__ = function.__name__ = self.name.replace("-", "_")  # see Spec.jit
-        dispatcher = njit(parallel=self._parallel, nogil=True, error_model="numpy")(function)
-        dispatcher.compile(self._signature)
-        (result,) = dispatcher.overloads.values()
-        return result
+        return loaded
 
     def _compile_and_save(self) -> Any:
-        result = self._compile()
+        loaded, payload = self._compile()
         self.origin = "compiled"
         path = self._path
         if path is not None:
             try:
-                write_checked(path, serialize.dumps(result._reduce()))
+                write_checked(path, payload())
             except Exception as error:
                 warn_unwritten(error)
-        return result
+        return loaded
+
+    def _function(self) -> Callable[..., int]:
+        function = self._make()
+        # Numba numbers functions of one name by order of compilation: see `Spec.jit`.
+        function.__qualname__ = function.__name__ = self.name.replace("-", "_")
+        return function
+
+    def _compile(self) -> tuple[Any, Callable[[], bytes]]:
+        """What `_get` returns, and its form in a file."""
+        library, symbol = compile_kernel(self._function(), self._signature)
+        code = library.machine_code(symbol)
+        return load(code), lambda: code.symbol.encode() + b"\0" + code.object
+
+    def _from_bytes(self, payload: bytes) -> Any:
+        symbol, _, machine_code = payload.partition(b"\0")
+        return load(MachineCode(machine_code, symbol.decode()))
+
+
+class Function(Kernel):
+    """A kernel that Python calls, with Numba's wrapper.
+
+    Parameters
+    ----------
+    name, make, signature
+        As of `Kernel`.
+    parallel : bool
+        Whether the function has a `prange`.
+    """
+
+    def __init__(
+        self, name: str, make: Callable[[], Callable[..., int]], signature: Any, parallel: bool = False
+    ) -> None:
+        super().__init__(name, make, signature)
+        self._parallel = parallel
+
+    @property
+    def call(self) -> Callable[..., int]:
+        """The compiled function, called without Numba's dispatcher; arguments must have the very types."""
+        return self._get().entry_point  # type: ignore[no-any-return]
+
+    @property
+    def address(self) -> int:
+        result = self._get()
+        return int(result.library.get_pointer_to_function(result.fndesc.llvm_func_name))
+
+    def _compile(self) -> tuple[Any, Callable[[], bytes]]:
+        dispatcher = njit(parallel=self._parallel, nogil=True, error_model="numpy")(self._function())
+        dispatcher.compile(self._signature)
+        (result,) = dispatcher.overloads.values()
+        return result, lambda: serialize.dumps(result._reduce())
+
+    def _from_bytes(self, payload: bytes) -> Any:
+        context = cpu_target.target_context
+        rtsys.initialize(context)  # the object code refers to symbols of Numba's runtime
+        return CompileResult._rebuild(context, *pickle.loads(payload))

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray
 
 from . import features, tiles
 from .elements import Spec
@@ -19,6 +18,7 @@ from .params import NEVER, PARAMS, SEQUENCE
 from .scoring import LN2, areas, lay_out, make_scoring
 from .simd import fetch_add, void_pointer
 from .softmax import MAX, ROWS, SUM, softmax_step
+from .views import carray
 
 SPLIT = 512  # keys
 

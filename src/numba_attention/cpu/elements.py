@@ -3,8 +3,8 @@
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import njit
 
+from .machine_code import part
 from .simd import F16, I8, I16, I32, Builder, Host, Value, Vector, load, splat, store
 
 
@@ -110,14 +110,14 @@ class Spec(NamedTuple):
         return f"{self.task}-{kinds}-{self.host.name}"
 
     def jit(self, function: Any) -> Any:
-        """`njit`, under a symbol that no other kernel has.
+        """`part`, under a symbol that no other kernel has.
 
         Numba numbers functions of one name by order of compilation. Kernels that were compiled in different processes
         and loaded into one can then share a symbol, and the linker takes the first for both: seen as float32 data in
         bfloat16 code.
         """
         function.__qualname__ = function.__name__ = f"{function.__name__}_{self.name}".replace("-", "_")
-        return njit(error_model="numpy")(function)
+        return part(function)
 
     @property
     def element(self) -> Element:

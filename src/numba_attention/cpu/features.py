@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray
 
 from .elements import Spec
 from .simd import (
@@ -37,6 +36,7 @@ from .simd import (
 from .softmax import RESCALE
 from .sums import write_sums
 from .tiles import load_query
+from .views import carray
 
 
 def padded(spec: Spec, features: int) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray
 
 from . import pairs, tiles
 from .elements import Spec
@@ -17,6 +16,7 @@ from .params import NEVER, PARAMS, SEQUENCE
 from .scoring import LN2, areas, lay_out, make_scoring
 from .simd import fetch_add, void_pointer
 from .softmax import MAX, RESCALE, ROWS, SUM, TILE_MAX, normalised_weights, softmax_step
+from .views import carray
 
 
 def scratch(spec: Spec, E: int, Ev: int) -> tuple[dict[str, int], int, int]:

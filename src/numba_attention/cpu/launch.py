@@ -12,7 +12,7 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .cache import Kernel
+from .cache import Function, Kernel
 from .simd import HOST, I8, I32, I64, Builder, Value, call
 
 VOID = ir.VoidType()
@@ -77,8 +77,8 @@ def _make_caller() -> Any:
 
 # One parallel region for every kernel: workers are compiled as plain functions and called through their address. Each
 # kernel then compiles once for serial and parallel use, in about half the time of a function with a prange in it.
-_launcher = Kernel("launch", _make_launcher, "int64(int64, int64, int64)", parallel=True)
-_caller = Kernel("call", _make_caller, "int64(int64, int64)")
+_launcher = Function("launch", _make_launcher, "int64(int64, int64, int64)", parallel=True)
+_caller = Function("call", _make_caller, "int64(int64, int64)")
 _workqueue_lock = threading.Lock()
 _layer: str | None = None
 _forked = False

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray
 
 from . import tiles
 from .elements import Spec
@@ -21,6 +20,7 @@ from .gemm import micro_kernel
 from .params import NEVER
 from .scoring import lay_out
 from .simd import fetch_add, void_pointer
+from .views import carray
 
 # Products of so many k are summed in registers, then added to what is in scratch. The packed tile, 24 KiB, stays in L1
 # (48 to 192 were within 3 %); and errors grow with CHUNK + K / CHUNK, where one chain's would grow with K.

@@ -10,7 +10,6 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray
 
 from ..intervals import visible as _visible
 from . import features, pairs, stages, tiles
@@ -20,6 +19,7 @@ from .params import NEVER
 from .simd import void_pointer
 from .softmax import FIRST, MAX, POSITION, ROWS, SLOPE, SPAN, SUM, TILE_MAX
 from .sources import Sources, make_sources
+from .views import carray, table_of
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 FEATURES = 128  # that a score sums in one chain; longer ones are summed in parts, at half the error for 256 of them
@@ -105,9 +105,7 @@ def make_scoring(spec: Spec) -> Scoring:
     find_keys, scale = sources.find_keys, sources.scale
     visible = spec.jit(FunctionType(_visible.__code__, {"min": min, "max": max}, "visible"))
 
-    @spec.jit
-    def table(address: int) -> Any:
-        return carray(void_pointer(address), BM, np.int64)
+    table = table_of(BM)
 
     @spec.jit
     def place_rows(p: Any, s: Any, at: int, head: int, first_row: int, count: int) -> tuple[int, int, int, int]:

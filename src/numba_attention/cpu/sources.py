@@ -7,13 +7,13 @@ pages is decided here; what is computed from the rows is the same, and so are it
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray
 
 from .elements import ELEMENTS, Spec
 from .params import NEVER
 from .simd import void_pointer
 from .softmax import multiply_tile
 from .tiles import copy_bytes, gather_tile
+from .views import carray
 
 
 class Sources(NamedTuple):

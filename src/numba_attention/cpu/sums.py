@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from numba import carray
 
 from .elements import Spec
 from .gemm import micro_kernel
@@ -12,6 +11,7 @@ from .softmax import SUM_ROWS
 from .tiles import drop_nonfinite as drop_nonfinite_of
 from .tiles import has_nan as any_nan
 from .tiles import row_group, widen_tile
+from .views import carray
 
 CLEAN, DIRTY, LOST = range(3)  # marks of rows: finite, NaN or infinity in grad_out, NaN in lse
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 
 from .elements import Element, Spec
 from .simd import I64, Builder, Value, Vector, at, load, loop, pointer, routine, store, void_pointer
+from .views import carray
 
 
 def _real(vector: Vector) -> str:
