@@ -256,8 +256,8 @@ def test_long_sums_no_less_exact_than_numpy(rows, items, monkeypatch):
     x, weight, _, grad = arrays(rows, 24, 40)
     _, grad_weight, grad_bias = linear_backward(grad, x, weight)
     want = grad.astype(np.float64).T @ x
-    # Of sums of normal numbers in chunks: the chain over chunks rounds sums of size sqrt(k) once a chunk. OpenBLAS's kernel
-    # for Haswell sums in longer chunks than that for AVX-512, and is a little more exact.
+    # Of sums of normal numbers in chunks: the chain over chunks rounds sums of size sqrt(k) once a chunk. OpenBLAS's
+    # kernel for Haswell sums in longer chunks than that for AVX-512, and is a little more exact.
     chain = np.finfo("f4").eps * rows / np.sqrt(24 * CHUNK)
     assert rms(grad_weight, want) <= max(1.5 * rms(grad.T @ x, want), chain)
     want = grad.sum(axis=0, dtype=np.float64)
