@@ -27,7 +27,8 @@ LAYERS = [
     ("caches", ["caches"]),
     ("validation", ["validation"]),
     ("kernels", ["cpu", "cuda"]),
-    ("primitives", ["intervals", "options", "errors"]),
+    ("primitives", ["intervals", "options", "kernel_cache"]),
+    ("errors", ["errors"]),
 ]  # fmt: skip
 LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module in modules}
 

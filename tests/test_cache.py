@@ -1,19 +1,23 @@
 """The kernel cache: hits, staleness, races between processes, damaged files, no place to write."""
 
 import os
+import signal
+import stat
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
+from numba_attention import kernel_cache
 from numba_attention.cpu import cache
 from numba_attention.errors import NumbaAttentionWarning
 
 
 def run(code, folder, **environment):
     """Run code in a fresh process with its own cache folder; return what it printed."""
-    env = {**os.environ, cache.ENVIRONMENT: str(folder), **environment}
+    env = {**os.environ, kernel_cache.ENVIRONMENT: str(folder), **environment}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -32,10 +36,10 @@ ATTEND = """
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
-    cache.directory.cache_clear()
+    monkeypatch.setenv(kernel_cache.ENVIRONMENT, str(tmp_path))
+    kernel_cache.directory.cache_clear()
     yield tmp_path
-    cache.directory.cache_clear()
+    kernel_cache.directory.cache_clear()
 
 
 def kernel(name="add"):
@@ -78,7 +82,7 @@ def test_environment_covers_sources_and_cpu(tmp_path):
 @pytest.mark.parametrize("damage", ["empty", "truncated", "bit flipped", "checksum of garbage", "folder"])
 def test_damaged_file_is_a_miss(folder, damage):
     kernel().call(1, 2)
-    (path,) = cache.entries()
+    (path,) = kernel_cache.entries()
     content = path.read_bytes()
     if damage == "empty":
         path.write_bytes(b"")
@@ -96,7 +100,7 @@ def test_damaged_file_is_a_miss(folder, damage):
         path.mkdir()
     again = kernel()
     if damage == "folder":
-        cache._warned = False
+        kernel_cache._warned = False
         with pytest.warns(NumbaAttentionWarning, match="could not be cached"):
             again.call(1, 2)
     else:
@@ -109,13 +113,128 @@ def test_damaged_file_is_a_miss(folder, damage):
 def test_no_place_to_write(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    monkeypatch.setenv(cache.ENVIRONMENT, str(blocked / "below"))
-    monkeypatch.setattr(cache, "_warned", False)
-    cache.directory.cache_clear()
-    with pytest.warns(NumbaAttentionWarning, match=cache.ENVIRONMENT):
-        assert cache.directory() is None
+    monkeypatch.setenv(kernel_cache.ENVIRONMENT, str(blocked / "below"))
+    monkeypatch.setattr(kernel_cache, "_warned", False)
+    kernel_cache.directory.cache_clear()
+    with pytest.warns(NumbaAttentionWarning, match=kernel_cache.ENVIRONMENT):
+        assert kernel_cache.directory() is None
     assert kernel().call(1, 2) == 3
-    cache.directory.cache_clear()
+    kernel_cache.directory.cache_clear()
+
+
+def test_tilde_is_the_home_folder(tmp_path):
+    code = "from numba_attention.kernel_cache import directory; print(directory())"
+    assert run(code, "~/kernels", HOME=str(tmp_path)) == str(tmp_path / "kernels")
+
+
+def test_folder_is_made_for_the_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv(kernel_cache.ENVIRONMENT, str(tmp_path / "a" / "kernels"))
+    kernel_cache.directory.cache_clear()
+    assert stat.S_IMODE(kernel_cache.directory().stat().st_mode) == 0o700
+    kernel_cache.directory.cache_clear()
+
+
+AS_OTHERS = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="changes owners: needs root")
+
+
+@pytest.mark.parametrize("fault", ["group may write", "all may write", pytest.param("another's", marks=AS_OTHERS)])
+def test_folder_that_others_may_write_is_refused(folder, monkeypatch, fault):
+    kernel().call(1, 2)
+    monkeypatch.setattr(kernel_cache, "_warned", False)
+    kernel_cache.directory.cache_clear()
+    if fault == "another's":
+        os.chown(folder, 1234, 1234)
+    else:
+        os.chmod(folder, 0o770 if fault == "group may write" else 0o707)
+    again = kernel()
+    with pytest.warns(NumbaAttentionWarning, match=r"another user \(uid 1234\)|written by others \(mode 7[07][07]\)"):
+        again.call(1, 2)
+    assert again.origin == "compiled"
+
+
+@pytest.mark.parametrize("fault", ["group may write", "link", "pipe", pytest.param("another's", marks=AS_OTHERS)])
+def test_file_that_others_may_have_written_is_refused(folder, monkeypatch, fault):
+    kernel().call(1, 2)
+    (path,) = kernel_cache.entries()
+    monkeypatch.setattr(kernel_cache, "_warned", False)
+    if fault == "group may write":
+        path.chmod(0o660)
+    elif fault == "another's":
+        os.chown(path, 1234, 1234)
+    else:
+        path.rename(folder / "elsewhere")
+        if fault == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(folder / "elsewhere")
+    again = kernel()
+    if fault in ("link", "pipe"):
+        again.call(1, 2)
+    else:
+        with pytest.warns(NumbaAttentionWarning, match="the file"):
+            again.call(1, 2)
+    assert again.origin == "compiled"
+    third = kernel()  # a sound file has replaced it
+    assert third.call(1, 2) == 3
+    assert third.origin == "loaded"
+
+
+def test_file_under_another_name_is_a_miss(folder):
+    def make():
+        def subtract(a, b):
+            return a - b
+
+        return subtract
+
+    kernel().call(1, 2)
+    (add,) = kernel_cache.entries()
+    subtract = cache.Function("subtract", make, "int64(int64, int64)")
+    os.replace(add, kernel_cache.path_of(subtract.name, subtract._key, ".kernel"))
+    assert subtract.call(1, 2) == -1
+    assert subtract.origin == "compiled"
+
+
+def test_full_disk_leaves_nothing(folder, monkeypatch):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit is then an OSError
+    monkeypatch.setattr(kernel_cache, "_warned", False)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        with pytest.warns(NumbaAttentionWarning, match="could not be cached"):
+            assert kernel().call(1, 2) == 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(folder) == []
+
+
+def test_folder_is_bounded(folder, monkeypatch):
+    monkeypatch.setattr(kernel_cache, "LARGEST", 2500)
+    now = time.time()
+    ages = {
+        "a.kernel": 10,
+        "b.cubin": 20,
+        "c.kernel": 30,
+        "old.kernel": kernel_cache.UNUSED + 9,
+        ".begun": 5,
+        ".left": 4000,
+    }
+    for name, age in ages.items():
+        (folder / name).write_bytes(bytes(1000))
+        os.utime(folder / name, (now - age, now - age))
+    (folder / "notes.txt").write_bytes(bytes(5000))
+    kernel_cache.prune(folder)
+    assert sorted(os.listdir(folder)) == [".begun", "a.kernel", "b.cubin", "notes.txt"]
+
+
+def test_loading_says_that_a_file_is_in_use(folder):
+    kernel().call(1, 2)
+    (path,) = kernel_cache.entries()
+    long_ago = time.time() - 10 * 86400
+    os.utime(path, (long_ago, long_ago))
+    kernel().call(1, 2)
+    assert path.stat().st_mtime > long_ago + 86400
 
 
 @pytest.mark.parametrize("rounds", [20, pytest.param(200, marks=pytest.mark.slow)])
@@ -131,7 +250,7 @@ def test_processes_race_for_one_empty_cache(tmp_path, rounds):
         kernel = Function(f"race{{i}}", make, "int64(int64, int64)")
         assert kernel.call(i, 1) == i + 1
     """
-    env = {**os.environ, cache.ENVIRONMENT: str(tmp_path)}
+    env = {**os.environ, kernel_cache.ENVIRONMENT: str(tmp_path)}
     racers = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env=env) for _ in range(8)]
     assert [p.wait() for p in racers] == [0] * 8
     left = [f for f in os.listdir(tmp_path) if not f.endswith(".kernel")]

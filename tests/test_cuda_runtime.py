@@ -15,7 +15,7 @@ import pytest
 
 import numba_attention as na
 from device import HostDriver
-from numba_attention.cpu import cache
+from numba_attention import kernel_cache as cache
 from numba_attention.cuda import constants, cubins, diagnosis, driver, runtime
 from numba_attention.cuda.headers import held
 
@@ -407,7 +407,7 @@ def forget():
 
 
 def files(folder):
-    return sorted(folder.glob(f"*{cubins.SUFFIX}"))
+    return sorted(folder.glob("*.cubin"))
 
 
 def test_cubins_are_made_once(folder):
@@ -448,16 +448,16 @@ def test_cubins_of_other_versions_are_not_found(folder, monkeypatch):
 
 
 def test_cubins_without_a_folder(folder, monkeypatch):
-    monkeypatch.setattr(cache, "directory", lambda: None)
+    monkeypatch.setattr(cubins, "path_of", lambda *key: None)
     assert runtime.cubin("key", lambda: b"code") == b"code"
     assert runtime.cubin("key", never) == b"code"
 
 
 def test_cubins_where_nothing_can_be_written(folder, monkeypatch):
-    def full(path, payload):
+    def full(path, key, payload):
         raise OSError("no space")
 
-    monkeypatch.setattr(cache, "write_checked", full)
+    monkeypatch.setattr(cubins, "write_checked", full)
     monkeypatch.setattr(cache, "_warned", False)
     with pytest.warns(
         na.NumbaAttentionWarning if hasattr(na, "NumbaAttentionWarning") else UserWarning, match="no space"

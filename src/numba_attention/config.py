@@ -129,7 +129,7 @@ def _backends() -> dict[str, str]:
 
 
 def _cache() -> dict[str, str]:
-    from .cpu.cache import directory
+    from .kernel_cache import directory
 
     folder = directory()
     if folder is None:

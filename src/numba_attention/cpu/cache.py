@@ -1,18 +1,15 @@
 """Compiled kernels, in memory and on disk, under keys we choose.
 
 Numba's own cache does not notice a change in another module, keeps an index and data files that several processes can
-leave inconsistent, and cannot key a function made by a factory. Here one kernel is one file, named by a digest of
-everything it depends on (the package's sources, Numba, llvmlite, Python, the CPU, what it is compiled for), begun with
-a checksum, written beside its place and renamed into it. Whatever fails to load is a miss.
+leave inconsistent, and cannot key a function made by a factory. Here one kernel is one file, under a key of everything
+it depends on: the package's sources, Numba, llvmlite, Python, the CPU, what it is compiled for. Whatever fails to load
+is a miss.
 """
 
 import hashlib
-import os
 import pickle
 import sys
-import tempfile
 import threading
-import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -26,72 +23,8 @@ from numba.core.compiler import CompileResult
 from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
 
-from ..errors import NumbaAttentionWarning
+from ..kernel_cache import path_of, read_checked, warn_unwritten, write_checked
 from .machine_code import MachineCode, compile_kernel, load
-
-ENVIRONMENT = "NUMBA_ATTENTION_CACHE_DIR"
-_SUFFIX = ".kernel"
-_warned = False
-
-
-@cache
-def directory() -> Path | None:
-    """The folder of the kernel cache, or None if there is none to write to and kernels live in memory only."""
-    chosen = os.environ.get(ENVIRONMENT)
-    if chosen:
-        candidates = [Path(chosen)]
-    elif sys.platform == "win32":
-        candidates = [Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")]
-    elif sys.platform == "darwin":
-        candidates = [Path.home() / "Library" / "Caches"]
-    else:
-        candidates = [Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")]
-    try:
-        folder = candidates[0] if chosen else candidates[0] / "numba-attention"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
-        _warn(f"no kernel cache ({error}); set {ENVIRONMENT} to a writeable folder to save compiling in every process")
-        return None
-
-
-def _warn(message: str) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(message, NumbaAttentionWarning, stacklevel=3)
-
-
-def warn_unwritten(error: Exception) -> None:
-    _warn(f"a kernel could not be cached ({error!r}); set {ENVIRONMENT} to a folder that can be written")
-
-
-def read_checked(path: Path) -> bytes | None:
-    """What `write_checked` wrote, or None if it is not there or not whole."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    checksum, payload = content[:32], content[32:]
-    return payload if hashlib.sha256(payload).digest() == checksum else None
-
-
-def write_checked(path: Path, payload: bytes) -> None:
-    """Write a file that other processes see whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        file.write(hashlib.sha256(payload).digest() + payload)
-    try:
-        os.replace(file.name, path)
-    except OSError:
-        os.unlink(file.name)
-        raise
-
-
-def entries() -> list[Path]:
-    """The files in the cache."""
-    folder = directory()
-    return sorted(folder.glob(f"*{_SUFFIX}")) if folder else []
 
 
 @cache
@@ -145,14 +78,13 @@ class Kernel:
         return self._loaded
 
     @property
-    def _path(self) -> Path | None:
-        folder = directory()
-        key = hashlib.sha256(f"{self.name} {self._signature} {_environment()}".encode()).hexdigest()[:32]
-        return folder / f"{self.name}-{key}{_SUFFIX}" if folder else None
+    def _key(self) -> str:
+        """Everything that decides what this compiles to."""
+        return f"{self.name} {self._signature} {_environment()}"
 
     def _load(self) -> Any:
-        path = self._path
-        payload = None if path is None else read_checked(path)
+        path = path_of(self.name, self._key, ".kernel")
+        payload = None if path is None else read_checked(path, self._key)
         if payload is None:
             return None
         try:
@@ -165,10 +97,10 @@ class Kernel:
     def _compile_and_save(self) -> Any:
         loaded, payload = self._compile()
         self.origin = "compiled"
-        path = self._path
+        path = path_of(self.name, self._key, ".kernel")
         if path is not None:
             try:
-                write_checked(path, payload())
+                write_checked(path, self._key, payload())
             except Exception as error:
                 warn_unwritten(error)
         return loaded

@@ -9,7 +9,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-SUFFIX = ".cubin"
+from ..kernel_cache import path_of, read_checked, warn_unwritten, write_checked
+
 # Those that compile: another version of any may give other code.
 _COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings", "cuda-toolkit")
 _WHEELS = ("nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12")
@@ -29,25 +30,18 @@ def cubin(key: str, make: Callable[[], bytes]) -> bytes:
 
 
 def _load_or_make(key: str, make: Callable[[], bytes]) -> bytes:
-    from ..cpu.cache import directory, read_checked, warn_unwritten, write_checked  # Numba, which not all need
-
-    folder = directory()
-    path = _path(folder, key) if folder else None
-    found = read_checked(path) if path else None
+    full_key = f"{key} {environment()}"
+    path = path_of(re.sub(r"[^A-Za-z0-9_.-]+", "-", key)[:80], full_key, ".cubin")
+    found = read_checked(path, full_key) if path else None
     if found is not None:
         return found
     code = make()
     if path is not None:
         try:
-            write_checked(path, code)
+            write_checked(path, full_key, code)
         except OSError as error:
             warn_unwritten(error)
     return code
-
-
-def _path(folder: Path, key: str) -> Path:
-    digest = hashlib.sha256(f"{key} {environment()}".encode()).hexdigest()[:32]
-    return folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', key)[:80]}-{digest}{SUFFIX}"
 
 
 def entry(code: bytes) -> str:
