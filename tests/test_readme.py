@@ -31,7 +31,7 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize(("name", "last"), [("run", "numba-attention demo"), ("test", "pytest")])
+@pytest.mark.parametrize(("name", "last"), [("run", "numba-attention demo"), ("test", "pytest -n 2")])
 def test_fresh_machine_takes_one_line(name, last):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(rf"<!-- {name}:start -->\n```sh\n(.*)\n```\n<!-- {name}:end -->", text)

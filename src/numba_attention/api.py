@@ -1,7 +1,9 @@
 """The public functions: signature, documentation, and a few lines that hand over to `problem` and a backend."""
 
+from __future__ import annotations  # short types in help()
+
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -9,7 +11,7 @@ from numpy.typing import ArrayLike
 from . import backends, placing
 from .merging import merge as _merge
 from .merging import merge_backward as _merge_backward
-from .options import Array, Causal, Gradients, Options, Window
+from .options import Array, Gradients, OptionArguments, Options, gather, takes_options
 from .problem import Empty, build, build_backward, build_weights, finish
 
 Index = ArrayLike | slice
@@ -21,20 +23,10 @@ def attention(
     key: Array,
     value: Array,
     *,
-    mask: ArrayLike | None = ...,
-    bias: ArrayLike | None = ...,
-    is_causal: Causal = ...,
-    window: Window | Sequence[int | None] | None = ...,
-    query_offset: ArrayLike | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    alibi_slopes: ArrayLike | None = ...,
-    sinks: ArrayLike | None = ...,
-    query_lengths: ArrayLike | None = ...,
-    key_lengths: ArrayLike | None = ...,
     return_lse: Literal[False] = ...,
     out: Array | None = ...,
     backend: str | None = ...,
+    **options: Unpack[OptionArguments],
 ) -> Array: ...
 @overload
 def attention(
@@ -42,40 +34,21 @@ def attention(
     key: Array,
     value: Array,
     *,
-    mask: ArrayLike | None = ...,
-    bias: ArrayLike | None = ...,
-    is_causal: Causal = ...,
-    window: Window | Sequence[int | None] | None = ...,
-    query_offset: ArrayLike | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    alibi_slopes: ArrayLike | None = ...,
-    sinks: ArrayLike | None = ...,
-    query_lengths: ArrayLike | None = ...,
-    key_lengths: ArrayLike | None = ...,
     return_lse: Literal[True],
     out: Array | None = ...,
     backend: str | None = ...,
+    **options: Unpack[OptionArguments],
 ) -> tuple[Array, Array]: ...
+@takes_options()
 def attention(
     query: Array,
     key: Array,
     value: Array,
     *,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    is_causal: Causal = False,
-    window: Window | Sequence[int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    query_lengths: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
     return_lse: bool = False,
     out: Array | None = None,
     backend: str | None = None,
+    **options: Unpack[OptionArguments],
 ) -> Array | tuple[Array, Array]:
     r"""Exact scaled dot-product attention, ``softmax(scale * query @ key.T + ...) @ value``, in linear memory.
 
@@ -133,7 +106,7 @@ def attention(
     ValueError
         A shape, length or option is out of range; the message names the argument and what was expected.
     BackendUnavailableError
-        The backend asked for cannot run here.
+        The backend settings for cannot run here.
 
     See Also
     --------
@@ -166,14 +139,12 @@ def attention(
     >>> bool(np.allclose(out[..., 0, :], v[..., 0, :], atol=1e-6))  # the first query sees the first key only
     True
     """
-    options = Options(
-        mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
-    )
+    settings = gather(attention, options)
     chosen = backends.select(backend, query, key, value)
     if chosen.on_device:
         operands = {"query": query, "key": key, "value": value}
-        return placing.run(_attention, chosen, operands, options, out=out, return_lse=return_lse)
-    return _attention(chosen, query, key, value, options, return_lse, out)
+        return placing.run(_attention, chosen, operands, settings, out=out, return_lse=return_lse)
+    return _attention(chosen, query, key, value, settings, return_lse, out)
 
 
 def _attention(
@@ -187,6 +158,7 @@ def _attention(
     return problem.result, problem.result_lse
 
 
+@takes_options()
 def attention_backward(
     grad_out: Array,
     query: Array,
@@ -196,18 +168,8 @@ def attention_backward(
     lse: Array,
     *,
     grad_lse: Array | None = None,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    is_causal: Causal = False,
-    window: Window | Sequence[int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    query_lengths: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
     backend: str | None = None,
+    **options: Unpack[OptionArguments],
 ) -> Gradients:
     r"""Gradients of `attention` with respect to its inputs, in linear memory.
 
@@ -221,7 +183,7 @@ def attention_backward(
         What it returned, with ``return_lse=True``.
     grad_lse : ndarray, shape (..., H, L), optional
         Gradient of the loss with respect to `lse`, where `lse` was used too (`merge_attention`, a z-loss).
-    mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
+    **options
         What `attention` was called with.
     backend : {"auto", "cpu", "cuda", "reference"}, optional
         As in `attention`.
@@ -270,17 +232,15 @@ def attention_backward(
     >>> bool(np.allclose(grads.value.sum(-2), 100, rtol=1e-4))  # the weights of each query sum to 1
     True
     """
-    options = Options(
-        mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
-    )
+    settings = gather(attention_backward, options)
     chosen = backends.select(backend, grad_out, query, key, value)
     if chosen.on_device:
         operands = {
             "query": query, "key": key, "value": value, "out": out, "lse": lse, "grad_out": grad_out,
             "grad_lse": grad_lse,
         }  # fmt: skip
-        return placing.run(_attention_backward, chosen, operands, options)
-    return _attention_backward(chosen, query, key, value, out, lse, grad_out, grad_lse, options)
+        return placing.run(_attention_backward, chosen, operands, settings)
+    return _attention_backward(chosen, query, key, value, out, lse, grad_out, grad_lse, settings)
 
 
 def _attention_backward(
@@ -292,24 +252,15 @@ def _attention_backward(
     return finish(problem, chosen.reduce)
 
 
+@takes_options()
 def attention_weights(
     query: Array,
     key: Array,
     *,
     heads: Index | None = None,
     rows: Index | None = None,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    is_causal: Causal = False,
-    window: Window | Sequence[int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    query_lengths: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
     backend: str | None = None,
+    **options: Unpack[OptionArguments],
 ) -> Array:
     """Attention probabilities, the softmax of the scores that `attention` weights the values with.
 
@@ -320,7 +271,7 @@ def attention_weights(
     heads, rows : int array, slice or bool array, optional
         Compute these query heads and these query rows only, so that chosen maps cost no L x S memory.
         They index the H and L axes as NumPy does; an integer array keeps its axis.
-    mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
+    **options
         As in `attention`, and broadcast against the full (..., H, L, S).
     backend : {"auto", "cpu", "cuda", "reference"}, optional
         As in `attention`.
@@ -347,14 +298,12 @@ def attention_weights(
     array([[1.   , 0.   , 0.   , 0.   ],
            [0.378, 0.622, 0.   , 0.   ]], dtype=float32)
     """
-    options = Options(
-        mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
-    )
+    settings = gather(attention_weights, options)
     chosen = backends.select(backend, query, key)
     if chosen.on_device:
         small = {"heads": heads, "rows": rows}
-        return placing.run(_attention_weights, chosen, {"query": query, "key": key}, options, small=small)
-    return _attention_weights(chosen, query, key, heads, rows, options)
+        return placing.run(_attention_weights, chosen, {"query": query, "key": key}, settings, small=small)
+    return _attention_weights(chosen, query, key, heads, rows, settings)
 
 
 def _attention_weights(

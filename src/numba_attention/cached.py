@@ -1,5 +1,6 @@
 """New queries, the contents of a cache and `Options` in, a checked `Problem` out."""
 
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -55,11 +56,12 @@ def build(
     return problem
 
 
-def _is_plain(o: Options) -> bool:
+_others = itemgetter(*(n for n, name in enumerate(Options._fields) if name not in ("scale", "is_causal")))
+
+
+def _is_plain(options: Options) -> bool:
     """Whether every option but scale and is_causal is None."""
-    arrays = o.mask is None and o.bias is None and o.alibi_slopes is None and o.sinks is None
-    positions = o.window is None and o.query_offset is None and o.query_lengths is None and o.key_lengths is None
-    return arrays and positions and o.softcap is None
+    return all(option is None for option in _others(options))
 
 
 def _sizes(q: Array, query: Any, contents: Contents) -> tuple[int, int, int, int, int]:

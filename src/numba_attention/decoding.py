@@ -1,7 +1,8 @@
 """Attention of the newest tokens to a cache of all keys and values so far."""
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations  # short types in help()
+
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,29 +13,20 @@ from .cached import build, is_of_newest, over_newest
 from .caches import KVCache, PagedKVCache
 from .caches.contents import Contents
 from .cuda import runtime
-from .options import Array, Causal, Options, Window
+from .options import Array, OptionArguments, Options, gather, takes_options
 from .problem import Empty
 
 
+@takes_options(is_causal="bottom-right")
 def attention_decode(
     query: Array,
     cache: KVCache | PagedKVCache,
     *,
     ids: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    is_causal: Causal = "bottom-right",
-    window: Window | Sequence[int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    query_lengths: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
     return_lse: bool = False,
     out: Array | None = None,
     backend: str | None = None,
+    **options: Unpack[OptionArguments],
 ) -> Array | tuple[Array, Array]:
     r"""Attention of the newest positions to everything in a key/value cache, at the speed of reading it once.
 
@@ -56,7 +48,7 @@ def attention_decode(
     is_causal : bool or {"top-left", "bottom-right"}, default "bottom-right"
         The queries are the last positions of their sequence: query i sees the keys up to its own, which is number
         ``length - L + i``. False: all keys.
-    window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths
+    **options
         As in `attention`. With `query_lengths`, only so many of the L queries of each sequence are there, and these
         are its last positions.
     key_lengths : int or array of int, shape (batch,), optional
@@ -110,9 +102,7 @@ def attention_decode(
     >>> bool(np.allclose(out, whole[:, :, -1:], atol=1e-6))
     True
     """
-    options = Options(
-        mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
-    )
+    settings = gather(attention_decode, {"is_causal": "bottom-right", **options})
     if type(cache) is KVCache:
         if ids is not None:
             raise ValueError("ids must be None for a KVCache, whose sequences are all used")
@@ -131,11 +121,11 @@ def attention_decode(
         held = [_used(contents, x) for x in contents[:4]] if given is None else given
         operands = {"query": query, **dict(zip(Contents._fields[:4], held, strict=True))}
         return placing.run(
-            _decode_on_device, chosen, operands, options, out=out, contents=contents, return_lse=return_lse
+            _decode_on_device, chosen, operands, settings, out=out, contents=contents, return_lse=return_lse
         )
     if given is not None:
         raise TypeError("the cache is on a GPU, and this call runs on the host: pass backend='cuda'")
-    return _decode(chosen, query, contents, options, return_lse, out)
+    return _decode(chosen, query, contents, settings, return_lse, out)
 
 
 def _decode(

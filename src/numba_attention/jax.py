@@ -5,16 +5,27 @@ XLA calls back into Python where attention belongs, and the kernels read and wri
 the very thread that runs the callback never comes, as on a machine with one core (jax issue 24255).
 """
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations  # short types in help()
+
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, Unpack, overload
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from . import api
 from .backends import select
-from .options import Causal, Options, Window
+from .options import (
+    PER_CALL,
+    PER_HEAD,
+    PER_SCORE,
+    PER_SEQUENCE,
+    Gradients,
+    OptionArguments,
+    Options,
+    gather,
+    takes_options,
+)
 from .problem import Problem, build
 
 try:
@@ -26,7 +37,8 @@ except ImportError as error:
 
 JaxArray: TypeAlias = jax.Array
 
-_DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
+# Options that are arrays, which XLA hands over at each call; the others are fixed when a function is traced.
+_ARRAYS = (*PER_SCORE, *PER_HEAD, *PER_SEQUENCE, *PER_CALL)
 
 
 class _Static(NamedTuple):
@@ -35,15 +47,14 @@ class _Static(NamedTuple):
     ndim: int  # of query, key, value, mask and bias before `jax.vmap` adds axes in front
     out_shape: tuple[int, ...]
     dtype: str
-    is_causal: Causal
-    window: tuple[int | None, ...] | None
-    scale: float
-    softcap: float | None
+    settings: Options  # those that are not arrays
     backend: str
 
     @property
     def options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("is_causal", "window", "scale", "softcap", "backend")}
+        """What a call says besides arrays."""
+        fixed = {name: x for name, x in self.settings._asdict().items() if name not in _ARRAYS}
+        return fixed | {"backend": self.backend}
 
 
 @overload
@@ -52,19 +63,9 @@ def attention(
     key: JaxArray,
     value: JaxArray,
     *,
-    mask: ArrayLike | None = ...,
-    bias: ArrayLike | None = ...,
-    is_causal: Causal = ...,
-    window: Window | Sequence[int | None] | None = ...,
-    query_offset: ArrayLike | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    alibi_slopes: ArrayLike | None = ...,
-    sinks: ArrayLike | None = ...,
-    query_lengths: ArrayLike | None = ...,
-    key_lengths: ArrayLike | None = ...,
     return_lse: Literal[False] = ...,
     backend: str | None = ...,
+    **options: Unpack[OptionArguments],
 ) -> JaxArray: ...
 @overload
 def attention(
@@ -72,38 +73,19 @@ def attention(
     key: JaxArray,
     value: JaxArray,
     *,
-    mask: ArrayLike | None = ...,
-    bias: ArrayLike | None = ...,
-    is_causal: Causal = ...,
-    window: Window | Sequence[int | None] | None = ...,
-    query_offset: ArrayLike | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    alibi_slopes: ArrayLike | None = ...,
-    sinks: ArrayLike | None = ...,
-    query_lengths: ArrayLike | None = ...,
-    key_lengths: ArrayLike | None = ...,
     return_lse: Literal[True],
     backend: str | None = ...,
+    **options: Unpack[OptionArguments],
 ) -> tuple[JaxArray, JaxArray]: ...
+@takes_options()
 def attention(
     query: JaxArray,
     key: JaxArray,
     value: JaxArray,
     *,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    is_causal: Causal = False,
-    window: Window | Sequence[int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    query_lengths: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    **options: Unpack[OptionArguments],
 ) -> JaxArray | tuple[JaxArray, JaxArray]:
     """Exact scaled dot-product attention of JAX arrays, in linear memory; works under jit, grad and vmap.
 
@@ -120,10 +102,9 @@ def attention(
         True where a query may attend to a key.
     bias : array of float, broadcastable to (..., H, L, S), optional
         Added to the scaled scores; differentiable.
-    query_offset, alibi_slopes, query_lengths, key_lengths : array, optional
-        As in `numba_attention.attention`; may be traced, and have no gradients.
-    is_causal, window, scale, softcap
-        As in `numba_attention.attention`; fixed when a function is traced.
+    **options
+        The others as in `numba_attention.attention`. Arrays may be traced, and have no gradients; numbers and names
+        are fixed when a function is traced.
     sinks : array of float, shape (H,), optional
         One extra logit per head in the softmax denominator; differentiable.
     return_lse : bool, default False
@@ -173,24 +154,21 @@ def attention(
     >>> jax.jit(jax.grad(loss))(query).shape
     (2, 8, 100, 64)
     """
-    given = {
-        "query": query, "key": key, "value": value, "mask": mask, "bias": bias, "query_offset": query_offset,
-        "alibi_slopes": alibi_slopes, "sinks": sinks, "query_lengths": query_lengths, "key_lengths": key_lengths,
-    }  # fmt: skip
+    settings = gather(attention, options)
+    given = {"query": query, "key": key, "value": value} | {name: getattr(settings, name) for name in _ARRAYS}
     arrays = {name: jnp.asarray(x) for name, x in given.items() if x is not None}
-    options = Options(is_causal=is_causal, window=window, scale=scale, softcap=softcap)
-    problem, chosen = _check(given, arrays, options, backend)
+    fixed: dict[str, Any] = dict.fromkeys(_ARRAYS)
+    settings = settings._replace(**fixed)
+    problem, chosen = _check(given, arrays, settings, backend)
     ndim = problem.out.ndim
-    ranks = {"query_offset": ndim - 3, "query_lengths": ndim - 3, "key_lengths": ndim - 3, "alibi_slopes": ndim - 2}
+    ranks = dict.fromkeys(PER_SEQUENCE, ndim - 3) | dict.fromkeys(PER_HEAD, ndim - 2)
     # With all their axes, arrays still broadcast as they should when vmap puts one more in front.
     for name, x in arrays.items():
-        if name != "sinks":
+        if name not in PER_CALL:
             arrays[name] = jnp.expand_dims(x, tuple(range(ranks.get(name, ndim) - x.ndim)))
-    static = _Static(
-        ndim, problem.out.shape, str(problem.out.dtype), is_causal,
-        None if window is None else tuple(None if x is None else int(x) for x in window),
-        problem.scale, problem.softcap, chosen,
-    )  # fmt: skip
+    window = None if settings.window is None else tuple(None if x is None else int(x) for x in settings.window)
+    settings = settings._replace(window=window, scale=problem.scale, softcap=problem.softcap)
+    static = _Static(ndim, problem.out.shape, str(problem.out.dtype), settings, chosen)
     out, lse = (x[0] if problem.result.ndim < ndim else x for x in _attention(static, arrays))
     return (out, lse) if return_lse else out
 
@@ -198,7 +176,7 @@ def attention(
 def _check(given: dict[str, Any], arrays: dict[str, Any], options: Options, backend: str | None) -> tuple[Problem, str]:
     """Raise for bad input now, as an exception in a callback loses its type and its place; choose the backend."""
     # What is traced, or large, is represented by its shape and dtype, in no memory.
-    small = ("query_offset", "alibi_slopes", "sinks", "query_lengths", "key_lengths")
+    small = (*PER_SEQUENCE, *PER_HEAD, *PER_CALL)
     examples: dict[str, Any] = {
         name: np.asarray(given[name])
         if name in small and not isinstance(given[name], jax.core.Tracer)
@@ -230,7 +208,7 @@ def _forward(static: _Static, arrays: dict[str, Any]) -> tuple[tuple[Any, Any], 
     values = {name: x.value for name, x in arrays.items()}
     result = _attention(static, values)
     # Names without arrays: a residual is a pytree, and so may say in its structure which gradients are wanted.
-    return result, (values, *result, dict.fromkeys(perturbed.intersection(_DIFFERENTIABLE)))
+    return result, (values, *result, dict.fromkeys(perturbed.intersection(Gradients._fields)))
 
 
 def _backward(static: _Static, residual: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[dict[str, Any]]:
@@ -293,7 +271,7 @@ def _calls(static: _Static, *buffers: dict[str, Any]) -> Iterator[tuple[dict[str
         # Such an axis is 1 where the input is the same for all, yet each of them has a gradient of its own.
         lead = np.broadcast_shapes(*(x.shape[:added] for x in arrays.values()))
         arrays = {name: np.broadcast_to(x, lead + x.shape[added:]) for name, x in arrays.items()}
-    if added and "sinks" in arrays:  # one per head for a whole call
+    if added and not arrays.keys().isdisjoint(PER_CALL):
         for index in np.ndindex(lead):
             yield {name: x[index] for name, x in results.items()}, {name: x[index] for name, x in arrays.items()}
     else:

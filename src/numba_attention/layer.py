@@ -1,8 +1,10 @@
 """Multi-head attention as a layer: the learned projections around `attention`, there and back."""
 
+from __future__ import annotations  # short types in help()
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,7 +12,7 @@ from numpy.typing import ArrayLike
 from .api import attention, attention_backward, attention_weights
 from .incremental import Cache, attend
 from .inputs import check_inputs, hide_padding, query_offset
-from .options import Array, Causal, Gradients, Window
+from .options import Array, Gradients, OptionArguments, gather, takes_options
 from .problem import sum_to
 from .projection import linear, linear_backward
 from .rotary import Rotation, Turn, rotate
@@ -27,28 +29,11 @@ _RUNS = {
 }
 
 
-class _Options(TypedDict, total=False):
-    """What a call of the layer may say besides its inputs."""
-
-    mask: ArrayLike | None
-    bias: ArrayLike | None
-    key_padding_mask: ArrayLike | None
-    is_causal: Causal
-    window: Window | Sequence[int | None] | None
-    query_offset: ArrayLike | None
-    scale: float | None
-    softcap: float | None
-    alibi_slopes: ArrayLike | None
-    sinks: ArrayLike | None
-    query_lengths: ArrayLike | None
-    key_lengths: ArrayLike | None
-
-
 @dataclass(slots=True, eq=False, repr=False)
 class Context:
     """What `MultiHeadAttention.backward` needs of one call of `forward`; of no use for anything else."""
 
-    layer: "MultiHeadAttention"
+    layer: MultiHeadAttention
     inputs: tuple[Array, Array | None, Array | None]  # as given
     q: Array  # (..., H, L, E)
     k: Array  # (..., Hkv, S, E)
@@ -136,12 +121,13 @@ class MultiHeadAttention(Weights):
         key: Array | None = ...,
         value: Array | None = ...,
         *,
+        key_padding_mask: ArrayLike | None = ...,
         cache: Cache | None = ...,
         ids: ArrayLike | None = ...,
         cu_seqlens: ArrayLike | None = ...,
         need_weights: Literal[False] = ...,
         average_weights: bool = ...,
-        **options: Unpack[_Options],
+        **options: Unpack[OptionArguments],
     ) -> Array: ...
     @overload
     def __call__(
@@ -150,33 +136,25 @@ class MultiHeadAttention(Weights):
         key: Array | None = ...,
         value: Array | None = ...,
         *,
+        key_padding_mask: ArrayLike | None = ...,
         need_weights: Literal[True],
         average_weights: bool = ...,
-        **options: Unpack[_Options],
+        **options: Unpack[OptionArguments],
     ) -> tuple[Array, Array]: ...
+    @takes_options()
     def __call__(
         self,
         query: Array,
         key: Array | None = None,
         value: Array | None = None,
         *,
-        mask: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
         key_padding_mask: ArrayLike | None = None,
-        is_causal: Causal = False,
-        window: Window | Sequence[int | None] | None = None,
-        query_offset: ArrayLike | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        alibi_slopes: ArrayLike | None = None,
-        sinks: ArrayLike | None = None,
-        query_lengths: ArrayLike | None = None,
-        key_lengths: ArrayLike | None = None,
         cache: Cache | None = None,
         ids: ArrayLike | None = None,
         cu_seqlens: ArrayLike | None = None,
         need_weights: bool = False,
         average_weights: bool = True,
+        **options: Unpack[OptionArguments],
     ) -> Array | tuple[Array, Array]:
         """Attend from every position of `query` to those of `key`.
 
@@ -196,8 +174,8 @@ class MultiHeadAttention(Weights):
         key_padding_mask : array of bool, shape (..., S), optional
             **True where a key is padding and must be ignored**: the name is PyTorch's, and so is the meaning, which is
             the opposite of `mask`.
-        is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
-            As in `attention`. Where padding is at the end, `key_lengths` says so in fewer words.
+        **options
+            The others as in `attention`. Where padding is at the end, `key_lengths` says so in fewer words.
         cache : KVCache or PagedKVCache, optional
             Keys and values of earlier calls, one cache for each layer. Those of `key` (by default `query`), of shape
             (batch, L, features), are projected, rotated and appended, as many as `key_lengths` says, and the queries
@@ -229,33 +207,20 @@ class MultiHeadAttention(Weights):
         TypeError, ValueError
             As in `attention`; the message names the argument.
         """
-        options = {
-            "mask": mask,
-            "bias": bias,
-            "key_padding_mask": key_padding_mask,
-            "is_causal": is_causal,
-            "window": window,
-            "query_offset": query_offset,
-            "scale": scale,
-            "softcap": softcap,
-            "alibi_slopes": alibi_slopes,
-            "sinks": sinks,
-            "query_lengths": query_lengths,
-            "key_lengths": key_lengths,
-        }
+        settings = gather(self.__call__, options)._asdict()
         if cache is not None:
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens must be None with a cache")
             if need_weights:
                 raise ValueError("need_weights must be False with a cache; see attention_weights")
-            return self._attend_cache(query, key, value, cache, ids, options)
+            return self._attend_cache(query, key, value, key_padding_mask, cache, ids, settings)
         if ids is not None:
             raise ValueError("ids must be None without a cache")
         if cu_seqlens is not None:
             if need_weights or key is not None or value is not None:
                 raise ValueError("cu_seqlens is for self-attention without need_weights: key and value must be None")
-            return self._attend_packed(query, cu_seqlens, options)
-        ctx = self._attend(query, key, value, options, return_lse=False)
+            return self._attend_packed(query, key_padding_mask, cu_seqlens, settings)
+        ctx = self._attend(query, key, value, key_padding_mask, settings, return_lse=False)
         result: Array | tuple[Array, Array] = self._result(ctx, need_weights, average_weights)
         return result
 
@@ -266,9 +231,10 @@ class MultiHeadAttention(Weights):
         key: Array | None = ...,
         value: Array | None = ...,
         *,
+        key_padding_mask: ArrayLike | None = ...,
         need_weights: Literal[False] = ...,
         average_weights: bool = ...,
-        **options: Unpack[_Options],
+        **options: Unpack[OptionArguments],
     ) -> tuple[Array, Context]: ...
     @overload
     def forward(
@@ -277,19 +243,22 @@ class MultiHeadAttention(Weights):
         key: Array | None = ...,
         value: Array | None = ...,
         *,
+        key_padding_mask: ArrayLike | None = ...,
         need_weights: Literal[True],
         average_weights: bool = ...,
-        **options: Unpack[_Options],
+        **options: Unpack[OptionArguments],
     ) -> tuple[tuple[Array, Array], Context]: ...
+    @takes_options()
     def forward(
         self,
         query: Array,
         key: Array | None = None,
         value: Array | None = None,
         *,
+        key_padding_mask: ArrayLike | None = None,
         need_weights: bool = False,
         average_weights: bool = True,
-        **options: Unpack[_Options],
+        **options: Unpack[OptionArguments],
     ) -> tuple[Array | tuple[Array, Array], Context]:
         """Do what a call of the layer does, and keep what `backward` needs.
 
@@ -325,9 +294,8 @@ class MultiHeadAttention(Weights):
         >>> bool((out == layer(x, is_causal=True)).all())
         True
         """
-        if unknown := options.keys() - _Options.__annotations__.keys():
-            raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}")
-        ctx = self._attend(query, key, value, dict(options), return_lse=True)
+        settings = gather(self.forward, options)._asdict()
+        ctx = self._attend(query, key, value, key_padding_mask, settings, return_lse=True)
         return self._result(ctx, need_weights, average_weights), ctx
 
     def backward(self, grad_out: Array, ctx: Context) -> Gradients:
@@ -416,14 +384,14 @@ class MultiHeadAttention(Weights):
         return Gradients(of_inputs[0], of_inputs[1], of_inputs[2], of_heads.bias, of_heads.sinks)
 
     def _attend(
-        self, query: Array, key: Array | None, value: Array | None, options: dict[str, Any], return_lse: bool
-    ) -> Context:
+        self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None, options: dict[str, Any],
+        return_lse: bool,
+    ) -> Context:  # fmt: skip
         """Project and attend, up to the output of the heads."""
         given = query, key, value
         features = self.embed_dim, self.kdim, self.vdim
         key, value, batch = check_inputs(query, key, value, features, self.dtype)
         options["backend"] = self.backend
-        padding = options.pop("key_padding_mask", None)
         if padding is not None:
             hide_padding(options, padding, key.shape[-2])
         q, k, v = self._project(query, key, value)
@@ -440,11 +408,12 @@ class MultiHeadAttention(Weights):
         return Context(self, given, q, k, v, turns, heads, lse, options)
 
     def _attend_cache(
-        self, query: Array, key: Array | None, value: Array | None, cache: Cache, ids: Any, options: dict[str, Any]
-    ) -> Array:
+        self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None, cache: Cache, ids: Any,
+        options: dict[str, Any],
+    ) -> Array:  # fmt: skip
         """Project, append, attend to the cache, project back."""
         key, value, _ = check_inputs(query, key, value, (self.embed_dim, self.kdim, self.vdim), self.dtype)
-        if options.pop("key_padding_mask") is not None:
+        if padding is not None:
             raise ValueError("key_padding_mask must be None with a cache; say how many keys are there with key_lengths")
         flat = query.ndim == key.ndim == value.ndim == 2
         q, k, v = self._project(query, key, value)
@@ -454,12 +423,14 @@ class MultiHeadAttention(Weights):
         out = linear(_features(heads), self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias"))
         return out[0] if flat else out
 
-    def _attend_packed(self, query: Array, cu_seqlens: ArrayLike, options: dict[str, Any]) -> Array:
+    def _attend_packed(
+        self, query: Array, padding: ArrayLike | None, cu_seqlens: ArrayLike, options: dict[str, Any]
+    ) -> Array:
         """Self-attention of sequences laid end to end."""
         key, value, _ = check_inputs(query, None, None, (self.embed_dim, self.kdim, self.vdim), self.dtype)
         if query.ndim != 2:
             raise ValueError(f"query must have shape (tokens, {self.embed_dim}) with cu_seqlens, got {query.shape}")
-        if options.pop("key_padding_mask") is not None:
+        if padding is not None:
             raise ValueError("key_padding_mask must be None with cu_seqlens, where there is no padding")
         q, k, v = self._project(query, key, value)
         starts = np.asarray(cu_seqlens)

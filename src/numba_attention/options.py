@@ -1,7 +1,16 @@
-"""The options every entry point shares, gathered once so that no function passes twenty arguments on."""
+"""The options of attention, declared once: every entry point takes them by name and gathers them into `Options`.
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+An option is a field of `Options`, with its default, and of its twin `OptionArguments`, with its type. Entry points end
+with ``**options: Unpack[OptionArguments]``, call `gather` and are decorated with `takes_options`, so that ``help()``
+and editors show the names. The text of an option stands in the docstring of `attention`.
+"""
+
+from __future__ import annotations  # short types in help()
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -9,6 +18,23 @@ from numpy.typing import ArrayLike
 Array = np.ndarray[Any, Any]
 Causal = bool | Literal["top-left", "bottom-right"]
 Window = tuple[int | None, int | None]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class OptionArguments(TypedDict, total=False):
+    """The options by name, as type checkers see them in a call."""
+
+    mask: ArrayLike | None
+    bias: ArrayLike | None
+    is_causal: Causal
+    window: Window | Sequence[int | None] | None
+    query_offset: ArrayLike | None
+    scale: float | None
+    softcap: float | None
+    alibi_slopes: ArrayLike | None
+    sinks: ArrayLike | None
+    query_lengths: ArrayLike | None
+    key_lengths: ArrayLike | None
 
 
 class Options(NamedTuple):
@@ -31,6 +57,39 @@ class Options(NamedTuple):
     key_lengths: ArrayLike | None = None
 
 
+NO_OPTIONS = Options()
+
+# Arrays among the options, by what their axes are: those of the scores (..., H, L, S); one number for each head, or for
+# each head and sequence (..., H); one for each sequence (...,); one for each head of the whole call (H,).
+PER_SCORE = ("mask", "bias")
+PER_HEAD = ("alibi_slopes",)
+PER_SEQUENCE = ("query_offset", "query_lengths", "key_lengths")
+PER_CALL = ("sinks",)
+DIFFERENTIABLE = ("bias", "sinks")
+
+# What other libraries call an option: PyTorch, flash-attn, xFormers, JAX, ONNX, Hugging Face's transformers.
+_ELSEWHERE = {
+    "attn_mask": "mask, where True = may attend, or bias",
+    "attention_mask": "mask, where True = may attend, or bias",
+    "attn_bias": "bias",
+    "position_bias": "bias",
+    "causal": "is_causal",
+    "softmax_scale": "scale",
+    "sm_scale": "scale",
+    "scaling": "scale",
+    "window_size": "window",
+    "sliding_window": "window",
+    "local_window_size": "window",
+    "logits_soft_cap": "softcap",
+    "s_aux": "sinks",
+    "key_padding_mask": "mask, where True = may attend, or key_lengths",
+    "query_seq_lengths": "query_lengths",
+    "key_value_seq_lengths": "key_lengths",
+    "return_attn_probs": "attention_weights, a function of its own",
+    "enable_gqa": "nothing: key and value may have fewer heads than query",
+}
+
+
 class Gradients(NamedTuple):
     """Gradients with respect to each input, of its shape and dtype; None for what was not given.
 
@@ -42,3 +101,52 @@ class Gradients(NamedTuple):
     value: Array | None
     bias: Array | None = None
     sinks: Array | None = None
+
+
+def gather(entry: Callable[..., Any], arguments: Mapping[str, Any]) -> Options:
+    """The options that `entry` was called with; a name that is none is a TypeError that says what is meant."""
+    if not arguments:
+        return NO_OPTIONS
+    try:
+        return Options(**arguments)
+    except TypeError:
+        raise unknown(entry, arguments) from None
+
+
+def unknown(entry: Callable[..., Any], arguments: Mapping[str, Any]) -> TypeError:
+    """The error for a name that `entry` does not have, with the nearest one it has."""
+    names = [p.name for p in inspect.signature(entry).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    name = next(name for name in arguments if name not in names)
+    near = difflib.get_close_matches(name, names, 1)
+    meant = _ELSEWHERE.get(name) or (near[0] if near else "")
+    hint = f"; did you mean {meant}?" if meant else f"; it takes {', '.join(names)}"
+    return TypeError(f"{entry.__qualname__}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def takes_options(**defaults: Any) -> Callable[[Function], Function]:
+    """Let the signature of a function that ends with ``**options`` name every option, with its type and default.
+
+    Parameters
+    ----------
+    **defaults
+        Where the function has another default than `Options`.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=defaults.get(name, Options._field_defaults[name]),
+                annotation=annotation.__forward_arg__,
+            )
+            for name, annotation in OptionArguments.__annotations__.items()
+            if name not in signature.parameters
+        ]
+        first = next((n for n, p in enumerate(own) if p.kind is p.KEYWORD_ONLY), len(own))
+        function.__signature__ = signature.replace(parameters=[*own[:first], *options, *own[first:]])  # type: ignore[attr-defined]
+        return function
+
+    return decorate

@@ -12,12 +12,10 @@ from .caches.contents import Contents
 from .cuda import arrays, configs, recording, runtime
 from .cuda.driver import identity
 from .cuda.headers import address_of, held
-from .options import Array, Options
+from .options import PER_SCORE, Array, Options
 from .validation import as_array, as_bools, as_floats, check_out, kind_of
 
 Result = TypeVar("Result")
-
-_SMALL = Options._fields[3:]  # read by the host: all but mask, bias and is_causal
 
 
 class Call:
@@ -91,8 +89,8 @@ class Call:
             if x is not None:
                 there = arrays.family_of(x) is not arrays.HOST
                 changed[name] = self.device_array(name, x if there else check(name, as_array(name, x)))
-        for name, x in zip(_SMALL, given[3:], strict=True):
-            if x is not None and arrays.on_device(x):
+        for name, x in zip(Options._fields, given, strict=True):
+            if x is not None and name not in PER_SCORE and arrays.on_device(x):
                 changed[name] = arrays.to_host(x)
         return given._replace(**changed) if changed else given
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .caches.contents import Contents
-from .options import Array, Gradients, Options
+from .options import NO_OPTIONS, Array, Gradients, Options
 from .validation import (
     arrays_among,
     as_bools,
@@ -143,7 +143,7 @@ def _resolve(
     L, S = rows if L is None else L, columns if S is None else S
     scale = scale_of(options.scale, E)
     problem = Problem(q, k, v, out, lse, result, result_lse, q.shape[:-3], H, Hkv, L, S, E, Ev, scale)
-    if options.is_causal is not False or any(x is not None for x in options[:2] + options[3:5] + options[6:]):
+    if options is not NO_OPTIONS:
         _apply(problem, options)
     return problem
 

@@ -3,14 +3,14 @@
 Tensors and arrays share their memory, so the rim is thin: names, dtypes, and one `torch.autograd.Function`.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias, overload
+from __future__ import annotations  # short types in help()
+
+from typing import Any, Literal, TypeAlias, Unpack, overload
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from . import api
-from .options import Array, Causal, Window
+from .options import Array, Gradients, OptionArguments, gather, takes_options
 
 try:
     import torch
@@ -20,7 +20,6 @@ except ImportError as error:
 Tensor: TypeAlias = torch.Tensor
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
 
 
 @overload
@@ -29,19 +28,9 @@ def attention(
     key: Tensor,
     value: Tensor,
     *,
-    mask: Tensor | ArrayLike | None = ...,
-    bias: Tensor | ArrayLike | None = ...,
-    is_causal: Causal = ...,
-    window: Window | Sequence[int | None] | None = ...,
-    query_offset: Tensor | ArrayLike | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    alibi_slopes: Tensor | ArrayLike | None = ...,
-    sinks: Tensor | ArrayLike | None = ...,
-    query_lengths: Tensor | ArrayLike | None = ...,
-    key_lengths: Tensor | ArrayLike | None = ...,
     return_lse: Literal[False] = ...,
     backend: str | None = ...,
+    **options: Unpack[OptionArguments],
 ) -> Tensor: ...
 @overload
 def attention(
@@ -49,38 +38,19 @@ def attention(
     key: Tensor,
     value: Tensor,
     *,
-    mask: Tensor | ArrayLike | None = ...,
-    bias: Tensor | ArrayLike | None = ...,
-    is_causal: Causal = ...,
-    window: Window | Sequence[int | None] | None = ...,
-    query_offset: Tensor | ArrayLike | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    alibi_slopes: Tensor | ArrayLike | None = ...,
-    sinks: Tensor | ArrayLike | None = ...,
-    query_lengths: Tensor | ArrayLike | None = ...,
-    key_lengths: Tensor | ArrayLike | None = ...,
     return_lse: Literal[True],
     backend: str | None = ...,
+    **options: Unpack[OptionArguments],
 ) -> tuple[Tensor, Tensor]: ...
+@takes_options()
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
-    mask: Tensor | ArrayLike | None = None,
-    bias: Tensor | ArrayLike | None = None,
-    is_causal: Causal = False,
-    window: Window | Sequence[int | None] | None = None,
-    query_offset: Tensor | ArrayLike | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | ArrayLike | None = None,
-    sinks: Tensor | ArrayLike | None = None,
-    query_lengths: Tensor | ArrayLike | None = None,
-    key_lengths: Tensor | ArrayLike | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    **options: Unpack[OptionArguments],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact scaled dot-product attention of tensors, differentiable, in linear memory.
 
@@ -97,8 +67,8 @@ def attention(
         True where a query may attend to a key.
     bias : Tensor or array of float, broadcastable to (..., H, L, S), optional
         Added to the scaled scores. A tensor that requires a gradient gets one.
-    is_causal, window, query_offset, scale, softcap, alibi_slopes, query_lengths, key_lengths
-        As in `numba_attention.attention`; tensors or arrays. They have no gradients.
+    **options
+        The others as in `numba_attention.attention`; tensors or arrays. They have no gradients.
     sinks : Tensor or array of float, shape (H,), optional
         One extra logit per head in the softmax denominator. A tensor that requires a gradient gets one.
     return_lse : bool, default False
@@ -161,13 +131,9 @@ def attention(
                 f"{name} must have dtype float32, float64, float16 or bfloat16, got {x.dtype}; "
                 f"convert it with {name}.to(torch.float32)"
             )
-    options = {
-        "mask": mask, "bias": bias, "is_causal": is_causal, "window": window, "query_offset": query_offset,
-        "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
-        "query_lengths": query_lengths, "key_lengths": key_lengths, "backend": backend,
-    }  # fmt: skip
+    gather(attention, options)
     tensors = {**operands, **{name: x for name, x in options.items() if torch.is_tensor(x)}}
-    constants = {name: x for name, x in options.items() if name not in tensors}
+    constants: dict[str, Any] = {name: x for name, x in options.items() if name not in tensors} | {"backend": backend}
     for name, x in tensors.items():
         if x.device.type != "cpu":
             raise ValueError(f"{name} must be on the CPU, got device {x.device}; move it with {name}.cpu()")
@@ -175,7 +141,7 @@ def attention(
             raise TypeError(
                 f"{name} must be a strided tensor, got layout {x.layout}; convert it with {name}.to_dense()"
             )
-        if x.requires_grad and name not in _DIFFERENTIABLE and torch.is_grad_enabled():
+        if x.requires_grad and name not in Gradients._fields and torch.is_grad_enabled():
             raise ValueError(f"{name} requires a gradient, but has none here; pass {name}.detach()")
     apply = _Attention.apply
     if torch.compiler.is_dynamo_compiling():

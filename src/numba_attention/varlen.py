@@ -1,14 +1,15 @@
 """Attention of packed sequences: laid end to end on one axis, without padding."""
 
-from collections.abc import Sequence
-from typing import Literal, overload
+from __future__ import annotations  # short types in help()
+
+from typing import Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from . import placing
 from .backends import Backend, select
-from .options import Array, Causal, Gradients, Options, Window
+from .options import Array, Gradients, OptionArguments, Options, gather, takes_options
 from .packed import build, build_backward, finish
 from .problem import Empty
 
@@ -21,20 +22,10 @@ def attention_varlen(
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
     *,
-    mask: ArrayLike | None = ...,
-    bias: ArrayLike | None = ...,
-    is_causal: Causal = ...,
-    window: Window | Sequence[int | None] | None = ...,
-    query_offset: ArrayLike | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    alibi_slopes: ArrayLike | None = ...,
-    sinks: ArrayLike | None = ...,
-    query_lengths: ArrayLike | None = ...,
-    key_lengths: ArrayLike | None = ...,
     return_lse: Literal[False] = ...,
     out: Array | None = ...,
     backend: str | None = ...,
+    **options: Unpack[OptionArguments],
 ) -> Array: ...
 @overload
 def attention_varlen(
@@ -44,21 +35,12 @@ def attention_varlen(
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
     *,
-    mask: ArrayLike | None = ...,
-    bias: ArrayLike | None = ...,
-    is_causal: Causal = ...,
-    window: Window | Sequence[int | None] | None = ...,
-    query_offset: ArrayLike | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    alibi_slopes: ArrayLike | None = ...,
-    sinks: ArrayLike | None = ...,
-    query_lengths: ArrayLike | None = ...,
-    key_lengths: ArrayLike | None = ...,
     return_lse: Literal[True],
     out: Array | None = ...,
     backend: str | None = ...,
+    **options: Unpack[OptionArguments],
 ) -> tuple[Array, Array]: ...
+@takes_options()
 def attention_varlen(
     query: Array,
     key: Array,
@@ -66,20 +48,10 @@ def attention_varlen(
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
     *,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    is_causal: Causal = False,
-    window: Window | Sequence[int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    query_lengths: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
     return_lse: bool = False,
     out: Array | None = None,
     backend: str | None = None,
+    **options: Unpack[OptionArguments],
 ) -> Array | tuple[Array, Array]:
     r"""`attention` of n sequences of different lengths, laid end to end: no padding is stored or computed.
 
@@ -97,7 +69,7 @@ def attention_varlen(
     mask, bias : array, optional
         As in `attention`, broadcastable to (n, H, longest queries, longest keys), that is about positions within each
         sequence, or to (H, T_q, T_k), about the packed arrays. The size of each of the two last axes decides.
-    is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
+    **options
         As in `attention`, with n sequences: alignment and positions are those within each sequence, lengths are valid
         prefixes of each.
     return_lse : bool, default False
@@ -144,15 +116,13 @@ def attention_varlen(
     >>> bool((out[7:].swapaxes(0, 1) == na.attention(last, last, last, is_causal=True)).all())
     True
     """
-    options = Options(
-        mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
-    )
+    settings = gather(attention_varlen, options)
     chosen = select(backend, query, key, value)
     if chosen.on_device:
         operands = {"query": query, "key": key, "value": value}
         small = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-        return placing.run(_attention_varlen, chosen, operands, options, out=out, small=small, return_lse=return_lse)
-    return _attention_varlen(chosen, query, key, value, cu_seqlens_q, cu_seqlens_k, options, return_lse, out)
+        return placing.run(_attention_varlen, chosen, operands, settings, out=out, small=small, return_lse=return_lse)
+    return _attention_varlen(chosen, query, key, value, cu_seqlens_q, cu_seqlens_k, settings, return_lse, out)
 
 
 def _attention_varlen(
@@ -166,6 +136,7 @@ def _attention_varlen(
     return problem.result, problem.result_lse
 
 
+@takes_options()
 def attention_varlen_backward(
     grad_out: Array,
     query: Array,
@@ -177,18 +148,8 @@ def attention_varlen_backward(
     cu_seqlens_k: ArrayLike,
     *,
     grad_lse: Array | None = None,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    is_causal: Causal = False,
-    window: Window | Sequence[int | None] | None = None,
-    query_offset: ArrayLike | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    query_lengths: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
     backend: str | None = None,
+    **options: Unpack[OptionArguments],
 ) -> Gradients:
     r"""Gradients of `attention_varlen` with respect to its inputs.
 
@@ -202,7 +163,7 @@ def attention_varlen_backward(
         What it returned, with ``return_lse=True``.
     grad_lse : ndarray, shape (H, T_q), optional
         Gradient of the loss with respect to `lse`.
-    mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
+    **options
         What `attention_varlen` was called with.
     backend : {"auto", "cpu", "cuda", "reference"}, optional
         As in `attention`.
@@ -236,9 +197,7 @@ def attention_varlen_backward(
     >>> bool(np.allclose(grads.value[:7].sum(0), 7, rtol=1e-4))  # the weights of each query sum to 1
     True
     """
-    options = Options(
-        mask, bias, is_causal, window, query_offset, scale, softcap, alibi_slopes, sinks, query_lengths, key_lengths
-    )
+    settings = gather(attention_varlen_backward, options)
     chosen = select(backend, grad_out, query, key, value)
     if chosen.on_device:
         operands = {
@@ -246,9 +205,9 @@ def attention_varlen_backward(
             "grad_lse": grad_lse,
         }  # fmt: skip
         small = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-        return placing.run(_attention_varlen_backward, chosen, operands, options, small=small)
+        return placing.run(_attention_varlen_backward, chosen, operands, settings, small=small)
     return _attention_varlen_backward(
-        chosen, query, key, value, out, lse, grad_out, grad_lse, cu_seqlens_q, cu_seqlens_k, options
+        chosen, query, key, value, out, lse, grad_out, grad_lse, cu_seqlens_q, cu_seqlens_k, settings
     )
 
 
