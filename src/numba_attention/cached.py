@@ -10,12 +10,14 @@ from .options import Array, Options
 from .problem import Empty, Problem, _apply
 from .validation import (
     arrays_among,
-    as_array,
+    as_bools,
+    as_flag,
     as_floats,
     as_ints,
     as_tensor,
     broadcast_to,
     check_out,
+    is_bottom_right,
     lse_dtype_of,
     scale_of,
 )
@@ -37,22 +39,23 @@ def build(
         full = empty(shape, q.dtype)
         result = full[0] if flat else full
     else:
-        inputs = {"query": query, "key": contents.key, "value": contents.value, **arrays_among(options)}
-        check_out(out, shape[1:] if flat else shape, q.dtype, **inputs)
-        result, full = out, out.view(np.ndarray)[None] if flat else out.view(np.ndarray)
+        inputs = {"query": q, "key": contents.key, "value": contents.value, **arrays_among(options)}
+        result, full = out, check_out(out, shape[1:] if flat else shape, q.dtype, **inputs)
+        if flat:
+            full = full[None]
     lse = result_lse = None
-    if return_lse:
+    if as_flag("return_lse", return_lse):
         lse = empty(shape[:3], lse_dtype_of(q))
         result_lse = lse[0] if flat else lse
     problem = Problem(
         q, contents.key, contents.value, full, lse, result, result_lse, q.shape[:1], H, Hkv, L, S, E, Ev,
-        scale_of(options.scale, E), cache=contents,
+        scale_of(options.scale, E, q.dtype), cache=contents,
     )  # fmt: skip
-    if options.is_causal == "bottom-right" and _is_plain(options):  # what nearly every call asks for
+    if is_bottom_right(options.is_causal) and _is_plain(options):  # what nearly every call asks for
         problem.right, problem.key_lengths = 0, lengths
         problem.offset = S - L if len(lengths) == 1 else lengths - L
         return problem
-    _apply(problem, _over_cache(options, contents, L, S))
+    _apply(problem, _over_cache(options, contents, H, L, S))
     return problem
 
 
@@ -81,7 +84,7 @@ def _sizes(q: Array, query: Any, contents: Contents) -> tuple[int, int, int, int
     return H, L, E, Hkv, Ev
 
 
-def _over_cache(options: Options, contents: Contents, L: int, S: int) -> Options:
+def _over_cache(options: Options, contents: Contents, H: int, L: int, S: int) -> Options:
     """Options as `attention` takes them: lengths of the cache, masks over all of its keys."""
     lengths, n = contents.lengths, len(contents.lengths)
     keys = lengths
@@ -91,9 +94,9 @@ def _over_cache(options: Options, contents: Contents, L: int, S: int) -> Options
             raise ValueError(f"key_lengths must lie between 0 and the lengths of the cache, {lengths}, got {keys}")
     mask, bias = options.mask, options.bias
     if mask is not None:
-        mask = over_newest("mask", as_array("mask", mask), lengths, L, S)
+        mask = over_newest("mask", as_bools("mask", mask), lengths, H, L, S)
     if bias is not None:
-        bias = over_newest("bias", as_floats("bias", bias), lengths, L, S)
+        bias = over_newest("bias", as_floats("bias", bias), lengths, H, L, S)
     return options._replace(mask=mask, bias=bias, key_lengths=keys)
 
 
@@ -102,15 +105,31 @@ def is_of_newest(array: Array, L: int, S: int) -> bool:
     return array.ndim >= 2 and array.shape[-1] not in (1, S) and array.shape[-1] == L
 
 
-def over_newest(name: str, array: Array, lengths: Array, L: int, S: int) -> Array:
-    """Extend what says something of the L newest keys of every sequence only to all keys."""
-    if not is_of_newest(array, L, S):
+def over_newest(name: str, array: Array, lengths: Array, H: int, L: int, S: int) -> Array:
+    """Extend what says something of the L newest keys of every sequence only to all keys, and check its shape.
+
+    Three axes are (H, L, keys), as broadcasting has it, and where they cannot be, (sequences, L, keys).
+    """
+    n, shape = len(lengths), array.shape
+    if array.ndim == 3 and shape[0] not in (1, H) and shape[0] == n:
+        array = array[:, None]
+    newest = is_of_newest(array, L, S)
+    full_shape = (n, H, L, L if newest else S)
+    try:
+        np.broadcast_to(array, full_shape)
+    except ValueError:
+        newest_too = "" if L in (1, S) else f", and for the newest keys alone, to {(n, H, L, L)}"
+        raise ValueError(
+            f"{name} of shape {shape} does not broadcast to {(n, H, L, S)}, (sequences, heads, queries, longest "
+            f"sequence){newest_too}"
+        ) from None
+    if not newest:
         return array
     if (lengths < L).any():
         raise ValueError(f"{name} over the {L} newest keys needs so many in every sequence, got lengths {lengths}")
-    shape = (len(lengths), *((1,) * (3 - array.ndim) + array.shape[-3:-1] if array.ndim < 4 else array.shape[1:3]), L)
-    array = broadcast_to(name, array, shape)
-    full = np.full((*shape[:-1], S), name == "mask", array.dtype)  # a key may be attended to, with a bias of 0
+    array = array[(None,) * (4 - array.ndim)]
+    array = np.broadcast_to(array, (n, *array.shape[1:3], L))
+    full = np.full((*array.shape[:-1], S), name == "mask", array.dtype)  # a key may be attended to, with a bias of 0
     for b, length in enumerate(lengths):
         full[b, ..., length - L : length] = array[b]
     return full

@@ -42,7 +42,8 @@ def attention_decode(
         Which sequences of a `PagedKVCache`; by default all there are, in the order of their ids.
     mask : array of bool, broadcastable to (batch, H, L, S), optional
         True where a query may attend to a key; S is the length of the longest sequence. With L columns instead of S, it
-        is about the L newest keys of each sequence, and all before them are seen: a tree of guesses.
+        is about the L newest keys of each sequence, and all before them are seen: a tree of guesses. Three axes are
+        (H, L, keys), or (batch, L, keys) where batch is not H: (batch, 1, L, keys) never means anything else.
     bias : array of float, broadcastable to (batch, H, L, S), optional
         Added to the scaled scores, or with L columns to those of the newest keys.
     is_causal : bool or {"top-left", "bottom-right"}, default "bottom-right"
@@ -154,11 +155,11 @@ def _decode_on_device(
     S = int(contents.lengths.max(initial=0))
     for name in ("mask", "bias"):
         array = getattr(options, name)
-        if array is not None and query.ndim >= 2 and is_of_newest(array, query.shape[-2], S):
+        if array is not None and query.ndim >= 3 and is_of_newest(array, query.shape[-2], S):
             # A tree of guesses: small, and made as wide as the cache by the host.
             small = np.empty(array.shape, array.dtype)
             runtime.download(array, small, runtime.stream())
-            wide = over_newest(name, small, contents.lengths, query.shape[-2], S)
+            wide = over_newest(name, small, contents.lengths, query.shape[-3], query.shape[-2], S)
             changed: dict[str, Any] = {name: runtime.upload(wide, runtime.stream())}
             options = options._replace(**changed)
     return _decode(chosen, query, there, options, return_lse, out, empty)

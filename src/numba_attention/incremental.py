@@ -9,6 +9,7 @@ from .caches import KVCache, PagedKVCache
 from .decoding import attention_decode
 from .options import Array
 from .rotary import Rotation, rotate
+from .validation import as_ints, broadcast_to
 
 Cache = KVCache | PagedKVCache
 
@@ -28,9 +29,13 @@ def attend(
         )
     if options.get("query_offset") is None:
         options["query_offset"] = before
+    else:
+        options["query_offset"] = broadcast_to(
+            "query_offset", as_ints("query_offset", options["query_offset"]), before.shape
+        )
     if rotation is not None:
         _rotate(k, before, rotation)
-        _rotate(q, np.broadcast_to(options["query_offset"], before.shape), rotation)
+        _rotate(q, options["query_offset"], rotation)
     lengths, options["key_lengths"] = options.get("key_lengths"), None
     heads = np.empty((len(q), q.shape[2], q.shape[1], v.shape[-1]), q.dtype)
     ids = _ids(cache, ids)

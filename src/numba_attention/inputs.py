@@ -6,20 +6,23 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .options import Array
+from .validation import as_array, as_bools, as_ints, as_ndarray, broadcast_to, is_bottom_right
 
 
 def check_inputs(
     query: Array, key: Array | None, value: Array | None, features: tuple[int, int, int], dtype: np.dtype[Any]
-) -> tuple[Array, Array, tuple[int, ...]]:
-    """Check the inputs; return key and value with their defaults, and the leading dimensions of all."""
+) -> tuple[Array, Array, Array, tuple[int, ...]]:
+    """Check the inputs; return query, key and value with their defaults, and the leading dimensions of all.
+
+    What is one array stays one: a product may then do several projections at once.
+    """
     if key is None and value is not None:
         raise ValueError("key must be given where value is")
-    key = query if key is None else key
-    value = key if value is None else value
+    given = query, key, value
+    query = as_ndarray("query", query)
+    key = query if key is None or key is given[0] else as_ndarray("key", key)
+    value = key if value is None or value is given[1] else query if value is given[0] else as_ndarray("value", value)
     for name, array, size in zip(("query", "key", "value"), (query, key, value), features, strict=True):
-        if not isinstance(array, np.ndarray):
-            kind = f"{type(array).__module__}.{type(array).__qualname__}"
-            raise TypeError(f"{name} must be a numpy.ndarray, got {kind}; convert it with numpy.asarray({name})")
         if array.dtype != dtype:
             raise TypeError(
                 f"{name} must have the dtype of the layer, {dtype}, got {array.dtype}; "
@@ -31,7 +34,7 @@ def check_inputs(
         raise ValueError(f"value must be as long as key, {key.shape[-2]}, got {value.shape[-2]}")
     shapes = query.shape[:-2], key.shape[:-2], value.shape[:-2]
     try:
-        return key, value, np.broadcast_shapes(*shapes)
+        return query, key, value, np.broadcast_shapes(*shapes)
     except ValueError:
         raise ValueError(
             "leading dimensions of query, key and value do not broadcast: {}, {}, {}".format(*shapes)
@@ -40,7 +43,7 @@ def check_inputs(
 
 def hide_padding(options: dict[str, Any], padding: ArrayLike, S: int) -> None:
     """Turn PyTorch's key_padding_mask into key_lengths if padding is at the end, and into a mask otherwise."""
-    ignored = np.asarray(padding)
+    ignored = as_array("key_padding_mask", padding)
     if ignored.dtype != np.bool_:
         raise TypeError(
             f"key_padding_mask must be boolean (True = padding, ignored), got {ignored.dtype}; "
@@ -51,37 +54,35 @@ def hide_padding(options: dict[str, Any], padding: ArrayLike, S: int) -> None:
     # Lengths let whole tiles be skipped. Not where positions are counted from the end of the keys, though: a mask says
     # nothing about where the sequence ends.
     at_end = bool((ignored[..., :-1] <= ignored[..., 1:]).all())
-    if at_end and options.get("key_lengths") is None and options.get("is_causal") != "bottom-right":
+    if at_end and options.get("key_lengths") is None and not is_bottom_right(options.get("is_causal")):
         options["key_lengths"] = S - np.count_nonzero(ignored, axis=-1)
         return
     seen = ~ignored[..., None, None, :]
     mask = options.get("mask")
     if mask is None:
         options["mask"] = seen
-    elif np.asarray(mask).dtype == np.bool_:  # anything else is refused by `attention`, in its own words
-        options["mask"] = mask & seen
+        return
+    shown = as_bools("mask", mask)
+    try:
+        options["mask"] = shown & seen
+    except ValueError:
+        raise ValueError(
+            f"mask of shape {shown.shape} and key_padding_mask of shape {ignored.shape} do not broadcast together"
+        ) from None
 
 
 def query_offset(options: dict[str, Any], L: int, S: int, batch: tuple[int, ...]) -> int | Array:
     """At which key position the first query of each sequence sits, by the rules of `attention`."""
     if options.get("query_offset") is not None:
         return _per_sequence("query_offset", options, 0, batch)
-    causal = options.get("is_causal")
-    if isinstance(causal, str) and causal == "bottom-right":
+    if is_bottom_right(options.get("is_causal")):
         return _per_sequence("key_lengths", options, S, batch) - _per_sequence("query_lengths", options, L, batch)
     return 0
 
 
 def _per_sequence(name: str, options: dict[str, Any], default: int, batch: tuple[int, ...]) -> int | Array:
-    """An option that is one integer, or one for each sequence; `attention` will check their range."""
+    """An option that is one integer, or one for each sequence; `attention` checks which lengths are possible."""
     if options.get(name) is None:
         return default
-    array = np.asarray(options[name])
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integer, got {array.dtype}")
-    if array.ndim == 0:
-        return int(array)
-    try:
-        return np.broadcast_to(array.astype(np.int64), batch)
-    except ValueError:
-        raise ValueError(f"{name} of shape {array.shape} does not broadcast to {batch}") from None
+    array = as_ints(name, options[name])
+    return int(array) if array.ndim == 0 else broadcast_to(name, array, batch)

@@ -16,7 +16,7 @@ from .options import Array, Gradients, OptionArguments, gather, takes_options
 from .problem import sum_to
 from .projection import linear, linear_backward
 from .rotary import Rotation, Turn, rotate
-from .validation import check_like
+from .validation import as_flag, as_ints, check_like
 from .varlen import attention_varlen
 from .weights import INPUTS, Weights
 
@@ -208,6 +208,8 @@ class MultiHeadAttention(Weights):
             As in `attention`; the message names the argument.
         """
         settings = gather(self.__call__, options)._asdict()
+        need_weights = as_flag("need_weights", need_weights)
+        average_weights = as_flag("average_weights", average_weights)
         if cache is not None:
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens must be None with a cache")
@@ -295,6 +297,8 @@ class MultiHeadAttention(Weights):
         True
         """
         settings = gather(self.forward, options)._asdict()
+        need_weights = as_flag("need_weights", need_weights)
+        average_weights = as_flag("average_weights", average_weights)
         ctx = self._attend(query, key, value, key_padding_mask, settings, return_lse=True)
         return self._result(ctx, need_weights, average_weights), ctx
 
@@ -355,7 +359,7 @@ class MultiHeadAttention(Weights):
         >>> grad.query.shape, grad.key
         ((5, 8), None)
         """
-        lse = self._check(grad_out, ctx)
+        grad_out, lse = self._check(grad_out, ctx)
         weight, bias = self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias")
         grad, grad_weight, grad_bias = _gradients(grad_out, _features(ctx.heads), weight, bias is not None)
         found: dict[str, Array | None] = {"out_proj.weight": grad_weight, "out_proj.bias": grad_bias}
@@ -388,9 +392,9 @@ class MultiHeadAttention(Weights):
         return_lse: bool,
     ) -> Context:  # fmt: skip
         """Project and attend, up to the output of the heads."""
-        given = query, key, value
+        is_given = key is not None, value is not None
         features = self.embed_dim, self.kdim, self.vdim
-        key, value, batch = check_inputs(query, key, value, features, self.dtype)
+        query, key, value, batch = check_inputs(query, key, value, features, self.dtype)
         options["backend"] = self.backend
         if padding is not None:
             hide_padding(options, padding, key.shape[-2])
@@ -405,16 +409,20 @@ class MultiHeadAttention(Weights):
             _, lse = attention(q, k, v, out=heads.swapaxes(-3, -2), return_lse=True, **options)
         else:
             attention(q, k, v, out=heads.swapaxes(-3, -2), **options)
-        return Context(self, given, q, k, v, turns, heads, lse, options)
+        inputs = query, key if is_given[0] else None, value if is_given[1] else None
+        return Context(self, inputs, q, k, v, turns, heads, lse, options)
 
     def _attend_cache(
         self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None, cache: Cache, ids: Any,
         options: dict[str, Any],
     ) -> Array:  # fmt: skip
         """Project, append, attend to the cache, project back."""
-        key, value, _ = check_inputs(query, key, value, (self.embed_dim, self.kdim, self.vdim), self.dtype)
+        query, key, value, _ = check_inputs(query, key, value, (self.embed_dim, self.kdim, self.vdim), self.dtype)
         if padding is not None:
-            raise ValueError("key_padding_mask must be None with a cache; say how many keys are there with key_lengths")
+            raise ValueError(
+                "key_padding_mask must be None with a cache: say how many of the new keys are there with key_lengths=, "
+                "and what may be attended to with mask=, about all cached keys or the newest (True = may attend)"
+            )
         flat = query.ndim == key.ndim == value.ndim == 2
         q, k, v = self._project(query, key, value)
         if flat:
@@ -427,18 +435,18 @@ class MultiHeadAttention(Weights):
         self, query: Array, padding: ArrayLike | None, cu_seqlens: ArrayLike, options: dict[str, Any]
     ) -> Array:
         """Self-attention of sequences laid end to end."""
-        key, value, _ = check_inputs(query, None, None, (self.embed_dim, self.kdim, self.vdim), self.dtype)
+        query, key, value, _ = check_inputs(query, None, None, (self.embed_dim, self.kdim, self.vdim), self.dtype)
         if query.ndim != 2:
             raise ValueError(f"query must have shape (tokens, {self.embed_dim}) with cu_seqlens, got {query.shape}")
         if padding is not None:
             raise ValueError("key_padding_mask must be None with cu_seqlens, where there is no padding")
         q, k, v = self._project(query, key, value)
-        starts = np.asarray(cu_seqlens)
+        starts = as_ints("cu_seqlens", cu_seqlens)
         if self._rotation is not None:
             if options["query_offset"] is not None:
                 raise ValueError("query_offset must be None with cu_seqlens and rotary positions")
             # Whatever is wrong with the offsets, `attention_varlen` says.
-            own = starts[:-1] if starts.ndim == 1 and starts.dtype.kind in "iu" else np.zeros(0, np.int64)
+            own = starts[:-1] if starts.ndim == 1 else np.zeros(0, np.int64)
             first = own[np.searchsorted(own, np.arange(len(query)), side="right") - 1] if own.size else 0
             turn = self._rotation.turn(np.arange(len(query)) - first, self.dtype)
             for x in (q, k):
@@ -457,14 +465,14 @@ class MultiHeadAttention(Weights):
             return out, _averaged(ctx.q, ctx.k, ctx.options)
         return out, attention_weights(ctx.q, ctx.k, **ctx.options)
 
-    def _check(self, grad_out: Any, ctx: Any) -> Array:
-        """Check what `backward` was given, and return the lse, which `forward` keeps."""
+    def _check(self, grad_out: Any, ctx: Any) -> tuple[Array, Array]:
+        """Check what `backward` was given; return the gradient, and the lse, which `forward` keeps."""
         if not isinstance(ctx, Context) or ctx.lse is None:
             raise TypeError(f"ctx must be what forward returned, got {type(ctx).__module__}.{type(ctx).__qualname__}")
         if ctx.layer is not self:
             raise ValueError("ctx must come from forward of the same layer")
-        check_like("grad_out", grad_out, (*ctx.heads.shape[:-2], self.embed_dim), self.dtype)
-        return ctx.lse
+        shape = (*ctx.heads.shape[:-2], self.embed_dim)
+        return check_like("grad_out", grad_out, shape, self.dtype), ctx.lse
 
     def _runs(self, key_too: bool, value_too: bool) -> tuple[tuple[int, int], ...]:
         """The products to do: input projections first .. last - 1 each, if key is (value is) the array before it."""

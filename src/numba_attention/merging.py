@@ -7,7 +7,7 @@ import numpy as np
 from . import placing
 from .cuda.arrays import on_device
 from .options import Array
-from .validation import check_like, is_bfloat16
+from .validation import as_ndarray, check_like, is_supported
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -30,13 +30,13 @@ def merge_backward(grad_out: Any, grad_lse: Any, outs: Any, lses: Any) -> tuple[
         return cast(tuple[list[Any], list[Any]], placing.through_host(merge_backward, **given))
     parts, logs = _arrays("outs", outs), _arrays("lses", lses)
     _check(parts, logs)
-    check_like("grad_out", grad_out, parts[0].shape, parts[0].dtype)
+    grad_out = check_like("grad_out", grad_out, parts[0].shape, parts[0].dtype)
     if grad_lse is not None:
-        check_like("grad_lse", grad_lse, logs[0].shape, logs[0].dtype)
+        grad_lse = check_like("grad_lse", grad_lse, logs[0].shape, logs[0].dtype)
     grad_outs, grad_lses = [], []
     with np.errstate(all="ignore"):
         out, _, weights = _merge(parts, logs)
-        grad = np.asarray(grad_out, out.dtype)
+        grad = grad_out.astype(out.dtype)
         for part, log, weight in zip(parts, logs, weights, strict=True):
             empty = log == -np.inf
             inner = np.sum(grad * (part - out), axis=-1) + (0 if grad_lse is None else grad_lse)
@@ -69,29 +69,27 @@ def _on_device(given: Any) -> bool:
 
 def _arrays(name: str, given: Any) -> list[Array]:
     try:
-        arrays = list(given)
-    except TypeError:
+        parts = list(as_ndarray(name, given) if isinstance(given, np.ndarray) else given)
+    except TypeError as error:
+        if isinstance(given, np.ndarray) and given.ndim:
+            raise
         raise TypeError(
             f"{name} must be a sequence of arrays or one stacked array, got {type(given).__qualname__}"
-        ) from None
-    if not arrays:
+        ) from error
+    if not parts:
         raise ValueError(f"{name} must hold at least one array")
+    arrays = [np.asarray(x) if isinstance(x, np.generic) else as_ndarray(f"an array of {name}", x) for x in parts]
     for array in arrays:
-        if not isinstance(array, np.ndarray | np.generic) or isinstance(array, np.ma.MaskedArray):
-            raise TypeError(
-                f"{name} must hold numpy.ndarray, got {type(array).__qualname__}; convert it with numpy.asarray"
-            )
         if array.dtype != arrays[0].dtype:
             raise TypeError(f"{name} must share one dtype, got {arrays[0].dtype} and {array.dtype}")
         if array.shape != arrays[0].shape:
             raise ValueError(f"{name} must share one shape, got {arrays[0].shape} and {array.shape}")
-    return [np.asarray(array) for array in arrays]
+    return arrays
 
 
 def _check(outs: list[Array], lses: list[Array]) -> None:
-    dtype = outs[0].dtype
-    if not dtype.isnative or (dtype not in _FLOATS and dtype != np.float16 and not is_bfloat16(dtype)):
-        raise TypeError(f"outs must be native float32, float64, float16 or ml_dtypes.bfloat16, got {dtype}")
+    if not is_supported(outs[0].dtype):
+        raise TypeError(f"outs must be native float32, float64, float16 or ml_dtypes.bfloat16, got {outs[0].dtype}")
     if lses[0].dtype not in _FLOATS or not lses[0].dtype.isnative:
         raise TypeError(f"lses must be native float32 or float64, got {lses[0].dtype}")
     if len(outs) != len(lses):

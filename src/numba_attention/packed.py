@@ -10,14 +10,14 @@ from .problem import BackwardProblem, Empty, Packing, Problem, Reduce, _operands
 from .validation import (
     arrays_among,
     as_bools,
+    as_flag,
     as_floats,
     as_ints,
+    as_ndarray,
     broadcast_to,
     check_like,
     check_out,
-    kind_of,
     lse_dtype_of,
-    refuse_on_device,
 )
 
 
@@ -30,11 +30,11 @@ def build(
     packing = _packing(cu_q, cu_k, q, k)
     shape = (q.shape[1], q.shape[0], v.shape[2])
     if out is None:
-        out = empty(shape, q.dtype)
+        full = out = empty(shape, q.dtype)
     else:
-        check_out(out, shape, q.dtype, query=query, key=key, value=value, **arrays_among(options))
-    lse = empty(q.shape[:2], lse_dtype_of(q)) if return_lse else None
-    return _problem(q, k, v, packing, options, out, lse)
+        full = check_out(out, shape, q.dtype, query=q, key=k, value=v, **arrays_among(options))
+    lse = empty(q.shape[:2], lse_dtype_of(q)) if as_flag("return_lse", return_lse) else None
+    return _problem(q, k, v, packing, options, full, lse, out)
 
 
 def build_backward(
@@ -45,12 +45,12 @@ def build_backward(
     q, k, v = _packed_operands(query, key, value)
     packing = _packing(cu_q, cu_k, q, k)
     shape = (q.shape[1], q.shape[0], v.shape[2])
-    check_like("out", out, shape, q.dtype)
-    check_like("grad_out", grad_out, shape, q.dtype)
-    check_like("lse", lse, q.shape[:2], lse_dtype_of(q))
+    out = check_like("out", out, shape, q.dtype)
+    grad_out = check_like("grad_out", grad_out, shape, q.dtype)
+    lse = check_like("lse", lse, q.shape[:2], lse_dtype_of(q))
     if grad_lse is not None:
-        check_like("grad_lse", grad_lse, q.shape[:2], lse_dtype_of(q))
-    problem = _problem(q, k, v, packing, options, out, lse)
+        grad_lse = check_like("grad_lse", grad_lse, q.shape[:2], lse_dtype_of(q))
+    problem = _problem(q, k, v, packing, options, out, lse, out)
     n = len(packing.query_rows)
     grads = empty(query.shape, q.dtype), empty(key.shape, q.dtype), empty(value.shape, q.dtype)
     dq, dk, dv = (_over(x.swapaxes(0, 1), n) for x in grads)
@@ -68,13 +68,13 @@ def finish(p: BackwardProblem, reduce: Reduce) -> Gradients:
 
 def _packed_operands(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:
     """Check query, key and value, (T, heads, features); return them as (heads, T, features)."""
+    arrays = []
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
-            refuse_on_device(name, x)
-            raise TypeError(f"{name} must be a numpy.ndarray, got {kind_of(x)}; convert it with numpy.asarray({name})")
-        if x.ndim != 3:
-            raise ValueError(f"{name} must have shape (tokens, heads, features), got {x.shape}")
-    q, k, v, _ = _operands(*(x.swapaxes(0, 1) for x in (query, key, value)))
+        array = as_ndarray(name, x)
+        if array.ndim != 3:
+            raise ValueError(f"{name} must have shape (tokens, heads, features), got {array.shape}")
+        arrays.append(array.swapaxes(0, 1))
+    q, k, v, _ = _operands(*arrays)
     return q, k, v
 
 
@@ -107,7 +107,7 @@ def _over(array: Array, n: int) -> Array:
 
 
 def _problem(
-    q: Array, k: Array, v: Array, packing: Packing, options: Options, out: Array, lse: Array | None
+    q: Array, k: Array, v: Array, packing: Packing, options: Options, out: Array, lse: Array | None, result: Array
 ) -> Problem:
     n, L, S = len(packing.query_rows), *(int(x.max(initial=0)) for x in (packing.query_rows, packing.key_rows))
     q, k, v, full = (_over(x, n) for x in (q, k, v, out.swapaxes(0, 1)))
@@ -117,7 +117,7 @@ def _problem(
         query_lengths=lengths_within("query_lengths", options.query_lengths, packing.query_rows),
         key_lengths=lengths_within("key_lengths", options.key_lengths, packing.key_rows),
     )
-    p = _resolve(q, k, v, lengths, full, None if lse is None else _over(lse, n), out, lse, L, S)
+    p = _resolve(q, k, v, lengths, full, None if lse is None else _over(lse, n), result, lse, L, S)
     if options.mask is not None:
         p.mask, in_mask = _over_tokens("mask", as_bools("mask", options.mask), p)
         packing = packing._replace(mask=in_mask)

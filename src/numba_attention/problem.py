@@ -6,10 +6,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .caches.contents import Contents
+from .narrowing import largest_computed
 from .options import NO_OPTIONS, Array, Gradients, Options
 from .validation import (
     arrays_among,
     as_bools,
+    as_few_floats,
+    as_flag,
     as_floats,
     as_index,
     as_ints,
@@ -20,6 +23,7 @@ from .validation import (
     broadcast_to,
     check_like,
     check_out,
+    is_bottom_right,
     lengths_within,
     lse_dtype_of,
     scale_of,
@@ -141,7 +145,7 @@ def _resolve(
     H, rows, E = q.shape[-3:]
     Hkv, columns, Ev = v.shape[-3:]
     L, S = rows if L is None else L, columns if S is None else S
-    scale = scale_of(options.scale, E)
+    scale = scale_of(options.scale, E, q.dtype)
     problem = Problem(q, k, v, out, lse, result, result_lse, q.shape[:-3], H, Hkv, L, S, E, Ev, scale)
     if options is not NO_OPTIONS:
         _apply(problem, options)
@@ -161,12 +165,12 @@ def build(
             result = full[0]
     else:
         result = out
-        check_out(
-            out, shape[1:] if flat else shape, q.dtype, query=query, key=key, value=value, **arrays_among(options)
-        )
-        full = out.view(np.ndarray)[None] if flat else out.view(np.ndarray)
+        inputs = {"query": np.asarray(query), "key": np.asarray(key), "value": np.asarray(value)}
+        full = check_out(out, shape[1:] if flat else shape, q.dtype, **inputs, **arrays_among(options))
+        if flat:
+            full = full[None]
     lse = result_lse = None
-    if return_lse:
+    if as_flag("return_lse", return_lse):
         lse = result_lse = empty(shape[:-1], lse_dtype_of(q))
         if flat:
             result_lse = lse[0]
@@ -181,19 +185,17 @@ def build_backward(
     q, k, v, flat = _operands(query, key, value)
     shape = (*q.shape[:-1], v.shape[-1])
     given = shape[1:] if flat else shape
-    check_like("out", out, given, q.dtype)
-    check_like("grad_out", grad_out, given, q.dtype)
-    check_like("lse", lse, given[:-1], lse_dtype_of(q))
+    out = check_like("out", out, given, q.dtype)
+    grad_out = check_like("grad_out", grad_out, given, q.dtype)
+    lse = check_like("lse", lse, given[:-1], lse_dtype_of(q))
     if grad_lse is not None:
-        check_like("grad_lse", grad_lse, given[:-1], lse_dtype_of(q))
-    full_out, full_lse, full_grad = (
-        x.view(np.ndarray)[None] if flat else x.view(np.ndarray) for x in (out, lse, grad_out)
-    )
-    full_grad_lse = None if grad_lse is None else grad_lse.view(np.ndarray)[None] if flat else grad_lse.view(np.ndarray)
+        grad_lse = check_like("grad_lse", grad_lse, given[:-1], lse_dtype_of(q))
+    full_out, full_lse, full_grad = (x[None] if flat else x for x in (out, lse, grad_out))
+    full_grad_lse = grad_lse[None] if flat and grad_lse is not None else grad_lse
     problem = _resolve(q, k, v, options, full_out, full_lse, out, lse)
     bias_shape = None
     if options.bias is not None:
-        bias_shape = np.shape(options.bias)
+        bias_shape = np.asarray(options.bias).shape
         bias_shape = (1,) * (q.ndim - len(bias_shape)) + bias_shape
     dq, dk, dv = (empty(x.shape, x.dtype) for x in (q, k, v))
     inputs = (query, key, value)
@@ -252,7 +254,7 @@ def build_weights(query: Any, key: Any, options: Options, heads: Any, rows: Any,
     full = empty((*batch, len(chosen_heads), len(chosen_rows), S), q.dtype)
     result = full[0] if query.ndim == key.ndim == 2 else full
     problem = Problem(
-        q, k, k, full, None, result, None, batch, H, Hkv, L, S, E, E, scale_of(options.scale, E),
+        q, k, k, full, None, result, None, batch, H, Hkv, L, S, E, E, scale_of(options.scale, E, q.dtype),
         heads=chosen_heads, rows=chosen_rows,
     )  # fmt: skip
     _apply(problem, options)
@@ -272,23 +274,26 @@ def _sizes(q: Array, k: Array) -> tuple[int, int, int, int, int]:
 def _apply(p: Problem, o: Options) -> None:
     """Validate every option that is not at its default and resolve it into the problem."""
     if o.softcap is not None:
-        p.softcap = as_real("softcap", o.softcap)
-        if p.softcap <= 0:
-            raise ValueError(f"softcap must be positive, got {p.softcap}")
+        softcap = as_real("softcap", o.softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap must be positive, got {softcap}")
+        # Within what keeps both softcap * log2(e) and its inverse finite in the compute type.
+        limit = largest_computed(p.query.dtype) / 4
+        p.softcap = min(max(softcap, 1 / limit), limit)
     if o.query_lengths is not None:
         p.query_lengths = lengths_within("query_lengths", o.query_lengths, p.L, p.batch)
     if o.key_lengths is not None:
         p.key_lengths = lengths_within("key_lengths", o.key_lengths, p.S, p.batch)
     _positions(p, o)
     if o.alibi_slopes is not None:
-        slopes = as_floats("alibi_slopes", o.alibi_slopes).astype(np.float64)
+        slopes = as_few_floats("alibi_slopes", o.alibi_slopes, p.query.dtype)
         if not np.isfinite(slopes).all():
             raise ValueError("alibi_slopes must be finite")
         if slopes.ndim == 0 or slopes.shape[-1] != p.H:
             raise ValueError(f"alibi_slopes must have shape ({p.H},) or (..., {p.H}), got {slopes.shape}")
         p.alibi_slopes = broadcast_to("alibi_slopes", slopes, (*p.batch, p.H))
     if o.sinks is not None:
-        sinks = as_floats("sinks", o.sinks).astype(np.float64)
+        sinks = as_few_floats("sinks", o.sinks, p.query.dtype)
         if sinks.shape != (p.H,):
             raise ValueError(f"sinks must have shape ({p.H},), one per query head, got {sinks.shape}")
         p.sinks = sinks
@@ -318,7 +323,7 @@ def _positions(p: Problem, o: Options) -> None:
     if o.query_offset is not None:
         offset = as_ints("query_offset", o.query_offset)
         p.offset = int(offset) if offset.ndim == 0 else broadcast_to("query_offset", offset, p.batch)
-    elif isinstance(causal, str) and causal == "bottom-right":
+    elif is_bottom_right(causal):
         keys = p.S if p.key_lengths is None else p.key_lengths
         queries = p.L if p.query_lengths is None else p.query_lengths
         p.offset = keys - queries

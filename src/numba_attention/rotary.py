@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .options import Array
-from .validation import is_bfloat16
+from .validation import as_array, as_ndarray, as_real, check_out, is_supported
 
-_F32, _F64, _F16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
+_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 
 Scaling = float | Mapping[str, Any]
 
@@ -127,12 +127,13 @@ def apply_rotary(
         _positions(positions, x.shape[:-1]), x.dtype
     )
     if out is None:
-        out = np.empty_like(x, subok=False)  # laid out as x, so that rows are read and written in the same order
-    else:
-        _check_out(out, x)
-        if np.may_share_memory(out, x) and not _same_elements(out, x):
-            x = x.copy()  # as NumPy's own functions do: the result is that of inputs which nobody writes to
-    rotate(x, turn, out)
+        out = np.empty_like(x)  # laid out as x, so that rows are read and written in the same order
+        rotate(x, turn, out)
+        return out
+    target = check_out(out, x.shape, x.dtype, of="x")
+    if np.may_share_memory(target, x) and not _same_elements(target, x):
+        x = x.copy()  # as NumPy's own functions do: the result is that of inputs which nobody writes to
+    rotate(x, turn, target)
     return out
 
 
@@ -187,7 +188,7 @@ def rotate(x: Array, turn: Turn, out: Array) -> None:
             np.multiply(features[..., first], sin[..., rows, second], out=partners[..., second])
             # Only now, when these rows are not read again: `out` may be x. unsafe: float32 is rounded to a half type.
             np.add(own, partners, out=out[..., rows, :dim], casting="unsafe")
-    if dim < x.shape[-1] and out is not x:
+    if dim < x.shape[-1] and not _same_elements(out, x):
         out[..., dim:] = x[..., dim:]
 
 
@@ -203,23 +204,17 @@ def _pairs(dim: int, interleaved: bool) -> tuple[slice, slice]:
 
 
 def _features(x: Any) -> Array:
-    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
-        kind = f"{type(x).__module__}.{type(x).__qualname__}"
-        raise TypeError(f"x must be a numpy.ndarray, got {kind}; convert it with numpy.asarray(x)")
-    if not x.dtype.isnative or (x.dtype not in (_F32, _F64, _F16) and not is_bfloat16(x.dtype)):
+    x = as_ndarray("x", x)
+    if not is_supported(x.dtype):
         raise TypeError(f"x must be native float32, float64, float16 or ml_dtypes.bfloat16, got {x.dtype}")
     if x.ndim < 2:
         raise ValueError(f"x must have shape (..., length, features), got {x.shape}")
-    return x
+    result: Array = x
+    return result
 
 
 def _positions(positions: Any, rows: tuple[int, ...]) -> Array:
-    if isinstance(positions, np.ma.MaskedArray):
-        raise TypeError("positions is a masked array, whose mask would be lost; pass its .data")
-    try:
-        array = np.asarray(positions)
-    except ValueError as error:
-        raise ValueError(f"positions is not an array: {error}") from None
+    array = as_array("positions", positions)
     if array.dtype.kind not in "iuf":
         raise TypeError(f"positions must be integers or floating point, got {array.dtype}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -229,19 +224,6 @@ def _positions(positions: Any, rows: tuple[int, ...]) -> Array:
     except ValueError:
         raise ValueError(f"positions of shape {array.shape} does not broadcast to {rows}, the rows of x") from None
     return array
-
-
-def _check_out(out: Any, x: Array) -> None:
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray | np.matrix):
-        raise TypeError(f"out must be a numpy.ndarray, got {type(out).__module__}.{type(out).__qualname__}")
-    if out.dtype != x.dtype:
-        raise TypeError(f"out must have the dtype of x, {x.dtype}, got {out.dtype}")
-    if out.shape != x.shape:
-        raise ValueError(f"out must have the shape of x, {x.shape}, got {out.shape}")
-    if not out.flags.writeable:
-        raise ValueError("out must be writeable, got a read-only array")
-    if out.size and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
-        raise ValueError("out must not overlap itself, got an array with zero strides")
 
 
 def _same_elements(a: Array, b: Array) -> bool:
@@ -257,17 +239,16 @@ def _scaling(scaling: Any) -> tuple[str, float]:
     if scaling.keys() != {"type", "factor"}:
         raise ValueError(f"scaling must have the keys 'type' and 'factor', got {sorted(map(str, scaling))}")
     kind = scaling["type"]
-    if kind not in ("linear", "ntk"):
+    if not isinstance(kind, str) or kind not in ("linear", "ntk"):
         raise ValueError(f"scaling must be of type 'linear' or 'ntk', got {kind!r}")
     return kind, _positive("factor of scaling", scaling["factor"])
 
 
 def _positive(name: str, x: Any) -> float:
-    if isinstance(x, bool | np.bool_) or not isinstance(x, int | float | np.integer | np.floating):
-        raise TypeError(f"{name} must be a real number, got {x!r}")
-    if not 0 < x < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {x}")
-    return float(x)
+    number = as_real(name, x)
+    if number <= 0:
+        raise ValueError(f"{name} must be positive and finite, got {number}")
+    return number
 
 
 __all__ = ["apply_rotary"]

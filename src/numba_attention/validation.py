@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .cuda.arrays import on_device
+from .narrowing import largest_computed
 from .options import Array, Options
 
 _F32, _F64, _F16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
@@ -27,17 +28,28 @@ def is_supported(dtype: np.dtype[Any]) -> bool:
     return dtype.isnative and (dtype in (_F32, _F64, _F16) or is_bfloat16(dtype))
 
 
+def as_ndarray(name: str, x: Any) -> Array:
+    """Check that x is an array, without making one of anything else, and view it as `numpy.ndarray` itself.
+
+    Subclasses that mean something else are refused. The view takes the rest (`numpy.memmap`, arrays with units) out of
+    the ``__array_function__`` and ``__array_ufunc__`` protocols, by which their code would run in the middle of a call.
+    """
+    if type(x) is np.ndarray:
+        return x
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must be a numpy.ndarray, got {kind_of(x)}, a masked array whose mask would be lost; pass its .data "
+            "and say what may be attended to with mask="
+        )
+    if not isinstance(x, np.ndarray) or isinstance(x, np.matrix):
+        refuse_on_device(name, x)
+        raise TypeError(f"{name} must be a numpy.ndarray, got {kind_of(x)}; convert it with numpy.asarray({name})")
+    return np.asarray(x)
+
+
 def as_tensor(name: str, array: Any) -> Array:
     """Check one of query, key, value and give it a head axis."""
-    if type(array) is not np.ndarray:
-        if isinstance(array, np.ma.MaskedArray):
-            raise TypeError(f"{name} is a masked array; pass its .data and say what may be attended to with mask=")
-        if not isinstance(array, np.ndarray) or isinstance(array, np.matrix):
-            refuse_on_device(name, array)
-            raise TypeError(
-                f"{name} must be a numpy.ndarray, got {kind_of(array)}; convert it with numpy.asarray({name})"
-            )
-        array = np.asarray(array)  # np.memmap and friends
+    array = as_ndarray(name, array)
     if not is_supported(array.dtype):
         raise TypeError(
             f"{name} must have dtype float32, float64, float16 or ml_dtypes.bfloat16 in native byte order, "
@@ -60,6 +72,8 @@ def refuse_on_device(name: str, x: Any) -> None:
 
 
 def advice_for(name: str, dtype: np.dtype[Any]) -> str:
+    if not dtype.isnative and dtype.kind in "iufc":
+        return f"convert it to native byte order with {name}.astype({name}.dtype.newbyteorder('='))"
     if dtype.kind == "c":
         return "complex attention is not defined here, pass real arrays"
     if dtype.kind in "iubf":
@@ -75,15 +89,15 @@ def lse_dtype_of(q: Array) -> type[np.floating[Any]]:
     return np.float64 if q.dtype == _F64 else np.float32
 
 
-def check_like(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> None:
+def check_like(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> Array:
     """Check what a forward call returned, or a gradient with respect to it."""
-    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
-        refuse_on_device(name, x)
-        raise TypeError(f"{name} must be a numpy.ndarray, got {kind_of(x)}; convert it with numpy.asarray({name})")
+    x = as_ndarray(name, x)
     if x.dtype != dtype:
         raise TypeError(f"{name} must have dtype {np.dtype(dtype)}, got {x.dtype}; convert it with {name}.astype(...)")
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {x.shape}")
+    result: Array = x
+    return result
 
 
 def broadcast_batch(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -95,15 +109,14 @@ def broadcast_batch(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def arrays_among(options: Options) -> dict[str, Any]:
-    return {name: x for name, x in options._asdict().items() if isinstance(x, np.ndarray)}
+    return {name: np.asarray(x) for name, x in options._asdict().items() if isinstance(x, np.ndarray)}
 
 
-def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], **inputs: Array) -> None:
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray | np.matrix):
-        refuse_on_device("out", out)
-        raise TypeError(f"out must be a numpy.ndarray, got {kind_of(out)}")
+def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], *, of: str = "query", **inputs: Array) -> Array:
+    """Check where a result in the dtype of `of` is to be written; returns it as `numpy.ndarray` itself."""
+    out = as_ndarray("out", out)
     if out.dtype != dtype:
-        raise TypeError(f"out must have the dtype of query, {dtype}, got {out.dtype}")
+        raise TypeError(f"out must have the dtype of {of}, {dtype}, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"out must have shape {shape}, got {out.shape}")
     if not out.flags.writeable:
@@ -113,6 +126,8 @@ def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], **inputs: 
     for name, array in inputs.items():
         if np.may_share_memory(out, array) and overlap(out, array):
             raise ValueError(f"out must not overlap an input, it shares memory with {name}")
+    result: Array = out
+    return result
 
 
 def overlap(a: Array, b: Array) -> bool:
@@ -123,24 +138,64 @@ def overlap(a: Array, b: Array) -> bool:
         return True
 
 
-def scale_of(scale: Any, E: int) -> float:
+def scale_of(scale: Any, E: int, dtype: np.dtype[Any]) -> float:
+    """Check the scale of calls with arrays of this dtype, or take the default of E features."""
     if scale is None:
         return 1 / math.sqrt(E) if E else 1.0
-    return as_real("scale", scale)
+    number = as_real("scale", scale)
+    # A quarter of the largest number: kernels multiply queries by the power of two above scale * log2(e).
+    limit = largest_computed(dtype) / 4
+    if abs(number) > limit:
+        raise ValueError(f"scale must lie within +-{limit:.3g} for arrays of {dtype}, got {number}")
+    return number
 
 
 def as_real(name: str, x: Any) -> float:
-    if isinstance(x, str | bytes | bool | np.bool_ | complex) or (isinstance(x, np.ndarray) and x.ndim):
-        raise TypeError(f"{name} must be a real number, got {x!r}")
+    if type(x) is not float:
+        if not _is_number(x):
+            raise TypeError(f"{name} must be a real number, got {_shown(x)}")
+        try:
+            x = float(x)
+        except OverflowError:
+            x = math.inf
+        except Exception:  # of whatever kind the conversion of another library's number fails with
+            raise TypeError(f"{name} must be a real number, got {kind_of(x)}") from None
+    if not math.isfinite(x):
+        raise ValueError(f"{name} must be finite, got {x}")
+    return float(x)
+
+
+def _is_number(x: Any) -> bool:
+    """Whether something may be taken as one real number: no truth value, nothing complex, nothing with axes.
+
+    `float` itself drops the imaginary part of a NumPy scalar, reads text, and takes the masked number as NaN.
+    """
+    if isinstance(x, str | bytes | bytearray | bool | complex | np.ma.MaskedArray):
+        return False
+    if isinstance(x, np.ndarray | np.generic):
+        return x.ndim == 0 and (x.dtype.kind in "iuf" or is_bfloat16(x.dtype))
+    dtype = str(getattr(x, "dtype", ""))
+    return not getattr(x, "ndim", 0) and "complex" not in dtype and "bool" not in dtype
+
+
+def _shown(x: Any) -> str:
+    """A value in a message: itself where that is short, else its kind."""
+    return repr(x) if isinstance(x, str | bytes | bool | complex | np.generic) else kind_of(x)
+
+
+def as_flag(name: str, x: Any) -> bool:
+    """Check an argument that is true or false; an array of several elements is neither."""
+    if x is True or x is False:
+        return bool(x)
     try:
-        number = float(x)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a real number, got {kind_of(x)}") from None
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
-    return number
+        return bool(x)
+    except Exception:
+        raise TypeError(f"{name} must be True or False, got {kind_of(x)}") from None
+
+
+def is_bottom_right(causal: Any) -> bool:
+    """Whether `is_causal` aligns with the end; what it may be otherwise is checked with the other options."""
+    return isinstance(causal, str) and causal == "bottom-right"
 
 
 def as_reach(x: Any) -> int | None:
@@ -166,6 +221,8 @@ def as_array(name: str, x: Any) -> Array:
         return np.asarray(x)
     except ValueError as error:
         raise ValueError(f"{name} is not an array: {error}") from None
+    except Exception as error:  # of whatever kind another library's conversion fails with
+        raise TypeError(f"{name} cannot be converted to an array: {error}") from None
 
 
 def as_ints(name: str, x: Any) -> Array:
@@ -194,6 +251,19 @@ def as_bools(name: str, x: Any) -> Array:
         )
         raise TypeError(f"{name} must be boolean (True = may attend), got {mask.dtype}; {hint}")
     return mask
+
+
+def as_few_floats(name: str, x: Any, dtype: np.dtype[Any]) -> Array:
+    """Make float64 of an option that is a few numbers, for calls with arrays of `dtype`.
+
+    Finite numbers stay finite in the type that kernels compute in, times log2(e) as they use them: -inf is not -1e300.
+    """
+    array = as_array(name, x)
+    if array.dtype.kind == "f" and not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    numbers: Array = as_floats(name, array).astype(np.float64)
+    limit = largest_computed(dtype) * 0.693  # ln(2), rounded down
+    return np.where(np.isfinite(numbers), np.clip(numbers, -limit, limit), numbers)
 
 
 def as_floats(name: str, x: Any) -> Array:

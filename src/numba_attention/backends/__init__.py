@@ -44,7 +44,10 @@ _context: ContextVar[str | None] = ContextVar("numba_attention_backend", default
 _default: str | None = None
 
 
-def _check(name: str, source: str) -> str:
+def check_name(name: str, source: str) -> str:
+    """Check the name of a backend, from `source`."""
+    if not isinstance(name, str):
+        raise TypeError(f"{source} must be one of {('auto', *NAMES)}, got {type(name).__module__}.{type(name).__qualname__}")
     if name != "auto" and name not in NAMES:
         raise ValueError(f"{source}: unknown backend {name!r}, expected one of {('auto', *NAMES)}")
     return name
@@ -76,7 +79,7 @@ _variable = os.environ.encodekey(ENVIRONMENT) if _variables is not os.environ el
 
 def _of_environment() -> str:
     name = os.environ.get(ENVIRONMENT)
-    return "auto" if not name else _check(name, f"environment variable {ENVIRONMENT}")
+    return "auto" if not name else check_name(name, f"environment variable {ENVIRONMENT}")
 
 
 def select(name: str | None, *arrays: Any) -> Backend:
@@ -86,7 +89,7 @@ def select(name: str | None, *arrays: Any) -> Backend:
         if name is None:
             name = "auto" if _variable not in _variables else _of_environment()
     else:
-        _check(name, "backend")
+        check_name(name, "backend")
     if name == "auto":
         import numpy as np
 
@@ -116,7 +119,7 @@ def set_backend(name: str) -> None:
     >>> na.set_backend("auto")
     """
     global _default
-    if _check(name, "set_backend") != "auto":
+    if check_name(name, "set_backend") != "auto":
         _get(name)
     _default = name
 
@@ -143,7 +146,7 @@ def use_backend(name: str) -> Iterator[None]:
     ...     na.attention(q, q, q).shape
     (3, 4)
     """
-    if _check(name, "use_backend") != "auto":
+    if check_name(name, "use_backend") != "auto":
         _get(name)
     token = _context.set(name)
     try:
@@ -180,4 +183,4 @@ def backends() -> dict[str, Status]:
     return {name: Status(why is None, why or "") for name, why in reasons.items()}
 
 
-__all__ = ["Backend", "Status", "backends", "select", "set_backend", "use_backend"]
+__all__ = ["Backend", "Status", "backends", "check_name", "select", "set_backend", "use_backend"]

@@ -11,6 +11,7 @@ from ..cpu.params import INTEGERS, REALS, SEQUENCE, pack_rest
 from ..cpu.scoring import LN2, LOG2E, bias_elements
 from ..cpu.simd import HOST
 from ..intervals import FAR
+from ..narrowing import saturated
 from ..options import Array
 from ..problem import Packing, Problem
 from ..validation import is_bfloat16
@@ -58,11 +59,13 @@ def room_for(array: Array, dtype: Any) -> Array:
 
 
 def readable_bias(p: Problem) -> Array | None:
-    """The bias as a type that the kernel reads, without expanding what is broadcast."""
+    """The bias as a type that the kernel reads, without expanding what is broadcast; what is finite stays finite."""
     if p.bias is None:
         return None
     names = bias_elements(Spec(storage_of(p.query.dtype), HOST))
-    return p.bias if storage_of(p.bias.dtype) in names else compact(p.bias, names[0])
+    if storage_of(p.bias.dtype) in names:
+        return p.bias
+    return np.broadcast_to(saturated(stored(p.bias), names[0]), p.bias.shape)
 
 
 def sequences_of(p: Problem, bias: Array | None, **more: Array | None) -> Array:

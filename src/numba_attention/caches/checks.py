@@ -10,7 +10,7 @@ from ..cuda import runtime
 from ..cuda.arrays import on_device, take
 from ..errors import BackendUnavailableError
 from ..options import Array
-from ..validation import is_bfloat16
+from ..validation import as_array, as_ndarray, is_bfloat16
 from .storage import SCALED, Arrays, Storage, ml_dtype, storage_format
 
 ON_GPU = "arrays on a GPU"
@@ -37,7 +37,7 @@ def check_dtype(dtype: Any) -> np.dtype[Any]:
     try:
         # None would be float64 to NumPy, which nobody means here.
         found: np.dtype[Any] | None = None if dtype is None else np.dtype(dtype)
-    except TypeError:
+    except Exception:  # TypeError, and ValueError, KeyError, SyntaxError for what looks like a description of fields
         found = None
     if found is None or not found.isnative or not (found in _NATIVE or is_bfloat16(found)):
         raise TypeError(f"dtype must be float32, float64, float16 or ml_dtypes.bfloat16, got {dtype!r}")
@@ -46,15 +46,13 @@ def check_dtype(dtype: Any) -> np.dtype[Any]:
 
 def check_array(name: str, x: Any, axes: int = 4) -> Array:
     """Check that x is an array of so many axes, without making one of it: the caller wants no copy."""
-    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
-        kind = f"{type(x).__module__}.{type(x).__qualname__}"
-        raise TypeError(f"{name} must be a numpy.ndarray, got {kind}; convert it with numpy.asarray({name})")
-    if x.ndim != axes:
-        raise ValueError(f"{name} must have {axes} axes, got shape {x.shape}")
-    return x
+    array = as_ndarray(name, x)
+    if array.ndim != axes:
+        raise ValueError(f"{name} must have {axes} axes, got shape {array.shape}")
+    return array
 
 
-def check_new(name: str, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+def check_new(name: str, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Check keys or values to be appended, of shape (n, Hkv, T, E) where T is free: -1."""
     x = check_array(name, x)
     if x.dtype != dtype:
@@ -65,16 +63,13 @@ def check_new(name: str, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -
     if x.shape != tuple(found if wanted < 0 else wanted for found, wanted in zip(x.shape, shape, strict=True)):
         said = ", ".join("T" if n < 0 else str(n) for n in shape)
         raise ValueError(f"{name} must have shape ({said}), got {x.shape}")
+    array: Array = x
+    return array
 
 
 def check_ints(name: str, x: Any) -> Array:
     """Make an int64 array of integers, always a new one."""
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, whose mask would be lost; pass its .data")
-    try:
-        array = np.asarray(x)
-    except ValueError as error:
-        raise ValueError(f"{name} is not an array: {error}") from None
+    array = as_array(name, x)
     if array.size == 0 and not isinstance(x, np.ndarray):
         array = array.astype(np.int64)  # an empty list says nothing of its type
     if array.dtype.kind not in "iu":
@@ -115,6 +110,7 @@ def check_held(
     """Check the arrays that a cache is to be made of."""
     named = dict(zip((*names, "key_scale", "value_scale"), (key, value, key_scale, value_scale), strict=True))
     arrays, given = _taken(named)
+    arrays = tuple(None if x is None else as_ndarray(name, x) for name, x in zip(named, arrays, strict=True))
     kind = _check_pair(arrays[0], arrays[1], names, middle)
     coded = kind.name in SCALED
     if dtype is None:
@@ -137,8 +133,7 @@ def check_held(
         for name, x in zip(names, arrays[:2], strict=True):
             check_features(name, x)
     reason = ON_GPU if given is not None else why_read_only(*(x for x in arrays if x is not None))
-    plain: Any = tuple(None if x is None else x.view(np.ndarray) for x in arrays)
-    return Held(plain, dtype, storage_format(kind.name, dtype), reason, given)
+    return Held(arrays, dtype, storage_format(kind.name, dtype), reason, given)
 
 
 def _check_pair(key: Any, value: Any, names: tuple[str, str], middle: str) -> np.dtype[Any]:
