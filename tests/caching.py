@@ -38,14 +38,15 @@ def state(cache):
     arrays = [*contents.dense(), contents.lengths]
     if contents.table is not None:
         pages = cache._pages
+        ids, _, table = pages.sequences
         arrays += [
-            pages.ids,
-            pages.table[:, : contents.table.shape[1]],
+            ids,
+            table[:, : contents.table.shape[1]],
             pages.counts,
             np.sort(pages.free[: pages.num_free]),
         ]
         arrays.append(np.array([pages.num_free, pages.next_id]))
-        assert (pages.table[:, contents.table.shape[1] :] == -1).all()
+        assert (table[:, contents.table.shape[1] :] == -1).all()
     return [x.tobytes() for x in arrays]
 
 

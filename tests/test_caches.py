@@ -277,10 +277,77 @@ def test_rows_at_the_edges(storage, dtype):
     else:  # too small for a code of a scale that is not subnormal
         np.testing.assert_allclose(got[4], 0, atol=1e-38)
         assert scale[4] == np.finfo(np.float32).tiny
-    if dtype == "float64":
-        assert np.isnan(got[5]).all()  # its scale is beyond float32
-    else:
-        np.testing.assert_allclose(got[5], x[5].astype(np.float64), rtol=1e-6)
+    most = np.finfo(np.float32).max  # beyond which numbers saturate
+    np.testing.assert_allclose(got[5], np.clip(x[5].astype(np.float64), -most, most), rtol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [None, [2]], ids=["whole", "ragged"])
+@pytest.mark.parametrize(
+    ("dtype", "storage", "number", "most"),
+    [
+        ("float32", "float16", 70000, 65504),
+        ("float64", "float16", 1e300, 65504),
+        ("bfloat16", "float16", 1e30, 65504),
+        ("float32", "bfloat16", np.finfo("f4").max, 255 * 2.0**120),
+        ("float64", "bfloat16", 1e300, 255 * 2.0**120),
+        ("float64", "int8", 1e300, np.finfo("f4").max),
+        ("float64", "float8", 1e300, np.finfo("f4").max),
+        ("float32", "int8", np.finfo("f4").max, np.finfo("f4").max),
+        ("float32", "float8", np.finfo("f4").max, np.finfo("f4").max),
+    ],
+)
+def test_finite_numbers_saturate(dtype, storage, number, most, lengths):
+    kind = DTYPES[dtype]
+    x = np.array([number, -number, 0, number], kind).reshape(1, 1, 1, 4)
+    x = np.concatenate([x, x], axis=2)
+    whole, pages = (
+        na.KVCache(1, 1, 4, 4, dtype=kind, storage=storage),
+        na.PagedKVCache(2, 4, 1, 4, dtype=kind, storage=storage),
+    )
+    with np.errstate(all="raise"):
+        whole.append(x, x, lengths)
+        pages.append(pages.add(), x, x, lengths)
+    for cache in (whole, pages):
+        key, value = cache._contents().dense()
+        expected = np.array([most, -most, 0, most])
+        np.testing.assert_allclose(key[0, 0], [expected] * 2, rtol=1e-6)
+        np.testing.assert_allclose(value[0, 0], [expected] * 2, rtol=1e-6)
+
+
+def test_what_a_kernel_reads_of_pages_does_not_change():
+    """A sequence that another thread shortens, frees, lengthens or replaces names no page -1 in a call that runs."""
+    key, value = tokens(n=3, T=9)
+
+    def add_tokens(cache):
+        for _ in range(4):
+            cache.append([1, 2], key[:2], value[:2])
+
+    for change in (
+        lambda cache: cache.truncate(1, 2),
+        lambda cache: cache.free(1),
+        lambda cache: cache.free(0),
+        lambda cache: cache.reorder([0, 1], [2, 2]),
+        lambda cache: cache.fork(0),
+        lambda cache: cache.add(3),
+        add_tokens,
+    ):
+        for ids in (None, [0, 1, 2], [1]):
+            cache = paged(60)
+            cache.append(cache.add(3), key, value)
+            contents = cache._contents(ids)
+            table, lengths = contents.table.copy(), contents.lengths.copy()
+            change(cache)
+            np.testing.assert_array_equal(contents.table, table)
+            np.testing.assert_array_equal(contents.lengths, lengths)
+            assert (contents.table >= 0).all()
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+def test_infinities_and_nan_stay_as_they_are(storage):
+    x = np.array([np.inf, -np.inf, np.nan, 1], np.float32).reshape(1, 1, 1, 4)
+    cache = na.KVCache(1, 1, 4, 4, storage=storage)
+    cache.append(x, x)
+    np.testing.assert_array_equal(cache.key[0, 0, 0].astype(np.float32), x[0, 0, 0])
 
 
 @pytest.mark.parametrize("storage", ["int8", "float8"])

@@ -206,6 +206,40 @@ def test_tree_of_guesses():
     np.testing.assert_allclose(na.attention_decode(query, cache, bias=bias), out, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_trees_of_several_sequences(name):
+    """(batch, L, L), as tree decoding gives masks, where it cannot be (H, L, L)."""
+    query, key, value = arrays(3, 4, 2, 5, 30, 16)
+    rng = np.random.default_rng(0)
+    mask = rng.random((3, 5, 5)) < 0.5
+    mask |= np.eye(5, dtype=bool)
+    given = mask if name == "mask" else np.where(mask, 0, -np.inf).astype(np.float32)
+    for cache in (filled(key, value, [30, 25, 7]), filled(key, value, [30, 25, 7], page_size=4)):
+        out = na.attention_decode(query, cache, **{name: given})
+        for b, length in enumerate([30, 25, 7]):
+            full = np.ones((5, length), bool)
+            full[:, length - 5 :] = mask[b]
+            full &= np.arange(length) <= length - 5 + np.arange(5)[:, None]
+            for h in range(4):
+                scores = np.where(full, query[b, h].astype("f8") @ key[b, h // 2, :length].T.astype("f8") / 4, -np.inf)
+                p = np.exp(scores - scores.max(1, keepdims=True))
+                want = p / p.sum(1, keepdims=True) @ value[b, h // 2, :length].astype("f8")
+                np.testing.assert_allclose(out[b, h], want, atol=5e-6)
+        wide = np.broadcast_to(given[:, None], (3, 4, 5, 5))
+        np.testing.assert_array_equal(na.attention_decode(query, cache, **{name: wide}), out)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 5), (4, 4, 5, 5), (6, 5), (5, 6), (1, 1, 1, 5, 5), (3, 3, 5, 5)])
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_mask_of_another_shape(name, shape):
+    """The message shows what was passed, and both shapes that could have been."""
+    query, key, value = arrays(3, 4, 2, 5, 30, 16)
+    cache = filled(key, value, [30, 25, 7])
+    words = rf"{name} of shape {shape} does not broadcast to \(3, 4, 5, 30\).* to \(3, 4, 5, 5\)"
+    with pytest.raises(ValueError, match=words.replace(str(shape), str(shape).replace("(", r"\(").replace(")", r"\)"))):
+        na.attention_decode(query, cache, **{name: np.ones(shape, bool if name == "mask" else np.float32)})
+
+
 def test_ragged_prompt():
     """With query_lengths only the first queries of a sequence are there, and they are its last positions."""
     query, key, value = arrays(2, 4, 4, 6, 9, 16)

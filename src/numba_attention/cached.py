@@ -29,6 +29,10 @@ def build(
     """Validate one `attention_decode` call and allocate its results."""
     q = as_tensor("query", query)
     lengths = contents.lengths
+    plain = is_bottom_right(options.is_causal) and _is_plain(options)  # what nearly every call asks for
+    if contents.table is None and (len(lengths) > 1 or not plain):
+        # Lengths of a cache in one piece change in place, and the kernel would read past the columns of a mask.
+        lengths = lengths.copy()
     flat = query.ndim == 3 and len(lengths) == 1
     if flat:
         q = q[None]
@@ -51,11 +55,11 @@ def build(
         q, contents.key, contents.value, full, lse, result, result_lse, q.shape[:1], H, Hkv, L, S, E, Ev,
         scale_of(options.scale, E, q.dtype), cache=contents,
     )  # fmt: skip
-    if is_bottom_right(options.is_causal) and _is_plain(options):  # what nearly every call asks for
+    if plain:
         problem.right, problem.key_lengths = 0, lengths
         problem.offset = S - L if len(lengths) == 1 else lengths - L
         return problem
-    _apply(problem, _over_cache(options, contents, H, L, S))
+    _apply(problem, _over_cache(options, lengths, H, L, S))
     return problem
 
 
@@ -84,10 +88,9 @@ def _sizes(q: Array, query: Any, contents: Contents) -> tuple[int, int, int, int
     return H, L, E, Hkv, Ev
 
 
-def _over_cache(options: Options, contents: Contents, H: int, L: int, S: int) -> Options:
+def _over_cache(options: Options, lengths: Array, H: int, L: int, S: int) -> Options:
     """Options as `attention` takes them: lengths of the cache, masks over all of its keys."""
-    lengths, n = contents.lengths, len(contents.lengths)
-    keys = lengths
+    n, keys = len(lengths), lengths
     if options.key_lengths is not None:
         keys = broadcast_to("key_lengths", as_ints("key_lengths", options.key_lengths), (n,))
         if (keys < 0).any() or (keys > lengths).any():

@@ -47,7 +47,9 @@ _default: str | None = None
 def check_name(name: str, source: str) -> str:
     """Check the name of a backend, from `source`."""
     if not isinstance(name, str):
-        raise TypeError(f"{source} must be one of {('auto', *NAMES)}, got {type(name).__module__}.{type(name).__qualname__}")
+        raise TypeError(
+            f"{source} must be one of {('auto', *NAMES)}, got {type(name).__module__}.{type(name).__qualname__}"
+        )
     if name != "auto" and name not in NAMES:
         raise ValueError(f"{source}: unknown backend {name!r}, expected one of {('auto', *NAMES)}")
     return name

@@ -39,9 +39,9 @@ class Contents(NamedTuple):
         return self._dense(self.key, self.key_scale), self._dense(self.value, self.value_scale)
 
     def _dense(self, codes: Array, scale: Array | None) -> Array:
-        longest = int(self.lengths.max(initial=0))
-        out = np.zeros((len(self.lengths), codes.shape[1], longest, codes.shape[3]))
-        for i, length in enumerate(self.lengths):
+        lengths = self.lengths.copy()
+        out = np.zeros((len(lengths), codes.shape[1], int(lengths.max(initial=0)), codes.shape[3]))
+        for i, length in enumerate(lengths):
             where: Any = (i, slice(None), slice(length))  # heads, tokens
             if self.table is not None:
                 page, offset = np.divmod(np.arange(length), codes.shape[2])

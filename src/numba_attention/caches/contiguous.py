@@ -64,9 +64,11 @@ class KVCache:
     -----
     With "int8" and "float8" the row of one token and head is held as ``round(x / scale)``, where scale is
     ``max|x| / 127`` or ``max|x| / 448``; a row with NaN or infinity reads as NaN. "float16" and "bfloat16" round to
-    nearest.
+    nearest, and keep NaN and infinity. Finite numbers saturate: beyond the range of what is stored, 65504 in "float16",
+    3.39e38 in "bfloat16" and that of float32 in "int8" and "float8", they are held as its largest number.
 
-    Threads may read one cache at the same time, but only while none changes it.
+    Threads may read one cache at the same time. While one changes it, what others read of it is undefined, but nothing
+    outside its arrays is read.
 
     Examples
     --------
@@ -214,9 +216,9 @@ class KVCache:
             or value.shape != (self.batch, self.num_kv_heads, T, self.value_dim)
         ):
             check_on_host(self._read_only)
-            check_new("key", key, (self.batch, self.num_kv_heads, -1, self.head_dim), self.dtype)
+            key = check_new("key", key, (self.batch, self.num_kv_heads, -1, self.head_dim), self.dtype)
             T = key.shape[2]
-            check_new("value", value, (self.batch, self.num_kv_heads, T, self.value_dim), self.dtype)
+            value = check_new("value", value, (self.batch, self.num_kv_heads, T, self.value_dim), self.dtype)
         if self._read_only is not None:
             check_writeable(self._read_only)
         start = self._common
@@ -226,7 +228,7 @@ class KVCache:
         stop = start + T
         if stop > self.capacity:
             raise CacheFullError(self._full(0, T))
-        if stored.key_scale is None:
+        if self._form.dtype is self.dtype:
             stored.key[:, :, start:stop] = key
             stored.value[:, :, start:stop] = value
         else:

@@ -68,7 +68,8 @@ class PagedKVCache:
 
     Every method either does all that was asked or raises and leaves the cache as it was.
 
-    Threads may read one cache at the same time, but only while none changes it.
+    Threads may read one cache at the same time. While one changes it, a call in another reads the pages that sequences
+    had when it began: what is in them then may be that of another sequence, but nothing outside the pages is read.
 
     References
     ----------
@@ -257,8 +258,8 @@ class PagedKVCache:
         rows = self._rows("ids", ids, distinct=True)
         n = len(rows)
         T = check_array("key", key).shape[2]
-        check_new("key", key, (n, self.num_kv_heads, -1, self.head_dim), self.dtype)
-        check_new("value", value, (n, self.num_kv_heads, T, self.value_dim), self.dtype)
+        key = check_new("key", key, (n, self.num_kv_heads, -1, self.head_dim), self.dtype)
+        value = check_new("value", value, (n, self.num_kv_heads, T, self.value_dim), self.dtype)
         check_writeable(self._read_only)
         if lengths is None:
             added = np.full(n, T)
@@ -295,9 +296,8 @@ class PagedKVCache:
             `id` is no integer.
         """
         check_on_host(self._read_only)
-        row = self._row(id)
-        pages = self._pages
-        return int(pages.add(pages.lengths[[row]], pages.blocks(np.array([row])))[0])
+        table, lengths = self._pages.look(self._ids("id", [self._one(id)]))
+        return int(self._pages.add(lengths, table)[0])
 
     def truncate(self, id: int, length: int) -> None:
         """Forget the tokens of a sequence past a length; pages that nobody needs then are free.
@@ -317,7 +317,7 @@ class PagedKVCache:
             An argument is no integer, or `length` is out of range.
         """
         row = self._row(id)
-        now = int(self._pages.lengths[row])
+        now = int(self._pages.sequences.lengths[row])
         if not check_size("length", length, 0) <= now:
             raise ValueError(f"length must lie between 0 and the current length, {now}, got {length}")
         self._pages.truncate(row, int(length))
@@ -410,7 +410,7 @@ class PagedKVCache:
     @property
     def ids(self) -> Array:
         """Ids of the sequences that have not been freed, ascending: int64, a copy."""
-        return self._pages.ids.copy()
+        return self._pages.sequences.ids.copy()
 
     @property
     def free_pages(self) -> int:
@@ -418,7 +418,7 @@ class PagedKVCache:
         return self._pages.num_free
 
     def __repr__(self) -> str:
-        n = len(self._pages.ids)
+        n = len(self._pages.sequences.ids)
         return (
             f"PagedKVCache(num_pages={self.num_pages}, page_size={self.page_size}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self.dtype}, storage={self.storage}), "
@@ -426,18 +426,13 @@ class PagedKVCache:
         )
 
     def _contents(self, ids: ArrayLike | None = None) -> Contents:
-        pages = self._pages
-        rows = slice(None) if ids is None else self._rows("ids", ids)
-        return Contents(
-            *self._arrays,
-            pages.blocks(rows),
-            pages.lengths[rows],
-            self.storage,
-            self.dtype,
-            self._given,
-        )
+        table, lengths = self._pages.look(None if ids is None else self._ids("ids", ids))
+        return Contents(*self._arrays, table, lengths, self.storage, self.dtype, self._given)
 
     def _rows(self, name: str, ids: ArrayLike, distinct: bool = False) -> Array:
+        return self._pages.rows(self._ids(name, ids, distinct))
+
+    def _ids(self, name: str, ids: ArrayLike, distinct: bool = False) -> Array:
         wanted = check_ints(name, ids)
         if wanted.ndim != 1:
             raise ValueError(f"{name} must have shape (n,), got {wanted.shape}")
@@ -446,10 +441,13 @@ class PagedKVCache:
             twice = ordered[1:][ordered[1:] == ordered[:-1]]
             if twice.size:
                 raise ValueError(f"{name} must be distinct, got {twice[0]} twice")
-        return self._pages.rows(wanted)
+        return wanted
 
     def _row(self, id: Any) -> int:
+        return int(self._pages.rows(np.array([self._one(id)]))[0])
+
+    def _one(self, id: Any) -> int:
         wanted = check_ints("id", id)
         if wanted.ndim != 0:
             raise TypeError(f"id must be an integer, got {id!r}")
-        return int(self._pages.rows(wanted[None])[0])
+        return int(wanted)

@@ -21,24 +21,12 @@ class Growth(NamedTuple):
     copies: Array  # and where to
 
 
-class PageTable:
-    """Live sequences, one row each in order of id, and the pages that hold them.
+class Sequences(NamedTuple):
+    """Live sequences, a row each: what is read of them together."""
 
-    A page is named by any number of rows (`counts`); that of none is on the free list. It is only ever written to past
-    the tokens that rows have in it: whoever has fewer of them than are there writes to a copy.
-    """
-
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self.page_size = page_size
-        self.counts = np.zeros(num_pages, np.int64)
-        self.free = np.arange(num_pages)[
-            ::-1
-        ].copy()  # a stack: its first num_free are free, the last of them goes first
-        self.num_free = num_pages
-        self.ids = np.zeros(0, np.int64)  # ascending
-        self.lengths = np.zeros(0, np.int64)
-        self.table = np.full((0, 1), -1)  # int64 (sequences, at least as many as blocks in use), unused entries -1
-        self.next_id = 0
+    ids: Array  # int64 (n,), ascending
+    lengths: Array  # int64 (n,)
+    table: Array  # int64 (n, at least as many as blocks in use), unused entries -1
 
     def rows(self, ids: Array) -> Array:
         """Find the rows of ids."""
@@ -48,22 +36,50 @@ class PageTable:
             raise KeyError(f"no sequence has the id {ids[~known][0]}: it was freed, or never added")
         return rows
 
-    def blocks(self, rows: Array | slice) -> Array:
-        """Return the block table of these rows, as wide as the longest of them needs."""
-        longest = int(self.lengths[rows].max(initial=0))
-        return self.table[rows, : -(-longest // self.page_size)]
+
+class PageTable:
+    """Live sequences, one row each in order of id, and the pages that hold them.
+
+    A page is named by any number of rows (`counts`); that of none is on the free list. It is only ever written to past
+    the tokens that rows have in it: whoever has fewer of them than are there writes to a copy.
+
+    `sequences` is replaced and its arrays are never changed (copy-on-write): a kernel that reads them in another thread
+    has the pages and the lengths of one moment to its end, and a step of decoding copies nothing.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.counts = np.zeros(num_pages, np.int64)
+        self.free = np.arange(num_pages)[
+            ::-1
+        ].copy()  # a stack: its first num_free are free, the last of them goes first
+        self.num_free = num_pages
+        self.sequences = Sequences(np.zeros(0, np.int64), np.zeros(0, np.int64), np.full((0, 1), -1))
+        self.next_id = 0
+
+    def rows(self, ids: Array) -> Array:
+        """Find the rows of ids."""
+        return self.sequences.rows(ids)
+
+    def look(self, ids: Array | None) -> tuple[Array, Array]:
+        """Return block table, as wide as the longest needs, and lengths of these sequences, or of all, at one moment."""
+        sequences = self.sequences
+        rows = slice(None) if ids is None else sequences.rows(ids)
+        lengths = sequences.lengths[rows]
+        return sequences.table[rows, : -(-int(lengths.max(initial=0)) // self.page_size)], lengths
 
     def add(self, lengths: Array, table: Array) -> Array:
         """Add sequences, which name pages that others name already; `adopt` is for the rest."""
         ids = np.arange(self.next_id, self.next_id + len(lengths))
         self._widen(table.shape[1])
-        wide = np.full((len(lengths), self.table.shape[1]), -1)
+        now = self.sequences
+        wide = np.full((len(lengths), now.table.shape[1]), -1)
         wide[:, : table.shape[1]] = table
         np.add.at(self.counts, wide[wide >= 0], 1)
-        self.table = np.concatenate([self.table, wide])
-        self.lengths = np.concatenate([self.lengths, lengths])
-        self.ids = np.concatenate([self.ids, ids])
         self.next_id += len(lengths)
+        self.sequences = Sequences(
+            np.concatenate([now.ids, ids]), np.concatenate([now.lengths, lengths]), np.concatenate([now.table, wide])
+        )
         return ids
 
     def adopt(self, lengths: Array, table: Array) -> None:
@@ -75,13 +91,14 @@ class PageTable:
 
     def grow(self, rows: Array, added: Array) -> Growth:
         """Plan the pages for so many more tokens of each row. Nothing changes yet."""
-        old = self.lengths[rows]
+        _, lengths, table = self.sequences
+        old = lengths[rows]
         first, filled = np.divmod(old, self.page_size)
         begun = filled > 0
         blocks = (filled + added + self.page_size - 1) // self.page_size
         pages = np.full((len(rows), int(blocks.max(initial=0))), -1)
         if begun.any():
-            pages[begun, 0] = self.table[rows[begun], first[begun]]
+            pages[begun, 0] = table[rows[begun], first[begun]]
         copied = self._must_copy(pages, filled, begun & (added > 0))
         fresh = int(blocks.sum() - np.count_nonzero(begun))
         needed = fresh + len(copied)
@@ -119,31 +136,44 @@ class PageTable:
         self.num_free -= len(growth.taken)
         self.counts[growth.taken] = 1
         np.subtract.at(self.counts, growth.shared, 1)  # never to 0: see _must_copy
+        ids, lengths, table = self.sequences
         if len(growth.taken):
             i, j = np.nonzero(growth.pages >= 0)
-            self.table[growth.rows[i], growth.first[i] + j] = growth.pages[i, j]
-        self.lengths[growth.rows] += growth.added
+            table = table.copy()
+            table[growth.rows[i], growth.first[i] + j] = growth.pages[i, j]
+        lengths = lengths.copy()
+        lengths[growth.rows] += growth.added
+        self.sequences = Sequences(ids, lengths, table)
 
     def truncate(self, row: int, length: int) -> None:
         """Shorten a sequence."""
-        unused = self.table[row, -(-length // self.page_size) :]
+        ids, lengths, table = self.sequences
+        first = -(-length // self.page_size)
+        unused = table[row, first:]
         gone = unused[unused >= 0]
-        unused[:] = -1
-        self.lengths[row] = length
+        if len(gone):
+            table = table.copy()
+            table[row, first:] = -1
+        lengths = lengths.copy()
+        lengths[row] = length
+        self.sequences = Sequences(ids, lengths, table)
         self._release(gone)
 
     def remove(self, row: int) -> None:
         """Forget a sequence."""
-        self.truncate(row, 0)
-        self.ids = np.delete(self.ids, row)
-        self.lengths = np.delete(self.lengths, row)
-        self.table = np.delete(self.table, row, axis=0)
+        ids, lengths, table = self.sequences
+        pages = table[row]
+        self.sequences = Sequences(np.delete(ids, row), np.delete(lengths, row), np.delete(table, row, axis=0))
+        self._release(pages[pages >= 0])
 
     def reorder(self, rows: Array, sources: Array) -> None:
         """Let each of the rows name what its source named, all at once."""
-        gone, table = self.table[rows], self.table[sources]
-        np.add.at(self.counts, table[table >= 0], 1)
-        self.table[rows], self.lengths[rows] = table, self.lengths[sources]
+        ids, lengths, table = self.sequences
+        gone, taken = table[rows], table[sources]
+        np.add.at(self.counts, taken[taken >= 0], 1)
+        changed, changed_lengths = table.copy(), lengths.copy()
+        changed[rows], changed_lengths[rows] = taken, lengths[sources]
+        self.sequences = Sequences(ids, changed_lengths, changed)
         self._release(gone[gone >= 0])
 
     def _release(self, pages: Array) -> None:
@@ -153,9 +183,8 @@ class PageTable:
         self.num_free += len(gone)
 
     def _widen(self, blocks: int) -> None:
-        width = self.table.shape[1]
+        ids, lengths, table = self.sequences
+        width = table.shape[1]
         if blocks > width:
-            more = (
-                max(blocks, 2 * width) - width
-            )  # doubled, so that growing by a token costs next to nothing on average
-            self.table = np.pad(self.table, ((0, 0), (0, more)), constant_values=-1)
+            more = max(blocks, 2 * width) - width  # doubled: growing by a token costs next to nothing on average
+            self.sequences = Sequences(ids, lengths, np.pad(table, ((0, 0), (0, more)), constant_values=-1))

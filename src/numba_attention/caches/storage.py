@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..narrowing import saturated
 from ..options import Array
 
 Arrays = tuple[Array, Array, Array | None, Array | None]  # keys, values, and the scales of each or None
@@ -13,6 +14,7 @@ _LIMITS = {"int8": 127.0, "float8_e4m3fn": 448.0}  # largest code of the formats
 SCALED = tuple(_LIMITS)
 _SHORT = ("float16", "bfloat16", *SCALED)
 _TINY = np.finfo(np.float32).tiny
+_MOST = float(np.finfo(np.float32).max) * (1 - 2**-22)
 _LINE = 64  # bytes of a cache line, and of the widest vector
 _BLOCK = 2**16  # numbers encoded at a time: their temporaries stay in the second-level cache
 
@@ -34,17 +36,22 @@ class Storage:
         """Turn numbers (..., E) into codes (..., E) and scales (...).
 
         The scale is max|x| / limit, so that ``codes * scale`` is x to within half a step. Rows of zeros have scale 0.
-        A row with NaN or infinity, or too large for a scale in float32, has scale NaN and reads as NaN.
+        A row with NaN or infinity has scale NaN and reads as NaN. Finite numbers beyond the range of what is stored,
+        of float32 where there are scales, are stored as the largest finite ones.
         """
         if self.limit is None:
-            return x.astype(self.dtype), None
+            return saturated(x, self.dtype), None
         wide = x.astype(np.float64 if x.dtype.itemsize == 8 else np.float32, copy=False)
         with np.errstate(all="ignore"):
             largest = np.maximum(wide.max(-1, initial=0), np.abs(wide.min(-1, initial=0)))  # NaN if there is one
             # Not subnormal: it would be a coarse multiple of the right scale, and codes would overflow.
-            scale = np.where(largest > 0, np.maximum(largest / self.limit, _TINY), largest).astype(np.float32)
+            scale = np.where(largest > 0, np.maximum(largest / self.limit, _TINY), largest)
             lost = ~np.isfinite(scale)
+            most = _MOST / self.limit  # limit * scale is then finite in float32, rounded or not
+            scale = np.minimum(scale, most).astype(np.float32)
             numbers = wide / np.where(scale > 0, scale, 1)[..., None]
+            if wide.dtype.itemsize == 8 or (scale >= np.float32(most)).any():
+                np.clip(numbers, -self.limit, self.limit, out=numbers)
             if self.dtype.kind == "i":
                 np.rint(numbers, out=numbers)
             codes = numbers.astype(self.dtype)
@@ -54,10 +61,12 @@ class Storage:
 
     def write(self, codes: Array, scale: Array | None, where: tuple[Any, ...], x: Array) -> None:
         """Store x in the places `where`, an index of the axes before the features."""
-        if scale is None:
+        if scale is not None:
+            codes[where], scale[where] = self.encode(x)
+        elif x.dtype == self.dtype:
             codes[where] = x
         else:
-            codes[where], scale[where] = self.encode(x)
+            codes[where] = saturated(x, self.dtype)
 
     def scatter(
         self, arrays: Arrays, key: Array, value: Array, source: tuple[Array, Array], to: tuple[Array, Array]
