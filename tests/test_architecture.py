@@ -18,7 +18,7 @@ LAYERS = [
         "rim",
         ["__init__", "__main__", "benchmarking", "cli", "commands", "config", "demo", "files", "jax", "plot", "torch"],
     ),
-    ("layer", ["layer", "incremental", "weights", "inputs"]),
+    ("layer", ["layer", "incremental", "weights", "inputs", "renaming"]),
     ("api", ["api", "decoding", "merging", "rotary", "varlen"]),
     ("projection", ["projection"]),
     ("placing", ["placing"]),
@@ -27,7 +27,7 @@ LAYERS = [
     ("caches", ["caches"]),
     ("validation", ["validation"]),
     ("kernels", ["cpu", "cuda"]),
-    ("primitives", ["intervals", "options", "kernel_cache"]),
+    ("primitives", ["intervals", "options", "kernel_cache", "narrowing", "atomic"]),
     ("errors", ["errors"]),
 ]  # fmt: skip
 LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module in modules}
@@ -140,6 +140,7 @@ def test_caches_know_nothing_of_who_reads_them():
             "caches",
             "cuda",
             "errors",
+            "narrowing",
             "options",
             "validation",
         }, path

@@ -137,7 +137,7 @@ MISUSES = {
     "one dimension": (["flat.npy", "key.npy", "value.npy"], "query must have at least two dimensions"),
     "swapped": (["query.npy", "value.npy", "key.npy"], "head dimension"),
     "window": (["query.npy", "key.npy", "value.npy", "--window", "3"], "a window is LEFT,RIGHT"),
-    "window of words": (["query.npy", "key.npy", "value.npy", "--window", "a,b"], "invalid literal"),
+    "window of words": (["query.npy", "key.npy", "value.npy", "--window", "a,b"], "a window is LEFT,RIGHT"),
     "lengths": (["query.npy", "key.npy", "value.npy", "--key-lengths", "99"], "key_lengths must lie between 0 and 11"),
     "float mask": (["query.npy", "key.npy", "value.npy", "--mask", "query.npy"], "mask must be boolean"),
 }

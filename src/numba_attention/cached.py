@@ -44,7 +44,7 @@ def build(
         result = full[0] if flat else full
     else:
         inputs = {"query": q, "key": contents.key, "value": contents.value, **arrays_among(options)}
-        result, full = out, check_out(out, shape[1:] if flat else shape, q.dtype, **inputs)
+        result, full = out, check_out(out, shape[1:] if flat else shape, q.dtype, inputs)
         if flat:
             full = full[None]
     lse = result_lse = None

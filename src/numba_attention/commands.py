@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .atomic import replacing
 from .errors import BackendUnavailableError
 from .options import Array
 
@@ -123,7 +124,8 @@ def bench(
         )
     circumstances = (show_config("dicts"), threads, rounds)
     if json is not None:
-        json.write_text(benchmarking.as_json(results, *circumstances) + "\n")
+        with replacing(json) as unfinished:
+            unfinished.write_text(benchmarking.as_json(results, *circumstances) + "\n", encoding="utf-8")
     table = benchmarking.as_markdown(results, *circumstances)
     if into is not None:
         benchmarking.insert(into, table)
@@ -183,7 +185,7 @@ def run(
             "sinks": sinks and files.numbers(sinks, float),
         }
         result = files.attend(inputs, out, lse, options)
-    except (OSError, ValueError, TypeError, BackendUnavailableError) as error:
+    except (OSError, ValueError, TypeError, MemoryError, BackendUnavailableError) as error:
         _fail(error)
     console.print(f"{out}: {_describe(result)}", highlight=False, soft_wrap=True)
 

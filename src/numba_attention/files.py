@@ -1,15 +1,19 @@
 """Attention over arrays in .npy and .npz files, mapped into memory rather than read."""
 
+import math
 import os
-import tempfile
+import stat
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from .api import attention
+from .atomic import allocate, replacing
 from .options import Array
+from .validation import as_tensor
 
 _NAMES = ("query", "key", "value")
 
@@ -22,9 +26,9 @@ def attend(inputs: Sequence[Path], out: Path, lse: Path | None, options: dict[st
     inputs : sequence of Path
         Three .npy files, or one .npz with query, key and value.
     out : Path
-        A .npy. It appears, whole, when everything has succeeded, and replaces what was there.
+        A .npy. It appears, whole, when everything has succeeded, and replaces what was there. It may be an input.
     lse : Path or None
-        Where to write the log-sum-exps, if anywhere.
+        Where to write the log-sum-exps, if anywhere: another file, which appears at the same time.
     options : dict
         Further arguments of `attention`.
 
@@ -38,39 +42,45 @@ def attend(inputs: Sequence[Path], out: Path, lse: Path | None, options: dict[st
     OSError, ValueError, TypeError, BackendUnavailableError
         Files that cannot be read or written, and what `attention` raises.
     """
+    if lse is not None and _is_same(out, lse):
+        raise ValueError(f"the log-sum-exps must go to another file than the result, got {out} and {lse}")
     query, key, value = arrays = _arrays(inputs)
     for name, array in zip(_NAMES, arrays, strict=True):
         if array.ndim < 2:
             raise ValueError(f"{name} must have at least two dimensions, got shape {array.shape}")
+        as_tensor(name, array)
     shape = (*np.broadcast_shapes(*(x.shape[:-3] for x in arrays)), *query.shape[-3:-1], value.shape[-1])
-    with tempfile.TemporaryDirectory(prefix=".numba-attention-", dir=out.parent) as folder:
-        unfinished = Path(folder, "out.npy")
+    with ExitStack() as files:
+        unfinished = files.enter_context(replacing(out))
+        unfinished_lse = None if lse is None else files.enter_context(replacing(lse))
         result = np.lib.format.open_memmap(unfinished, "w+", query.dtype, shape)
-        if lse is None:
+        allocate(unfinished)
+        if unfinished_lse is None:
             attention(query, key, value, out=_view(result), **options)
         else:
             _, log_sums = attention(query, key, value, out=_view(result), return_lse=True, **options)
-            np.save(lse, log_sums)
+            with unfinished_lse.open("wb") as file:  # by its name, np.save would give it the suffix .npy
+                np.save(file, log_sums)
         result.flush()
         del result
-        os.replace(unfinished, out)
     return load(out)
 
 
 def load(path: Path) -> Array:
     """Map a .npy into memory; bfloat16, which the format writes as two nameless bytes, is recognised."""
-    array = np.load(path, mmap_mode="r")
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} must be a .npy, with one array in it")
-    return _view(array)
+    array = _load(path, "r")
+    if isinstance(array, np.ndarray):
+        return _view(array)
+    array.close()
+    raise ValueError(f"{path} must be a .npy, with one array in it")
 
 
 def window(text: str) -> tuple[int | None, int | None]:
     """Read "256,256" or "256,none"."""
-    parts = text.split(",")
-    if len(parts) != 2:
-        raise ValueError(f"a window is LEFT,RIGHT, such as 256,0 or none,128, got {text!r}")
-    left, right = (None if part.strip().lower() == "none" else int(part) for part in parts)
+    try:
+        left, right = (None if part.strip().lower() == "none" else int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"a window is LEFT,RIGHT, such as 256,0 or none,128, got {text!r}") from None
     return left, right
 
 
@@ -78,7 +88,11 @@ def numbers(text: str, kind: type[int] | type[float]) -> Array:
     """Read "3,4,5", one number, or the path of a .npy."""
     if text.endswith(".npy"):
         return load(Path(text))
-    values = [kind(part) for part in text.split(",")]
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        said = "integers" if kind is int else "numbers"
+        raise ValueError(f"expected {said} separated by commas, or the path of a .npy, got {text!r}") from None
     return np.array(values if len(values) > 1 or kind is float else values[0])
 
 
@@ -87,14 +101,50 @@ def _arrays(inputs: Sequence[Path]) -> list[Array]:
         return [load(path) for path in inputs]
     if len(inputs) != 1:
         raise ValueError(f"expected three .npy files or one .npz, got {len(inputs)} files")
-    archive = np.load(inputs[0])
+    archive = _load(inputs[0], None)
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError(f"{inputs[0]} must be a .npz with query, key and value, or one of three .npy files")
     with archive:
         missing = [name for name in _NAMES if name not in archive]
         if missing:
             raise ValueError(f"{inputs[0]} has no {' and no '.join(missing)}, only {', '.join(archive.files)}")
-        return [_view(archive[name]) for name in _NAMES]
+        try:
+            arrays = [archive[name] for name in _NAMES]
+        except Exception as error:
+            raise _damaged(inputs[0], error) from error
+        for name, array in zip(_NAMES, arrays, strict=True):
+            if not isinstance(array, np.ndarray):  # the bytes of what is no .npy
+                raise _damaged(inputs[0], f"{name} is no .npy")
+        return [_view(array) for array in arrays]
+
+
+def _load(path: Path, mmap_mode: Literal["r"] | None) -> Any:
+    """What is in a .npy or .npz; whatever is wrong with a file that can be read is a ValueError that names it."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} must be a regular file")
+    size = path.stat().st_size
+    try:
+        with np.errstate(over="ignore"):
+            found = np.load(path, mmap_mode=mmap_mode)
+    except OSError:
+        raise
+    except Exception as error:  # EOFError, OverflowError, zipfile.BadZipFile, SyntaxError: by what is in the header
+        raise _damaged(path, error) from error
+    # NumPy's own count of bytes wraps around.
+    if isinstance(found, np.memmap) and found.offset + math.prod(found.shape) * found.itemsize > size:
+        raise _damaged(path, f"shape {found.shape} takes more than its {size} bytes")
+    return found
+
+
+def _damaged(path: Path, error: Exception | str) -> ValueError:
+    return ValueError(f"{path} holds no whole arrays of numbers: {error}")
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    """Whether two paths, of files that need not exist, are of one file."""
+    if os.path.realpath(a) == os.path.realpath(b):
+        return True
+    return a.exists() and b.exists() and os.path.samefile(a, b)
 
 
 def _view(array: Array) -> Array:

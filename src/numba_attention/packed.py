@@ -32,7 +32,7 @@ def build(
     if out is None:
         full = out = empty(shape, q.dtype)
     else:
-        full = check_out(out, shape, q.dtype, query=q, key=k, value=v, **arrays_among(options))
+        full = check_out(out, shape, q.dtype, {"query": q, "key": k, "value": v} | arrays_among(options))
     lse = empty(q.shape[:2], lse_dtype_of(q)) if as_flag("return_lse", return_lse) else None
     return _problem(q, k, v, packing, options, full, lse, out)
 

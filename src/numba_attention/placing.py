@@ -110,7 +110,7 @@ class Call:
             return self.device_array("out", out)
         if self.family is not arrays.HOST:
             raise TypeError(f"out must be on the GPU as query is, got {kind_of(out)}")
-        check_out(out, np.shape(out), getattr(out, "dtype", None), **_of_host(inputs))  # type: ignore[arg-type]
+        check_out(out, np.shape(out), getattr(out, "dtype", None), _of_host(inputs))  # type: ignore[arg-type]
         return runtime.empty(out.shape, out.dtype, self.stream)
 
     def give(self, result: Any) -> Any:

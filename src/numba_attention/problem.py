@@ -166,7 +166,7 @@ def build(
     else:
         result = out
         inputs = {"query": np.asarray(query), "key": np.asarray(key), "value": np.asarray(value)}
-        full = check_out(out, shape[1:] if flat else shape, q.dtype, **inputs, **arrays_among(options))
+        full = check_out(out, shape[1:] if flat else shape, q.dtype, inputs | arrays_among(options))
         if flat:
             full = full[None]
     lse = result_lse = None

@@ -130,7 +130,7 @@ def apply_rotary(
         out = np.empty_like(x)  # laid out as x, so that rows are read and written in the same order
         rotate(x, turn, out)
         return out
-    target = check_out(out, x.shape, x.dtype, of="x")
+    target = check_out(out, x.shape, x.dtype, {}, of="x")
     if np.may_share_memory(target, x) and not _same_elements(target, x):
         x = x.copy()  # as NumPy's own functions do: the result is that of inputs which nobody writes to
     rotate(x, turn, target)

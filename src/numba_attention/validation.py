@@ -31,7 +31,7 @@ def is_supported(dtype: np.dtype[Any]) -> bool:
 def as_ndarray(name: str, x: Any) -> Array:
     """Check that x is an array, without making one of anything else, and view it as `numpy.ndarray` itself.
 
-    Subclasses that mean something else are refused. The view takes the rest (`numpy.memmap`, arrays with units) out of
+    Subclasses that mean something else are refused. The view takes others (`numpy.memmap`, arrays with units) out of
     the ``__array_function__`` and ``__array_ufunc__`` protocols, by which their code would run in the middle of a call.
     """
     if type(x) is np.ndarray:
@@ -112,7 +112,9 @@ def arrays_among(options: Options) -> dict[str, Any]:
     return {name: np.asarray(x) for name, x in options._asdict().items() if isinstance(x, np.ndarray)}
 
 
-def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], *, of: str = "query", **inputs: Array) -> Array:
+def check_out(
+    out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: dict[str, Array], of: str = "query"
+) -> Array:
     """Check where a result in the dtype of `of` is to be written; returns it as `numpy.ndarray` itself."""
     out = as_ndarray("out", out)
     if out.dtype != dtype:
@@ -143,8 +145,7 @@ def scale_of(scale: Any, E: int, dtype: np.dtype[Any]) -> float:
     if scale is None:
         return 1 / math.sqrt(E) if E else 1.0
     number = as_real("scale", scale)
-    # A quarter of the largest number: kernels multiply queries by the power of two above scale * log2(e).
-    limit = largest_computed(dtype) / 4
+    limit = largest_computed(dtype) * 0.693  # ln(2), rounded down: scale * log2(e) is finite in the compute type
     if abs(number) > limit:
         raise ValueError(f"scale must lie within +-{limit:.3g} for arrays of {dtype}, got {number}")
     return number

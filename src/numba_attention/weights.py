@@ -1,6 +1,7 @@
 """The parameters of multi-head attention: construction, access by name, pickling, exchange with PyTorch and files."""
 
 import math
+import os
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Self
@@ -8,8 +9,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from .atomic import replacing
+from .backends import check_name
+from .narrowing import largest
 from .options import Array
+from .renaming import how_to_rename
 from .rotary import Rotation, rotation
+from .validation import as_array
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
 
@@ -55,7 +61,7 @@ class Weights:
         self.bias = bool(bias)
         self.rotary = _rotary(rotary)
         self._rotation = None if self.rotary is None else _resolved(self.rotary, self.head_dim)
-        self.backend = backend
+        self.backend = None if backend is None else check_name(backend, "backend")
         self._allocate()
         self._initialise(_generator(rng))
 
@@ -97,9 +103,10 @@ class Weights:
         TypeError
             A parameter is not floating point.
         ValueError
-            A name is missing or unknown, or a shape differs. The layer is then as it was.
+            A name is missing or unknown, a shape differs, or a number is finite but not in the dtype of the layer. The
+            layer is then as it was.
         """
-        arrays = {name: _floats(name, array) for name, array in parameters.items()}
+        arrays = {name: _floats(name, array) for name, array in _mapping("parameters", parameters).items()}
         if missing := self._parameters.keys() - arrays:
             raise ValueError(f"parameters lack {', '.join(sorted(missing))}")
         if unknown := arrays.keys() - self._parameters:
@@ -107,6 +114,7 @@ class Weights:
         for name, own in self._parameters.items():
             if arrays[name].shape != own.shape:
                 raise ValueError(f"{name} must have shape {own.shape}, got {arrays[name].shape}")
+            _check_range(name, arrays[name], own.dtype)
         for name, own in self._parameters.items():
             own[...] = arrays[name]
 
@@ -144,14 +152,14 @@ class Weights:
             Names or shapes are not those of the module, or it was made with ``add_bias_kv=True``, which adds
             a learned key that this layer does not have.
         """
-        given = {name: _from_tensor(name, x) for name, x in state_dict.items()}
+        given = {name: _from_tensor(name, x) for name, x in _mapping("state_dict", state_dict).items()}
         if given.keys() & {"bias_k", "bias_v"}:
             raise ValueError("state_dict has bias_k and bias_v (add_bias_kv=True), which this layer does not support")
         for kind in ("weight", "bias"):
             packed = given.pop(f"in_proj_{kind}", None)
             parts = [given.pop(f"{name}_{kind}", None) for name in INPUTS]
             if packed is not None:
-                if len(packed) % 3:
+                if not packed.ndim or len(packed) % 3:
                     raise ValueError(f"in_proj_{kind} must hold three equal parts, got shape {packed.shape}")
                 parts = list(np.split(packed, 3))
             given |= {f"{name}.{kind}": part for name, part in zip(INPUTS, parts, strict=True) if part is not None}
@@ -229,12 +237,17 @@ class Weights:
         FileNotFoundError
             There is no such file.
         ValueError
-            The file holds no such layer behind that prefix: neither "q_proj.weight" and its companions as
+            The file is damaged or holds no such layer behind that prefix: neither "q_proj.weight" and its companions as
             `save_safetensors` writes them, nor the names of ``torch.nn.MultiheadAttention``.
         """
-        with _safetensors().safe_open(path, "np") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
-            given = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        _check_file(path, prefix)
+        library = _safetensors()
+        try:
+            with library.safe_open(path, "np") as file:
+                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
+                given = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        except library.SafetensorError as error:
+            raise ValueError(f"{os.fspath(path)} is no whole safetensors file: {error}") from None
         if given.keys() & {"in_proj_weight", "q_proj_weight"}:
             return cls.from_torch(given, num_heads, rotary=rotary, backend=backend)
         return cls._from_parameters(given, num_heads, rotary=rotary, backend=backend)
@@ -245,7 +258,7 @@ class Weights:
         Parameters
         ----------
         path : str or path-like
-            The file, replaced if it exists.
+            The file, replaced if it exists, once all has been written.
         prefix : str, default ""
             What to put before the names of the parameters.
 
@@ -254,8 +267,11 @@ class Weights:
         ImportError
             The safetensors library is not installed.
         """
+        _check_file(path, prefix)
         arrays = {prefix + name: np.ascontiguousarray(array) for name, array in self._parameters.items()}
-        _safetensors().numpy.save_file(arrays, path)
+        save = _safetensors().numpy.save_file
+        with replacing(path) as unfinished:
+            save(arrays, unfinished)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the views into packed storage, which would come back as arrays of their own, and gradients."""
@@ -324,7 +340,9 @@ class Weights:
         weights = [arrays.get(f"{name}.weight") for name in (*INPUTS, "out_proj")]
         missing = [name for name, w in zip((*INPUTS, "out_proj"), weights, strict=True) if w is None]
         if missing:
-            raise ValueError(f"no weight for {', '.join(missing)} among {sorted(arrays) or 'no parameters'}")
+            raise ValueError(
+                f"no weight for {', '.join(missing)} among {sorted(arrays) or 'no parameters'}{how_to_rename(arrays)}"
+            )
         q, k, v, out = (w for w in weights if w is not None)
         if any(w.ndim != 2 for w in (q, k, v, out)):
             raise ValueError(f"weights must be matrices, got {q.shape}, {k.shape}, {v.shape} and {out.shape}")
@@ -341,7 +359,7 @@ class Weights:
             kdim=k.shape[1],
             vdim=v.shape[1],
             bias=any(name.endswith(".bias") for name in arrays),
-            dtype=np.float64 if all(array.dtype == np.float64 for array in arrays.values()) else np.float32,
+            dtype=np.float64 if all(array.dtype.itemsize >= 8 for array in arrays.values()) else np.float32,
             rng=0,
             **settings,
         )
@@ -381,7 +399,7 @@ def _resolved(rotary: bool | dict[str, Any], head_dim: int) -> Rotation:
 def _real_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     try:
         found = np.dtype(dtype)
-    except TypeError:
+    except Exception:  # TypeError, and ValueError, KeyError, SyntaxError for what looks like a description of fields
         found = None
     if found not in (np.dtype(np.float32), np.dtype(np.float64)) or dtype is None:
         raise TypeError(f"dtype must be float32 or float64, got {dtype!r}")
@@ -391,11 +409,38 @@ def _real_dtype(dtype: DTypeLike) -> np.dtype[Any]:
 def _generator(rng: np.random.Generator | int | None) -> np.random.Generator:
     if rng is not None and (isinstance(rng, bool) or not isinstance(rng, np.random.Generator | int | np.integer)):
         raise TypeError(f"rng must be a numpy.random.Generator, an integer or None, got {rng!r}")
+    if isinstance(rng, int | np.integer) and rng < 0:
+        raise ValueError(f"rng must not be negative, got {rng}")
     return np.random.default_rng(rng)
 
 
+def _mapping(name: str, x: Any) -> Mapping[str, Any]:
+    if not isinstance(x, Mapping):
+        raise TypeError(f"{name} must map names to arrays, got {type(x).__module__}.{type(x).__qualname__}")
+    for key in x:
+        if not isinstance(key, str):
+            raise TypeError(f"{name} must map names to arrays, got the name {key!r}")
+    return x
+
+
+def _check_file(path: Any, prefix: Any) -> None:
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"path must be a string or path-like, got {path!r}")
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, got {prefix!r}")
+
+
+def _check_range(name: str, array: Array, dtype: np.dtype[Any]) -> None:
+    """Refuse finite parameters that would become infinite: a model with others would be another model."""
+    if array.dtype.itemsize > dtype.itemsize and array.size:
+        with np.errstate(invalid="ignore"):
+            too_large = (np.abs(array) > largest(dtype)) & np.isfinite(array)
+        if too_large.any():
+            raise ValueError(f"{name} must fit in the {dtype} of the layer, got {array[too_large][0]}")
+
+
 def _floats(name: str, x: ArrayLike) -> Array:
-    array = np.asarray(x)
+    array = as_array(name, x)
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} must be floating point, got {array.dtype}")
     return array
@@ -407,7 +452,6 @@ def _from_tensor(name: str, x: Any) -> Array:
         x = x.detach().cpu()
         if "bfloat16" in str(x.dtype):  # which PyTorch cannot give to NumPy
             x = x.float()
-        return np.asarray(x)
     return _floats(name, x)
 
 

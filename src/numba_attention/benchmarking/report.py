@@ -10,6 +10,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..atomic import replacing
 from ..config import Facts
 from .runner import Result
 
@@ -86,7 +87,8 @@ def insert(path: Path, text: str) -> None:
     _, end, after = rest.partition(END)
     if not (start and end):
         raise ValueError(f"{path} has no {START} and {END}")
-    path.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+    with replacing(path) as unfinished:
+        unfinished.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 _NUMBERS = {heading for heading, _ in _COLUMNS.values()}

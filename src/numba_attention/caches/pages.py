@@ -62,7 +62,7 @@ class PageTable:
         return self.sequences.rows(ids)
 
     def look(self, ids: Array | None) -> tuple[Array, Array]:
-        """Return block table, as wide as the longest needs, and lengths of these sequences, or of all, at one moment."""
+        """Return block table, as wide as the longest needs, and lengths of sequences, by default all, of one moment."""
         sequences = self.sequences
         rows = slice(None) if ids is None else sequences.rows(ids)
         lengths = sequences.lengths[rows]
