@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from .caches import KVCache, PagedKVCache
+from .caches.checks import check_ints, check_lengths
 from .decoding import attention_decode
 from .options import Array
 from .rotary import Rotation, rotate
@@ -37,12 +38,14 @@ def attend(
         _rotate(k, before, rotation)
         _rotate(q, options["query_offset"], rotation)
     lengths, options["key_lengths"] = options.get("key_lengths"), None
+    if lengths is not None:
+        lengths = check_lengths("key_lengths", lengths, len(k), k.shape[2], "the number of new keys")
     heads = np.empty((len(q), q.shape[2], q.shape[1], v.shape[-1]), q.dtype)
     ids = _ids(cache, ids)
     undo = _append(cache, ids, k, v, lengths, before)
     try:
         attention_decode(q, cache, ids=ids, out=heads.swapaxes(1, 2), **options)
-    except Exception:
+    except BaseException:  # an interrupt too
         undo()
         raise
     return heads
@@ -56,7 +59,7 @@ def _ids(cache: Cache, ids: Any) -> Any:
     if not isinstance(cache, PagedKVCache):
         kind = f"{type(cache).__module__}.{type(cache).__qualname__}"
         raise TypeError(f"cache must be a KVCache or a PagedKVCache, got {kind}")
-    return cache.ids if ids is None else np.atleast_1d(ids)
+    return cache.ids if ids is None else np.atleast_1d(check_ints("ids", ids))
 
 
 def _lengths(cache: Cache, ids: Any) -> Array:

@@ -110,7 +110,7 @@ class Call:
             return self.device_array("out", out)
         if self.family is not arrays.HOST:
             raise TypeError(f"out must be on the GPU as query is, got {kind_of(out)}")
-        check_out(out, np.shape(out), getattr(out, "dtype", None), _of_host(inputs))  # type: ignore[arg-type]
+        check_out(out, getattr(out, "shape", ()), getattr(out, "dtype", None), _of_host(inputs))  # type: ignore[arg-type]
         return runtime.empty(out.shape, out.dtype, self.stream)
 
     def give(self, result: Any) -> Any:
@@ -133,7 +133,7 @@ class Call:
 
 
 def _of_host(inputs: dict[str, Any]) -> dict[str, Array]:
-    return {name: x for name, x in inputs.items() if isinstance(x, np.ndarray)}
+    return {name: np.asarray(x) for name, x in inputs.items() if isinstance(x, np.ndarray)}
 
 
 def run(

@@ -38,8 +38,8 @@ def as_ndarray(name: str, x: Any) -> Array:
         return x
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(
-            f"{name} must be a numpy.ndarray, got {kind_of(x)}, a masked array whose mask would be lost; pass its .data "
-            "and say what may be attended to with mask="
+            f"{name} must be a numpy.ndarray, got {kind_of(x)}, a masked array whose mask would be lost; "
+            "pass its .data and say what may be attended to with mask="
         )
     if not isinstance(x, np.ndarray) or isinstance(x, np.matrix):
         refuse_on_device(name, x)

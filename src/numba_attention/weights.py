@@ -15,7 +15,7 @@ from .narrowing import largest
 from .options import Array
 from .renaming import how_to_rename
 from .rotary import Rotation, rotation
-from .validation import as_array
+from .validation import FAR, as_array
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
 
@@ -373,6 +373,8 @@ def _positive(name: str, x: Any) -> int:
         raise TypeError(f"{name} must be an integer, got {x!r}")
     if x < 1:
         raise ValueError(f"{name} must be positive, got {x}")
+    if x > FAR:
+        raise ValueError(f"{name} must be at most 2**40, got one of {int(x).bit_length()} bits")
     return int(x)
 
 
@@ -398,12 +400,13 @@ def _resolved(rotary: bool | dict[str, Any], head_dim: int) -> Rotation:
 
 def _real_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     try:
-        found = np.dtype(dtype)
+        found = None if dtype is None else np.dtype(dtype)
     except Exception:  # TypeError, and ValueError, KeyError, SyntaxError for what looks like a description of fields
         found = None
-    if found not in (np.dtype(np.float32), np.dtype(np.float64)) or dtype is None:
+    # None by identity: to NumPy it is equal to float64.
+    if found is None or found not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise TypeError(f"dtype must be float32 or float64, got {dtype!r}")
-    return np.dtype(found)
+    return found
 
 
 def _generator(rng: np.random.Generator | int | None) -> np.random.Generator:

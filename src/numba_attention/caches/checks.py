@@ -10,7 +10,7 @@ from ..cuda import runtime
 from ..cuda.arrays import on_device, take
 from ..errors import BackendUnavailableError
 from ..options import Array
-from ..validation import as_array, as_ndarray, is_bfloat16
+from ..validation import FAR, as_array, as_ndarray, is_bfloat16
 from .storage import SCALED, Arrays, Storage, ml_dtype, storage_format
 
 ON_GPU = "arrays on a GPU"
@@ -27,6 +27,8 @@ def check_size(name: str, x: Any, least: int = 1) -> int:
         raise TypeError(f"{name} must be an integer, got {x!r}") from None
     if size < least:
         raise ValueError(f"{name} must be at least {least}, got {size}")
+    if size > FAR:
+        raise ValueError(f"{name} must be at most 2**40, got one of {size.bit_length()} bits")
     return size
 
 

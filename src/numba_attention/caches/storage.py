@@ -1,5 +1,6 @@
 """How a cache holds numbers: as they are, rounded to fewer bits, or as 8-bit codes with a scale per token and head."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,9 @@ def storage_format(storage: Any, dtype: np.dtype[Any]) -> Storage:
     else:
         try:
             name = np.dtype(storage).name
-        except TypeError:
+        except (
+            Exception
+        ):  # TypeError, and ValueError, KeyError, SyntaxError for what looks like a description of fields
             raise TypeError(f"storage must be None, a string or a dtype, got {storage!r}") from None
     if name == dtype.name:
         return Storage(name, dtype, None)
@@ -125,6 +128,8 @@ def ml_dtype(name: str) -> np.dtype[Any]:
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """numpy.empty, beginning at a cache line, so that rows whose size is a multiple of one do not straddle two."""
     size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if size > sys.maxsize - _LINE:
+        raise MemoryError(f"an array of shape {shape} and {dtype} takes {size:.3g} bytes")
     buffer = np.empty(size + _LINE, np.uint8)
     start = -buffer.ctypes.data % _LINE
     result: Array = buffer[start : start + size].view(dtype).reshape(shape)
