@@ -464,7 +464,7 @@ def test_no_dtype(dtype):
         layer(dtype=dtype)
 
 
-@pytest.mark.parametrize("storage", [3, [("a", 5)], {"a": 1}, Series(1), "float64", "int4", b"int8", np.ones(3)])
+@pytest.mark.parametrize("storage", [3, [("a", 5)], {"a": 1}, Series(1), "float64", "int4", np.ones(3)])
 def test_no_storage(storage):
     for make in (na.KVCache, na.PagedKVCache):
         with pytest.raises((TypeError, ValueError), match="storage"):

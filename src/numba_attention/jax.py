@@ -15,6 +15,7 @@ import numpy as np
 
 from . import api
 from .backends import select
+from .narrowing import saturated
 from .options import (
     PER_CALL,
     PER_HEAD,
@@ -156,7 +157,7 @@ def attention(
     """
     settings = gather(attention, options)
     given = {"query": query, "key": key, "value": value} | {name: getattr(settings, name) for name in _ARRAYS}
-    arrays = {name: jnp.asarray(x) for name, x in given.items() if x is not None}
+    arrays = {name: jnp.asarray(_as_wide_as_jax(x)) for name, x in given.items() if x is not None}
     fixed: dict[str, Any] = dict.fromkeys(_ARRAYS)
     settings = settings._replace(**fixed)
     problem, chosen = _check(given, arrays, settings, backend)
@@ -171,6 +172,14 @@ def attention(
     static = _Static(ndim, problem.out.shape, str(problem.out.dtype), settings, chosen)
     out, lse = (x[0] if problem.result.ndim < ndim else x for x in _attention(static, arrays))
     return (out, lse) if return_lse else out
+
+
+def _as_wide_as_jax(x: Any) -> Any:
+    """Make float32 of float64 where JAX is not set to 64 bits, and would do so by making large numbers infinite."""
+    if isinstance(x, jax.Array) or jax.config.jax_enable_x64:
+        return x
+    array = np.asarray(x)
+    return saturated(array, np.float32) if array.dtype == np.float64 else x
 
 
 def _check(given: dict[str, Any], arrays: dict[str, Any], options: Options, backend: str | None) -> tuple[Problem, str]:
