@@ -215,6 +215,10 @@ def test_saturated(source, target):
     assert x.tobytes() == before.tobytes()
     assert result.dtype == DTYPES[target]
     assert alone == result[3]
+    many = saturated(np.tile(x, 2000), DTYPES[target])
+    np.testing.assert_array_equal(many.astype(np.float64), np.tile(result, 2000).astype(np.float64))
+    few = x[:4]  # that fit into all but float16
+    np.testing.assert_array_equal(saturated(few, DTYPES[target]).astype(np.float64), result[:4].astype(np.float64))
     wide = x.astype(np.float64)
     with np.errstate(all="ignore"):
         expected = np.where(np.isfinite(wide), np.clip(wide, -largest, largest), wide).astype(DTYPES[target])
@@ -247,7 +251,7 @@ def test_parameters_that_do_not_fit(number):
     before = {name: x.copy() for name, x in layer.parameters().items()}
     given = {name: x.astype(np.float64) for name, x in before.items()}
     given["out_proj.bias"][3] = number
-    with np.errstate(all="raise"), pytest.raises(ValueError, match="out_proj.bias must fit in the float32"):
+    with np.errstate(all="raise"), pytest.raises(ValueError, match=r"out_proj\.bias must fit in the float32"):
         layer.load_parameters(given)
     for name, x in layer.parameters().items():
         np.testing.assert_array_equal(x, before[name])

@@ -48,7 +48,7 @@ def build(
         if flat:
             full = full[None]
     lse = result_lse = None
-    if as_flag("return_lse", return_lse):
+    if return_lse is not False and as_flag("return_lse", return_lse):
         lse = empty(shape[:3], lse_dtype_of(q))
         result_lse = lse[0] if flat else lse
     problem = Problem(

@@ -33,7 +33,7 @@ def build(
         full = out = empty(shape, q.dtype)
     else:
         full = check_out(out, shape, q.dtype, {"query": q, "key": k, "value": v} | arrays_among(options))
-    lse = empty(q.shape[:2], lse_dtype_of(q)) if as_flag("return_lse", return_lse) else None
+    lse = empty(q.shape[:2], lse_dtype_of(q)) if return_lse is not False and as_flag("return_lse", return_lse) else None
     return _problem(q, k, v, packing, options, full, lse, out)
 
 

@@ -170,7 +170,7 @@ def build(
         if flat:
             full = full[None]
     lse = result_lse = None
-    if as_flag("return_lse", return_lse):
+    if return_lse is not False and as_flag("return_lse", return_lse):
         lse = result_lse = empty(shape[:-1], lse_dtype_of(q))
         if flat:
             result_lse = lse[0]

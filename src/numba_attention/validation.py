@@ -49,7 +49,8 @@ def as_ndarray(name: str, x: Any) -> Array:
 
 def as_tensor(name: str, array: Any) -> Array:
     """Check one of query, key, value and give it a head axis."""
-    array = as_ndarray(name, array)
+    if type(array) is not np.ndarray:
+        array = as_ndarray(name, array)
     if not is_supported(array.dtype):
         raise TypeError(
             f"{name} must have dtype float32, float64, float16 or ml_dtypes.bfloat16 in native byte order, "

@@ -228,14 +228,19 @@ class KVCache:
         stop = start + T
         if stop > self.capacity:
             raise CacheFullError(self._full(0, T))
-        if self._form.dtype is self.dtype:
+        form = self._form
+        if form.dtype is self.dtype:
             stored.key[:, :, start:stop] = key
             stored.value[:, :, start:stop] = value
+        elif T == 1:
+            where = (slice(None), slice(None), slice(start, stop))
+            form.write(stored.key, stored.key_scale, where, key)
+            form.write(stored.value, stored.value_scale, where, value)
         else:
             for part in blocks(T, self.batch * self.num_kv_heads * self.head_dim):
                 where = (slice(None), slice(None), slice(start + part.start, start + part.stop))
-                self._form.write(stored.key, stored.key_scale, where, key[:, :, part])
-                self._form.write(stored.value, stored.value_scale, where, value[:, :, part])
+                form.write(stored.key, stored.key_scale, where, key[:, :, part])
+                form.write(stored.value, stored.value_scale, where, value[:, :, part])
         self._lengths.fill(stop)
         self._common = stop
 

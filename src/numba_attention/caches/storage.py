@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..narrowing import saturated
+from ..narrowing import saturated, surely_fits
 from ..options import Array
 
 Arrays = tuple[Array, Array, Array | None, Array | None]  # keys, values, and the scales of each or None
@@ -64,10 +64,8 @@ class Storage:
         """Store x in the places `where`, an index of the axes before the features."""
         if scale is not None:
             codes[where], scale[where] = self.encode(x)
-        elif x.dtype == self.dtype:
-            codes[where] = x
         else:
-            codes[where] = saturated(x, self.dtype)
+            codes[where] = x if surely_fits(x, self.dtype) else saturated(x, self.dtype)
 
     def scatter(
         self, arrays: Arrays, key: Array, value: Array, source: tuple[Array, Array], to: tuple[Array, Array]
