@@ -32,10 +32,19 @@ def saturated(x: Array, dtype: Any) -> Array:
     does; `numpy.clip` takes infinities too.
     """
     target, limit = _end_of(x.dtype, dtype)
-    if limit is None or surely_fits(x, target):
+    if limit is None:
         return x.astype(target)
-    if x.dtype.itemsize == 2:  # bfloat16
+    if x.dtype.itemsize == 2:  # bfloat16, of which ml_dtypes does not tell whether a conversion overflows
         x = x.astype(np.float32)
+    if limit > _LARGEST["float16"] and target.itemsize == 2:
+        if surely_fits(x, target):
+            return x.astype(target)
+    else:
+        try:
+            with np.errstate(over="raise"):  # a flag of the processor: no pass over the numbers
+                return x.astype(target)
+        except FloatingPointError:
+            pass
     with np.errstate(over="ignore"):
         result = x.astype(target)
     lost = np.isinf(result) & np.isfinite(x)
@@ -45,7 +54,7 @@ def saturated(x: Array, dtype: Any) -> Array:
 
 def surely_fits(x: Array, dtype: Any) -> bool:
     """Whether no number of x is beyond the range of `dtype`; may say no where there is NaN, or they almost are."""
-    target, limit = _end_of(x.dtype, dtype)
+    _, limit = _end_of(x.dtype, dtype)
     if limit is None:
         return True
     if x.dtype.itemsize == 2:
