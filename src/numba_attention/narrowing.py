@@ -14,6 +14,9 @@ _LARGEST = {
     "float16": 65504.0,
 }
 
+FEW = 2**13  # numbers that BLAS multiplies without starting threads
+ROOT = 2.0**63  # whose square is finite in float32
+
 
 def largest(dtype: np.dtype[Any]) -> float:
     """Return the largest finite number of a floating dtype."""
@@ -59,13 +62,9 @@ def surely_fits(x: Array, dtype: Any) -> bool:
         return True
     if x.dtype.itemsize == 2:
         return False
-    if x.size <= _FEW:  # 0.5 us for a token of 8 heads of 64; NaN and overflow compare as false
-        return bool(np.vdot(x, x) < min(limit, _ROOT) ** 2)
+    if x.size <= FEW:  # 0.5 us for a token of 8 heads of 64; NaN and overflow compare as false
+        return bool(np.vdot(x, x) < min(limit, ROOT) ** 2)
     return bool(x.max() < limit and x.min() > -limit)
-
-
-_FEW = 2**13  # numbers that BLAS multiplies without starting threads
-_ROOT = 2.0**63  # whose square is finite in float32
 
 
 @cache  # the name of a dtype is made anew at every look: 2 us

@@ -232,10 +232,9 @@ class KVCache:
         if form.dtype is self.dtype:
             stored.key[:, :, start:stop] = key
             stored.value[:, :, start:stop] = value
-        elif T == 1:
-            where = (slice(None), slice(None), slice(start, stop))
-            form.write(stored.key, stored.key_scale, where, key)
-            form.write(stored.value, stored.value_scale, where, value)
+        elif T == 1 and form.holds(key) and form.holds(value):
+            stored.key[:, :, start] = key[:, :, 0]
+            stored.value[:, :, start] = value[:, :, 0]
         else:
             for part in blocks(T, self.batch * self.num_kv_heads * self.head_dim):
                 where = (slice(None), slice(None), slice(start + part.start, start + part.stop))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..narrowing import saturated, surely_fits
+from ..narrowing import FEW, ROOT, largest, saturated, surely_fits
 from ..options import Array
 
 Arrays = tuple[Array, Array, Array | None, Array | None]  # keys, values, and the scales of each or None
@@ -27,11 +27,17 @@ class Storage:
     name: str
     dtype: np.dtype[Any]  # of what is stored
     limit: float | None  # largest code, where there is a scale per token and head
+    square: float = 0.0  # of the largest number that is stored as it is, 0 where there are scales
 
     def allocate(self, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
         """Make room for numbers of `shape`, uninitialised: codes, and their scales or None."""
         codes = aligned_empty(shape, self.dtype)
         return codes, None if self.limit is None else aligned_empty(shape[:-1], np.dtype(np.float32))
+
+    def holds(self, x: Array) -> bool:
+        """Whether few numbers of float32 or float64 surely fit as they are, of a format without scales: in 0.6 us."""
+        # NaN, and squares that overflow, compare as false.
+        return x.dtype.char in "fd" and x.size <= FEW and bool(np.vdot(x, x) < self.square)
 
     def encode(self, x: Array) -> tuple[Array, Array | None]:
         """Turn numbers (..., E) into codes (..., E) and scales (...).
@@ -110,7 +116,7 @@ def storage_format(storage: Any, dtype: np.dtype[Any]) -> Storage:
             f"storage must be None (that of dtype, {dtype}), 'float16', 'bfloat16', 'int8' or 'float8', got {storage!r}"
         )
     held = np.dtype(name) if name in ("float16", "int8") else ml_dtype(name)
-    return Storage(name, held, _LIMITS.get(name))
+    return Storage(name, held, _LIMITS.get(name), 0.0 if name in SCALED else min(largest(held), ROOT) ** 2)
 
 
 def ml_dtype(name: str) -> np.dtype[Any]:
