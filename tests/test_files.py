@@ -291,7 +291,8 @@ def test_full_disk(small_disk):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2, (done.returncode, done.stderr)
-    assert "No space left on device" in done.stderr
+    assert "No space left on device for 2097280 bytes" in done.stderr
+    assert f"disk{os.sep}out.npy" in done.stderr.replace("\n", "")
     assert [path.name for path in small_disk.iterdir()] == ["out.npy"]
     assert (small_disk / "out.npy").read_bytes() == b"old"
 

@@ -33,10 +33,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(unfinished, target)
 
 
-def allocate(path: str | os.PathLike[str]) -> None:
+def allocate(path: str | os.PathLike[str], name: str | os.PathLike[str] | None = None) -> None:
     """Take disk space for all of a file that may have holes, so that writing to its mapping cannot fail.
 
-    A write to a mapped hole ends the process with SIGBUS where the disk is full.
+    A write to a mapped hole ends the process with SIGBUS where the disk is full. `name` is what errors call the file.
 
     Raises
     ------
@@ -50,7 +50,7 @@ def allocate(path: str | os.PathLike[str]) -> None:
         except (AttributeError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in _CANNOT_ALLOCATE:
                 raise OSError(
-                    error.errno, f"{os.strerror(error.errno or 0)} for {size} bytes", os.fspath(path)
+                    error.errno, f"{os.strerror(error.errno or 0)} for {size} bytes", os.fspath(name or path)
                 ) from None
             for start in range(0, size, _BLOCK):
                 file.seek(start)

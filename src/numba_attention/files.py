@@ -54,7 +54,7 @@ def attend(inputs: Sequence[Path], out: Path, lse: Path | None, options: dict[st
         unfinished = files.enter_context(replacing(out))
         unfinished_lse = None if lse is None else files.enter_context(replacing(lse))
         result = np.lib.format.open_memmap(unfinished, "w+", query.dtype, shape)
-        allocate(unfinished)
+        allocate(unfinished, out)
         if unfinished_lse is None:
             attention(query, key, value, out=_view(result), **options)
         else:
