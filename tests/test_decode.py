@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import numba_attention as na
+from numba_attention.cached import build
+from numba_attention.options import Options
 
 STORAGES = [None, "float16", "bfloat16", "int8", "float8"]
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -238,6 +240,24 @@ def test_mask_of_another_shape(name, shape):
     words = rf"{name} of shape {shape} does not broadcast to \(3, 4, 5, 30\).* to \(3, 4, 5, 5\)"
     with pytest.raises(ValueError, match=words.replace(str(shape), str(shape).replace("(", r"\(").replace(")", r"\)"))):
         na.attention_decode(query, cache, **{name: np.ones(shape, bool if name == "mask" else np.float32)})
+
+
+@pytest.mark.parametrize("storage", [None, "int8"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("option", [{}, {"mask": True}, {"window": (5, 0)}, {"key_lengths": 3}, {"is_causal": False}])
+def test_lengths_of_a_call_do_not_change(batch, option, storage):
+    """A cache in one piece that grows, or shrinks, while a call runs: what backends read of lengths is of one moment."""
+    query, key, value = arrays(batch, 4, 2, 1, 30, 16)
+    cache = filled(key, value, [30, 25, 7][:batch], storage=storage)
+    if "mask" in option:
+        option = {"mask": np.ones((1, 30), bool)}
+    problem = build(query, cache._contents(), Options(**{"is_causal": "bottom-right"} | option), None, False)
+    read = [problem.S] if batch == 1 and not option and storage is None else [problem.S, problem.key_lengths]
+    before = [np.array(x) for x in read]
+    cache.append(key[:, :, :1], value[:, :, :1])
+    cache.truncate(2)
+    for x, y in zip(read, before, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_ragged_prompt():

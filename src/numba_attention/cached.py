@@ -30,8 +30,9 @@ def build(
     q = as_tensor("query", query)
     lengths = contents.lengths
     plain = is_bottom_right(options.is_causal) and _is_plain(options)  # what nearly every call asks for
-    if contents.table is None and (len(lengths) > 1 or not plain):
-        # Lengths of a cache in one piece change in place, and the kernel would read past the columns of a mask.
+    if contents.table is None and (len(lengths) > 1 or not plain or contents.key_scale is not None):
+        # Lengths of a cache in one piece change in place, and the kernel would read past the columns of a mask. What is
+        # left is the step of one sequence, of which backends read only the number S.
         lengths = lengths.copy()
     flat = query.ndim == 3 and len(lengths) == 1
     if flat:

@@ -119,6 +119,7 @@ def attention_decode(
     given = contents.given
     chosen = select(backend, query) if given is None else select(backend, query, *given[:2])
     if chosen.on_device:
+        contents = contents._replace(lengths=contents.lengths.copy())  # as many as are copied, whoever appends
         held = [_used(contents, x) for x in contents[:4]] if given is None else given
         operands = {"query": query, **dict(zip(Contents._fields[:4], held, strict=True))}
         return placing.run(

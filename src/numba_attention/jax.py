@@ -28,6 +28,7 @@ from .options import (
     takes_options,
 )
 from .problem import Problem, build
+from .validation import as_flag
 
 try:
     import jax
@@ -171,7 +172,7 @@ def attention(
     settings = settings._replace(window=window, scale=problem.scale, softcap=problem.softcap)
     static = _Static(ndim, problem.out.shape, str(problem.out.dtype), settings, chosen)
     out, lse = (x[0] if problem.result.ndim < ndim else x for x in _attention(static, arrays))
-    return (out, lse) if return_lse else out
+    return (out, lse) if as_flag("return_lse", return_lse) else out
 
 
 def _as_wide_as_jax(x: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import api
 from .options import Array, Gradients, OptionArguments, gather, takes_options
+from .validation import as_flag
 
 try:
     import torch
@@ -147,7 +148,7 @@ def attention(
     if torch.compiler.is_dynamo_compiling():
         apply = torch.compiler.disable(apply)
     out, lse = apply(tuple(tensors), constants, *tensors.values())
-    return (out, lse) if return_lse else out
+    return (out, lse) if as_flag("return_lse", return_lse) else out
 
 
 class _Attention(torch.autograd.Function):
