@@ -6,13 +6,14 @@ A case is sizes, a layout of the arrays and some options by name. `CASES` is wha
 
 import itertools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 import numba_attention as na
 
@@ -452,3 +453,12 @@ GROUPS: dict[str, list[Case]] = {
 CASES = list(dict.fromkeys(itertools.chain.from_iterable(GROUPS.values())))
 # Every third, with all of the combinations, where the whole list is more than a test can use.
 SOME = list(dict.fromkeys(CASES[::3] + GROUPS["together"] + GROUPS["empty"]))
+
+
+def graded(cases: list[Case], dtypes: Sequence[str], step: int = 4) -> list[Any]:
+    """Parameters (case, dtype): of each dtype every `step`-th case, another one for each; the others marked slow."""
+    return [
+        pytest.param(case, dtype, id=f"{case}-{dtype}", marks=() if (n + shift) % step == 0 else pytest.mark.slow)
+        for shift, dtype in enumerate(dtypes)
+        for n, case in enumerate(cases)
+    ]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import check_grad
 
 import numba_attention as na
-from cases import CASES, SOME, Case, assert_close, check_backward, grad_tolerance, oracle_backward
+from cases import CASES, SOME, Case, assert_close, check_backward, grad_tolerance, graded, oracle_backward
 
 LONG = [
     # Several groups of tiles, in items of their own and one after the other, and biases that heads or rows share.
@@ -36,8 +36,7 @@ def test_float32(case):
     check_backward(case, "float32")
 
 
-@pytest.mark.parametrize("case", SOME, ids=str)
-@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+@pytest.mark.parametrize(("case", "dtype"), graded(SOME, ["float64", "float16", "bfloat16"]))
 def test_other_dtypes(case, dtype):
     check_backward(case, dtype)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import numba_attention as na
-from cases import CASES, DTYPES, SOME, VARIED, Case, assert_close, tolerance
+from cases import CASES, DTYPES, SOME, VARIED, Case, assert_close, graded, tolerance
 
 WITH_KEYS = [case for case in CASES if case.key_batch is None and case.value_batch is None]
 FEW = [case for case in SOME if case in WITH_KEYS]
@@ -19,8 +19,8 @@ def of_weights(dtype, case=None):
     return tolerance(dtype, case)[0]
 
 
-@pytest.mark.parametrize("case", WITH_KEYS, ids=str)
-def test_case(case):
+@pytest.mark.parametrize(("case", "dtype"), graded(WITH_KEYS, ["float32"], 2))
+def test_case(case, dtype):
     query, key, _ = case.arrays()
     kwargs = case.kwargs()
     got = na.attention_weights(query, key, **kwargs)
@@ -28,8 +28,7 @@ def test_case(case):
     assert_close(got, by_reference(query, key, **kwargs), of_weights("float32", case))
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
-@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+@pytest.mark.parametrize(("case", "dtype"), graded(FEW, ["float64", "float16", "bfloat16"]))
 def test_case_in_other_dtypes(case, dtype):
     query, key, _ = case.arrays(dtype)
     kwargs = case.kwargs()
@@ -38,8 +37,7 @@ def test_case_in_other_dtypes(case, dtype):
     assert_close(got, by_reference(query, key, **kwargs), of_weights(dtype, case))
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("case", "backend"), graded(FEW, ["cpu", "reference"]))
 def test_attention_over_the_identity(case, backend):
     query, key, _ = case.arrays("float64")
     kwargs = case.kwargs()
