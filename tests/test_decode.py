@@ -246,7 +246,7 @@ def test_mask_of_another_shape(name, shape):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("option", [{}, {"mask": True}, {"window": (5, 0)}, {"key_lengths": 3}, {"is_causal": False}])
 def test_lengths_of_a_call_do_not_change(batch, option, storage):
-    """A cache in one piece that grows, or shrinks, while a call runs: what backends read of lengths is of one moment."""
+    """A cache in one piece that grows, or shrinks, while a call runs: backends read lengths of one moment."""
     query, key, value = arrays(batch, 4, 2, 1, 30, 16)
     cache = filled(key, value, [30, 25, 7][:batch], storage=storage)
     if "mask" in option:
