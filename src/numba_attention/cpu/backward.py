@@ -20,9 +20,9 @@ import numpy as np
 from . import tiles
 from .elements import Spec
 from .gemm import micro_kernel
-from .params import NEVER, PARAMS, SEQUENCE
+from .params import NEVER, PARAMS, SEQUENCE, STOPPED
 from .scoring import LOG2E, areas, lay_out, make_scoring
-from .simd import fetch_add, void_pointer
+from .simd import fetch, fetch_add, void_pointer
 from .softmax import MAX, RESCALE, ROWS, SUM, SUM_ROWS, TILE_MAX, multiply_tile, row_products, softmax_gradient
 from .sums import CLEAN, LOST, add_products, add_transposed, copy_rows, padded, write_sums
 from .sums import add_sums as sums_adder
@@ -226,6 +226,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             dirty = load_rows(p, s, at, first_row) or dirty
             grad_query[: p.out_depth] = 0
             for j0 in range(start, stop, BN):
+                if fetch(p.counter) >= STOPPED:
+                    return
                 n = min(BN, stop - j0)
                 if p.mask == 0 or not hides_all(p, s, at, j0, n):
                     visit_keys(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop, sums, dirty, careful)
@@ -243,6 +245,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         last = (s.rows * p.group + BM - 1) // BM - 1
         # Last rows first, as in the forward pass; the groups take turns, so that each gets of every kind.
         for tile in range(last - group, -1, -s.groups):
+            if fetch(p.counter) >= STOPPED:
+                return
             visit_rows(p, s, at, head, tile * BM, group, sums)
 
     @spec.jit

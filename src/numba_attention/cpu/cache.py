@@ -9,22 +9,35 @@ is a miss.
 import hashlib
 import pickle
 import sys
-import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import llvmlite
+import llvmlite.binding
 import numba
 from numba import njit
 from numba.core import config, serialize
 from numba.core.compiler import CompileResult
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
+from numba.np.ufunc import parallel
 
+from .. import forks
 from ..kernel_cache import path_of, read_checked, warn_unwritten, write_checked
 from .machine_code import MachineCode, compile_kernel, load
+
+# Forks wait for whoever compiles or loads, in Numba or in LLVM. The lock of Numba's compiler is that of kernels too:
+# with a lock of its own, a kernel would stay locked in a child that is forked while another thread reads its file.
+for _lock in (
+    global_compiler_lock._lock,
+    getattr(parallel, "_backend_init_thread_lock", None),
+    getattr(getattr(llvmlite.binding.ffi.lib, "_lock", None), "_lock", None),
+):
+    if _lock is not None:
+        forks.await_before_fork(_lock)
 
 
 @cache
@@ -57,7 +70,6 @@ class Kernel:
         self.origin = ""  # "compiled" or "loaded", once it is there
         self._make = make
         self._signature = signature
-        self._lock = threading.Lock()
         self._loaded: Any = None
 
     @property
@@ -72,7 +84,12 @@ class Kernel:
 
     def _get(self) -> Any:
         if self._loaded is None:
-            with self._lock:
+            if forks.broken():
+                raise RuntimeError(
+                    f"kernel {self.name} cannot be loaded: this process was forked while another thread compiled, for "
+                    f"more than {forks.PATIENCE:.0f} s; call what children need before forking, or start them by spawn"
+                )
+            with global_compiler_lock:
                 if self._loaded is None:
                     self._loaded = self._load() or self._compile_and_save()
         return self._loaded

@@ -1,0 +1,334 @@
+"""Threads, forks, signals and nested calls at the worst moments: each case in its own process, with a time limit."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+LAYERS = ["omp", "workqueue", "tbb"]
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+needs_signals = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
+
+# Right values are textbook NumPy in float64 on plain arrays, so that nothing of the package judges itself.
+PREPARE = """
+    import ctypes, gc, os, signal, sys, threading, time
+    import numpy as np, numba
+    import numba_attention as na
+
+    rng = np.random.default_rng(0)
+
+    def arrays(B, H, L, E, dtype=np.float32):
+        return [rng.standard_normal((B, H, L, E)).astype(dtype) for _ in range(3)]
+
+    def textbook(q, k, v, scale=None):
+        q, k, v = (x.astype(np.float64) for x in (q, k, v))
+        s = q @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1])
+        p = np.exp(s - s.max(axis=-1, keepdims=True))
+        p /= p.sum(axis=-1, keepdims=True)
+        return p @ v
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+    q, k, v = arrays(2, 4, 300, 32)
+    expected = textbook(q, k, v)
+"""
+
+
+def run(body, layer="omp", timeout=240, prepare=PREPARE, **environment):
+    code = textwrap.dedent(prepare) + textwrap.dedent(body)
+    env = {
+        **os.environ,
+        "NUMBA_THREADING_LAYER": layer,
+        "NUMBA_NUM_THREADS": "2",
+        **environment,
+    }
+    libraries = [str(Path(sys.prefix) / "lib"), env.get("LD_LIBRARY_PATH", "")]  # where pip puts TBB, and nobody looks
+    env["LD_LIBRARY_PATH"] = os.pathsep.join(x for x in libraries if x)
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", code], env=env, capture_output=True, text=True, timeout=timeout
+    )
+    if "No threading layer could be loaded" in done.stderr:
+        pytest.skip(f"{layer} is not installed")
+    assert done.returncode == 0, f"ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_first_parallel_calls_of_many_threads(layer):
+    """Workqueue aborts a process in which two threads enter a region at once."""
+    run(
+        """
+        small = [x[:, :, :1, :4] for x in (q, k, v)]
+        na.attention(*small)  # kernels are loaded; no parallel region yet
+        assert na.attention_backward(small[0], *small, *na.attention(*small, return_lse=True))
+        barrier, wrong = threading.Barrier(8), []
+
+        def first():
+            try:
+                barrier.wait()
+                close(na.attention(q, k, v), expected)
+            except BaseException as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=first) for _ in range(8)]
+        [t.start() for t in threads]; [t.join() for t in threads]
+        assert not wrong, wrong[0]
+        """,
+        layer,
+    )
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_naming_the_threading_layer_beside_calls(layer):
+    run(
+        """
+        small = [x[:, :, :1, :4] for x in (q, k, v)]
+        na.attention(*small)
+        barrier, wrong = threading.Barrier(6), []
+
+        def first(look):
+            try:
+                barrier.wait()
+                for _ in range(20):
+                    na.show_config("dicts") if look else close(na.attention(q, k, v), expected)
+            except BaseException as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=first, args=(n % 2,)) for n in range(6)]
+        [t.start() for t in threads]; [t.join() for t in threads]
+        assert not wrong, wrong[0]
+        """,
+        layer,
+    )
+
+
+NESTED = """
+    out, lse = na.attention(q, k, v, return_lse=True)
+    grad = rng.standard_normal(out.shape).astype(np.float32)
+    q1, k1, v1 = arrays(1, 2, 40, 16)
+    o1, lse1 = na.attention(q1, k1, v1, return_lse=True)
+    cache = na.KVCache(1, 2, 1200, 16)
+    cache.append(*arrays(1, 2, 1100, 16)[:2])
+    other = na.KVCache(2, 4, 300, 32)
+    other.append(k, v)
+    layer = na.MultiHeadAttention(64, 4, rng=0)
+    x = rng.standard_normal((3, 50, 64)).astype(np.float32)
+    y, ctx = layer.forward(x)
+
+    def grads():
+        layer.zero_grad() if hasattr(layer, "zero_grad") else None
+        layer.forward(x)
+        return layer.backward(np.ones_like(y), ctx)
+
+    calls = {
+        "forward": lambda: na.attention(q, k, v),
+        "weights": lambda: na.attention_weights(q, k),
+        "backward": lambda: na.attention_backward(grad, q, k, v, out, lse)[:3],
+        "decode": lambda: na.attention_decode(q[:, :, -1:], other),
+        "step": lambda: na.attention_decode(q1[:, :, -1:], cache),
+        "layer": lambda: layer(x),
+    }
+    def inner():
+        na.attention(q1, k1, v1)
+        na.attention_backward(o1, q1, k1, v1, o1, lse1)
+        na.attention_decode(q1[:, :, -1:], cache)
+        na.attention_weights(q1, k1)
+        layer(x[:1, :3])
+    wanted = {name: call() for name, call in calls.items()}
+    inner()
+
+    def same(a, b):
+        for x, y in zip(a if isinstance(a, tuple) else (a,), b if isinstance(b, tuple) else (b,)):
+            np.testing.assert_array_equal(x, y)
+"""
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_nested_call_at_every_line(layer):
+    """A trace function stands for a handler or finalizer: it calls between any two lines of the package."""
+    run(
+        PREPARE
+        + NESTED
+        + """
+    busy = False
+    steps = 0
+
+    def trace(frame, event, argument):
+        global busy, steps
+        if "numba_attention" not in frame.f_code.co_filename:
+            return None
+        if event == "line" and not busy:
+            busy, steps = True, steps + 1
+            try:
+                inner()
+            finally:
+                busy = False
+        return trace
+
+    for name, call in calls.items():
+        sys.settrace(trace)
+        try:
+            result = call()
+        finally:
+            sys.settrace(None)
+        try:
+            same(result, wanted[name])
+        except AssertionError as error:
+            raise AssertionError(name) from error
+    assert steps > 500, steps
+    """,
+        layer,
+        prepare="",
+    )
+
+
+@needs_signals
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_calls_from_a_signal_handler(layer):
+    run(
+        PREPARE
+        + NESTED
+        + """
+    seen = 0
+    def handler(number, frame):
+        global seen
+        seen += 1
+        inner()
+    signal.signal(signal.SIGALRM, handler)
+    end = time.monotonic() + 8
+    while time.monotonic() < end:
+        for name, call in calls.items():
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3))
+            result = call()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            same(result, wanted[name])
+    assert seen > 50, seen
+    """,
+        layer,
+        prepare="",
+    )
+
+
+@needs_fork
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fork_after_another_function_used_the_threads(layer):
+    """GNU OpenMP ends a child that uses it after its parent did, in whatever function."""
+    run(
+        """
+        @numba.njit(parallel=True)
+        def users(n):
+            total = 0
+            for i in numba.prange(n):
+                total += i
+            return total
+
+        users(100)
+        child = os.fork()
+        if child == 0:
+            close(na.attention(q, k, v), expected)
+            grandchild = os.fork()
+            if grandchild == 0:
+                close(na.attention(q, k, v), expected)
+                os._exit(0)
+            os._exit(os.waitpid(grandchild, 0)[1] and 1)
+        _, status = os.waitpid(child, 0)
+        assert status == 0, status
+        close(na.attention(q, k, v), expected)
+        """,
+        layer,
+    )
+
+
+@needs_fork
+@pytest.mark.parametrize("moment", ["compile", "load"])
+def test_fork_while_another_thread_gets_a_kernel(tmp_path, moment):
+    """The child finds the kernel, or gets it itself; it does not wait for a thread that it does not have."""
+    run(
+        """
+        from numba_attention.cpu import cache
+        moment = sys.argv[1] if len(sys.argv) > 1 else MOMENT
+        inside = threading.Event()
+        name = "_compile" if moment == "compile" else "_load"
+        original = getattr(cache.Kernel, name)
+
+        def slow(self):
+            inside.set()
+            if moment == "load":
+                time.sleep(0.5)
+            return original(self)
+
+        setattr(cache.Kernel, name, slow)
+        small = [x[:1, :1, :1, :1] for x in (q, k, v)]
+        thread = threading.Thread(target=lambda: na.attention(*small))
+        thread.start()
+        inside.wait()
+        time.sleep(0.1)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(100)
+            close(na.attention(*small), textbook(*small))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        thread.join()
+        assert status == 0, status
+        close(na.attention(*small), textbook(*small))
+        """.replace("MOMENT", repr(moment)),
+        **({"NUMBA_ATTENTION_CACHE_DIR": str(tmp_path)} if moment == "compile" else {}),
+    )
+
+
+@needs_fork
+def test_no_lock_of_the_package_is_inherited_locked():
+    run(
+        """
+        from numba_attention.cuda import constants, cubins
+        locks = [constants._lock, cubins._lock]
+        held, stop = threading.Event(), threading.Event()
+
+        def hold():
+            with constants._lock, cubins._lock:
+                held.set()
+                stop.wait()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if all(lock.acquire(timeout=5) for lock in locks) else 1)
+        _, status = os.waitpid(child, 0)
+        stop.set()
+        thread.join()
+        assert status == 0, status
+        """
+    )
+
+
+@needs_fork
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_fork_while_a_kernel_runs(layer):
+    run(
+        """
+        numba.set_num_threads(2)
+        long = arrays(1, 8, 3000, 64)
+        close(na.attention(q, k, v), expected)
+        thread = threading.Thread(target=lambda: [na.attention(*long) for _ in range(3)])
+        thread.start()
+        time.sleep(0.1)
+        for _ in range(5):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)
+                close(na.attention(q, k, v), expected)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            assert status == 0, status
+        thread.join()
+        """,
+        layer,
+    )
