@@ -332,3 +332,76 @@ def test_fork_while_a_kernel_runs(layer):
         """,
         layer,
     )
+
+
+# Each would take from some seconds to minutes. Arrays that repeat one row take no memory.
+LONG = """
+    def rows(*shape):
+        return np.broadcast_to(rng.standard_normal((1,) * (len(shape) - 1) + shape[-1:]).astype(np.float32), shape)
+
+    def backward(*shape):
+        x, lse = rows(*shape), np.zeros(shape[:-1], np.float32)
+        return lambda: na.attention_backward(x, x, x, x, x, lse)
+
+    from numba_attention.projection import linear, linear_backward
+    long = {
+        "forward": lambda: na.attention(*(rows(1, 8, 60_000, 64) for _ in range(3))),
+        "one tile": lambda: na.attention(rows(1, 1, 64, 64), *(rows(1, 1, 30_000_000, 64) for _ in range(2))),
+        "backward": backward(1, 8, 40_000, 64),
+        "backward of a head": backward(1, 1, 200_000, 64),
+        "few queries": lambda: na.attention(rows(1, 32, 1, 1024), *(rows(1, 1, 3_000_000, 1024) for _ in range(2))),
+        "weights": lambda: na.attention_weights(rows(1, 1, 8_000, 16_384), rows(1, 1, 8_000, 16_384)),
+        "packed": lambda: na.attention_varlen(
+            *(rows(120_000, 8, 64) for _ in range(3)), np.array([0, 60_000, 120_000]), np.array([0, 60_000, 120_000])
+        ),
+        "projection": lambda: linear(rows(4_000, 500_000), rows(4_000, 500_000)),
+        "gradient of a projection": lambda: linear_backward(
+            rows(4_000_000, 512), rows(4_000_000, 512), rows(512, 512), need_input=False
+        ),
+    }
+    # Kernels are loaded: an exception that comes while Numba compiles may be lost in one of its weakref callbacks.
+    o, lse = na.attention(q, k, v, return_lse=True)
+    na.attention_backward(q, q, k, v, o, lse)
+    na.attention(rows(1, 1, 1, 64), *(rows(1, 1, 2, 64) for _ in range(2)))
+    na.attention_weights(q, k)
+    linear(rows(3, 5), rows(3, 5))
+"""
+
+
+@needs_signals
+@pytest.mark.parametrize("layer", LAYERS)
+def test_interrupt(layer):
+    """Ctrl-C is heard within half a second, and everything is usable afterwards."""
+    run(
+        PREPARE
+        + LONG
+        + """
+    small = na.attention(q, k, v)
+    close(small, expected)
+    stop = False
+    for name, call in long.items():
+        sent = 0.0
+
+        def send():
+            global sent
+            time.sleep(1.0)
+            sent = time.monotonic()
+            os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        begin = time.monotonic()
+        try:
+            call()
+        except KeyboardInterrupt:
+            late = time.monotonic() - sent
+            print(f"{name}: {late:.3f} s after the signal", flush=True)
+            assert late < LATE, (name, late)
+        else:
+            raise AssertionError(f"{name} was over after {time.monotonic() - begin} s")
+        thread.join()
+        np.testing.assert_array_equal(na.attention(q, k, v), small)
+    """.replace("LATE", "0.5" if layer == "omp" else "1.5"),  # seconds
+        layer,
+        prepare="",
+    )

@@ -93,7 +93,7 @@ def run(g: BackwardProblem) -> None:
     number = threads_for(most_items, plan.flops)
     own = take()
     try:
-        _run_waves(own, g, plan, bias, arrays, number)
+        _run_waves(own, g, plan, bias, arrays, number, most_items > 0)
     finally:
         put_back(own)
     if of_bias is not None:
@@ -104,13 +104,19 @@ def run(g: BackwardProblem) -> None:
 
 
 def _run_waves(
-    own: Buffers, g: BackwardProblem, plan: _Plan, bias: Array | None, arrays: dict[str, Array | None], number: int
+    own: Buffers,
+    g: BackwardProblem,
+    plan: _Plan,
+    bias: Array | None,
+    arrays: dict[str, Array | None],
+    number: int,
+    has_items: bool,
 ) -> None:
     p = g.forward
     scratch, scratch_address = own.reserve(number * plan.scratch_size)
     # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
-    if p.H and any(len(wave.members) for wave in plan.waves):
+    if p.H and has_items:
         first = (0,) * len(p.batch) + (0,)
         four = p.query[first], p.key[first], p.value[first], p.out[first]
         addresses[p.query.itemsize].call(*four, own.params_address)

@@ -63,7 +63,15 @@ class Kernel:
     make : callable
         Returns the Python function to compile; not called when the cache has the kernel.
     signature : str or numba signature
+
+    Attributes
+    ----------
+    address : int
+        Where its machine code begins.
     """
+
+    address: int
+    _uses: tuple[str, ...] = ("address",)
 
     def __init__(self, name: str, make: Callable[[], Callable[..., int]], signature: Any) -> None:
         self.name = name
@@ -72,9 +80,15 @@ class Kernel:
         self._signature = signature
         self._loaded: Any = None
 
-    @property
-    def address(self) -> int:
-        """Where its machine code begins."""
+    def __getattr__(self, name: str) -> Any:
+        """Load at first use what calls then find as plain attributes: a property would cost 0.1 us more each time."""
+        if name not in self._uses:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = getattr(self, f"_find_{name}")()
+        setattr(self, name, value)
+        return value
+
+    def _find_address(self) -> int:
         return int(self._get())
 
     def assembly(self) -> str:
@@ -148,7 +162,15 @@ class Function(Kernel):
         As of `Kernel`.
     parallel : bool
         Whether the function has a `prange`.
+
+    Attributes
+    ----------
+    call : callable
+        The compiled function, called without Numba's dispatcher; arguments must have the very types.
     """
+
+    call: Callable[..., int]
+    _uses = ("address", "call")
 
     def __init__(
         self, name: str, make: Callable[[], Callable[..., int]], signature: Any, parallel: bool = False
@@ -156,13 +178,10 @@ class Function(Kernel):
         super().__init__(name, make, signature)
         self._parallel = parallel
 
-    @property
-    def call(self) -> Callable[..., int]:
-        """The compiled function, called without Numba's dispatcher; arguments must have the very types."""
+    def _find_call(self) -> Callable[..., int]:
         return self._get().entry_point  # type: ignore[no-any-return]
 
-    @property
-    def address(self) -> int:
+    def _find_address(self) -> int:
         result = self._get()
         return int(result.library.get_pointer_to_function(result.fndesc.llvm_func_name))
 
