@@ -27,7 +27,7 @@ LAYERS = [
     ("caches", ["caches"]),
     ("validation", ["validation"]),
     ("kernels", ["cpu", "cuda"]),
-    ("primitives", ["intervals", "options", "kernel_cache", "narrowing", "atomic"]),
+    ("primitives", ["bounded", "forks", "intervals", "options", "kernel_cache", "narrowing", "atomic"]),
     ("errors", ["errors"]),
 ]  # fmt: skip
 LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module in modules}

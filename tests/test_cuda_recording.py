@@ -22,7 +22,7 @@ def gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", fake_torch())
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
     monkeypatch.setattr(numba, "cuda", fake_numba_cuda(), raising=False)
-    monkeypatch.setattr(recording, "_recorded", {})
+    monkeypatch.setattr(recording, "_recorded", recording.BoundedCache())
     with emulated(monkeypatch, races=False) as driver:
         yield driver
 
@@ -311,7 +311,7 @@ def test_scratch_is_taken_and_freed(gpu, repeated):
 
 
 def test_only_so_many_are_remembered(gpu, monkeypatch):
-    monkeypatch.setattr(recording, "MOST", 2)
+    monkeypatch.setattr(recording, "_recorded", recording.BoundedCache(count=2))
     q, k, v = map(Tensor, arrays(L=3, S=3))
     for scale in (0.1, 0.2, 0.3, 0.4):
         na.attention(q, k, v, scale=scale)

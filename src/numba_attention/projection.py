@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .bounded import BoundedCache
 from .options import Array
 
 ITEMS = 16  # worth having, so that many threads find work and finish together
@@ -156,11 +157,10 @@ def _modules() -> Any:
         from numba.core import config
 
         from .backends import resources
-        from .cpu import launch
         from .cpu import linear as kernels
     except ImportError:
         return None
-    return None if config.DISABLE_JIT else (resources, launch, kernels)
+    return None if config.DISABLE_JIT else (resources, kernels)
 
 
 class _Plan(NamedTuple):
@@ -175,7 +175,8 @@ class _Plan(NamedTuple):
     groups: int
 
 
-_plans: dict[Any, _Plan] = {}
+_plans: BoundedCache[_Plan] = BoundedCache()
+SMALL_PLAN = 4096  # bytes of a plan and its key
 
 
 def _multiply(
@@ -189,13 +190,12 @@ def _multiply(
         if sums is not None:
             np.sum(a, axis=1, out=sums)
         return
-    resources, launch, kernels = _modules()
+    resources, kernels = _modules()
     key = a.dtype, a.shape, a.strides, b.shape, b.strides, out.strides, bias is None or bias.strides, sums is None, long
     plan = _plans.get(key)
     if plan is None:
-        if len(_plans) > 500:
-            _plans.clear()
-        plan = _plans[key] = _make_plan(a, b, out, bias, sums, long)
+        plan = _make_plan(a, b, out, bias, sums, long)
+        _plans.add(key, plan, SMALL_PLAN)
     if plan.swapped and sums is not None:
         np.sum(a, axis=1, dtype=np.float64, out=sums)
         sums = None
@@ -204,23 +204,25 @@ def _multiply(
         to = np.empty((plan.groups, *out.shape), out.dtype)
         sums_to = None if sums is None else np.empty((plan.groups, len(sums)), sums.dtype)
     number = resources.threads_for(plan.items, plan.flops)
-    memory = resources.memory
-    scratch, scratch_address = memory.own.reserve(number * plan.scratch_size)
-    memory.own.counter.value = 0
     first = to[0] if plan.groups > 1 else to
     extra = sums_to if bias is None else bias
     four = (b, a, first.T) if plan.swapped else (a, b, first)
-    resources.addresses[out.itemsize].call(
-        *four, first if extra is None else np.atleast_2d(extra), memory.own.params_address
-    )
-    kernels.pack_own(memory.own.params, kernels.OWN, memory.own.counter_address, scratch_address)
-    memory.own.params[kernels.REST : kernels.REST + len(plan.rest)] = plan.rest
-    launch.run(plan.kernel, memory.own.params_address, number)
+    own = resources.take()
+    try:
+        scratch, scratch_address = own.reserve(number * plan.scratch_size)
+        own.counter.value = 0
+        resources.addresses[out.itemsize].call(
+            *four, first if extra is None else np.atleast_2d(extra), own.params_address
+        )
+        kernels.pack_own(own.params, kernels.OWN, own.counter_address, scratch_address)
+        own.params[kernels.REST : kernels.REST + len(plan.rest)] = plan.rest
+        own.run(plan.kernel, number, plan.flops, four, extra, scratch)
+    finally:
+        resources.put_back(own)
     if plan.groups > 1:
         np.add.reduce(to, axis=0, out=out)
         if sums is not None and sums_to is not None:
             np.add.reduce(sums_to, axis=0, out=sums)
-    del scratch
 
 
 @cache
@@ -236,7 +238,7 @@ def _kernel(storage: str) -> Any:
 
 
 def _make_plan(a: Array, b: Array, out: Array, bias: Array | None, sums: Array | None, long: bool) -> _Plan:
-    _, _, kernels = _modules()
+    _, kernels = _modules()
     kernel, spec = _kernel(out.dtype.name)
     straight, crossed = (_cut(spec, *operands, long) for operands in ((a, b), (b, a)))
     swapped = crossed.cost < straight.cost

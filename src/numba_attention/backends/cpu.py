@@ -3,11 +3,12 @@
 import struct
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numba.core import config
 
+from ..bounded import BoundedCache
 from ..cpu import decode, launch
 from ..cpu import forward as kernels
 from ..cpu.cache import Kernel
@@ -33,7 +34,7 @@ from .records import (
     values_of,
     varies,
 )
-from .resources import addresses, memory, threads_for, worker
+from .resources import Buffers, addresses, put_back, take, threads_for, worker
 
 on_device = False
 
@@ -94,12 +95,18 @@ class _Plan(NamedTuple):
     rest: bytes  # the PARAMS record after the addresses
     items: int  # unless the kernel splits keys
     flops: float  # for each key
+    work: float  # flops for each key that take as long as all that is done for it: see `resources.LONG`
     scratch_size: int
     tiles: Array | None = None  # of each sequence, if the kernel splits keys
     partial_size: int = 0  # bytes for the state of a tile
 
 
-_plans: dict[Any, _Plan] = {}
+_plans: BoundedCache[_Plan] = BoundedCache()
+SMALL_PLAN = 4096  # bytes of a plan and its key beside its arrays
+# What a score costs beside its products, in flops that take as long: the exponential, and for each vector of keys that
+# few queries share, reading them from memory.
+SCORE = 128
+READ = 64
 
 
 def _run(p: Problem, weights: bool) -> None:
@@ -111,17 +118,20 @@ def _run(p: Problem, weights: bool) -> None:
     # Which kernel a sequence gets follows from its own sizes alone, so that its bits are those it has anywhere.
     width = HOST.bits // 8 // (8 if p.query.itemsize == 8 else 4)
     rows = 0 if weights or p.E < width or p.Ev < width else FEW * p.Hkv // p.H
-    if p.query_lengths is None:
-        return _run_kernel(p, bias, weights, p.L <= rows, None)
-    few = p.query_lengths.ravel() <= rows
-    if few.all() or not few.any() or not rows:
-        return _run_kernel(p, bias, weights, bool(few.any() and rows), None)
-    _run_kernel(p, bias, weights, False, np.flatnonzero(~few))
-    _run_kernel(p, bias, weights, True, np.flatnonzero(few))
+    own = take()
+    try:
+        if p.query_lengths is None:
+            return _run_kernel(own, p, bias, weights, p.L <= rows, None)
+        few = p.query_lengths.ravel() <= rows
+        if few.all() or not few.any() or not rows:
+            return _run_kernel(own, p, bias, weights, bool(few.any() and rows), None)
+        _run_kernel(own, p, bias, weights, False, np.flatnonzero(~few))
+        _run_kernel(own, p, bias, weights, True, np.flatnonzero(few))
+    finally:
+        put_back(own)
 
 
-def _run_kernel(p: Problem, bias: Array | None, weights: bool, few: bool, which: Array | None) -> None:
-    own = memory.own
+def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few: bool, which: Array | None) -> None:
     if weights or p.mask is not None or bias is not None or p.packing is not None or which is not None:
         sequences = sequences_of(p, bias)
         fill_in(p, sequences)
@@ -165,8 +175,7 @@ def _run_kernel(p: Problem, bias: Array | None, weights: bool, few: bool, which:
     )  # fmt: skip
     own.params[REST:] = plan.rest
     pack_one(own.params, REST, items)
-    launch.run(plan.kernel, own.params_address, number)
-    del scratch, slopes, sequences, counts, partial
+    own.run(plan.kernel, number, plan.work * p.S, p, bias, plan, scratch, slopes, sequences, counts, partial)
 
 
 NO_GRADIENTS = (0,) * 8  # the addresses that only the backward pass has
@@ -183,9 +192,8 @@ def _find_plan(p: Problem, few: bool) -> _Plan:
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
-        if len(_plans) > 500:
-            _plans.clear()
-        plan = _plans[key] = _make_plan(p, sequences_of(p, None), None, False, few)
+        plan = _make_plan(p, sequences_of(p, None), None, False, few)
+        _plans.add(key, plan, plan.numbers.nbytes + (0 if plan.tiles is None else plan.tiles.nbytes) + SMALL_PLAN)
     return plan
 
 
@@ -211,10 +219,11 @@ def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, 
     items = int(ends[-1]) if len(ends) else 0
     sizes = {"number": len(sequences), "group": group, "Ev": p.S if weights else p.Ev}
     rest = pack(values_of(p, spec, bias) | sizes | {"scratch_size": scratch_size, "out_depth": depth}, offsets)
-    flops = 2.0 * heads * float(rows.sum()) * (p.E + p.Ev)
+    scores = heads * float(rows.sum())
+    flops, work = 2.0 * scores * (p.E + p.Ev), 2.0 * scores * (p.E + p.Ev + SCORE)
     kernel = worker(storage, "weights" if weights else "forward", stored)
     numbers = sequences.view(np.int64)
-    return _Plan(kernel, sequences, numbers, address_of(numbers), rest, items, flops, scratch_size)
+    return _Plan(kernel, sequences, numbers, address_of(numbers), rest, items, flops, work, scratch_size)
 
 
 def _make_decode_plan(p: Problem, sequences: Array, bias: Array | None) -> _Plan:
@@ -223,10 +232,11 @@ def _make_decode_plan(p: Problem, sequences: Array, bias: Array | None) -> _Plan
     sizes = {"number": len(sequences), "Ev": p.Ev, "scratch_size": scratch_size, "partial_size": partial_size}
     flops = 2.0 * p.H * float(sequences["rows"].sum()) * (p.E + p.Ev)
     kernel, rest = worker(spec.storage, "decode", spec.stored), pack(values_of(p, spec, bias) | sizes, offsets)
+    work = max(flops, 2.0 * p.Hkv * len(sequences) * (p.E + p.Ev) * READ)
     tiles = decode.tiles_of(spec, sequences["rows"], p.H // p.Hkv, p.Hkv)
     numbers = sequences.view(np.int64)
     address = address_of(numbers)
-    return _Plan(kernel, sequences, numbers, address, rest, 0, flops, scratch_size, tiles, partial_size)
+    return _Plan(kernel, sequences, numbers, address, rest, 0, flops, work, scratch_size, tiles, partial_size)
 
 
 KEYS, OFFSET = (SEQUENCE.names.index(name) for name in ("keys", "offset"))  # type: ignore[union-attr]

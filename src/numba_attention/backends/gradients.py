@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..bounded import BoundedCache
 from ..cpu import backward as kernels
-from ..cpu import launch
 from ..cpu.cache import Kernel
 from ..cpu.elements import Spec
 from ..cpu.params import ARRAYS, REST, pack_addresses
@@ -31,7 +31,7 @@ from .records import (
     values_of,
     varies,
 )
-from .resources import addresses, memory, threads_for, worker
+from .resources import Buffers, addresses, put_back, take, threads_for, worker
 
 ITEMS = 16  # worth having, so that many threads find work and finish together
 GROUP = 8  # tiles of queries that are worth summing on their own: adding the sums up then costs 2 % or less
@@ -59,7 +59,8 @@ class _Plan(NamedTuple):
     scratch_size: int
 
 
-_plans: dict[Any, _Plan] = {}
+_plans: BoundedCache[_Plan] = BoundedCache()
+SMALL_PLAN = 4096  # bytes of a plan and its key beside its arrays
 _pack_one = struct.Struct("=q").pack_into
 
 
@@ -90,31 +91,48 @@ def run(g: BackwardProblem) -> None:
     plan = _find_plan(g, spec, groups, bias, arrays, of_bias)
     most_items = max((len(wave.members) for wave in plan.waves), default=0)
     number = threads_for(most_items, plan.flops)
-    scratch, scratch_address = memory.own.reserve(number * plan.scratch_size)
-    # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
-    slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
-    if p.H and most_items:
-        first = (0,) * len(p.batch) + (0,)
-        four = p.query[first], p.key[first], p.value[first], p.out[first]
-        addresses[p.query.itemsize].call(*four, memory.own.params_address)
-    memory.own.params[REST:] = plan.rest
-    for wave in plan.waves:
-        counts, partial = np.zeros(wave.counters, np.int64), np.empty(wave.partial_size, np.uint8)
-        memory.own.counter.value = 0
-        _pack_one(memory.own.params, REST, len(wave.members))
-        pack_addresses(
-            memory.own.params, ARRAYS, memory.own.counter_address, scratch_address, plan.sequences_address,
-            address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), 0, 0,
-            *(address_of(array) for array in arrays.values()),
-            address_of(wave.members), address_of(counts), address_of(partial),
-        )  # fmt: skip
-        launch.run(plan.kernel, memory.own.params_address, number)
+    own = take()
+    try:
+        _run_waves(own, g, plan, bias, arrays, number, most_items > 0)
+    finally:
+        put_back(own)
     if of_bias is not None:
         g.bias = of_bias.sum(axis=0) if len(of_bias) > 1 else of_bias[0]
     lse = p.result_lse if p.packing else p.lse
     if p.sinks is not None and lse is not None and delta is not None:
         g.sinks = _of_sinks(p.sinks, lse, delta)
-    del scratch, slopes, bias
+
+
+def _run_waves(
+    own: Buffers,
+    g: BackwardProblem,
+    plan: _Plan,
+    bias: Array | None,
+    arrays: dict[str, Array | None],
+    number: int,
+    has_items: bool,
+) -> None:
+    p = g.forward
+    scratch, scratch_address = own.reserve(number * plan.scratch_size)
+    # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
+    slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
+    if p.H and has_items:
+        first = (0,) * len(p.batch) + (0,)
+        four = p.query[first], p.key[first], p.value[first], p.out[first]
+        addresses[p.query.itemsize].call(*four, own.params_address)
+    own.params[REST:] = plan.rest
+    for wave in plan.waves:
+        counts, partial = np.zeros(wave.counters, np.int64), np.empty(wave.partial_size, np.uint8)
+        own.counter.value = 0
+        _pack_one(own.params, REST, len(wave.members))
+        pack_addresses(
+            own.params, ARRAYS, own.counter_address, scratch_address, plan.sequences_address,
+            address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), 0, 0,
+            *(address_of(array) for array in arrays.values()),
+            address_of(wave.members), address_of(counts), address_of(partial),
+        )  # fmt: skip
+        work = plan.flops / len(plan.waves)
+        own.run(plan.kernel, number, work, g, plan, bias, arrays, scratch, slopes, counts, partial)
 
 
 def _find_plan(
@@ -130,9 +148,9 @@ def _find_plan(
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
-        if len(_plans) > 500:
-            _plans.clear()
-        plan = _plans[key] = _make_plan(g, spec, groups, bias, arrays, of_bias)
+        plan = _make_plan(g, spec, groups, bias, arrays, of_bias)
+        size = plan.sequences.nbytes + sum(wave.members.nbytes for wave in plan.waves)
+        _plans.add(key, plan, size + SMALL_PLAN)
     return plan
 
 

@@ -11,16 +11,20 @@ from numba import carray, types
 from ..cpu import backward, decode, forward, launch
 from ..cpu.cache import Function, Kernel
 from ..cpu.elements import Spec
-from ..cpu.params import PARAMS, SEQUENCE
+from ..cpu.params import PARAMS, SEQUENCE, STOPPED
 from ..cpu.simd import HOST, void_pointer
 from ..options import Array
 
 SMALL = 2e5  # flops, about 2 us of work: below this a parallel region costs more than it saves
-KEEP = 2**24  # bytes of scratch that a Python thread holds on to between calls
+KEEP = 2**24  # bytes of scratch that are kept between calls with the other buffers of a call
+FREE = 16  # calls at once whose buffers are kept; what more there are make theirs anew, in 10 us
+# Flops of a thread from which on a call waits for signals too, which costs 60 to 90 us: 0.1 s of float32 in a loop of
+# nothing but multiply-adds. Work that is ten times as slow is interrupted within a second at the latest.
+LONG = 2e7 * HOST.bits
 
 
-class _Buffers:
-    """Parameters, work counter and scratch of one calling Python thread, kept between calls."""
+class Buffers:
+    """Parameters, work counter and scratch of one call, kept for later ones."""
 
     def __init__(self) -> None:
         self.params = bytearray(PARAMS.itemsize)
@@ -30,6 +34,7 @@ class _Buffers:
         self.scratch, self.scratch_address = np.empty(0, np.uint8), 0
         self.sequence = np.zeros(SEQUENCE.itemsize // 8, np.int64)  # one record
         self.sequence_address = self.sequence.ctypes.data
+        self.reusable = True
 
     def reserve(self, size: int) -> tuple[Array, int]:
         """At least `size` bytes of scratch, aligned to a cache line; raises MemoryError before anything is written."""
@@ -41,15 +46,36 @@ class _Buffers:
             self.scratch, self.scratch_address = scratch, address
         return scratch, address
 
+    def run(self, kernel: Kernel, number: int, work: float, *kept: object) -> None:
+        """Run a kernel on `number` threads; `kept` must live as long, `work` is how many flops it is worth."""
+        if work > LONG * number and threading.get_ident() == threading.main_thread().ident:
+            self.reusable = False  # unless the kernel is known to be done with them
+            launch.run_interruptibly(kernel, self.params_address, number, self._stop, self, kept)
+            self.reusable = True
+        else:
+            launch.run(kernel, self.params_address, number)
 
-class _Memory(threading.local):
-    """Of each thread its own."""
-
-    def __init__(self) -> None:
-        self.own = _Buffers()  # an object of its own: attributes of a `local` take three times as long to find
+    def _stop(self) -> None:
+        self.counter.value = STOPPED
 
 
-memory = _Memory()
+# Buffers belong to a call and not to a thread: a call from a signal handler or finalizer, in the middle of another in
+# the same thread, needs its own. Taking and putting back are single operations of a list: nothing comes between.
+_free: list[Buffers] = []
+
+
+def take() -> Buffers:
+    """Buffers for a call, which puts them back at its end."""
+    try:
+        return _free.pop()
+    except IndexError:
+        return Buffers()
+
+
+def put_back(buffers: Buffers) -> None:
+    """Leave buffers to later calls."""
+    if buffers.reusable and len(_free) < FREE:
+        _free.append(buffers)
 
 
 def _make_addresses() -> Callable[..., int]:

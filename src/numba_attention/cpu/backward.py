@@ -20,15 +20,18 @@ import numpy as np
 from . import tiles
 from .elements import Spec
 from .gemm import micro_kernel
-from .params import NEVER, PARAMS, SEQUENCE
+from .params import NEVER, PARAMS, SEQUENCE, STOPPED
 from .scoring import LOG2E, areas, lay_out, make_scoring
-from .simd import fetch_add, void_pointer
+from .simd import fetch, fetch_add, void_pointer
 from .softmax import MAX, RESCALE, ROWS, SUM, SUM_ROWS, TILE_MAX, multiply_tile, row_products, softmax_gradient
 from .sums import CLEAN, LOST, add_products, add_transposed, copy_rows, padded, write_sums
 from .sums import add_sums as sums_adder
 from .views import carray
 
 LSE, DELTA = MAX, SUM  # rows of the state
+# Of the sums of a long sequence, so much is cleared, added or written before the counter is looked at: see `STOPPED`.
+PART = 2**24  # bytes
+ROWS_AT_ONCE = 2**14
 TABLES = ("grad_rows", "grad_query_rows", "grad_bias_rows", "dirty")
 
 
@@ -226,6 +229,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             dirty = load_rows(p, s, at, first_row) or dirty
             grad_query[: p.out_depth] = 0
             for j0 in range(start, stop, BN):
+                if fetch(p.counter) >= STOPPED:
+                    return
                 n = min(BN, stop - j0)
                 if p.mask == 0 or not hides_all(p, s, at, j0, n):
                     visit_keys(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop, sums, dirty, careful)
@@ -237,26 +242,47 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         write_tile(at + p.at_out, at + p.at_grad_query_rows, 0, item_size, p.E, at + p.at_state + TILE_MAX * row_bytes)
 
     @spec.jit
+    def clear_sums(p: Any, sums: int, count: int) -> None:
+        for start in range(0, count, PART):
+            if fetch(p.counter) >= STOPPED:
+                return
+            carray(void_pointer(sums + start), NEVER, real)[: min(PART, count - start) // size] = 0
+
+    @spec.jit
+    def add_group(p: Any, sums: int, others: int, count: int) -> None:
+        for start in range(0, count, PART):
+            if fetch(p.counter) >= STOPPED:
+                return
+            add_sums(sums + start, others + start, min(PART, count - start))
+
+    @spec.jit
     def visit_group(p: Any, s: Any, at: int, head: int, group: int, sums: int) -> None:
         """DQ of the rows of one group, and their dK and dV."""
-        carray(void_pointer(sums), NEVER, real)[: bytes_of(p, s) // size] = 0
+        clear_sums(p, sums, bytes_of(p, s))
         last = (s.rows * p.group + BM - 1) // BM - 1
         # Last rows first, as in the forward pass; the groups take turns, so that each gets of every kind.
         for tile in range(last - group, -1, -s.groups):
+            if fetch(p.counter) >= STOPPED:
+                return
             visit_rows(p, s, at, head, tile * BM, group, sums)
 
     @spec.jit
-    def write_rows(target: int, row: int, rows: int, count: int, source: int, pitch: int, factor: float) -> None:
-        write(target, row, rows, count, source, pitch, factor)  # compiled once and not at each call
+    def write_rows(
+        p: Any, target: int, row: int, rows: int, count: int, source: int, pitch: int, factor: float
+    ) -> None:
+        for j in range(0, rows, ROWS_AT_ONCE):
+            if fetch(p.counter) >= STOPPED:
+                return
+            write(target + j * row, row, min(ROWS_AT_ONCE, rows - j), count, source + j * pitch, pitch, factor)
 
     @spec.jit
     def write_keys(p: Any, s: Any, head: int, sums: int) -> None:
         """DK and dV of a head, from its sums."""
         key = p.grad_key + s.grad_key + head * p.grad_key_head
-        write_rows(key, p.grad_key_row, s.key_rows, p.E, sums, p.E_padded * size, real(p.scale))
+        write_rows(p, key, p.grad_key_row, s.key_rows, p.E, sums, p.E_padded * size, real(p.scale))
         sums += (s.key_rows + SUM_ROWS) * p.E_padded * size
         value = p.grad_value + s.grad_value + head * p.grad_value_head
-        write_rows(value, p.grad_value_row, s.key_rows, p.Ev, sums, p.Ev_padded * size, real(1))
+        write_rows(p, value, p.grad_value_row, s.key_rows, p.Ev, sums, p.Ev_padded * size, real(1))
 
     def worker(params: int, thread: int) -> int:
         p = carray(void_pointer(params), 1, PARAMS)[0]
@@ -277,13 +303,13 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 if fetch_add(p.counts + 8 * slot, 1) < s.groups - 1:
                     continue
                 for other in range(1, s.groups):
-                    add_sums(first, first + other * each, each)
+                    add_group(p, first, first + other * each, each)
             else:
                 first = at + p.at_sums
                 visit_group(p, s, at, head, 0, first)
                 for other in range(1, s.groups):
                     visit_group(p, s, at, head, other, first + each)
-                    add_sums(first, first + each, each)
+                    add_group(p, first, first + each, each)
             write_keys(p, s, head, first)
 
     return worker

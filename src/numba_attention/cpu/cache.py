@@ -9,22 +9,35 @@ is a miss.
 import hashlib
 import pickle
 import sys
-import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import llvmlite
+import llvmlite.binding
 import numba
 from numba import njit
 from numba.core import config, serialize
 from numba.core.compiler import CompileResult
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
+from numba.np.ufunc import parallel
 
+from .. import forks
 from ..kernel_cache import path_of, read_checked, warn_unwritten, write_checked
 from .machine_code import MachineCode, compile_kernel, load
+
+# Forks wait for whoever compiles or loads, in Numba or in LLVM. The lock of Numba's compiler is that of kernels too:
+# with a lock of its own, a kernel would stay locked in a child that is forked while another thread reads its file.
+for _lock in (
+    global_compiler_lock._lock,
+    getattr(parallel, "_backend_init_thread_lock", None),
+    getattr(getattr(llvmlite.binding.ffi.lib, "_lock", None), "_lock", None),
+):
+    if _lock is not None:
+        forks.await_before_fork(_lock)
 
 
 @cache
@@ -50,19 +63,32 @@ class Kernel:
     make : callable
         Returns the Python function to compile; not called when the cache has the kernel.
     signature : str or numba signature
+
+    Attributes
+    ----------
+    address : int
+        Where its machine code begins.
     """
+
+    address: int
+    _uses: tuple[str, ...] = ("address",)
 
     def __init__(self, name: str, make: Callable[[], Callable[..., int]], signature: Any) -> None:
         self.name = name
         self.origin = ""  # "compiled" or "loaded", once it is there
         self._make = make
         self._signature = signature
-        self._lock = threading.Lock()
         self._loaded: Any = None
 
-    @property
-    def address(self) -> int:
-        """Where its machine code begins."""
+    def __getattr__(self, name: str) -> Any:
+        """Load at first use what calls then find as plain attributes: a property would cost 0.1 us more each time."""
+        if name not in self._uses:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = getattr(self, f"_find_{name}")()
+        setattr(self, name, value)
+        return value
+
+    def _find_address(self) -> int:
         return int(self._get())
 
     def assembly(self) -> str:
@@ -72,7 +98,12 @@ class Kernel:
 
     def _get(self) -> Any:
         if self._loaded is None:
-            with self._lock:
+            if forks.broken():
+                raise RuntimeError(
+                    f"kernel {self.name} cannot be loaded: this process was forked while another thread compiled, for "
+                    f"more than {forks.PATIENCE:.0f} s; call what children need before forking, or start them by spawn"
+                )
+            with global_compiler_lock:
                 if self._loaded is None:
                     self._loaded = self._load() or self._compile_and_save()
         return self._loaded
@@ -131,7 +162,15 @@ class Function(Kernel):
         As of `Kernel`.
     parallel : bool
         Whether the function has a `prange`.
+
+    Attributes
+    ----------
+    call : callable
+        The compiled function, called without Numba's dispatcher; arguments must have the very types.
     """
+
+    call: Callable[..., int]
+    _uses = ("address", "call")
 
     def __init__(
         self, name: str, make: Callable[[], Callable[..., int]], signature: Any, parallel: bool = False
@@ -139,13 +178,10 @@ class Function(Kernel):
         super().__init__(name, make, signature)
         self._parallel = parallel
 
-    @property
-    def call(self) -> Callable[..., int]:
-        """The compiled function, called without Numba's dispatcher; arguments must have the very types."""
+    def _find_call(self) -> Callable[..., int]:
         return self._get().entry_point  # type: ignore[no-any-return]
 
-    @property
-    def address(self) -> int:
+    def _find_address(self) -> int:
         result = self._get()
         return int(result.library.get_pointer_to_function(result.fndesc.llvm_func_name))
 

@@ -12,9 +12,9 @@ import numpy as np
 from . import pairs, tiles
 from .elements import Spec
 from .gemm import micro_kernel
-from .params import NEVER, PARAMS, SEQUENCE
+from .params import NEVER, PARAMS, SEQUENCE, STOPPED
 from .scoring import LN2, areas, lay_out, make_scoring
-from .simd import fetch_add, void_pointer
+from .simd import fetch, fetch_add, void_pointer
 from .softmax import MAX, RESCALE, ROWS, SUM, TILE_MAX, normalised_weights, softmax_step
 from .views import carray
 
@@ -123,6 +123,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         """Fold every visible tile of keys into the state of the rows."""
         start, stop, all_start, all_stop = seen
         for j0 in range(start, stop, BN):
+            if fetch(p.counter) >= STOPPED:
+                return
             n = min(BN, stop - j0)
             edge = j0 < all_start or j0 + n > all_stop
             if p.mask != 0 and hides_all(p, s, at, j0, n):
@@ -159,6 +161,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def write_zeros(p: Any, at: int, start: int, stop: int) -> None:
         carray(void_pointer(at + p.at_scores), (BN, BM), real)[:] = 0
         for j0 in range(start, stop, BN):
+            if fetch(p.counter) >= STOPPED:
+                return
             write_scores(p, at, j0, min(BN, stop - j0))
 
     @spec.jit
@@ -169,6 +173,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             start, stop = 0, 0
         write_zeros(p, at, 0, start)
         for j0 in range(start, stop, BN):
+            if fetch(p.counter) >= STOPPED:
+                return
             n = min(BN, stop - j0)
             if p.mask != 0 and hides_all(p, s, at, j0, n):
                 write_zeros(p, at, j0, j0 + n)

@@ -17,9 +17,9 @@ import numpy as np
 from . import tiles
 from .elements import Spec
 from .gemm import micro_kernel
-from .params import NEVER
+from .params import NEVER, STOPPED
 from .scoring import lay_out
-from .simd import fetch_add, void_pointer
+from .simd import fetch, fetch_add, void_pointer
 from .views import carray
 
 # Products of so many k are summed in registers, then added to what is in scratch. The packed tile, 24 KiB, stays in L1
@@ -141,6 +141,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             begin(p, at, panel, lane + panel * BM, row, rows)
         stop = min(p.K, (group + 1) * p.depth)
         for k in range(group * p.depth, stop, p.chunk):
+            if fetch(p.counter) >= STOPPED:
+                return
             for panel in range(panels):
                 add_products(p, at, panel, k, min(p.chunk, stop - k), row, rows)
         for panel in range(panels):

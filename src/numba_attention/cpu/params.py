@@ -44,6 +44,7 @@ INTEGERS = (
 )  # fmt: skip
 REALS = ("prescale", "factor", "cap_inner", "cap_outer", "scale")
 
+STOPPED = 2**62  # of the counter of work items, in a call that was interrupted: no item is left, and none is finished
 NEVER = 2**62  # a position beyond every other, and a length for arrays of which only the beginning is known
 
 PARAMS = np.dtype([(name, np.int64) for name in ADDRESSES + INTEGERS] + [(name, np.float64) for name in REALS])

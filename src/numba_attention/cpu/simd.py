@@ -250,4 +250,14 @@ def fetch_add(typing_context: Any, address: Any, n: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
+@intrinsic
+def fetch(typing_context: Any, address: Any) -> Any:
+    """The int64 at an address, which others may change at any time."""
+
+    def codegen(context: Any, builder: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "monotonic", 8)
+
+    return types.int64(types.int64), codegen
+
+
 HOST = detect(*cpu_target.target_context.codegen().magic_tuple())

@@ -4,13 +4,13 @@ They lie in slabs that belong to no stream. A stream may be gone when what was c
 memory of a stream cannot be freed then.
 """
 
-import threading
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from .. import forks
 from ..options import Array
 from . import recording, runtime
 from .driver import Driver, identity
@@ -20,7 +20,7 @@ MOST = 2**16  # bytes of one array that is kept; what is larger is copied anew i
 SLAB = 2**18
 _ALIGNMENT = 256
 
-_lock = threading.Lock()
+_lock = forks.renewed()
 # Of each driver, by device: memory, its bytes, and how many are taken.
 _slabs: WeakKeyDictionary[Driver, dict[int, tuple[Any, int, int]]] = WeakKeyDictionary()
 

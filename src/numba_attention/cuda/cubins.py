@@ -3,18 +3,18 @@
 import hashlib
 import re
 import sys
-import threading
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .. import forks
 from ..kernel_cache import path_of, read_checked, warn_unwritten, write_checked
 
 # Those that compile: another version of any may give other code.
 _COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings", "cuda-toolkit")
 _WHEELS = ("nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12")
-_lock = threading.RLock()  # one thread compiles, the others find what it made
+_lock = forks.renewed()  # one thread compiles, the others find what it made
 _made: dict[str, bytes] = {}
 
 

@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..bounded import BoundedCache
 from ..options import Array
 from .driver import Again, Kernel
 from .headers import address_of, held
 
 New = Callable[[tuple[int, ...], Any], tuple[Any, int]]
 _BYTES = np.dtype(np.uint8)
-MOST = 500  # kinds of calls that are remembered; then all are forgotten
+SMALL = 8192  # bytes of a kind of call beside the memory that it keeps
 
 _current: ContextVar["Recorder | None"] = ContextVar("numba_attention_recorder", default=None)
-_recorded: dict[Any, "Recorded"] = {}
+_recorded: "BoundedCache[Recorded]" = BoundedCache()
 _captured: list[Any] = []  # what CUDA graphs may use again, at any time
 
 
@@ -101,9 +102,8 @@ class Recorder:
             built = _pattern(result, self._owners)
         except KeyError:  # a result that is not what `make` saw
             return
-        if len(_recorded) >= MOST:
-            _recorded.clear()
-        _recorded[key] = Recorded(self.made, self.launches, built, list(self._fixed.values()))
+        fixed = list(self._fixed.values())
+        _recorded.add(key, Recorded(self.made, self.launches, built, fixed), SMALL + sum(x.nbytes for x in fixed))
 
 
 def _pattern(result: Any, owners: dict[int, int]) -> Any:
