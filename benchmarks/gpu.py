@@ -6,8 +6,8 @@ the host. All contenders of a row take turns in one process, timed by the GPU's 
 are counted as everybody does: 4 B H L S E, half of it if causal, 2.5 times for the backward pass.
 
 ``--verify`` runs every test that needs a GPU, NVIDIA's compute-sanitizer among them: the first thing to do on a new
-kind of GPU. ``--tune`` times shapes of tiles of `numba_attention.cuda.configs` and prints the fastest. ``--dry-run``
-runs the script itself on small arrays of the host.
+kind of GPU. ``--tune`` times shapes of tiles of `numba_attention.cuda.tile_shapes` and prints the fastest.
+``--dry-run`` runs the script itself on small arrays of the host.
 """
 
 import argparse
@@ -238,7 +238,7 @@ def _given(m: Machine, *tensors):
 
 
 def _with_tf32(tf32: bool, call: Callable[[], object]) -> Callable[[], object]:
-    from numba_attention.cuda.configs import TF32X3
+    from numba_attention.cuda.tile_shapes import TF32X3
 
     def called():
         os.environ[TF32X3] = "1" if tf32 else "0"
@@ -350,8 +350,9 @@ def verify() -> int:
 
 def tune(m: Machine, wanted: str, rounds: int) -> None:
     """Time every shape of tiles, and print those of the table beside the fastest."""
-    from numba_attention.cuda import configs, kernels, runtime
-    from numba_attention.cuda.config import FEATURES
+    from numba_attention.cuda import kernels, tile_shapes
+    from numba_attention.cuda.spec import FEATURES
+    from numba_attention.device import runtime
 
     with runtime.using(0, runtime.DEFAULT_STREAM):
         device = runtime.current_device()
@@ -370,17 +371,17 @@ def tune(m: Machine, wanted: str, rounds: int) -> None:
                     call = lambda a=(grad, q, k, v, out, lse): na.attention_backward(*a)  # noqa: E731
                 found = []
                 with runtime.using(0, runtime.DEFAULT_STREAM):
-                    tried = configs.candidates(task, storage, E, E)
+                    tried = tile_shapes.candidates(task, storage, E, E)
                 for c in [None, *tried]:
-                    if c is not None and any(kernels.compile_(part).spills for part in configs.parts(c)):
+                    if c is not None and any(kernels.compile_(part).spills for part in tile_shapes.parts(c)):
                         continue
-                    configs.use(task, storage, E, E, c)
+                    tile_shapes.use(task, storage, E, E, c)
                     call()
                     shape = None if c is None else (c.slots, c.warps, c.columns)
                     found.append((statistics.median(m.seconds(call, 5) for _ in range(rounds)), shape))
-                configs.use(task, storage, E, E, None)
+                tile_shapes.use(task, storage, E, E, None)
                 (table, _), *others = found
-                base = configs.base(task, storage, E, E, device)
+                base = tile_shapes.base(task, storage, E, E, device)
                 print(f"{name}: {(base.slots, base.warps, base.columns)} of the table {table * 1e3:.3f} ms;", end=" ")
                 print(", ".join(f"{shape} {seconds / table:.3f}" for seconds, shape in sorted(others)[:4]), flush=True)
 

@@ -95,7 +95,7 @@ def numpy_projections(row, task, threads):
 
 
 def _use_numpy():
-    from numba_attention import projection
+    from numba_attention.layer import projection
 
     projection._usable = lambda *arrays: False
 

@@ -35,7 +35,7 @@ def device(monkeypatch):
     """A device that is the host, whose kernels are the reference backend."""
     from device import HostDriver, reference_on
     from numba_attention.backends import cuda
-    from numba_attention.cuda import runtime
+    from numba_attention.device import runtime
 
     driver = HostDriver()
     monkeypatch.setattr(runtime, "driver", driver)
@@ -46,7 +46,7 @@ def device(monkeypatch):
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") is not None:
-        from numba_attention.cuda import runtime
+        from numba_attention.device import runtime
 
         reason = runtime.unusable()
         if reason is not None:

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from numba_attention.cuda import runtime
-from numba_attention.cuda.dlpack import Exported
-from numba_attention.cuda.driver import Device, Driver
 from numba_attention.cuda.parameters import REALS
+from numba_attention.device import runtime
+from numba_attention.device.dlpack import Exported
+from numba_attention.device.driver import Device, Driver
 
 
 class HostMemory:
@@ -265,7 +265,7 @@ class Tensor(Fake):
 
 def from_dlpack(kind):
     """The function of that name of a fake library."""
-    from numba_attention.cuda.dlpack import read
+    from numba_attention.device.dlpack import read
 
     return lambda exported: kind.of(read(exported.__dlpack__(), exported))
 
@@ -334,7 +334,7 @@ def _bfloat16():
 def reference_on(driver):
     """What stands for kernels: the reference backend, which reads the memory of a `HostDriver` as its own."""
     from numba_attention.backends import reference
-    from numba_attention.problem import sum_to
+    from numba_attention.problem.dense import sum_to
 
     def reduce(x, shape, dtype, empty):
         summed = sum_to(x, shape, dtype)

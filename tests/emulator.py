@@ -14,8 +14,9 @@ from contextlib import contextmanager
 import numpy as np
 
 from device import HostDriver
-from numba_attention.cuda import constants, kernels, runtime
-from numba_attention.cuda.driver import Kernel
+from numba_attention.cuda import kernels
+from numba_attention.device import constants, runtime
+from numba_attention.device.driver import Kernel
 
 DTYPES = {"i": np.int32, "l": np.int64, "f": np.float32, "d": np.float64, "p": np.bool_}
 SIZES = {"i": 4, "l": 8, "f": 4, "d": 8, "h": 2, "b": 1}

@@ -13,9 +13,10 @@ import pytest
 
 import numba_attention as na
 from emulator import Emulator
-from numba_attention.cuda import constants, kernels, runtime
-from numba_attention.cuda.driver import Again
+from numba_attention.cuda import kernels
 from numba_attention.cuda.parameters import AXES, INTEGERS, REALS
+from numba_attention.device import constants, runtime
+from numba_attention.device.driver import Again
 
 Run = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_int, ctypes.c_void_p,

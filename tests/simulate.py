@@ -14,8 +14,9 @@ from numba import config, cuda
 
 from cases import Case, check, check_backward
 from emulator import Emit, Emulator, Memory, _give, _take
-from numba_attention.cuda import configs, kernels, runtime
-from numba_attention.cuda.driver import Kernel
+from numba_attention.cuda import kernels, tile_shapes
+from numba_attention.device import runtime
+from numba_attention.device.driver import Kernel
 
 thread = threading.local()
 
@@ -125,11 +126,11 @@ def plain(c, **options):
 def main():
     assert config.ENABLE_CUDASIM, "set NUMBA_ENABLE_CUDASIM=1"
     runtime.driver, kernels.compiled = simulated_driver()
-    base, careful = configs.base, configs.careful
-    configs.base = lambda *given: plain(base(*given))
-    configs.few = lambda c, rows, device: c
-    configs.with_options = lambda c, **options: c.with_(**options)
-    configs.careful = lambda c, device: plain(careful(c, device))
+    base, careful = tile_shapes.base, tile_shapes.careful
+    tile_shapes.base = lambda *given: plain(base(*given))
+    tile_shapes.few = lambda c, rows, device: c
+    tile_shapes.with_options = lambda c, **options: c.with_(**options)
+    tile_shapes.careful = lambda c, device: plain(careful(c, device))
     cases = [
         Case(L=5, S=21, H=2, batch=()),
         Case(L=17, S=19, E=33, Ev=5, H=1, batch=(), options=("causal", "alibi", "sinks")),

@@ -7,7 +7,7 @@ import pytest
 
 from numba_attention.benchmarking import ROWS, Result, Row, as_json, as_markdown, insert, left_out
 from numba_attention.benchmarking.contenders import CONTENDERS, Skipped
-from numba_attention.config import show_config
+from numba_attention.show_config import show_config
 
 SMALL = Row("small", 2, 4, 4, 24, 24, 8, 8)
 VARIANTS = {

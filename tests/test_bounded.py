@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import numba_attention as na
-from numba_attention.backends import cpu, gradients
+from numba_attention.backends import cpu, cpu_backward
 from numba_attention.bounded import BoundedCache
-from numba_attention.projection import linear
+from numba_attention.layer.projection import linear
 
 
 def test_oldest_are_forgotten_first():
@@ -80,7 +80,7 @@ def test_threads_and_nested_calls():
 def test_plans_of_large_batches(backward, monkeypatch):
     """Each has a record for every sequence: 11 MB for 50,000 of them."""
     plans = BoundedCache(size=2**22)
-    monkeypatch.setattr(gradients if backward else cpu, "_plans", plans)
+    monkeypatch.setattr(cpu_backward if backward else cpu, "_plans", plans)
     rng = np.random.default_rng(0)
     for batch in range(5000, 5030):
         x = rng.standard_normal((batch, 1, 1, 4)).astype(np.float32)
@@ -94,7 +94,7 @@ def test_plans_of_large_batches(backward, monkeypatch):
 
 
 def test_plans_of_projections(monkeypatch):
-    from numba_attention import projection
+    from numba_attention.layer import projection
 
     plans = BoundedCache(count=5)
     monkeypatch.setattr(projection, "_plans", plans)

@@ -12,7 +12,7 @@ import numba_attention as na
 typer_testing = pytest.importorskip("typer.testing")
 
 from numba_attention.benchmarking import report  # noqa: E402
-from numba_attention.commands import app  # noqa: E402
+from numba_attention.cli.commands import app  # noqa: E402
 
 
 @pytest.fixture
@@ -174,8 +174,8 @@ def test_module_in_a_process(arrays, tmp_path):
 
 def test_command_line_says_which_extra_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
-    monkeypatch.delitem(sys.modules, "numba_attention.commands")
-    from numba_attention.cli import main
+    monkeypatch.delitem(sys.modules, "numba_attention.cli.commands")
+    from numba_attention.cli.main import main
 
     with pytest.raises(SystemExit, match=r"needs typer: pip install 'numba-attention\[cli\]'"):
         main()

@@ -33,9 +33,9 @@ from device import (
     fake_torch,
 )
 from numba_attention.backends import cuda as backend
-from numba_attention.cuda import arrays, runtime
-from numba_attention.cuda.dlpack import Exported, read
-from numba_attention.cuda.headers import header, held, stored
+from numba_attention.device import arrays, runtime
+from numba_attention.device.dlpack import Exported, read
+from numba_attention.device.headers import header, held, stored
 
 RNG = np.random.default_rng(0)
 Q, K, V = (RNG.standard_normal((2, heads, 7, 8), dtype=np.float32) for heads in (4, 2, 2))
@@ -439,7 +439,7 @@ def test_dlpack(device, dtype):
 
 
 def test_dlpack_is_freed(device):
-    from numba_attention.cuda import dlpack
+    from numba_attention.device import dlpack
 
     before = len(dlpack._lent)
     x = Fake(Q)
@@ -457,7 +457,7 @@ def test_dlpack_is_freed(device):
 
 def test_dlpack_is_understood_by_numpy(device):
     """A real consumer: it renames the capsule and calls the deleter."""
-    from numba_attention.cuda import dlpack
+    from numba_attention.device import dlpack
 
     class OnHost(Exported):
         def __dlpack_device__(self):
@@ -484,7 +484,7 @@ def test_dlpack_is_understood_by_torch(device, torch):
             return 1, 0
 
         def __dlpack__(self, **kwargs):
-            from numba_attention.cuda import dlpack
+            from numba_attention.device import dlpack
 
             capsule = super().__dlpack__(**kwargs)
             dlpack._Managed.from_address(dlpack._pointer_of(capsule, b"dltensor")).tensor.device.kind = 1

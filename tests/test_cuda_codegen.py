@@ -18,9 +18,9 @@ pytest.importorskip("numba_cuda")
 pytest.importorskip("cuda.core")
 
 from numba_attention import BackendUnavailableError
-from numba_attention.cuda import configs, kernels
-from numba_attention.cuda.config import FEATURES, Config, compute_capability
-from numba_attention.cuda.driver import Device
+from numba_attention.cuda import kernels, tile_shapes
+from numba_attention.cuda.spec import FEATURES, Config, compute_capability
+from numba_attention.device.driver import Device
 
 THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
 # What a block may ask for: "CUDA C++ Programming Guide", table of technical specifications.
@@ -65,8 +65,8 @@ def check(compiled, c):
 def plain(arch, storage, E):
     """The kernels without options for one head dimension."""
     for task in ("forward", "query", "key"):
-        yield from configs.parts(configs.base(task, storage, E, E, device(arch)))
-    single = configs.single(configs.base("key", storage, E, E, device(arch)), device(arch))
+        yield from tile_shapes.parts(tile_shapes.base(task, storage, E, E, device(arch)))
+    single = tile_shapes.single(tile_shapes.base("key", storage, E, E, device(arch)), device(arch))
     if single is not None:
         yield single
 
@@ -122,7 +122,7 @@ def test_fma(instructions, storage, E):
 
 @pytest.mark.parametrize("E", [32, 64, 128])
 def test_float32_on_tensor_cores(instructions, monkeypatch, E):
-    monkeypatch.setenv(configs.TF32X3, "1")
+    monkeypatch.setenv(tile_shapes.TF32X3, "1")
     for arch in ARCHS if THOROUGH else (ARCHS[(32, 64, 128).index(E)],):
         for c in plain(arch, "float32", E):
             assert c.product == "tf32"
@@ -137,36 +137,38 @@ def rest(arch, storage, E):
     """Every other kernel for one head dimension, with most that it can be asked for."""
     of = device(arch)
     for task in ("forward", "query", "key"):  # of calls that are causal and no more
-        causal = configs.with_options(configs.base(task, storage, E, E, of), flags=True)
-        yield from configs.parts(causal)
-    single = configs.single(causal, of)
+        causal = tile_shapes.with_options(tile_shapes.base(task, storage, E, E, of), flags=True)
+        yield from tile_shapes.parts(causal)
+    single = tile_shapes.single(causal, of)
     if single is not None:
         yield single
-    forward = configs.base("forward", storage, E, E, of)
-    full = configs.with_options(forward, **OPTIONS)
+    forward = tile_shapes.base("forward", storage, E, E, of)
+    full = tile_shapes.with_options(forward, **OPTIONS)
     yield full.with_(sinks=True, flags=True)
-    yield configs.with_options(forward, mask=True, aligned=False)
-    yield configs.careful(full, of)
-    steps = configs.few(full.with_(stacked=True, paged=True, sinks=True), 4, of)
+    yield tile_shapes.with_options(forward, mask=True, aligned=False)
+    yield tile_shapes.careful(full, of)
+    steps = tile_shapes.few(full.with_(stacked=True, paged=True, sinks=True), 4, of)
     yield steps.with_(split=True)
-    yield configs.few(forward.with_(stacked=True), 16, of).with_(split=True)
-    yield configs.careful(steps, of)
+    yield tile_shapes.few(forward.with_(stacked=True), 16, of).with_(split=True)
+    yield tile_shapes.careful(steps, of)
     held = STORED[FEATURES.index(E) % 3]
     if held != storage:
-        yield configs.fitted(configs.with_options(forward, stored=held), of)
-        of_codes = configs.with_options(forward, **OPTIONS, stored=held, paged=True).with_(sinks=True, flags=True)
-        of_codes = configs.fitted(of_codes, of)
+        yield tile_shapes.fitted(tile_shapes.with_options(forward, stored=held), of)
+        of_codes = tile_shapes.with_options(forward, **OPTIONS, stored=held, paged=True).with_(sinks=True, flags=True)
+        of_codes = tile_shapes.fitted(of_codes, of)
         yield of_codes
-        yield configs.careful(of_codes, of)
-        yield configs.few(configs.with_options(forward, stored=held, paged=True).with_(stacked=True), 4, of)
-    yield configs.weights(full, of)
-    yield configs.bias(configs.with_options(configs.base("query", storage, E, E, of), **OPTIONS), of)
+        yield tile_shapes.careful(of_codes, of)
+        yield tile_shapes.few(tile_shapes.with_options(forward, stored=held, paged=True).with_(stacked=True), 4, of)
+    yield tile_shapes.weights(full, of)
+    yield tile_shapes.bias(tile_shapes.with_options(tile_shapes.base("query", storage, E, E, of), **OPTIONS), of)
     for task in ("query", "key"):
-        c = configs.with_options(configs.base(task, storage, E, E, of), **OPTIONS, flags=True)
-        for part in configs.parts(c):
+        c = tile_shapes.with_options(tile_shapes.base(task, storage, E, E, of), **OPTIONS, flags=True)
+        for part in tile_shapes.parts(c):
             yield part
-            yield configs.careful(part, of)
-    single = configs.single(configs.with_options(configs.base("key", storage, E, E, of), **OPTIONS, flags=True), of)
+            yield tile_shapes.careful(part, of)
+    single = tile_shapes.single(
+        tile_shapes.with_options(tile_shapes.base("key", storage, E, E, of), **OPTIONS, flags=True), of
+    )
     if single is not None:
         yield single
         yield Config("round", storage, E, E, warps=4, flags=True, arch=arch)
@@ -198,7 +200,7 @@ def test_old_gpus(storage):
     (CUDA 13 compiles for sm_75 and later, CUDA 12 for sm_70 too.)
     """
     for task in ("forward", "query", "key") if THOROUGH else ("forward",):
-        c = configs.with_options(configs.base(task, storage, 64, 64, device("sm_75")), aligned=False)
+        c = tile_shapes.with_options(tile_shapes.base(task, storage, 64, 64, device("sm_75")), aligned=False)
         assert c.product == "simt"
         check(kernels.compile_(c), c)
 

@@ -16,10 +16,11 @@ import pytest
 import numba_attention as na
 from cases import DTYPES, Case, assert_close, check, check_backward, tolerance
 from emulator import Emulator
-from numba_attention.cuda import configs, kernels, runtime
-from numba_attention.cuda.config import FEATURES
-from numba_attention.cuda.headers import address_of
+from numba_attention.cuda import kernels, tile_shapes
 from numba_attention.cuda.products import to_tf32
+from numba_attention.cuda.spec import FEATURES
+from numba_attention.device import runtime
+from numba_attention.device.headers import address_of
 
 gpu = pytest.mark.gpu
 HERE = Path(__file__).parent
@@ -292,7 +293,7 @@ def test_longer(dtype, E, options):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_very_long(monkeypatch, dtype, tf32):
     """Sums over 60 000 keys: nothing drifts, and 32 bits suffice."""
-    monkeypatch.setenv(configs.TF32X3, "1" if tf32 else "0")
+    monkeypatch.setenv(tile_shapes.TF32X3, "1" if tf32 else "0")
     q, k, v = arrays(130, 60_000, 64, dtype, H=2, Hkv=1, B=1)
     out, lse = na.attention(q, k, v + DTYPES[dtype].type(1), return_lse=True, backend="cuda")
     wide = [x.astype(np.float64) for x in (q, k, v + DTYPES[dtype].type(1))]
@@ -304,7 +305,7 @@ def test_very_long(monkeypatch, dtype, tf32):
 @gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_same_bits_every_time(monkeypatch, dtype):
-    monkeypatch.setenv(configs.DETERMINISTIC, "1")
+    monkeypatch.setenv(tile_shapes.DETERMINISTIC, "1")
     q, k, v = arrays(1000, 1000, 64, dtype)
     runs = []
     for _ in range(5):
@@ -325,7 +326,7 @@ def test_what_the_driver_loaded(task, storage):
     with runtime.using(0, runtime.DEFAULT_STREAM):
         device = runtime.current_device()
         for E in (64, 128):
-            for c in configs.parts(configs.base(task, storage, E, E, device)):
+            for c in tile_shapes.parts(tile_shapes.base(task, storage, E, E, device)):
                 made = kernels.compile_(c)
                 loaded = cuda.core.ObjectCode.from_cubin(made.code).get_kernel(made.name)
                 assert loaded.attributes.local_size_bytes() == 0

@@ -7,7 +7,7 @@ import pytest
 
 import numba_attention as na
 from cases import assert_close, grad_tolerance, tolerance
-from numba_attention.cuda import arrays, runtime
+from numba_attention.device import arrays, runtime
 
 pytestmark = pytest.mark.gpu
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 import numba_attention as na
 from cases import CASES, DTYPES, GROUPS, Case, assert_close, check, check_backward, grad_tolerance, tolerance
 from emulator import emulated
-from numba_attention.cuda import backward, configs, forward, kernels
+from numba_attention.cuda import backward, forward, kernels, tile_shapes
 from test_decode import TOLERANCE, arrays, filled
 from test_properties import cases, dtypes
 
@@ -110,7 +110,7 @@ def test_old_gpus(monkeypatch, dtype):
 @pytest.mark.parametrize("case", [LARGER[0], Case(20, 33, 24, options=("causal", "bias"))], ids=str)
 def test_float32_on_tensor_cores(gpu, monkeypatch, case):
     """Three products of TF32 numbers: as exact as float32."""
-    monkeypatch.setenv(configs.TF32X3, "1")
+    monkeypatch.setenv(tile_shapes.TF32X3, "1")
     check(*case.arrays("float32"), case.kwargs(), "float32", case, backend="cuda")
     check_backward(case, "float32", backend="cuda")
     assert any(c.product == "tf32" for c in gpu.configs.values())
@@ -120,7 +120,7 @@ def test_float32_on_tensor_cores(gpu, monkeypatch, case):
 def test_gradients_of_halves_in_two_passes(gpu, monkeypatch, dtype):
     """On request without atomics: the same call has the same bits."""
     for asked in ("0", "1"):
-        monkeypatch.setenv(configs.DETERMINISTIC, asked)
+        monkeypatch.setenv(tile_shapes.DETERMINISTIC, asked)
         gpu.configs.clear()
         for case in (LARGER[0], Case(20, 33, 24, 40, options=("window", "sinks")), Case(33, 20, 96, 32, H=1)):
             check_backward(case, dtype, backend="cuda")

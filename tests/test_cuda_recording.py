@@ -11,8 +11,9 @@ import pytest
 import numba_attention as na
 from device import CupyArray, NumbaArray, Tensor, fake_cupy, fake_numba_cuda, fake_torch
 from emulator import emulated
-from numba_attention.cuda import configs, constants, recording
-from numba_attention.cuda.headers import address_of
+from numba_attention.cuda import tile_shapes
+from numba_attention.device import constants, replay
+from numba_attention.device.headers import address_of
 
 KINDS = {"torch": Tensor, "cupy": CupyArray, "numba": NumbaArray}
 
@@ -22,7 +23,7 @@ def gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", fake_torch())
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
     monkeypatch.setattr(numba, "cuda", fake_numba_cuda(), raising=False)
-    monkeypatch.setattr(recording, "_recorded", recording.BoundedCache())
+    monkeypatch.setattr(replay, "_recorded", replay.BoundedCache())
     with emulated(monkeypatch, races=False) as driver:
         yield driver
 
@@ -36,13 +37,13 @@ def give(request, gpu):
 def repeated(monkeypatch):
     """How many calls were repeated so far."""
     calls = []
-    repeat = recording.Recorded.repeat
+    repeat = replay.Recorded.repeat
 
     def counted(self, *arguments):
         calls.append(self)
         return repeat(self, *arguments)
 
-    monkeypatch.setattr(recording.Recorded, "repeat", counted)
+    monkeypatch.setattr(replay.Recorded, "repeat", counted)
     return calls
 
 
@@ -141,7 +142,7 @@ def test_layouts_differ(gpu, repeated):
         for there in variants:
             close([na.attention(*there)], [na.attention(*(x.array for x in there), backend="reference")])
     assert len(repeated) == len(variants)
-    assert len(recording._recorded) == len(variants)
+    assert len(replay._recorded) == len(variants)
 
 
 def test_alignment_differs(gpu, repeated):
@@ -187,7 +188,7 @@ def test_what_depends_on_more_is_not_repeated(gpu, repeated, name):
         close([got], [na.attention(q, k, v, **options, backend="reference")])
         options = UNSEEN[name]()
     assert not repeated
-    assert not recording._recorded
+    assert not replay._recorded
 
 
 def test_a_broadcast_gradient(gpu, repeated):
@@ -241,19 +242,19 @@ def test_streams_and_devices(gpu, repeated, monkeypatch):
 
 def test_what_a_graph_uses_is_kept(gpu, repeated, monkeypatch):
     monkeypatch.setattr(sys.modules["torch"].cuda, "current_stream", lambda device: type("S", (), {"cuda_stream": 7}))
-    monkeypatch.setattr(recording, "_captured", [])
+    monkeypatch.setattr(replay, "_captured", [])
     q, k, v = map(Tensor, arrays(L=1, S=600))
     na.attention(q, k, v)
     na.attention(q, k, v)
-    assert not recording._captured
+    assert not replay._captured
     gpu.capturing.add(7)
     before = len(gpu.copies)
     na.attention(q, k, v)
     assert len(gpu.copies) == before, "nothing that a graph cannot repeat"
-    ((kept, held),) = recording._captured
+    ((kept, held),) = replay._captured
     assert kept is repeated[-1]
     assert len(held) > 1, "the result and partial sums"
-    recording._recorded.clear()
+    replay._recorded.clear()
     constants._kept.cache_clear()
     addresses = {integers[place] for kernel, _, _, integers, *_ in gpu.launches[-2:] for place in kernel.addresses}
     assert all(gpu.memory_at(address) for address in addresses - {0})
@@ -285,18 +286,18 @@ def test_the_default_stream_of_each_thread_is_its_own(gpu, repeated, monkeypatch
 def test_what_kernels_are_chosen_by_counts(gpu, repeated, monkeypatch):
     q, k, v = map(Tensor, arrays())
     na.attention(q, k, v)
-    monkeypatch.setenv(configs.TF32X3, "1")
+    monkeypatch.setenv(tile_shapes.TF32X3, "1")
     na.attention(q, k, v)
     assert not repeated
     assert {c.product for c in gpu.configs.values()} == {"simt", "tf32"}
-    chosen = configs.base("forward", "float32", 16, 16, gpu.device(0)).with_(columns=16)
-    configs.use("forward", "float32", 16, 16, chosen)
+    chosen = tile_shapes.base("forward", "float32", 16, 16, gpu.device(0)).with_(columns=16)
+    tile_shapes.use("forward", "float32", 16, 16, chosen)
     try:
         na.attention(q, k, v)
         assert not repeated
         assert any(c.columns == 16 for c in gpu.configs.values())
     finally:
-        configs.use("forward", "float32", 16, 16, None)
+        tile_shapes.use("forward", "float32", 16, 16, None)
 
 
 def test_scratch_is_taken_and_freed(gpu, repeated):
@@ -311,11 +312,11 @@ def test_scratch_is_taken_and_freed(gpu, repeated):
 
 
 def test_only_so_many_are_remembered(gpu, monkeypatch):
-    monkeypatch.setattr(recording, "_recorded", recording.BoundedCache(count=2))
+    monkeypatch.setattr(replay, "_recorded", replay.BoundedCache(count=2))
     q, k, v = map(Tensor, arrays(L=3, S=3))
     for scale in (0.1, 0.2, 0.3, 0.4):
         na.attention(q, k, v, scale=scale)
-        assert len(recording._recorded) <= 2
+        assert len(replay._recorded) <= 2
 
 
 @pytest.mark.parametrize("storage", [None, "int8"])

@@ -16,8 +16,8 @@ import pytest
 import numba_attention as na
 from device import HostDriver
 from numba_attention import kernel_cache as cache
-from numba_attention.cuda import constants, cubins, diagnosis, driver, runtime
-from numba_attention.cuda.headers import held
+from numba_attention.device import constants, cubins, diagnosis, driver, runtime
+from numba_attention.device.headers import held
 
 
 class Code(int):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import numba_attention as na
-from numba_attention.cached import build
 from numba_attention.options import Options
+from numba_attention.problem.cached import build
 
 STORAGES = [None, "float16", "bfloat16", "int8", "float8"]
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

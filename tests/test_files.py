@@ -19,7 +19,7 @@ from numba_attention.atomic import allocate, replacing
 
 typer_testing = pytest.importorskip("typer.testing")
 
-from numba_attention.commands import app  # noqa: E402
+from numba_attention.cli.commands import app  # noqa: E402
 
 X = np.arange(96, dtype=np.float32).reshape(2, 6, 8) / 96
 INPUTS = ("query.npy", "key.npy", "value.npy")

@@ -75,7 +75,7 @@ def test_every_array_option_says_what_its_axes_are():
 
 def test_the_command_line_has_every_option():
     typer = pytest.importorskip("typer")
-    from numba_attention.commands import app
+    from numba_attention.cli.commands import app
 
     command = typer.main.get_command(app).commands["run"]
     assert {p.name for p in command.params} >= {*Options._fields} - {"is_causal"} | {"causal", "bottom_right"}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from numba_attention import projection
 from numba_attention.cpu.linear import CHUNK
 from numba_attention.cpu.simd import HOST
-from numba_attention.projection import linear, linear_backward
+from numba_attention.layer import projection
+from numba_attention.layer.projection import linear, linear_backward
 from test_boundscheck import GUARDED, run
 from test_codegen import innermost
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import numba_attention as na
 from cases import DTYPES, LAYOUTS, assert_close, grad_tolerance, tolerance
-from numba_attention.backends import gradients
+from numba_attention.backends import cpu_backward
 from numba_attention.options import Options
-from numba_attention.packed import build_backward
+from numba_attention.problem.packed import build_backward
 
 H, HKV, E, EV = 4, 2, 24, 40
 LENGTHS = [(7, 9), (0, 5), (70, 33), (3, 0), (1, 600), (40, 40)]
@@ -172,7 +172,7 @@ def add_bias(total, own, option, b, rows, columns):
 
 
 def forward_and_backward(arrays, offsets, options, backend):
-    """Out, lse and all gradients, with a gradient of lse too."""
+    """Out, lse and all cpu_backward, with a gradient of lse too."""
     q, k, v, grad_out = arrays
     out, lse = na.attention_varlen(q, k, v, *offsets, return_lse=True, backend=backend, **options)
     grad_lse = 0.1 * lse_of_finite(lse)
@@ -295,7 +295,7 @@ def test_long_and_short_sequences(bias, heads):
 
 def share_out(work, groups, size=1000):
     work, groups = np.array(work), np.array(groups)
-    return gradients._share_out(np.arange(len(work)), 1, groups, np.full(len(work), size), work)
+    return cpu_backward._share_out(np.arange(len(work)), 1, groups, np.full(len(work), size), work)
 
 
 def test_a_head_is_split_if_it_is_more_than_its_share():
@@ -310,7 +310,7 @@ def test_a_head_is_split_if_it_is_more_than_its_share():
     assert (mixed.members[8:, 1] == -1).all()
     assert len(mixed.members) == 48
     assert mixed.partial_size == 8000
-    large = share_out([5, 5], [3, 3], gradients.BUFFERS)
+    large = share_out([5, 5], [3, 3], cpu_backward.BUFFERS)
     assert (large.members[:, 1] == -1).all()
 
 
@@ -360,7 +360,7 @@ def test_heads_that_share_a_bias_do_not_run_at_the_same_time(shape, waves):
     q, k, v, grad_out, *offsets = packed()
     out, lse = na.attention_varlen(q, k, v, *offsets, return_lse=True)
     options = Options(bias=np.zeros(shape, np.float32))
-    found = gradients._waves(build_backward(grad_out, q, k, v, out, lse, None, *offsets, options))
+    found = cpu_backward._waves(build_backward(grad_out, q, k, v, out, lse, None, *offsets, options))
     assert sorted(found.ravel()) == list(range(n * HKV))
     assert len(found) == waves
     for wave in found:

@@ -3,12 +3,12 @@
 from .api import attention, attention_backward, attention_weights, merge_attention, merge_attention_backward
 from .backends import backends, set_backend, use_backend
 from .caches import KVCache, PagedKVCache
-from .config import show_config
 from .decoding import attention_decode
 from .errors import BackendUnavailableError, CacheFullError, NumbaAttentionWarning
-from .layer import MultiHeadAttention
+from .layer.attention import MultiHeadAttention
 from .options import Gradients
 from .rotary import apply_rotary
+from .show_config import show_config
 from .varlen import attention_varlen, attention_varlen_backward
 
 __version__ = "0.1.0"

@@ -8,11 +8,11 @@ from typing import Any, Literal, Unpack, overload
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import backends, placing
+from . import backends, device_call
 from .merging import merge as _merge
 from .merging import merge_backward as _merge_backward
 from .options import Array, Gradients, OptionArguments, Options, gather, takes_options
-from .problem import Empty, build, build_backward, build_weights, finish
+from .problem.dense import Empty, build, build_backward, build_weights, finish
 
 Index = ArrayLike | slice
 
@@ -143,7 +143,7 @@ def attention(
     chosen = backends.select(backend, query, key, value)
     if chosen.on_device:
         operands = {"query": query, "key": key, "value": value}
-        return placing.run(_attention, chosen, operands, settings, out=out, return_lse=return_lse)
+        return device_call.run(_attention, chosen, operands, settings, out=out, return_lse=return_lse)
     return _attention(chosen, query, key, value, settings, return_lse, out)
 
 
@@ -239,7 +239,7 @@ def attention_backward(
             "query": query, "key": key, "value": value, "out": out, "lse": lse, "grad_out": grad_out,
             "grad_lse": grad_lse,
         }  # fmt: skip
-        return placing.run(_attention_backward, chosen, operands, settings)
+        return device_call.run(_attention_backward, chosen, operands, settings)
     return _attention_backward(chosen, query, key, value, out, lse, grad_out, grad_lse, settings)
 
 
@@ -302,7 +302,7 @@ def attention_weights(
     chosen = backends.select(backend, query, key)
     if chosen.on_device:
         small = {"heads": heads, "rows": rows}
-        return placing.run(_attention_weights, chosen, {"query": query, "key": key}, settings, small=small)
+        return device_call.run(_attention_weights, chosen, {"query": query, "key": key}, settings, small=small)
     return _attention_weights(chosen, query, key, heads, rows, settings)
 
 

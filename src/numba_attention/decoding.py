@@ -7,14 +7,14 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import placing
+from . import device_call
 from .backends import Backend, select
-from .cached import build, is_of_newest, over_newest
 from .caches import KVCache, PagedKVCache
 from .caches.contents import Contents
-from .cuda import runtime
+from .device import runtime
 from .options import Array, OptionArguments, Options, gather, takes_options
-from .problem import Empty
+from .problem.cached import build, is_of_newest, over_newest
+from .problem.dense import Empty
 
 
 @takes_options(is_causal="bottom-right")
@@ -122,7 +122,7 @@ def attention_decode(
         contents = contents._replace(lengths=contents.lengths.copy())  # as many as are copied, whoever appends
         held = [_used(contents, x) for x in contents[:4]] if given is None else given
         operands = {"query": query, **dict(zip(Contents._fields[:4], held, strict=True))}
-        return placing.run(
+        return device_call.run(
             _decode_on_device, chosen, operands, settings, out=out, contents=contents, return_lse=return_lse
         )
     if given is not None:

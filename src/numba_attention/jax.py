@@ -27,7 +27,7 @@ from .options import (
     gather,
     takes_options,
 )
-from .problem import Problem, build
+from .problem.dense import Problem, build
 from .validation import as_flag
 
 try:

@@ -4,8 +4,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from . import placing
-from .cuda.arrays import on_device
+from . import device_call
+from .device.arrays import on_device
 from .options import Array
 from .validation import as_ndarray, check_like, is_supported
 
@@ -15,7 +15,7 @@ _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 def merge(outs: Any, lses: Any) -> tuple[Any, Any]:
     """Merge n results; see `numba_attention.merge_attention`."""
     if _on_device(outs) or _on_device(lses):
-        return cast(tuple[Any, Any], placing.through_host(merge, outs=outs, lses=lses))
+        return cast(tuple[Any, Any], device_call.through_host(merge, outs=outs, lses=lses))
     parts, logs = _arrays("outs", outs), _arrays("lses", lses)
     _check(parts, logs)
     with np.errstate(all="ignore"):  # as in `attention`, infinities and NaNs are results
@@ -27,7 +27,7 @@ def merge_backward(grad_out: Any, grad_lse: Any, outs: Any, lses: Any) -> tuple[
     """Differentiate `merge`; see `numba_attention.merge_attention_backward`."""
     if _on_device(outs) or _on_device(lses) or on_device(grad_out):
         given = {"outs": outs, "lses": lses, "grad_out": grad_out, "grad_lse": grad_lse}
-        return cast(tuple[list[Any], list[Any]], placing.through_host(merge_backward, **given))
+        return cast(tuple[list[Any], list[Any]], device_call.through_host(merge_backward, **given))
     parts, logs = _arrays("outs", outs), _arrays("lses", lses)
     _check(parts, logs)
     grad_out = check_like("grad_out", grad_out, parts[0].shape, parts[0].dtype)

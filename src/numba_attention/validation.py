@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .cuda.arrays import on_device
+from .device.arrays import on_device
 from .narrowing import largest_computed
 from .options import Array, Options
 

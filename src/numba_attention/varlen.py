@@ -7,11 +7,11 @@ from typing import Literal, Unpack, overload
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import placing
+from . import device_call
 from .backends import Backend, select
 from .options import Array, Gradients, OptionArguments, Options, gather, takes_options
-from .packed import build, build_backward, finish
-from .problem import Empty
+from .problem.dense import Empty
+from .problem.packed import build, build_backward, finish
 
 
 @overload
@@ -121,7 +121,9 @@ def attention_varlen(
     if chosen.on_device:
         operands = {"query": query, "key": key, "value": value}
         small = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-        return placing.run(_attention_varlen, chosen, operands, settings, out=out, small=small, return_lse=return_lse)
+        return device_call.run(
+            _attention_varlen, chosen, operands, settings, out=out, small=small, return_lse=return_lse
+        )
     return _attention_varlen(chosen, query, key, value, cu_seqlens_q, cu_seqlens_k, settings, return_lse, out)
 
 
@@ -205,7 +207,7 @@ def attention_varlen_backward(
             "grad_lse": grad_lse,
         }  # fmt: skip
         small = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-        return placing.run(_attention_varlen_backward, chosen, operands, settings, small=small)
+        return device_call.run(_attention_varlen_backward, chosen, operands, settings, small=small)
     return _attention_varlen_backward(
         chosen, query, key, value, out, lse, grad_out, grad_lse, cu_seqlens_q, cu_seqlens_k, settings
     )

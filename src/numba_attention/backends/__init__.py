@@ -7,10 +7,10 @@ from contextvars import ContextVar
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol, cast
 
-from ..cuda.arrays import on_device
+from ..device.arrays import on_device
 from ..errors import BackendUnavailableError
 from ..options import Array
-from ..problem import BackwardProblem, Empty, Problem
+from ..problem.dense import BackwardProblem, Empty, Problem
 
 ENVIRONMENT = "NUMBA_ATTENTION_BACKEND"
 

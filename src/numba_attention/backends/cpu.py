@@ -16,9 +16,10 @@ from ..cpu.elements import Spec
 from ..cpu.params import ARRAYS, REST, SEQUENCE, pack_addresses
 from ..cpu.simd import HOST
 from ..options import Array
-from ..problem import BackwardProblem, Problem
-from ..problem import sum_to as reduce  # noqa: F401
-from . import gradients
+from ..problem.dense import BackwardProblem, Problem
+from ..problem.dense import sum_to as reduce  # noqa: F401
+from . import cpu_backward
+from .cpu_resources import Buffers, addresses, put_back, take, threads_for, worker
 from .records import (
     address_of,
     compact,
@@ -34,7 +35,6 @@ from .records import (
     values_of,
     varies,
 )
-from .resources import Buffers, addresses, put_back, take, threads_for, worker
 
 on_device = False
 
@@ -66,7 +66,7 @@ def forward(problem: Problem) -> None:
 
 def backward(problem: BackwardProblem) -> None:
     """Write the gradients of query, key and value, and make those of bias and sinks."""
-    gradients.run(problem)
+    cpu_backward.run(problem)
 
 
 def weights(problem: Problem) -> None:
@@ -95,7 +95,7 @@ class _Plan(NamedTuple):
     rest: bytes  # the PARAMS record after the addresses
     items: int  # unless the kernel splits keys
     flops: float  # for each key
-    work: float  # flops for each key that take as long as all that is done for it: see `resources.LONG`
+    work: float  # flops for each key that take as long as all that is done for it: see `cpu_resources.LONG`
     scratch_size: int
     tiles: Array | None = None  # of each sequence, if the kernel splits keys
     partial_size: int = 0  # bytes for the state of a tile

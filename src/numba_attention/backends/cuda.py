@@ -7,18 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from ..cuda import configs, kernels, runtime
+from ..cuda import kernels, tile_shapes
 from ..cuda.blocks import HEAD
 from ..cuda.combine import MOST as MOST_PARTS
-from ..cuda.config import Config
-from ..cuda.constants import upload
-from ..cuda.driver import Device
-from ..cuda.headers import address_of
 from ..cuda.parameters import AXES, REALS
+from ..cuda.spec import Config
+from ..device import runtime
+from ..device.constants import upload
+from ..device.driver import Device
+from ..device.headers import address_of
 from ..options import Array
-from ..problem import BackwardProblem, Empty, Problem
-from . import device_gradients
-from .arguments import Work, is_aligned, work_list
+from ..problem.dense import BackwardProblem, Empty, Problem
+from . import cuda_backward
+from .cuda_launch import Work, is_aligned, work_list
 from .records import per_head, storage_of
 
 on_device = True
@@ -37,13 +38,15 @@ def warmup_jobs() -> list[tuple[str, Callable[[], object]]]:
     for storage in ("bfloat16", "float16", "float32"):
         for E in (64, 128):
             for hides in (False, True):
-                c = configs.for_call("forward", storage, E, E, configs.product_of(storage, device, E), device, False,
-                                     False, "", False, False, hides, True)  # fmt: skip
+                product = tile_shapes.product_of(storage, device, E)
+                c = tile_shapes.for_call(
+                    "forward", storage, E, E, product, device, False, False, "", False, False, hides, True
+                )
                 alone, _, _, again = _kernels(c, False, 0, 1, device)
                 _, split, join, _ = _kernels(c, False, 4, 4, device)
                 for kernel in (alone, again) if hides else (alone, split, join):
                     found[kernel.name] = kernel
-                for kernel in device_gradients.kernels_of(c, device):
+                for kernel in cuda_backward.kernels_of(c, device):
                     found[kernel.name] = kernel
     return [(name, partial(kernels.compiled, c)) for name, c in found.items()]
 
@@ -64,7 +67,7 @@ def forward(problem: Problem) -> None:
     items = number * tiles if listed is None else len(listed)
     if not items:
         return
-    splits = _splits(items * heads, -(-p.S // alone.columns), configs.resident(alone, work.device))
+    splits = _splits(items * heads, -(-p.S // alone.columns), tile_shapes.resident(alone, work.device))
     padded_rows = tiles * alone.rows
     work.set(tiles=tiles, flag_rows=padded_rows, splits=splits, number=number)
     work.upload_sequences()
@@ -89,9 +92,9 @@ def _kernels(c: Config, sinks: bool, few: int, group: int, device: Device) -> tu
     """The kernel for all keys, that for some of them, that which joins those, and that which does rows again."""
     c = c.with_(sinks=sinks, stacked=few > 0 and group > 1)
     if few:
-        c = configs.few(c, few, device)
+        c = tile_shapes.few(c, few, device)
     join = Config("combine", c.storage, c.E, c.Ev, warps=4, stacked=c.stacked, flags=c.flags, arch=c.arch)
-    return c, c.with_(split=True, flags=False), join, configs.careful(c, device)
+    return c, c.with_(split=True, flags=False), join, tile_shapes.careful(c, device)
 
 
 def _splits(blocks: int, key_tiles: int, resident: int) -> int:
@@ -103,7 +106,7 @@ def _splits(blocks: int, key_tiles: int, resident: int) -> int:
 
 def backward(problem: BackwardProblem) -> None:
     """Write the gradients of query, key and value, and make those of bias and sinks."""
-    device_gradients.run(problem)
+    cuda_backward.run(problem)
 
 
 def weights(problem: Problem) -> None:
@@ -112,7 +115,7 @@ def weights(problem: Problem) -> None:
     if not p.out.size or p.heads is None or p.rows is None:
         return
     work = Work(p)
-    c = configs.weights(work.config("forward", is_aligned(p.query, p.key)), work.device)
+    c = tile_shapes.weights(work.config("forward", is_aligned(p.query, p.key)), work.device)
     c = c.with_(sinks=p.sinks is not None)
     tiles = -(-len(p.rows) // c.rows)
     work.sequences = per_head(p, p.heads, work.sequences, p.bias)

@@ -13,7 +13,7 @@ from ..cpu.simd import HOST
 from ..intervals import FAR
 from ..narrowing import saturated
 from ..options import Array
-from ..problem import Packing, Problem
+from ..problem.dense import Packing, Problem
 from ..validation import is_bfloat16
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from ..options import Array
-from ..problem import BackwardProblem, Problem
-from ..problem import sum_to as reduce  # noqa: F401
+from ..problem.dense import BackwardProblem, Problem
+from ..problem.dense import sum_to as reduce  # noqa: F401
 
 Index = tuple[int, ...]
 on_device = False

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..atomic import replacing
-from ..config import Facts
+from ..show_config import Facts
 from .runner import Result
 
 # metric -> heading, how to print it

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..cuda import runtime
-from ..cuda.arrays import on_device, take
+from ..device import runtime
+from ..device.arrays import on_device, take
 from ..errors import BackendUnavailableError
 from ..options import Array
 from ..validation import FAR, as_array, as_ndarray, is_bfloat16

@@ -5,7 +5,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from ..cuda.arrays import to_host
+from ..device.arrays import to_host
 from ..errors import CacheFullError
 from ..options import Array
 from .checks import (

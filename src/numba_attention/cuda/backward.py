@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, make_marks, make_scale, place, stage, work_item
-from .config import Config, compute_capability, lay_out
 from .parameters import TYPES, Parameters
 from .results import not_finite, write_row
 from .softmax import LOG2E, across
+from .spec import Config, compute_capability, lay_out
 from .tiles import Tile, copy_numbers
 
 NAMES = {"query": (*BACKWARD, "grad_query"), "key": (*BACKWARD, "grad_key", "grad_value", "sum_query")}

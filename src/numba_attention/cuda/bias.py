@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, make_scale, place, stage
-from .config import Config, lay_out
 from .parameters import TYPES, Parameters, Sequence
 from .softmax import LOG2E
+from .spec import Config, lay_out
 
 NAMES = (*BACKWARD, "grad_bias")
 PLACES = f"l{len(NAMES)}"

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from .config import Config
 from .formats import SIZES
 from .parameters import TYPES, Parameters, Sequence, clamp
 from .scoring import Scores, Span, span_of
 from .softmax import LOG2E
+from .spec import Config
 from .staging import Codes, fetch_scales
 from .tiles import Rows, Tile, fetch, scale_rows
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from .blocks import FORWARD, HEAD, NUMBERS, Block, place
-from .config import Config
 from .formats import HALVES, KINDS
 from .parameters import TYPES, Parameters
 from .results import not_finite
 from .softmax import LN2
+from .spec import Config
 
 PLACES = f"l{len(FORWARD)}"
 MOST = 256  # parts

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from .blocks import FORWARD, HEAD, NUMBERS, Block, Lanes, make_landed, make_marks, make_scale, place, stage, work_item
-from .config import Config, lay_out
 from .parameters import TYPES, Parameters
 from .results import not_finite, write_row
 from .softmax import LN2, fold, start, total
+from .spec import Config, lay_out
 from .staging import Codes, unpack
 from .tiles import Tile
 

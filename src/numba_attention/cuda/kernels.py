@@ -4,11 +4,11 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+from ..device.cubins import cubin, entry
+from ..device.driver import Kernel
 from ..errors import BackendUnavailableError
-from .config import Config
-from .cubins import cubin, entry
-from .driver import Kernel
 from .parameters import ADDRESSES, AXES, INTEGERS, REALS
+from .spec import Config
 
 
 def make(c: Config, on: Any) -> Any:

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from .blocks import FORWARD, NUMBERS, Block, Lanes, make_landed, make_scale, place, stage
-from .config import Config
 from .forward import make_product, tiles_of
 from .parameters import TYPES, Parameters
 from .products import Layout
 from .results import write_row
 from .softmax import fold, start, total
+from .spec import Config
 
 PLACES = f"l{len(FORWARD)}"
 

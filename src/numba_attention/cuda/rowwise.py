@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 
 from .blocks import Block, place
-from .config import Config
 from .formats import HALVES, KINDS, read
 from .parameters import AXES, TYPES, Parameters
 from .products import Layout
 from .results import not_finite, write_row
 from .softmax import LOG2E
+from .spec import Config
 
 NAMES = ("out", "grad_out", "lse", "grad_lse", "delta", "sum_query", "grad_query")
 PLACES = f"l{len(NAMES)}"

@@ -8,11 +8,11 @@ of columns.
 import math
 from typing import Any
 
-from .config import Config
 from .formats import read
 from .parameters import Parameters, Sequence, clamp
 from .products import Layout
 from .softmax import LOG2E
+from .spec import Config
 
 
 class Span:

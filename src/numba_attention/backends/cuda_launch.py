@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 
 from ..caches.contents import Contents
-from ..cuda import configs, kernels, runtime
+from ..cuda import kernels, tile_shapes
 from ..cuda.blocks import HEAD
-from ..cuda.config import Config
-from ..cuda.constants import upload
-from ..cuda.headers import address_of
 from ..cuda.parameters import ARRAYS, FAR, INTEGERS, MOST, REALS
 from ..cuda.softmax import LN2, LOG2E
+from ..cuda.spec import Config
+from ..device import runtime
+from ..device.constants import upload
+from ..device.headers import address_of
 from ..options import Array
-from ..problem import Problem
+from ..problem.dense import Problem
 from .records import fill_in, is_paged, sequences_of, storage_of, stored_of
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -113,8 +114,9 @@ class Work:
     def config(self, task: str, aligned: bool) -> Config:
         """The kernel for a task, with the options of this call."""
         p = self.p
-        return configs.for_call(
-            task, self.storage, p.E, p.Ev, configs.product_of(self.storage, self.device, max(p.E, p.Ev)), self.device,
+        product = tile_shapes.product_of(self.storage, self.device, max(p.E, p.Ev))
+        return tile_shapes.for_call(
+            task, self.storage, p.E, p.Ev, product, self.device,
             p.softcap is not None, p.alibi_slopes is not None, "" if p.bias is None else storage_of(p.bias.dtype),
             p.mask is not None, is_paged(p), self.hides, aligned, stored_of(p),
         )  # fmt: skip
@@ -134,7 +136,7 @@ class Work:
 
     def launch_tiles(self, c: Config, tiles: int, items: int, heads: int, **numbers: int) -> None:
         """Launch blocks for so many tiles of all sequences, at most `tiles` of each, and heads."""
-        together = configs.heads_together(heads, tiles, configs.resident(c, self.device))
+        together = tile_shapes.heads_together(heads, tiles, tile_shapes.resident(c, self.device))
         self.launch(c, (items << together, heads >> together, 1), tiles=tiles, together=together, **numbers)
         self.set(together=0)
 

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 
 from .caches.contents import Contents
-from .cuda import arrays, configs, recording, runtime
-from .cuda.driver import identity
-from .cuda.headers import address_of, held
+from .cuda import tile_shapes
+from .device import arrays, replay, runtime
+from .device.driver import identity
+from .device.headers import address_of, held
 from .options import PER_SCORE, Array, Options
 from .validation import as_array, as_bools, as_floats, check_out, kind_of
 
@@ -97,7 +98,7 @@ class Call:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Make room for a result, of the caller's kind."""
         made = self.family.empty(shape, np.dtype(dtype), self.device, self.stream)
-        recorder = recording.current()
+        recorder = replay.current()
         if recorder is not None:
             recorder.make(made, is_result=True)
         return made
@@ -163,13 +164,13 @@ def run(
     """
     seen = None if out is not None or small else _look(function, operands, options, rest)
     if seen is not None:
-        recorded = recording.find(seen.key)
+        recorded = replay.find(seen.key)
         if recorded is not None:
             return cast(Result, seen.repeat(recorded))
     call = Call({name: x for name, x in operands.items() if x is not None})
     with runtime.using(call.device, call.stream):
         if seen is not None:
-            with recording.recording(seen.addresses) as recorder:
+            with replay.recording(seen.addresses) as recorder:
                 moved = {name: None if x is None else call.device_array(name, x) for name, x in operands.items()}
                 made = function(backend, **moved, options=options, **rest, empty=call.empty)
                 recorder.keep(seen.key, made)
@@ -201,7 +202,7 @@ class _Seen(NamedTuple):
     device: int
     stream: int
 
-    def repeat(self, recorded: recording.Recorded) -> Any:
+    def repeat(self, recorded: replay.Recorded) -> Any:
         device, stream = self.device, self.stream
 
         def new(shape: tuple[int, ...], dtype: Any) -> tuple[Any, int]:
@@ -246,7 +247,7 @@ def _look(
     alike = None if known else [addresses.index(address) for address in addresses]
     key = (
         function, runtime.driver, family.name, *looks, *[address % 16 for address in addresses], *(alike or ()),
-        options, type(options.is_causal), *of_rest, stream, identity(stream), configs.state(),
+        options, type(options.is_causal), *of_rest, stream, identity(stream), tile_shapes.state(),
     )  # fmt: skip
     return _Seen(key, addresses, family, device, stream)
 

@@ -2,13 +2,14 @@
 
 import numpy as np
 
-from ..cuda import configs, runtime
-from ..cuda.config import Config, padded
-from ..cuda.constants import upload
-from ..cuda.driver import Device
+from ..cuda import tile_shapes
+from ..cuda.spec import Config, padded
+from ..device import runtime
+from ..device.constants import upload
+from ..device.driver import Device
 from ..options import Array
-from ..problem import BackwardProblem, Problem, spread_bias
-from .arguments import Work, is_aligned, work_list
+from ..problem.dense import BackwardProblem, Problem, spread_bias
+from .cuda_launch import Work, is_aligned, work_list
 from .records import storage_of
 
 ROWS = 4  # of a block of a kernel with a warp for each
@@ -45,9 +46,9 @@ def run(g: BackwardProblem) -> None:
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
     aligned = is_aligned(p.query, p.key, p.value, g.grad_out, g.query, g.key, g.value)
     of_queries, of_keys = work.config("query", aligned), work.config("key", aligned)
-    single = None if sums is None else configs.single(of_keys, work.device)
+    single = None if sums is None else tile_shapes.single(of_keys, work.device)
     if p.S:
-        for c in configs.parts(of_keys) if single is None else [single]:
+        for c in tile_shapes.parts(of_keys) if single is None else [single]:
             _own(work, c, c, p.Hkv, p.S, c.rows)
     if p.L:
         c = of_queries if single is None else _small("round", work).with_(aligned=aligned, flags=work.hides)
@@ -61,22 +62,22 @@ def run(g: BackwardProblem) -> None:
 def _is_single(p: Problem) -> bool:
     """Whether the kernel of keys sums the gradient of queries too, in an order that differs from call to call."""
     device = runtime.current_device()
-    base = configs.base("key", storage_of(p.query.dtype), p.E, p.Ev, device)
-    return not configs.is_deterministic() and configs.single(base, device) is not None
+    base = tile_shapes.base("key", storage_of(p.query.dtype), p.E, p.Ev, device)
+    return not tile_shapes.is_deterministic() and tile_shapes.single(base, device) is not None
 
 
 def kernels_of(c: Config, device: Device) -> list[Config]:
     """The kernels of the gradients of a call whose forward pass has the kernel `c`, without options that need more."""
     queries, keys = (
-        configs.with_options(configs.base(task, c.storage, c.E, c.Ev, device), flags=c.flags, aligned=c.aligned)
+        tile_shapes.with_options(tile_shapes.base(task, c.storage, c.E, c.Ev, device), flags=c.flags, aligned=c.aligned)
         for task in ("query", "key")
     )
-    single = None if configs.is_deterministic() else configs.single(keys, device)
+    single = None if tile_shapes.is_deterministic() else tile_shapes.single(keys, device)
     small = Config("delta", c.storage, c.E, c.Ev, warps=ROWS, single=single is not None, arch=c.arch)
-    found = [small, *configs.parts(keys), queries] if single is None else [small, single]
+    found = [small, *tile_shapes.parts(keys), queries] if single is None else [small, single]
     if single is not None:
         found.append(small.with_(task="round", single=False, flags=c.flags))
-    again = [configs.careful(x, device) for x in (queries, *configs.parts(keys))] if c.flags else []
+    again = [tile_shapes.careful(x, device) for x in (queries, *tile_shapes.parts(keys))] if c.flags else []
     return [*found, *again]
 
 
@@ -101,7 +102,7 @@ def _own(work: Work, c: Config, again: Config, heads: int, length: int, rows: in
     else:
         work.launch_tiles(c, tiles, items, heads, flag_rows=tiles * rows, number=number)
     if work.hides:
-        again = configs.careful(again, work.device)
+        again = tile_shapes.careful(again, work.device)
         work.put("work", None)
         tiles = -(-length // again.rows)
         work.launch(again, (number * tiles, heads, 1), tiles=tiles)
@@ -110,7 +111,7 @@ def _own(work: Work, c: Config, again: Config, heads: int, length: int, rows: in
 def _of_bias(g: BackwardProblem, work: Work, of_bias: Array, aligned: bool) -> None:
     p, shape = g.forward, g.bias_shape
     assert shape is not None
-    c = configs.bias(work.config("query", aligned), work.device)
+    c = tile_shapes.bias(work.config("query", aligned), work.device)
     owners, of_members = _owners(work, of_bias)
     packed = (False, False) if p.packing is None else p.packing.bias
     sizes = [0 if is_packed and n != 1 else n for n, is_packed in zip(shape[-2:], packed, strict=True)]

@@ -9,13 +9,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from .atomic import replacing
-from .backends import check_name
-from .narrowing import largest
-from .options import Array
+from ..atomic import replacing
+from ..backends import check_name
+from ..narrowing import largest
+from ..options import Array
+from ..rotary import Rotation, rotation
+from ..validation import FAR, as_array
 from .renaming import how_to_rename
-from .rotary import Rotation, rotation
-from .validation import FAR, as_array
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
 

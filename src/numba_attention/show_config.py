@@ -96,7 +96,7 @@ def _cpu() -> dict[str, str]:
 
 def _gpus() -> dict[str, str]:
     """What kernels would run on or, where they cannot run, what the driver's own tool knows of."""
-    from .cuda import runtime
+    from .device import runtime
 
     if runtime.unusable() is not None:
         return _listed()

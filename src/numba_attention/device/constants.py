@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import forks
 from ..options import Array
-from . import recording, runtime
+from . import replay, runtime
 from .driver import Driver, identity
 from .headers import header
 
@@ -32,7 +32,7 @@ def upload(array: Array) -> Array:
     if len(data) > MOST:
         return runtime.upload(array, stream)
     made = _kept(data, runtime.driver, runtime.driver.current(), stream, identity(stream))
-    recorder = recording.current()
+    recorder = replay.current()
     if recorder is not None:
         recorder.fix(made)
     return made

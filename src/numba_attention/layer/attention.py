@@ -9,16 +9,16 @@ from typing import Any, Literal, Unpack, overload
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .api import attention, attention_backward, attention_weights
-from .incremental import Cache, attend
+from ..api import attention, attention_backward, attention_weights
+from ..options import Array, Gradients, OptionArguments, gather, takes_options
+from ..problem.dense import sum_to
+from ..rotary import Rotation, Turn, rotate
+from ..validation import as_flag, as_ints, check_like
+from ..varlen import attention_varlen
+from .cached import Cache, attend
 from .inputs import check_inputs, hide_padding, query_offset
-from .options import Array, Gradients, OptionArguments, gather, takes_options
-from .problem import sum_to
+from .parameters import INPUTS, Weights
 from .projection import linear, linear_backward
-from .rotary import Rotation, Turn, rotate
-from .validation import as_flag, as_ints, check_like
-from .varlen import attention_varlen
-from .weights import INPUTS, Weights
 
 # By whether key is query, and whether value is key: which input projections one product can do, as (first, last + 1).
 _RUNS = {

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .bounded import BoundedCache
-from .options import Array
+from ..bounded import BoundedCache
+from ..options import Array
 
 ITEMS = 16  # worth having, so that many threads find work and finish together
 SLAB = 512  # rows of the numbers that an item takes at most: its tile of outputs, 128 KiB, is to stay in L2
@@ -156,11 +156,11 @@ def _modules() -> Any:
     try:
         from numba.core import config
 
-        from .backends import resources
-        from .cpu import linear as kernels
+        from ..backends import cpu_resources
+        from ..cpu import linear as kernels
     except ImportError:
         return None
-    return None if config.DISABLE_JIT else (resources, kernels)
+    return None if config.DISABLE_JIT else (cpu_resources, kernels)
 
 
 class _Plan(NamedTuple):
@@ -190,7 +190,7 @@ def _multiply(
         if sums is not None:
             np.sum(a, axis=1, out=sums)
         return
-    resources, kernels = _modules()
+    cpu_resources, kernels = _modules()
     key = a.dtype, a.shape, a.strides, b.shape, b.strides, out.strides, bias is None or bias.strides, sums is None, long
     plan = _plans.get(key)
     if plan is None:
@@ -203,22 +203,22 @@ def _multiply(
     if plan.groups > 1:
         to = np.empty((plan.groups, *out.shape), out.dtype)
         sums_to = None if sums is None else np.empty((plan.groups, len(sums)), sums.dtype)
-    number = resources.threads_for(plan.items, plan.flops)
+    number = cpu_resources.threads_for(plan.items, plan.flops)
     first = to[0] if plan.groups > 1 else to
     extra = sums_to if bias is None else bias
     four = (b, a, first.T) if plan.swapped else (a, b, first)
-    own = resources.take()
+    own = cpu_resources.take()
     try:
         scratch, scratch_address = own.reserve(number * plan.scratch_size)
         own.counter.value = 0
-        resources.addresses[out.itemsize].call(
+        cpu_resources.addresses[out.itemsize].call(
             *four, first if extra is None else np.atleast_2d(extra), own.params_address
         )
         kernels.pack_own(own.params, kernels.OWN, own.counter_address, scratch_address)
         own.params[kernels.REST : kernels.REST + len(plan.rest)] = plan.rest
         own.run(plan.kernel, number, plan.flops, four, extra, scratch)
     finally:
-        resources.put_back(own)
+        cpu_resources.put_back(own)
     if plan.groups > 1:
         np.add.reduce(to, axis=0, out=out)
         if sums is not None and sums_to is not None:
@@ -227,11 +227,11 @@ def _multiply(
 
 @cache
 def _kernel(storage: str) -> Any:
-    from .cpu import launch
-    from .cpu.cache import Kernel
-    from .cpu.elements import Spec
-    from .cpu.linear import make_worker
-    from .cpu.simd import HOST
+    from ..cpu import launch
+    from ..cpu.cache import Kernel
+    from ..cpu.elements import Spec
+    from ..cpu.linear import make_worker
+    from ..cpu.simd import HOST
 
     spec = Spec(storage, HOST, "linear")
     return Kernel(spec.name, lambda: make_worker(spec), launch.SIGNATURE), spec

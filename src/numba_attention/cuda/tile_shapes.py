@@ -4,10 +4,10 @@ import os
 from functools import lru_cache
 from typing import Any
 
+from ..device import runtime
 from ..errors import BackendUnavailableError
-from . import runtime
-from .config import Config, padded
 from .formats import HALVES
+from .spec import Config, padded
 
 ASYNCHRONOUS = (8, 0)  # the first with asynchronous copies, and matrices of these types
 TF32X3 = "NUMBA_ATTENTION_TF32X3"  # "1": float32 on tensor cores, with three products for each

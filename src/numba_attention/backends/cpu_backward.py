@@ -16,7 +16,8 @@ from ..cpu.simd import HOST
 from ..cpu.softmax import SUM_ROWS
 from ..cpu.sums import padded
 from ..options import Array
-from ..problem import BackwardProblem, spread_bias
+from ..problem.dense import BackwardProblem, spread_bias
+from .cpu_resources import Buffers, addresses, put_back, take, threads_for, worker
 from .records import (
     address_of,
     compact,
@@ -31,7 +32,6 @@ from .records import (
     values_of,
     varies,
 )
-from .resources import Buffers, addresses, put_back, take, threads_for, worker
 
 ITEMS = 16  # worth having, so that many threads find work and finish together
 GROUP = 8  # tiles of queries that are worth summing on their own: adding the sums up then costs 2 % or less

@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from .options import Array, Gradients, Options
-from .problem import BackwardProblem, Empty, Packing, Problem, Reduce, _operands, _resolve, of_options
-from .validation import (
+from ..options import Array, Gradients, Options
+from ..validation import (
     arrays_among,
     as_bools,
     as_flag,
@@ -19,6 +18,7 @@ from .validation import (
     check_out,
     lse_dtype_of,
 )
+from .dense import BackwardProblem, Empty, Packing, Problem, Reduce, _operands, _resolve, of_options
 
 
 def build(

@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .atomic import replacing
-from .errors import BackendUnavailableError
-from .options import Array
+from ..atomic import replacing
+from ..errors import BackendUnavailableError
+from ..options import Array
 
 app = typer.Typer(
     help="Exact, memory-linear attention for NumPy arrays.",
@@ -36,7 +36,7 @@ class Backend(StrEnum):
 @app.command()
 def info() -> None:
     """Show versions, threads, threading layer, SIMD width, GPUs and the kernel cache."""
-    from .config import show_config
+    from ..show_config import show_config
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for section, facts in show_config("dicts").items():
@@ -54,7 +54,7 @@ def demo(
 ) -> None:
     """Search a few hundred sentences by meaning, with all-MiniLM-L6-v2 in plain NumPy."""
     try:
-        from .demo import run
+        from ..demo import run
     except ModuleNotFoundError as missing:
         _fail(f"the demo needs {missing.name}: pip install 'numba-attention[demo]'")
     try:
@@ -66,8 +66,8 @@ def demo(
 @app.command()
 def warmup() -> None:
     """Compile the common kernels, also of a GPU, and put them into the cache, so that no later call waits for them."""
-    from .backends import backends, cpu, cuda
-    from .config import show_config
+    from ..backends import backends, cpu, cuda
+    from ..show_config import show_config
 
     jobs = [*cpu.warmup_jobs(), *(cuda.warmup_jobs() if backends()["cuda"] else [])]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -98,9 +98,9 @@ def bench(
     """Time this machine's attention, ours and its peers', beside its sgemm and read bandwidth."""
     import numba
 
-    from . import benchmarking
-    from .benchmarking.contenders import CONTENDERS
-    from .config import show_config
+    from .. import benchmarking
+    from ..benchmarking.contenders import CONTENDERS
+    from ..show_config import show_config
 
     chosen = [row for name, row in benchmarking.ROWS.items() if rows.lower() in name.lower()]
     if not chosen:

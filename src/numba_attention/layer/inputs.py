@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .options import Array
-from .validation import as_array, as_bools, as_ints, as_ndarray, broadcast_to, is_bottom_right
+from ..options import Array
+from ..validation import as_array, as_bools, as_ints, as_ndarray, broadcast_to, is_bottom_right
 
 
 def check_inputs(

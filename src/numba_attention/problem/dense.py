@@ -5,10 +5,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .caches.contents import Contents
-from .narrowing import largest_computed
-from .options import NO_OPTIONS, Array, Gradients, Options
-from .validation import (
+from ..caches.contents import Contents
+from ..narrowing import largest_computed
+from ..options import NO_OPTIONS, Array, Gradients, Options
+from ..validation import (
     arrays_among,
     as_bools,
     as_few_floats,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from ..options import Array
-from . import recording
+from . import replay
 from .cubins import cubin
 from .driver import DEFAULT_STREAM, Device, Driver, Kernel, arch_of
 from .headers import address_of, extent, header, held, stored
@@ -71,7 +71,7 @@ def empty(shape: int | tuple[int, ...], dtype: Any, stream: int, cleared: int = 
     if cleared:
         driver.clear(memory.address, cleared, stream)
     made = header(memory.address, shape, None, dtype, memory, driver.current())
-    recorder = recording.current()
+    recorder = replay.current()
     if recorder is not None:
         recorder.make(made, is_result=False, cleared=cleared)
     return made
@@ -79,7 +79,7 @@ def empty(shape: int | tuple[int, ...], dtype: Any, stream: int, cleared: int = 
 
 def upload(array: Array, stream: int) -> Array:
     """Copy an array of the host to the device; what it repeats along an axis is copied once."""
-    recorder = recording.current()
+    recorder = replay.current()
     if recorder is not None:
         recorder.give_up()
     once = stored(array)
@@ -112,7 +112,7 @@ def launch(
 ) -> None:
     """Run a kernel on the current device: its parameters are the integers as int64, then the reals as float64."""
     integers, reals = list(map(int, integers)), list(map(float, reals))
-    recorder = recording.current()
+    recorder = replay.current()
     if recorder is not None:
         recorder.launch(kernel, grid, integers, reals)
     driver.launch(kernel, grid, integers, reals, stream)

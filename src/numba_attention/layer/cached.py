@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from .caches import KVCache, PagedKVCache
-from .caches.checks import check_ints, check_lengths
-from .decoding import attention_decode
-from .options import Array
-from .rotary import Rotation, rotate
-from .validation import as_ints, broadcast_to
+from ..caches import KVCache, PagedKVCache
+from ..caches.checks import check_ints, check_lengths
+from ..decoding import attention_decode
+from ..options import Array
+from ..rotary import Rotation, rotate
+from ..validation import as_ints, broadcast_to
 
 Cache = KVCache | PagedKVCache
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .api import attention
-from .atomic import allocate, replacing
-from .options import Array
-from .validation import as_tensor
+from ..api import attention
+from ..atomic import allocate, replacing
+from ..options import Array
+from ..validation import as_tensor
 
 _NAMES = ("query", "key", "value")
 

@@ -1,0 +1,5 @@
+"""The ``numba-attention`` command."""
+
+from .main import main
+
+__all__ = ["main"]
