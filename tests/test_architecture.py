@@ -1,6 +1,7 @@
 """Imports run one way, and importing the package is cheap: nothing compiles, nothing optional is loaded."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,122 +13,116 @@ import numba_attention
 
 ROOT = Path(numba_attention.__file__).parent
 
-# From the rim down. A module may import from layers below its own, and from its own.
-LAYERS = [
-    (
-        "rim",
-        ["__init__", "__main__", "benchmarking", "cli", "commands", "config", "demo", "files", "jax", "plot", "torch"],
-    ),
-    ("layer", ["layer", "incremental", "weights", "inputs", "renaming"]),
-    ("api", ["api", "decoding", "merging", "rotary", "varlen"]),
-    ("projection", ["projection"]),
-    ("placing", ["placing"]),
-    ("backends", ["backends"]),
-    ("problem", ["problem", "cached", "packed"]),
-    ("caches", ["caches"]),
-    ("validation", ["validation"]),
-    ("kernels", ["cpu", "cuda"]),
-    ("primitives", ["bounded", "forks", "intervals", "options", "kernel_cache", "narrowing", "atomic"]),
-    ("errors", ["errors"]),
-]  # fmt: skip
-LEVEL = {module: level for level, (_, modules) in enumerate(LAYERS) for module in modules}
+DESIGN = Path(__file__).parents[1] / "docs" / "design.md"
 
-# Within cpu/: the kernel, then what it is made of.
-CPU = [
-    ["forward", "decode", "backward", "linear"],
-    ["scoring"],
-    ["stages", "sums", "sources", "features"],
-    ["softmax", "tiles"],
-    ["gemm"],
-    ["elements", "exp", "launch", "views"],
-    ["cache"],
-    ["simd", "params", "machine_code"],
-]
-CPU_LEVEL = {module: level for level, modules in enumerate(CPU) for module in modules}
 
-# Within cuda/, on the host's side: what callers have, the device, and what both are made of.
-CUDA = [
-    ["arrays"],
-    ["runtime"],
-    ["driver", "cubins", "dlpack"],
-    ["diagnosis", "headers"],
-]
-CUDA_LEVEL = {module: level for level, modules in enumerate(CUDA) for module in modules}
+def floors():
+    """The picture of the house in docs/design.md: the rooms of each floor from the top down, of each wing."""
+    picture = re.search(r"<!-- house:start -->\n```text\n(.*?)```", DESIGN.read_text(encoding="utf-8"), re.S).group(1)
+    whole, *wings = [block.splitlines() for block in picture.strip().split("\n\n")]
+    rooms = {"": [re.split(r"  +", line)[1].split() for line in whole]}
+    return rooms | {wing[0].split()[0]: [line.split()[1:] for line in wing] for wing in wings}
+
+
+FLOORS = floors()
+LEVELS = {
+    wing: {room: n for n, rooms in enumerate(wing_rooms) for room in rooms} for wing, wing_rooms in FLOORS.items()
+}
 
 FILES = sorted(ROOT.rglob("*.py"))
 
 
 def modules_imported(path):
-    """Dotted names below the package that a file imports, anywhere in it, and whether at the top."""
+    """Dotted names below the package that a file imports, anywhere in it."""
     package = path.relative_to(ROOT).parts[:-1]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        top = node in tree.body
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - (node.level - 1)]
             parts = (*base, *(node.module.split(".") if node.module else ()))
             for alias in node.names:
-                yield (*parts, alias.name), top
+                yield (*parts, alias.name)
         elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == ROOT.name:
             for alias in node.names:
-                yield (*node.module.split(".")[1:], alias.name), top
+                yield (*node.module.split(".")[1:], alias.name)
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == ROOT.name:
-                    yield tuple(alias.name.split(".")[1:]), top
+                    yield tuple(alias.name.split(".")[1:])
 
 
 def name_of(path):
     return path.relative_to(ROOT).with_suffix("").as_posix()
 
 
+def imports_of(path):
+    """The modules of the package that a file imports, dotted, wherever in the file it does so."""
+    names = {name_of(file).replace("/", ".").removesuffix(".__init__") for file in FILES}
+    for target in modules_imported(path):
+        whole, parent = ".".join(target), ".".join(target[:-1])
+        yield whole if whole in names else parent or "__init__"
+
+
+@pytest.mark.parametrize("wing", FLOORS, ids=lambda wing: wing or "package")
+def test_the_picture_shows_every_room_once(wing):
+    shown = [room for rooms in FLOORS[wing] for room in rooms]
+    assert len(shown) == len(set(shown))
+    there = {path.stem for path in (ROOT / wing).glob("*.py")}
+    if wing:
+        there -= {"__init__"}
+    else:
+        there |= {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert set(shown) == there
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_run_down(path):
-    own = name_of(path).split("/")[0]
-    assert own in LEVEL, f"give {own} a place in LAYERS"
-    for target, top in modules_imported(path):
-        if target[0] not in LEVEL:  # a name defined in __init__ itself
-            assert LEVEL[own] == 0, f"{own} imports {target[0]} from the package above it"
+    room = name_of(path).split("/")[0]
+    levels = LEVELS[""]
+    for target in imports_of(path):
+        other = target.split(".")[0]
+        if room == "__init__" or other == room:
             continue
-        if own == "__init__" or (target[0] == "config" and not top):
-            continue
-        assert LEVEL[target[0]] >= LEVEL[own], f"{own} imports {'.'.join(target)}, which is above it"
+        if other == "__init__":
+            assert levels[room] == 0, f"{room} imports names of the package above it"
+        else:
+            assert levels[other] > levels[room] or (levels[room] == 0 and levels[other] == 0), (
+                f"{room} imports {target}"
+            )
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("cpu/*.py"), *ROOT.glob("cuda/*.py")]), ids=name_of)
-def test_imports_run_down_within_kernels(path):
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in LEVELS], ids=name_of)
+def test_imports_run_down_within_a_wing(path):
+    wing = path.parent.name
     if path.stem == "__init__":
         return
-    package = path.parent.name
-    levels = {"cpu": CPU_LEVEL, "cuda": CUDA_LEVEL}[package]
-    own = levels.get(path.stem, 0)
-    for target, _ in modules_imported(path):
-        if target[0] == package and len(target) > 1 and target[1] in levels:
-            assert levels[target[1]] >= own, f"{path.stem} imports {target[1]}, which is above it"
+    for target in imports_of(path):
+        room, _, other = target.partition(".")
+        if room == wing and other and other != path.stem:
+            assert LEVELS[wing][other] > LEVELS[wing][path.stem], f"{path.stem} imports {other}"
+
+
+def test_no_circles():
+    """Imports inside functions count."""
+    graph = {}
+    for path in FILES:
+        name = name_of(path).replace("/", ".").removesuffix(".__init__")
+        graph[name] = {target for target in imports_of(path) if target != name}
+    graph.pop("__init__")
+    while leaves := {name for name, targets in graph.items() if not targets & graph.keys()}:
+        graph = {name: targets for name, targets in graph.items() if name not in leaves}
+    assert not graph
 
 
 def test_kernels_know_nothing_of_calls():
     """Only backends turn a Problem into numbers for a kernel."""
     for path in [*ROOT.glob("cpu/*.py"), *ROOT.glob("cuda/*.py")]:
-        assert not {target[0] for target, _ in modules_imported(path)} & {"problem", "backends", "api", "merging"}
+        assert not {target[0] for target in modules_imported(path)} & {"problem", "backends", "api", "merging"}
 
 
 def test_no_numba_above_the_backends():
-    for module in (
-        "api",
-        "merging",
-        "problem",
-        "validation",
-        "options",
-        "intervals",
-        "errors",
-        "backends/__init__",
-        "backends/reference",
-        "cached",
-        "packed",
-        "placing",
-        *(f"caches/{path.stem}" for path in (ROOT / "caches").glob("*.py")),
-    ):
+    above = [path for path in FILES if path.parent.name in ("", "problem", "caches", ROOT.name)]
+    above = [path for path in above if path.stem not in ("__main__", "show_config", "torch", "jax", "plot")]
+    for module in ["backends/__init__", "backends/reference", *map(name_of, above)]:
         for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -136,9 +131,9 @@ def test_no_numba_above_the_backends():
 
 def test_caches_know_nothing_of_who_reads_them():
     for path in (ROOT / "caches").glob("*.py"):
-        assert {target[0] for target, _ in modules_imported(path)} <= {
+        assert {target[0] for target in modules_imported(path)} <= {
             "caches",
-            "cuda",
+            "device",
             "errors",
             "narrowing",
             "options",
@@ -148,7 +143,7 @@ def test_caches_know_nothing_of_who_reads_them():
 
 def test_reference_stands_alone():
     """The oracle shares no code with what it judges."""
-    found = {target[0] for target, _ in modules_imported(ROOT / "backends" / "reference.py")}
+    found = {target[0] for target in modules_imported(ROOT / "backends" / "reference.py")}
     assert found <= {"options", "problem"}
 
 

@@ -8,53 +8,12 @@ import numpy as np
 import pytest
 
 import numba_attention as na
+from caching import TOLERANCE, arrays, filled
 from numba_attention.options import Options
 from numba_attention.problem.cached import build
 
 STORAGES = [None, "float16", "bfloat16", "int8", "float8"]
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-TOLERANCE = {"float32": 3e-6, "float64": 1e-13, "float16": 3e-3, "bfloat16": 2e-2}
-
-
-def arrays(B, H, Hkv, L, S, E, Ev=None, dtype="float32", seed=0):
-    rng = np.random.default_rng(seed)
-    shapes = (B, H, L, E), (B, Hkv, S, E), (B, Hkv, S, E if Ev is None else Ev)
-    return [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in shapes]
-
-
-def filled(key, value, lengths, storage=None, page_size=None, seed=0):
-    """A cache of these tokens, appended in pieces; pages in any order, with other sequences between."""
-    B, Hkv, S, E = key.shape
-    if page_size is None:
-        cache = na.KVCache(B, Hkv, S + 3, E, value.shape[-1], key.dtype, storage)
-        half = np.asarray(lengths) // 2
-        cache.append(key[:, :, : int(half.max())], value[:, :, : int(half.max())], half)
-        for b in range(B):  # the rest of each sequence, one after the other
-            rest = np.zeros(B, np.int64)
-            rest[b] = lengths[b] - half[b]
-            part = (
-                np.zeros((B, Hkv, int(rest[b]), E), key.dtype),
-                np.zeros((B, Hkv, int(rest[b]), value.shape[-1]), key.dtype),
-            )
-            part[0][b], part[1][b] = key[b, :, half[b] : lengths[b]], value[b, :, half[b] : lengths[b]]
-            cache.append(*part, rest)
-        return cache
-    blocks = sum(-(-int(n) // page_size) for n in lengths)
-    cache = na.PagedKVCache(blocks + 40, page_size, Hkv, E, value.shape[-1], key.dtype, storage)
-    rng = np.random.default_rng(seed)
-    other, *ids = cache.add(B + 1).tolist()
-    noise = np.full((1, Hkv, 1, max(E, value.shape[-1])), np.nan, key.dtype)
-    done = np.zeros(B, np.int64)
-    while (done < lengths).any():
-        b = int(rng.choice(np.flatnonzero(done < lengths)))
-        stop = min(int(lengths[b]), int(done[b]) + int(rng.integers(1, 2 * page_size)))
-        part = slice(int(done[b]), stop)
-        cache.append([ids[b]], key[b : b + 1, :, part], value[b : b + 1, :, part])
-        done[b] = stop
-        if cache.lengths([other])[0] < 30 and rng.random() < 0.3:
-            cache.append([other], noise[..., :E], noise[..., : value.shape[-1]])
-    cache.free(other)
-    return cache
 
 
 def oracle(query, cache, lengths, **options):

@@ -113,7 +113,7 @@ assert MiniLM().embed(["no framework"]).shape == (1, 384)
 
 
 def test_the_extra_installs_what_the_demo_imports():
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     named = [*extras["dependencies"], *(x for e in ("cli", "demo", "plot") for x in extras["optional-dependencies"][e])]
     installed = {re.match(r"[\w-]+", x)[0].replace("-", "_") for x in named} | {"numba_attention"}
@@ -132,7 +132,7 @@ def test_missing_model_says_what_to_install(tmp_path):
 
 
 def test_example_searches_a_file(tmp_path):
-    example = Path(__file__).parent.parent / "examples" / "semantic_search.py"
+    example = Path(__file__).parents[2] / "examples" / "semantic_search.py"
     (tmp_path / "notes.txt").write_text("The boiler was serviced in May.\n\nBuy oat milk and bread.\n")
     command = [sys.executable, str(example), str(tmp_path / "notes.txt"), "groceries"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

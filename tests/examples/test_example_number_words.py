@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import number_words
 from number_words import Translator, draw, loss_of, mistakes, pad, read, spell, split, train, translate, write

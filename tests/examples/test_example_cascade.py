@@ -8,7 +8,7 @@ import numpy as np
 
 import numba_attention as na
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import cascade
 

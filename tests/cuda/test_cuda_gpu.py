@@ -23,7 +23,7 @@ from numba_attention.device import runtime
 from numba_attention.device.headers import address_of
 
 gpu = pytest.mark.gpu
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 THREADS = 64
 SHARED = 8192
 TYPES = ("l4", "d1")  # three inputs and an output, by address
@@ -256,7 +256,7 @@ def test_functions(kind):
 @pytest.mark.torch
 def test_the_benchmark_runs(torch):
     """Where there is no GPU, the script that measures one must at least run."""
-    script = os.fspath(HERE.parent / "benchmarks" / "gpu.py")
+    script = os.fspath(SUPPORT.parents[1] / "benchmarks" / "gpu.py")
     for rows in ("causal", "decode B1", "host"):
         command = [sys.executable, script, "--dry-run", "--rounds", "1", "--rows", rows]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -341,8 +341,8 @@ def test_sanitizer(tool):
     program = shutil.which("compute-sanitizer")
     if program is None:
         pytest.skip("compute-sanitizer is not on the path")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, os.fspath(HERE / "sanitized.py")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])}
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, os.fspath(SUPPORT / "sanitized.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
     if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not support this device")

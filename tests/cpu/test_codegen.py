@@ -6,6 +6,7 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 
+from assembly import innermost
 from numba_attention.cpu import features
 from numba_attention.cpu.elements import Spec
 from numba_attention.cpu.gemm import micro_kernel
@@ -38,15 +39,6 @@ def assembly(routine, target):
     b.ret_void()
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features, opt=3)
     return machine.emit_assembly(llvm.parse_assembly(str(module)))
-
-
-def innermost(code, instruction):
-    """The instructions of the loop that holds most of one kind."""
-    label = r"^(\.LBB\d+_\d+):"
-    blocks = re.split(label, code, flags=re.M)
-    named = zip(blocks[1::2], blocks[2::2], strict=True)
-    bodies = [body for name, body in named if re.search(rf"{re.escape(name)}\b", body)]
-    return max(bodies, key=lambda body: len(re.findall(instruction, body)))
 
 
 @pytest.mark.parametrize("name", HOSTS)

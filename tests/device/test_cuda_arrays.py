@@ -620,7 +620,7 @@ print([name for name in sys.modules if name.split(".")[0] in ("cuda", "numba_cud
 
 UNTOUCHABLE = (
     f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"""
+import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})"""
     + """
 import ctypes, mmap
 import numpy as np, numba_attention as na

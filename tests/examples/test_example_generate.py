@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("glassllm")
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import generate
 import glassllm

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given, settings
 
 import numba_attention as na
+from caching import TOLERANCE, arrays, filled
 from cases import CASES, DTYPES, GROUPS, Case, assert_close, check, check_backward, grad_tolerance, tolerance
 from emulator import emulated
 from numba_attention.cuda import backward, forward, kernels, tile_shapes
-from test_decode import TOLERANCE, arrays, filled
-from test_properties import cases, dtypes
+from strategies import cases, dtypes
 
 THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
 ON_A_GPU = pytest.param("GPU", marks=pytest.mark.gpu)
@@ -412,7 +412,7 @@ def test_a_wrong_kernel_is_found(monkeypatch):
 
 def test_simulator():
     """The simplest form of the kernels in numba-cuda's simulator, which must be chosen before it is imported."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1] / "support"
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(

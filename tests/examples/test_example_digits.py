@@ -9,7 +9,7 @@ from scipy.optimize import check_grad
 
 pytest.importorskip("sklearn")
 pytest.importorskip("threadpoolctl")
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import digits
 

@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import check_grad
 
 pytest.importorskip("threadpoolctl")
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import nn
 

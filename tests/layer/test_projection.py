@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from assembly import innermost
 from numba_attention.cpu.linear import CHUNK
 from numba_attention.cpu.simd import HOST
 from numba_attention.layer import projection
 from numba_attention.layer.projection import linear, linear_backward
-from test_boundscheck import GUARDED, run
-from test_codegen import innermost
+from processes import GUARDED, run
 
 DTYPES = ["float32", "float64"]
 EDGES = [1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 63, 64, 65, 100, 128, 129, 130]

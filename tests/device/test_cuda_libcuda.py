@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("numba_cuda")
 pytest.importorskip("cuda.core")
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "support"
 
 
 def test_on_a_stub(tmp_path):

@@ -1,0 +1,57 @@
+"""Nothing outside the arrays is touched: with Numba's bounds checks, and with unreadable pages around each array."""
+
+import sys
+
+import pytest
+
+from processes import GUARDED, run
+
+CHECKED = """
+import cases
+import numba_attention as na
+for dtype in {dtypes}:
+    for case in [*cases.GROUPS["together"], *cases.GROUPS["heads"][:6], *cases.GROUPS["empty"]]:
+        arrays, kwargs = case.arrays(dtype), case.kwargs()
+        cases.check(*arrays, kwargs, dtype, case)
+        cases.check_backward(case, dtype)
+    {weights}
+print("done")
+"""
+WEIGHTS = "na.attention_weights(*arrays[:2], **kwargs); na.attention_weights(*arrays[:2], heads=[], rows=[], **kwargs)"
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "weights"),
+    [
+        (["float32"], "pass"),
+        pytest.param(["float64", "float16", "bfloat16"], WEIGHTS, marks=pytest.mark.slow),
+    ],
+)
+def test_with_bounds_checks(tmp_path, dtypes, weights):
+    run(
+        CHECKED.format(dtypes=dtypes, weights=weights),
+        NUMBA_BOUNDSCHECK="1",
+        NUMBA_ATTENTION_CACHE_DIR=str(tmp_path),
+    )
+
+
+CACHED = """
+import test_decode, test_varlen
+for sizes in [(2, 5, 5, 1, 90, 24, 40), (2, 4, 2, 90, 100, 32, 32)]:
+    test_decode.test_storages_pages_and_sizes(sizes, {storage!r})
+if {storage!r} is None:
+    test_decode.test_tree_of_guesses()
+    test_varlen.test_as_each_alone("sinks", "float32", "cpu")
+print("done")
+"""
+
+
+@pytest.mark.parametrize("storage", [None, pytest.param("int8", marks=pytest.mark.slow)])
+def test_caches_with_bounds_checks(tmp_path, storage):
+    run(CACHED.format(storage=storage), NUMBA_BOUNDSCHECK="1", NUMBA_ATTENTION_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects pages with mprotect")
+def test_with_unreadable_pages_around():
+    """Vectors that read past the end of a row crash here and nowhere else."""
+    run(GUARDED)
