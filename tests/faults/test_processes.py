@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 LAYERS = ["omp", "workqueue", "tbb"]
+FIRST = ["omp", *(pytest.param(layer, marks=pytest.mark.slow) for layer in LAYERS[1:])]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 needs_signals = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
 
@@ -150,7 +151,7 @@ NESTED = """
 """
 
 
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+@pytest.mark.parametrize("layer", ["workqueue", pytest.param("omp", marks=pytest.mark.slow)])
 def test_nested_call_at_every_line(layer):
     """A trace function stands for a handler or finalizer: it calls between any two lines of the package."""
     run(
@@ -190,7 +191,7 @@ def test_nested_call_at_every_line(layer):
 
 
 @needs_signals
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+@pytest.mark.parametrize("layer", FIRST[:2])
 def test_calls_from_a_signal_handler(layer):
     run(
         PREPARE
@@ -432,7 +433,7 @@ LONG = """
 
 
 @needs_signals
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", FIRST)
 def test_interrupt(layer):
     """Ctrl-C is heard within half a second, and everything is usable afterwards."""
     run(
@@ -471,7 +472,7 @@ def test_interrupt(layer):
 
 
 @needs_signals
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", FIRST)
 def test_handlers_run_in_long_calls(layer):
     """What raises nothing changes nothing: the call goes on, to the bits of a call that nothing disturbed."""
     run(
@@ -505,6 +506,7 @@ def test_handlers_run_in_long_calls(layer):
 
 
 @needs_signals
+@pytest.mark.slow
 def test_storm_of_interrupts():
     """Each ends one call; further ones that arrive while it ends are not waited for, and no memory is used twice."""
     run(
