@@ -5,6 +5,7 @@ The driver is a fake that does everything as late as a real one may.
 
 import ctypes
 import gc
+import itertools
 import sys
 import threading
 import types
@@ -304,6 +305,60 @@ def test_pinned_buffers_are_of_one_thread_at_a_time(real):
     real._api._run()
     for n in range(8):
         assert (there[n] == n).all()
+
+
+def calling_between_lines(function, inner):
+    """A trace function that stands for a signal handler: it calls `inner` between any two lines of a function."""
+    busy = False
+
+    def trace(frame, event, argument):
+        nonlocal busy
+        if frame.f_code is not function.__code__:
+            return None
+        if event == "line" and not busy:
+            busy = True
+            inner()
+            busy = False
+        return trace
+
+    return trace
+
+
+def test_copies_in_the_middle_of_a_copy(real, monkeypatch):
+    monkeypatch.setattr(driver, "_CHUNK", 800)
+    with runtime.using(0, 1):
+        outer, other = (runtime.empty(1000, np.int64, 1) for _ in range(2))
+    data, more = np.arange(1000), np.arange(5000, 6000)
+    sys.settrace(calling_between_lines(driver.Driver.write, lambda: real.write(other.ctypes.data, more, 1)))
+    try:
+        real.write(outer.ctypes.data, data, 1)
+    finally:
+        sys.settrace(None)
+    real._api._run()
+    np.testing.assert_array_equal(outer, data)
+    np.testing.assert_array_equal(other, more)
+    back = np.empty(1000, np.int64)
+    sys.settrace(calling_between_lines(driver.Driver.read, lambda: real.write(other.ctypes.data, more, 1)))
+    try:
+        real.read(back, outer.ctypes.data, 1)
+    finally:
+        sys.settrace(None)
+    np.testing.assert_array_equal(back, data)
+
+
+def test_room_for_numbers_in_the_middle_of_another(device, monkeypatch):
+    constants._kept.cache_clear()
+    rooms = []
+    trace = calling_between_lines(constants._room, lambda: rooms.append(constants._room(device, 0, 300)))
+    with runtime.using(0, 1):
+        constants._room(device, 0, 300)
+        sys.settrace(trace)
+        try:
+            rooms += [constants._room(device, 0, 300), constants._room(device, 0, 300)]
+        finally:
+            sys.settrace(None)
+    starts = sorted(address for address, _ in rooms)
+    assert all(b - a >= 300 for a, b in itertools.pairwise(starts))
 
 
 def test_download_says_what_does_not_fit(device):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 LAYERS = ["omp", "workqueue", "tbb"]
+FIRST = ["omp", *(pytest.param(layer, marks=pytest.mark.slow) for layer in LAYERS[1:])]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 needs_signals = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
 
@@ -150,7 +151,7 @@ NESTED = """
 """
 
 
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+@pytest.mark.parametrize("layer", ["workqueue", pytest.param("omp", marks=pytest.mark.slow)])
 def test_nested_call_at_every_line(layer):
     """A trace function stands for a handler or finalizer: it calls between any two lines of the package."""
     run(
@@ -190,7 +191,7 @@ def test_nested_call_at_every_line(layer):
 
 
 @needs_signals
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+@pytest.mark.parametrize("layer", FIRST[:2])
 def test_calls_from_a_signal_handler(layer):
     run(
         PREPARE
@@ -285,15 +286,76 @@ def test_fork_while_another_thread_gets_a_kernel(tmp_path, moment):
 
 
 @needs_fork
+def test_fork_that_does_not_wait_any_longer(tmp_path):
+    """The child computes with the kernels it has, and says why it cannot load others."""
+    run(
+        """
+        from numba.core.compiler_lock import global_compiler_lock
+        from numba_attention import forks
+        small = [x[:1, :1, :1, :1] for x in (q, k, v)]
+        close(na.attention(*small), textbook(*small))
+        forks.PATIENCE = 0.2
+        held, stop = threading.Event(), threading.Event()
+
+        def compile():
+            with global_compiler_lock:
+                held.set()
+                stop.wait()
+
+        thread = threading.Thread(target=compile)
+        thread.start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            close(na.attention(*small), textbook(*small))
+            try:
+                na.attention_backward(*small[:1], *small, *na.attention(*small, return_lse=True))
+            except RuntimeError as error:
+                os._exit(0 if "forked while another thread compiled" in str(error) else 2)
+            os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert status == 0, status
+        stop.set()
+        thread.join()
+        na.attention_backward(*small[:1], *small, *na.attention(*small, return_lse=True))
+        """
+    )
+
+
+def test_call_while_its_kernel_is_loaded():
+    """From a signal handler or finalizer: in the same thread, which would wait for itself."""
+    run(
+        """
+        from numba_attention.cpu import cache
+        original, inside = cache.Kernel._load, False
+
+        def load(self):
+            global inside
+            if not inside:
+                inside = True
+                close(na.attention(q, k, v), expected)
+                inside = False
+            return original(self)
+
+        cache.Kernel._load = load
+        close(na.attention(q, k, v), expected)
+        """,
+        timeout=60,
+    )
+
+
+@needs_fork
 def test_no_lock_of_the_package_is_inherited_locked():
     run(
         """
-        from numba_attention.cuda import constants, cubins
-        locks = [constants._lock, cubins._lock]
+        from numba_attention.backends import cpu
+        from numba_attention.cuda import cubins
+        locks = [cubins._lock, cpu._plans._lock]
         held, stop = threading.Event(), threading.Event()
 
         def hold():
-            with constants._lock, cubins._lock:
+            with locks[0], locks[1]:
                 held.set()
                 stop.wait()
 
@@ -371,7 +433,7 @@ LONG = """
 
 
 @needs_signals
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", FIRST)
 def test_interrupt(layer):
     """Ctrl-C is heard within half a second, and everything is usable afterwards."""
     run(
@@ -410,7 +472,7 @@ def test_interrupt(layer):
 
 
 @needs_signals
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", FIRST)
 def test_handlers_run_in_long_calls(layer):
     """What raises nothing changes nothing: the call goes on, to the bits of a call that nothing disturbed."""
     run(
@@ -444,6 +506,7 @@ def test_handlers_run_in_long_calls(layer):
 
 
 @needs_signals
+@pytest.mark.slow
 def test_storm_of_interrupts():
     """Each ends one call; further ones that arrive while it ends are not waited for, and no memory is used twice."""
     run(

@@ -158,7 +158,8 @@ class _Call:
     def work(self) -> None:
         try:
             if self._owner.setdefault("owner", "worker") == "worker":
-                numba.set_num_threads(self._arguments[-1])
+                if self._arguments[-1] > 1:
+                    numba.set_num_threads(self._arguments[-1])
                 run(*self._arguments)
         except BaseException as error:
             self.error = error

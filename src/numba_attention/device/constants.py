@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from .. import forks
 from ..options import Array
 from . import replay, runtime
 from .driver import Driver, identity
@@ -20,7 +19,6 @@ MOST = 2**16  # bytes of one array that is kept; what is larger is copied anew i
 SLAB = 2**18
 _ALIGNMENT = 256
 
-_lock = forks.renewed()
 # Of each driver, by device: memory, its bytes, and how many are taken.
 _slabs: WeakKeyDictionary[Driver, dict[int, tuple[Any, int, int]]] = WeakKeyDictionary()
 
@@ -48,11 +46,11 @@ def _kept(data: bytes, driver: Driver, device: int, stream: int, _: Any) -> Arra
 
 
 def _room(driver: Driver, device: int, size: int) -> tuple[int, Any]:
-    with _lock:
-        slabs = _slabs.setdefault(driver, {})
-        slab, whole, taken = slabs.get(device, (None, 0, 0))
-        if slab is None or taken + size > whole:
-            whole = max(SLAB, size)
-            slab, taken = driver.keep(whole), 0
-        slabs[device] = slab, whole, -(-(taken + size) // _ALIGNMENT) * _ALIGNMENT
-        return slab.address + taken, slab
+    slabs = _slabs.setdefault(driver, {})
+    # Taken out, and put back at the end: another thread, or a call in the middle of this one, begins a slab of its own.
+    slab, whole, taken = slabs.pop(device, (None, 0, 0))
+    if slab is None or taken + size > whole:
+        whole = max(SLAB, size)
+        slab, taken = driver.keep(whole), 0
+    slabs[device] = slab, whole, -(-(taken + size) // _ALIGNMENT) * _ALIGNMENT
+    return slab.address + taken, slab

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -162,7 +162,7 @@ class Driver:
     def write(self, address: int, array: Array, stream: int) -> None:
         """Copy an array of the host, in C order, to a GPU."""
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        with self._staging as staging:
+        with self._staging() as staging:
             for start in range(0, data.size, _CHUNK):
                 part = data[start : start + _CHUNK]
                 slot = staging.next()
@@ -173,7 +173,7 @@ class Driver:
     def read(self, array: Array, address: int, stream: int) -> None:
         """Copy memory of a GPU to a contiguous array of the host, and wait for it."""
         data = array.reshape(-1).view(np.uint8)
-        with self._staging as staging:
+        with self._staging() as staging:
             for start in range(0, data.size, _CHUNK):
                 part = data[start : start + _CHUNK]
                 slot = staging.next()
@@ -265,8 +265,23 @@ class Driver:
         return driver
 
     @cached_property
-    def _staging(self) -> "_Staging":
-        return _Staging(self)
+    def _free_staging(self) -> dict[int, list["_Staging"]]:
+        return {}
+
+    @contextmanager
+    def _staging(self) -> Iterator["_Staging"]:
+        """Take out buffers of the current GPU, so that other threads, and calls in the middle of this one, have others.
+
+        They are not put back after an exception, as a copy may be under way.
+        """
+        ordinal = self.current()
+        free = self._free_staging.setdefault(ordinal, [])
+        try:
+            staging = free.pop()
+        except IndexError:
+            staging = _Staging(self, ordinal)
+        yield staging
+        free.append(staging)
 
     @cached_property
     def _streams(self) -> dict[tuple[int, int], Any]:
@@ -306,29 +321,16 @@ class _Slot:
 
 
 class _Staging:
-    """Two pinned buffers for each GPU, in turn; entered by one thread at a time."""
+    """Two pinned buffers of a GPU, in turn."""
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self._lock = threading.Lock()
-        self._slots: dict[int, list[_Slot]] = {}
-
-    def __enter__(self) -> Self:
-        self._lock.acquire()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
+    def __init__(self, driver: Driver, ordinal: int) -> None:
+        self._slots = [_Slot(driver, ordinal) for _ in range(2)]
 
     def next(self) -> _Slot:
         """Return the buffer that was used longest ago, once the GPU has read it."""
-        ordinal = self._driver.current()
-        slots = self._slots.get(ordinal)
-        if slots is None:
-            slots = self._slots[ordinal] = [_Slot(self._driver, ordinal) for _ in range(2)]
-        slots.reverse()
-        slots[0].free()
-        return slots[0]
+        self._slots.reverse()
+        self._slots[0].free()
+        return self._slots[0]
 
 
 @cache
