@@ -196,7 +196,9 @@ def _visible(problem: Problem, b: Index, h: int, rows: Array) -> Array:
 def _scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
     """Float64 (rows, S): scale, softcap, ALiBi, bias, in this order."""
     query, key = problem.query[(*b, h)][rows], problem.key[(*b, _key_head(problem, h))]
-    scores = problem.scale * (_float64(query) @ _float64(key).T)
+    query, scale = _float64(query), problem.scale
+    # Scale before anything can overflow.
+    scores = (scale * query) @ _float64(key).T if abs(scale) < 1 else scale * (query @ _float64(key).T)
     if problem.softcap is not None:
         scores = problem.softcap * np.tanh(scores / problem.softcap)
     if problem.alibi_slopes is not None:

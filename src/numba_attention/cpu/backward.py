@@ -17,18 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from . import tiles
+from . import stages, tiles
 from .elements import Spec
 from .gemm import micro_kernel
 from .params import NEVER, PARAMS, SEQUENCE
 from .scoring import LOG2E, areas, lay_out, make_scoring
 from .simd import fetch_add, void_pointer
-from .softmax import MAX, RESCALE, ROWS, SUM, SUM_ROWS, TILE_MAX, multiply_tile, row_products, softmax_gradient
+from .softmax import INVERSE, MAX, RESCALE, ROWS, SUM, SUM_ROWS, TILE_MAX, multiply_tile, row_products, softmax_gradient
 from .sums import CLEAN, LOST, add_products, add_transposed, copy_rows, padded, write_sums
 from .sums import add_sums as sums_adder
 from .views import carray
 
-LSE, DELTA = MAX, SUM  # rows of the state
+DELTA = SUM  # row of the state
 TABLES = ("grad_rows", "grad_query_rows", "grad_bias_rows", "dirty")
 
 
@@ -74,6 +74,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     write_tile = tiles.scatter_tile(spec)
     has_nan, drop_nonfinite = tiles.has_nan(spec), tiles.drop_nonfinite(spec)
     differentiate_softmax, multiply, row_sums = softmax_gradient(spec), multiply_tile(spec), row_products(spec)
+    scale_scores = stages.multiply(spec)
     copy, add, add_to_bias = copy_rows(spec), add_products(spec), add_transposed(spec)
     add_sums, write = sums_adder(spec), write_sums(spec)
 
@@ -101,14 +102,19 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             grad_query_rows[lane] = p.grad_query + s.grad_query + h * p.grad_query_head + i * p.grad_query_row
             grad_bias_rows[lane] = bias + h * p.grad_bias_head + i * p.grad_bias_row
             lse = carray(void_pointer(lse_rows[lane]), 1, real)[0]
-            state[LSE, lane] = real(np.float64(lse) * LOG2E)
+            # A maximum in the unit of the scores, and what its rounding leaves of lse.
+            highest = real(lse / p.unit)
+            rest = (np.float64(lse) - np.float64(highest) * p.unit) * LOG2E
+            state[MAX, lane], state[INVERSE, lane] = highest, 2.0**-rest
             state[RESCALE, lane] = 1
             # A row that sees nothing has no weights; nor has the last row where it stands in for those a tile lacks.
             if lane >= last or lse == -infinity or starts[lane] >= stops[lane]:
-                state[LSE, lane] = infinity
+                state[MAX, lane], state[INVERSE, lane] = infinity, 1
             elif math.isnan(lse):
-                state[LSE, lane] = 0
+                state[MAX, lane], state[INVERSE, lane] = 0, 1
                 dirty[lane], lost = LOST, True
+            elif lse == infinity:
+                state[INVERSE, lane] = 1
             if lane >= last:
                 grad_query_rows[lane] = at + p.at_spare
         return lost
@@ -203,6 +209,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         if p.grad_bias != 0 and not careful:
             column = p.grad_bias_column
             add_to_bias(grad_scores, at + p.at_grad_bias_rows, j0 * column, column, n, at + p.at_spare)
+        if p.tiny != 0:
+            scale_scores(grad_scores, n, real(p.prescale))
         if p.cap_outer != 0:
             multiply(grad_scores, n, at + p.at_cap_slopes)
         add_query_gradient(p, s, at, head, j0, n, careful)
@@ -233,7 +241,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             if careful or not has_nan(at + p.at_out, p.E):
                 break
             careful = True
-        state[TILE_MAX] = real(p.scale)
+        state[TILE_MAX] = real(p.gradient_scale)
         write_tile(at + p.at_out, at + p.at_grad_query_rows, 0, item_size, p.E, at + p.at_state + TILE_MAX * row_bytes)
 
     @spec.jit
@@ -253,7 +261,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def write_keys(p: Any, s: Any, head: int, sums: int) -> None:
         """DK and dV of a head, from its sums."""
         key = p.grad_key + s.grad_key + head * p.grad_key_head
-        write_rows(key, p.grad_key_row, s.key_rows, p.E, sums, p.E_padded * size, real(p.scale))
+        write_rows(key, p.grad_key_row, s.key_rows, p.E, sums, p.E_padded * size, real(p.gradient_scale))
         sums += (s.key_rows + SUM_ROWS) * p.E_padded * size
         value = p.grad_value + s.grad_value + head * p.grad_value_head
         write_rows(value, p.grad_value_row, s.key_rows, p.Ev, sums, p.Ev_padded * size, real(1))

@@ -15,7 +15,7 @@ import numpy as np
 from . import features, tiles
 from .elements import Spec
 from .params import NEVER, PARAMS, SEQUENCE
-from .scoring import LN2, areas, lay_out, make_scoring
+from .scoring import areas, lay_out, make_scoring
 from .simd import fetch_add, void_pointer
 from .softmax import MAX, ROWS, SUM, softmax_step
 from .views import carray
@@ -191,7 +191,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             state[MAX, lane], total = highest, 0.0
             for split in range(splits):
                 kept = carray(void_pointer(p.partial + (first + split) * p.partial_size), NEVER, real)
-                weight = 2.0 ** (np.float64(kept[lane]) - highest) if kept[lane] != -infinity else 0.0
+                distance = (np.float64(kept[lane]) - highest) * p.unit if kept[lane] != -infinity else -infinity
+                weight = math.exp(distance)
                 denominator = np.float64(kept[W + lane])
                 if denominator == 0:  # nothing was seen
                     weight = 0.0
@@ -212,7 +213,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         for lane in range(lanes):
             m, total = np.float64(state[MAX, lane]), np.float64(state[SUM, lane])
             if p.lse != 0:
-                lse = (m + math.log2(total)) * LN2 if total != 0 else -infinity
+                lse = m * p.unit + math.log(total) if total != 0 else -infinity
                 carray(void_pointer(lse_rows[lane]), 1, real)[0] = lse
             factor = real(0)
             if total != 0:

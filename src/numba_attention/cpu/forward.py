@@ -13,9 +13,9 @@ from . import pairs, tiles
 from .elements import Spec
 from .gemm import micro_kernel
 from .params import NEVER, PARAMS, SEQUENCE
-from .scoring import LN2, areas, lay_out, make_scoring
+from .scoring import areas, lay_out, make_scoring
 from .simd import fetch_add, void_pointer
-from .softmax import MAX, RESCALE, ROWS, SUM, TILE_MAX, normalised_weights, softmax_step
+from .softmax import INVERSE, MAX, RESCALE, ROWS, SUM, TILE_MAX, normalised_weights, softmax_step
 from .views import carray
 
 
@@ -147,7 +147,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
         for lane in range(BM):
             m, total = np.float64(state[MAX, lane]), np.float64(state[SUM, lane])
-            carray(void_pointer(rows[lane]), 1, real)[0] = (m + math.log2(total)) * LN2 if total != 0 else -infinity
+            carray(void_pointer(rows[lane]), 1, real)[0] = m * p.unit + math.log(total) if total != 0 else -infinity
 
     @spec.jit
     def write_scores(p: Any, at: int, j0: int, n: int) -> None:
@@ -174,7 +174,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 write_zeros(p, at, j0, j0 + n)
                 continue
             factor = score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
-            weigh(at + p.at_scores, n, at + p.at_state, factor)
+            weigh(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
             write_scores(p, at, j0, n)
         write_zeros(p, at, stop, p.Ev)
 
@@ -205,12 +205,12 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         starts, stops = table(at + p.at_starts), table(at + p.at_stops)
         for lane in range(BM):
             total = lanes[SUM, lane]
+            inverse = real(0)
             if total != 0:
-                lanes[RESCALE, lane] = real(1) / total
+                inverse = real(1) / total
             elif starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0:
-                lanes[RESCALE, lane] = math.nan  # keys were seen, and every score was -inf: infinite inputs
-            else:
-                lanes[RESCALE, lane] = 0
+                inverse = real(math.nan)  # keys were seen, and every score was -inf: infinite inputs
+            lanes[RESCALE, lane] = lanes[INVERSE, lane] = inverse
         if not with_output:
             write_weights(p, s, at, head, seen)
             return

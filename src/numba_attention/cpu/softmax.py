@@ -1,27 +1,46 @@
 """One step of the online softmax over a tile of scores: weights, running maximum, running denominator.
 
-The state of a query row is (m, l, acc): maximum so far in the log2 domain, denominator, unnormalised output. Merging
-two states (rescale both to the larger m, add) is associative with identity (-inf, 0, 0); this folds one tile of keys
-into the state. The backward pass has the denominators already, as lse. Milakov and Gimelshein, "Online normalizer
-calculation for softmax", 2018, algorithm 3.
+The state of a query row is (m, l, acc): maximum so far, denominator, unnormalised output. Merging two states (rescale
+both to the larger m, add) is associative with identity (-inf, 0, 0); this folds one tile of keys into the state. The
+backward pass has the denominators already, as lse. Milakov and Gimelshein, "Online normalizer calculation for softmax",
+2018, algorithm 3.
+
+Scores s are in some unit, that of the products or the natural one, which `factor` takes to powers of 2. The maximum is
+subtracted from the scores as they are, and the difference multiplied: 2**((s - m) * factor). A maximum that is
+multiplied and rounded first is off by half a unit in its last place, which from scores of 1e9 on is more than all
+exponents.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 
 from .elements import Spec
-from .exp import EXP2_BF16, EXP2_F32, EXP2_F64, clamp, exp2, exp2_clamped, trap
+from .exp import EXP2_BF16, EXP2_F32, EXP2_F64, exp2_product, lowest_argument
 from .gemm import BF32
 from .simd import I32, I64, Builder, Value, Vector, at, call, loop, pointer, routine, store
 
 # Rows of the state scratch, each one vector block of query_tile values.
-TILE_MAX, MAX, SUM, RESCALE, SLOPE, POSITION, FIRST, SPAN, ROWS = range(9)
+TILE_MAX, MAX, SUM, RESCALE, INVERSE, SLOPE, POSITION, FIRST, SPAN, ROWS = range(10)
 SUM_ROWS = 8  # rows of a tile that a micro-kernel of role "sum" takes at once, at most
+
+Weigh = Callable[[Value, int], Value]
 
 
 def _coefficients(spec: Spec, pairs: bool) -> tuple[float, ...]:
     return EXP2_F64 if spec.vector.bits == 64 else EXP2_BF16 if pairs else EXP2_F32
+
+
+def _real(spec: Spec) -> str:
+    return "f64" if spec.vector.bits == 64 else "f32"
+
+
+def _exponential(spec: Spec, b: Builder, factor: Value, pairs: bool) -> Callable[[Value], Value]:
+    """The function 2**(x * factor) of vectors."""
+    vector = spec.vector
+    c, lowest, table = vector.splat(b, factor), lowest_argument(vector, b, factor), _coefficients(spec, pairs)
+    return lambda x: exp2_product(vector, b, x, c, lowest, table)
 
 
 def _finite(vector: Vector, b: Builder, m: Value) -> Value:
@@ -29,76 +48,80 @@ def _finite(vector: Vector, b: Builder, m: Value) -> Value:
     return b.select(b.fcmp_ordered("==", m, vector.const(float("-inf"))), vector.const(0.0), m)
 
 
-def _weights(spec: Spec, b: Builder, s: Value, total: Value, coefficients: tuple[float, ...]) -> tuple[Value, Value]:
-    """exp2(s) and its addition to the denominator; a NaN score makes the denominator NaN (exp2 itself may lose it)."""
-    vector = spec.vector
-    x = clamp(vector, b, s)
-    p = exp2_clamped(vector, b, x, coefficients)
-    return p, b.fadd(trap(vector, b, x, total), p)
+def _weigh_rows(
+    spec: Spec, pairs: bool, b: Builder, scores: Value, n: Value, weights: Value, weigh: Weigh
+) -> list[Value]:
+    """Replace scores by their weights, or write those as pairs; returns the sum of the weights, vector by vector.
 
-
-def softmax_step(spec: Spec, pairs: bool) -> Any:
-    """Make ``step(scores, n, state, factor, weights)``: scores are scaled by factor, their weights written.
-
-    If `pairs`, the weights leave as bfloat16 pairs (j, j+1) in 32-bit words at `weights`, an odd last key paired with
-    weight 0; else they replace the scores.
+    ``weigh(row, v)`` makes the weights of vector v of a row of scores.
     """
     vector = spec.vector
     NV = spec.block[1]
     width = vector.bytes * vector.width
     row_bytes = NV * width
-    coefficients = _coefficients(spec, pairs)
+
+    def single(i: Value, carried: list[Value]) -> list[Value]:
+        row, *totals = carried
+        for v in range(NV):
+            p = weigh(row, v)
+            vector.store(b, p, row, v * width)
+            totals[v] = b.fadd(totals[v], p)
+        return [at(b, row, row_bytes), *totals]
+
+    def pair(i: Value, carried: list[Value]) -> list[Value]:
+        row, out, *totals = carried
+        for v in range(NV):
+            p0 = weigh(row, v)
+            totals[v] = b.fadd(totals[v], p0)
+            p1 = weigh(at(b, row, row_bytes), v)
+            totals[v] = b.fadd(totals[v], p1)
+            store(b, _pack_pairs(b, p0, p1), out, v * width, align=4)
+        return [at(b, row, 2 * row_bytes), at(b, out, row_bytes), *totals]
+
+    zeros = [vector.const(0.0)] * NV
+    if not pairs:
+        return loop(b, n, [scores, *zeros], single)[1:]
+    # A missing odd row is made a hidden one.
+    odd = b.and_(n, I64(1))
+    with b.if_then(b.icmp_signed("!=", odd, I64(0))):
+        row = at(b, scores, b.mul(n, I64(row_bytes)))
+        for v in range(NV):
+            vector.store(b, vector.const(float("-inf")), row, v * width)
+    return loop(b, b.lshr(b.add(n, I64(1)), I64(1)), [scores, weights, *zeros], pair)[2:]
+
+
+def softmax_step(spec: Spec, pairs: bool) -> Any:
+    """Make ``step(scores, n, state, factor, weights)``: fold the tile into the state and write its weights.
+
+    If `pairs`, the weights leave as bfloat16 pairs (j, j+1) in 32-bit words at `weights`, an odd last key paired with
+    weight 0; else they replace the scores. A NaN score makes its weight and the denominator NaN.
+    """
+    vector = spec.vector
+    NV = spec.block[1]
+    width = vector.bytes * vector.width
+    row_bytes = NV * width
 
     def build(b: Builder, scores: Value, n: Value, state: Value, factor: Value, weights: Value) -> None:
-        ps, px, pw = pointer(b, scores), pointer(b, state), pointer(b, weights)
-        c = vector.splat(b, factor)
-        shift = []
+        px = pointer(b, state)
+        exponential = _exponential(spec, b, factor, pairs)
+        highest = []
         for v in range(NV):
             old = vector.load(b, px, MAX * row_bytes + v * width)
-            new = vector.max(b, b.fmul(vector.load(b, px, TILE_MAX * row_bytes + v * width), c), old)
-            finite = _finite(vector, b, new)
+            new = vector.max(b, vector.load(b, px, TILE_MAX * row_bytes + v * width), old)
+            highest.append(_finite(vector, b, new))
             vector.store(b, new, px, MAX * row_bytes + v * width)
-            rescale = exp2(vector, b, b.fsub(old, finite), coefficients)
-            vector.store(b, rescale, px, RESCALE * row_bytes + v * width)
-            shift.append(b.fneg(finite))
+            vector.store(b, exponential(b.fsub(old, highest[v])), px, RESCALE * row_bytes + v * width)
 
-        def weigh(p: Value, v: int, total: Value) -> tuple[Value, Value]:
-            s = vector.fma(b, vector.load(b, p, v * width), c, shift[v])
-            return _weights(spec, b, s, total, coefficients)
+        def weigh(row: Value, v: int) -> Value:
+            return exponential(b.fsub(vector.load(b, row, v * width), highest[v]))
 
-        def single(i: Value, carried: list[Value]) -> list[Value]:
-            row, *totals = carried
-            for v in range(NV):
-                p, totals[v] = weigh(row, v, totals[v])
-                vector.store(b, p, row, v * width)
-            return [at(b, row, row_bytes), *totals]
-
-        def pair(i: Value, carried: list[Value]) -> list[Value]:
-            row, out, *totals = carried
-            for v in range(NV):
-                p0, totals[v] = weigh(row, v, totals[v])
-                p1, totals[v] = weigh(at(b, row, row_bytes), v, totals[v])
-                store(b, _pack_pairs(b, p0, p1), out, v * width, align=4)
-            return [at(b, row, 2 * row_bytes), at(b, out, row_bytes), *totals]
-
-        zeros = [vector.const(0.0)] * NV
-        if pairs:
-            # A missing odd row is made a hidden one.
-            odd = b.and_(n, I64(1))
-            with b.if_then(b.icmp_signed("!=", odd, I64(0))):
-                row = at(b, ps, b.mul(n, I64(row_bytes)))
-                for v in range(NV):
-                    vector.store(b, vector.const(float("-inf")), row, v * width)
-            _, _, *totals = loop(b, b.lshr(b.add(n, I64(1)), I64(1)), [ps, pw, *zeros], pair)
-        else:
-            _, *totals = loop(b, n, [ps, *zeros], single)
+        totals = _weigh_rows(spec, pairs, b, pointer(b, scores), n, pointer(b, weights), weigh)
         for v in range(NV):
             rescale = vector.load(b, px, RESCALE * row_bytes + v * width)
             before = vector.load(b, px, SUM * row_bytes + v * width)
             vector.store(b, vector.fma(b, before, rescale, totals[v]), px, SUM * row_bytes + v * width)
 
-    kind = "f64" if vector.bits == 64 else "f32"
-    return routine(f"scores n state factor:{kind} weights", build)
+    return routine(f"scores n state factor:{_real(spec)} weights", build)
 
 
 def _pack_pairs(b: Builder, low: Value, high: Value) -> Value:
@@ -108,41 +131,38 @@ def _pack_pairs(b: Builder, low: Value, high: Value) -> Value:
     return b.bitcast(b.shuffle_vector(both, both, order), ir.VectorType(I32, 16))
 
 
-def normalised_weights(spec: Spec) -> Any:
-    """Make ``weigh(scores, n, state, factor)``: scores become exp2(score * factor - m) * rescale."""
+def normalised_weights(spec: Spec, pairs: bool = False) -> Any:
+    """Make ``weigh(scores, n, state, factor, weights)``: weights are 2**((s - m) * factor) * inverse.
+
+    The maximum m and the inverse are the state rows MAX and INVERSE; where the weights go is as in `softmax_step`.
+    """
     vector = spec.vector
     NV = spec.block[1]
     width = vector.bytes * vector.width
     row_bytes = NV * width
 
-    def build(b: Builder, scores: Value, n: Value, state: Value, factor: Value) -> None:
+    def build(b: Builder, scores: Value, n: Value, state: Value, factor: Value, weights: Value) -> None:
         px = pointer(b, state)
-        c = vector.splat(b, factor)
-        shift, inverse = [], []
+        exponential = _exponential(spec, b, factor, pairs)
+        highest, inverse = [], []
         for v in range(NV):
-            m = vector.load(b, px, MAX * row_bytes + v * width)
-            shift.append(b.fneg(_finite(vector, b, m)))
-            inverse.append(vector.load(b, px, RESCALE * row_bytes + v * width))
+            highest.append(_finite(vector, b, vector.load(b, px, MAX * row_bytes + v * width)))
+            inverse.append(vector.load(b, px, INVERSE * row_bytes + v * width))
 
-        def body(i: Value, carried: list[Value]) -> list[Value]:
-            (row,) = carried
-            for v in range(NV):
-                s = vector.fma(b, vector.load(b, row, v * width), c, shift[v])
-                p = exp2(vector, b, s, _coefficients(spec, False))
-                vector.store(b, b.fmul(p, inverse[v]), row, v * width)
-            return [at(b, row, row_bytes)]
+        def weigh(row: Value, v: int) -> Value:
+            return b.fmul(exponential(b.fsub(vector.load(b, row, v * width), highest[v])), inverse[v])
 
-        loop(b, n, [pointer(b, scores)], body)
+        _weigh_rows(spec, pairs, b, pointer(b, scores), n, pointer(b, weights), weigh)
 
-    kind = "f64" if vector.bits == 64 else "f32"
-    return routine(f"scores n state factor:{kind}", build)
+    return routine(f"scores n state factor:{_real(spec)} weights", build)
 
 
 def softmax_gradient(spec: Spec) -> Any:
-    """Make ``differentiate(scores, grads, n, state, factor)``: P = exp2(score * factor - lse), dS = P (dP - delta).
+    """Make ``differentiate(scores, grads, n, state, factor)``: dS = P (dP - delta).
 
-    Scores become P and the gradients dP of P become dS; lse (log2 domain) and delta are the state rows MAX and SUM. A
-    weight of exactly 0 has no gradient, whatever dP is. Rows up to the next multiple of `SUM_ROWS` are made 0.
+    Scores become P = 2**((s - m) * factor) * inverse and the gradients dP of P become dS; m, inverse and delta are the
+    state rows MAX, INVERSE and SUM. A weight of exactly 0 has no gradient, whatever dP is. Rows up to the next multiple
+    of `SUM_ROWS` are made 0.
     """
     vector = spec.vector
     NV = spec.block[1]
@@ -152,15 +172,15 @@ def softmax_gradient(spec: Spec) -> Any:
 
     def build(b: Builder, scores: Value, grads: Value, n: Value, state: Value, factor: Value) -> None:
         px = pointer(b, state)
-        c = vector.splat(b, factor)
-        shift = [b.fneg(vector.load(b, px, MAX * row_bytes + v * width)) for v in range(NV)]
-        delta = [vector.load(b, px, SUM * row_bytes + v * width) for v in range(NV)]
+        exponential = _exponential(spec, b, factor, False)
+        highest, inverse, delta = (
+            [vector.load(b, px, row * row_bytes + v * width) for v in range(NV)] for row in (MAX, INVERSE, SUM)
+        )
 
         def body(i: Value, carried: list[Value]) -> list[Value]:
             row, grad = carried
             for v in range(NV):
-                x = clamp(vector, b, vector.fma(b, vector.load(b, row, v * width), c, shift[v]))
-                p = trap(vector, b, x, exp2_clamped(vector, b, x, _coefficients(spec, False)))
+                p = b.fmul(exponential(b.fsub(vector.load(b, row, v * width), highest[v])), inverse[v])
                 vector.store(b, p, row, v * width)
                 ds = b.fmul(p, b.fsub(vector.load(b, grad, v * width), delta[v]))
                 vector.store(b, b.select(b.fcmp_ordered("==", p, zero), zero, ds), grad, v * width)
@@ -177,8 +197,7 @@ def softmax_gradient(spec: Spec) -> Any:
         missing = b.and_(b.sub(I64(0), n), I64(SUM_ROWS - 1))
         loop(b, missing, end, clear)
 
-    kind = "f64" if vector.bits == 64 else "f32"
-    return routine(f"scores grads n state factor:{kind}", build)
+    return routine(f"scores grads n state factor:{_real(spec)}", build)
 
 
 def row_products(spec: Spec) -> Any:
