@@ -104,7 +104,7 @@ def run(g: BackwardProblem) -> None:
         _pack_one(memory.own.params, REST, len(wave.members))
         pack_addresses(
             memory.own.params, ARRAYS, memory.own.counter_address, scratch_address, plan.sequences_address,
-            address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), 0, 0,
+            address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), address_of(p.sinks), 0,
             *(address_of(array) for array in arrays.values()),
             address_of(wave.members), address_of(counts), address_of(partial),
         )  # fmt: skip

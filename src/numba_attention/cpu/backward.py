@@ -23,12 +23,40 @@ from .gemm import micro_kernel
 from .params import NEVER, PARAMS, SEQUENCE
 from .scoring import LOG2E, areas, lay_out, make_scoring
 from .simd import fetch_add, void_pointer
-from .softmax import INVERSE, MAX, RESCALE, ROWS, SUM, SUM_ROWS, TILE_MAX, multiply_tile, row_products, softmax_gradient
+from .softmax import (
+    INVERSE,
+    LEVEL,
+    MAX,
+    RESCALE,
+    ROWS,
+    SUM,
+    SUM_HIGH,
+    SUM_LOW,
+    SUM_ROWS,
+    TILE_MAX,
+    multiply_tile,
+    row_products,
+    second_level,
+    softmax_gradient,
+    softmax_step,
+)
+from .softmax import add_tiles as add_two_tiles
 from .sums import CLEAN, LOST, add_products, add_transposed, copy_rows, padded, write_sums
 from .sums import add_sums as sums_adder
 from .views import carray
 
 DELTA = SUM  # row of the state
+
+
+def large_lse(mantissa: int) -> tuple[float, float]:
+    """Where the rounding of lse begins to matter, and how far off lse may be from rounded scores, relative to its size.
+
+    In float32 the weights are within 6e-5 up to an lse of 1024, from where on a part that has more than 0.998 of the
+    denominator counts as the whole; the factor of 2**4 leaves room for scores that were summed in another order.
+    """
+    return 2.0 ** (mantissa // 2 - 1), 2.0 ** (4 - mantissa)
+
+
 TABLES = ("grad_rows", "grad_query_rows", "grad_bias_rows", "dirty")
 
 
@@ -47,6 +75,8 @@ def scratch(spec: Spec, E: int, Ev: int, sums: int) -> tuple[dict[str, int], int
         "grad_scores": BM * BN * size,
         "cap_slopes": BM * BN * size,
         "out": BM * deepest * size,
+        "high": BM * E * size,
+        "low": BM * E * size,
         "extra": BM * Ev * size if spec.dot else 0,
         "query_copy": BM * padded(spec, E) * size,
         "grad_copy": BM * padded(spec, Ev) * size,
@@ -66,6 +96,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     dot, converts, item_size = spec.dot, spec.converts, element.size
     real: Any = vector.dtype
     infinity = math.inf
+    large, tolerance = large_lse(vector.mantissa)
 
     table, place_rows, pack_rows, products, hides_all, score_tile, _ = make_scoring(spec)
     mm_query = micro_kernel(spec, "output", dot=False)
@@ -75,6 +106,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     has_nan, drop_nonfinite = tiles.has_nan(spec), tiles.drop_nonfinite(spec)
     differentiate_softmax, multiply, row_sums = softmax_gradient(spec), multiply_tile(spec), row_products(spec)
     scale_scores = stages.multiply(spec)
+    tile_max, step_softmax = stages.tile_max(spec), softmax_step(spec, pairs=False)
+    carry_denominator, carry, add_tiles = second_level(spec), second_level(spec, online=False), add_two_tiles(spec)
     copy, add, add_to_bias = copy_rows(spec), add_products(spec), add_transposed(spec)
     add_sums, write = sums_adder(spec), write_sums(spec)
 
@@ -83,6 +116,35 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         """Of the sums of one group: dK, then dV."""
         total: int = (s.key_rows + SUM_ROWS) * (p.E_padded + p.Ev_padded) * size
         return total
+
+    @spec.jit
+    def has_large_lse(p: Any, at: int) -> bool:
+        """Whether some lse is so large that its rounding is an error of the weights."""
+        lse_rows = table(at + p.at_lse_rows)
+        for lane in range(BM):
+            size = abs(carray(void_pointer(lse_rows[lane]), 1, real)[0])
+            if size > large and size < infinity:
+                return True
+        return False
+
+    @spec.jit
+    def find_denominators(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int]) -> None:
+        """Maxima and denominators of the rows from their scores, to MAX and SUM: what a large lse has lost."""
+        start, stop, all_start, all_stop = seen
+        scores, state, factor, visited = at + p.at_scores, at + p.at_state, real(p.unit * LOG2E), 0
+        for j0 in range(start, stop, BN):
+            n = min(BN, stop - j0)
+            if p.mask != 0 and hides_all(p, s, at, j0, n):
+                continue
+            score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
+            tile_max(scores, n, state)
+            step_softmax(scores, n, state, factor, scores)
+            visited += 1
+            if visited % LEVEL == 0:
+                carry_denominator(scores, 0, scores, scores, state, factor)
+        carry_denominator(scores, 0, scores, scores, state, factor)
+        lanes = carray(void_pointer(state), (ROWS, BM), real)
+        lanes[SUM] = lanes[SUM_HIGH] + lanes[SUM_LOW]
 
     @spec.jit
     def place_gradients(p: Any, s: Any, at: int, head: int, first_row: int, group: int) -> bool:
@@ -104,8 +166,14 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             lse = carray(void_pointer(lse_rows[lane]), 1, real)[0]
             # A maximum in the unit of the scores, and what its rounding leaves of lse.
             highest = real(lse / p.unit)
-            rest = (np.float64(lse) - np.float64(highest) * p.unit) * LOG2E
-            state[MAX, lane], state[INVERSE, lane] = highest, 2.0**-rest
+            inverse = math.exp(np.float64(highest) * p.unit - np.float64(lse))
+            if math.isfinite(lse) and abs(lse) > large and state[SUM, lane] > 0:
+                # Unless lse is that of more keys than there are here, by more than the scores' own rounding, the row is
+                # what `find_denominators` found: then weights sum to 1 however large scores are.
+                found = np.float64(state[MAX, lane]) * p.unit + math.log(np.float64(state[SUM, lane]))
+                if lse <= found + abs(np.float64(lse)) * tolerance:
+                    highest, inverse = state[MAX, lane], 1 / np.float64(state[SUM, lane])
+            state[MAX, lane], state[INVERSE, lane] = highest, inverse
             state[RESCALE, lane] = 1
             # A row that sees nothing has no weights; nor has the last row where it stands in for those a tile lacks.
             if lane >= last or lse == -infinity or starts[lane] >= stops[lane]:
@@ -135,9 +203,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
     @spec.jit
     def load_rows(p: Any, s: Any, at: int, first_row: int) -> bool:
-        """Pack what belongs to the rows of the tile; whether grad_out holds NaN or infinity."""
+        """Pack what belongs to the rows of the tile but queries; whether grad_out holds NaN or infinity."""
         grads, state = at + p.at_grads, at + p.at_state
-        pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
         pack_rows(grads, at + p.at_grad_rows, p.grad_out_column, p.Ev, real(1))
         if dot:
             grads = at + p.at_extra
@@ -197,13 +264,13 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     ) -> None:
         """One tile of keys: the weights, their gradients, and what follows from both."""
         weights, grad_scores = at + p.at_scores, at + p.at_grad_scores
-        factor = score_tile(p, s, at, head, j0, n, edge)
+        score_tile(p, s, at, head, j0, n, edge)
         values = p.value + s.value + head * p.value_head + j0 * p.value_row
         state = at + p.at_state
         products(grad_scores, values, p.value_row, p.value_column, n, p.Ev, at + p.at_grads, at + p.at_values, state)
         if dirty:
             lose_scores(p, at, n)
-        differentiate_softmax(weights, grad_scores, n, state, factor)
+        differentiate_softmax(weights, grad_scores, n, state, real(p.unit * LOG2E))
         if dirty:
             spread_nan(p, at, n)
         if p.grad_bias != 0 and not careful:
@@ -221,22 +288,39 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         add(value_sums + j0 * p.Ev_padded * size, weights, at + p.at_grad_copy, n, p.Ev_padded)
 
     @spec.jit
+    def carry_gradient(p: Any, at: int, first: bool) -> None:
+        """Move the sums of dQ over the last tiles of keys to the second level."""
+        if first:
+            carray(void_pointer(at + p.at_high), (NEVER, BM), real)[: p.E] = 0
+            carray(void_pointer(at + p.at_low), (NEVER, BM), real)[: p.E] = 0
+        carry(at + p.at_out, p.E, at + p.at_high, at + p.at_low, at + p.at_state, real(1))
+
+    @spec.jit
     def visit_rows(p: Any, s: Any, at: int, head: int, first_row: int, group: int, sums: int) -> None:
         """One tile of queries: dQ of its rows, and their part of dK and dV."""
         grad_query = carray(void_pointer(at + p.at_out), (NEVER, BM), real)
         state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
+        seen = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
+        start, stop, all_start, all_stop = seen
+        pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
+        if has_large_lse(p, at):
+            find_denominators(p, s, at, head, seen)
+        dirty = place_gradients(p, s, at, head, first_row, group)
+        dirty = load_rows(p, s, at, first_row) or dirty
         careful = False
         while True:
-            start, stop, all_start, all_stop = place_rows(
-                p, s, at, head, first_row, min(BM, s.rows * p.group - first_row)
-            )
-            dirty = place_gradients(p, s, at, head, first_row, group)
-            dirty = load_rows(p, s, at, first_row) or dirty
             grad_query[: p.out_depth] = 0
+            visited = 0
             for j0 in range(start, stop, BN):
                 n = min(BN, stop - j0)
                 if p.mask == 0 or not hides_all(p, s, at, j0, n):
                     visit_keys(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop, sums, dirty, careful)
+                    visited += 1
+                    if visited % LEVEL == 0:
+                        carry_gradient(p, at, visited == LEVEL)
+            if visited >= LEVEL:
+                carry_gradient(p, at, False)
+                add_tiles(at + p.at_out, at + p.at_high, at + p.at_low, p.E)
             # As in the forward pass, what a key that holds NaN did to rows that do not see it is done again.
             if careful or not has_nan(at + p.at_out, p.E):
                 break

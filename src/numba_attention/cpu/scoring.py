@@ -17,7 +17,7 @@ from .elements import ELEMENTS, Spec
 from .gemm import micro_kernel
 from .params import NEVER
 from .simd import void_pointer
-from .softmax import FIRST, MAX, POSITION, ROWS, SLOPE, SPAN, SUM, TILE_MAX
+from .softmax import BEFORE, FIRST, MAX, POSITION, ROWS, SLOPE, SPAN, SUM, SUM_HIGH, SUM_LOW, TILE_MAX
 from .sources import Sources, make_sources
 from .views import carray, table_of
 
@@ -149,6 +149,8 @@ def make_scoring(spec: Spec) -> Scoring:
                 sink = sinks[s.head + h] / p.unit
             state[MAX, lane] = sink
             state[SUM, lane] = 0 if sink == -infinity else 1
+            state[BEFORE, lane] = -infinity
+            state[SUM_HIGH, lane] = state[SUM_LOW, lane] = 0
             if scaled:
                 key_scales[lane] = s.key_scale + h // G * p.key_scale_head
                 value_scales[lane] = s.value_scale + h // G * p.value_scale_head
@@ -224,8 +226,8 @@ def make_scoring(spec: Spec) -> Scoring:
         return not has_visible(at + p.at_mask, n)
 
     @spec.jit
-    def score_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool) -> Any:
-        """Scores of the tile's rows with keys j0 .. j0 + n; returns the factor that takes them to powers of 2."""
+    def score_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool) -> None:
+        """Scores of the tile's rows with keys j0 .. j0 + n; p.unit * LOG2E takes them to powers of 2."""
         scores, state = at + p.at_scores, at + p.at_state
         lanes = carray(void_pointer(state), (ROWS, BM), real)
         multiply_keys(p, s, at, head, j0, n)
@@ -266,6 +268,5 @@ def make_scoring(spec: Spec) -> Scoring:
             clip_interval(scores, n, state)
         if scaled or by_features or (not differentiates and (edge or p.staged != 0 or p.E > chain)):
             tile_max(scores, n, state)
-        return real(p.unit * LOG2E)
 
     return Scoring(table, place_rows, pack_rows, products, hides_all, score_tile, sources)

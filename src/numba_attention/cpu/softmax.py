@@ -11,6 +11,7 @@ multiplied and rounded first is off by half a unit in its last place, which from
 exponents.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -158,54 +159,67 @@ def normalised_weights(spec: Spec, pairs: bool = False) -> Any:
     return routine(f"scores n state factor:{_real(spec)} weights", build)
 
 
-def second_level(spec: Spec) -> Any:
-    """Make ``carry(tile, rows, high, low, state, factor)``: add rows of a tile to a second level of sums, and clear them.
+def second_level(spec: Spec, online: bool = True) -> Any:
+    """Make ``carry(tile, rows, high, low, state, factor)``: add rows of a tile to a second level, and clear them.
 
     That level is an unevaluated sum high + low of two numbers, to which Knuth's TwoSum adds without error. Of sums in
-    one number the error grows with their length, here with that of the first level (3e-6 of 2**18 tiles, in float32).
-    What the second level has is first rescaled from the maximum BEFORE of the state to MAX; for the rows of the state
-    themselves, SUM with SUM_HIGH and SUM_LOW, that is done too, and BEFORE becomes MAX. Møller, "Quasi double-precision
-    in floating point addition", 1965.
+    one number the error grows with their length, here with that of the first level. If `online`, what the second level
+    has is first rescaled from the maximum BEFORE of the state to MAX; with the row SUM of the state, SUM_HIGH and
+    SUM_LOW that is done too, and BEFORE becomes MAX. Else the state is left alone.
     """
     vector = spec.vector
     NV = spec.block[1]
     width = vector.bytes * vector.width
     row_bytes = NV * width
 
-    def build(
-        b: Builder, tile: Value, rows: Value, high: Value, low: Value, state: Value, factor: Value
-    ) -> None:
+    def build(b: Builder, tile: Value, rows: Value, high: Value, low: Value, state: Value, factor: Value) -> None:
         px = pointer(b, state)
         exponential = _exponential(spec, b, factor, False)
         rescale = []
-        for v in range(NV):
+        for v in range(NV if online else 0):
             new = vector.load(b, px, MAX * row_bytes + v * width)
             old = vector.load(b, px, BEFORE * row_bytes + v * width)
             rescale.append(exponential(b.fsub(old, _finite(vector, b, new))))
             vector.store(b, new, px, BEFORE * row_bytes + v * width)
 
-        def add(p: Value, p_high: Value, p_low: Value, v: int) -> None:
-            x, y = vector.load(b, p, v * width), vector.load(b, p_high, v * width)
-            z = vector.load(b, p_low, v * width)
-            scaled = b.fmul(y, rescale[v])
-            lost = vector.fma(b, y, rescale[v], b.fneg(scaled))
-            total = b.fadd(scaled, x)
-            part = b.fsub(total, scaled)
-            error = b.fadd(b.fsub(scaled, b.fsub(total, part)), b.fsub(x, part))
+        def fold(p: Value, p_high: Value, p_low: Value, v: int) -> None:
+            x, y, z = (vector.load(b, q, v * width) for q in (p, p_high, p_low))
+            if online:
+                scaled = b.fmul(y, rescale[v])
+                z = vector.fma(b, z, rescale[v], vector.fma(b, y, rescale[v], b.fneg(scaled)))
+                y = scaled
+            total = b.fadd(y, x)
+            part = b.fsub(total, y)
+            error = b.fadd(b.fsub(y, b.fsub(total, part)), b.fsub(x, part))
             vector.store(b, total, p_high, v * width)
-            vector.store(b, vector.fma(b, z, rescale[v], b.fadd(lost, error)), p_low, v * width)
+            vector.store(b, b.fadd(z, error), p_low, v * width)
             vector.store(b, vector.const(0.0), p, v * width)
 
         def body(i: Value, carried: list[Value]) -> list[Value]:
             for v in range(NV):
-                add(*carried, v)
+                p, p_high, p_low = carried
+                fold(p, p_high, p_low, v)
             return [at(b, p, row_bytes) for p in carried]
 
-        for v in range(NV):
-            add(*(at(b, px, row * row_bytes) for row in (SUM, SUM_HIGH, SUM_LOW)), v)
+        for v in range(NV if online else 0):
+            total, total_high, total_low = (at(b, px, row * row_bytes) for row in (SUM, SUM_HIGH, SUM_LOW))
+            fold(total, total_high, total_low, v)
         loop(b, rows, [pointer(b, tile), pointer(b, high), pointer(b, low)], body)
 
     return routine(f"tile rows high low state factor:{_real(spec)}", build)
+
+
+def power_below(spec: Spec) -> Any:
+    """Make ``power(total)``: the largest power of two p with p * total <= 1, 0 for 0 and NaN for NaN."""
+    real: Any = spec.vector.dtype
+
+    @spec.jit
+    def power(total: float) -> Any:
+        if total == 0 or not math.isfinite(total):
+            return real(total)
+        return real(math.ldexp(1.0, -math.frexp(total)[1]))
+
+    return power
 
 
 def add_tiles(spec: Spec) -> Any:
