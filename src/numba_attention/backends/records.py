@@ -137,6 +137,7 @@ class Scaling(NamedTuple):
     prescale: float  # a power of two of at most 1 or its negative, for the queries; or 0
     rest: float  # positive, for the scores; at least 1 unless tiny
     tiny: bool  # whether the rest of scores is a pass of its own, and gradients too are scaled in two parts
+    of_gradients: float  # the first of those
 
 
 TINY = -16  # exponent of a scale, below which the pass that costs time buys range
@@ -154,10 +155,13 @@ def scaling_of(scale: float, bits: int) -> Scaling:
     size, exponent = 2 * size, exponent - 1
     single = bits == 32
     if size == 0 or (single and exponent < ZERO):
-        return Scaling(0.0, 1.0, True)
+        return Scaling(0.0, 1.0, True, 0.0)
     tiny = single and exponent < TINY
     power = max(min(exponent, 0), LOWEST if single else -1074)
-    return Scaling(math.copysign(math.ldexp(1.0, power), scale), math.ldexp(size, exponent - power), tiny)
+    sign = math.copysign(1.0, scale)
+    # Gradients of scores stay normal numbers when they take the first part, and results when they take the second.
+    first = math.ldexp(sign, max(exponent, min(exponent // 2, -70))) if tiny else 1.0
+    return Scaling(math.ldexp(sign, power), math.ldexp(size, exponent - power), tiny, first)
 
 
 def values_of(p: Problem, spec: Spec, bias: Array | None) -> dict[str, float]:
@@ -178,7 +182,8 @@ def values_of(p: Problem, spec: Spec, bias: Array | None) -> dict[str, float]:
         "prescale": scaling.prescale,
         "rest": scaling.rest,
         "unit": 1 if staged else scaling.rest,
-        "gradient_scale": scaling.rest if scaling.tiny else p.scale,
+        "gradient_prescale": scaling.of_gradients,
+        "gradient_scale": p.scale / scaling.of_gradients if scaling.of_gradients else 0,
     }
     if p.softcap is not None:
         values |= {"cap_inner": (1 if scaling.tiny else scaling.rest) / p.softcap, "cap_outer": p.softcap}

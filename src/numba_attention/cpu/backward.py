@@ -277,7 +277,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             column = p.grad_bias_column
             add_to_bias(grad_scores, at + p.at_grad_bias_rows, j0 * column, column, n, at + p.at_spare)
         if p.tiny != 0:
-            scale_scores(grad_scores, n, real(p.prescale))
+            scale_scores(grad_scores, n, real(p.gradient_prescale))
         if p.cap_outer != 0:
             multiply(grad_scores, n, at + p.at_cap_slopes)
         add_query_gradient(p, s, at, head, j0, n, careful)

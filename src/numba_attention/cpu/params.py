@@ -44,7 +44,7 @@ INTEGERS = (
 )  # fmt: skip
 # `prescale` is for queries, `rest` takes their products to natural scores, `unit` what the softmax sees: the products,
 # or natural scores where a stage has made them. See `records.scaling_of`.
-REALS = ("prescale", "rest", "unit", "cap_inner", "cap_outer", "gradient_scale")
+REALS = ("prescale", "rest", "unit", "cap_inner", "cap_outer", "gradient_prescale", "gradient_scale")
 
 NEVER = 2**62  # a position beyond every other, and a length for arrays of which only the beginning is known
 
