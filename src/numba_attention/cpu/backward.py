@@ -143,8 +143,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             if visited % LEVEL == 0:
                 carry_denominator(scores, 0, scores, scores, state, factor)
         carry_denominator(scores, 0, scores, scores, state, factor)
-        lanes = carray(void_pointer(state), (ROWS, BM), real)
-        lanes[SUM] = lanes[SUM_HIGH] + lanes[SUM_LOW]
+        add_tiles(state + SUM * row_bytes, state + SUM_HIGH * row_bytes, state + SUM_LOW * row_bytes, 1)
 
     @spec.jit
     def place_gradients(p: Any, s: Any, at: int, head: int, first_row: int, group: int) -> bool:

@@ -198,10 +198,14 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         return math.exp((np.float64(kept[lane]) - highest) * p.unit) * np.float64(kept[W + lane])
 
     @spec.jit
-    def add_product(high: Any, low: Any, x: Any, factor: float) -> None:
-        """Add x * factor to the unevaluated sum high + low, with Knuth's TwoSum; the products' own rounding is left."""
-        for e in range(len(x)):
-            term, before = x[e] * factor, high[e]
+    def add_product(p: Any, at: int, lane: int, item: int, factor: float) -> None:
+        """Add a row of a split, times a factor, to the unevaluated sum out + extra, with Knuth's TwoSum."""
+        pitch = pitch_of(p)
+        high = carray(void_pointer(at + p.at_out + lane * pitch * size), NEVER, real)
+        low = carray(void_pointer(at + p.at_extra + lane * pitch * size), NEVER, real)
+        kept = carray(void_pointer(p.partial + item * p.partial_size + (2 * W + lane * pitch) * size), NEVER, real)
+        for e in range(pitch):
+            term, before = kept[e] * factor, high[e]
             total = before + term
             part = total - before
             high[e] = total
@@ -228,14 +232,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 total += denominator(p, first + split, lane, highest)
             state[MAX, lane], state[SUM, lane], state[RESCALE, lane] = highest, total, 1
             for split in range(splits):
-                kept = carray(void_pointer(p.partial + (first + split) * p.partial_size), NEVER, real)
                 share = denominator(p, first + split, lane, highest)
                 if share == 0 and total == 0:
                     continue  # nothing was seen
-                add_product(
-                    out[lane * pitch : (lane + 1) * pitch], low[lane * pitch : (lane + 1) * pitch],
-                    kept[2 * W + lane * pitch : 2 * W + (lane + 1) * pitch], real(share / total),
-                )  # fmt: skip
+                add_product(p, at, lane, first + split, real(share / total))
             for x in range(lane * pitch, (lane + 1) * pitch):
                 out[x] += low[x]
 

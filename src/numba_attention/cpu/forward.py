@@ -176,8 +176,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 carry_sums(p, at, visited == LEVEL, factor)
         if visited >= LEVEL:
             carry_sums(p, at, False, factor)
-            lanes = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
-            lanes[SUM] = lanes[SUM_HIGH] + lanes[SUM_LOW]
+            state = at + p.at_state
+            add_tiles(state + SUM * row_bytes, state + SUM_HIGH * row_bytes, state + SUM_LOW * row_bytes, 1)
             if with_output:
                 add_tiles(at + p.at_out, at + p.at_high, at + p.at_low, p.Ev)
 
