@@ -18,6 +18,7 @@ from .params import NEVER, PARAMS, SEQUENCE
 from .scoring import LOG2E, areas, lay_out, make_scoring
 from .simd import fetch_add, void_pointer
 from .softmax import INVERSE, MAX, RESCALE, ROWS, SUM, normalised_weights, softmax_step
+from .softmax import add_scaled as add_scaled_of
 from .softmax import power_below as power_below_of
 from .views import carray
 
@@ -54,6 +55,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     locate, scale = sources.locate, sources.scale
     pack, add, gather = features.pack_queries(spec), features.add_values(spec), features.copy_strided(spec)
     step_softmax, weigh, power_below = softmax_step(spec, pairs=False), normalised_weights(spec), power_below_of(spec)
+    add_scaled = add_scaled_of(spec)
     value_at, write, has_nan = tiles.load_value(spec), features.write_row(spec), tiles.has_nan(spec)
 
     @spec.jit
@@ -190,28 +192,6 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 kept[2 * W + x] = out[x] * factor
 
     @spec.jit
-    def denominator(p: Any, item: int, lane: int, highest: float) -> float:
-        """Of a row of a split, relative to the highest score of all splits; 0 if it saw nothing."""
-        kept = carray(void_pointer(p.partial + item * p.partial_size), 2 * W, real)
-        if kept[lane] == -infinity or kept[W + lane] == 0:
-            return 0.0
-        return math.exp((np.float64(kept[lane]) - highest) * p.unit) * np.float64(kept[W + lane])
-
-    @spec.jit
-    def add_product(p: Any, at: int, lane: int, item: int, factor: float) -> None:
-        """Add a row of a split, times a factor, to the unevaluated sum out + extra, with Knuth's TwoSum."""
-        pitch = pitch_of(p)
-        high = carray(void_pointer(at + p.at_out + lane * pitch * size), NEVER, real)
-        low = carray(void_pointer(at + p.at_extra + lane * pitch * size), NEVER, real)
-        kept = carray(void_pointer(p.partial + item * p.partial_size + (2 * W + lane * pitch) * size), NEVER, real)
-        for e in range(pitch):
-            term, before = kept[e] * factor, high[e]
-            total = before + term
-            part = total - before
-            high[e] = total
-            low[e] += (before - (total - part)) + (term - part)
-
-    @spec.jit
     def merge(p: Any, at: int, first: int, splits: int) -> None:
         """Merge the states of all splits of a tile: outputs times their shares of the denominator, which sum to 1.
 
@@ -229,13 +209,19 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 highest = max(highest, m)
             total = 0.0
             for split in range(splits):
-                total += denominator(p, first + split, lane, highest)
+                kept = carray(void_pointer(p.partial + (first + split) * p.partial_size), 2 * W, real)
+                m, part = kept[lane], 0.0
+                if m != -infinity:  # else the split saw nothing
+                    part = kept[W + lane] * math.exp((np.float64(m) - highest) * p.unit)
+                kept[W + lane] = part
+                total += part
             state[MAX, lane], state[SUM, lane], state[RESCALE, lane] = highest, total, 1
-            for split in range(splits):
-                share = denominator(p, first + split, lane, highest)
-                if share == 0 and total == 0:
-                    continue  # nothing was seen
-                add_product(p, at, lane, first + split, real(share / total))
+            row = lane * pitch * size
+            for split in range(splits if total != 0 else 0):
+                kept_row = p.partial + (first + split) * p.partial_size + 2 * W * size + row
+                kept = carray(void_pointer(p.partial + (first + split) * p.partial_size), 2 * W, real)
+                share = real(kept[W + lane] / total)
+                add_scaled(at + p.at_out + row, at + p.at_extra + row, kept_row, pitch // W, share)
             for x in range(lane * pitch, (lane + 1) * pitch):
                 out[x] += low[x]
 

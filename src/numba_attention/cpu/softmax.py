@@ -159,6 +159,33 @@ def normalised_weights(spec: Spec, pairs: bool = False) -> Any:
     return routine(f"scores n state factor:{_real(spec)} weights", build)
 
 
+def two_sum(b: Builder, x: Value, y: Value) -> tuple[Value, Value]:
+    """The rounded sum x + y and its error, exactly: Knuth's TwoSum."""
+    total = b.fadd(x, y)
+    part = b.fsub(total, x)
+    return total, b.fadd(b.fsub(x, b.fsub(total, part)), b.fsub(y, part))
+
+
+def add_scaled(spec: Spec) -> Any:
+    """Make ``add(high, low, x, n, factor)``: add n vectors x * factor to the unevaluated sum high + low."""
+    vector = spec.vector
+    width = vector.bytes * vector.width
+
+    def build(b: Builder, high: Value, low: Value, x: Value, n: Value, factor: Value) -> None:
+        c = vector.splat(b, factor)
+
+        def body(i: Value, carried: list[Value]) -> list[Value]:
+            p, q, r = carried
+            total, error = two_sum(b, vector.load(b, p), b.fmul(vector.load(b, r), c))
+            vector.store(b, total, p)
+            vector.store(b, b.fadd(vector.load(b, q), error), q)
+            return [at(b, y, width) for y in carried]
+
+        loop(b, n, [pointer(b, high), pointer(b, low), pointer(b, x)], body)
+
+    return routine(f"high low x n factor:{_real(spec)}", build)
+
+
 def second_level(spec: Spec, online: bool = True) -> Any:
     """Make ``carry(tile, rows, high, low, state, factor)``: add rows of a tile to a second level, and clear them.
 
@@ -188,9 +215,7 @@ def second_level(spec: Spec, online: bool = True) -> Any:
                 scaled = b.fmul(y, rescale[v])
                 z = vector.fma(b, z, rescale[v], vector.fma(b, y, rescale[v], b.fneg(scaled)))
                 y = scaled
-            total = b.fadd(y, x)
-            part = b.fsub(total, y)
-            error = b.fadd(b.fsub(y, b.fsub(total, part)), b.fsub(x, part))
+            total, error = two_sum(b, y, x)
             vector.store(b, total, p_high, v * width)
             vector.store(b, b.fadd(z, error), p_low, v * width)
             vector.store(b, vector.const(0.0), p, v * width)
