@@ -187,7 +187,7 @@ def _find_plan(p: Problem, few: bool) -> _Plan:
     q, k, v, out, cache = p.query, p.key, p.value, p.out, p.cache
     key = (
         q.dtype, q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, out.strides, p.lse is None,
-        p.scale, p.softcap, p.left, p.right, p.offset if type(p.offset) is int else None, few,
+        p.scale, p.softcap, p.alibi_slopes is None, p.left, p.right, p.offset if type(p.offset) is int else None, few,
         None if cache is None else (cache.storage, cache.table is None),
     )  # fmt: skip
     plan = _plans.get(key)

@@ -116,6 +116,7 @@ def _run_waves(
     scratch, scratch_address = own.reserve(number * plan.scratch_size)
     # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
+    sinks = None if p.sinks is None else np.ascontiguousarray(p.sinks)
     if p.H and has_items:
         first = (0,) * len(p.batch) + (0,)
         four = p.query[first], p.key[first], p.value[first], p.out[first]
@@ -127,12 +128,12 @@ def _run_waves(
         _pack_one(own.params, REST, len(wave.members))
         pack_addresses(
             own.params, ARRAYS, own.counter_address, scratch_address, plan.sequences_address,
-            address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), 0, 0,
+            address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), address_of(sinks), 0,
             *(address_of(array) for array in arrays.values()),
             address_of(wave.members), address_of(counts), address_of(partial),
         )  # fmt: skip
         work = plan.flops / len(plan.waves)
-        own.run(plan.kernel, number, work, g, plan, bias, arrays, scratch, slopes, counts, partial)
+        own.run(plan.kernel, number, work, g, plan, bias, arrays, scratch, slopes, sinks, counts, partial)
 
 
 def _find_plan(

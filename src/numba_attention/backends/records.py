@@ -2,13 +2,13 @@
 
 import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..cpu.elements import Spec
 from ..cpu.params import INTEGERS, REALS, SEQUENCE, pack_rest
-from ..cpu.scoring import LN2, LOG2E, bias_elements
+from ..cpu.scoring import bias_elements
 from ..cpu.simd import HOST
 from ..intervals import FAR
 from ..narrowing import saturated
@@ -131,11 +131,44 @@ def fill_in(p: Problem, sequences: Array) -> None:
                 sequences[name] += np.arange(len(sequences)) * scale.strides[0]
 
 
+class Scaling(NamedTuple):
+    """A scale of scores in two parts, prescale * rest, so that nothing overflows that the whole does not take there."""
+
+    prescale: float  # a power of two of at most 1 or its negative, for the queries; or 0
+    rest: float  # positive, for the scores; at least 1 unless tiny
+    tiny: bool  # whether the rest of scores is a pass of its own, and gradients too are scaled in two parts
+    of_gradients: float  # the first of those
+
+
+TINY = -16  # exponent of a scale, below which the pass that costs time buys range
+LOWEST = -140  # exponent that leaves two of the largest float32 numbers a product in range, of up to 2**12 features
+ZERO = -300  # exponent below which every float32 score is 0
+
+
+def scaling_of(scale: float, bits: int) -> Scaling:
+    """Divide a scale in two, for a compute type of so many bits.
+
+    Queries take the power of two, exactly, and never grow; a scale of 1 and more is left to the scores. The rest is
+    never 0, or a hidden score of -inf would become NaN.
+    """
+    size, exponent = math.frexp(abs(scale))
+    size, exponent = 2 * size, exponent - 1
+    single = bits == 32
+    if size == 0 or (single and exponent < ZERO):
+        return Scaling(0.0, 1.0, True, 0.0)
+    tiny = single and exponent < TINY
+    power = max(min(exponent, 0), LOWEST if single else -1074)
+    sign = math.copysign(1.0, scale)
+    # Gradients of scores stay normal numbers when they take the first part, and results when they take the second.
+    first = math.ldexp(sign, max(exponent, min(exponent // 2, -70))) if tiny else 1.0
+    return Scaling(math.ldexp(sign, power), math.ldexp(size, exponent - power), tiny, first)
+
+
 def values_of(p: Problem, spec: Spec, bias: Array | None) -> dict[str, float]:
     """The parameters that every kernel has, by name."""
-    scale = p.scale * LOG2E
-    # The power of two goes to the queries, exactly and before anything can overflow; the rest to the scores.
-    factor, exponent = math.frexp(abs(scale))
+    scaling = scaling_of(p.scale, spec.vector.bits)
+    stages = p.softcap, p.alibi_slopes, bias, p.mask
+    staged = scaling.tiny or any(stage is not None for stage in stages)
     values: dict[str, float] = {
         "heads": p.H,
         "group": p.H // p.Hkv if p.Hkv else 0,
@@ -144,12 +177,16 @@ def values_of(p: Problem, spec: Spec, bias: Array | None) -> dict[str, float]:
         "left": FAR if p.left is None else p.left,
         "right": FAR if p.right is None else p.right,
         "bias_kind": 0 if bias is None else 1 + bias_elements(spec).index(storage_of(bias.dtype)),
-        "prescale": math.ldexp(math.copysign(1.0, scale), exponent),
-        "factor": factor,
-        "scale": p.scale,
+        "staged": staged,
+        "tiny": scaling.tiny,
+        "prescale": scaling.prescale,
+        "rest": scaling.rest,
+        "unit": 1 if staged else scaling.rest,
+        "gradient_prescale": scaling.of_gradients,
+        "gradient_scale": p.scale / scaling.of_gradients if scaling.of_gradients else 0,
     }
     if p.softcap is not None:
-        values |= {"cap_inner": factor * LN2 / p.softcap, "cap_outer": p.softcap * LOG2E}
+        values |= {"cap_inner": (1 if scaling.tiny else scaling.rest) / p.softcap, "cap_outer": p.softcap}
     arrays = {"query": p.query, "key": p.key, "value": p.value, "out": p.out, "lse": p.lse, "bias": bias}
     for name, array in {**arrays, "mask": p.mask}.items():
         values |= strides_of(name, array, len(p.batch))

@@ -68,8 +68,12 @@ def backward(problem: BackwardProblem) -> None:
                 n = _key_head(f, h)
                 query, key, value = (_float64(x) for x in (f.query[(*b, h)], f.key[(*b, n)], f.value[(*b, n)]))
                 grad_out, out, lse = (_float64(x[(*b, h)]) for x in (problem.grad_out, f.out, f.lse))
-                visible = _visible(f, b, h, rows)
+                weights, whole, visible = _softmax(f, b, h, rows)
                 p = np.where(visible, np.exp(_scores(f, b, h, rows) - lse[:, None]), 0)
+                # A large lse cannot hold the log of a denominator. Unless it is that of more keys, it is not needed.
+                mantissa = np.finfo(f.lse.dtype).nmant
+                complete = lse <= whole + np.abs(lse) * 2.0 ** (4 - mantissa)
+                p = np.where((complete & (np.abs(lse) > 2.0 ** (mantissa // 2 - 1)))[:, None], weights, p)
                 delta = np.sum(grad_out * out, axis=1)
                 if problem.grad_lse is not None:
                     delta -= problem.grad_lse[(*b, h)]
@@ -196,7 +200,9 @@ def _visible(problem: Problem, b: Index, h: int, rows: Array) -> Array:
 def _scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
     """Float64 (rows, S): scale, softcap, ALiBi, bias, in this order."""
     query, key = problem.query[(*b, h)][rows], problem.key[(*b, _key_head(problem, h))]
-    scores = problem.scale * (_float64(query) @ _float64(key).T)
+    query, scale = _float64(query), problem.scale
+    # Scale before anything can overflow.
+    scores = (scale * query) @ _float64(key).T if abs(scale) < 1 else scale * (query @ _float64(key).T)
     if problem.softcap is not None:
         scores = problem.softcap * np.tanh(scores / problem.softcap)
     if problem.alibi_slopes is not None:

@@ -17,21 +17,49 @@ from typing import Any
 
 import numpy as np
 
-from . import tiles
+from . import stages, tiles
 from .elements import Spec
 from .gemm import micro_kernel
 from .params import NEVER, PARAMS, SEQUENCE, STOPPED
 from .scoring import LOG2E, areas, lay_out, make_scoring
 from .simd import fetch, fetch_add, void_pointer
-from .softmax import MAX, RESCALE, ROWS, SUM, SUM_ROWS, TILE_MAX, multiply_tile, row_products, softmax_gradient
+from .softmax import (
+    INVERSE,
+    LEVEL,
+    MAX,
+    RESCALE,
+    ROWS,
+    SUM,
+    SUM_HIGH,
+    SUM_LOW,
+    SUM_ROWS,
+    TILE_MAX,
+    multiply_tile,
+    row_products,
+    second_level,
+    softmax_gradient,
+    softmax_step,
+)
+from .softmax import add_tiles as add_two_tiles
 from .sums import CLEAN, LOST, add_products, add_transposed, copy_rows, padded, write_sums
 from .sums import add_sums as sums_adder
 from .views import carray
 
-LSE, DELTA = MAX, SUM  # rows of the state
+DELTA = SUM  # row of the state
 # Of the sums of a long sequence, so much is cleared, added or written before the counter is looked at: see `STOPPED`.
 PART = 2**24  # bytes
 ROWS_AT_ONCE = 2**14
+
+
+def large_lse(mantissa: int) -> tuple[float, float]:
+    """Where the rounding of lse begins to matter, and how far off lse may be from rounded scores, relative to its size.
+
+    In float32 the weights are within 6e-5 up to an lse of 1024, from where on a part that has more than 0.998 of the
+    denominator counts as the whole; the factor of 2**4 leaves room for scores that were summed in another order.
+    """
+    return 2.0 ** (mantissa // 2 - 1), 2.0 ** (4 - mantissa)
+
+
 TABLES = ("grad_rows", "grad_query_rows", "grad_bias_rows", "dirty")
 
 
@@ -50,6 +78,8 @@ def scratch(spec: Spec, E: int, Ev: int, sums: int) -> tuple[dict[str, int], int
         "grad_scores": BM * BN * size,
         "cap_slopes": BM * BN * size,
         "out": BM * deepest * size,
+        "high": BM * E * size,
+        "low": BM * E * size,
         "extra": BM * Ev * size if spec.dot else 0,
         "query_copy": BM * padded(spec, E) * size,
         "grad_copy": BM * padded(spec, Ev) * size,
@@ -69,6 +99,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     dot, converts, item_size = spec.dot, spec.converts, element.size
     real: Any = vector.dtype
     infinity = math.inf
+    large, tolerance = large_lse(vector.mantissa)
 
     table, place_rows, pack_rows, products, hides_all, score_tile, _ = make_scoring(spec)
     mm_query = micro_kernel(spec, "output", dot=False)
@@ -77,6 +108,9 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     write_tile = tiles.scatter_tile(spec)
     has_nan, drop_nonfinite = tiles.has_nan(spec), tiles.drop_nonfinite(spec)
     differentiate_softmax, multiply, row_sums = softmax_gradient(spec), multiply_tile(spec), row_products(spec)
+    scale_scores = stages.multiply(spec)
+    tile_max, step_softmax = stages.tile_max(spec), softmax_step(spec, pairs=False)
+    carry_denominator, carry, add_tiles = second_level(spec), second_level(spec, online=False), add_two_tiles(spec)
     copy, add, add_to_bias = copy_rows(spec), add_products(spec), add_transposed(spec)
     add_sums, write = sums_adder(spec), write_sums(spec)
 
@@ -85,6 +119,36 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         """Of the sums of one group: dK, then dV."""
         total: int = (s.key_rows + SUM_ROWS) * (p.E_padded + p.Ev_padded) * size
         return total
+
+    @spec.jit
+    def has_large_lse(p: Any, at: int) -> bool:
+        """Whether some lse is so large that its rounding is an error of the weights."""
+        lse_rows = table(at + p.at_lse_rows)
+        for lane in range(BM):
+            size = abs(carray(void_pointer(lse_rows[lane]), 1, real)[0])
+            if size > large and size < infinity:
+                return True
+        return False
+
+    @spec.jit
+    def find_denominators(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int]) -> None:
+        """Maxima and denominators of the rows from their scores, to MAX and SUM: what a large lse has lost."""
+        start, stop, all_start, all_stop = seen
+        scores, state, factor, visited = at + p.at_scores, at + p.at_state, real(p.unit * LOG2E), 0
+        for j0 in range(start, stop, BN):
+            if fetch(p.counter) >= STOPPED:
+                return
+            n = min(BN, stop - j0)
+            if p.mask != 0 and hides_all(p, s, at, j0, n):
+                continue
+            score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
+            tile_max(scores, n, state)
+            step_softmax(scores, n, state, factor, scores)
+            visited += 1
+            if visited % LEVEL == 0:
+                carry_denominator(scores, 0, scores, scores, state, factor)
+        carry_denominator(scores, 0, scores, scores, state, factor)
+        add_tiles(state + SUM * row_bytes, state + SUM_HIGH * row_bytes, state + SUM_LOW * row_bytes, 1)
 
     @spec.jit
     def place_gradients(p: Any, s: Any, at: int, head: int, first_row: int, group: int) -> bool:
@@ -104,14 +168,25 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             grad_query_rows[lane] = p.grad_query + s.grad_query + h * p.grad_query_head + i * p.grad_query_row
             grad_bias_rows[lane] = bias + h * p.grad_bias_head + i * p.grad_bias_row
             lse = carray(void_pointer(lse_rows[lane]), 1, real)[0]
-            state[LSE, lane] = real(np.float64(lse) * LOG2E)
+            # A maximum in the unit of the scores, and what its rounding leaves of lse.
+            highest = real(lse / p.unit)
+            inverse = math.exp(np.float64(highest) * p.unit - np.float64(lse))
+            if math.isfinite(lse) and abs(lse) > large and state[SUM, lane] > 0:
+                # Unless lse is that of more keys than there are here, by more than the scores' own rounding, the row is
+                # what `find_denominators` found: then weights sum to 1 however large scores are.
+                found = np.float64(state[MAX, lane]) * p.unit + math.log(np.float64(state[SUM, lane]))
+                if lse <= found + abs(np.float64(lse)) * tolerance:
+                    highest, inverse = state[MAX, lane], 1 / np.float64(state[SUM, lane])
+            state[MAX, lane], state[INVERSE, lane] = highest, inverse
             state[RESCALE, lane] = 1
             # A row that sees nothing has no weights; nor has the last row where it stands in for those a tile lacks.
             if lane >= last or lse == -infinity or starts[lane] >= stops[lane]:
-                state[LSE, lane] = infinity
+                state[MAX, lane], state[INVERSE, lane] = infinity, 1
             elif math.isnan(lse):
-                state[LSE, lane] = 0
+                state[MAX, lane], state[INVERSE, lane] = 0, 1
                 dirty[lane], lost = LOST, True
+            elif lse == infinity:
+                state[INVERSE, lane] = 1
             if lane >= last:
                 grad_query_rows[lane] = at + p.at_spare
         return lost
@@ -132,9 +207,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
     @spec.jit
     def load_rows(p: Any, s: Any, at: int, first_row: int) -> bool:
-        """Pack what belongs to the rows of the tile; whether grad_out holds NaN or infinity."""
+        """Pack what belongs to the rows of the tile but queries; whether grad_out holds NaN or infinity."""
         grads, state = at + p.at_grads, at + p.at_state
-        pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
         pack_rows(grads, at + p.at_grad_rows, p.grad_out_column, p.Ev, real(1))
         if dot:
             grads = at + p.at_extra
@@ -194,18 +268,20 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     ) -> None:
         """One tile of keys: the weights, their gradients, and what follows from both."""
         weights, grad_scores = at + p.at_scores, at + p.at_grad_scores
-        factor = score_tile(p, s, at, head, j0, n, edge)
+        score_tile(p, s, at, head, j0, n, edge)
         values = p.value + s.value + head * p.value_head + j0 * p.value_row
         state = at + p.at_state
         products(grad_scores, values, p.value_row, p.value_column, n, p.Ev, at + p.at_grads, at + p.at_values, state)
         if dirty:
             lose_scores(p, at, n)
-        differentiate_softmax(weights, grad_scores, n, state, factor)
+        differentiate_softmax(weights, grad_scores, n, state, real(p.unit * LOG2E))
         if dirty:
             spread_nan(p, at, n)
         if p.grad_bias != 0 and not careful:
             column = p.grad_bias_column
             add_to_bias(grad_scores, at + p.at_grad_bias_rows, j0 * column, column, n, at + p.at_spare)
+        if p.tiny != 0:
+            scale_scores(grad_scores, n, real(p.gradient_prescale))
         if p.cap_outer != 0:
             multiply(grad_scores, n, at + p.at_cap_slopes)
         add_query_gradient(p, s, at, head, j0, n, careful)
@@ -216,29 +292,46 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         add(value_sums + j0 * p.Ev_padded * size, weights, at + p.at_grad_copy, n, p.Ev_padded)
 
     @spec.jit
+    def carry_gradient(p: Any, at: int, first: bool) -> None:
+        """Move the sums of dQ over the last tiles of keys to the second level."""
+        if first:
+            carray(void_pointer(at + p.at_high), (NEVER, BM), real)[: p.E] = 0
+            carray(void_pointer(at + p.at_low), (NEVER, BM), real)[: p.E] = 0
+        carry(at + p.at_out, p.E, at + p.at_high, at + p.at_low, at + p.at_state, real(1))
+
+    @spec.jit
     def visit_rows(p: Any, s: Any, at: int, head: int, first_row: int, group: int, sums: int) -> None:
         """One tile of queries: dQ of its rows, and their part of dK and dV."""
         grad_query = carray(void_pointer(at + p.at_out), (NEVER, BM), real)
         state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
+        seen = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
+        start, stop, all_start, all_stop = seen
+        pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
+        if has_large_lse(p, at):
+            find_denominators(p, s, at, head, seen)
+        dirty = place_gradients(p, s, at, head, first_row, group)
+        dirty = load_rows(p, s, at, first_row) or dirty
         careful = False
         while True:
-            start, stop, all_start, all_stop = place_rows(
-                p, s, at, head, first_row, min(BM, s.rows * p.group - first_row)
-            )
-            dirty = place_gradients(p, s, at, head, first_row, group)
-            dirty = load_rows(p, s, at, first_row) or dirty
             grad_query[: p.out_depth] = 0
+            visited = 0
             for j0 in range(start, stop, BN):
                 if fetch(p.counter) >= STOPPED:
                     return
                 n = min(BN, stop - j0)
                 if p.mask == 0 or not hides_all(p, s, at, j0, n):
                     visit_keys(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop, sums, dirty, careful)
+                    visited += 1
+                    if visited % LEVEL == 0:
+                        carry_gradient(p, at, visited == LEVEL)
+            if visited >= LEVEL:
+                carry_gradient(p, at, False)
+                add_tiles(at + p.at_out, at + p.at_high, at + p.at_low, p.E)
             # As in the forward pass, what a key that holds NaN did to rows that do not see it is done again.
             if careful or not has_nan(at + p.at_out, p.E):
                 break
             careful = True
-        state[TILE_MAX] = real(p.scale)
+        state[TILE_MAX] = real(p.gradient_scale)
         write_tile(at + p.at_out, at + p.at_grad_query_rows, 0, item_size, p.E, at + p.at_state + TILE_MAX * row_bytes)
 
     @spec.jit
@@ -279,7 +372,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def write_keys(p: Any, s: Any, head: int, sums: int) -> None:
         """DK and dV of a head, from its sums."""
         key = p.grad_key + s.grad_key + head * p.grad_key_head
-        write_rows(p, key, p.grad_key_row, s.key_rows, p.E, sums, p.E_padded * size, real(p.scale))
+        write_rows(p, key, p.grad_key_row, s.key_rows, p.E, sums, p.E_padded * size, real(p.gradient_scale))
         sums += (s.key_rows + SUM_ROWS) * p.E_padded * size
         value = p.grad_value + s.grad_value + head * p.grad_value_head
         write_rows(p, value, p.grad_value_row, s.key_rows, p.Ev, sums, p.Ev_padded * size, real(1))

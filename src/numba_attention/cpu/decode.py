@@ -15,9 +15,11 @@ import numpy as np
 from . import features, tiles
 from .elements import Spec
 from .params import NEVER, PARAMS, SEQUENCE
-from .scoring import LN2, areas, lay_out, make_scoring
+from .scoring import LOG2E, areas, lay_out, make_scoring
 from .simd import fetch_add, void_pointer
-from .softmax import MAX, ROWS, SUM, softmax_step
+from .softmax import INVERSE, MAX, RESCALE, ROWS, SUM, normalised_weights, softmax_step
+from .softmax import add_scaled as add_scaled_of
+from .softmax import power_below as power_below_of
 from .views import carray
 
 SPLIT = 512  # keys
@@ -52,7 +54,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     table, place_rows, _, _, hides_all, score_tile, sources = make_scoring(spec)
     locate, scale = sources.locate, sources.scale
     pack, add, gather = features.pack_queries(spec), features.add_values(spec), features.copy_strided(spec)
-    step_softmax = softmax_step(spec, pairs=False)
+    step_softmax, weigh, power_below = softmax_step(spec, pairs=False), normalised_weights(spec), power_below_of(spec)
+    add_scaled = add_scaled_of(spec)
     value_at, write, has_nan = tiles.load_value(spec), features.write_row(spec), tiles.has_nan(spec)
 
     @spec.jit
@@ -123,47 +126,56 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def fold_keys(
         p: Any, s: Any, at: int, head: int, start: int, stop: int, all_start: int, all_stop: int, careful: bool
     ) -> None:
-        """Fold every visible tile of keys into the state of the rows."""
+        """Fold every visible tile of keys into the state; if `careful`, maxima and denominators are known."""
         for j0 in range(start, stop, BN):
             n = min(BN, stop - j0)
             if p.mask != 0 and hides_all(p, s, at, j0, n):
                 continue
             locate(p, s, at, j0, n)
-            factor = score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
+            score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
             if careful:
                 mark_hidden(p, at, n)
-            step_softmax(at + p.at_scores, n, at + p.at_state, factor, at + p.at_scores)
+                weigh(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_scores)
+            else:
+                step_softmax(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_scores)
             if scaled:
                 scale_weights(p, s, at, j0, n, careful)
             add_values(p, at, head, n, careful)
 
     @spec.jit
     def attend(p: Any, s: Any, at: int, head: int, first_row: int, split: int) -> None:
-        """Fold the keys of one split into the rows' states."""
+        """Fold the keys of one split into the rows' states; what takes their sums to outputs is in RESCALE."""
         lanes = carray(void_pointer(at + p.at_lanes), 2, np.int64)[0]
         state = carray(void_pointer(at + p.at_state), (ROWS, W), real)
         out = carray(void_pointer(at + p.at_out), NEVER, real)
         extra = carray(void_pointer(at + p.at_extra), NEVER, real)
         carray(void_pointer(at + p.at_scores), (BN, W), real)[:] = 0  # lanes without a row are never written
         careful = False
+        start, stop, all_start, all_stop = place_rows(p, s, at, head, first_row, lanes)
+        # From a multiple of BN on: what other rows are in the tile then changes no bit.
+        start, stop = max(start // BN * BN, split * SPLIT), min(stop, (split + 1) * SPLIT)
+        if split > 0:  # a sink belongs to the first
+            state[MAX], state[SUM] = -infinity, 0
+        pack(p, at)
         while True:
-            start, stop, all_start, all_stop = place_rows(p, s, at, head, first_row, lanes)
-            if split > 0:  # a sink belongs to the first
-                state[MAX], state[SUM] = -infinity, 0
-            pack(p, at)
             out[: lanes * pitch_of(p)] = 0
             if careful:
                 extra[: lanes * pitch_of(p)] = 0
-            # From a multiple of BN on: what other rows are in the tile then changes no bit.
-            start, stop = max(start // BN * BN, split * SPLIT), min(stop, (split + 1) * SPLIT)
             fold_keys(p, s, at, head, start, stop, all_start, all_stop, careful)
             if careful:
                 for x in range(lanes * pitch_of(p)):
                     out[x] += extra[x]
-            # As in `forward`: a tile in which a weight of 0 may have met NaN or infinity is done again.
+            # As in `forward`: where a weight of 0 may have met NaN or infinity, or a sum overflowed, it is done again.
             if careful or not has_nan(at + p.at_out, lanes * pitch_of(p) // W):
-                return
+                break
             careful = True
+            for lane in range(W):
+                state[INVERSE, lane], state[RESCALE, lane] = power_below(state[SUM, lane]), 1
+        for lane in range(W):
+            total = state[SUM, lane]
+            state[RESCALE, lane] = real(1) / total if total != 0 else real(0)
+            if careful and total != 0:
+                state[RESCALE, lane] /= state[INVERSE, lane]
 
     @spec.jit
     def keep_state(p: Any, at: int, item: int) -> None:
@@ -171,35 +183,47 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         state = carray(void_pointer(at + p.at_state), (ROWS, W), real)
         out = carray(void_pointer(at + p.at_out), NEVER, real)
         kept = carray(void_pointer(p.partial + item * p.partial_size), NEVER, real)
+        pitch = pitch_of(p)
         for lane in range(W):
             kept[lane], kept[W + lane] = state[MAX, lane], state[SUM, lane]
-        for x in range(lanes * pitch_of(p)):
-            kept[2 * W + x] = out[x]
+        for lane in range(lanes):
+            factor = state[RESCALE, lane]
+            for x in range(lane * pitch, (lane + 1) * pitch):
+                kept[2 * W + x] = out[x] * factor
 
     @spec.jit
     def merge(p: Any, at: int, first: int, splits: int) -> None:
-        """Merge the states of all splits of a tile."""
+        """Merge the states of all splits of a tile: outputs times their shares of the denominator, which sum to 1.
+
+        The sum is one of two numbers, `out` and `extra`, as in `softmax.second_level`: there may be 2**15 splits.
+        """
         lanes, pitch = carray(void_pointer(at + p.at_lanes), 2, np.int64)[0], pitch_of(p)
         state = carray(void_pointer(at + p.at_state), (ROWS, W), real)
         out = carray(void_pointer(at + p.at_out), NEVER, real)
-        out[: lanes * pitch] = 0
+        low = carray(void_pointer(at + p.at_extra), NEVER, real)
+        out[: lanes * pitch], low[: lanes * pitch] = 0, 0
         for lane in range(lanes):
             highest = -infinity
             for split in range(splits):
                 m = carray(void_pointer(p.partial + (first + split) * p.partial_size), W, real)[lane]
                 highest = max(highest, m)
-            state[MAX, lane], total = highest, 0.0
+            total = 0.0
             for split in range(splits):
-                kept = carray(void_pointer(p.partial + (first + split) * p.partial_size), NEVER, real)
-                weight = 2.0 ** (np.float64(kept[lane]) - highest) if kept[lane] != -infinity else 0.0
-                denominator = np.float64(kept[W + lane])
-                if denominator == 0:  # nothing was seen
-                    weight = 0.0
-                total += weight * denominator
-                factor = real(weight)
-                for e in range(pitch):
-                    out[lane * pitch + e] += factor * kept[2 * W + lane * pitch + e]
-            state[SUM, lane] = total
+                kept = carray(void_pointer(p.partial + (first + split) * p.partial_size), 2 * W, real)
+                m, part = kept[lane], 0.0
+                if m != -infinity:  # else the split saw nothing
+                    part = kept[W + lane] * math.exp((np.float64(m) - highest) * p.unit)
+                kept[W + lane] = part
+                total += part
+            state[MAX, lane], state[SUM, lane], state[RESCALE, lane] = highest, total, 1
+            row = lane * pitch * size
+            for split in range(splits if total != 0 else 0):
+                kept_row = p.partial + (first + split) * p.partial_size + 2 * W * size + row
+                kept = carray(void_pointer(p.partial + (first + split) * p.partial_size), 2 * W, real)
+                share = real(kept[W + lane] / total)
+                add_scaled(at + p.at_out + row, at + p.at_extra + row, kept_row, pitch // W, share)
+            for x in range(lane * pitch, (lane + 1) * pitch):
+                out[x] += low[x]
 
     @spec.jit
     def finish(p: Any, s: Any, at: int) -> None:
@@ -212,12 +236,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         for lane in range(lanes):
             m, total = np.float64(state[MAX, lane]), np.float64(state[SUM, lane])
             if p.lse != 0:
-                lse = (m + math.log2(total)) * LN2 if total != 0 else -infinity
+                lse = m * p.unit + math.log(total) if total != 0 else -infinity
                 carray(void_pointer(lse_rows[lane]), 1, real)[0] = lse
-            factor = real(0)
-            if total != 0:
-                factor = real(1) / state[SUM, lane]
-            elif starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0:
+            factor = state[RESCALE, lane]
+            if total == 0 and starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0:
                 factor = real(math.nan)  # keys were seen, and every score was -inf: infinite inputs
             row = at + p.at_out + lane * pitch * size
             write(out_rows[lane], p.out_column, whole, row, factor)

@@ -1,5 +1,7 @@
 """exp2 and tanh on vectors, by minimax polynomials."""
 
+from llvmlite import ir
+
 from .simd import Builder, Value, Vector
 
 # Minimax on [-0.5, 0.5] in relative error with p(0) = 1, high degree first. Degree 6 is within 0.93 ulp in float32;
@@ -14,33 +16,33 @@ EXP2_F64 = (4.4549605981865186e-10, 7.072585949269223e-09, 1.0178062445845774e-0
             0.0555041086648216, 0.24022650695910097, 0.6931471805599453, 1.0)  # fmt: skip
 
 
-def exp2(vector: Vector, b: Builder, x: Value, coefficients: tuple[float, ...]) -> Value:
-    """2**x for x <= 0, exactly 0 for x <= -exponent bias (so for -inf). NaN may become any number: see `trap`."""
-    return exp2_clamped(vector, b, clamp(vector, b, x), coefficients)
+def exp2_product(
+    vector: Vector, b: Builder, x: Value, factor: Value, lowest: Value, coefficients: tuple[float, ...]
+) -> Value:
+    """2**(x * factor) for x * factor of at most 0, or barely more; NaN where x is NaN.
 
-
-def clamp(vector: Vector, b: Builder, x: Value) -> Value:
-    """Raise x to the lowest argument of `exp2_clamped`; NaN stays NaN."""
-    return vector.max(b, vector.const(-vector.exponent_bias), x)
-
-
-def exp2_clamped(vector: Vector, b: Builder, x: Value, coefficients: tuple[float, ...]) -> Value:
-    """2**x for -exponent bias <= x <= 0.
-
-    The integer part of x comes from the low mantissa bits after adding 1.5 * 2**mantissa, and is added straight to the
-    exponent bits of the polynomial. At the clamp the sum is the bit pattern of 0.
+    `factor` is positive and `lowest` is -(exponent bias - 1) / factor: x from there down, so also -inf, give exactly 0.
+    The product is never rounded: n is the integer next to it and the rest, x * factor - n, one fused multiply-add. So
+    scores may be of any size as long as the difference x of two of them is small. The power 2**(n - 1) is the low
+    mantissa bits of n + 1.5 * 2**mantissa + (exponent bias - 1), moved to the exponent, and 0 at the lowest n; the
+    polynomial is 2 * 2**rest, and so no result is a subnormal number, which some processors are slow at.
     """
-    magic = vector.const(1.5 * 2.0**vector.mantissa)
-    t = b.fadd(x, magic)
-    f = b.fsub(x, b.fsub(t, magic))
-    p = horner(vector, b, f, coefficients)
-    exponent = b.shl(vector.bits_of(b, t), vector.iconst(vector.mantissa))
-    return vector.from_bits(b, b.add(vector.bits_of(b, p), exponent))
+    x = clamp(vector, b, x, lowest)
+    magic = vector.const(1.5 * 2.0**vector.mantissa + vector.exponent_bias - 1)
+    t = vector.fma(b, x, factor, magic)
+    rest = vector.fma(b, x, factor, b.fsub(magic, t))
+    p = horner(vector, b, rest, tuple(2 * c for c in coefficients))
+    return b.fmul(p, vector.from_bits(b, b.shl(vector.bits_of(b, t), vector.iconst(vector.mantissa))))
 
 
-def trap(vector: Vector, b: Builder, x: Value, total: Value) -> Value:
-    """`total`, or NaN where the clamped x is NaN: one fma instead of a compare and a select on every weight."""
-    return vector.fma(b, x, vector.const(0.0), total)
+def clamp(vector: Vector, b: Builder, x: Value, lowest: Value) -> Value:
+    """Raise x to `lowest`; NaN stays NaN."""
+    return vector.max(b, lowest, x)
+
+
+def lowest_argument(vector: Vector, b: Builder, factor: Value) -> Value:
+    """The x at which `exp2_product` with this factor (a scalar) becomes 0, in all lanes."""
+    return vector.splat(b, b.fdiv(ir.Constant(vector.element, 1.0 - vector.exponent_bias), factor))
 
 
 def horner(vector: Vector, b: Builder, x: Value, coefficients: tuple[float, ...]) -> Value:
@@ -55,7 +57,8 @@ def tanh(vector: Vector, b: Builder, x: Value, coefficients: tuple[float, ...]) 
 
     With 2**f = 1 + f r(f), u = 2**n f r(f) + (2**n - 1) loses nothing where n = 0.
     """
-    y = clamp(vector, b, b.fmul(vector.abs(b, x), vector.const(-2 * 1.4426950408889634)))
+    lowest = vector.const(-vector.exponent_bias)
+    y = clamp(vector, b, b.fmul(vector.abs(b, x), vector.const(-2 * 1.4426950408889634)), lowest)
     magic = vector.const(1.5 * 2.0**vector.mantissa)
     t = b.fadd(y, magic)
     f = b.fsub(y, b.fsub(t, magic))

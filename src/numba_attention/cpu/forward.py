@@ -13,9 +13,24 @@ from . import pairs, tiles
 from .elements import Spec
 from .gemm import micro_kernel
 from .params import NEVER, PARAMS, SEQUENCE, STOPPED
-from .scoring import LN2, areas, lay_out, make_scoring
+from .scoring import LOG2E, areas, lay_out, make_scoring
 from .simd import fetch, fetch_add, void_pointer
-from .softmax import MAX, RESCALE, ROWS, SUM, TILE_MAX, normalised_weights, softmax_step
+from .softmax import (
+    INVERSE,
+    LEVEL,
+    MAX,
+    RESCALE,
+    ROWS,
+    SUM,
+    SUM_HIGH,
+    SUM_LOW,
+    TILE_MAX,
+    normalised_weights,
+    second_level,
+    softmax_step,
+)
+from .softmax import add_tiles as add_two_tiles
+from .softmax import power_below as power_below_of
 from .views import carray
 
 
@@ -25,6 +40,8 @@ def scratch(spec: Spec, E: int, Ev: int) -> tuple[dict[str, int], int, int]:
     rows = -(-Ev // spec.block[0]) * spec.block[0]
     own = {
         "out": BM * rows * size,
+        "high": BM * Ev * size,
+        "low": BM * Ev * size,
         "weights": BM * BN // 2 * 4 if spec.dot else 0,
         "values": BN * Ev * size,
         "raw_values": BN * Ev * spec.kept.size,
@@ -51,9 +68,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     find_values, scale = sources.find_values, sources.scale
     mm_output = micro_kernel(spec, "output")
     step_softmax = softmax_step(spec, pairs=dot and with_output)
-    weigh = normalised_weights(spec)
+    weigh = normalised_weights(spec, pairs=dot and with_output)
+    carry, add_tiles = second_level(spec), add_two_tiles(spec)
     pack_values = pairs.pair_rows(spec) if dot else tiles.widen_tile(spec)
-    write_tile = tiles.scatter_tile(spec)
+    write_tile, power_below = tiles.scatter_tile(spec), power_below_of(spec)
     has_nan = tiles.has_nan(spec)
     value_at = tiles.load_value(spec)
 
@@ -119,9 +137,21 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                     extra[: p.Ev, lane] = math.nan
 
     @spec.jit
+    def carry_sums(p: Any, at: int, first: bool, factor: float) -> None:
+        """Move the sums over the last tiles of keys to the second level."""
+        rows = p.Ev if with_output else 0
+        if first:
+            carray(void_pointer(at + p.at_high), (NEVER, BM), real)[:rows] = 0
+            carray(void_pointer(at + p.at_low), (NEVER, BM), real)[:rows] = 0
+            lanes = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
+            lanes[SUM_HIGH] = lanes[SUM_LOW] = 0
+        carry(at + p.at_out, rows, at + p.at_high, at + p.at_low, at + p.at_state, factor)
+
+    @spec.jit
     def fold_keys(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int], careful: bool) -> None:
-        """Fold every visible tile of keys into the state of the rows."""
+        """Fold every visible tile of keys into the state; if `careful`, maxima and denominators are known."""
         start, stop, all_start, all_stop = seen
+        factor, visited = real(p.unit * LOG2E), 0
         for j0 in range(start, stop, BN):
             if fetch(p.counter) >= STOPPED:
                 return
@@ -129,18 +159,29 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             edge = j0 < all_start or j0 + n > all_stop
             if p.mask != 0 and hides_all(p, s, at, j0, n):
                 continue
-            factor = score_tile(p, s, at, head, j0, n, edge)
+            score_tile(p, s, at, head, j0, n, edge)
             if careful:
                 scores = carray(void_pointer(at + p.at_scores), (BN, BM), real)
                 hidden = carray(void_pointer(at + p.at_hidden), (BN, BM), np.uint8)
                 for j in range(n):
                     for lane in range(BM):
                         hidden[j, lane] = scores[j, lane] == -infinity
-            step_softmax(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
+                weigh(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
+            else:
+                step_softmax(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
             if scaled:
                 scale_weights(p, s, at, j0, n, careful)
             if with_output:
                 output_tile(p, s, at, head, j0, n, careful)
+            visited += 1
+            if visited % LEVEL == 0:
+                carry_sums(p, at, visited == LEVEL, factor)
+        if visited >= LEVEL:
+            carry_sums(p, at, False, factor)
+            state = at + p.at_state
+            add_tiles(state + SUM * row_bytes, state + SUM_HIGH * row_bytes, state + SUM_LOW * row_bytes, 1)
+            if with_output:
+                add_tiles(at + p.at_out, at + p.at_high, at + p.at_low, p.Ev)
 
     @spec.jit
     def write_lse(p: Any, s: Any, at: int) -> None:
@@ -149,7 +190,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
         for lane in range(BM):
             m, total = np.float64(state[MAX, lane]), np.float64(state[SUM, lane])
-            carray(void_pointer(rows[lane]), 1, real)[0] = (m + math.log2(total)) * LN2 if total != 0 else -infinity
+            carray(void_pointer(rows[lane]), 1, real)[0] = m * p.unit + math.log(total) if total != 0 else -infinity
 
     @spec.jit
     def write_scores(p: Any, at: int, j0: int, n: int) -> None:
@@ -179,8 +220,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             if p.mask != 0 and hides_all(p, s, at, j0, n):
                 write_zeros(p, at, j0, j0 + n)
                 continue
-            factor = score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
-            weigh(at + p.at_scores, n, at + p.at_state, factor)
+            score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
+            weigh(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_weights)
             write_scores(p, at, j0, n)
         write_zeros(p, at, stop, p.Ev)
 
@@ -191,9 +232,9 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         out = carray(void_pointer(at + p.at_out), (NEVER, BM), real)
         extra = carray(void_pointer(at + p.at_extra), (NEVER, BM), real)
         careful = False
+        seen = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
+        pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
         while True:
-            seen = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
-            pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
             if with_output:
                 out[: p.out_depth] = 0
             if careful:
@@ -203,20 +244,24 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 for e in range(p.Ev):
                     for lane in range(BM):
                         out[e, lane] += extra[e, lane]
-            # A weight of 0 times NaN or infinity is NaN, behind a mask or after underflow; preventing that on the way
-            # would cost every call. A tile in which it may have happened is done again.
+            # A weight of 0 times NaN or infinity is NaN, behind a mask or after underflow, and a sum of large values
+            # that is yet to be divided by the denominator may overflow; preventing that on the way would cost every
+            # call. A tile in which it may have happened is done again, with weights of which the sum is at most 1.
             if not with_output or careful or not has_nan(at + p.at_out, p.Ev):
                 break
             careful = True
+            for lane in range(BM):
+                lanes[INVERSE, lane], lanes[RESCALE, lane] = power_below(lanes[SUM, lane]), 1
         starts, stops = table(at + p.at_starts), table(at + p.at_stops)
         for lane in range(BM):
             total = lanes[SUM, lane]
+            inverse = real(0)
             if total != 0:
-                lanes[RESCALE, lane] = real(1) / total
+                inverse = real(1) / total
             elif starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0:
-                lanes[RESCALE, lane] = math.nan  # keys were seen, and every score was -inf: infinite inputs
-            else:
-                lanes[RESCALE, lane] = 0
+                inverse = real(math.nan)  # keys were seen, and every score was -inf: infinite inputs
+            lanes[RESCALE, lane] = inverse / lanes[INVERSE, lane] if careful and total != 0 else inverse
+            lanes[INVERSE, lane] = inverse
         if not with_output:
             write_weights(p, s, at, head, seen)
             return

@@ -9,7 +9,7 @@ import struct
 import numpy as np
 
 SCRATCH = (
-    "queries", "keys", "values", "scores", "weights", "bias", "mask", "out", "state", "hidden", "extra",
+    "queries", "keys", "values", "scores", "weights", "bias", "mask", "out", "state", "hidden", "extra", "high", "low",
     "query_rows", "out_rows", "bias_rows", "mask_rows", "lse_rows", "starts", "stops", "positions",
     # of caches and few queries
     "key_rows", "value_rows", "raw_keys", "raw_values", "raw_rows",
@@ -35,14 +35,16 @@ INTEGERS = (
     *(f"at_{name}" for name in SCRATCH),
     # of caches: keys in a page, and strides
     "page_size", "key_page", "value_page", "key_scale_head", "key_scale_page", "value_scale_head", "value_scale_page",
-    "partial_size",
+    "partial_size", "staged", "tiny",
     # of the backward pass
     "kv_heads", "E_padded", "Ev_padded",
     "grad_out_head", "grad_out_row", "grad_out_column", "grad_lse_head", "grad_lse_row",
     "grad_query_head", "grad_query_row", "grad_key_head", "grad_key_row", "grad_value_head", "grad_value_row",
     "grad_bias_head", "grad_bias_row", "grad_bias_column", "grad_bias_group", "delta_head", "delta_row",
 )  # fmt: skip
-REALS = ("prescale", "factor", "cap_inner", "cap_outer", "scale")
+# `prescale` is for queries, `rest` takes their products to natural scores, `unit` what the softmax sees: the products,
+# or natural scores where a stage has made them. See `records.scaling_of`.
+REALS = ("prescale", "rest", "unit", "cap_inner", "cap_outer", "gradient_prescale", "gradient_scale")
 
 STOPPED = 2**62  # of the counter of work items, in a call that was interrupted: no item is left, and none is finished
 NEVER = 2**62  # a position beyond every other, and a length for arrays of which only the beginning is known

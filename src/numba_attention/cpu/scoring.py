@@ -17,11 +17,11 @@ from .elements import ELEMENTS, Spec
 from .gemm import micro_kernel
 from .params import NEVER
 from .simd import void_pointer
-from .softmax import FIRST, MAX, POSITION, ROWS, SLOPE, SPAN, SUM, TILE_MAX
+from .softmax import BEFORE, FIRST, MAX, POSITION, ROWS, SLOPE, SPAN, SUM, SUM_HIGH, SUM_LOW, TILE_MAX
 from .sources import Sources, make_sources
 from .views import carray, table_of
 
-LOG2E, LN2 = math.log2(math.e), math.log(2)
+LOG2E = math.log2(math.e)
 FEATURES = 128  # that a score sums in one chain; longer ones are summed in parts, at half the error for 256 of them
 LANE_TABLES = (
     "query_rows", "out_rows", "bias_rows", "mask_rows", "lse_rows", "starts", "stops", "positions",
@@ -94,11 +94,12 @@ def make_scoring(spec: Spec) -> Scoring:
     pack_queries = pairs.gather_pairs(spec) if dot else tiles.gather_tile(spec, element)
     pack_keys = pairs.pair_columns(spec) if dot else tiles.widen_tile(spec)
     gather_mask = tiles.gather_tile(spec, ELEMENTS["bool"])
-    gather_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[0]], saturate=True)
-    gather_other_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[-1]], saturate=True)
+    gather_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[0]])
+    gather_other_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[-1]])
     has_visible = tiles.has_visible(spec)
     softcap, cap_slope = stages.softcap(spec), stages.cap_slope(spec)
-    alibi, add_bias = stages.alibi(spec), stages.add_bias(spec)
+    multiply, alibi = stages.multiply(spec), stages.alibi(spec)
+    add_bias, hide = stages.add_bias(spec), stages.hide(spec)
     clip_interval, tile_max = stages.clip_interval(spec), stages.tile_max(spec)
     by_features, no_marks = spec.task == "decode", 0
     sources = make_sources(spec)
@@ -142,12 +143,14 @@ def make_scoring(spec: Spec) -> Scoring:
                 any_start, any_stop = min(any_start, start), max(any_stop, stop)
             all_start, all_stop = max(all_start, start), min(all_stop, stop)
             if p.slopes != 0:
-                state[SLOPE, lane] = slopes[s.batch * p.heads + s.head + h] * LOG2E
+                state[SLOPE, lane] = slopes[s.batch * p.heads + s.head + h]
             sink = -infinity
             if p.sinks != 0 and i < s.queries:
-                sink = sinks[s.head + h] * LOG2E
+                sink = sinks[s.head + h] / p.unit
             state[MAX, lane] = sink
             state[SUM, lane] = 0 if sink == -infinity else 1
+            state[BEFORE, lane] = -infinity
+            state[SUM_HIGH, lane] = state[SUM_LOW, lane] = 0
             if scaled:
                 key_scales[lane] = s.key_scale + h // G * p.key_scale_head
                 value_scales[lane] = s.value_scale + h // G * p.value_scale_head
@@ -223,36 +226,38 @@ def make_scoring(spec: Spec) -> Scoring:
         return not has_visible(at + p.at_mask, n)
 
     @spec.jit
-    def score_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool) -> Any:
-        """Scores of the tile's rows with keys j0 .. j0 + n; returns the factor that takes them to the log2 domain."""
+    def score_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool) -> None:
+        """Scores of the tile's rows with keys j0 .. j0 + n; p.unit * LOG2E takes them to powers of 2."""
         scores, state = at + p.at_scores, at + p.at_state
         lanes = carray(void_pointer(state), (ROWS, BM), real)
         multiply_keys(p, s, at, head, j0, n)
-        factor, unit = real(p.factor), real(1)
+        factor, natural = real(p.rest), real(1)
         if scaled:
             scale(p, s, at, scores, at + p.at_key_scale_rows, p.key_scale_page, j0, n, no_marks)
+        if p.tiny != 0:
+            multiply(scores, n, factor)
+            factor = natural
         if p.cap_outer != 0:
             softcap(scores, n, real(p.cap_inner), real(p.cap_outer))
             if differentiates:
                 cap_slope(scores, n, real(1 / p.cap_outer), at + p.at_cap_slopes)
-            factor = unit
+            factor = natural
         if p.slopes != 0:
             positions = table(at + p.at_positions)
             for lane in range(BM):
                 lanes[POSITION, lane] = positions[lane] - j0
             alibi(scores, n, state, factor)
-            factor = unit
+            factor = natural
         if p.bias_kind != 0:
             rows, offset = at + p.at_bias_rows, j0 * p.bias_column
             if p.bias_kind == 1:
-                gather_bias(at + p.at_bias, rows, offset, p.bias_column, n, real(LOG2E))
+                gather_bias(at + p.at_bias, rows, offset, p.bias_column, n, natural)
             elif biases == 2:
-                gather_other_bias(at + p.at_bias, rows, offset, p.bias_column, n, real(LOG2E))
+                gather_other_bias(at + p.at_bias, rows, offset, p.bias_column, n, natural)
             add_bias(scores, n, at + p.at_bias, factor)
-            factor = unit
+            factor = natural
         if p.mask != 0:
-            add_bias(scores, n, at + p.at_mask, factor)
-            factor = unit
+            hide(scores, n, at + p.at_mask, factor)
         if edge:
             starts, stops = table(at + p.at_starts), table(at + p.at_stops)
             relative = carray(void_pointer(state), (ROWS, BM), integer)
@@ -261,8 +266,7 @@ def make_scoring(spec: Spec) -> Scoring:
                 relative[FIRST, lane] = first
                 relative[SPAN, lane] = max(min(stops[lane] - j0, n), first) - first
             clip_interval(scores, n, state)
-        if scaled or by_features or (not differentiates and (edge or factor == unit or p.E > chain)):
+        if scaled or by_features or (not differentiates and (edge or p.staged != 0 or p.E > chain)):
             tile_max(scores, n, state)
-        return factor
 
     return Scoring(table, place_rows, pack_rows, products, hides_all, score_tile, sources)

@@ -1,27 +1,48 @@
 """One step of the online softmax over a tile of scores: weights, running maximum, running denominator.
 
-The state of a query row is (m, l, acc): maximum so far in the log2 domain, denominator, unnormalised output. Merging
-two states (rescale both to the larger m, add) is associative with identity (-inf, 0, 0); this folds one tile of keys
-into the state. The backward pass has the denominators already, as lse. Milakov and Gimelshein, "Online normalizer
-calculation for softmax", 2018, algorithm 3.
+The state of a query row is (m, l, acc): maximum so far, denominator, unnormalised output. Merging two states (rescale
+both to the larger m, add) is associative with identity (-inf, 0, 0); this folds one tile of keys into the state. The
+backward pass has the denominators already, as lse. Milakov and Gimelshein, "Online normalizer calculation for softmax",
+2018, algorithm 3.
+
+Scores s are in some unit, that of the products or the natural one, which `factor` takes to powers of 2. The maximum is
+subtracted from the scores as they are, and the difference multiplied: 2**((s - m) * factor). A maximum that is
+multiplied and rounded first is off by half a unit in its last place, which from scores of 1e9 on is more than all
+exponents.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 
 from .elements import Spec
-from .exp import EXP2_BF16, EXP2_F32, EXP2_F64, clamp, exp2, exp2_clamped, trap
+from .exp import EXP2_BF16, EXP2_F32, EXP2_F64, exp2_product, lowest_argument
 from .gemm import BF32
 from .simd import I32, I64, Builder, Value, Vector, at, call, loop, pointer, routine, store
 
 # Rows of the state scratch, each one vector block of query_tile values.
-TILE_MAX, MAX, SUM, RESCALE, SLOPE, POSITION, FIRST, SPAN, ROWS = range(9)
+TILE_MAX, MAX, SUM, RESCALE, INVERSE, SLOPE, POSITION, FIRST, SPAN, BEFORE, SUM_HIGH, SUM_LOW, ROWS = range(13)
+LEVEL = 64  # tiles of keys that are summed before the sum goes to a second, compensated level
 SUM_ROWS = 8  # rows of a tile that a micro-kernel of role "sum" takes at once, at most
+
+Weigh = Callable[[Value, int], Value]
 
 
 def _coefficients(spec: Spec, pairs: bool) -> tuple[float, ...]:
     return EXP2_F64 if spec.vector.bits == 64 else EXP2_BF16 if pairs else EXP2_F32
+
+
+def _real(spec: Spec) -> str:
+    return "f64" if spec.vector.bits == 64 else "f32"
+
+
+def _exponential(spec: Spec, b: Builder, factor: Value, pairs: bool) -> Callable[[Value], Value]:
+    """The function 2**(x * factor) of vectors."""
+    vector = spec.vector
+    c, lowest, table = vector.splat(b, factor), lowest_argument(vector, b, factor), _coefficients(spec, pairs)
+    return lambda x: exp2_product(vector, b, x, c, lowest, table)
 
 
 def _finite(vector: Vector, b: Builder, m: Value) -> Value:
@@ -29,76 +50,80 @@ def _finite(vector: Vector, b: Builder, m: Value) -> Value:
     return b.select(b.fcmp_ordered("==", m, vector.const(float("-inf"))), vector.const(0.0), m)
 
 
-def _weights(spec: Spec, b: Builder, s: Value, total: Value, coefficients: tuple[float, ...]) -> tuple[Value, Value]:
-    """exp2(s) and its addition to the denominator; a NaN score makes the denominator NaN (exp2 itself may lose it)."""
-    vector = spec.vector
-    x = clamp(vector, b, s)
-    p = exp2_clamped(vector, b, x, coefficients)
-    return p, b.fadd(trap(vector, b, x, total), p)
+def _weigh_rows(
+    spec: Spec, pairs: bool, b: Builder, scores: Value, n: Value, weights: Value, weigh: Weigh
+) -> list[Value]:
+    """Replace scores by their weights, or write those as pairs; returns the sum of the weights, vector by vector.
 
-
-def softmax_step(spec: Spec, pairs: bool) -> Any:
-    """Make ``step(scores, n, state, factor, weights)``: scores are scaled by factor, their weights written.
-
-    If `pairs`, the weights leave as bfloat16 pairs (j, j+1) in 32-bit words at `weights`, an odd last key paired with
-    weight 0; else they replace the scores.
+    ``weigh(row, v)`` makes the weights of vector v of a row of scores.
     """
     vector = spec.vector
     NV = spec.block[1]
     width = vector.bytes * vector.width
     row_bytes = NV * width
-    coefficients = _coefficients(spec, pairs)
+
+    def single(i: Value, carried: list[Value]) -> list[Value]:
+        row, *totals = carried
+        for v in range(NV):
+            p = weigh(row, v)
+            vector.store(b, p, row, v * width)
+            totals[v] = b.fadd(totals[v], p)
+        return [at(b, row, row_bytes), *totals]
+
+    def pair(i: Value, carried: list[Value]) -> list[Value]:
+        row, out, *totals = carried
+        for v in range(NV):
+            p0 = weigh(row, v)
+            totals[v] = b.fadd(totals[v], p0)
+            p1 = weigh(at(b, row, row_bytes), v)
+            totals[v] = b.fadd(totals[v], p1)
+            store(b, _pack_pairs(b, p0, p1), out, v * width, align=4)
+        return [at(b, row, 2 * row_bytes), at(b, out, row_bytes), *totals]
+
+    zeros = [vector.const(0.0)] * NV
+    if not pairs:
+        return loop(b, n, [scores, *zeros], single)[1:]
+    # A missing odd row is made a hidden one.
+    odd = b.and_(n, I64(1))
+    with b.if_then(b.icmp_signed("!=", odd, I64(0))):
+        row = at(b, scores, b.mul(n, I64(row_bytes)))
+        for v in range(NV):
+            vector.store(b, vector.const(float("-inf")), row, v * width)
+    return loop(b, b.lshr(b.add(n, I64(1)), I64(1)), [scores, weights, *zeros], pair)[2:]
+
+
+def softmax_step(spec: Spec, pairs: bool) -> Any:
+    """Make ``step(scores, n, state, factor, weights)``: fold the tile into the state and write its weights.
+
+    If `pairs`, the weights leave as bfloat16 pairs (j, j+1) in 32-bit words at `weights`, an odd last key paired with
+    weight 0; else they replace the scores. A NaN score makes its weight and the denominator NaN.
+    """
+    vector = spec.vector
+    NV = spec.block[1]
+    width = vector.bytes * vector.width
+    row_bytes = NV * width
 
     def build(b: Builder, scores: Value, n: Value, state: Value, factor: Value, weights: Value) -> None:
-        ps, px, pw = pointer(b, scores), pointer(b, state), pointer(b, weights)
-        c = vector.splat(b, factor)
-        shift = []
+        px = pointer(b, state)
+        exponential = _exponential(spec, b, factor, pairs)
+        highest = []
         for v in range(NV):
             old = vector.load(b, px, MAX * row_bytes + v * width)
-            new = vector.max(b, b.fmul(vector.load(b, px, TILE_MAX * row_bytes + v * width), c), old)
-            finite = _finite(vector, b, new)
+            new = vector.max(b, vector.load(b, px, TILE_MAX * row_bytes + v * width), old)
+            highest.append(_finite(vector, b, new))
             vector.store(b, new, px, MAX * row_bytes + v * width)
-            rescale = exp2(vector, b, b.fsub(old, finite), coefficients)
-            vector.store(b, rescale, px, RESCALE * row_bytes + v * width)
-            shift.append(b.fneg(finite))
+            vector.store(b, exponential(b.fsub(old, highest[v])), px, RESCALE * row_bytes + v * width)
 
-        def weigh(p: Value, v: int, total: Value) -> tuple[Value, Value]:
-            s = vector.fma(b, vector.load(b, p, v * width), c, shift[v])
-            return _weights(spec, b, s, total, coefficients)
+        def weigh(row: Value, v: int) -> Value:
+            return exponential(b.fsub(vector.load(b, row, v * width), highest[v]))
 
-        def single(i: Value, carried: list[Value]) -> list[Value]:
-            row, *totals = carried
-            for v in range(NV):
-                p, totals[v] = weigh(row, v, totals[v])
-                vector.store(b, p, row, v * width)
-            return [at(b, row, row_bytes), *totals]
-
-        def pair(i: Value, carried: list[Value]) -> list[Value]:
-            row, out, *totals = carried
-            for v in range(NV):
-                p0, totals[v] = weigh(row, v, totals[v])
-                p1, totals[v] = weigh(at(b, row, row_bytes), v, totals[v])
-                store(b, _pack_pairs(b, p0, p1), out, v * width, align=4)
-            return [at(b, row, 2 * row_bytes), at(b, out, row_bytes), *totals]
-
-        zeros = [vector.const(0.0)] * NV
-        if pairs:
-            # A missing odd row is made a hidden one.
-            odd = b.and_(n, I64(1))
-            with b.if_then(b.icmp_signed("!=", odd, I64(0))):
-                row = at(b, ps, b.mul(n, I64(row_bytes)))
-                for v in range(NV):
-                    vector.store(b, vector.const(float("-inf")), row, v * width)
-            _, _, *totals = loop(b, b.lshr(b.add(n, I64(1)), I64(1)), [ps, pw, *zeros], pair)
-        else:
-            _, *totals = loop(b, n, [ps, *zeros], single)
+        totals = _weigh_rows(spec, pairs, b, pointer(b, scores), n, pointer(b, weights), weigh)
         for v in range(NV):
             rescale = vector.load(b, px, RESCALE * row_bytes + v * width)
             before = vector.load(b, px, SUM * row_bytes + v * width)
             vector.store(b, vector.fma(b, before, rescale, totals[v]), px, SUM * row_bytes + v * width)
 
-    kind = "f64" if vector.bits == 64 else "f32"
-    return routine(f"scores n state factor:{kind} weights", build)
+    return routine(f"scores n state factor:{_real(spec)} weights", build)
 
 
 def _pack_pairs(b: Builder, low: Value, high: Value) -> Value:
@@ -108,41 +133,144 @@ def _pack_pairs(b: Builder, low: Value, high: Value) -> Value:
     return b.bitcast(b.shuffle_vector(both, both, order), ir.VectorType(I32, 16))
 
 
-def normalised_weights(spec: Spec) -> Any:
-    """Make ``weigh(scores, n, state, factor)``: scores become exp2(score * factor - m) * rescale."""
+def normalised_weights(spec: Spec, pairs: bool = False) -> Any:
+    """Make ``weigh(scores, n, state, factor, weights)``: weights are 2**((s - m) * factor) * inverse.
+
+    The maximum m and the inverse are the state rows MAX and INVERSE; where the weights go is as in `softmax_step`.
+    """
     vector = spec.vector
     NV = spec.block[1]
     width = vector.bytes * vector.width
     row_bytes = NV * width
 
-    def build(b: Builder, scores: Value, n: Value, state: Value, factor: Value) -> None:
+    def build(b: Builder, scores: Value, n: Value, state: Value, factor: Value, weights: Value) -> None:
         px = pointer(b, state)
-        c = vector.splat(b, factor)
-        shift, inverse = [], []
+        exponential = _exponential(spec, b, factor, pairs)
+        highest, inverse = [], []
         for v in range(NV):
-            m = vector.load(b, px, MAX * row_bytes + v * width)
-            shift.append(b.fneg(_finite(vector, b, m)))
-            inverse.append(vector.load(b, px, RESCALE * row_bytes + v * width))
+            highest.append(_finite(vector, b, vector.load(b, px, MAX * row_bytes + v * width)))
+            inverse.append(vector.load(b, px, INVERSE * row_bytes + v * width))
+
+        def weigh(row: Value, v: int) -> Value:
+            return b.fmul(exponential(b.fsub(vector.load(b, row, v * width), highest[v])), inverse[v])
+
+        _weigh_rows(spec, pairs, b, pointer(b, scores), n, pointer(b, weights), weigh)
+
+    return routine(f"scores n state factor:{_real(spec)} weights", build)
+
+
+def two_sum(b: Builder, x: Value, y: Value) -> tuple[Value, Value]:
+    """The rounded sum x + y and its error, exactly: Knuth's TwoSum."""
+    total = b.fadd(x, y)
+    part = b.fsub(total, x)
+    return total, b.fadd(b.fsub(x, b.fsub(total, part)), b.fsub(y, part))
+
+
+def add_scaled(spec: Spec) -> Any:
+    """Make ``add(high, low, x, n, factor)``: add n vectors x * factor to the unevaluated sum high + low."""
+    vector = spec.vector
+    width = vector.bytes * vector.width
+
+    def build(b: Builder, high: Value, low: Value, x: Value, n: Value, factor: Value) -> None:
+        c = vector.splat(b, factor)
 
         def body(i: Value, carried: list[Value]) -> list[Value]:
-            (row,) = carried
+            p, q, r = carried
+            total, error = two_sum(b, vector.load(b, p), b.fmul(vector.load(b, r), c))
+            vector.store(b, total, p)
+            vector.store(b, b.fadd(vector.load(b, q), error), q)
+            return [at(b, y, width) for y in carried]
+
+        loop(b, n, [pointer(b, high), pointer(b, low), pointer(b, x)], body)
+
+    return routine(f"high low x n factor:{_real(spec)}", build)
+
+
+def second_level(spec: Spec, online: bool = True) -> Any:
+    """Make ``carry(tile, rows, high, low, state, factor)``: add rows of a tile to a second level, and clear them.
+
+    That level is an unevaluated sum high + low of two numbers, to which Knuth's TwoSum adds without error. Of sums in
+    one number the error grows with their length, here with that of the first level. If `online`, what the second level
+    has is first rescaled from the maximum BEFORE of the state to MAX; with the row SUM of the state, SUM_HIGH and
+    SUM_LOW that is done too, and BEFORE becomes MAX. Else the state is left alone.
+    """
+    vector = spec.vector
+    NV = spec.block[1]
+    width = vector.bytes * vector.width
+    row_bytes = NV * width
+
+    def build(b: Builder, tile: Value, rows: Value, high: Value, low: Value, state: Value, factor: Value) -> None:
+        px = pointer(b, state)
+        exponential = _exponential(spec, b, factor, False)
+        rescale = []
+        for v in range(NV if online else 0):
+            new = vector.load(b, px, MAX * row_bytes + v * width)
+            old = vector.load(b, px, BEFORE * row_bytes + v * width)
+            rescale.append(exponential(b.fsub(old, _finite(vector, b, new))))
+            vector.store(b, new, px, BEFORE * row_bytes + v * width)
+
+        def fold(p: Value, p_high: Value, p_low: Value, v: int) -> None:
+            x, y, z = (vector.load(b, q, v * width) for q in (p, p_high, p_low))
+            if online:
+                scaled = b.fmul(y, rescale[v])
+                z = vector.fma(b, z, rescale[v], vector.fma(b, y, rescale[v], b.fneg(scaled)))
+                y = scaled
+            total, error = two_sum(b, y, x)
+            vector.store(b, total, p_high, v * width)
+            vector.store(b, b.fadd(z, error), p_low, v * width)
+            vector.store(b, vector.const(0.0), p, v * width)
+
+        def body(i: Value, carried: list[Value]) -> list[Value]:
             for v in range(NV):
-                s = vector.fma(b, vector.load(b, row, v * width), c, shift[v])
-                p = exp2(vector, b, s, _coefficients(spec, False))
-                vector.store(b, b.fmul(p, inverse[v]), row, v * width)
-            return [at(b, row, row_bytes)]
+                p, p_high, p_low = carried
+                fold(p, p_high, p_low, v)
+            return [at(b, p, row_bytes) for p in carried]
 
-        loop(b, n, [pointer(b, scores)], body)
+        for v in range(NV if online else 0):
+            total, total_high, total_low = (at(b, px, row * row_bytes) for row in (SUM, SUM_HIGH, SUM_LOW))
+            fold(total, total_high, total_low, v)
+        loop(b, rows, [pointer(b, tile), pointer(b, high), pointer(b, low)], body)
 
-    kind = "f64" if vector.bits == 64 else "f32"
-    return routine(f"scores n state factor:{kind}", build)
+    return routine(f"tile rows high low state factor:{_real(spec)}", build)
+
+
+def power_below(spec: Spec) -> Any:
+    """Make ``power(total)``: the largest power of two p with p * total <= 1, 0 for 0 and NaN for NaN."""
+    real: Any = spec.vector.dtype
+
+    @spec.jit
+    def power(total: float) -> Any:
+        if total == 0 or not math.isfinite(total):
+            return real(total)
+        return real(math.ldexp(1.0, -math.frexp(total)[1]))
+
+    return power
+
+
+def add_tiles(spec: Spec) -> Any:
+    """Make ``add(target, first, second, rows)``: target = first + second."""
+    vector = spec.vector
+    NV = spec.block[1]
+    width = vector.bytes * vector.width
+
+    def build(b: Builder, target: Value, first: Value, second: Value, rows: Value) -> None:
+        def body(i: Value, carried: list[Value]) -> list[Value]:
+            p, q, r = carried
+            for v in range(NV):
+                vector.store(b, b.fadd(vector.load(b, q, v * width), vector.load(b, r, v * width)), p, v * width)
+            return [at(b, x, NV * width) for x in carried]
+
+        loop(b, rows, [pointer(b, target), pointer(b, first), pointer(b, second)], body)
+
+    return routine("target first second rows", build)
 
 
 def softmax_gradient(spec: Spec) -> Any:
-    """Make ``differentiate(scores, grads, n, state, factor)``: P = exp2(score * factor - lse), dS = P (dP - delta).
+    """Make ``differentiate(scores, grads, n, state, factor)``: dS = P (dP - delta).
 
-    Scores become P and the gradients dP of P become dS; lse (log2 domain) and delta are the state rows MAX and SUM. A
-    weight of exactly 0 has no gradient, whatever dP is. Rows up to the next multiple of `SUM_ROWS` are made 0.
+    Scores become P = 2**((s - m) * factor) * inverse and the gradients dP of P become dS; m, inverse and delta are the
+    state rows MAX, INVERSE and SUM. A weight of exactly 0 has no gradient, whatever dP is. Rows up to the next multiple
+    of `SUM_ROWS` are made 0.
     """
     vector = spec.vector
     NV = spec.block[1]
@@ -152,15 +280,15 @@ def softmax_gradient(spec: Spec) -> Any:
 
     def build(b: Builder, scores: Value, grads: Value, n: Value, state: Value, factor: Value) -> None:
         px = pointer(b, state)
-        c = vector.splat(b, factor)
-        shift = [b.fneg(vector.load(b, px, MAX * row_bytes + v * width)) for v in range(NV)]
-        delta = [vector.load(b, px, SUM * row_bytes + v * width) for v in range(NV)]
+        exponential = _exponential(spec, b, factor, False)
+        highest, inverse, delta = (
+            [vector.load(b, px, row * row_bytes + v * width) for v in range(NV)] for row in (MAX, INVERSE, SUM)
+        )
 
         def body(i: Value, carried: list[Value]) -> list[Value]:
             row, grad = carried
             for v in range(NV):
-                x = clamp(vector, b, vector.fma(b, vector.load(b, row, v * width), c, shift[v]))
-                p = trap(vector, b, x, exp2_clamped(vector, b, x, _coefficients(spec, False)))
+                p = b.fmul(exponential(b.fsub(vector.load(b, row, v * width), highest[v])), inverse[v])
                 vector.store(b, p, row, v * width)
                 ds = b.fmul(p, b.fsub(vector.load(b, grad, v * width), delta[v]))
                 vector.store(b, b.select(b.fcmp_ordered("==", p, zero), zero, ds), grad, v * width)
@@ -177,8 +305,7 @@ def softmax_gradient(spec: Spec) -> Any:
         missing = b.and_(b.sub(I64(0), n), I64(SUM_ROWS - 1))
         loop(b, missing, end, clear)
 
-    kind = "f64" if vector.bits == 64 else "f32"
-    return routine(f"scores grads n state factor:{kind}", build)
+    return routine(f"scores grads n state factor:{_real(spec)}", build)
 
 
 def row_products(spec: Spec) -> Any:

@@ -1,15 +1,17 @@
 """The score pipeline as passes over a tile of scores S^T (key j by row, query by lane); an absent one costs a branch.
 
-Scores arrive as products in some unit; `factor` takes them to the log2 domain in which the softmax works. The first
-pass that needs it applies the factor, and the passes after it, and the softmax, then use 1. The order is `attention`'s:
-scale, softcap, ALiBi, bias, mask, and last the row intervals. Only softcap has a derivative other than 1.
+Scores arrive as products in some unit; `factor` takes them to natural ones, those that `attention` defines. The first
+of softcap, ALiBi, bias and mask applies it, and the passes after it use 1. The order is `attention`'s: scale, softcap,
+ALiBi, bias, mask, and last the row intervals. Only softcap has a derivative other than 1.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from .elements import Spec
-from .exp import EXP2_F32, EXP2_F64, tanh
+from .exp import EXP2_F32, EXP2_F64, clamp, tanh
 from .simd import I64, Builder, Value, at, load, loop, pointer, routine, splat, store
 from .softmax import FIRST, POSITION, SLOPE, SPAN, TILE_MAX
 
@@ -30,6 +32,20 @@ def _tile_pass(spec: Spec, b: Builder, scores: Value, n: Value, body: Body) -> N
     loop(b, n, [pointer(b, scores)], step)
 
 
+def _with_tile(
+    spec: Spec, b: Builder, scores: Value, n: Value, other: Value, body: Callable[[Value, Value], Value]
+) -> None:
+    """Replace every vector s of the tile by body(s, x), x being that of another tile in its place."""
+    width = spec.vector.bytes * spec.vector.width
+    base = pointer(b, other)
+
+    def pick(b: Builder, j: Value, v: int, s: Value) -> Value:
+        offset = b.add(b.mul(j, I64(spec.block[1] * width)), I64(v * width))
+        return body(s, load(b, spec.vector.type, base, offset, align=spec.vector.bytes))
+
+    _tile_pass(spec, b, scores, n, pick)
+
+
 def _state_row(spec: Spec, b: Builder, state: Value, row: int) -> list[Value]:
     width = spec.vector.bytes * spec.vector.width
     NV = spec.block[1]
@@ -38,6 +54,16 @@ def _state_row(spec: Spec, b: Builder, state: Value, row: int) -> list[Value]:
 
 def _real(spec: Spec) -> str:
     return "f64" if spec.vector.bits == 64 else "f32"
+
+
+def multiply(spec: Spec) -> Any:
+    """Make ``multiply(scores, n, factor)``: s = s * factor."""
+
+    def build(b: Builder, scores: Value, n: Value, factor: Value) -> None:
+        c = spec.vector.splat(b, factor)
+        _tile_pass(spec, b, scores, n, lambda b, j, v, s: b.fmul(s, c))
+
+    return routine(f"scores n factor:{_real(spec)}", build)
 
 
 def softcap(spec: Spec) -> Any:
@@ -92,22 +118,37 @@ def alibi(spec: Spec) -> Any:
 
 
 def add_bias(spec: Spec) -> Any:
-    """Make ``add(scores, n, bias, factor)``: s = s * factor + bias, and -inf wherever the bias is, whatever s was."""
+    """Make ``add(scores, n, bias, factor)``: s = s * factor + bias, and -inf wherever the bias is, whatever s was.
+
+    Only -inf hides: a sum below all finite numbers, as ``finfo.min`` and a negative score have, becomes the lowest.
+    """
 
     def build(b: Builder, scores: Value, n: Value, bias: Value, factor: Value) -> None:
         vector = spec.vector
         c, hidden = vector.splat(b, factor), vector.const(float("-inf"))
-        width = vector.bytes * vector.width
-        base = pointer(b, bias)
+        lowest = vector.const(float(np.finfo(vector.dtype).min))
 
-        def body(b: Builder, j: Value, v: int, s: Value) -> Value:
-            offset = b.add(b.mul(j, I64(spec.block[1] * width)), I64(v * width))
-            x = load(b, vector.type, base, offset, align=vector.bytes)
-            return b.select(b.fcmp_ordered("==", x, hidden), hidden, vector.fma(b, s, c, x))
+        def body(s: Value, x: Value) -> Value:
+            total = clamp(vector, b, vector.fma(b, s, c, x), lowest)
+            return b.select(b.fcmp_ordered("==", x, hidden), hidden, total)
 
-        _tile_pass(spec, b, scores, n, body)
+        _with_tile(spec, b, scores, n, bias, body)
 
     return routine(f"scores n bias factor:{_real(spec)}", build)
+
+
+def hide(spec: Spec) -> Any:
+    """Make ``hide(scores, n, mask, factor)``: s = s * factor, and -inf wherever the mask is, whatever s was."""
+
+    def build(b: Builder, scores: Value, n: Value, mask: Value, factor: Value) -> None:
+        c, hidden = spec.vector.splat(b, factor), spec.vector.const(float("-inf"))
+
+        def body(s: Value, x: Value) -> Value:
+            return b.select(b.fcmp_ordered("==", x, hidden), hidden, b.fmul(s, c))
+
+        _with_tile(spec, b, scores, n, mask, body)
+
+    return routine(f"scores n mask factor:{_real(spec)}", build)
 
 
 def clip_interval(spec: Spec) -> Any:

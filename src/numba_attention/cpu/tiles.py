@@ -6,7 +6,6 @@ they can and the last one overlaps its neighbour; what is narrower than a vector
 time.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,32 +28,15 @@ def row_group(b: Builder, rows: Value, group: Value, width: int, r: int) -> Valu
     return pointer(b, load(b, I64, pointer(b, rows), index, align=8))
 
 
-def gather_tile(spec: Spec, element: Element, saturate: bool = False) -> Any:
+def gather_tile(spec: Spec, element: Element) -> Any:
     """Make ``gather(tile, rows, offset, stride, count, factor)``: tile[c, lane] = factor * row(lane)[c] for c < count.
 
-    `rows` is the table of row addresses, `offset` and `stride` (bytes) find column c at row + offset + c * stride. With
-    `saturate`, finite numbers stay finite: a bias of ``finfo.min`` is very negative, but only -inf hides.
+    `rows` is the table of row addresses, `offset` and `stride` (bytes) find column c at row + offset + c * stride.
     """
     vector = spec.vector
     W, BM, size = vector.width, spec.query_tile, element.size
     width = vector.bytes * W
     tile_row = spec.block[1] * width
-
-    largest = float(np.finfo(vector.dtype).max)
-
-    def scaled(b: Builder, x: Value, c: Value) -> Value:
-        product = b.fmul(x, c)
-        if not saturate:
-            return product
-        width = W if isinstance(x.type, ir.VectorType) else None
-
-        def const(number: float) -> Value:
-            return ir.Constant(x.type, [number] * width if width else number)
-
-        low = b.select(b.fcmp_ordered("<", product, const(-largest)), const(-largest), product)
-        high = b.select(b.fcmp_ordered(">", low, const(largest)), const(largest), low)
-        infinite = b.or_(b.fcmp_ordered("==", x, const(-math.inf)), b.fcmp_ordered("==", x, const(math.inf)))
-        return b.select(infinite, x, high)
 
     def blocks(b: Builder, tile: Value, rows: Value, offset: Value, count: Value, factor: Value) -> None:
         c = vector.splat(b, factor)
@@ -71,7 +53,7 @@ def gather_tile(spec: Spec, element: Element, saturate: bool = False) -> Any:
                 lines = [element.load(vector, b, at(b, s, b.mul(first, I64(size)))) for s in sources]
                 out = at(b, target, b.mul(first, I64(tile_row)))
                 for r, line in enumerate(vector.transpose(b, lines)):
-                    vector.store(b, scaled(b, line, c), out, r * tile_row)
+                    vector.store(b, b.fmul(line, c), out, r * tile_row)
                 return []
 
             loop(b, number, [], block)
@@ -90,7 +72,7 @@ def gather_tile(spec: Spec, element: Element, saturate: bool = False) -> Any:
 
             def column(c: Value, carried: list[Value]) -> list[Value]:
                 p, q = carried
-                store(b, scaled(b, element.load_one(vector, b, p), factor), q, align=vector.bytes)
+                store(b, b.fmul(element.load_one(vector, b, p), factor), q, align=vector.bytes)
                 return [at(b, p, stride), at(b, q, tile_row)]
 
             loop(b, count, [source, target], column)
@@ -108,7 +90,7 @@ def gather_tile(spec: Spec, element: Element, saturate: bool = False) -> Any:
             p, q = carried
             for v in range(spec.block[1]):
                 line = element.load(vector, b, at(b, p, v * W * size))
-                vector.store(b, scaled(b, line, c), q, v * width)
+                vector.store(b, b.fmul(line, c), q, v * width)
             return [at(b, p, stride), at(b, q, tile_row)]
 
         loop(b, count, [source, pointer(b, tile)], column)
