@@ -321,6 +321,14 @@ class Emit:
         return state
 
 
+    def when(self, condition, state, body):
+        where = np.broadcast_to(condition.x, (self.n,))
+        if not where.any():
+            return list(state)
+        made = body(list(state))
+        return [Value(x.kind, np.where(where, y.x, x.x)) for x, y in zip(state, made, strict=True)]
+
+
 class Memory:
     """Memory of the device, as far as `regions` of (address, bytes) go."""
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from ..cuda import configs, runtime
+from ..cuda.blocks import HEAD
 from ..cuda.config import Config, padded
 from ..cuda.constants import upload
 from ..cuda.driver import Device
@@ -21,7 +22,8 @@ def run(g: BackwardProblem) -> None:
     p, stream = g.forward, runtime.stream()
     real = np.float64 if p.query.dtype == np.float64 else np.float32
     of_rows = p.out.shape[-3:-1] if p.packing else p.out.shape[:-1]  # of packed sequences all have the same array
-    delta = np.broadcast_to(runtime.empty(of_rows, real, stream), p.out.shape[:-1])
+    planes = runtime.empty((3, *of_rows), real, stream)  # delta, offset and maximum of each row
+    delta = np.broadcast_to(planes[0], p.out.shape[:-1])
     sums = None
     if _is_single(p):
         sums = runtime.empty((*of_rows, padded(p.E)), real, stream)
@@ -35,6 +37,7 @@ def run(g: BackwardProblem) -> None:
     )  # fmt: skip
     if of_bias is not None and (p.packing is not None or not work.sequences.size):
         add_up(of_bias, of_bias, work.device.arch, stream, terms=False)
+    work.set(plane=planes.strides[0])
     number = len(work.sequences)
     if not number or not p.H:
         return _without_work(g, work)
@@ -42,6 +45,11 @@ def run(g: BackwardProblem) -> None:
     tiles = -(-p.L // ROWS)
     if p.L:
         c = _small("delta", work).with_(single=sums is not None, aligned=is_aligned(p.out, g.grad_out))
+        work.put("far", runtime.empty((HEAD,), np.int32, stream, cleared=4 * HEAD))
+        work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
+        c = configs.normalizers(work.config("forward", is_aligned(p.query, p.key)), work.device)
+        c = c.with_(sinks=p.sinks is not None)
+        tiles = -(-p.L // c.rows)
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
     aligned = is_aligned(p.query, p.key, p.value, g.grad_out, g.query, g.key, g.value)
     of_queries, of_keys = work.config("query", aligned), work.config("key", aligned)

@@ -4,8 +4,9 @@ Blocks that own tiles of keys sum dK and dV over queries and, for grouped heads,
 summed over keys by other blocks, which own tiles of queries, without atomics: the same call has the same bits. Or
 (``single``) the former add their parts of it to memory as they come, for five products instead of seven.
 
-All make the weights again, P = exp(S - lse), and dS = P (dO V^T - delta) with delta = rowsum(dO O) - dlse from
-`rowwise`. What is summed over comes tile by tile, the next one while this one is worked on.
+All make the weights again, P = exp(S - lse), as 2**(score * factor + offset), and dS = P (dO V^T - delta) with
+delta = rowsum(dO O) - dlse; delta and offsets come from `rowwise`. Where an lse is too large to tell the denominator,
+`normalizers` has found the maximum of the row, which is subtracted from its scores first. What is summed over comes tile by tile, the next one while this one is worked on.
 """
 
 from typing import Any
@@ -16,14 +17,14 @@ from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, make_marks, ma
 from .config import Config, compute_capability, lay_out
 from .parameters import TYPES, Parameters
 from .results import not_finite, write_row
-from .softmax import LOG2E, across
+from .softmax import across, recenter
 from .tiles import Tile, copy_numbers
 
 NAMES = {"query": (*BACKWARD, "grad_query"), "key": (*BACKWARD, "grad_key", "grad_value", "sum_query")}
 
 
 class Tiles:
-    """Shared memory of a block: its two tiles, and twice the two that pass by and, of queries, their lse and delta."""
+    """Shared memory of a block: its two tiles, and twice the two that pass by and, of queries, their offset and delta."""
 
     def __init__(self, c: Config) -> None:
         of = {"query": ("query", "grad_out"), "key": ("key", "value")}
@@ -36,10 +37,10 @@ class Tiles:
             Tile(columns, c.E, kept, first),
             Tile(columns, c.Ev, kept, first + columns * c.E * self.own[0].size),
         ]
-        self.lse = self.other[1].end
+        self.offset = self.other[1].end
         self.size = 8 if kept == "float64" else 4
-        self.delta = self.lse + columns * self.size
-        end = self.delta + columns * self.size if c.task == "key" else self.lse
+        self.delta = self.offset + columns * self.size
+        end = self.delta + columns * self.size if c.task == "key" else self.offset
         self.period = end - first  # bytes from one set to the next
         self.end = first + 2 * self.period
         product = c.make_product()
@@ -111,10 +112,10 @@ def make_backward(c: Config, on: Any) -> Any:
                 b.places[name] = b.places[name] + e.wide(g) * getattr(b.p, f"{name}_head")
             b.load_tile(name, tile, base, thread, j, b.span.columns)
         if of_keys:
-            for name, at in (("lse", tiles.lse), ("delta", tiles.delta)):
-                head, row = getattr(b.p, f"{name}_head"), getattr(b.p, f"{name}_row")
-                address = b.places[name] + e.wide(g) * head
-                copy_numbers(e, kind, base + at, address, row, j, b.span.columns, columns, thread, threads, c.aligned)
+            delta = b.places["delta"] + e.wide(g) * b.p.delta_head
+            for address, at in ((delta + b.p.plane, tiles.offset), (delta, tiles.delta)):
+                copy_numbers(e, kind, base + at, address, b.p.delta_row, j, b.span.columns, columns, thread, threads,
+                             c.aligned)  # fmt: skip
         b.commit()
 
     @macro("i i", "i", "i", "i", "i")
@@ -147,31 +148,54 @@ def make_backward(c: Config, on: Any) -> Any:
         return lanes.scores(b, thread, j, of_keys).hide(s, b.span)
 
     def of_queries(e: Any, name: str, b: Block | None, base: Any, thread: Any, shift: Any) -> Any:
-        """Of lse or delta, the number of each register: by row from memory, or by column from the tile that came."""
+        """Of offsets or delta, the number of each register: by row from memory, or by column from the tile that came."""
         if of_keys:
-            at = base + shift + (tiles.lse if name == "lse" else tiles.delta)
+            at = base + shift + (tiles.offset if name == "offset" else tiles.delta)
             at = at + product.lane_column(thread & 31) * tiles.size
             known = {n: e.load_shared(kind, at + n * tiles.size) for n in dict.fromkeys(n for _, n in layout.elements)}
             return [known[n] for _, n in layout.elements]
         assert b is not None
         rows = [b.first + row for row in lanes.rows(thread)]
-        stride = getattr(b.p, f"{name}_row")
-        found = [e.load(kind, b.places[name] + e.wide(row) * stride, where=row < b.span.rows) for row in rows]
+        found = [at_row(e, b, {"delta": 0, "offset": 1, "maximum": 2}[name], row, row < b.span.rows) for row in rows]
         return [found[slot] for slot, _ in layout.elements]
+
+    def at_row(e: Any, b: Block, plane: int, row: Any, there: Any, more: Any = None) -> Any:
+        """Delta, offset or maximum of a query."""
+        at = b.places["delta"] + e.wide(row) * b.p.delta_row + b.p.plane * plane
+        return e.load(kind, at if more is None else at + more, where=there)
+
+    @macro("i", *TYPES)
+    def any_far(e: Any, integers: Any, reals: Any) -> Any:
+        return e.load("i", Parameters(e, integers, reals).far)
+
+    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
+    def subtract(
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, g: Any, s: Any
+    ) -> Any:
+        """Subtract the maxima of rows whose lse does not tell the denominator."""
+        b = block(e, integers, reals, places, numbers)
+        thread = e.opaque(thread)
+        if of_keys:
+            first, of_head = product.lane_column(thread & 31) + j, e.wide(g) * b.p.delta_head
+            tops = {}
+            for n in dict.fromkeys(n for _, n in layout.elements):
+                row = first + n
+                tops[n] = at_row(e, b, 2, row, row < b.span.columns, of_head)
+            found = [tops[n] for _, n in layout.elements]
+        else:
+            found = of_queries(e, "maximum", b, None, thread, None)
+        apart = recenter(e, s, found)
+        return [e.select(product.is_hidden(e, x), x, y) for x, y in zip(s, apart, strict=True)] if careful else apart
 
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
     def weigh(
         e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, shift: Any, s: Any
     ) -> Any:
-        """P of scores; rows without keys have an lse of -inf, and all their keys are hidden."""
+        """P of scores, of hidden ones 0."""
         b = block(e, integers, reals, places, numbers)
-        factor, zero = None if staged else b.p.real("factor", kind), e.const(kind, 0.0)
-        made, known = [], {}
-        for x, lse in zip(s, of_queries(e, "lse", b, base, e.opaque(thread), shift), strict=True):
-            if id(lse) not in known:
-                known[id(lse)] = e.select(lse.equals(float("-inf")), zero, zero - lse * LOG2E)
-            base_ = known[id(lse)]
-            weight = e.exp2(x + base_ if factor is None else e.fma(x, factor, base_))  # of -inf: 0
+        factor, made = b.p.real("factor", kind), []
+        for x, offset in zip(s, of_queries(e, "offset", b, base, e.opaque(thread), shift), strict=True):
+            weight = e.exp2(e.fma(x, factor, offset))
             made.append(e.select(product.is_hidden(e, x), x, weight) if careful else weight)
         return made
 
@@ -269,6 +293,7 @@ def make_backward(c: Config, on: Any) -> Any:
                 return
         begin, end, all_begin, all_end = columns_seen(integers, reals, places, numbers)
         x, y = zeros()
+        far = any_far(integers, reals)
         if begin < end:
             load_own(integers, reals, places, numbers, base, thread)
             load_other(integers, reals, places, numbers, base, thread, begin, np.int32(0), np.int32(0))
@@ -291,6 +316,9 @@ def make_backward(c: Config, on: Any) -> Any:
                 if j < all_begin or j + columns > all_end:
                     seldom, again, _ = find_work(integers, reals, at_x, at_y)
                     s = hide(integers, reals, seldom, again, thread, j, s)
+                if far != 0:
+                    seldom, again, _ = find_work(integers, reals, at_x, at_y)
+                    s = subtract(integers, reals, seldom, again, thread, j, g, s)
                 p = weigh(integers, reals, places, numbers, base, thread, shift, s)
                 if wants_value:
                     if two:

@@ -233,6 +233,12 @@ def weights(c: Config, device: Any) -> Config:
     return fitted(made, device)
 
 
+def normalizers(c: Config, device: Any) -> Config:
+    """The kernel of maxima and sums of rows whose lse does not tell them, of a forward kernel without options of its own."""
+    slots = 1 if c.product != "simt" else min(c.slots, 4 if c.storage != "float64" else 2)
+    return fitted(c.with_(task="normalizers", slots=slots, warps=4, columns=32, flags=False, Ev=32), device)
+
+
 def bias(c: Config, device: Any) -> Config:
     """The kernel of the gradient of a bias."""
     made = c.with_(task="bias", flags=False, careful=False)
