@@ -320,7 +320,6 @@ class Emit:
             state = body(Value("i", n), list(state))
         return state
 
-
     def when(self, condition, state, body):
         where = np.broadcast_to(condition.x, (self.n,))
         if not where.any():

@@ -174,12 +174,16 @@ def work_list(p: Problem, sequences: Array, rows: int, of_keys: bool = False) ->
 
 def reals(p: Problem) -> list[float]:
     """What scores are multiplied by. Queries get a power of two of at most 1, so that no product exceeds its score."""
-    half = storage_of(p.query.dtype) == "float16"  # which has no room for it, and needs none: float32 holds every product
+    half = (
+        storage_of(p.query.dtype) == "float16"
+    )  # which has no room for it, and needs none: float32 holds every product
     size, lowest = abs(p.scale), -1022 if storage_of(p.query.dtype) == "float64" else -126
     exponent = 0 if half else max(min(math.frexp(size)[1] - 1, 0), lowest)
     prescale = math.ldexp(math.copysign(1.0, p.scale), exponent)
     rest = math.ldexp(size, -exponent)
-    if rest < 2.0**lowest:  # 0, or so small that float32 has no number for it: scores are 0, and what is hidden stays so
+    if (
+        rest < 2.0**lowest
+    ):  # 0, or so small that float32 has no number for it: scores are 0, and what is hidden stays so
         prescale, rest = 0.0, 1.0
     unit = rest if p.softcap is p.alibi_slopes is p.bias is None else 1.0
     made = {

@@ -51,6 +51,8 @@ class Tiles:
             self.scratch = self.end
             product.set_columns(columns)
             self.end += product.scratch * c.warps
+        self.far = self.end  # whether any lse does not tell its denominator, which would need a register
+        self.end += 16
 
 
 def make_backward(c: Config, on: Any) -> Any:
@@ -156,17 +158,18 @@ def make_backward(c: Config, on: Any) -> Any:
             return [known[n] for _, n in layout.elements]
         assert b is not None
         rows = [b.first + row for row in lanes.rows(thread)]
-        found = [at_row(e, b, {"delta": 0, "offset": 1, "maximum": 2}[name], row, row < b.span.rows) for row in rows]
+        plane = b.places["delta"] + b.p.plane * ("delta", "offset", "maximum").index(name)
+        found = [e.load(kind, plane + e.wide(row) * tiles.size, where=row < b.span.rows) for row in rows]
         return [found[slot] for slot, _ in layout.elements]
 
-    def at_row(e: Any, b: Block, plane: int, row: Any, there: Any, more: Any = None) -> Any:
-        """Delta, offset or maximum of a query."""
-        at = b.places["delta"] + e.wide(row) * b.p.delta_row + b.p.plane * plane
-        return e.load(kind, at if more is None else at + more, where=there)
+    @macro("", *TYPES, "i", "i")
+    def keep_far(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
+        far = e.load("i", Parameters(e, integers, reals).far)
+        e.store_shared("i", base + tiles.far, [far], thread.equals(0))
 
-    @macro("i", *TYPES)
-    def any_far(e: Any, integers: Any, reals: Any) -> Any:
-        return e.load("i", Parameters(e, integers, reals).far)
+    @macro("i", "i")
+    def any_far(e: Any, base: Any) -> Any:
+        return e.load_shared("i", base + tiles.far)
 
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
     def subtract(
@@ -176,11 +179,11 @@ def make_backward(c: Config, on: Any) -> Any:
         b = block(e, integers, reals, places, numbers)
         thread = e.opaque(thread)
         if of_keys:
-            first, of_head = product.lane_column(thread & 31) + j, e.wide(g) * b.p.delta_head
-            tops = {}
-            for n in dict.fromkeys(n for _, n in layout.elements):
-                row = first + n
-                tops[n] = at_row(e, b, 2, row, row < b.span.columns, of_head)
+            first = product.lane_column(thread & 31) + j
+            at = b.places["delta"] + e.wide(g) * b.p.delta_head + b.p.plane * 2 + e.wide(first) * tiles.size
+            left = b.span.columns - first
+            columns_ = dict.fromkeys(n for _, n in layout.elements)
+            tops = {n: e.load(kind, at + n * tiles.size, where=left > n) for n in columns_}
             found = [tops[n] for _, n in layout.elements]
         else:
             found = of_queries(e, "maximum", b, None, thread, None)
@@ -293,8 +296,8 @@ def make_backward(c: Config, on: Any) -> Any:
                 return
         begin, end, all_begin, all_end = columns_seen(integers, reals, places, numbers)
         x, y = zeros()
-        far = any_far(integers, reals)
         if begin < end:
+            keep_far(integers, reals, base, thread)
             load_own(integers, reals, places, numbers, base, thread)
             load_other(integers, reals, places, numbers, base, thread, begin, np.int32(0), np.int32(0))
             landed()
@@ -316,7 +319,7 @@ def make_backward(c: Config, on: Any) -> Any:
                 if j < all_begin or j + columns > all_end:
                     seldom, again, _ = find_work(integers, reals, at_x, at_y)
                     s = hide(integers, reals, seldom, again, thread, j, s)
-                if far != 0:
+                if any_far(base) != 0:
                     seldom, again, _ = find_work(integers, reals, at_x, at_y)
                     s = subtract(integers, reals, seldom, again, thread, j, g, s)
                 p = weigh(integers, reals, places, numbers, base, thread, shift, s)

@@ -14,7 +14,7 @@ from .config import Config
 from .formats import HALVES, KINDS
 from .parameters import TYPES, Parameters
 from .results import not_finite
-from .softmax import lse, seen
+from .softmax import LARGEST, lse
 
 PLACES = f"l{len(FORWARD)}"
 MOST = 256  # parts
@@ -50,8 +50,8 @@ def make_combine(c: Config, on: Any) -> Any:
     def find_sums(e: Any, integers: Any, reals: Any, numbers: Any, base: Any, thread: Any, row: Any) -> None:
         """The maximum of all parts and the denominator, as far as the threads of a warp see them."""
         b = Block(e, c, integers, reals, FORWARD, None, numbers)
-        low, there, top, total = e.const(kind, -math.inf), b.exists(row), e.const(kind, -math.inf), e.const(kind, 0.0)
-        factor, found = b.p.real("factor", kind), []
+        there, total, factor, found = b.exists(row), e.const(kind, 0.0), b.p.real("factor", kind), []
+        top = low = e.const(kind, -LARGEST[kind])
         for n in range(-(-MOST // threads)):
             part = thread + n * threads
             inside, at = there & (part < b.p.int("splits")), b.part_at(part, row, size)
@@ -61,7 +61,7 @@ def make_combine(c: Config, on: Any) -> Any:
         for distance in (16, 8, 4, 2, 1):
             top = e.max(top, e.shuffle_xor(top, distance))
         for maximum, denominator in found:
-            total = e.fma(e.exp2((maximum - seen(e, kind, top)) * factor), denominator, total)
+            total = e.fma(e.exp2((maximum - top) * factor), denominator, total)
         for distance in (16, 8, 4, 2, 1):
             total = total + e.shuffle_xor(total, distance)
         e.store_shared(kind, base + (thread >> 5) * (2 * size), [top, total], (thread & 31).equals(0))
@@ -78,7 +78,7 @@ def make_combine(c: Config, on: Any) -> Any:
             top = e.max(top, maximum)
         zero = total = e.const(kind, 0.0)
         for maximum, denominator in found:
-            total = e.fma(e.exp2((maximum - seen(e, kind, top)) * factor), denominator, total)
+            total = e.fma(e.exp2((maximum - top) * factor), denominator, total)
         return top, total, [zero] * own
 
     @macro(C, *TYPES, NUMBERS, "i", "i", "i", kind, kind, C)
@@ -87,7 +87,7 @@ def make_combine(c: Config, on: Any) -> Any:
         """Add parts, each the result of its keys, times their shares of the denominator: no sum of them overflows."""
         b = Block(e, c, integers, reals, FORWARD, None, numbers)
         zero, factor = e.const(kind, 0.0), b.p.real("factor", kind)
-        base, there, lane = seen(e, kind, top), b.exists(row), thread & 31
+        there, lane = b.exists(row), thread & 31
         share = e.select(total.equals(0.0), zero, e.const(kind, 1.0) / total)
         found = []
         for n in range(AT_ONCE):
@@ -97,7 +97,7 @@ def make_combine(c: Config, on: Any) -> Any:
             values = [e.load(kind, at + e.wide(lane + 32 * i + HEAD) * size, where=inside) for i in range(own)]
             found.append((inside, begins, values))
         for inside, (maximum, denominator), values in found:
-            weight = e.select(inside, e.exp2((maximum - base) * factor) * denominator * share, zero)
+            weight = e.select(inside, e.exp2((maximum - top) * factor) * denominator * share, zero)
             acc = [e.fma(weight, y, x) for x, y in zip(acc, values, strict=True)]
         return acc
 

@@ -309,9 +309,7 @@ class Emit:
         b.position_at_end(after)
         return results
 
-    def when(
-        self, condition: Value, state: Sequence[Value], body: Callable[[list[Value]], list[Value]]
-    ) -> list[Value]:
+    def when(self, condition: Value, state: Sequence[Value], body: Callable[[list[Value]], list[Value]]) -> list[Value]:
         """Replace ``state`` by ``body(state)`` where a condition holds: a branch of the machine, seldom taken.
 
         The threads of a warp may disagree, so a body has no instruction that they execute together.

@@ -39,9 +39,22 @@ def codes_of(c: Config) -> tuple[Codes, Codes]:
     return keys, Codes(v.rows, v.columns, c.stored, keys.end)
 
 
-def shared(c: Config) -> int:
-    """Bytes of shared memory of a block."""
+def repeats(c: Config) -> bool:
+    """Whether blocks of the kernel repeat their work where it overflows.
+
+    The sum of values near the largest number does, unless all weights are smaller by a power of two. Where rows are
+    marked, that is left to the careful kernel. (Values of float16 leave room in float32.)
+    """
+    return c.task == "forward" and not (c.flags or c.storage == "float16")
+
+
+def _end(c: Config) -> int:
     return codes_of(c)[1].end if c.is_unpacked else tiles_of(c)[3]
+
+
+def shared(c: Config) -> int:
+    """Bytes of shared memory of a block: tiles, and whether it repeats its work, which would need a register."""
+    return _end(c) + (16 if repeats(c) else 0)
 
 
 def make_product(c: Config) -> Any:
@@ -67,10 +80,7 @@ def make_forward(c: Config, on: Any) -> Any:
     scale_queries = make_scale(c, on, q)
     S, C, M = f"{kind}{len(layout)}", f"{kind}{len(features)}", f"{kind}{product.slots}"
     split, careful, flags = c.split, c.careful, c.flags
-    # The sum of values near the largest number overflows, unless all weights are smaller by a power of two. A block whose
-    # sums are not finite repeats its work so; where rows are marked, that is left to the careful kernel. (Values of
-    # float16 leave room in float32.)
-    repeats = not (flags or c.storage == "float16")
+    may_repeat, at_lift = repeats(c), _end(c)
     # Exponentials beside the products of values, in one piece of code, wait for one another less; with more features
     # there are no registers for both, and they come before what waits for the values.
     mixed = c.product == "tensor" and max(c.E, c.Ev) <= 64
@@ -128,7 +138,7 @@ def make_forward(c: Config, on: Any) -> Any:
 
     @macro(f"{M} {M} {C}", *TYPES, PLACES, NUMBERS, "i", "i", "i")
     def begin_rows(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, part: Any, lift: Any
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, part: Any
     ) -> Any:
         sinks = None
         first = product.lane_column(thread & 31).equals(0)
@@ -141,7 +151,7 @@ def make_forward(c: Config, on: Any) -> Any:
             if split:
                 low = e.const(kind, -math.inf)
                 sinks = [e.select(part.equals(0), sink, low) for sink in sinks]
-        return start(e, product, features, sinks, first, lift if repeats else None)
+        return start(e, product, features, sinks, first, lift_of(e, base) if c.sinks else None)
 
     @macro(S, "i", "i")
     def multiply_keys(e: Any, base: Any, thread: Any) -> Any:
@@ -159,11 +169,11 @@ def make_forward(c: Config, on: Any) -> Any:
         b = block(e, integers, reals, places, numbers)
         return lanes.scores(b, thread, j).hide(s, b.span)
 
-    @macro(f"{S} {M} {M} {C}", *TYPES, S, M, M, C, "i")
-    def take_in(e: Any, integers: Any, reals: Any, s: Any, m: Any, l: Any, acc: Any, lift: Any) -> Any:
+    @macro(f"{S} {M} {M} {C}", *TYPES, "i", S, M, M, C)
+    def take_in(e: Any, integers: Any, reals: Any, base: Any, s: Any, m: Any, l: Any, acc: Any) -> Any:
         factor = Parameters(e, integers, reals).real("factor", kind)
         at_once = max(c.E, c.Ev) <= 128 or staged
-        return fold(e, product, layout, features, s, m, l, acc, factor, lift if repeats else None, at_once)
+        return fold(e, product, layout, features, s, m, l, acc, factor, lift_of(e, base), at_once)
 
     @macro(C, "i", "i", C, S)
     def add_values(e: Any, base: Any, thread: Any, acc: Any, p: Any) -> Any:
@@ -173,15 +183,28 @@ def make_forward(c: Config, on: Any) -> Any:
     def overflows(e: Any, acc: Any) -> Any:
         return not_finite(e, acc)
 
+    def lift_of(e: Any, base: Any) -> Any:
+        """More than 0 where the block repeats its work with smaller weights."""
+        return e.load_shared("i", base + at_lift) if may_repeat else None
+
+    @macro("i", "i")
+    def is_lifted(e: Any, base: Any) -> Any:
+        return lift_of(e, base)
+
+    @macro("", "i", "i", "i")
+    def set_lift(e: Any, base: Any, thread: Any, lift: Any) -> None:
+        e.store_shared("i", base + at_lift, [lift], thread.equals(0))
+
     @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i", M, M, C)
     def finish(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, part: Any, lift: Any, m: Any,
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, part: Any, m: Any,
         l: Any, acc: Any,
     ) -> None:  # fmt: skip
         b = block(e, integers, reals, places, numbers)
         l, one = total(e, product, l), e.const(kind, 1.0)
         scales = [one / x for x in l]
-        if repeats:
+        lift = lift_of(e, base)
+        if lift is not None:
             l = [x * e.select(lift > 0, e.const(kind, 2.0**LIFT), one) for x in l]
         if split:
             return write_part(b, thread, part, m, l, scales, acc)
@@ -248,15 +271,19 @@ def make_forward(c: Config, on: Any) -> Any:
         if careful:
             if any_marked(integers, reals) == 0:
                 return
-        places, numbers = find_work(integers, reals, x, y)
         if careful:
+            places, numbers = find_work(integers, reals, x, y)
             if cuda.syncthreads_or(marked(integers, reals, numbers, thread)) == 0:
                 return
-        lift, turns = np.int32(0), np.int32(1)
-        while turns > 0:
-            turns = np.int32(turns - 1)
+        if may_repeat:
+            set_lift(base, thread, np.int32(0))
+            cuda.syncthreads()
+        ready = False
+        while not ready:
+            ready = True
+            places, numbers = find_work(integers, reals, x, y)
             j, end, all_begin, all_end = keys_seen(integers, reals, places, numbers, part)
-            m, l, acc = begin_rows(integers, reals, places, numbers, thread, part, lift)
+            m, l, acc = begin_rows(integers, reals, places, numbers, base, thread, part)
             if j < end:
                 load_queries(integers, reals, places, numbers, base, thread)
                 load_keys(integers, reals, places, numbers, base, thread, j)
@@ -278,7 +305,7 @@ def make_forward(c: Config, on: Any) -> Any:
                     seldom, numbers_again = find_work(integers, reals, x, y)
                     s = hide(integers, reals, seldom, numbers_again, thread, j, s)
                 if not mixed:
-                    p, m, l, acc = take_in(integers, reals, s, m, l, acc, lift)
+                    p, m, l, acc = take_in(integers, reals, base, s, m, l, acc)
                 landed()
                 cuda.syncthreads()
                 if unpacked:
@@ -288,14 +315,16 @@ def make_forward(c: Config, on: Any) -> Any:
                 if j < end:
                     load_keys(integers, reals, places, numbers, base, thread, j)
                 if mixed:
-                    p, m, l, acc = take_in(integers, reals, s, m, l, acc, lift)
+                    p, m, l, acc = take_in(integers, reals, base, s, m, l, acc)
                 acc = add_values(base, thread, acc, p)
-            if repeats:
-                if lift == 0:
-                    if cuda.syncthreads_or(overflows(acc)) != 0:
-                        lift, turns = np.int32(1), np.int32(1)
-                        places, numbers = find_work(integers, reals, x, y)
+            if may_repeat:
+                if cuda.syncthreads_or(overflows(acc)) != 0:
+                    if is_lifted(base) == 0:
+                        cuda.syncthreads()
+                        set_lift(base, thread, np.int32(1))
+                        cuda.syncthreads()
+                        ready = False
         places, numbers = find_work(integers, reals, x, y)
-        finish(integers, reals, places, numbers, thread, part, lift, m, l, acc)
+        finish(integers, reals, places, numbers, base, thread, part, m, l, acc)
 
     return kernel

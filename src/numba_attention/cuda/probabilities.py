@@ -10,7 +10,7 @@ from .forward import make_product, tiles_of
 from .parameters import TYPES, Parameters
 from .products import Layout
 from .results import write_row
-from .softmax import center, fold, seen, start, total
+from .softmax import center, fold, start, total
 
 PLACES = f"l{len(FORWARD)}"
 
@@ -83,7 +83,7 @@ def make_weights(c: Config, on: Any) -> Any:
         b = block(e, integers, reals, places, numbers)
         factor, zero = b.p.real("factor", kind), e.const(kind, 0.0)
         keys = b.p.int("inner_tiles")  # all keys, valid or not
-        apart, offsets = center(e, product, layout, s, [seen(e, kind, x) for x in m], factor)
+        apart, offsets = center(e, product, layout, s, m, factor)
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
             some = (l[slot] > 0.0) | e.is_nan(l[slot])

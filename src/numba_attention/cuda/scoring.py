@@ -6,23 +6,22 @@ of columns.
 """
 
 import math
-import sys
 from typing import Any
 
 from .config import Config
 from .formats import read
 from .parameters import Parameters, Sequence, clamp
 from .products import Layout
-
-
-LARGEST = {"f": float.fromhex("0x1.fffffep127"), "d": sys.float_info.max}
+from .softmax import LARGEST
 
 
 def _converted(e: Any, kind: str, x: Any) -> Any:
     """A bias in the kind of the scores; what is finite in float64 stays so in float32."""
     if kind == "f" and x.kind == "d":
         most = e.const("d", LARGEST["f"])
-        return e.select(e.is_finite(x), e.convert(kind, e.max(e.min(x, most), e.const("d", 0.0) - most)), e.convert(kind, x))
+        return e.select(
+            e.is_finite(x), e.convert(kind, e.max(e.min(x, most), e.const("d", 0.0) - most)), e.convert(kind, x)
+        )
     return e.convert(kind, x)
 
 

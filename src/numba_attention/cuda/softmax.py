@@ -9,12 +9,15 @@ subtracted from, and factor = unit * log2(e).
 """
 
 import math
+import sys
 from typing import Any
 
 from .products import Layout
 
 LN2 = math.log(2)
 LOG2E = math.log2(math.e)
+# The maximum of a row that has seen nothing is the least number: minus infinity minus that is minus infinity.
+LARGEST = {"f": float.fromhex("0x1.fffffep127"), "d": sys.float_info.max}
 # The weight of a score is 2**(score * factor - maximum * factor), one fused multiply-add, as long as the rounded product
 # of the maximum and the factor is within 1/8 of the exact one. Beyond, the maximum is subtracted first.
 FAR = {"f": 2.0**22, "d": 2.0**51}
@@ -36,46 +39,44 @@ def start(
 ) -> tuple[list[Any], ...]:
     """Maxima, sums and accumulators before the first key; a sink is a key whose value is 0, in the first lane's sum."""
     kind = product.kind
-    zero, one, low = e.const(kind, 0.0), e.const(kind, 1.0), e.const(kind, -math.inf)
+    zero, one, low = e.const(kind, 0.0), e.const(kind, 1.0), e.const(kind, -LARGEST[kind])
     accumulators = [zero] * len(features)
     if sinks is None:
         return [low] * product.slots, [zero] * product.slots, accumulators
     if lift is not None:
         one = e.select(lift > 0, e.const(kind, 2.0**-LIFT), one)
     counts = [e.select(sink.equals(-math.inf), zero, e.select(first, one, zero)) for sink in sinks]
-    return sinks, counts, accumulators
-
-
-def seen(e: Any, kind: str, maximum: Any) -> Any:
-    """The maximum of a row, and 0 where the row has seen nothing: 2**(-inf - 0) is 0."""
-    return e.select(maximum > -math.inf, maximum, e.const(kind, 0.0))
+    return [e.max(sink, low) for sink in sinks], counts, accumulators
 
 
 def center(
-    e: Any, product: Any, layout: Layout, s: list[Any], tops: list[Any], factor: Any, lift: Any = None
+    e: Any, product: Any, layout: Layout, s: list[Any], m: list[Any], factor: Any, lift: Any = None
 ) -> tuple[list[Any], list[Any]]:
     """Scores and, of each slot, an offset, such that the weight of a score is 2**(score * factor + offset).
 
-    `tops` has the maximum of each slot (see `seen`). Where `lift` is more than 0, weights are 2**-LIFT times as large.
+    `m` has the maximum of each slot. Where `lift` is more than 0, weights are 2**-LIFT times as large.
     """
     kind, slots = product.kind, range(product.slots)
-    zero = e.const(kind, 0.0)
-    offsets = [zero - top * factor for top in tops]
-    limit = e.const(kind, FAR[kind])
+    zero, limit = e.const(kind, 0.0), e.const(kind, FAR[kind])
+    offsets = [zero - top * factor for top in m]
+    largest = e.abs(offsets[0])
+    for x in offsets[1:]:
+        largest = e.max(largest, e.abs(x))
     if lift is not None:
-        limit = e.select(lift > 0, e.const(kind, -1.0), limit)
-    far = [e.abs(offset) >= limit for offset in offsets]
-    some = far[0]
-    for slot in slots[1:]:
-        some = some | far[slot]
+        limit = e.select(lift > 0, zero, limit)
 
     def subtract(state: list[Any]) -> list[Any]:
+        apart, offsets = state[: len(s)], state[len(s) :]
         level = zero if lift is None else e.select(lift > 0, e.const(kind, float(-LIFT)), zero)
-        less = [e.select(far[slot], tops[slot], zero) for slot in slots]
-        apart = [x - less[slot] for (slot, _), x in zip(layout.elements, state[: len(s)], strict=True)]
-        return apart + [e.select(far[slot], level, state[len(s) + slot]) for slot in slots]
+        for slot in slots:
+            far = e.abs(offsets[slot]) >= limit
+            less = e.select(far, m[slot], zero)
+            for n in layout.of_slot(slot):
+                apart[n] = apart[n] - less
+            offsets[slot] = e.select(far, level, offsets[slot])
+        return apart + offsets
 
-    made = e.when(some, [*s, *offsets], subtract)
+    made = e.when(largest >= limit, [*s, *offsets], subtract)
     return made[: len(s)], made[len(s) :]
 
 
@@ -91,17 +92,16 @@ def fold(
     low = e.const(product.kind, -math.inf)
     careful = getattr(product, "careful", False)
     shown = [e.select(product.is_hidden(e, x), low, x) for x in s] if careful else s
-    tops, alphas = [], []
+    alphas = []
     for slot in range(product.slots):
         mine = layout.of_slot(slot)
         top = shown[mine[0]]
         for n in mine[1:]:
             top = e.max(top, shown[n])
         top = e.max(m[slot], across(e, product, top, e.max))
-        tops.append(seen(e, product.kind, top))
-        alphas.append(e.exp2((m[slot] - tops[slot]) * factor))
+        alphas.append(e.exp2((m[slot] - top) * factor))
         m[slot] = top
-    shown, offsets = center(e, product, layout, shown, tops, factor, lift)
+    shown, offsets = center(e, product, layout, shown, m, factor, lift)
     for slot in range(product.slots):
         total = l[slot] * alphas[slot]
         for n in layout.of_slot(slot):
