@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..cuda import configs, runtime
-from ..cuda.blocks import HEAD
+from ..cuda.blocks import FACTS, HEAD
 from ..cuda.config import Config, padded
 from ..cuda.constants import upload
 from ..cuda.driver import Device
@@ -22,8 +22,8 @@ def run(g: BackwardProblem) -> None:
     p, stream = g.forward, runtime.stream()
     real = np.float64 if p.query.dtype == np.float64 else np.float32
     of_rows = p.out.shape[-3:-1] if p.packing else p.out.shape[:-1]  # of packed sequences all have the same array
-    planes = runtime.empty((3, *of_rows), real, stream)  # delta, offset and maximum of each row
-    delta = np.broadcast_to(planes[0], p.out.shape[:-1])
+    delta = runtime.empty((*of_rows, len(FACTS)), real, stream)[..., 0]
+    delta = np.broadcast_to(delta, p.out.shape[:-1])
     sums = None
     if _is_single(p):
         sums = runtime.empty((*of_rows, padded(p.E)), real, stream)
@@ -37,7 +37,6 @@ def run(g: BackwardProblem) -> None:
     )  # fmt: skip
     if of_bias is not None and (p.packing is not None or not work.sequences.size):
         add_up(of_bias, of_bias, work.device.arch, stream, terms=False)
-    work.set(plane=planes.strides[0])
     number = len(work.sequences)
     if not number or not p.H:
         return _without_work(g, work)

@@ -13,18 +13,39 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, make_marks, make_scale, place, stage, work_item
+from .blocks import BACKWARD, FACTS, NUMBERS, Block, Lanes, make_landed, make_marks, make_scale, place, stage, work_item
 from .config import Config, compute_capability, lay_out
+from .emit import SIZES
 from .parameters import TYPES, Parameters
 from .results import not_finite, write_row
 from .softmax import across, recenter
-from .tiles import Tile, copy_numbers
+from .tiles import CHUNK, Tile
 
 NAMES = {"query": (*BACKWARD, "grad_query"), "key": (*BACKWARD, "grad_key", "grad_value", "sum_query")}
 
 
+def copy_facts(
+    e: Any, kind: str, target: Any, address: Any, first: Any, most: Any, count: int, thread: Any, threads: int,
+    asynchronous: bool,
+) -> None:  # fmt: skip
+    """Bring `FACTS` of `count` queries, from query `first` on, to shared memory, zeros from query `most` on."""
+    size = SIZES[kind]
+    pitch, together = len(FACTS) * size, CHUNK // size
+    for n in range(-(-count // threads)):
+        index = thread + n * threads
+        inside = index < count
+        there = inside & (index + first < most)
+        source = address + e.wide(e.select(there, index + first, index - index)) * pitch
+        at = target + e.select(inside, index, index - index) * pitch
+        for more in range(0, pitch, CHUNK):
+            if asynchronous:
+                e.copy_async(at + more, source + more, e.select(there, e.const("i", CHUNK), e.const("i", 0)), inside)
+            else:
+                e.store_shared(kind, at + more, e.load(kind, source + more, together, where=there), inside)
+
+
 class Tiles:
-    """Shared memory of a block: its two tiles, and twice the two that pass by and, of queries, their offset and delta."""
+    """Shared memory of a block: its two tiles, and twice the two that pass by and, what is known of queries."""
 
     def __init__(self, c: Config) -> None:
         of = {"query": ("query", "grad_out"), "key": ("key", "value")}
@@ -37,10 +58,9 @@ class Tiles:
             Tile(columns, c.E, kept, first),
             Tile(columns, c.Ev, kept, first + columns * c.E * self.own[0].size),
         ]
-        self.offset = self.other[1].end
+        self.facts = self.other[1].end
         self.size = 8 if kept == "float64" else 4
-        self.delta = self.offset + columns * self.size
-        end = self.delta + columns * self.size if c.task == "key" else self.offset
+        end = self.facts + (columns * len(FACTS) * self.size if c.task == "key" else 0)
         self.period = end - first  # bytes from one set to the next
         self.end = first + 2 * self.period
         product = c.make_product()
@@ -114,10 +134,8 @@ def make_backward(c: Config, on: Any) -> Any:
                 b.places[name] = b.places[name] + e.wide(g) * getattr(b.p, f"{name}_head")
             b.load_tile(name, tile, base, thread, j, b.span.columns)
         if of_keys:
-            delta = b.places["delta"] + e.wide(g) * b.p.delta_head
-            for address, at in ((delta + b.p.plane, tiles.offset), (delta, tiles.delta)):
-                copy_numbers(e, kind, base + at, address, b.p.delta_row, j, b.span.columns, columns, thread, threads,
-                             c.aligned)  # fmt: skip
+            copy_facts(e, kind, base + tiles.facts, b.places["delta"] + e.wide(g) * b.p.delta_head, j, b.span.columns,
+                       columns, thread, threads, c.aligned)  # fmt: skip
         b.commit()
 
     @macro("i i", "i", "i", "i", "i")
@@ -150,16 +168,16 @@ def make_backward(c: Config, on: Any) -> Any:
         return lanes.scores(b, thread, j, of_keys).hide(s, b.span)
 
     def of_queries(e: Any, name: str, b: Block | None, base: Any, thread: Any, shift: Any) -> Any:
-        """Of offsets or delta, the number of each register: by row from memory, or by column from the tile that came."""
+        """Of what is known of queries, the number of each register: by row from memory, or by column from the tile."""
+        more, pitch = FACTS.index(name) * tiles.size, len(FACTS) * tiles.size
         if of_keys:
-            at = base + shift + (tiles.offset if name == "offset" else tiles.delta)
-            at = at + product.lane_column(thread & 31) * tiles.size
-            known = {n: e.load_shared(kind, at + n * tiles.size) for n in dict.fromkeys(n for _, n in layout.elements)}
+            at = base + shift + product.lane_column(thread & 31) * pitch + (tiles.facts + more)
+            known = {n: e.load_shared(kind, at + n * pitch) for n in dict.fromkeys(n for _, n in layout.elements)}
             return [known[n] for _, n in layout.elements]
         assert b is not None
         rows = [b.first + row for row in lanes.rows(thread)]
-        plane = b.places["delta"] + b.p.plane * ("delta", "offset", "maximum").index(name)
-        found = [e.load(kind, plane + e.wide(row) * tiles.size, where=row < b.span.rows) for row in rows]
+        at = b.places["delta"] + more
+        found = [e.load(kind, at + e.wide(row) * pitch, where=row < b.span.rows) for row in rows]
         return [found[slot] for slot, _ in layout.elements]
 
     @macro("", *TYPES, "i", "i")
@@ -173,21 +191,11 @@ def make_backward(c: Config, on: Any) -> Any:
 
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
     def subtract(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, g: Any, s: Any
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, shift: Any, s: Any
     ) -> Any:
         """Subtract the maxima of rows whose lse does not tell the denominator."""
         b = block(e, integers, reals, places, numbers)
-        thread = e.opaque(thread)
-        if of_keys:
-            first = product.lane_column(thread & 31) + j
-            at = b.places["delta"] + e.wide(g) * b.p.delta_head + b.p.plane * 2 + e.wide(first) * tiles.size
-            left = b.span.columns - first
-            columns_ = dict.fromkeys(n for _, n in layout.elements)
-            tops = {n: e.load(kind, at + n * tiles.size, where=left > n) for n in columns_}
-            found = [tops[n] for _, n in layout.elements]
-        else:
-            found = of_queries(e, "maximum", b, None, thread, None)
-        apart = recenter(e, s, found)
+        apart = recenter(e, s, of_queries(e, "maximum", b, base, e.opaque(thread), shift))
         return [e.select(product.is_hidden(e, x), x, y) for x, y in zip(s, apart, strict=True)] if careful else apart
 
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
@@ -320,8 +328,7 @@ def make_backward(c: Config, on: Any) -> Any:
                     seldom, again, _ = find_work(integers, reals, at_x, at_y)
                     s = hide(integers, reals, seldom, again, thread, j, s)
                 if any_far(base) != 0:
-                    seldom, again, _ = find_work(integers, reals, at_x, at_y)
-                    s = subtract(integers, reals, seldom, again, thread, j, g, s)
+                    s = subtract(integers, reals, places, numbers, base, thread, shift, s)
                 p = weigh(integers, reals, places, numbers, base, thread, shift, s)
                 if wants_value:
                     if two:

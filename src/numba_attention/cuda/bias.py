@@ -97,7 +97,7 @@ def make_bias(c: Config, on: Any) -> Any:
             at = b.first + row
             there = at < b.span.rows
             address = b.places["delta"] + e.wide(at) * b.p.delta_row
-            found.append([e.load(kind, address + b.p.plane * n, where=there) for n in range(3)])
+            found.append([e.load(kind, address + n * size, where=there) for n in range(3)])
         apart = recenter(e, s, [found[slot][2] for slot, _ in layout.elements])
         for n, (slot, _) in enumerate(layout.elements):
             delta, offset, _ = found[slot]

@@ -11,6 +11,8 @@ from .tiles import Rows, Tile, fetch, scale_rows
 
 FORWARD = ("query", "key", "value", "out", "lse", "bias", "mask", "key_scale", "value_scale")
 BACKWARD = ("query", "key", "value", "grad_out", "delta", "bias", "mask")
+# What the backward pass knows of a query, side by side: its delta, and P = 2**((score - maximum) * factor + offset).
+FACTS = ("delta", "offset", "maximum", "")
 OF_KEYS = ("key", "value", "key_scale", "value_scale", "grad_key", "grad_value")
 NUMBERS = "i9"  # what is told of the sequence
 HEAD = 4  # numbers before all flags; and before the sums of a part of a row: maximum, denominator, two for alignment

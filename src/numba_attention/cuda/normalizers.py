@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import FORWARD, NUMBERS, Block, Lanes, make_landed, make_scale, place, stage
+from .blocks import FACTS, FORWARD, NUMBERS, Block, Lanes, make_landed, make_scale, place, stage
 from .config import Config
+from .emit import SIZES
 from .forward import make_product, tiles_of
 from .parameters import TYPES, Parameters
 from .products import Layout
@@ -100,10 +101,9 @@ def make_normalizers(c: Config, on: Any) -> Any:
             own = e.log2(l[slot])
             whole = more <= own * (1 / LOG2E) + e.abs(lse) * SLACK[kind]
             offset = zero - e.select(whole, own, more * LOG2E)
-            address = b.places["delta"] + e.wide(at) * b.p.delta_row + b.p.plane
-            where = there & is_far(e, lse) & e.is_finite(m[slot])
-            e.store(kind, address, [offset], where)
-            e.store(kind, address + b.p.plane, [m[slot]], where)
+            address, where = b.places["delta"] + e.wide(at) * b.p.delta_row, there & is_far(e, lse)
+            for name, x in (("offset", offset), ("maximum", m[slot])):
+                e.store(kind, address + FACTS.index(name) * SIZES[kind], [x], where)
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         base = shared_address(cuda.shared.array(0, np.uint8))

@@ -11,7 +11,6 @@ INTEGERS = (
     *ADDRESSES,
     *(f"{name}_{axis}" for name in ARRAYS for axis in ("head", "row", "column")),
     "heads", "group", "E", "Ev", "left", "right", "tiles", "together", "flag_rows", "splits", "number", "inner_tiles",
-    "plane",  # bytes between delta and offset, and between offset and maximum, of the same row
     "page_size", "key_page", "value_page", "key_scale_page", "value_scale_page",
     # of the gradient of a bias: which sequences share its elements, how many heads, rows and keys do
     "bias_heads", "bias_rows", "bias_keys",

@@ -7,6 +7,7 @@ import numpy as np
 
 from .blocks import Block, place
 from .config import Config
+from .emit import SIZES
 from .formats import HALVES, KINDS, read
 from .parameters import AXES, TYPES, Parameters
 from .products import Layout
@@ -56,9 +57,9 @@ def make_delta(c: Config, on: Any) -> Any:
         total = total - e.load(kind, b.places["grad_lse"] + e.wide(i) * p.grad_lse_row, where=given)
         lse = e.load(kind, b.places["lse"] + e.wide(i) * p.lse_row, where=there)
         offset = e.select(lse.equals(-math.inf), e.const(kind, 0.0), lse * -LOG2E)
-        at, own = b.places["delta"] + e.wide(i) * p.delta_row, there & lane.equals(0)
-        for n, x in enumerate((total, offset, e.const(kind, 0.0))):
-            e.store(kind, at + p.plane * n, [x], own)
+        at, own, zero = b.places["delta"] + e.wide(i) * p.delta_row, there & lane.equals(0), e.const(kind, 0.0)
+        for n, pair in enumerate(([total, offset], [zero, zero])):
+            e.store(kind, at + n * 2 * SIZES[kind], pair, own)
         e.store("i", p.far, [e.const("i", 1)], own & is_far(e, lse))
         if c.single:
             zero, at = e.const(kind, 0.0), b.places["sum_query"] + e.wide(i) * p.sum_query_row
@@ -127,7 +128,7 @@ def make_sinks(c: Config, on: Any) -> Any:
         there = i < b.span.rows
         lse = e.load(kind, b.places["lse"] + e.wide(i) * p.lse_row, where=there)
         at = b.places["delta"] + e.wide(i) * p.delta_row
-        delta, offset, top = (e.load(kind, at + p.plane * n, where=there) for n in range(3))
+        delta, offset, top = (e.load(kind, at + n * SIZES[kind], where=there) for n in range(3))
         weight = e.exp2(e.fma(b.sink(head, kind) - top, p.real("factor", kind), offset))
         # Beside an infinite sum nothing else weighs; of a row with neither sink nor keys (lse -inf) nothing does.
         weighs = there & e.is_finite(lse) & (weight > 0.0)
