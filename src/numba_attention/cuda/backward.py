@@ -71,8 +71,6 @@ class Tiles:
             self.scratch = self.end
             product.set_columns(columns)
             self.end += product.scratch * c.warps
-        self.far = self.end  # whether any lse does not tell its denominator, which would need a register
-        self.end += 16
 
 
 def make_backward(c: Config, on: Any) -> Any:
@@ -113,8 +111,10 @@ def make_backward(c: Config, on: Any) -> Any:
 
     @macro("i4", *TYPES, PLACES, NUMBERS)
     def columns_seen(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Any:
+        """First column, the one after the last, and those that all rows see, of which none needs more than its weight."""
         b = block(e, integers, reals, places, numbers)
-        return list(b.span.of_rows(b.first, b.first + (c.rows - 1)))
+        begin, end, all_begin, all_end = b.span.of_rows(b.first, b.first + (c.rows - 1))
+        return [begin, end, all_begin, e.select(e.load("i", b.p.far) > 0, begin - begin, all_end)]
 
     @macro("", *TYPES, PLACES, NUMBERS, "i", "i")
     def load_own(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any) -> None:
@@ -180,14 +180,9 @@ def make_backward(c: Config, on: Any) -> Any:
         found = [e.load(kind, at + e.wide(row) * pitch, where=row < b.span.rows) for row in rows]
         return [found[slot] for slot, _ in layout.elements]
 
-    @macro("", *TYPES, "i", "i")
-    def keep_far(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
-        far = e.load("i", Parameters(e, integers, reals).far)
-        e.store_shared("i", base + tiles.far, [far], thread.equals(0))
-
-    @macro("i", "i")
-    def any_far(e: Any, base: Any) -> Any:
-        return e.load_shared("i", base + tiles.far)
+    @macro("i", *TYPES)
+    def any_far(e: Any, integers: Any, reals: Any) -> Any:
+        return e.load("i", Parameters(e, integers, reals).far)
 
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
     def subtract(
@@ -305,7 +300,6 @@ def make_backward(c: Config, on: Any) -> Any:
         begin, end, all_begin, all_end = columns_seen(integers, reals, places, numbers)
         x, y = zeros()
         if begin < end:
-            keep_far(integers, reals, base, thread)
             load_own(integers, reals, places, numbers, base, thread)
             load_other(integers, reals, places, numbers, base, thread, begin, np.int32(0), np.int32(0))
             landed()
@@ -327,8 +321,8 @@ def make_backward(c: Config, on: Any) -> Any:
                 if j < all_begin or j + columns > all_end:
                     seldom, again, _ = find_work(integers, reals, at_x, at_y)
                     s = hide(integers, reals, seldom, again, thread, j, s)
-                if any_far(base) != 0:
-                    s = subtract(integers, reals, places, numbers, base, thread, shift, s)
+                    if any_far(integers, reals) != 0:
+                        s = subtract(integers, reals, seldom, again, base, thread, shift, s)
                 p = weigh(integers, reals, places, numbers, base, thread, shift, s)
                 if wants_value:
                     if two:
