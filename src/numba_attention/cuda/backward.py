@@ -141,7 +141,7 @@ def make_backward(c: Config, on: Any) -> Any:
     @macro("i i", "i", "i", "i", "i")
     def following(e: Any, j: Any, g: Any, begin: Any, end: Any) -> Any:
         """The next tile of columns, and its head of the group."""
-        after = (e.opaque(j) if single and not c.flags else j) + columns  # (found anew where that saves a register)
+        after = j + columns  # (found anew where that saves a register)
         over = after >= end
         return e.select(over, begin, after), e.select(over, g + 1, g)
 
