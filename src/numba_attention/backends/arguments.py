@@ -187,9 +187,7 @@ def reals(p: Problem) -> list[float]:
         prescale, rest = 0.0, 1.0
     unit = rest if p.softcap is p.alibi_slopes is p.bias is None else 1.0
     made = {
-        "prescale": prescale, "rest": rest, "unit": unit, "per_unit": 1 / unit, "factor": unit * LOG2E,
-        "scale": p.scale, "unscale": p.scale / prescale if prescale else 0.0,
-    }  # fmt: skip
+        "prescale": prescale, "rest": rest, "unit": unit, "per_unit": 1 / unit, "factor": unit * LOG2E}
     if p.softcap is not None:
         made |= {"cap_inner": rest / p.softcap, "cap_outer": p.softcap}
     return [float(made.get(name, 0.0)) for name in REALS]

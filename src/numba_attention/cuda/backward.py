@@ -248,7 +248,7 @@ def make_backward(c: Config, on: Any) -> Any:
         warp, lane = lanes.split(e.opaque(thread))
         found = product.transposed(e, tiles.grads, own[0], e.opaque(base), warp, lane, c.warps)
         total, row, feature, there = found
-        factor = b.p.real("unscale", kind)
+        factor = b.p.real("rest", kind)
         at = b.places["sum_query"] + e.wide(g) * b.p.sum_query_head + e.wide(feature + (lane & 3) * 2) * 4
         for slot in (0, 1):
             i = j + row + (lane >> 2) + 8 * slot
@@ -263,7 +263,8 @@ def make_backward(c: Config, on: Any) -> Any:
         b = block(e, integers, reals, places, numbers)
         thread = e.opaque(thread)
         lane = thread & 31
-        scale, zero = b.p.real("scale", kind), e.const(kind, 0.0)
+        # (Their product may be smaller than the least number that has all its bits.)
+        rest, prescale, zero = b.p.real("rest", kind), b.p.real("prescale", kind), e.const(kind, 0.0)
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
             there, valid = at < b.rows, at < b.span.rows
@@ -273,7 +274,7 @@ def make_backward(c: Config, on: Any) -> Any:
             for name, sum_ in zip(keeps, (x, y), strict=False):
                 grad, features = f"grad_{name}", sums[name]
                 mine = features.of_slot(slot)
-                z = [e.select(valid, sum_[n] if name == "value" else sum_[n] * scale, zero) for n in mine]
+                z = [e.select(valid, sum_[n] if name == "value" else sum_[n] * rest * prescale, zero) for n in mine]
                 if c.flags:
                     bad = bad | not_finite(e, z)
                 address = b.places[grad] + e.wide(at) * getattr(b.p, f"{grad}_row")

@@ -16,8 +16,8 @@ INTEGERS = (
     "bias_heads", "bias_rows", "bias_keys",
 )  # fmt: skip
 # prescale: what queries are multiplied by; rest: what makes natural scores of their products; unit: what makes them of
-# the scores that the softmax sees, with 1 / unit and unit * log2(e); unscale: scale / prescale.
-REALS = ("prescale", "rest", "unit", "per_unit", "factor", "cap_inner", "cap_outer", "scale", "unscale")
+# the scores that the softmax sees, with 1 / unit and unit * log2(e).
+REALS = ("prescale", "rest", "unit", "per_unit", "factor", "cap_inner", "cap_outer")
 TYPES = (f"l{len(INTEGERS)}", f"d{len(REALS)}")  # of the two arguments of every kernel
 AXES = 8  # that an array to be summed may have: kept ones, and summed ones
 RECORD = SEQUENCE.itemsize
