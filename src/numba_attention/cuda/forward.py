@@ -14,7 +14,7 @@ from .blocks import FORWARD, HEAD, NUMBERS, Block, Lanes, make_landed, make_mark
 from .config import Config, lay_out
 from .parameters import TYPES, Parameters
 from .results import not_finite, write_row
-from .softmax import LIFT, fold, lse, start, total
+from .softmax import fold, lse, relative, start, total
 from .staging import Codes, unpack
 from .tiles import Tile
 
@@ -151,7 +151,8 @@ def make_forward(c: Config, on: Any) -> Any:
             if split:
                 low = e.const(kind, -math.inf)
                 sinks = [e.select(part.equals(0), sink, low) for sink in sinks]
-        return start(e, product, features, sinks, first, lift_of(e, base) if c.sinks else None)
+        factor = Parameters(e, integers, reals).real("factor", kind)
+        return start(e, product, features, sinks, first, factor, lift_of(e, base) if c.sinks else None)
 
     @macro(S, "i", "i")
     def multiply_keys(e: Any, base: Any, thread: Any) -> Any:
@@ -203,9 +204,7 @@ def make_forward(c: Config, on: Any) -> Any:
         b = block(e, integers, reals, places, numbers)
         l, one = total(e, product, l), e.const(kind, 1.0)
         scales = [one / x for x in l]
-        lift = lift_of(e, base)
-        if lift is not None:
-            l = [x * e.select(lift > 0, e.const(kind, 2.0**LIFT), one) for x in l]
+        l = relative(e, m, l, b.p.real("factor", kind), lift_of(e, base))
         if split:
             return write_part(b, thread, part, m, l, scales, acc)
         thread = e.opaque(thread)

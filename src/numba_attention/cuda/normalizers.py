@@ -15,7 +15,7 @@ from .emit import SIZES
 from .forward import make_product, tiles_of
 from .parameters import TYPES, Parameters
 from .products import Layout
-from .softmax import LOG2E, fold, is_far, start, total
+from .softmax import LOG2E, fold, is_far, relative, start, total
 
 NAMES = (*FORWARD, "delta")
 PLACES = f"l{len(NAMES)}"
@@ -74,7 +74,8 @@ def make_normalizers(c: Config, on: Any) -> Any:
     def begin_rows(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any) -> Any:
         b = block(e, integers, reals, places, numbers)
         sinks = [b.sink(b.head, kind)] * product.slots if c.sinks else None
-        return start(e, product, nothing, sinks, product.lane_column(thread & 31).equals(0))[:2]
+        first = product.lane_column(thread & 31).equals(0)
+        return start(e, product, nothing, sinks, first, b.p.real("factor", kind))[:2]
 
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i")
     def scores(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> Any:
@@ -91,7 +92,7 @@ def make_normalizers(c: Config, on: Any) -> Any:
     @macro("", *TYPES, PLACES, NUMBERS, "i", M, M)
     def finish(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, m: Any, l: Any) -> None:
         b = block(e, integers, reals, places, numbers)
-        l, zero = total(e, product, l), e.const(kind, 0.0)
+        l, zero = relative(e, m, total(e, product, l), b.p.real("factor", kind)), e.const(kind, 0.0)
         begins = product.lane_column(thread & 31).equals(0)
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row

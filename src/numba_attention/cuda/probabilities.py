@@ -57,7 +57,8 @@ def make_weights(c: Config, on: Any) -> Any:
         sinks = None
         if c.sinks:
             sinks = [b.sink(b.head, kind)] * product.slots
-        return start(e, product, nothing, sinks, product.lane_column(thread & 31).equals(0))[:2]
+        first = product.lane_column(thread & 31).equals(0)
+        return start(e, product, nothing, sinks, first, b.p.real("factor", kind))[:2]
 
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i")
     def scores(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> Any:
@@ -83,7 +84,7 @@ def make_weights(c: Config, on: Any) -> Any:
         b = block(e, integers, reals, places, numbers)
         factor, zero = b.p.real("factor", kind), e.const(kind, 0.0)
         keys = b.p.int("inner_tiles")  # all keys, valid or not
-        apart, offsets = center(e, product, layout, s, m, factor)
+        apart, offsets, _ = center(e, product, layout, s, m, factor)
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
             some = (l[slot] > 0.0) | e.is_nan(l[slot])

@@ -35,30 +35,43 @@ def across(e: Any, product: Any, x: Any, join: Any) -> Any:
 
 
 def start(
-    e: Any, product: Any, features: Layout, sinks: list[Any] | None, first: Any, lift: Any = None
+    e: Any, product: Any, features: Layout, sinks: list[Any] | None, first: Any, factor: Any = None, lift: Any = None
 ) -> tuple[list[Any], ...]:
     """Maxima, sums and accumulators before the first key; a sink is a key whose value is 0, in the first lane's sum."""
     kind = product.kind
-    zero, one, low = e.const(kind, 0.0), e.const(kind, 1.0), e.const(kind, -LARGEST[kind])
+    zero, low = e.const(kind, 0.0), e.const(kind, -LARGEST[kind])
     accumulators = [zero] * len(features)
     if sinks is None:
         return [low] * product.slots, [zero] * product.slots, accumulators
-    if lift is not None:
-        one = e.select(lift > 0, e.const(kind, 2.0**-LIFT), one)
-    counts = [e.select(sink.equals(-math.inf), zero, e.select(first, one, zero)) for sink in sinks]
+    counts = []
+    for sink in sinks:
+        weight = e.exp2(excess(e, sink, factor))
+        if lift is not None:
+            weight = e.select(lift > 0, e.const(kind, 2.0**-LIFT), weight)
+        counts.append(e.select(sink.equals(-math.inf), zero, e.select(first, weight, zero)))
     return [e.max(sink, low) for sink in sinks], counts, accumulators
 
 
+def excess(e: Any, maximum: Any, factor: Any) -> Any:
+    """The logarithm of the weight of a row's maximum: what its product with the factor exceeds the rounded one by."""
+    kind = maximum.kind
+    rounded = maximum * factor
+    return e.select(e.abs(rounded) >= FAR[kind], e.const(kind, 0.0), e.fma(maximum, factor, e.const(kind, 0.0) - rounded))
+
+
 def center(
-    e: Any, product: Any, layout: Layout, s: list[Any], m: list[Any], factor: Any, lift: Any = None
-) -> tuple[list[Any], list[Any]]:
+    e: Any, product: Any, layout: Layout, s: list[Any], m: list[Any], factor: Any, lift: Any = None,
+    before: list[Any] | None = None,
+) -> tuple[list[Any], list[Any], list[Any]]:  # fmt: skip
     """Scores and, of each slot, an offset, such that the weight of a score is 2**(score * factor + offset).
 
-    `m` has the maximum of each slot. Where `lift` is more than 0, weights are 2**-LIFT times as large.
+    `m` has the maximum of each slot. Where `lift` is more than 0, weights are 2**-LIFT times as large. The logarithm of
+    what takes weights with the maxima `before` to those with `m` comes last.
     """
     kind, slots = product.kind, range(product.slots)
     zero, limit = e.const(kind, 0.0), e.const(kind, FAR[kind])
     offsets = [zero - top * factor for top in m]
+    steps = [] if before is None else [e.fma(x, factor, zero) + offset for x, offset in zip(before, offsets, strict=True)]
     largest = e.abs(offsets[0])
     for x in offsets[1:]:
         largest = e.max(largest, e.abs(x))
@@ -66,7 +79,7 @@ def center(
         limit = e.select(lift > 0, zero, limit)
 
     def subtract(state: list[Any]) -> list[Any]:
-        apart, offsets = state[: len(s)], state[len(s) :]
+        apart, offsets, steps = state[: len(s)], state[len(s) : len(s) + len(m)], state[len(s) + len(m) :]
         level = zero if lift is None else e.select(lift > 0, e.const(kind, float(-LIFT)), zero)
         for slot in slots:
             far = e.abs(offsets[slot]) >= limit
@@ -74,10 +87,14 @@ def center(
             for n in layout.of_slot(slot):
                 apart[n] = apart[n] - less
             offsets[slot] = e.select(far, level, offsets[slot])
-        return apart + offsets
+            if before is not None:
+                more = excess(e, before[slot], factor)
+                more = more if lift is None else e.select(lift > 0, zero, more)
+                steps[slot] = e.select(far, (before[slot] - m[slot]) * factor - more, steps[slot])
+        return apart + offsets + steps
 
-    made = e.when(largest >= limit, [*s, *offsets], subtract)
-    return made[: len(s)], made[len(s) :]
+    made = e.when(largest >= limit, [*s, *offsets, *steps], subtract)
+    return made[: len(s)], made[len(s) : len(s) + len(m)], made[len(s) + len(m) :]
 
 
 def fold(
@@ -88,29 +105,28 @@ def fold(
 
     ``at_once``: accumulators are rescaled here, and not when they are needed.
     """
-    p, m, l, c = list(s), list(m), list(l), list(c)
+    p, before, l, c = list(s), m, list(l), list(c)
     low = e.const(product.kind, -math.inf)
     careful = getattr(product, "careful", False)
     shown = [e.select(product.is_hidden(e, x), low, x) for x in s] if careful else s
-    alphas = []
+    m = []
     for slot in range(product.slots):
         mine = layout.of_slot(slot)
         top = shown[mine[0]]
         for n in mine[1:]:
             top = e.max(top, shown[n])
-        top = e.max(m[slot], across(e, product, top, e.max))
-        alphas.append(e.exp2((m[slot] - top) * factor))
-        m[slot] = top
-    shown, offsets = center(e, product, layout, shown, m, factor, lift)
+        m.append(e.max(before[slot], across(e, product, top, e.max)))
+    shown, offsets, steps = center(e, product, layout, shown, m, factor, lift, before)
     for slot in range(product.slots):
-        total = l[slot] * alphas[slot]
+        alpha = e.exp2(steps[slot])
+        total = l[slot] * alpha
         for n in layout.of_slot(slot):
             weight = e.exp2(e.fma(shown[n], factor, offsets[slot]))
             total = total + weight
             p[n] = e.select(product.is_hidden(e, s[n]), s[n], weight) if careful else weight
         l[slot] = total
         for n in features.of_slot(slot):
-            c[n] = e.times(c[n], alphas[slot]) if at_once else c[n] * alphas[slot]
+            c[n] = e.times(c[n], alpha) if at_once else c[n] * alpha
     return p, m, l, c
 
 
@@ -118,8 +134,17 @@ def total(e: Any, product: Any, l: list[Any]) -> list[Any]:
     return [across(e, product, x, lambda a, b: a + b) for x in l]
 
 
+def relative(e: Any, m: list[Any], l: list[Any], factor: Any, lift: Any = None) -> list[Any]:
+    """Sums of weights where the maximum of a row weighs 1."""
+    made = []
+    for top, x in zip(m, l, strict=True):
+        scale = e.exp2(e.const(x.kind, 0.0) - excess(e, top, factor))
+        made.append(x * (scale if lift is None else e.select(lift > 0, e.const(x.kind, 2.0**LIFT), scale)))
+    return made
+
+
 def lse(e: Any, maximum: Any, total: Any, unit: Any) -> Any:
-    """The natural logarithm of the denominator of a row, of its maximum and the sum of its weights."""
+    """The natural logarithm of the denominator of a row, of its maximum and the sum of weights relative to it."""
     return e.fma(maximum, unit, e.log2(total) * LN2)
 
 
