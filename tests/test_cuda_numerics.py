@@ -3,12 +3,16 @@
 Right values are the textbook's formula in float64, which shares no code with the package.
 """
 
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 import numba_attention as na
+from device import Tensor, fake_torch
 from emulator import emulated
+from numba_attention.backends import arguments
 from test_decode import filled
 
 F16, BF16, F32, F64 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64)
@@ -225,3 +229,37 @@ def test_300_equal_keys(gpu):
     k, v = np.zeros((1, 300, 1), np.float32), np.full((1, 300, 1), 3e38, np.float32)
     for L in (1, 3, 70):
         np.testing.assert_allclose(na.attention(np.ones((1, L, 1), np.float32), k, v, backend="cuda"), 3e38, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_float64_bias_beside_other_data(gpu, monkeypatch, dtype, on_device):
+    """What is finite stays so, whether the host converts it or a kernel reads it."""
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.standard_normal((1, n, 8)).astype(dtype) for n in (5, 30, 30))
+    bias = np.zeros((5, 30))
+    bias[:, 20:] = np.finfo(np.float64).min
+    bias[1], bias[2, :3], bias[3, 4] = np.finfo(np.float64).min, 1e300, -np.inf
+    if on_device:
+        monkeypatch.setitem(sys.modules, "torch", fake_torch())
+        found = na.attention(*(Tensor(x) for x in (q, k, v)), bias=Tensor(bias), return_lse=True)
+        out, lse = (x.array for x in found)
+    else:
+        out, lse = na.attention(q, k, v, bias=bias, return_lse=True, backend="cuda")
+    want, want_lse, _ = textbook(q, k, v, bias=np.clip(bias, -1e5, 1e5) + np.where(np.isinf(bias), bias, 0))
+    want[0, 1], want[0, 2] = np.asarray(v, np.float64)[0].mean(0), np.asarray(v, np.float64)[0, :3].mean(0)
+    close(out, want, 20 * EPS[dtype])
+    assert lse[0, 1] == np.finfo(np.float32).min
+    assert lse[0, 2] == np.finfo(np.float32).max
+
+
+def test_a_page_that_another_thread_frees_is_never_read(gpu):
+    """Pages of a freed sequence are -1 in the table: the call may be wrong, and reads nothing before the array."""
+    q, k, v = (np.ones((2, 2, n, 16), np.float32) for n in (1, 50, 50))
+    cache = filled(k, v, [50, 20], None, 16)
+    table = np.full((2, 4), -1)
+    original = arguments.Work._of_cache
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arguments.Work, "_of_cache", lambda self, p, c: original(self, p, c._replace(table=table)))
+        out = na.attention_decode(q, cache, backend="cuda")
+    assert out.shape == q.shape

@@ -5,6 +5,8 @@ The driver is a fake that does everything as late as a real one may.
 
 import ctypes
 import gc
+import os
+import subprocess
 import sys
 import threading
 import types
@@ -620,3 +622,40 @@ def test_unusable_is_quick():
 def test_this_machine():
     reason = runtime.unusable()
     assert reason is None or len(reason) > 20
+
+
+def test_the_digest_of_machine_code_covers_what_it_reads(monkeypatch):
+    """Kernels hold offsets of the record of a sequence and places of numbers, whose sources are not all in cuda/."""
+    from numba_attention.cuda import cubins, parameters
+
+    before = cubins.environment.__wrapped__()
+    fields = [(name, parameters.SEQUENCE.fields[name][0]) for name in parameters.SEQUENCE.names]
+    for name, other in (
+        ("SEQUENCE", np.dtype([fields[1], fields[0], *fields[2:]])),
+        ("SEQUENCE", np.dtype([("another", np.int64), *fields])),
+        ("SEQUENCE", np.dtype([(fields[0][0], np.int32), *fields[1:]])),
+        ("INTEGERS", ("another", *parameters.INTEGERS)),
+        ("REALS", parameters.REALS[::-1]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(parameters, name, other)
+            assert cubins.environment.__wrapped__() != before
+    assert cubins.environment.__wrapped__() == before
+
+
+def test_a_kernels_configuration_travels_to_other_processes():
+    """Where strings have other hashes: what was pickled is found in a dictionary there."""
+    code = (
+        "import pickle, sys; from numba_attention.cuda.config import Config; c = Config('forward', 'float32', 64, 64);"
+        "hash(c); c.compute; sent = pickle.loads(bytes.fromhex(sys.argv[1])) if sys.argv[1:] else c;"
+        "print({c: 'found'}.get(sent)); print(pickle.dumps(c).hex())"
+    )
+    sent = []
+    for seed in "12":
+        done = subprocess.run(
+            [sys.executable, "-c", code, *sent], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True,
+            text=True, check=True,
+        )  # fmt: skip
+        found, pickled = done.stdout.split()
+        assert found == "found"
+        sent = [pickled]

@@ -41,10 +41,10 @@ def run(g: BackwardProblem) -> None:
     if not number or not p.H:
         return _without_work(g, work)
     work.upload_sequences()
+    work.put("far", runtime.empty((HEAD,), np.int32, stream, cleared=4 * HEAD))
     tiles = -(-p.L // ROWS)
     if p.L:
         c = _small("delta", work).with_(single=sums is not None, aligned=is_aligned(p.out, g.grad_out))
-        work.put("far", runtime.empty((HEAD,), np.int32, stream, cleared=4 * HEAD))
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
         c = configs.normalizers(work.config("forward", is_aligned(p.query, p.key)), work.device)
         c = c.with_(sinks=p.sinks is not None)

@@ -59,10 +59,14 @@ def entry(code: bytes) -> str:
 
 @cache
 def environment() -> str:
-    """Everything but its key that decides what a kernel compiles to."""
+    """Everything but its key that decides what a kernel compiles to: sources, offsets of what it reads, compilers."""
+    from .parameters import INTEGERS, REALS, SEQUENCE
+
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
+    fields = [(name, str(field[0]), field[1]) for name, field in (SEQUENCE.fields or {}).items()]
+    digest.update(repr((sorted(fields), SEQUENCE.itemsize, INTEGERS, REALS)).encode())
     versions = [sys.version_info[:3], *((name, _version(name)) for name in (*_COMPILERS, *_WHEELS))]
     digest.update(repr(versions).encode())
     return digest.hexdigest()
