@@ -135,7 +135,7 @@ def make_backward(c: Config, on: Any) -> Any:
             b.load_tile(name, tile, base, thread, j, b.span.columns)
         if of_keys:
             copy_facts(e, kind, base + tiles.facts, b.places["delta"] + e.wide(g) * b.p.delta_head, j, b.span.columns,
-                       columns, thread, threads, c.aligned)  # fmt: skip
+                       columns, e.opaque(thread), threads, c.aligned)  # fmt: skip
         b.commit()
 
     @macro("i i", "i", "i", "i", "i")
