@@ -185,9 +185,8 @@ def reals(p: Problem) -> list[float]:
         rest < 2.0**lowest
     ):  # 0, or so small that float32 has no number for it: scores are 0, and what is hidden stays so
         prescale, rest = 0.0, 1.0
-    unit = rest if p.softcap is p.alibi_slopes is p.bias is None else 1.0
-    made = {
-        "prescale": prescale, "rest": rest, "unit": unit, "per_unit": 1 / unit, "factor": unit * LOG2E}
+    unit = rest if p.softcap is None and p.alibi_slopes is None and p.bias is None else 1.0
+    made = {"prescale": prescale, "rest": rest, "unit": unit, "per_unit": 1 / unit, "factor": unit * LOG2E}
     if p.softcap is not None:
         made |= {"cap_inner": rest / p.softcap, "cap_outer": p.softcap}
     return [float(made.get(name, 0.0)) for name in REALS]

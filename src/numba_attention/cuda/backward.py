@@ -4,9 +4,10 @@ Blocks that own tiles of keys sum dK and dV over queries and, for grouped heads,
 summed over keys by other blocks, which own tiles of queries, without atomics: the same call has the same bits. Or
 (``single``) the former add their parts of it to memory as they come, for five products instead of seven.
 
-All make the weights again, P = exp(S - lse), as 2**(score * factor + offset), and dS = P (dO V^T - delta) with
-delta = rowsum(dO O) - dlse; delta and offsets come from `rowwise`. Where an lse is too large to tell the denominator,
-`normalizers` has found the maximum of the row, which is subtracted from its scores first. What is summed over comes tile by tile, the next one while this one is worked on.
+All make the weights again, P = exp(S - lse), as 2**(score * factor + offset), and dS = P (dO V^T - delta) with delta =
+rowsum(dO O) - dlse; delta and offsets come from `rowwise`. Where an lse is too large to tell the denominator,
+`normalizers` has found the maximum of the row, which is subtracted from its scores first. What is summed over comes
+tile by tile, the next one while this one is worked on.
 """
 
 from typing import Any
@@ -111,7 +112,7 @@ def make_backward(c: Config, on: Any) -> Any:
 
     @macro("i4", *TYPES, PLACES, NUMBERS)
     def columns_seen(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Any:
-        """First column, the one after the last, and those that all rows see, of which none needs more than its weight."""
+        """First column, the one after the last, and those that all rows see; none of these where any lse is far."""
         b = block(e, integers, reals, places, numbers)
         begin, end, all_begin, all_end = b.span.of_rows(b.first, b.first + (c.rows - 1))
         return [begin, end, all_begin, e.select(e.load("i", b.p.far) > 0, begin - begin, all_end)]

@@ -237,7 +237,7 @@ def weights(c: Config, device: Any) -> Config:
 
 
 def normalizers(c: Config, device: Any) -> Config:
-    """The kernel of maxima and sums of rows whose lse does not tell them, of a forward kernel without options of its own."""
+    """The kernel of maxima and sums of rows whose lse does not tell them; it multiplies as that of the gradients."""
     slots = 1 if c.product != "simt" else min(c.slots, 4 if c.storage != "float64" else 2)
     return fitted(c.with_(task="normalizers", slots=slots, warps=4, columns=32, flags=False, Ev=32), device)
 

@@ -60,13 +60,14 @@ def entry(code: bytes) -> str:
 @cache
 def environment() -> str:
     """Everything but its key that decides what a kernel compiles to: sources, offsets of what it reads, compilers."""
-    from .parameters import INTEGERS, REALS, SEQUENCE
+    from . import parameters
 
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
-    fields = [(name, str(field[0]), field[1]) for name, field in (SEQUENCE.fields or {}).items()]
-    digest.update(repr((sorted(fields), SEQUENCE.itemsize, INTEGERS, REALS)).encode())
+    record = parameters.SEQUENCE
+    fields = sorted((name, str(field[0]), field[1]) for name, field in (record.fields or {}).items())
+    digest.update(repr((fields, record.itemsize, parameters.INTEGERS, parameters.REALS)).encode())
     versions = [sys.version_info[:3], *((name, _version(name)) for name in (*_COMPILERS, *_WHEELS))]
     digest.update(repr(versions).encode())
     return digest.hexdigest()

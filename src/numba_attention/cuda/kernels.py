@@ -18,7 +18,8 @@ def make(c: Config, on: Any) -> Any:
     makers = {
         "forward": forward.make_forward, "combine": combine.make_combine, "query": backward.make_backward,
         "key": backward.make_backward, "bias": bias.make_bias, "weights": probabilities.make_weights,
-        "delta": rowwise.make_delta, "round": rowwise.make_round, "normalizers": normalizers.make_normalizers, "sinks": rowwise.make_sinks,
+        "delta": rowwise.make_delta, "round": rowwise.make_round,
+        "normalizers": normalizers.make_normalizers, "sinks": rowwise.make_sinks,
         "reduce": rowwise.make_reduce,
     }  # fmt: skip
     return makers[c.task](c, on)

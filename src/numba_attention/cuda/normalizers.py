@@ -1,10 +1,9 @@
-"""Rows whose lse does not tell the denominator: their maximum and their sum, of the scores as the backward pass has them.
+"""Rows whose lse does not tell the denominator: their maximum and sum, of the scores as the backward pass has them.
 
 The lse of a row of scores of -1e9 is -1e9 as float32, however many keys there are. P of such a row is
 2**((score - maximum) * factor - log2(sum)), and the last of these is the offset of the row.
 """
 
-import math
 from typing import Any
 
 import numpy as np

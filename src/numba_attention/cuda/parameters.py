@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..cpu.params import SEQUENCE
+from ..cpu.params import SEQUENCE as SEQUENCE
 
 ARRAYS = ("query", "key", "value", "out", "lse", "bias", "mask", "grad_out", "grad_lse", "delta",
           "grad_query", "grad_key", "grad_value", "grad_bias", "sum_query", "key_scale", "value_scale")  # fmt: skip

@@ -18,8 +18,8 @@ LN2 = math.log(2)
 LOG2E = math.log2(math.e)
 # The maximum of a row that has seen nothing is the least number: minus infinity minus that is minus infinity.
 LARGEST = {"f": float.fromhex("0x1.fffffep127"), "d": sys.float_info.max}
-# The weight of a score is 2**(score * factor - maximum * factor), one fused multiply-add, as long as the rounded product
-# of the maximum and the factor is within 1/8 of the exact one. Beyond, the maximum is subtracted first.
+# The weight of a score is 2**(score * factor - maximum * factor), one fused multiply-add, as long as the rounded
+# product of the maximum and the factor is within 1/4 of the exact one. Beyond, the maximum is subtracted first.
 FAR = {"f": 2.0**22, "d": 2.0**51}
 # The lse beyond which its rounding is more than 3e-5 of a denominator (that of float64: 4e-9).
 ROUNDED = {"f": 2.0**10, "d": 2.0**25}
@@ -56,7 +56,9 @@ def excess(e: Any, maximum: Any, factor: Any) -> Any:
     """The logarithm of the weight of a row's maximum: what its product with the factor exceeds the rounded one by."""
     kind = maximum.kind
     rounded = maximum * factor
-    return e.select(e.abs(rounded) >= FAR[kind], e.const(kind, 0.0), e.fma(maximum, factor, e.const(kind, 0.0) - rounded))
+    return e.select(
+        e.abs(rounded) >= FAR[kind], e.const(kind, 0.0), e.fma(maximum, factor, e.const(kind, 0.0) - rounded)
+    )
 
 
 def center(
@@ -71,7 +73,7 @@ def center(
     kind, slots = product.kind, range(product.slots)
     zero, limit = e.const(kind, 0.0), e.const(kind, FAR[kind])
     offsets = [zero - top * factor for top in m]
-    steps = [] if before is None else [e.fma(x, factor, zero) + offset for x, offset in zip(before, offsets, strict=True)]
+    steps = [e.fma(x, factor, zero) + offset for x, offset in zip(before or [], offsets, strict=False)]
     largest = e.abs(offsets[0])
     for x in offsets[1:]:
         largest = e.max(largest, e.abs(x))
