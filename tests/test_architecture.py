@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import numba_attention
+from numba_attention.cpu import cache
+from numba_attention.device import cubins
 
 ROOT = Path(numba_attention.__file__).parent
 
@@ -111,6 +113,21 @@ def test_no_circles():
     while leaves := {name for name, targets in graph.items() if not targets & graph.keys()}:
         graph = {name: targets for name, targets in graph.items() if name not in leaves}
     assert not graph
+
+
+@pytest.mark.parametrize(("wing", "sources"), [("cpu", cache.sources), ("cuda", cubins.sources)])
+def test_digests_of_kernels_cover_all_that_is_compiled(wing, sources):
+    """What modules of kernels import, and what that imports: a change there must not find old machine code."""
+    covered = {name_of(path).replace("/", ".") for path in sources()}
+    host = {"cpu": {"forks", "kernel_cache"}, "cuda": {"device", "errors"}}[wing]  # none of it is in machine code
+    waiting, seen = [f"{wing}.{path.stem}" for path in (ROOT / wing).glob("*.py")], set()
+    while waiting:
+        module = waiting.pop()
+        if module in seen or module.split(".")[0] in host or module.endswith("__init__"):
+            continue
+        seen.add(module)
+        waiting += imports_of(ROOT / f"{module.replace('.', '/')}.py")
+    assert seen <= covered
 
 
 def test_kernels_know_nothing_of_calls():

@@ -6,6 +6,8 @@ The driver is a fake that does everything as late as a real one may.
 import ctypes
 import gc
 import itertools
+import os
+import subprocess
 import sys
 import threading
 import types
@@ -675,3 +677,21 @@ def test_unusable_is_quick():
 def test_this_machine():
     reason = runtime.unusable()
     assert reason is None or len(reason) > 20
+
+
+def test_a_kernels_configuration_travels_to_other_processes():
+    """Where strings have other hashes: what was pickled is found in a dictionary there."""
+    code = (
+        "import pickle, sys; from numba_attention.cuda.spec import Config; c = Config('forward', 'float32', 64, 64);"
+        "hash(c); c.compute; sent = pickle.loads(bytes.fromhex(sys.argv[1])) if sys.argv[1:] else c;"
+        "print({c: 'found'}.get(sent)); print(pickle.dumps(c).hex())"
+    )
+    sent = []
+    for seed in "12":
+        done = subprocess.run(
+            [sys.executable, "-c", code, *sent], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True,
+            text=True, check=True,
+        )  # fmt: skip
+        found, pickled = done.stdout.split()
+        assert found == "found"
+        sent = [pickled]

@@ -313,13 +313,21 @@ class Emit:
                     matrix[(slice(None), g + down, k) if matrix is A else (slice(None), k, g)] = lanes(part)
         exact = A @ B + C
         made = exact.astype(np.float32)  # and then towards zero, as tensor cores do (Fasi et al. 2021, section 4)
-        made = np.where(np.abs(made) > np.abs(exact), np.nextafter(made, np.float32(0)), made)
+        over = np.isfinite(made) & (np.abs(made) > np.abs(exact))  # (what has no room is infinite)
+        made = np.where(over, np.nextafter(made, np.float32(0)), made)
         return [Value("f", made[:, g + 8 * (n // 2), 2 * t + n % 2].ravel()) for n in range(4)]
 
     def loop(self, count, state, body):
         for n in range(count):
             state = body(Value("i", n), list(state))
         return state
+
+    def when(self, condition, state, body):
+        where = np.broadcast_to(condition.x, (self.n,))
+        if not where.any():
+            return list(state)
+        made = body(list(state))
+        return [Value(x.kind, np.where(where, y.x, x.x)) for x, y in zip(state, made, strict=True)]
 
 
 class Memory:

@@ -13,11 +13,12 @@ from ..cpu import decode, launch
 from ..cpu import forward as kernels
 from ..cpu.cache import Kernel
 from ..cpu.elements import Spec
-from ..cpu.params import ARRAYS, REST, SEQUENCE, pack_addresses
+from ..cpu.params import ARRAYS, REST, pack_addresses
 from ..cpu.simd import HOST
 from ..options import Array
 from ..problem.dense import BackwardProblem, Problem
 from ..problem.dense import sum_to as reduce  # noqa: F401
+from ..sequence_record import SEQUENCE
 from . import cpu_backward
 from .cpu_resources import Buffers, addresses, put_back, take, threads_for, worker
 from .records import (

@@ -11,9 +11,10 @@ from numba import carray, types
 from ..cpu import backward, decode, forward, launch
 from ..cpu.cache import Function, Kernel
 from ..cpu.elements import Spec
-from ..cpu.params import PARAMS, SEQUENCE, STOPPED
+from ..cpu.params import PARAMS, STOPPED
 from ..cpu.simd import HOST, void_pointer
 from ..options import Array
+from ..sequence_record import SEQUENCE
 
 SMALL = 2e5  # flops, about 2 us of work: below this a parallel region costs more than it saves
 KEEP = 2**24  # bytes of scratch that are kept between calls with the other buffers of a call

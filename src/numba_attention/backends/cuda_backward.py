@@ -3,6 +3,7 @@
 import numpy as np
 
 from ..cuda import tile_shapes
+from ..cuda.blocks import FACTS, HEAD
 from ..cuda.spec import Config, padded
 from ..device import runtime
 from ..device.constants import upload
@@ -22,7 +23,8 @@ def run(g: BackwardProblem) -> None:
     p, stream = g.forward, runtime.stream()
     real = np.float64 if p.query.dtype == np.float64 else np.float32
     of_rows = p.out.shape[-3:-1] if p.packing else p.out.shape[:-1]  # of packed sequences all have the same array
-    delta = np.broadcast_to(runtime.empty(of_rows, real, stream), p.out.shape[:-1])
+    delta = runtime.empty((*of_rows, len(FACTS)), real, stream)[..., 0]
+    delta = np.broadcast_to(delta, p.out.shape[:-1])
     sums = None
     if _is_single(p):
         sums = runtime.empty((*of_rows, padded(p.E)), real, stream)
@@ -40,9 +42,14 @@ def run(g: BackwardProblem) -> None:
     if not number or not p.H:
         return _without_work(g, work)
     work.upload_sequences()
+    work.put("far", runtime.empty((HEAD,), np.int32, stream, cleared=4 * HEAD))
     tiles = -(-p.L // ROWS)
     if p.L:
         c = _small("delta", work).with_(single=sums is not None, aligned=is_aligned(p.out, g.grad_out))
+        work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
+        c = tile_shapes.normalizers(work.config("forward", is_aligned(p.query, p.key)), work.device)
+        c = c.with_(sinks=p.sinks is not None)
+        tiles = -(-p.L // c.rows)
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
     aligned = is_aligned(p.query, p.key, p.value, g.grad_out, g.query, g.key, g.value)
     of_queries, of_keys = work.config("query", aligned), work.config("key", aligned)

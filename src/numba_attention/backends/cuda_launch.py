@@ -9,7 +9,7 @@ from ..caches.contents import Contents
 from ..cuda import kernels, tile_shapes
 from ..cuda.blocks import HEAD
 from ..cuda.parameters import ARRAYS, FAR, INTEGERS, MOST, REALS
-from ..cuda.softmax import LN2, LOG2E
+from ..cuda.softmax import LOG2E
 from ..cuda.spec import Config
 from ..device import runtime
 from ..device.constants import upload
@@ -90,7 +90,8 @@ class Work:
                 self.sequences[name] = number * scale.strides[0] if cache.table is None else 0
                 self.set(**{f"{name}_page": scale.strides[0]})
         if cache.table is not None:
-            table = upload(np.ascontiguousarray(cache.table))
+            # (Another thread may free a sequence meanwhile, whose pages are then -1; what is read must be memory.)
+            table = upload(np.clip(cache.table, 0, max(len(p.key) - 1, 0)))
             self.put("pages", table)
             self.sequences["pages"] = address_of(table) + number * cache.table.shape[1] * 8
             self.set(page_size=p.key.shape[-2], key_page=p.key.strides[0], value_page=p.value.strides[0])
@@ -174,16 +175,20 @@ def work_list(p: Problem, sequences: Array, rows: int, of_keys: bool = False) ->
 
 
 def reals(p: Problem) -> list[float]:
-    """What the scores are multiplied by: a power of two goes to the queries, before anything can overflow."""
-    scale = p.scale * LOG2E
-    factor, exponent = math.frexp(abs(scale))
-    if storage_of(p.query.dtype) == "float16":  # which has no room for it, and needs none: float32 holds every product
-        factor, exponent = abs(scale), 0
-    prescale = math.ldexp(math.copysign(1.0, scale), exponent)
-    if scale == 0:
-        prescale, factor = 0.0, 1.0
-    made = {"prescale": prescale, "factor": factor, "scale": p.scale}
-    made["unscale"] = p.scale / prescale if prescale else 0.0  # for sums of what was multiplied by it
+    """What scores are multiplied by. Queries get a power of two of at most 1, so that no product exceeds its score."""
+    half = (
+        storage_of(p.query.dtype) == "float16"
+    )  # which has no room for it, and needs none: float32 holds every product
+    size, lowest = abs(p.scale), -1022 if storage_of(p.query.dtype) == "float64" else -126
+    exponent = 0 if half else max(min(math.frexp(size)[1] - 1, 0), lowest)
+    prescale = math.ldexp(math.copysign(1.0, p.scale), exponent)
+    rest = math.ldexp(size, -exponent)
+    if (
+        rest < 2.0**lowest
+    ):  # 0, or so small that float32 has no number for it: scores are 0, and what is hidden stays so
+        prescale, rest = 0.0, 1.0
+    unit = rest if p.softcap is None and p.alibi_slopes is None and p.bias is None else 1.0
+    made = {"prescale": prescale, "rest": rest, "unit": unit, "per_unit": 1 / unit, "factor": unit * LOG2E}
     if p.softcap is not None:
-        made |= {"cap_inner": factor * LN2 / p.softcap, "cap_outer": p.softcap * LOG2E}
+        made |= {"cap_inner": rest / p.softcap, "cap_outer": p.softcap}
     return [float(made.get(name, 0.0)) for name in REALS]

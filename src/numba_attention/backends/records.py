@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..cpu.elements import Spec
-from ..cpu.params import INTEGERS, REALS, SEQUENCE, pack_rest
+from ..cpu.params import INTEGERS, REALS, pack_rest
 from ..cpu.scoring import bias_elements
 from ..cpu.simd import HOST
 from ..intervals import FAR
 from ..narrowing import saturated
 from ..options import Array
 from ..problem.dense import Packing, Problem
+from ..sequence_record import SEQUENCE
 from ..validation import is_bfloat16
 
 

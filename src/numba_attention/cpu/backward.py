@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from ..sequence_record import SEQUENCE
 from . import stages, tiles
 from .elements import Spec
 from .gemm import micro_kernel
-from .params import NEVER, PARAMS, SEQUENCE, STOPPED
+from .params import NEVER, PARAMS, STOPPED
 from .scoring import LOG2E, areas, lay_out, make_scoring
 from .simd import fetch, fetch_add, void_pointer
 from .softmax import (

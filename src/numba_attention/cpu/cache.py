@@ -40,12 +40,17 @@ for _lock in (
         forks.await_before_fork(_lock)
 
 
+def sources() -> list[Path]:
+    """The files that decide what kernels compile to: theirs, the rule of intervals, the record they read."""
+    package = Path(__file__).parents[1]
+    return [*sorted(package.glob("cpu/*.py")), package / "intervals.py", package / "sequence_record.py"]
+
+
 @cache
 def _environment() -> str:
     """Everything but its name and signature that decides what a kernel compiles to."""
     digest = hashlib.sha256()
-    package = Path(__file__).parent.parent
-    for source in sorted([*package.glob("cpu/*.py"), package / "intervals.py"]):
+    for source in sources():
         digest.update(source.read_bytes())
     settings = (config.OPT, config.BOUNDSCHECK, config.LOOP_VECTORIZE, config.SLP_VECTORIZE, config.DEBUGINFO_DEFAULT)
     versions = (numba.__version__, llvmlite.__version__, sys.version_info[:3])

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ..sequence_record import SEQUENCE
 from . import features, tiles
 from .elements import Spec
-from .params import NEVER, PARAMS, SEQUENCE
+from .params import NEVER, PARAMS
 from .scoring import LOG2E, areas, lay_out, make_scoring
 from .simd import fetch_add, void_pointer
 from .softmax import INVERSE, MAX, RESCALE, ROWS, SUM, normalised_weights, softmax_step

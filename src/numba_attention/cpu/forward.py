@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from ..sequence_record import SEQUENCE
 from . import pairs, tiles
 from .elements import Spec
 from .gemm import micro_kernel
-from .params import NEVER, PARAMS, SEQUENCE, STOPPED
+from .params import NEVER, PARAMS, STOPPED
 from .scoring import LOG2E, areas, lay_out, make_scoring
 from .simd import fetch, fetch_add, void_pointer
 from .softmax import (

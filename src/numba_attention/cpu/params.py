@@ -55,17 +55,3 @@ ARRAYS = 8 * 4  # where the addresses begin that are not query, key, value, out
 pack_addresses = struct.Struct(f"={len(ADDRESSES) - 4}q").pack_into
 pack_rest = struct.Struct(f"={len(INTEGERS)}q{len(REALS)}d").pack
 REST = 8 * len(ADDRESSES)  # where the rest begins
-
-SEQUENCE = np.dtype([
-    (name, np.int64)
-    for name in (
-        "query", "key", "value", "out", "lse", "bias", "mask",  # byte offsets of the first head of this sequence
-        "rows", "queries", "keys", "offset",  # rows of output, valid queries and keys, key position of query 0
-        "batch", "head",  # number of the sequence and of its first head, for slopes and sinks
-        "first",  # work item
-        "pages", "key_scale", "value_scale",  # addresses: of the numbers of the pages, of the first scales
-        # of the backward pass: byte offsets, and all rows of key and value
-        "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias", "delta", "key_rows", "groups",
-        "sum_query",  # on a GPU
-    )
-])  # fmt: skip

@@ -4,26 +4,49 @@ Blocks that own tiles of keys sum dK and dV over queries and, for grouped heads,
 summed over keys by other blocks, which own tiles of queries, without atomics: the same call has the same bits. Or
 (``single``) the former add their parts of it to memory as they come, for five products instead of seven.
 
-All make the weights again, P = exp(S - lse), and dS = P (dO V^T - delta) with delta = rowsum(dO O) - dlse from
-`rowwise`. What is summed over comes tile by tile, the next one while this one is worked on.
+All make the weights again, P = exp(S - lse), as 2**(score * factor + offset), and dS = P (dO V^T - delta) with delta =
+rowsum(dO O) - dlse; delta and offsets come from `rowwise`. Where an lse is too large to tell the denominator,
+`normalizers` has found the maximum of the row, which is subtracted from its scores first. What is summed over comes
+tile by tile, the next one while this one is worked on.
 """
 
 from typing import Any
 
 import numpy as np
 
-from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, make_marks, make_scale, place, stage, work_item
+from .blocks import BACKWARD, FACTS, NUMBERS, Block, Lanes, make_landed, make_marks, make_scale, place, stage, work_item
+from .emit import SIZES
 from .parameters import TYPES, Parameters
 from .results import not_finite, write_row
-from .softmax import LOG2E, across
+from .softmax import across, recenter
 from .spec import Config, compute_capability, lay_out
-from .tiles import Tile, copy_numbers
+from .tiles import CHUNK, Tile
 
 NAMES = {"query": (*BACKWARD, "grad_query"), "key": (*BACKWARD, "grad_key", "grad_value", "sum_query")}
 
 
+def copy_facts(
+    e: Any, kind: str, target: Any, address: Any, first: Any, most: Any, count: int, thread: Any, threads: int,
+    asynchronous: bool,
+) -> None:  # fmt: skip
+    """Bring `FACTS` of `count` queries, from query `first` on, to shared memory, zeros from query `most` on."""
+    size = SIZES[kind]
+    pitch, together = len(FACTS) * size, CHUNK // size
+    for n in range(-(-count // threads)):
+        index = thread + n * threads
+        inside = index < count
+        there = inside & (index + first < most)
+        source = address + e.wide(e.select(there, index + first, index - index)) * pitch
+        at = target + e.select(inside, index, index - index) * pitch
+        for more in range(0, pitch, CHUNK):
+            if asynchronous:
+                e.copy_async(at + more, source + more, e.select(there, e.const("i", CHUNK), e.const("i", 0)), inside)
+            else:
+                e.store_shared(kind, at + more, e.load(kind, source + more, together, where=there), inside)
+
+
 class Tiles:
-    """Shared memory of a block: its two tiles, and twice the two that pass by and, of queries, their lse and delta."""
+    """Shared memory of a block: its two tiles, and twice the two that pass by and, what is known of queries."""
 
     def __init__(self, c: Config) -> None:
         of = {"query": ("query", "grad_out"), "key": ("key", "value")}
@@ -36,10 +59,9 @@ class Tiles:
             Tile(columns, c.E, kept, first),
             Tile(columns, c.Ev, kept, first + columns * c.E * self.own[0].size),
         ]
-        self.lse = self.other[1].end
+        self.facts = self.other[1].end
         self.size = 8 if kept == "float64" else 4
-        self.delta = self.lse + columns * self.size
-        end = self.delta + columns * self.size if c.task == "key" else self.lse
+        end = self.facts + (columns * len(FACTS) * self.size if c.task == "key" else 0)
         self.period = end - first  # bytes from one set to the next
         self.end = first + 2 * self.period
         product = c.make_product()
@@ -90,8 +112,10 @@ def make_backward(c: Config, on: Any) -> Any:
 
     @macro("i4", *TYPES, PLACES, NUMBERS)
     def columns_seen(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Any:
+        """First column, the one after the last, and those that all rows see; none of these where any lse is far."""
         b = block(e, integers, reals, places, numbers)
-        return list(b.span.of_rows(b.first, b.first + (c.rows - 1)))
+        begin, end, all_begin, all_end = b.span.of_rows(b.first, b.first + (c.rows - 1))
+        return [begin, end, all_begin, e.select(e.load("i", b.p.far) > 0, begin - begin, all_end)]
 
     @macro("", *TYPES, PLACES, NUMBERS, "i", "i")
     def load_own(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any) -> None:
@@ -111,16 +135,14 @@ def make_backward(c: Config, on: Any) -> Any:
                 b.places[name] = b.places[name] + e.wide(g) * getattr(b.p, f"{name}_head")
             b.load_tile(name, tile, base, thread, j, b.span.columns)
         if of_keys:
-            for name, at in (("lse", tiles.lse), ("delta", tiles.delta)):
-                head, row = getattr(b.p, f"{name}_head"), getattr(b.p, f"{name}_row")
-                address = b.places[name] + e.wide(g) * head
-                copy_numbers(e, kind, base + at, address, row, j, b.span.columns, columns, thread, threads, c.aligned)
+            copy_facts(e, kind, base + tiles.facts, b.places["delta"] + e.wide(g) * b.p.delta_head, j, b.span.columns,
+                       columns, e.opaque(thread), threads, c.aligned)  # fmt: skip
         b.commit()
 
     @macro("i i", "i", "i", "i", "i")
     def following(e: Any, j: Any, g: Any, begin: Any, end: Any) -> Any:
         """The next tile of columns, and its head of the group."""
-        after = (e.opaque(j) if single and not c.flags else j) + columns  # (found anew where that saves a register)
+        after = j + columns  # (found anew where that saves a register)
         over = after >= end
         return e.select(over, begin, after), e.select(over, g + 1, g)
 
@@ -147,31 +169,40 @@ def make_backward(c: Config, on: Any) -> Any:
         return lanes.scores(b, thread, j, of_keys).hide(s, b.span)
 
     def of_queries(e: Any, name: str, b: Block | None, base: Any, thread: Any, shift: Any) -> Any:
-        """Of lse or delta, the number of each register: by row from memory, or by column from the tile that came."""
+        """Of what is known of queries, the number of each register: by row from memory, or by column from the tile."""
+        more, pitch = FACTS.index(name) * tiles.size, len(FACTS) * tiles.size
         if of_keys:
-            at = base + shift + (tiles.lse if name == "lse" else tiles.delta)
-            at = at + product.lane_column(thread & 31) * tiles.size
-            known = {n: e.load_shared(kind, at + n * tiles.size) for n in dict.fromkeys(n for _, n in layout.elements)}
+            at = base + shift + product.lane_column(thread & 31) * pitch + (tiles.facts + more)
+            known = {n: e.load_shared(kind, at + n * pitch) for n in dict.fromkeys(n for _, n in layout.elements)}
             return [known[n] for _, n in layout.elements]
         assert b is not None
         rows = [b.first + row for row in lanes.rows(thread)]
-        stride = getattr(b.p, f"{name}_row")
-        found = [e.load(kind, b.places[name] + e.wide(row) * stride, where=row < b.span.rows) for row in rows]
+        at = b.places["delta"] + more
+        found = [e.load(kind, at + e.wide(row) * pitch, where=row < b.span.rows) for row in rows]
         return [found[slot] for slot, _ in layout.elements]
+
+    @macro("i", *TYPES)
+    def any_far(e: Any, integers: Any, reals: Any) -> Any:
+        return e.load("i", Parameters(e, integers, reals).far)
+
+    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
+    def subtract(
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, shift: Any, s: Any
+    ) -> Any:
+        """Subtract the maxima of rows whose lse does not tell the denominator."""
+        b = block(e, integers, reals, places, numbers)
+        apart = recenter(e, s, of_queries(e, "maximum", b, base, e.opaque(thread), shift))
+        return [e.select(product.is_hidden(e, x), x, y) for x, y in zip(s, apart, strict=True)] if careful else apart
 
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
     def weigh(
         e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, shift: Any, s: Any
     ) -> Any:
-        """P of scores; rows without keys have an lse of -inf, and all their keys are hidden."""
+        """P of scores, of hidden ones 0."""
         b = block(e, integers, reals, places, numbers)
-        factor, zero = None if staged else b.p.real("factor", kind), e.const(kind, 0.0)
-        made, known = [], {}
-        for x, lse in zip(s, of_queries(e, "lse", b, base, e.opaque(thread), shift), strict=True):
-            if id(lse) not in known:
-                known[id(lse)] = e.select(lse.equals(float("-inf")), zero, zero - lse * LOG2E)
-            base_ = known[id(lse)]
-            weight = e.exp2(x + base_ if factor is None else e.fma(x, factor, base_))  # of -inf: 0
+        factor, made = b.p.real("factor", kind), []
+        for x, offset in zip(s, of_queries(e, "offset", b, base, e.opaque(thread), shift), strict=True):
+            weight = e.exp2(e.fma(x, factor, offset))
             made.append(e.select(product.is_hidden(e, x), x, weight) if careful else weight)
         return made
 
@@ -218,7 +249,7 @@ def make_backward(c: Config, on: Any) -> Any:
         warp, lane = lanes.split(e.opaque(thread))
         found = product.transposed(e, tiles.grads, own[0], e.opaque(base), warp, lane, c.warps)
         total, row, feature, there = found
-        factor = b.p.real("unscale", kind)
+        factor = b.p.real("rest", kind)
         at = b.places["sum_query"] + e.wide(g) * b.p.sum_query_head + e.wide(feature + (lane & 3) * 2) * 4
         for slot in (0, 1):
             i = j + row + (lane >> 2) + 8 * slot
@@ -233,7 +264,8 @@ def make_backward(c: Config, on: Any) -> Any:
         b = block(e, integers, reals, places, numbers)
         thread = e.opaque(thread)
         lane = thread & 31
-        scale, zero = b.p.real("scale", kind), e.const(kind, 0.0)
+        # (Their product may be smaller than the least number that has all its bits.)
+        rest, prescale, zero = b.p.real("rest", kind), b.p.real("prescale", kind), e.const(kind, 0.0)
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
             there, valid = at < b.rows, at < b.span.rows
@@ -243,7 +275,7 @@ def make_backward(c: Config, on: Any) -> Any:
             for name, sum_ in zip(keeps, (x, y), strict=False):
                 grad, features = f"grad_{name}", sums[name]
                 mine = features.of_slot(slot)
-                z = [e.select(valid, sum_[n] if name == "value" else sum_[n] * scale, zero) for n in mine]
+                z = [e.select(valid, sum_[n] if name == "value" else sum_[n] * rest * prescale, zero) for n in mine]
                 if c.flags:
                     bad = bad | not_finite(e, z)
                 address = b.places[grad] + e.wide(at) * getattr(b.p, f"{grad}_row")
@@ -291,6 +323,8 @@ def make_backward(c: Config, on: Any) -> Any:
                 if j < all_begin or j + columns > all_end:
                     seldom, again, _ = find_work(integers, reals, at_x, at_y)
                     s = hide(integers, reals, seldom, again, thread, j, s)
+                    if any_far(integers, reals) != 0:
+                        s = subtract(integers, reals, seldom, again, base, thread, shift, s)
                 p = weigh(integers, reals, places, numbers, base, thread, shift, s)
                 if wants_value:
                     if two:

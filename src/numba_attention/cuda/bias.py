@@ -10,7 +10,7 @@ import numpy as np
 
 from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, make_scale, place, stage
 from .parameters import TYPES, Parameters, Sequence
-from .softmax import LOG2E
+from .softmax import recenter
 from .spec import Config, lay_out
 
 NAMES = (*BACKWARD, "grad_bias")
@@ -91,18 +91,19 @@ def make_bias(c: Config, on: Any) -> Any:
         s = stage(b, lanes, thread, j, s)[0]
         s = lanes.scores(b, thread, j).hide(s, b.span)
         dp = product.scores(e, tiles.grad_out, tiles.value, e.opaque(base), *lanes.split(e.opaque(thread)))
-        zero, low, made = e.const(kind, 0.0), float("-inf"), []
+        zero, low, made, factor = e.const(kind, 0.0), float("-inf"), [], b.p.real("factor", kind)
         found = []
         for row in lanes.rows(thread):
             at = b.first + row
             there = at < b.span.rows
-            lse = e.load(kind, b.places["lse"] + e.wide(at) * b.p.lse_row, where=there)
-            delta = e.load(kind, b.places["delta"] + e.wide(at) * b.p.delta_row, where=there)
-            found.append((e.select(lse.equals(low), zero, lse * LOG2E), delta))
+            address = b.places["delta"] + e.wide(at) * b.p.delta_row
+            found.append([e.load(kind, address + n * size, where=there) for n in range(3)])
+        apart = recenter(e, s, [found[slot][2] for slot, _ in layout.elements])
         for n, (slot, _) in enumerate(layout.elements):
-            lse, delta = found[slot]
+            delta, offset, _ = found[slot]
             hidden = product.is_hidden(e, s[n]) if c.careful else s[n].equals(low)
-            made.append(acc[n] + e.select(hidden, zero, e.exp2(s[n] - lse) * (dp[n] - delta)))
+            weight = e.exp2(e.fma(apart[n], factor, offset))
+            made.append(acc[n] + e.select(hidden, zero, weight * (dp[n] - delta)))
         return made
 
     @macro(S)

@@ -5,13 +5,14 @@ from typing import Any
 from .formats import SIZES
 from .parameters import TYPES, Parameters, Sequence, clamp
 from .scoring import Scores, Span, span_of
-from .softmax import LOG2E
 from .spec import Config
 from .staging import Codes, fetch_scales
 from .tiles import Rows, Tile, fetch, scale_rows
 
 FORWARD = ("query", "key", "value", "out", "lse", "bias", "mask", "key_scale", "value_scale")
-BACKWARD = ("query", "key", "value", "grad_out", "lse", "delta", "bias", "mask")
+BACKWARD = ("query", "key", "value", "grad_out", "delta", "bias", "mask")
+# What the backward pass knows of a query, side by side: its delta, and P = 2**((score - maximum) * factor + offset).
+FACTS = ("delta", "offset", "maximum", "")
 OF_KEYS = ("key", "value", "key_scale", "value_scale", "grad_key", "grad_value")
 NUMBERS = "i9"  # what is told of the sequence
 HEAD = 4  # numbers before all flags; and before the sums of a part of a row: maximum, denominator, two for alignment
@@ -76,9 +77,9 @@ class Block:
         return self.e.convert(kind, self.e.load("d", self.p.slopes + at))
 
     def sink(self, head: Any, kind: str) -> Any:
-        """The sink of a head, in base 2."""
+        """The sink of a head, in the unit of the scores."""
         at = Sequence(self.e, self.p, self.index).head + self.e.wide(head)
-        return self.e.convert(kind, self.e.load("d", self.p.sinks + at * 8) * LOG2E)
+        return self.e.convert(kind, self.e.load("d", self.p.sinks + at * 8) * self.p.real("per_unit", "d"))
 
     def load_tile(self, name: str, tile: Tile, base: Any, thread: Any, row: Any, most: Any) -> None:
         """Bring rows of an array from `row` on, up to `most`, to a tile; E of queries and keys, Ev of values."""

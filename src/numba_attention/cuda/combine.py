@@ -13,7 +13,7 @@ from .blocks import FORWARD, HEAD, NUMBERS, Block, place
 from .formats import HALVES, KINDS
 from .parameters import TYPES, Parameters
 from .results import not_finite
-from .softmax import LN2
+from .softmax import LARGEST, lse
 from .spec import Config
 
 PLACES = f"l{len(FORWARD)}"
@@ -22,12 +22,12 @@ AT_ONCE = 4  # parts that a warp reads at a time
 
 
 class Shared:
-    """Shared memory: the maximum that each warp found, and what it summed: the denominator, and then the features."""
+    """Shared memory: the maximum and the denominator that each warp found, and then the features that it summed."""
 
     def __init__(self, c: Config) -> None:
         self.size = 8 if c.storage == "float64" else 4
-        self.sums = c.warps * self.size
-        self.pitch = (c.Ev + 1) * self.size
+        self.sums = 2 * c.warps * self.size
+        self.pitch = c.Ev * self.size
         self.end = self.sums + c.warps * self.pitch
 
 
@@ -47,37 +47,48 @@ def make_combine(c: Config, on: Any) -> Any:
         return places, numbers, x % rows, (p.int("splits") + (warps * AT_ONCE - 1)) // (warps * AT_ONCE)
 
     @macro("", *TYPES, NUMBERS, "i", "i", "i")
-    def find_highest(e: Any, integers: Any, reals: Any, numbers: Any, base: Any, thread: Any, row: Any) -> None:
-        """The maximum of all parts, as far as the threads of a warp see them."""
+    def find_sums(e: Any, integers: Any, reals: Any, numbers: Any, base: Any, thread: Any, row: Any) -> None:
+        """The maximum of all parts and the denominator, as far as the threads of a warp see them."""
         b = Block(e, c, integers, reals, FORWARD, None, numbers)
-        low, there, top = e.const(kind, -math.inf), b.exists(row), e.const(kind, -math.inf)
+        there, total, factor, found = b.exists(row), e.const(kind, 0.0), b.p.real("factor", kind), []
+        top = low = e.const(kind, -LARGEST[kind])
         for n in range(-(-MOST // threads)):
             part = thread + n * threads
-            inside = there & (part < b.p.int("splits"))
-            top = e.max(top, e.select(inside, e.load(kind, b.part_at(part, row, size), where=inside), low))
+            inside, at = there & (part < b.p.int("splits")), b.part_at(part, row, size)
+            found.append((e.select(inside, e.load(kind, at, where=inside), low), e.load(kind, at + size, where=inside)))
+        for maximum, _ in found:
+            top = e.max(top, maximum)
         for distance in (16, 8, 4, 2, 1):
             top = e.max(top, e.shuffle_xor(top, distance))
-        e.store_shared(kind, base + (thread >> 5) * size, [top], (thread & 31).equals(0))
+        for maximum, denominator in found:
+            total = e.fma(e.exp2((maximum - top) * factor), denominator, total)
+        for distance in (16, 8, 4, 2, 1):
+            total = total + e.shuffle_xor(total, distance)
+        e.store_shared(kind, base + (thread >> 5) * (2 * size), [top, total], (thread & 31).equals(0))
         if c.flags:
             e.store("i", b.flag_at(row), [e.const("i", 0)], there & thread.equals(0))
 
-    def highest(e: Any, base: Any) -> Any:
-        top = e.load_shared(kind, base)
-        for warp in range(1, warps):
-            top = e.max(top, e.load_shared(kind, base + warp * size))
-        return top
+    @macro(f"{kind} {kind} {C}", *TYPES, "i")
+    def begin(e: Any, integers: Any, reals: Any, base: Any) -> Any:
+        """Maximum and denominator of the row."""
+        factor = Parameters(e, integers, reals).real("factor", kind)
+        found = [e.load_shared(kind, base + warp * (2 * size), 2) for warp in range(warps)]
+        top = found[0][0]
+        for maximum, _ in found[1:]:
+            top = e.max(top, maximum)
+        zero = total = e.const(kind, 0.0)
+        for maximum, denominator in found:
+            total = e.fma(e.exp2((maximum - top) * factor), denominator, total)
+        return top, total, [zero] * own
 
-    @macro(f"{kind} {kind} {C}", "i")
-    def begin(e: Any, base: Any) -> Any:
-        zero = e.const(kind, 0.0)
-        return highest(e, base), zero, [zero] * own
-
-    @macro(f"{kind} {C}", *TYPES, NUMBERS, "i", "i", "i", kind, kind, C)
+    @macro(C, *TYPES, NUMBERS, "i", "i", "i", kind, kind, C)
     def add(e: Any, integers: Any, reals: Any, numbers: Any, thread: Any, row: Any, step: Any, top: Any, total: Any,
             acc: Any) -> Any:  # fmt: skip
+        """Add parts, each the result of its keys, times their shares of the denominator: no sum of them overflows."""
         b = Block(e, c, integers, reals, FORWARD, None, numbers)
-        zero = e.const(kind, 0.0)
-        base, there, lane = e.select(top > -math.inf, top, zero), b.exists(row), thread & 31
+        zero, factor = e.const(kind, 0.0), b.p.real("factor", kind)
+        there, lane = b.exists(row), thread & 31
+        share = e.select(total.equals(0.0), zero, e.const(kind, 1.0) / total)
         found = []
         for n in range(AT_ONCE):
             part = (step * AT_ONCE + n) * warps + (thread >> 5)
@@ -86,20 +97,21 @@ def make_combine(c: Config, on: Any) -> Any:
             values = [e.load(kind, at + e.wide(lane + 32 * i + HEAD) * size, where=inside) for i in range(own)]
             found.append((inside, begins, values))
         for inside, (maximum, denominator), values in found:
-            weight = e.select(inside, e.exp2(maximum - base), zero)
-            total = e.fma(weight, denominator, total)
+            weight = e.select(inside, e.exp2((maximum - top) * factor) * denominator * share, zero)
             acc = [e.fma(weight, y, x) for x, y in zip(acc, values, strict=True)]
-        return total, acc
+        return acc
 
-    @macro("", "i", "i", kind, C)
-    def leave(e: Any, base: Any, thread: Any, total: Any, acc: Any) -> None:
+    @macro("", "i", "i", C)
+    def leave(e: Any, base: Any, thread: Any, acc: Any) -> None:
         at = base + ((thread >> 5) * shared.pitch + shared.sums)
-        e.store_shared(kind, at, [total], (thread & 31).equals(0))
         for n, x in enumerate(acc):
-            e.store_shared(kind, at + ((thread & 31) + (1 + 32 * n)) * size, [x])
+            e.store_shared(kind, at + ((thread & 31) + 32 * n) * size, [x])
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
-    def write(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, row: Any) -> None:
+    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i", kind, kind)
+    def write(
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, row: Any, top: Any,
+        total: Any,
+    ) -> None:  # fmt: skip
         b = Block(e, c, integers, reals, FORWARD, places, numbers)
         i, head = b.find(row)
         there, valid = i < b.rows, i < b.span.rows
@@ -112,22 +124,20 @@ def make_combine(c: Config, on: Any) -> Any:
                 x = x + e.load_shared(kind, base + (n * size + (shared.sums + warp * shared.pitch)))
             return x
 
-        total = summed(e.const("i", 0))
         some = (total > 0.0) | e.is_nan(total)
         half, bad = HALVES.get(c.storage), e.const("i", 0)
         for n in range(-(-c.Ev // threads)):
             feature = thread + n * threads
             inside = feature < c.Ev
-            y = summed(e.select(inside, feature, feature - feature) + 1)
-            y = e.select(valid & some, y / total, zero)
+            y = e.select(valid & some, summed(e.select(inside, feature, feature - feature)), zero)
             bad = bad | not_finite(e, [y])
             address = b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row
             y = e.to_half(half, y) if half else y
             where = there & inside & (feature < b.p.int("Ev"))
             e.store(KINDS[c.storage], address + e.wide(feature) * b.p.out_column, [y], where)
-        lse = e.select(some & valid, (highest(e, base) + e.log2(total)) * LN2, e.const(kind, -math.inf))
+        of_row = e.select(some & valid, lse(e, top, total, b.p.real("unit", kind)), e.const(kind, -math.inf))
         address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
-        e.store(kind, address, [lse], there & thread.equals(0) & (b.p.lse > 0))
+        e.store(kind, address, [of_row], there & thread.equals(0) & (b.p.lse > 0))
         if c.flags:  # zero before; all who write write 1
             b.mark(row, e.const("i", 1), there & (bad > 0))
 
@@ -135,13 +145,13 @@ def make_combine(c: Config, on: Any) -> Any:
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread = np.int32(cuda.threadIdx.x)
         places, numbers, row, steps = find_row(integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y))
-        find_highest(integers, reals, numbers, base, thread, row)
+        find_sums(integers, reals, numbers, base, thread, row)
         cuda.syncthreads()
-        top, total, acc = begin(base)
+        top, total, acc = begin(integers, reals, base)
         for step in range(steps):
-            total, acc = add(integers, reals, numbers, thread, row, np.int32(step), top, total, acc)
-        leave(base, thread, total, acc)
+            acc = add(integers, reals, numbers, thread, row, np.int32(step), top, total, acc)
+        leave(base, thread, acc)
         cuda.syncthreads()
-        write(integers, reals, places, numbers, base, thread, row)
+        write(integers, reals, places, numbers, base, thread, row, top, total)
 
     return kernel

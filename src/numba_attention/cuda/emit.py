@@ -309,6 +309,27 @@ class Emit:
         b.position_at_end(after)
         return results
 
+    def when(self, condition: Value, state: Sequence[Value], body: Callable[[list[Value]], list[Value]]) -> list[Value]:
+        """Replace ``state`` by ``body(state)`` where a condition holds: a branch of the machine, seldom taken.
+
+        The threads of a warp may disagree, so a body has no instruction that they execute together.
+        """
+        b = self._b
+        before = b.block
+        block, after = b.append_basic_block("when"), b.append_basic_block("after")
+        b.cbranch(condition.llvm, block, after).set_weights([1, 1000])
+        b.position_at_end(block)
+        results, last = body(list(state)), b.block
+        b.branch(after)
+        b.position_at_end(after)
+        made = []
+        for x, result in zip(state, results, strict=True):
+            phi = b.phi(TYPES[x.kind])
+            phi.add_incoming(x.llvm, before)
+            phi.add_incoming(result.llvm, last)
+            made.append(Value(b, x.kind, phi))
+        return made
+
     # How instructions are made. With an `effect` they are neither left out nor moved past others with one; what the
     # threads of a warp do `together` is never moved to where not all of them are.
 

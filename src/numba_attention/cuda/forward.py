@@ -13,7 +13,7 @@ import numpy as np
 from .blocks import FORWARD, HEAD, NUMBERS, Block, Lanes, make_landed, make_marks, make_scale, place, stage, work_item
 from .parameters import TYPES, Parameters
 from .results import not_finite, write_row
-from .softmax import LN2, fold, start, total
+from .softmax import fold, lse, relative, start, total
 from .spec import Config, lay_out
 from .staging import Codes, unpack
 from .tiles import Tile
@@ -39,9 +39,22 @@ def codes_of(c: Config) -> tuple[Codes, Codes]:
     return keys, Codes(v.rows, v.columns, c.stored, keys.end)
 
 
-def shared(c: Config) -> int:
-    """Bytes of shared memory of a block."""
+def repeats(c: Config) -> bool:
+    """Whether blocks of the kernel repeat their work where it overflows.
+
+    The sum of values near the largest number does, unless all weights are smaller by a power of two. Where rows are
+    marked, that is left to the careful kernel. (Values of float16 leave room in float32.)
+    """
+    return c.task == "forward" and not (c.flags or c.storage == "float16")
+
+
+def _end(c: Config) -> int:
     return codes_of(c)[1].end if c.is_unpacked else tiles_of(c)[3]
+
+
+def shared(c: Config) -> int:
+    """Bytes of shared memory of a block: tiles, and whether it repeats its work, which would need a register."""
+    return _end(c) + (16 if repeats(c) else 0)
 
 
 def make_product(c: Config) -> Any:
@@ -67,6 +80,7 @@ def make_forward(c: Config, on: Any) -> Any:
     scale_queries = make_scale(c, on, q)
     S, C, M = f"{kind}{len(layout)}", f"{kind}{len(features)}", f"{kind}{product.slots}"
     split, careful, flags = c.split, c.careful, c.flags
+    may_repeat, at_lift = repeats(c), _end(c)
     # Exponentials beside the products of values, in one piece of code, wait for one another less; with more features
     # there are no registers for both, and they come before what waits for the values.
     mixed = c.product == "tensor" and max(c.E, c.Ev) <= 64
@@ -122,8 +136,10 @@ def make_forward(c: Config, on: Any) -> Any:
     def unpack_values(e: Any, base: Any, thread: Any) -> None:
         unpack(e, values, v, e.opaque(base), e.opaque(thread), c.threads, at_once)
 
-    @macro(f"{M} {M} {C}", *TYPES, PLACES, NUMBERS, "i", "i")
-    def begin_rows(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, part: Any) -> Any:
+    @macro(f"{M} {M} {C}", *TYPES, PLACES, NUMBERS, "i", "i", "i")
+    def begin_rows(
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, part: Any
+    ) -> Any:
         sinks = None
         first = product.lane_column(thread & 31).equals(0)
         if c.sinks:
@@ -135,7 +151,8 @@ def make_forward(c: Config, on: Any) -> Any:
             if split:
                 low = e.const(kind, -math.inf)
                 sinks = [e.select(part.equals(0), sink, low) for sink in sinks]
-        return start(e, product, features, sinks, first)
+        factor = Parameters(e, integers, reals).real("factor", kind)
+        return start(e, product, features, sinks, first, factor, lift_of(e, base) if c.sinks else None)
 
     @macro(S, "i", "i")
     def multiply_keys(e: Any, base: Any, thread: Any) -> Any:
@@ -153,23 +170,43 @@ def make_forward(c: Config, on: Any) -> Any:
         b = block(e, integers, reals, places, numbers)
         return lanes.scores(b, thread, j).hide(s, b.span)
 
-    @macro(f"{S} {M} {M} {C}", *TYPES, S, M, M, C)
-    def take_in(e: Any, integers: Any, reals: Any, s: Any, m: Any, l: Any, acc: Any) -> Any:
-        factor = None if staged else Parameters(e, integers, reals).real("factor", kind)
-        return fold(e, product, layout, features, s, m, l, acc, factor, at_once=max(c.E, c.Ev) <= 128 or staged)
+    @macro(f"{S} {M} {M} {C}", *TYPES, "i", S, M, M, C)
+    def take_in(e: Any, integers: Any, reals: Any, base: Any, s: Any, m: Any, l: Any, acc: Any) -> Any:
+        factor = Parameters(e, integers, reals).real("factor", kind)
+        at_once = max(c.E, c.Ev) <= 128 or staged
+        return fold(e, product, layout, features, s, m, l, acc, factor, lift_of(e, base), at_once)
 
     @macro(C, "i", "i", C, S)
     def add_values(e: Any, base: Any, thread: Any, acc: Any, p: Any) -> Any:
         return product.add(e, acc, p, v, e.opaque(base), *lanes.split(e.opaque(thread)))
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", M, M, C)
+    @macro("i", C)
+    def overflows(e: Any, acc: Any) -> Any:
+        return not_finite(e, acc)
+
+    def lift_of(e: Any, base: Any) -> Any:
+        """More than 0 where the block repeats its work with smaller weights."""
+        return e.load_shared("i", base + at_lift) if may_repeat else None
+
+    @macro("i", "i")
+    def is_lifted(e: Any, base: Any) -> Any:
+        return lift_of(e, base)
+
+    @macro("", "i", "i", "i")
+    def set_lift(e: Any, base: Any, thread: Any, lift: Any) -> None:
+        e.store_shared("i", base + at_lift, [lift], thread.equals(0))
+
+    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i", M, M, C)
     def finish(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, part: Any, m: Any, l: Any, acc: Any
-    ) -> None:
+        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, part: Any, m: Any,
+        l: Any, acc: Any,
+    ) -> None:  # fmt: skip
         b = block(e, integers, reals, places, numbers)
-        l = total(e, product, l)
+        l, one = total(e, product, l), e.const(kind, 1.0)
+        scales = [one / x for x in l]
+        l = relative(e, m, l, b.p.real("factor", kind), lift_of(e, base))
         if split:
-            return write_part(b, thread, part, m, l, acc)
+            return write_part(b, thread, part, m, l, scales, acc)
         thread = e.opaque(thread)
         _, lane = lanes.split(thread)
         zero, low = e.const(kind, 0.0), e.const(kind, -math.inf)
@@ -181,7 +218,7 @@ def make_forward(c: Config, on: Any) -> Any:
                 there = there & (b.is_marked(b.first + row, there) > 0)
             apart = e.wide(head) if c.stacked else e.const("l", 0)
             some = (l[slot] > 0.0) | e.is_nan(l[slot])
-            scale = e.select(some, e.const(kind, 1.0) / l[slot], zero)
+            scale = e.select(some, scales[slot], zero)
             mine = features.of_slot(slot)
             x = [e.select(valid, acc[n] * scale, zero) for n in mine]
             if flags:
@@ -201,18 +238,18 @@ def make_forward(c: Config, on: Any) -> Any:
                 b.p.int("Ev"),
                 there,
             )
-            lse = e.select(some & valid, (m[slot] + e.log2(l[slot])) * LN2, low)
+            of_row = e.select(some & valid, lse(e, m[slot], l[slot], b.p.real("unit", kind)), low)
             address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
-            e.store(kind, address, [lse], there & begins & (b.p.lse > 0))
+            e.store(kind, address, [of_row], there & begins & (b.p.lse > 0))
 
     def across_lanes(e: Any, x: Any) -> Any:
         for distance in product.reduce:
             x = x | e.shuffle_xor(x, distance)
         return x
 
-    def write_part(b: Block, thread: Any, part: Any, m: Any, l: Any, acc: Any) -> None:
-        """Leave maximum, sum and accumulators of each row to `combine`."""
-        e, size = b.e, 8 if kind == "d" else 4
+    def write_part(b: Block, thread: Any, part: Any, m: Any, l: Any, scales: Any, acc: Any) -> None:
+        """Leave maximum, sum and result of each row to `combine`."""
+        e, size, zero = b.e, 8 if kind == "d" else 4, b.e.const(kind, 0.0)
         _, lane = lanes.split(thread)
         for slot, row in enumerate(lanes.rows(thread)):
             at, there = b.part_at(part, b.first + row, size), b.exists(b.first + row)
@@ -220,9 +257,10 @@ def make_forward(c: Config, on: Any) -> Any:
             e.store(kind, at, [m[slot]], begins)
             e.store(kind, at + size, [l[slot]], begins)
             at = at + (e.wide(product.lane_feature(lane)) + HEAD) * size
+            scale = e.select((l[slot] > 0.0) | e.is_nan(l[slot]), scales[slot], zero)
             mine = features.of_slot(slot)
             for n in range(0, len(mine), features.neighbours):
-                x = [acc[i] for i in mine[n : n + features.neighbours]]
+                x = [acc[i] * scale for i in mine[n : n + features.neighbours]]
                 e.store(kind, at + features.elements[mine[n]][1] * size, x, there)
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
@@ -232,46 +270,60 @@ def make_forward(c: Config, on: Any) -> Any:
         if careful:
             if any_marked(integers, reals) == 0:
                 return
-        places, numbers = find_work(integers, reals, x, y)
         if careful:
+            places, numbers = find_work(integers, reals, x, y)
             if cuda.syncthreads_or(marked(integers, reals, numbers, thread)) == 0:
                 return
-        j, end, all_begin, all_end = keys_seen(integers, reals, places, numbers, part)
-        m, l, acc = begin_rows(integers, reals, places, numbers, thread, part)
-        if j < end:
-            load_queries(integers, reals, places, numbers, base, thread)
-            load_keys(integers, reals, places, numbers, base, thread, j)
-            landed()
+        if may_repeat:
+            set_lift(base, thread, np.int32(0))
             cuda.syncthreads()
-            scale_queries(integers, reals, base, thread)
-        while j < end:
-            landed()
-            cuda.syncthreads()
-            if unpacked:
-                unpack_keys(base, thread)
-                cuda.syncthreads()
-            load_values(integers, reals, places, numbers, base, thread, j)
-            s = multiply_keys(base, thread)
-            if staged:
-                s = stages(integers, reals, places, numbers, thread, j, s)
-            if j < all_begin or j + columns > all_end:
-                # (Found again, here and at the end, so that it needs no registers all the while.)
-                seldom, numbers_again = find_work(integers, reals, x, y)
-                s = hide(integers, reals, seldom, numbers_again, thread, j, s)
-            if not mixed:
-                p, m, l, acc = take_in(integers, reals, s, m, l, acc)
-            landed()
-            cuda.syncthreads()
-            if unpacked:
-                unpack_values(base, thread)
-                cuda.syncthreads()
-            j = np.int32(j + columns)
+        ready = False
+        while not ready:
+            ready = True
+            places, numbers = find_work(integers, reals, x, y)
+            j, end, all_begin, all_end = keys_seen(integers, reals, places, numbers, part)
+            m, l, acc = begin_rows(integers, reals, places, numbers, base, thread, part)
             if j < end:
+                load_queries(integers, reals, places, numbers, base, thread)
                 load_keys(integers, reals, places, numbers, base, thread, j)
-            if mixed:
-                p, m, l, acc = take_in(integers, reals, s, m, l, acc)
-            acc = add_values(base, thread, acc, p)
+                landed()
+                cuda.syncthreads()
+                scale_queries(integers, reals, base, thread)
+            while j < end:
+                landed()
+                cuda.syncthreads()
+                if unpacked:
+                    unpack_keys(base, thread)
+                    cuda.syncthreads()
+                load_values(integers, reals, places, numbers, base, thread, j)
+                s = multiply_keys(base, thread)
+                if staged:
+                    s = stages(integers, reals, places, numbers, thread, j, s)
+                if j < all_begin or j + columns > all_end:
+                    # (Found again, here and at the end, so that it needs no registers all the while.)
+                    seldom, numbers_again = find_work(integers, reals, x, y)
+                    s = hide(integers, reals, seldom, numbers_again, thread, j, s)
+                if not mixed:
+                    p, m, l, acc = take_in(integers, reals, base, s, m, l, acc)
+                landed()
+                cuda.syncthreads()
+                if unpacked:
+                    unpack_values(base, thread)
+                    cuda.syncthreads()
+                j = np.int32(j + columns)
+                if j < end:
+                    load_keys(integers, reals, places, numbers, base, thread, j)
+                if mixed:
+                    p, m, l, acc = take_in(integers, reals, base, s, m, l, acc)
+                acc = add_values(base, thread, acc, p)
+            if may_repeat:
+                if cuda.syncthreads_or(overflows(acc)) != 0:
+                    if is_lifted(base) == 0:
+                        cuda.syncthreads()
+                        set_lift(base, thread, np.int32(1))
+                        cuda.syncthreads()
+                        ready = False
         places, numbers = find_work(integers, reals, x, y)
-        finish(integers, reals, places, numbers, thread, part, m, l, acc)
+        finish(integers, reals, places, numbers, base, thread, part, m, l, acc)
 
     return kernel

@@ -13,12 +13,13 @@ from .spec import Config
 
 def make(c: Config, on: Any) -> Any:
     """Make the Python function of a kernel for a target."""
-    from . import backward, bias, combine, forward, probabilities, rowwise
+    from . import backward, bias, combine, forward, normalizers, probabilities, rowwise
 
     makers = {
         "forward": forward.make_forward, "combine": combine.make_combine, "query": backward.make_backward,
         "key": backward.make_backward, "bias": bias.make_bias, "weights": probabilities.make_weights,
-        "delta": rowwise.make_delta, "round": rowwise.make_round, "sinks": rowwise.make_sinks,
+        "delta": rowwise.make_delta, "round": rowwise.make_round,
+        "normalizers": normalizers.make_normalizers, "sinks": rowwise.make_sinks,
         "reduce": rowwise.make_reduce,
     }  # fmt: skip
     return makers[c.task](c, on)
@@ -34,7 +35,7 @@ def shared(c: Config) -> int:
         return backward.Tiles(c).end
     if c.task == "bias":
         return bias.Tiles(c).end
-    if c.task in ("forward", "weights"):
+    if c.task in ("forward", "weights", "normalizers"):
         return forward.shared(c)
     return c.threads * 8 if c.task == "sinks" else 0
 

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from ..cpu.params import SEQUENCE
+from ..sequence_record import SEQUENCE
 
 ARRAYS = ("query", "key", "value", "out", "lse", "bias", "mask", "grad_out", "grad_lse", "delta",
           "grad_query", "grad_key", "grad_value", "grad_bias", "sum_query", "key_scale", "value_scale")  # fmt: skip
-ADDRESSES = (*ARRAYS, "slopes", "sinks", "sequences", "work", "flags", "partial", "members")
+ADDRESSES = (*ARRAYS, "slopes", "sinks", "sequences", "work", "flags", "partial", "members", "far")
 INTEGERS = (
     *ADDRESSES,
     *(f"{name}_{axis}" for name in ARRAYS for axis in ("head", "row", "column")),
@@ -15,7 +15,9 @@ INTEGERS = (
     # of the gradient of a bias: which sequences share its elements, how many heads, rows and keys do
     "bias_heads", "bias_rows", "bias_keys",
 )  # fmt: skip
-REALS = ("prescale", "factor", "cap_inner", "cap_outer", "scale", "unscale")
+# prescale: what queries are multiplied by; rest: what makes natural scores of their products; unit: what makes them of
+# the scores that the softmax sees, with 1 / unit and unit * log2(e).
+REALS = ("prescale", "rest", "unit", "per_unit", "factor", "cap_inner", "cap_outer")
 TYPES = (f"l{len(INTEGERS)}", f"d{len(REALS)}")  # of the two arguments of every kernel
 AXES = 8  # that an array to be summed may have: kept ones, and summed ones
 RECORD = SEQUENCE.itemsize

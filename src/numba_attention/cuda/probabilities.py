@@ -1,6 +1,5 @@
 """The probabilities themselves, for `attention_weights`: maxima and sums of chosen rows first, then every key again."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from .forward import make_product, tiles_of
 from .parameters import TYPES, Parameters
 from .products import Layout
 from .results import write_row
-from .softmax import fold, start, total
+from .softmax import center, fold, start, total
 from .spec import Config
 
 PLACES = f"l{len(FORWARD)}"
@@ -58,7 +57,8 @@ def make_weights(c: Config, on: Any) -> Any:
         sinks = None
         if c.sinks:
             sinks = [b.sink(b.head, kind)] * product.slots
-        return start(e, product, nothing, sinks, product.lane_column(thread & 31).equals(0))[:2]
+        first = product.lane_column(thread & 31).equals(0)
+        return start(e, product, nothing, sinks, first, b.p.real("factor", kind))[:2]
 
     @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i")
     def scores(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> Any:
@@ -70,7 +70,7 @@ def make_weights(c: Config, on: Any) -> Any:
 
     @macro(f"{M} {M}", *TYPES, S, M, M)
     def take_in(e: Any, integers: Any, reals: Any, s: Any, m: Any, l: Any) -> Any:
-        factor = None if staged else Parameters(e, integers, reals).real("factor", kind)
+        factor = Parameters(e, integers, reals).real("factor", kind)
         return fold(e, product, layout, nothing, s, m, l, [], factor)[1:3]
 
     @macro(M, M)
@@ -82,17 +82,17 @@ def make_weights(c: Config, on: Any) -> Any:
         e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, s: Any, m: Any, l: Any
     ) -> None:
         b = block(e, integers, reals, places, numbers)
-        factor, zero = None if staged else b.p.real("factor", kind), e.const(kind, 0.0)
+        factor, zero = b.p.real("factor", kind), e.const(kind, 0.0)
         keys = b.p.int("inner_tiles")  # all keys, valid or not
+        apart, offsets, _ = center(e, product, layout, s, m, factor)
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
-            base = zero - e.select(m[slot] > -math.inf, m[slot], zero)
             some = (l[slot] > 0.0) | e.is_nan(l[slot])
             mine = layout.of_slot(slot)
             made = []
             for n in mine:
                 hidden = product.is_hidden(e, s[n])
-                weight = e.exp2(s[n] + base if factor is None else e.fma(s[n], factor, base))
+                weight = e.exp2(e.fma(apart[n], factor, offsets[slot]))
                 made.append(e.select(hidden, zero, e.select(some, weight / l[slot], zero)))
             address = b.places["out"] + e.wide(at) * b.p.out_row
             first = product.lane_column(thread & 31) + j

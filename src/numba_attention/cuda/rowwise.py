@@ -1,15 +1,17 @@
 """Small kernels around the backward pass: delta, gradients of sinks, sums over what was broadcast, zeros."""
 
+import math
 from typing import Any
 
 import numpy as np
 
 from .blocks import Block, place
+from .emit import SIZES
 from .formats import HALVES, KINDS, read
 from .parameters import AXES, TYPES, Parameters
 from .products import Layout
 from .results import not_finite, write_row
-from .softmax import LOG2E
+from .softmax import LOG2E, is_far
 from .spec import Config
 
 NAMES = ("out", "grad_out", "lse", "grad_lse", "delta", "sum_query", "grad_query")
@@ -23,6 +25,7 @@ def kind_of(storage: str) -> str:
 def make_delta(c: Config, on: Any) -> Any:
     """Make the kernel of delta = rowsum(dO O) - dlse: a warp for each row; its grid is rows by fours, and heads.
 
+    Beside delta it writes the offset of the row (`normalizers`), of an lse that says enough, and whether any does not.
     ``single``: it clears a row of the sums of the gradient of queries too.
     """
     cuda, macro = on.cuda, on.macro
@@ -52,7 +55,12 @@ def make_delta(c: Config, on: Any) -> Any:
             total = total + e.shuffle_xor(total, distance)
         given = there & (p.grad_lse > 0)
         total = total - e.load(kind, b.places["grad_lse"] + e.wide(i) * p.grad_lse_row, where=given)
-        e.store(kind, b.places["delta"] + e.wide(i) * p.delta_row, [total], there & lane.equals(0))
+        lse = e.load(kind, b.places["lse"] + e.wide(i) * p.lse_row, where=there)
+        offset = e.select(lse.equals(-math.inf), e.const(kind, 0.0), lse * -LOG2E)
+        at, own, zero = b.places["delta"] + e.wide(i) * p.delta_row, there & lane.equals(0), e.const(kind, 0.0)
+        for n, pair in enumerate(([total, offset], [zero, zero])):
+            e.store(kind, at + n * 2 * SIZES[kind], pair, own)
+        e.store("i", p.far, [e.const("i", 1)], own & is_far(e, lse))
         if c.single:
             zero, at = e.const(kind, 0.0), b.places["sum_query"] + e.wide(i) * p.sum_query_row
             for n in range(c.E // 32):
@@ -119,9 +127,9 @@ def make_sinks(c: Config, on: Any) -> Any:
         i = turn * threads + thread
         there = i < b.span.rows
         lse = e.load(kind, b.places["lse"] + e.wide(i) * p.lse_row, where=there)
-        delta = e.load(kind, b.places["delta"] + e.wide(i) * p.delta_row, where=there)
-        sink = e.convert(kind, e.load("d", p.sinks + e.wide(head) * 8))
-        weight = e.exp2((sink - lse) * LOG2E)
+        at = b.places["delta"] + e.wide(i) * p.delta_row
+        delta, offset, top = (e.load(kind, at + n * SIZES[kind], where=there) for n in range(3))
+        weight = e.exp2(e.fma(b.sink(head, kind) - top, p.real("factor", kind), offset))
         # Beside an infinite sum nothing else weighs; of a row with neither sink nor keys (lse -inf) nothing does.
         weighs = there & e.is_finite(lse) & (weight > 0.0)
         return e.select(weighs, total - weight * delta, e.select(there & e.is_nan(lse), lse, total))

@@ -11,8 +11,18 @@ from typing import Any
 from .formats import read
 from .parameters import Parameters, Sequence, clamp
 from .products import Layout
-from .softmax import LOG2E
+from .softmax import LARGEST
 from .spec import Config
+
+
+def _converted(e: Any, kind: str, x: Any) -> Any:
+    """A bias in the kind of the scores; what is finite in float64 stays so in float32."""
+    if kind == "f" and x.kind == "d":
+        most = e.const("d", LARGEST["f"])
+        return e.select(
+            e.is_finite(x), e.convert(kind, e.max(e.min(x, most), e.const("d", 0.0) - most)), e.convert(kind, x)
+        )
+    return e.convert(kind, x)
 
 
 class Span:
@@ -73,36 +83,37 @@ class Scores:
         """Apply softcap, ALiBi, bias and mask, in this order.
 
         `where` has the addresses of bias and mask of this head, or of head 0 and the heads of each slot, the offset,
-        how many queries and keys there are, and the slope of each slot. Returns the scores in base 2 and, with a
-        softcap, the tanh of each.
+        how many queries and keys there are, and the slope of each slot. Returns the scores, natural
+        ones unless a mask is all there is, and, with a softcap, the tanh of each.
         """
         e, c, p, kind = self.e, self.c, self.p, self.product.kind
-        factor, curves = p.real("factor", kind), []
+        rest, curves = p.real("rest", kind), []
         places = self.places()
         if c.softcap:
             inner, outer = p.real("cap_inner", kind), p.real("cap_outer", kind)
             curves = [e.tanh(x * inner) for x in s]
             s = [x * outer for x in curves]
-        else:
-            s = [x * factor for x in s]
+        elif c.alibi:
+            s = [x * rest for x in s]
         if c.alibi:
-            log2e = e.const(kind, -LOG2E)
             made = []
             for (slot, _), (i, j), x in zip(self.layout.elements, places, s, strict=True):
                 distance = i + where["offset"] - j
                 distance = e.max(distance, 0 - distance)
-                made.append(e.fma(e.convert(kind, distance), where["slopes"][slot] * log2e, x))
+                made.append(e.fma(e.convert(kind, distance), e.const(kind, 0.0) - where["slopes"][slot], x))
             s = made
         low = self.product.hidden(e) if self.careful else e.const(kind, -math.inf)
         if c.bias or c.mask:
             rows, keys = where["rows"], where["key_rows"]
             inside = [(i < rows) & (j < keys) for i, j in places]
         if c.bias:
-            log2e = e.const(kind, LOG2E)
+            least = e.const(kind, -LARGEST[kind])
             made = []
             for (slot, _), place, there, x in zip(self.layout.elements, places, inside, s, strict=True):
-                y = e.convert(kind, read(e, c.bias, self.at("bias", where, slot, *place), there))
-                made.append(e.select(y.equals(-math.inf), low, e.fma(y, log2e, x)))
+                y = _converted(e, kind, read(e, c.bias, self.at("bias", where, slot, *place), there))
+                total = x + y if c.softcap or c.alibi else e.fma(x, rest, y)
+                # Only -inf hides: a finite bias whose sum with a score has no room stays the least number.
+                made.append(e.select(y.equals(-math.inf), low, e.select(total < least, least, total)))
             s = made
         if c.mask:
             made = []

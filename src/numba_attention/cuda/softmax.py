@@ -1,16 +1,30 @@
 """The online softmax on registers: rows of scores in, weights and the state of each row out.
 
-Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; in base 2, with the sum of each lane kept
-apart until the end. A row is spread over the lanes that `product.reduce` joins.
+Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, with the sum of each lane kept apart until
+the end. A row is spread over the lanes that `product.reduce` joins.
+
+Scores have a unit: what takes them to natural scores, those of the formula. It is the part of the scale that queries
+were not multiplied by, or 1 behind a stage. A row's maximum is kept in that unit, as one of the very numbers that it is
+subtracted from, and factor = unit * log2(e).
 """
 
 import math
+import sys
 from typing import Any
 
 from .products import Layout
 
 LN2 = math.log(2)
 LOG2E = math.log2(math.e)
+# The maximum of a row that has seen nothing is the least number: minus infinity minus that is minus infinity.
+LARGEST = {"f": float.fromhex("0x1.fffffep127"), "d": sys.float_info.max}
+# The weight of a score is 2**(score * factor - maximum * factor), one fused multiply-add, as long as the rounded
+# product of the maximum and the factor is within 1/4 of the exact one. Beyond, the maximum is subtracted first.
+FAR = {"f": 2.0**22, "d": 2.0**51}
+# The lse beyond which its rounding is more than 3e-5 of a denominator (that of float64: 4e-9).
+ROUNDED = {"f": 2.0**10, "d": 2.0**25}
+# Weights of 2**-LIFT and less: up to 2**29 of them, times values near the largest number, have a finite sum.
+LIFT = 30
 
 
 def across(e: Any, product: Any, x: Any, join: Any) -> Any:
@@ -20,41 +34,96 @@ def across(e: Any, product: Any, x: Any, join: Any) -> Any:
     return x
 
 
-def start(e: Any, product: Any, features: Layout, sinks: list[Any] | None, first: Any) -> tuple[list[Any], ...]:
+def start(
+    e: Any, product: Any, features: Layout, sinks: list[Any] | None, first: Any, factor: Any = None, lift: Any = None
+) -> tuple[list[Any], ...]:
     """Maxima, sums and accumulators before the first key; a sink is a key whose value is 0, in the first lane's sum."""
     kind = product.kind
-    zero, one, low = e.const(kind, 0.0), e.const(kind, 1.0), e.const(kind, -math.inf)
+    zero, low = e.const(kind, 0.0), e.const(kind, -LARGEST[kind])
     accumulators = [zero] * len(features)
     if sinks is None:
         return [low] * product.slots, [zero] * product.slots, accumulators
-    counts = [e.select(sink.equals(-math.inf), zero, e.select(first, one, zero)) for sink in sinks]
-    return sinks, counts, accumulators
+    counts = []
+    for sink in sinks:
+        weight = e.exp2(excess(e, sink, factor))
+        if lift is not None:
+            weight = e.select(lift > 0, e.const(kind, 2.0**-LIFT), weight)
+        counts.append(e.select(sink.equals(-math.inf), zero, e.select(first, weight, zero)))
+    return [e.max(sink, low) for sink in sinks], counts, accumulators
+
+
+def excess(e: Any, maximum: Any, factor: Any) -> Any:
+    """The logarithm of the weight of a row's maximum: what its product with the factor exceeds the rounded one by."""
+    kind = maximum.kind
+    rounded = maximum * factor
+    return e.select(
+        e.abs(rounded) >= FAR[kind], e.const(kind, 0.0), e.fma(maximum, factor, e.const(kind, 0.0) - rounded)
+    )
+
+
+def center(
+    e: Any, product: Any, layout: Layout, s: list[Any], m: list[Any], factor: Any, lift: Any = None,
+    before: list[Any] | None = None,
+) -> tuple[list[Any], list[Any], list[Any]]:  # fmt: skip
+    """Scores and, of each slot, an offset, such that the weight of a score is 2**(score * factor + offset).
+
+    `m` has the maximum of each slot. Where `lift` is more than 0, weights are 2**-LIFT times as large. The logarithm of
+    what takes weights with the maxima `before` to those with `m` comes last.
+    """
+    kind, slots = product.kind, range(product.slots)
+    zero, limit = e.const(kind, 0.0), e.const(kind, FAR[kind])
+    offsets = [zero - top * factor for top in m]
+    steps = [e.fma(x, factor, zero) + offset for x, offset in zip(before or [], offsets, strict=False)]
+    largest = e.abs(offsets[0])
+    for x in offsets[1:]:
+        largest = e.max(largest, e.abs(x))
+    if lift is not None:
+        limit = e.select(lift > 0, zero, limit)
+
+    def subtract(state: list[Any]) -> list[Any]:
+        apart, offsets, steps = state[: len(s)], state[len(s) : len(s) + len(m)], state[len(s) + len(m) :]
+        level = zero if lift is None else e.select(lift > 0, e.const(kind, float(-LIFT)), zero)
+        for slot in slots:
+            far = e.abs(offsets[slot]) >= limit
+            less = e.select(far, m[slot], zero)
+            for n in layout.of_slot(slot):
+                apart[n] = apart[n] - less
+            offsets[slot] = e.select(far, level, offsets[slot])
+            if before is not None:
+                more = excess(e, before[slot], factor)
+                more = more if lift is None else e.select(lift > 0, zero, more)
+                steps[slot] = e.select(far, (before[slot] - m[slot]) * factor - more, steps[slot])
+        return apart + offsets + steps
+
+    made = e.when(largest >= limit, [*s, *offsets, *steps], subtract)
+    return made[: len(s)], made[len(s) : len(s) + len(m)], made[len(s) + len(m) :]
 
 
 def fold(
     e: Any, product: Any, layout: Layout, features: Layout, s: list[Any], m: list[Any], l: list[Any], c: list[Any],
-    factor: Any, at_once: bool = False,
+    factor: Any, lift: Any = None, at_once: bool = False,
 ) -> tuple[list[Any], list[Any], list[Any], list[Any]]:  # fmt: skip
-    """Take in a tile of scores (times `factor` in base 2): its weights, and maxima, sums and accumulators with it.
+    """Take in a tile of scores: its weights, and maxima, sums and accumulators with it.
 
     ``at_once``: accumulators are rescaled here, and not when they are needed.
     """
-    p, m, l, c = list(s), list(m), list(l), list(c)
-    low, zero = e.const(product.kind, -math.inf), e.const(product.kind, 0.0)
+    p, before, l, c = list(s), m, list(l), list(c)
+    low = e.const(product.kind, -math.inf)
     careful = getattr(product, "careful", False)
+    shown = [e.select(product.is_hidden(e, x), low, x) for x in s] if careful else s
+    m = []
     for slot in range(product.slots):
         mine = layout.of_slot(slot)
-        seen = [e.select(product.is_hidden(e, s[n]), low, s[n]) if careful else s[n] for n in mine]
-        top = seen[0]
-        for x in seen[1:]:
-            top = e.max(top, x)
-        top = across(e, product, top, e.max)
-        top = e.max(m[slot], top if factor is None else top * factor)
-        base = e.select(top > -math.inf, top, zero)  # nothing seen yet: exp2(-inf - 0) is 0
-        alpha = e.exp2(m[slot] - base)
-        m[slot], total = top, l[slot] * alpha
-        for n, x in zip(mine, seen, strict=True):
-            weight = e.exp2(x - base if factor is None else e.fma(x, factor, zero - base))
+        top = shown[mine[0]]
+        for n in mine[1:]:
+            top = e.max(top, shown[n])
+        m.append(e.max(before[slot], across(e, product, top, e.max)))
+    shown, offsets, steps = center(e, product, layout, shown, m, factor, lift, before)
+    for slot in range(product.slots):
+        alpha = e.exp2(steps[slot])
+        total = l[slot] * alpha
+        for n in layout.of_slot(slot):
+            weight = e.exp2(e.fma(shown[n], factor, offsets[slot]))
             total = total + weight
             p[n] = e.select(product.is_hidden(e, s[n]), s[n], weight) if careful else weight
         l[slot] = total
@@ -65,3 +134,34 @@ def fold(
 
 def total(e: Any, product: Any, l: list[Any]) -> list[Any]:
     return [across(e, product, x, lambda a, b: a + b) for x in l]
+
+
+def relative(e: Any, m: list[Any], l: list[Any], factor: Any, lift: Any = None) -> list[Any]:
+    """Sums of weights where the maximum of a row weighs 1."""
+    made = []
+    for top, x in zip(m, l, strict=True):
+        scale = e.exp2(e.const(x.kind, 0.0) - excess(e, top, factor))
+        made.append(x * (scale if lift is None else e.select(lift > 0, e.const(x.kind, 2.0**LIFT), scale)))
+    return made
+
+
+def lse(e: Any, maximum: Any, total: Any, unit: Any) -> Any:
+    """The natural logarithm of the denominator of a row, of its maximum and the sum of weights relative to it."""
+    return e.fma(maximum, unit, e.log2(total) * LN2)
+
+
+def is_far(e: Any, lse: Any) -> Any:
+    """Whether a row has an lse so large that, rounded, it does not tell the denominator."""
+    return (e.abs(lse) > ROUNDED[lse.kind]) & e.is_finite(lse)
+
+
+def recenter(e: Any, s: list[Any], tops: list[Any]) -> list[Any]:
+    """Subtract from each score the maximum of its row, which is 0 for rows whose lse tells the denominator.
+
+    Products that are summed in another order may exceed it by their rounding, and nothing weighs more than the maximum.
+    """
+    made = []
+    for x, top in zip(s, tops, strict=True):
+        apart = x - top
+        made.append(e.select((apart > 0.0) & (e.abs(top) > 0.0), apart - apart, apart))
+    return made

@@ -51,6 +51,10 @@ class Config:
     def __hash__(self) -> int:  # of 25 fields, asked for several times in every call
         return self._hash
 
+    def __reduce__(self) -> Any:
+        """Fields alone: what is cached beside them, such as a hash of strings, holds in this process only."""
+        return Config, tuple(getattr(self, f.name) for f in fields(self))
+
     @property
     def is_staged(self) -> bool:
         """Whether scores go through any stage between the product and the softmax."""

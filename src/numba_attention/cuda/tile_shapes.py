@@ -80,7 +80,7 @@ def shaped(task: str, storage: str, E: int, Ev: int, product: str, device: Any) 
 
 
 def fitted(c: Config, device: Any) -> Config:
-    """Fewer warps or columns until the tiles fit into shared memory."""
+    """Fewer rows of a thread, warps or columns until the tiles fit into shared memory."""
     least = c.across if c.product == "simt" else 16
     while c.shared > device.shared_memory:
         if c.warps == 1 and c.columns <= least:
@@ -88,6 +88,9 @@ def fitted(c: Config, device: Any) -> Config:
                 f"head dimensions {c.E} and {c.Ev} of {c.storage} need {c.shared:,} bytes of shared memory for a "
                 f"block, and this GPU has {device.shared_memory:,}; use float32, or backend='cpu'"
             )
+        if c.product == "simt" and c.slots == 8:  # (two warps of as many rows would spill)
+            c = c.with_(slots=4)
+            continue
         c = c.with_(warps=c.warps // 2) if c.warps > 1 else c.with_(columns=max(c.columns // 32 * 16, least))
     return c
 
@@ -233,13 +236,19 @@ def weights(c: Config, device: Any) -> Config:
     return fitted(made, device)
 
 
+def normalizers(c: Config, device: Any) -> Config:
+    """The kernel of maxima and sums of rows whose lse does not tell them; it multiplies as that of the gradients."""
+    slots = 1 if c.product != "simt" else min(c.slots, 4 if c.storage != "float64" else 2)
+    return fitted(c.with_(task="normalizers", slots=slots, warps=4, columns=32, flags=False, Ev=32), device)
+
+
 def bias(c: Config, device: Any) -> Config:
     """The kernel of the gradient of a bias."""
     made = c.with_(task="bias", flags=False, careful=False)
     small = max(c.E, c.Ev) <= 64
     if made.product == "simt":
         slots = (4 if small else 2) // (2 if c.storage == "float64" else 1)
-        made = made.with_(slots=slots, columns=32, careful=True)
+        made = made.with_(slots=slots, columns=32 if small else 16, careful=True)
     else:
         made = made.with_(slots=1, warps=4 if max(c.E, c.Ev) <= 128 else 2, columns=32 if small else 16)
     return fitted(made, device)

@@ -193,23 +193,3 @@ def scale_rows(e: Any, tile: Tile, base: Any, factor: Any, thread: Any, threads:
         return state
 
     e.loop(-(-total // threads), [], body)
-
-
-def copy_numbers(
-    e: Any, kind: str, target: Any, address: Any, stride: Any, first: Any, most: Any, count: int, thread: Any,
-    threads: int, asynchronous: bool,
-) -> None:  # fmt: skip
-    """Bring `count` numbers of an array, from number `first` on, to shared memory, zeros from number `most` on."""
-    size = 8 if kind == "d" else 4
-    for n in range(-(-count // threads)):
-        index = thread + n * threads
-        inside = index < count
-        there = inside & (index + first < most)
-        source = address + e.wide(e.select(there, index + first, index - index)) * stride
-        index = e.select(inside, index, index - index)
-        if asynchronous:
-            e.copy_async(
-                target + index * size, source, e.select(there, e.const("i", size), e.const("i", 0)), inside, size
-            )
-        else:
-            e.store_shared(kind, target + index * size, [e.load(kind, source, where=there)], inside)

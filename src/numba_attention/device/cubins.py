@@ -51,11 +51,17 @@ def entry(code: bytes) -> str:
     return found.group(1).decode()
 
 
+def sources() -> list[Path]:
+    """The files that decide what kernels compile to: theirs, and the record whose offsets they hold."""
+    package = Path(__file__).parents[1]
+    return [*sorted(package.glob("cuda/*.py")), package / "sequence_record.py"]
+
+
 @cache
 def environment() -> str:
-    """Everything but its key that decides what a kernel compiles to."""
+    """Everything but its key that decides what a kernel compiles to: sources and compilers."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sources():
         digest.update(source.name.encode() + source.read_bytes())
     versions = [sys.version_info[:3], *((name, _version(name)) for name in (*_COMPILERS, *_WHEELS))]
     digest.update(repr(versions).encode())
