@@ -8,9 +8,9 @@ from llvmlite import ir
 
 from assembly import innermost
 from numba_attention.cpu import features
-from numba_attention.cpu.elements import Spec
 from numba_attention.cpu.gemm import micro_kernel
 from numba_attention.cpu.simd import HOST, I64, Host, detect
+from numba_attention.cpu.spec import Spec
 from numba_attention.cpu.sums import sum_blocks
 
 HOSTS = {

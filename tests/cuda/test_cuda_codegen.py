@@ -19,7 +19,7 @@ pytest.importorskip("cuda.core")
 
 from numba_attention import BackendUnavailableError
 from numba_attention.cuda import kernels, tile_shapes
-from numba_attention.cuda.spec import FEATURES, Config, compute_capability
+from numba_attention.cuda.spec import FEATURES, Spec, compute_capability
 from numba_attention.device.driver import Device
 
 THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
@@ -59,7 +59,7 @@ def check(compiled, c):
     assert compiled.spills == 0, compiled.log
     registers = -(-compiled.registers // 8) * 8  # a warp takes them by eights
     assert registers * c.threads * c.blocks <= 65536
-    assert c.shared <= SHARED[c.arch]
+    assert kernels.shared(c) <= SHARED[c.arch]
 
 
 def plain(arch, storage, E):
@@ -171,9 +171,9 @@ def rest(arch, storage, E):
     )
     if single is not None:
         yield single
-        yield Config("round", storage, E, E, warps=4, flags=True, arch=arch)
-    yield Config("combine", storage, E, E, warps=4, stacked=True, flags=True, arch=arch)
-    yield Config("delta", storage, E, E, warps=4, single=single is not None, arch=arch)
+        yield Spec("round", storage, E, E, warps=4, flags=True, arch=arch)
+    yield Spec("combine", storage, E, E, warps=4, stacked=True, flags=True, arch=arch)
+    yield Spec("delta", storage, E, E, warps=4, single=single is not None, arch=arch)
 
 
 def shares():
@@ -208,14 +208,14 @@ def test_old_gpus(storage):
 @pytest.mark.parametrize(("of", "to"), [("float32", "bfloat16"), ("float64", "float64"), ("float16", "float32")])
 def test_sums(of, to):
     check(
-        kernels.compile_(Config("reduce", of, 32, 32, to=to, arch="sm_90a")),
-        Config("reduce", of, 32, 32, arch="sm_90a"),
+        kernels.compile_(Spec("reduce", of, 32, 32, to=to, arch="sm_90a")),
+        Spec("reduce", of, 32, 32, arch="sm_90a"),
     )
 
 
 def test_a_kernel_compiles_to_the_same_code():
     """What the cache on disk counts on: the code of a kernel follows from its name."""
-    c = Config("combine", "float16", 64, 64, warps=4, arch="sm_80")
+    c = Spec("combine", "float16", 64, 64, warps=4, arch="sm_80")
     one, two = kernels.compile_(c), kernels.compile_(c)
     assert len(one.code) == len(two.code)
     assert (one.registers, one.spills) == (two.registers, two.spills)
@@ -232,4 +232,4 @@ def test_what_does_not_compile_is_said(monkeypatch):
     with pytest.raises(
         BackendUnavailableError, match=r"numba-cuda [\d.]+ with numba .*'NPDatetime'; releases that belong"
     ):
-        kernels.compile_(Config("combine", "float16", 64, 64, arch="sm_80"))
+        kernels.compile_(Spec("combine", "float16", 64, 64, arch="sm_80"))

@@ -682,7 +682,7 @@ def test_this_machine():
 def test_a_kernels_configuration_travels_to_other_processes():
     """Where strings have other hashes: what was pickled is found in a dictionary there."""
     code = (
-        "import pickle, sys; from numba_attention.cuda.spec import Config; c = Config('forward', 'float32', 64, 64);"
+        "import pickle, sys; from numba_attention.cuda.spec import Spec; c = Spec('forward', 'float32', 64, 64);"
         "hash(c); c.compute; sent = pickle.loads(bytes.fromhex(sys.argv[1])) if sys.argv[1:] else c;"
         "print({c: 'found'}.get(sent)); print(pickle.dumps(c).hex())"
     )

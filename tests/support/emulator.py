@@ -600,7 +600,7 @@ class EmulatedDriver(HostDriver):
 
     def compiled(self, config):
         self.configs[config.name] = config
-        return Kernel(config.name, b"", config.threads, config.shared, kernels.addresses(config))
+        return Kernel(config.name, b"", config.threads, kernels.shared(config), kernels.addresses(config))
 
     def emulate(self, kernel, grid, integers, reals):
         if kernel.name not in self.made:

@@ -12,9 +12,9 @@ from ..bounded import BoundedCache
 from ..cpu import decode, launch
 from ..cpu import forward as kernels
 from ..cpu.cache import Kernel
-from ..cpu.elements import Spec
 from ..cpu.params import ARRAYS, REST, pack_addresses
 from ..cpu.simd import HOST
+from ..cpu.spec import Spec
 from ..options import Array
 from ..problem.dense import BackwardProblem, Problem
 from ..problem.dense import sum_to as reduce  # noqa: F401

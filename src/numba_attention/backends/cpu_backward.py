@@ -10,10 +10,10 @@ import numpy as np
 from ..bounded import BoundedCache
 from ..cpu import backward as kernels
 from ..cpu.cache import Kernel
-from ..cpu.elements import Spec
 from ..cpu.params import ARRAYS, REST, pack_addresses
 from ..cpu.simd import HOST
 from ..cpu.softmax import SUM_ROWS
+from ..cpu.spec import Spec
 from ..cpu.sums import padded
 from ..options import Array
 from ..problem.dense import BackwardProblem, spread_bias

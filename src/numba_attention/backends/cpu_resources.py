@@ -10,9 +10,9 @@ from numba import carray, types
 
 from ..cpu import backward, decode, forward, launch
 from ..cpu.cache import Function, Kernel
-from ..cpu.elements import Spec
 from ..cpu.params import PARAMS, STOPPED
 from ..cpu.simd import HOST, void_pointer
+from ..cpu.spec import Spec
 from ..options import Array
 from ..sequence_record import SEQUENCE
 

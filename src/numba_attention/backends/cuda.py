@@ -1,26 +1,22 @@
 """The CUDA backend: turns a `Problem`, whose arrays are headers of device memory, into launches."""
 
-import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
 
 from ..cuda import kernels, tile_shapes
 from ..cuda.blocks import HEAD
 from ..cuda.combine import MOST as MOST_PARTS
-from ..cuda.parameters import AXES, REALS
-from ..cuda.spec import Config
+from ..cuda.spec import Spec
 from ..device import runtime
 from ..device.constants import upload
 from ..device.driver import Device
-from ..device.headers import address_of
-from ..options import Array
-from ..problem.dense import BackwardProblem, Empty, Problem
+from ..problem.dense import BackwardProblem, Problem
 from . import cuda_backward
 from .cuda_launch import Work, is_aligned, work_list
-from .records import per_head, storage_of
+from .device_sums import reduce as reduce
+from .records import per_head
 
 on_device = True
 
@@ -34,7 +30,7 @@ def unusable() -> str | None:
 def warmup_jobs() -> list[tuple[str, Callable[[], object]]]:
     """The kernels worth compiling ahead for the first GPU, each with a function that does it."""
     device = runtime.driver.device(0)
-    found: dict[str, Config] = {}
+    found: dict[str, Spec] = {}
     for storage in ("bfloat16", "float16", "float32"):
         for E in (64, 128):
             for hides in (False, True):
@@ -59,7 +55,7 @@ def forward(problem: Problem) -> None:
     work = Work(p)
     group = p.H // p.Hkv
     few = p.L * group if p.L * group <= FEW else 0
-    c = work.config("forward", is_aligned(p.query, p.key, p.value, p.out))
+    c = work.spec("forward", is_aligned(p.query, p.key, p.value, p.out))
     alone, split, join, again = _kernels(c, p.sinks is not None, few, group, work.device)
     rows, heads = (few, p.Hkv) if alone.stacked else (p.L, p.H)
     tiles, number = -(-rows // alone.rows), len(work.sequences)
@@ -88,12 +84,12 @@ def forward(problem: Problem) -> None:
 
 
 @lru_cache(maxsize=512)
-def _kernels(c: Config, sinks: bool, few: int, group: int, device: Device) -> tuple[Config, Config, Config, Config]:
+def _kernels(c: Spec, sinks: bool, few: int, group: int, device: Device) -> tuple[Spec, Spec, Spec, Spec]:
     """The kernel for all keys, that for some of them, that which joins those, and that which does rows again."""
     c = c.with_(sinks=sinks, stacked=few > 0 and group > 1)
     if few:
         c = tile_shapes.few(c, few, device)
-    join = Config("combine", c.storage, c.E, c.Ev, warps=4, stacked=c.stacked, flags=c.flags, arch=c.arch)
+    join = Spec("combine", c.storage, c.E, c.Ev, warps=4, stacked=c.stacked, flags=c.flags, arch=c.arch)
     return c, c.with_(split=True, flags=False), join, tile_shapes.careful(c, device)
 
 
@@ -115,41 +111,10 @@ def weights(problem: Problem) -> None:
     if not p.out.size or p.heads is None or p.rows is None:
         return
     work = Work(p)
-    c = tile_shapes.weights(work.config("forward", is_aligned(p.query, p.key)), work.device)
+    c = tile_shapes.weights(work.spec("forward", is_aligned(p.query, p.key)), work.device)
     c = c.with_(sinks=p.sinks is not None)
     tiles = -(-len(p.rows) // c.rows)
     work.sequences = per_head(p, p.heads, work.sequences, p.bias)
     work.upload_sequences()
     work.put("work", upload(np.ascontiguousarray(p.rows, np.int64)))
     work.launch(c, (len(work.sequences) * tiles, 1, 1), tiles=tiles, number=len(p.rows), inner_tiles=p.S)
-
-
-def reduce(x: Array, shape: tuple[int, ...], dtype: np.dtype[Any], empty: Empty) -> Array:
-    """Sum over the axes along which `shape` was broadcast to that of x, and convert to `dtype`."""
-    if x.shape == shape and x.dtype == dtype:
-        return x
-    made: Array = empty(shape, dtype)
-    add_up(x, made, runtime.current_device().arch, runtime.stream())
-    return made
-
-
-def add_up(x: Array, target: Array, arch: str, stream: int, terms: bool = True) -> None:
-    """Sum x over the axes that `target` does not have, or has of size 1; without terms, zeros."""
-    if not target.size:
-        return
-    extra = x.ndim - target.ndim
-    shape, strides = (1,) * extra + target.shape, (0,) * extra + target.strides
-    pairs = list(zip(x.shape, x.strides, shape, strides, strict=True))
-    kept = [(n, stride, to) for n, stride, m, to in pairs if m == n and n != 1][::-1]
-    summed = [(n, stride) for n, stride, m, _ in pairs if m != n]
-    if max(len(kept), len(summed)) > AXES:
-        raise ValueError(f"gradients of arrays of more than {AXES} dimensions cannot be summed on a GPU, got {x.shape}")
-    count = math.prod(n for n, _ in summed) if terms else 0
-    integers = [address_of(x), address_of(target), target.size, count]
-    for n in range(AXES):
-        integers += kept[n] if n < len(kept) else (1, 0, 0)
-    for n in range(AXES):
-        integers += summed[n] if n < len(summed) else (1, 0)
-    c = Config("reduce", storage_of(x.dtype), 32, 32, to=storage_of(target.dtype), arch=arch)
-    grid = (-(-target.size // c.threads), 1, 1)
-    runtime.launch(kernels.compiled(c), grid, integers, [0.0] * len(REALS), stream)

@@ -4,13 +4,14 @@ import numpy as np
 
 from ..cuda import tile_shapes
 from ..cuda.blocks import FACTS, HEAD
-from ..cuda.spec import Config, padded
+from ..cuda.spec import Spec, padded
 from ..device import runtime
 from ..device.constants import upload
 from ..device.driver import Device
 from ..options import Array
 from ..problem.dense import BackwardProblem, Problem, spread_bias
 from .cuda_launch import Work, is_aligned, work_list
+from .device_sums import add_up
 from .records import storage_of
 
 ROWS = 4  # of a block of a kernel with a warp for each
@@ -18,8 +19,6 @@ ROWS = 4  # of a block of a kernel with a warp for each
 
 def run(g: BackwardProblem) -> None:
     """Write the gradients of query, key and value, and make those of bias and sinks."""
-    from .cuda import add_up
-
     p, stream = g.forward, runtime.stream()
     real = np.float64 if p.query.dtype == np.float64 else np.float32
     of_rows = p.out.shape[-3:-1] if p.packing else p.out.shape[:-1]  # of packed sequences all have the same array
@@ -47,12 +46,12 @@ def run(g: BackwardProblem) -> None:
     if p.L:
         c = _small("delta", work).with_(single=sums is not None, aligned=is_aligned(p.out, g.grad_out))
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
-        c = tile_shapes.normalizers(work.config("forward", is_aligned(p.query, p.key)), work.device)
+        c = tile_shapes.normalizers(work.spec("forward", is_aligned(p.query, p.key)), work.device)
         c = c.with_(sinks=p.sinks is not None)
         tiles = -(-p.L // c.rows)
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
     aligned = is_aligned(p.query, p.key, p.value, g.grad_out, g.query, g.key, g.value)
-    of_queries, of_keys = work.config("query", aligned), work.config("key", aligned)
+    of_queries, of_keys = work.spec("query", aligned), work.spec("key", aligned)
     single = None if sums is None else tile_shapes.single(of_keys, work.device)
     if p.S:
         for c in tile_shapes.parts(of_keys) if single is None else [single]:
@@ -73,14 +72,14 @@ def _is_single(p: Problem) -> bool:
     return not tile_shapes.is_deterministic() and tile_shapes.single(base, device) is not None
 
 
-def kernels_of(c: Config, device: Device) -> list[Config]:
+def kernels_of(c: Spec, device: Device) -> list[Spec]:
     """The kernels of the gradients of a call whose forward pass has the kernel `c`, without options that need more."""
     queries, keys = (
         tile_shapes.with_options(tile_shapes.base(task, c.storage, c.E, c.Ev, device), flags=c.flags, aligned=c.aligned)
         for task in ("query", "key")
     )
     single = None if tile_shapes.is_deterministic() else tile_shapes.single(keys, device)
-    small = Config("delta", c.storage, c.E, c.Ev, warps=ROWS, single=single is not None, arch=c.arch)
+    small = Spec("delta", c.storage, c.E, c.Ev, warps=ROWS, single=single is not None, arch=c.arch)
     found = [small, *tile_shapes.parts(keys), queries] if single is None else [small, single]
     if single is not None:
         found.append(small.with_(task="round", single=False, flags=c.flags))
@@ -88,12 +87,12 @@ def kernels_of(c: Config, device: Device) -> list[Config]:
     return [*found, *again]
 
 
-def _small(task: str, work: Work) -> Config:
+def _small(task: str, work: Work) -> Spec:
     p = work.p
-    return Config(task, work.storage, padded(p.E), padded(p.Ev), warps=ROWS, arch=work.device.arch)
+    return Spec(task, work.storage, padded(p.E), padded(p.Ev), warps=ROWS, arch=work.device.arch)
 
 
-def _own(work: Work, c: Config, again: Config, heads: int, length: int, rows: int) -> None:
+def _own(work: Work, c: Spec, again: Spec, heads: int, length: int, rows: int) -> None:
     """Launch a kernel whose blocks own so many of `length` rows, and then the one that does some of them again."""
     number = len(work.sequences)
     tiles = -(-length // rows)
@@ -118,7 +117,7 @@ def _own(work: Work, c: Config, again: Config, heads: int, length: int, rows: in
 def _of_bias(g: BackwardProblem, work: Work, of_bias: Array, aligned: bool) -> None:
     p, shape = g.forward, g.bias_shape
     assert shape is not None
-    c = tile_shapes.bias(work.config("query", aligned), work.device)
+    c = tile_shapes.bias(work.spec("query", aligned), work.device)
     owners, of_members = _owners(work, of_bias)
     packed = (False, False) if p.packing is None else p.packing.bias
     sizes = [0 if is_packed and n != 1 else n for n, is_packed in zip(shape[-2:], packed, strict=True)]
@@ -150,8 +149,6 @@ def _of_sinks(g: BackwardProblem, work: Work) -> None:
 
 def _without_work(g: BackwardProblem, work: Work) -> None:
     """No heads or no sequences: gradients without elements, or of nothing."""
-    from .cuda import add_up
-
     if g.forward.sinks is not None:
         g.sinks = g.empty((g.forward.H,), work.real)
     for x in (g.query, g.key, g.value, g.sinks):

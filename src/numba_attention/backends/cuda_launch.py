@@ -10,7 +10,7 @@ from ..cuda import kernels, tile_shapes
 from ..cuda.blocks import HEAD
 from ..cuda.parameters import ARRAYS, FAR, INTEGERS, MOST, REALS
 from ..cuda.softmax import LOG2E
-from ..cuda.spec import Config
+from ..cuda.spec import Spec
 from ..device import runtime
 from ..device.constants import upload
 from ..device.headers import address_of
@@ -112,7 +112,7 @@ class Work:
         for name, x in numbers.items():
             self._integers[_AT[name]] = int(x)
 
-    def config(self, task: str, aligned: bool) -> Config:
+    def spec(self, task: str, aligned: bool) -> Spec:
         """The kernel for a task, with the options of this call."""
         p = self.p
         product = tile_shapes.product_of(self.storage, self.device, max(p.E, p.Ev))
@@ -135,13 +135,13 @@ class Work:
     def upload_sequences(self) -> None:
         self.put("sequences", upload(self.sequences))
 
-    def launch_tiles(self, c: Config, tiles: int, items: int, heads: int, **numbers: int) -> None:
+    def launch_tiles(self, c: Spec, tiles: int, items: int, heads: int, **numbers: int) -> None:
         """Launch blocks for so many tiles of all sequences, at most `tiles` of each, and heads."""
         together = tile_shapes.heads_together(heads, tiles, tile_shapes.resident(c, self.device))
         self.launch(c, (items << together, heads >> together, 1), tiles=tiles, together=together, **numbers)
         self.set(together=0)
 
-    def launch(self, c: Config, grid: tuple[int, int, int], **numbers: int) -> None:
+    def launch(self, c: Spec, grid: tuple[int, int, int], **numbers: int) -> None:
         self.set(**numbers)
         runtime.launch(kernels.compiled(c), grid, self._integers, self._reals, self.stream)
 

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..cpu.elements import Spec
 from ..cpu.params import INTEGERS, REALS, pack_rest
 from ..cpu.scoring import bias_elements
 from ..cpu.simd import HOST
+from ..cpu.spec import Spec
 from ..intervals import FAR
 from ..narrowing import saturated
 from ..options import Array

@@ -19,7 +19,6 @@ import numpy as np
 
 from ..sequence_record import SEQUENCE
 from . import stages, tiles
-from .elements import Spec
 from .gemm import micro_kernel
 from .params import NEVER, PARAMS, STOPPED
 from .scoring import LOG2E, areas, lay_out, make_scoring
@@ -42,6 +41,7 @@ from .softmax import (
     softmax_step,
 )
 from .softmax import add_tiles as add_two_tiles
+from .spec import Spec
 from .sums import CLEAN, LOST, add_products, add_transposed, copy_rows, padded, write_sums
 from .sums import add_sums as sums_adder
 from .views import carray

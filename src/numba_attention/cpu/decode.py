@@ -14,13 +14,13 @@ import numpy as np
 
 from ..sequence_record import SEQUENCE
 from . import features, tiles
-from .elements import Spec
 from .params import NEVER, PARAMS
 from .scoring import LOG2E, areas, lay_out, make_scoring
 from .simd import fetch_add, void_pointer
 from .softmax import INVERSE, MAX, RESCALE, ROWS, SUM, normalised_weights, softmax_step
 from .softmax import add_scaled as add_scaled_of
 from .softmax import power_below as power_below_of
+from .spec import Spec
 from .views import carray
 
 SPLIT = 512  # keys

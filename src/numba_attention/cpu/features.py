@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from .elements import Spec
 from .simd import (
     I32,
     I64,
@@ -34,6 +33,7 @@ from .simd import (
     void_pointer,
 )
 from .softmax import RESCALE
+from .spec import Spec
 from .sums import write_sums
 from .tiles import load_query
 from .views import carray

@@ -11,7 +11,6 @@ import numpy as np
 
 from ..sequence_record import SEQUENCE
 from . import pairs, tiles
-from .elements import Spec
 from .gemm import micro_kernel
 from .params import NEVER, PARAMS, STOPPED
 from .scoring import LOG2E, areas, lay_out, make_scoring
@@ -32,6 +31,7 @@ from .softmax import (
 )
 from .softmax import add_tiles as add_two_tiles
 from .softmax import power_below as power_below_of
+from .spec import Spec
 from .views import carray
 
 

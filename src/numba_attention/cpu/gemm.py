@@ -9,8 +9,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from .elements import Spec
 from .simd import I32, I64, Builder, Value, at, call, load, loop, pointer, routine, splat
+from .spec import Spec
 
 
 class _BFloat(ir.Type):

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from . import tiles
-from .elements import Spec
 from .gemm import micro_kernel
 from .params import NEVER, STOPPED
 from .scoring import lay_out
 from .simd import fetch, fetch_add, void_pointer
+from .spec import Spec
 from .views import carray
 
 # Products of so many k are summed in registers, then added to what is in scratch. The packed tile, 24 KiB, stays in L1

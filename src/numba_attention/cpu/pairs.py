@@ -7,8 +7,9 @@ from typing import Any
 
 from llvmlite import ir
 
-from .elements import Spec, bfloat16_bits
+from .elements import bfloat16_bits
 from .simd import F32, I16, I32, I64, Builder, Value, at, load, loop, pointer, routine, store
+from .spec import Spec
 from .tiles import row_group
 
 

@@ -13,12 +13,13 @@ import numpy as np
 
 from ..intervals import visible as _visible
 from . import features, pairs, stages, tiles
-from .elements import ELEMENTS, Spec
+from .elements import ELEMENTS
 from .gemm import micro_kernel
 from .params import NEVER
 from .simd import void_pointer
 from .softmax import BEFORE, FIRST, MAX, POSITION, ROWS, SLOPE, SPAN, SUM, SUM_HIGH, SUM_LOW, TILE_MAX
 from .sources import Sources, make_sources
+from .spec import Spec
 from .views import carray, table_of
 
 LOG2E = math.log2(math.e)

@@ -17,10 +17,10 @@ from typing import Any
 
 from llvmlite import ir
 
-from .elements import Spec
 from .exp import EXP2_BF16, EXP2_F32, EXP2_F64, exp2_product, lowest_argument
 from .gemm import BF32
 from .simd import I32, I64, Builder, Value, Vector, at, call, loop, pointer, routine, store
+from .spec import Spec
 
 # Rows of the state scratch, each one vector block of query_tile values.
 TILE_MAX, MAX, SUM, RESCALE, INVERSE, SLOPE, POSITION, FIRST, SPAN, BEFORE, SUM_HIGH, SUM_LOW, ROWS = range(13)

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .elements import ELEMENTS, Spec
+from .elements import ELEMENTS
 from .params import NEVER
 from .simd import void_pointer
 from .softmax import multiply_tile
+from .spec import Spec
 from .tiles import copy_bytes, gather_tile
 from .views import carray
 

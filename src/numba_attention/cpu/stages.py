@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .elements import Spec
 from .exp import EXP2_F32, EXP2_F64, clamp, tanh
 from .simd import I64, Builder, Value, at, load, loop, pointer, routine, splat, store
 from .softmax import FIRST, POSITION, SLOPE, SPAN, TILE_MAX
+from .spec import Spec
 
 Body = Callable[[Builder, Value, int, Value], Value]
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from .elements import Spec
 from .gemm import micro_kernel
 from .simd import I64, Builder, Value, at, load, loop, pointer, routine, store, void_pointer
 from .softmax import SUM_ROWS
+from .spec import Spec
 from .tiles import drop_nonfinite as drop_nonfinite_of
 from .tiles import has_nan as any_nan
 from .tiles import row_group, widen_tile

@@ -13,8 +13,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from .elements import Element, Spec
+from .elements import Element
 from .simd import I64, Builder, Value, Vector, at, load, loop, pointer, routine, store, void_pointer
+from .spec import Spec
 from .views import carray
 
 

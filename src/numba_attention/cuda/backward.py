@@ -19,7 +19,7 @@ from .emit import SIZES
 from .parameters import TYPES, Parameters
 from .results import not_finite, write_row
 from .softmax import across, recenter
-from .spec import Config, compute_capability, lay_out
+from .spec import Spec, compute_capability, lay_out
 from .tiles import CHUNK, Tile
 
 NAMES = {"query": (*BACKWARD, "grad_query"), "key": (*BACKWARD, "grad_key", "grad_value", "sum_query")}
@@ -48,7 +48,7 @@ def copy_facts(
 class Tiles:
     """Shared memory of a block: its two tiles, and twice the two that pass by and, what is known of queries."""
 
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: Spec) -> None:
         of = {"query": ("query", "grad_out"), "key": ("key", "value")}
         self.own_names = of[c.task]
         self.other_names = of["key" if c.task == "query" else "query"]
@@ -74,7 +74,7 @@ class Tiles:
             self.end += product.scratch * c.warps
 
 
-def make_backward(c: Config, on: Any) -> Any:
+def make_backward(c: Spec, on: Any) -> Any:
     """Make the kernel of ``c.task``, "query" or "key"; its grid is tiles for some heads (of keys), and all of those."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     of_keys = c.task == "key"

@@ -11,7 +11,7 @@ import numpy as np
 from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, make_scale, place, stage
 from .parameters import TYPES, Parameters, Sequence
 from .softmax import recenter
-from .spec import Config, lay_out
+from .spec import Spec, lay_out
 
 NAMES = (*BACKWARD, "grad_bias")
 PLACES = f"l{len(NAMES)}"
@@ -20,7 +20,7 @@ PLACES = f"l{len(NAMES)}"
 class Tiles:
     """Shared memory: a tile of each operand; the sums of the tile take their place at the end."""
 
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: Spec) -> None:
         kept = c.compute
         self.query, self.grad_out, self.key, self.value = lay_out(
             (c.rows, c.E, kept), (c.rows, c.Ev, kept), (c.columns, c.E, kept), (c.columns, c.Ev, kept)
@@ -29,7 +29,7 @@ class Tiles:
         self.end = max(self.value.end, c.rows * c.columns * self.size)
 
 
-def make_bias(c: Config, on: Any) -> Any:
+def make_bias(c: Spec, on: Any) -> Any:
     """Make the kernel; its grid is owners among sequences x tiles of rows x tiles of keys, and heads of the bias."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product, tiles = c.make_product(), Tiles(c)

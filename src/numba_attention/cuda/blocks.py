@@ -5,7 +5,7 @@ from typing import Any
 from .formats import SIZES
 from .parameters import TYPES, Parameters, Sequence, clamp
 from .scoring import Scores, Span, span_of
-from .spec import Config
+from .spec import Spec
 from .staging import Codes, fetch_scales
 from .tiles import Rows, Tile, fetch, scale_rows
 
@@ -25,7 +25,7 @@ class Block:
     """
 
     def __init__(
-        self, e: Any, c: Config, integers: Any, reals: Any, names: tuple[str, ...], places: Any, numbers: Any
+        self, e: Any, c: Spec, integers: Any, reals: Any, names: tuple[str, ...], places: Any, numbers: Any
     ) -> None:
         self.e, self.c = e, c
         self.p = Parameters(e, integers, reals)
@@ -128,7 +128,7 @@ class Block:
             self.e.commit()
 
 
-def make_landed(c: Config, on: Any) -> Any:
+def make_landed(c: Spec, on: Any) -> Any:
     """Make the macro that waits for all copies of a thread; without asynchronous ones (before sm_80) they are there."""
 
     @on.macro("")
@@ -139,7 +139,7 @@ def make_landed(c: Config, on: Any) -> Any:
     return landed
 
 
-def make_scale(c: Config, on: Any, tile: Tile) -> Any:
+def make_scale(c: Spec, on: Any, tile: Tile) -> Any:
     """Make the macro that multiplies a tile of queries, or keys, by the power of two in the scale."""
 
     @on.macro("", *TYPES, "i", "i")
@@ -150,7 +150,7 @@ def make_scale(c: Config, on: Any, tile: Tile) -> Any:
     return scale
 
 
-def make_marks(c: Config, on: Any) -> tuple[Any, Any]:
+def make_marks(c: Spec, on: Any) -> tuple[Any, Any]:
     """Make the macros that say whether any row is marked, and whether one of a block's is: a thread looks at each."""
 
     @on.macro("i", *TYPES)
@@ -167,7 +167,7 @@ def make_marks(c: Config, on: Any) -> tuple[Any, Any]:
 
 
 def place(
-    e: Any, c: Config, p: Parameters, names: tuple[str, ...], index: Any, tile: Any, head: Any, transposed: bool = False
+    e: Any, c: Spec, p: Parameters, names: tuple[str, ...], index: Any, tile: Any, head: Any, transposed: bool = False
 ) -> tuple[list[Any], list[Any]]:
     """Addresses and numbers of a `Block`. Its head is one of keys if its rows are keys, or stacked queries.
 
@@ -211,7 +211,7 @@ def work_item(e: Any, p: Parameters, x: Any, y: Any, of_keys: bool = False) -> t
 class Lanes:
     """Which rows and columns of a tile of scores a thread has."""
 
-    def __init__(self, c: Config, product: Any) -> None:
+    def __init__(self, c: Spec, product: Any) -> None:
         self.c, self.product, self.layout = c, product, product.layout(c.columns)
 
     def split(self, thread: Any) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from .formats import HALVES, KINDS
 from .parameters import TYPES, Parameters
 from .results import not_finite
 from .softmax import LARGEST, lse
-from .spec import Config
+from .spec import Spec
 
 PLACES = f"l{len(FORWARD)}"
 MOST = 256  # parts
@@ -24,14 +24,14 @@ AT_ONCE = 4  # parts that a warp reads at a time
 class Shared:
     """Shared memory: the maximum and the denominator that each warp found, and then the features that it summed."""
 
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: Spec) -> None:
         self.size = 8 if c.storage == "float64" else 4
         self.sums = 2 * c.warps * self.size
         self.pitch = c.Ev * self.size
         self.end = self.sums + c.warps * self.pitch
 
 
-def make_combine(c: Config, on: Any) -> Any:
+def make_combine(c: Spec, on: Any) -> Any:
     """Make the kernel; its grid is rows of all sequences, and heads."""
     cuda, macro, shared_address = on.cuda, on.macro, on.shared()
     kind, shared = "d" if c.storage == "float64" else "f", Shared(c)

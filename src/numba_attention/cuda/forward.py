@@ -14,14 +14,14 @@ from .blocks import FORWARD, HEAD, NUMBERS, Block, Lanes, make_landed, make_mark
 from .parameters import TYPES, Parameters
 from .results import not_finite, write_row
 from .softmax import fold, lse, relative, start, total
-from .spec import Config, lay_out
+from .spec import Spec, lay_out
 from .staging import Codes, unpack
 from .tiles import Tile
 
 PLACES = f"l{len(FORWARD)}"
 
 
-def tiles_of(c: Config) -> tuple[Tile, Tile, Tile, int]:
+def tiles_of(c: Spec) -> tuple[Tile, Tile, Tile, int]:
     """Tiles of queries, keys and values in shared memory, and the bytes of all."""
     product = c.make_product()
     q, k, v = lay_out((c.rows, c.E, c.compute), (c.columns, c.E, c.compute), (c.columns, c.Ev, c.compute))
@@ -32,14 +32,14 @@ def tiles_of(c: Config) -> tuple[Tile, Tile, Tile, int]:
     return q, k, v, end
 
 
-def codes_of(c: Config) -> tuple[Codes, Codes]:
+def codes_of(c: Spec) -> tuple[Codes, Codes]:
     """What tiles of keys and values are made of, after them in shared memory."""
     _, k, v, end = tiles_of(c)
     keys = Codes(k.rows, k.columns, c.stored, end)
     return keys, Codes(v.rows, v.columns, c.stored, keys.end)
 
 
-def repeats(c: Config) -> bool:
+def repeats(c: Spec) -> bool:
     """Whether blocks of the kernel repeat their work where it overflows.
 
     The sum of values near the largest number does, unless all weights are smaller by a power of two. Where rows are
@@ -48,16 +48,16 @@ def repeats(c: Config) -> bool:
     return c.task == "forward" and not (c.flags or c.storage == "float16")
 
 
-def _end(c: Config) -> int:
+def _end(c: Spec) -> int:
     return codes_of(c)[1].end if c.is_unpacked else tiles_of(c)[3]
 
 
-def shared(c: Config) -> int:
+def shared(c: Spec) -> int:
     """Bytes of shared memory of a block: tiles, and whether it repeats its work, which would need a register."""
     return _end(c) + (16 if repeats(c) else 0)
 
 
-def make_product(c: Config) -> Any:
+def make_product(c: Spec) -> Any:
     product = c.make_product()
     if c.product == "simt":
         product.set_columns(c.columns)
@@ -65,7 +65,7 @@ def make_product(c: Config) -> Any:
     return product
 
 
-def make_forward(c: Config, on: Any) -> Any:
+def make_forward(c: Spec, on: Any) -> Any:
     """Make the kernel; its grid is tiles for some heads (of keys, if they are stacked), all of those, and splits."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)

@@ -8,10 +8,10 @@ from ..device.cubins import cubin, entry
 from ..device.driver import Kernel
 from ..errors import BackendUnavailableError
 from .parameters import ADDRESSES, AXES, INTEGERS, REALS
-from .spec import Config
+from .spec import Spec
 
 
-def make(c: Config, on: Any) -> Any:
+def make(c: Spec, on: Any) -> Any:
     """Make the Python function of a kernel for a target."""
     from . import backward, bias, combine, forward, normalizers, probabilities, rowwise
 
@@ -25,8 +25,9 @@ def make(c: Config, on: Any) -> Any:
     return makers[c.task](c, on)
 
 
-def shared(c: Config) -> int:
-    """Bytes of shared memory."""
+@cache
+def shared(c: Spec) -> int:
+    """Bytes of shared memory of a block."""
     from . import backward, bias, combine, forward
 
     if c.task == "combine":
@@ -40,7 +41,7 @@ def shared(c: Config) -> int:
     return c.threads * 8 if c.task == "sinks" else 0
 
 
-def compile_(c: Config) -> Any:
+def compile_(c: Spec) -> Any:
     """Compile a kernel for the architecture it names; the log of the assembler comes with it."""
     integers = 4 + 5 * AXES if c.task == "reduce" else len(INTEGERS)
     try:
@@ -57,12 +58,12 @@ def compile_(c: Config) -> Any:
 
 
 @cache
-def compiled(c: Config) -> Kernel:
+def compiled(c: Spec) -> Kernel:
     """The machine code of a kernel, from the cache on disk if it is there."""
     code = cubin(c.name, lambda: compile_(c).code)
-    return Kernel(entry(code), code, c.threads, c.shared, addresses(c))
+    return Kernel(entry(code), code, c.threads, shared(c), addresses(c))
 
 
-def addresses(c: Config) -> tuple[int, ...]:
+def addresses(c: Spec) -> tuple[int, ...]:
     """Which integers of a kernel are addresses."""
     return (0, 1) if c.task == "reduce" else tuple(INTEGERS.index(name) for name in ADDRESSES)

@@ -14,7 +14,7 @@ from .forward import make_product, tiles_of
 from .parameters import TYPES, Parameters
 from .products import Layout
 from .softmax import LOG2E, fold, is_far, relative, start, total
-from .spec import Config
+from .spec import Spec
 
 NAMES = (*FORWARD, "delta")
 PLACES = f"l{len(NAMES)}"
@@ -22,7 +22,7 @@ PLACES = f"l{len(NAMES)}"
 SLACK = {"f": 2.0**-19, "d": 2.0**-48}
 
 
-def make_normalizers(c: Config, on: Any) -> Any:
+def make_normalizers(c: Spec, on: Any) -> Any:
     """Make the kernel; its grid is tiles of queries of all sequences, and heads."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)

@@ -10,12 +10,12 @@ from .parameters import TYPES, Parameters
 from .products import Layout
 from .results import write_row
 from .softmax import center, fold, start, total
-from .spec import Config
+from .spec import Spec
 
 PLACES = f"l{len(FORWARD)}"
 
 
-def make_weights(c: Config, on: Any) -> Any:
+def make_weights(c: Spec, on: Any) -> Any:
     """Make the kernel; its grid is tiles of chosen rows, of sequences that are one chosen head each."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)

@@ -12,7 +12,7 @@ from .parameters import AXES, TYPES, Parameters
 from .products import Layout
 from .results import not_finite, write_row
 from .softmax import LOG2E, is_far
-from .spec import Config
+from .spec import Spec
 
 NAMES = ("out", "grad_out", "lse", "grad_lse", "delta", "sum_query", "grad_query")
 PLACES = f"l{len(NAMES)}"
@@ -22,7 +22,7 @@ def kind_of(storage: str) -> str:
     return "d" if storage == "float64" else "f"
 
 
-def make_delta(c: Config, on: Any) -> Any:
+def make_delta(c: Spec, on: Any) -> Any:
     """Make the kernel of delta = rowsum(dO O) - dlse: a warp for each row; its grid is rows by fours, and heads.
 
     Beside delta it writes the offset of the row (`normalizers`), of an lse that says enough, and whether any does not.
@@ -72,7 +72,7 @@ def make_delta(c: Config, on: Any) -> Any:
     return kernel
 
 
-def _row_of_warp(e: Any, c: Config, integers: Any, reals: Any, x: Any, head: Any, thread: Any) -> tuple[Block, Any]:
+def _row_of_warp(e: Any, c: Spec, integers: Any, reals: Any, x: Any, head: Any, thread: Any) -> tuple[Block, Any]:
     """Sequence and row of a warp, where a block has as many rows as warps."""
     p = Parameters(e, integers, reals)
     tiles = p.int("tiles")
@@ -80,7 +80,7 @@ def _row_of_warp(e: Any, c: Config, integers: Any, reals: Any, x: Any, head: Any
     return Block(e, c, integers, reals, NAMES, *place(e, c, p, NAMES, index, e.const("i", 0), head)), i
 
 
-def make_round(c: Config, on: Any) -> Any:
+def make_round(c: Spec, on: Any) -> Any:
     """Make the kernel that rounds the sums of the gradient of queries to its type: a warp for each row."""
     cuda, macro = on.cuda, on.macro
 
@@ -109,7 +109,7 @@ def make_round(c: Config, on: Any) -> Any:
     return kernel
 
 
-def make_sinks(c: Config, on: Any) -> Any:
+def make_sinks(c: Spec, on: Any) -> Any:
     """Make the kernel of the gradient of sinks, each one more key whose value is 0; a block for each head."""
     cuda, macro, shared_address = on.cuda, on.macro, on.shared()
     kind, threads = kind_of(c.storage), c.threads
@@ -163,7 +163,7 @@ def make_sinks(c: Config, on: Any) -> Any:
     return kernel
 
 
-def make_reduce(c: Config, on: Any) -> Any:
+def make_reduce(c: Spec, on: Any) -> Any:
     """Make the kernel that sums an array over some axes and converts: a thread for each element of the result.
 
     Its integers are of its own kind: source, target, elements, terms, and for each of `AXES` kept axes size, source

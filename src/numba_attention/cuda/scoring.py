@@ -12,7 +12,7 @@ from .formats import read
 from .parameters import Parameters, Sequence, clamp
 from .products import Layout
 from .softmax import LARGEST
-from .spec import Config
+from .spec import Spec
 
 
 def _converted(e: Any, kind: str, x: Any) -> Any:
@@ -68,7 +68,7 @@ class Scores:
         Column of the lane's first register.
     """
 
-    def __init__(self, e: Any, c: Config, p: Parameters, product: Any, layout: Layout, rows: list[Any], column: Any,
+    def __init__(self, e: Any, c: Spec, p: Parameters, product: Any, layout: Layout, rows: list[Any], column: Any,
                  transposed: bool = False) -> None:  # fmt: skip
         self.e, self.c, self.p, self.product, self.layout = e, c, p, product, layout
         self.rows, self.column, self.transposed = rows, column, transposed

@@ -13,7 +13,7 @@ FEATURES = (32, 64, 96, 128, 192, 256)  # head dimensions that tiles have; other
 
 
 @dataclass(frozen=True)
-class Config:
+class Spec:
     """One kernel: its task, what it reads, what it does on the way, and its tiles."""
 
     task: str  # "forward", "combine", "delta", "query", "key", "round", "bias", "sinks", "weights", "reduce"
@@ -53,7 +53,7 @@ class Config:
 
     def __reduce__(self) -> Any:
         """Fields alone: what is cached beside them, such as a hash of strings, holds in this process only."""
-        return Config, tuple(getattr(self, f.name) for f in fields(self))
+        return Spec, tuple(getattr(self, f.name) for f in fields(self))
 
     @property
     def is_staged(self) -> bool:
@@ -86,13 +86,6 @@ class Config:
         """Rows of a tile of scores."""
         return int(self.make_product().rows) * self.warps
 
-    @cached_property
-    def shared(self) -> int:
-        """Bytes of shared memory of a block."""
-        from . import kernels
-
-        return kernels.shared(self)
-
     @property
     def name(self) -> str:
         """All that distinguishes this kernel from others."""
@@ -103,7 +96,7 @@ class Config:
         named = [f"{n}_{getattr(self, n)}" for n in ("bias", "stored") if getattr(self, n)]
         return "-".join([*words, *named, self.arch])
 
-    def with_(self, **changes: Any) -> "Config":
+    def with_(self, **changes: Any) -> "Spec":
         return replace(self, **changes)
 
 
@@ -128,4 +121,4 @@ def lay_out(*tiles: tuple[int, int, str]) -> list[Tile]:
     return made
 
 
-__all__ = ["FEATURES", "HALVES", "SIZES", "Config", "compute_capability", "lay_out", "padded"]
+__all__ = ["FEATURES", "HALVES", "SIZES", "Spec", "compute_capability", "lay_out", "padded"]

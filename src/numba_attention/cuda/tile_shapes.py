@@ -6,8 +6,9 @@ from typing import Any
 
 from ..device import runtime
 from ..errors import BackendUnavailableError
+from . import kernels
 from .formats import HALVES
-from .spec import Config, padded
+from .spec import Spec, padded
 
 ASYNCHRONOUS = (8, 0)  # the first with asynchronous copies, and matrices of these types
 TF32X3 = "NUMBA_ATTENTION_TF32X3"  # "1": float32 on tensor cores, with three products for each
@@ -49,11 +50,11 @@ _SHAPES: dict[tuple[str, str, str], dict[int, tuple[int, int, int]]] = {
         32: (2, 4, 32), 64: (2, 4, 32), 96: (1, 4, 16), 128: (1, 4, 16), 192: (1, 4, 16), 256: (1, 4, 16),
     },
 }  # fmt: skip
-_chosen: dict[tuple[str, str, int, int], Config] = {}
+_chosen: dict[tuple[str, str, int, int], Spec] = {}
 _changes = 0
 
 
-def base(task: str, storage: str, E: int, Ev: int, device: Any) -> Config:
+def base(task: str, storage: str, E: int, Ev: int, device: Any) -> Spec:
     """The kernel of a task without options: what multiplies, and its tiles, so that they fit into the device."""
     E, Ev = padded(E), padded(Ev)
     chosen = _chosen.get((task, storage, E, Ev))
@@ -73,20 +74,20 @@ def product_of(storage: str, device: Any, E: int) -> str:
     return "tf32" if storage == "float32" and E <= 128 and os.environ.get(TF32X3) == "1" else "simt"
 
 
-def shaped(task: str, storage: str, E: int, Ev: int, product: str, device: Any) -> Config:
+def shaped(task: str, storage: str, E: int, Ev: int, product: str, device: Any) -> Spec:
     kind = "half" if product == "tensor" else "float64" if storage == "float64" else "float32"
     slots, warps, columns = _SHAPES[task, product, kind][max(E, Ev)]
-    return fitted(Config(task, storage, E, Ev, product, slots, 8, warps, columns, arch=device.arch), device)
+    return fitted(Spec(task, storage, E, Ev, product, slots, 8, warps, columns, arch=device.arch), device)
 
 
-def fitted(c: Config, device: Any) -> Config:
+def fitted(c: Spec, device: Any) -> Spec:
     """Fewer rows of a thread, warps or columns until the tiles fit into shared memory."""
     least = c.across if c.product == "simt" else 16
-    while c.shared > device.shared_memory:
+    while kernels.shared(c) > device.shared_memory:
         if c.warps == 1 and c.columns <= least:
             raise BackendUnavailableError(
-                f"head dimensions {c.E} and {c.Ev} of {c.storage} need {c.shared:,} bytes of shared memory for a "
-                f"block, and this GPU has {device.shared_memory:,}; use float32, or backend='cpu'"
+                f"head dimensions {c.E} and {c.Ev} of {c.storage} need {kernels.shared(c):,} bytes of shared memory "
+                f"for a block, and this GPU has {device.shared_memory:,}; use float32, or backend='cpu'"
             )
         if c.product == "simt" and c.slots == 8:  # (two warps of as many rows would spill)
             c = c.with_(slots=4)
@@ -99,7 +100,7 @@ def fitted(c: Config, device: Any) -> Config:
 def for_call(
     task: str, storage: str, E: int, Ev: int, product: str, device: Any, softcap: bool, alibi: bool, bias: str,
     mask: bool, paged: bool, flags: bool, aligned: bool, stored: str = "",
-) -> Config:  # fmt: skip
+) -> Spec:  # fmt: skip
     """The kernel of a task with the options of a call."""
     c = base(task, storage, E, Ev, device)
     assert c.product == product
@@ -110,10 +111,10 @@ def for_call(
     return fitted(made, device)  # (codes of a cache lie beside the tiles)
 
 
-def resident(c: Config, device: Any) -> int:
+def resident(c: Spec, device: Any) -> int:
     """How many blocks of a kernel a device has at a time, if it uses all registers that it may."""
     by_registers = 65536 // (256 * c.threads)
-    by_memory = device.shared_memory // max(c.shared + 1024, 1)
+    by_memory = device.shared_memory // max(kernels.shared(c) + 1024, 1)
     return int(device.multiprocessors * max(1, min(by_registers, by_memory, 16)))
 
 
@@ -128,7 +129,7 @@ def heads_together(heads: int, tiles: int, resident: int) -> int:
     return bits
 
 
-def with_options(c: Config, **options: Any) -> Config:
+def with_options(c: Spec, **options: Any) -> Spec:
     """Say what a kernel does on the way; what needs registers for it gets smaller tiles."""
     c = c.with_(**options)
     if c.is_staged or c.stored:
@@ -143,7 +144,7 @@ def with_options(c: Config, **options: Any) -> Config:
     return c
 
 
-def few(c: Config, rows: int, device: Any) -> Config:
+def few(c: Spec, rows: int, device: Any) -> Spec:
     """The kernel for few rows and many keys: one warp a block, so that many blocks read at the same time."""
     if c.product != "simt":
         columns = 64 if c.product == "tensor" and c.E <= 128 and not c.is_staged else 32
@@ -154,7 +155,7 @@ def few(c: Config, rows: int, device: Any) -> Config:
     return fitted(c.with_(slots=slots, warps=1, columns=32), device)
 
 
-def careful(c: Config, device: Any) -> Config:
+def careful(c: Spec, device: Any) -> Spec:
     """The kernel that does again the rows of `c` that are not finite, with FMA and hidden weights left out."""
     c = c.with_(single=False)
     slots = 2 if c.storage != "float64" else 1
@@ -167,7 +168,7 @@ def careful(c: Config, device: Any) -> Config:
     return fitted(product, device)
 
 
-def candidates(task: str, storage: str, E: int, Ev: int) -> list[Config]:
+def candidates(task: str, storage: str, E: int, Ev: int) -> list[Spec]:
     """Shapes worth trying on a device (``benchmarks/gpu.py --tune``)."""
     device = runtime.current_device()
     c = base(task, storage, E, Ev, device)
@@ -177,10 +178,10 @@ def candidates(task: str, storage: str, E: int, Ev: int) -> list[Config]:
         for slots in ((1, 2, 4, 8) if simt else (1, 2)) for warps in (4, 8) for columns in (16, 32, 64, 128)
     ]  # fmt: skip
     made = [c.with_(slots=slots, warps=warps, columns=columns) for slots, warps, columns in shapes]
-    return [x for x in made if x.shared <= device.shared_memory]
+    return [x for x in made if kernels.shared(x) <= device.shared_memory]
 
 
-def use(task: str, storage: str, E: int, Ev: int, config: Config | None) -> None:
+def use(task: str, storage: str, E: int, Ev: int, config: Spec | None) -> None:
     """Take a shape from now on in this process; None for that of the table."""
     key = task, storage, padded(E), padded(Ev)
     global _changes
@@ -203,7 +204,7 @@ def is_deterministic() -> bool:
 
 
 @lru_cache(maxsize=256)
-def single(c: Config, device: Any) -> Config | None:
+def single(c: Spec, device: Any) -> Spec | None:
     """The kernel of a tile of keys that sums gradients of queries too; None where there is none, or no room for it."""
     shapes = _SHAPES["single", "tensor", "half"]
     E = max(c.E, c.Ev)
@@ -216,17 +217,17 @@ def single(c: Config, device: Any) -> Config | None:
     c = c.with_(single=True, slots=slots, warps=warps, columns=columns)
     if c.is_staged:
         c = c.with_(slots=1, warps=warps * slots, columns=32 if E < 128 else 16)
-    return c if c.shared <= device.shared_memory else None
+    return c if kernels.shared(c) <= device.shared_memory else None
 
 
-def parts(c: Config) -> list[Config]:
+def parts(c: Spec) -> list[Spec]:
     """The kernels of a tile of keys: one for both gradients, or one for each where two sums need too many registers."""
     if c.task != "key" or max(c.E, c.Ev) <= 128:
         return [c]
     return [c.with_(only="key"), c.with_(only="value")]
 
 
-def weights(c: Config, device: Any) -> Config:
+def weights(c: Spec, device: Any) -> Spec:
     """The kernel of probabilities, whose reading is nothing beside its writing."""
     slots = 4 if c.storage != "float64" and not c.is_staged else 2
     made = c.with_(
@@ -236,13 +237,13 @@ def weights(c: Config, device: Any) -> Config:
     return fitted(made, device)
 
 
-def normalizers(c: Config, device: Any) -> Config:
+def normalizers(c: Spec, device: Any) -> Spec:
     """The kernel of maxima and sums of rows whose lse does not tell them; it multiplies as that of the gradients."""
     slots = 1 if c.product != "simt" else min(c.slots, 4 if c.storage != "float64" else 2)
     return fitted(c.with_(task="normalizers", slots=slots, warps=4, columns=32, flags=False, Ev=32), device)
 
 
-def bias(c: Config, device: Any) -> Config:
+def bias(c: Spec, device: Any) -> Spec:
     """The kernel of the gradient of a bias."""
     made = c.with_(task="bias", flags=False, careful=False)
     small = max(c.E, c.Ev) <= 64

@@ -229,9 +229,9 @@ def _multiply(
 def _kernel(storage: str) -> Any:
     from ..cpu import launch
     from ..cpu.cache import Kernel
-    from ..cpu.elements import Spec
     from ..cpu.linear import make_worker
     from ..cpu.simd import HOST
+    from ..cpu.spec import Spec
 
     spec = Spec(storage, HOST, "linear")
     return Kernel(spec.name, lambda: make_worker(spec), launch.SIGNATURE), spec
