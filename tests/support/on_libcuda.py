@@ -107,7 +107,7 @@ def main():
     expected = na.attention_backward(*wide, is_causal=True, backend="reference")
     for a, b in zip(grads[:3], expected[:3], strict=True):
         np.testing.assert_allclose(a.astype(float), b, atol=2e-2 * np.abs(b).max())
-    assert {c.task for c, _ in launches} == {"delta", "key", "round", "query"}
+    assert {c.task for c, _ in launches} == {"delta", "normalizers", "key", "round", "query"}
     assert all(stream == 1 for _, stream in launches), "the default stream"
     print("backward:", ", ".join(c.name for c, _ in launches))
     for stream in (1, 7):  # the same launches as they are made of calls that were seen before

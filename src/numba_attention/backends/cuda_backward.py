@@ -81,6 +81,7 @@ def kernels_of(c: Spec, device: Device) -> list[Spec]:
     single = None if tile_shapes.is_deterministic() else tile_shapes.single(keys, device)
     small = Spec("delta", c.storage, c.E, c.Ev, warps=ROWS, single=single is not None, arch=c.arch)
     found = [small, *tile_shapes.parts(keys), queries] if single is None else [small, single]
+    found.append(tile_shapes.normalizers(c, device))
     if single is not None:
         found.append(small.with_(task="round", single=False, flags=c.flags))
     again = [tile_shapes.careful(x, device) for x in (queries, *tile_shapes.parts(keys))] if c.flags else []

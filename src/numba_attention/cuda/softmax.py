@@ -19,7 +19,7 @@ LOG2E = math.log2(math.e)
 # The maximum of a row that has seen nothing is the least number: minus infinity minus that is minus infinity.
 LARGEST = {"f": float.fromhex("0x1.fffffep127"), "d": sys.float_info.max}
 # The weight of a score is 2**(score * factor - maximum * factor), one fused multiply-add, as long as the rounded
-# product of the maximum and the factor is within 1/4 of the exact one. Beyond, the maximum is subtracted first.
+# product of the maximum and the factor is within 1/8 of the exact one. Beyond, the maximum is subtracted first.
 FAR = {"f": 2.0**22, "d": 2.0**51}
 # The lse beyond which its rounding is more than 3e-5 of a denominator (that of float64: 4e-9).
 ROUNDED = {"f": 2.0**10, "d": 2.0**25}
