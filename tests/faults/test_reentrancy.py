@@ -5,6 +5,7 @@ Python runs such code between any two bytecodes of a call, in the thread of that
 
 import gc
 import itertools
+import multiprocessing.synchronize  # noqa: F401 - as Numba does; an interrupted import cannot be entered again
 import signal
 import sys
 import weakref
@@ -16,7 +17,7 @@ from isolation import isolated
 
 import numba_attention as na
 
-SHAPES = [(1, 1, 2, 5, 8), (2, 2, 40, 33, 16), (1, 4, 300, 300, 32)]
+SHAPES = [(1, 1, 2, 5, 8), (2, 2, 40, 33, 16), (1, 2, 120, 130, 32)]
 
 
 class Inner:
@@ -54,15 +55,16 @@ class Inner:
 
 @pytest.mark.parametrize("name", work.CALLS)
 @pytest.mark.parametrize("hook", ["setprofile", "settrace"])
-@isolated
-def test_at_every_event_of_a_call(hook, name):
-    """One inner call for each run of the outer one, at the first event, at the second, and so on to the last."""
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.faults)])
+@isolated(seconds=120)
+def test_at_events_of_a_call(step, hook, name):
+    """One inner call for each run of the outer one: at the first event, at the one after so many steps, to the last."""
     want, inner = work.prepare()[name], Inner()
     call, install = work.CALLS[name], getattr(sys, hook)
     at = 0
     while run_with_inner_at(at, call, install, inner, want):
-        at += 1 if at < 300 else 5
-    assert inner.count >= 20
+        at += step
+    assert inner.count >= 5
 
 
 def run_with_inner_at(at, call, install, inner, want):
@@ -90,7 +92,7 @@ def test_from_a_signal_handler(name):
     want, inner = work.prepare()[name], Inner()
     signal.signal(signal.SIGALRM, inner)
     signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0007)
-    for _ in range(200):
+    for _ in range(100):
         work.same(work.CALLS[name](), want)
     signal.setitimer(signal.ITIMER_REAL, 0)
     assert inner.count > 20
@@ -119,7 +121,7 @@ def test_from_the_garbage_collector(name, kind):
     if kind == "__del__":
         Garbage.__del__ = finalize
     before = gc.get_threshold()
-    for n in range(200):
+    for n in range(40):
         garbage = [Garbage() for _ in range(4)]
         del garbage
         gc.set_threshold(n % 37 + 1, 1000, 1000)
@@ -146,11 +148,13 @@ def test_from_a_finalizer_of_an_array_that_is_passed():
         work.same(got, want)
 
 
-@pytest.mark.parametrize("moment", range(8))
-@isolated
+@pytest.mark.parametrize("moment", range(5))
+@isolated(seconds=20)
 def test_signal_while_a_kernel_loads(moment):
     """The handler needs the kernel whose lock the interrupted code of the same thread holds."""
     work.textbook()
+    empty = np.empty((1, 0, 32), np.float32)
+    na.attention(empty, empty, empty)  # imports the backend
     calls = []
 
     def handler(number, frame):
@@ -158,7 +162,7 @@ def test_signal_while_a_kernel_loads(moment):
         work.check(["forward"])
 
     signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.003 * moment)
+    signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.005 * moment)
     work.check(["forward"])
     while not calls:
         signal.pause()
