@@ -5,6 +5,7 @@ The decorated function runs twice over: in pytest as a stand-in that starts ``py
 judges how that ended, and there as itself. Its arguments travel as JSON.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -55,7 +56,8 @@ def isolated(function=None, *, seconds=60, gigabytes=8, **environment):
 def run(command, seconds, **environment):
     """Run a command as the leader of a session, end whatever is left of that, and return its status and output.
 
-    The status is None if it had to be ended. Output goes to a file: a child that outlives its parent would keep a pipe open.
+    The status is None if it had to be ended. Output goes to a file: a child that outlives its
+    parent would keep a pipe open.
     """
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -73,10 +75,8 @@ def run(command, seconds, **environment):
             time.sleep(0.5)
             status = None
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
         output.seek(0)
         return status, output.read().decode(errors="replace")

@@ -43,7 +43,7 @@ class Interrupt:
 
 def endless(*shape):
     """Rows of random numbers, repeated without memory."""
-    *lead, L, E = shape
+    *lead, _, E = shape
     row = np.random.default_rng(0).standard_normal((*lead, 1, E), dtype=np.float32)
     return np.broadcast_to(row, shape)
 
@@ -239,8 +239,8 @@ def test_while_another_thread_computes():
 @isolated(seconds=90)
 def test_while_compiling(tmp_path):
     os.environ["NUMBA_ATTENTION_CACHE_DIR"] = tmp_path
+    threading.Timer(1.5, os.kill, [os.getpid(), signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
-        threading.Timer(1.5, os.kill, [os.getpid(), signal.SIGINT]).start()
         work.forward()
     work.check(["forward"])
     assert [name for name in os.listdir(tmp_path) if not name.endswith(".kernel")] == []
