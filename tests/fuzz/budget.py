@@ -1,0 +1,30 @@
+"""How long to look: some fixed examples, the same every time, or new ones for as long as was asked for."""
+
+import os
+import time
+
+import hypothesis
+
+SECONDS = float(os.environ.get("NUMBA_ATTENTION_FUZZ_SECONDS", 0))
+
+
+def fuzz(examples):
+    """Run a test on so many fixed examples, or with NUMBA_ATTENTION_FUZZ_SECONDS on new ones for that long."""
+
+    def decorate(test):
+        shared = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "database": None}
+        if not SECONDS:
+            return hypothesis.settings(max_examples=examples, derandomize=True, **shared)(test)
+        settings = hypothesis.settings(max_examples=200, print_blob=False, **shared)
+
+        def rounds():
+            end, number = time.monotonic() + SECONDS, time.time_ns() % 2**32
+            while time.monotonic() < end:
+                print(f"seed {number}")
+                hypothesis.seed(number)(settings(test))()
+                number += 1
+
+        rounds.__name__ = test.__name__
+        return rounds
+
+    return decorate
