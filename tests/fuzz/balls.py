@@ -1,11 +1,11 @@
-"""Numbers with bounds of their error: midpoints in extended precision, radii of what a backward-stable computation may miss.
+"""Numbers with bounds of their error: midpoints in extended precision, radii of what a backward-stable method may miss.
 
-Every operation adds what rounding in the compute type may do to its result, in the usual model ``fl(x op y) = (x op y)(1 + d) + e``
-with ``|d| <= u`` and ``|e| <= tiny`` (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, chapters 2 and 3). A
-radius is infinite where the computation may overflow: nothing is promised there.
+Every operation adds what rounding in the compute type may do to its result, in the usual model
+``fl(x op y) = (x op y)(1 + d) + e`` with ``|d| <= u`` and ``|e| <= tiny`` (Higham, "Accuracy and Stability of Numerical
+Algorithms", 2002, chapters 2 and 3). A radius is infinite where the method may overflow: nothing is promised there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,7 @@ class Precision:
     tiny: float
     normal: float
     largest: float
+    flushes: bool = False  # subnormal numbers count as 0
 
 
 PRECISIONS = {
@@ -31,7 +32,12 @@ PRECISIONS = {
 
 
 def computes_in(dtype):
-    """The type in which results of a dtype are computed: half types accumulate in float32."""
+    """The type in which results of a dtype are computed: half types accumulate in float32.
+
+    The products of bfloat16 that processors have (AVX512_BF16, AMX) take and give 0 for subnormal numbers.
+    """
+    if dtype == "bfloat16":
+        return replace(PRECISIONS["float32"], tiny=2.0**-126, flushes=True)
     return PRECISIONS["float64" if dtype == "float64" else "float32"]
 
 
@@ -85,7 +91,8 @@ def matmul(a, b, t, scale=1.0):
     with np.errstate(invalid="ignore"):
         rad = factor * (a.size @ b.rad + a.rad @ b.size + a.rad @ b.rad) + (n + 4) * t.u * size
     # Scaled, one of the factors may have become subnormal.
-    rad = rad + t.tiny * (n + a.size.sum(-1)[..., :, None] + b.size.sum(-2)[..., None, :])
+    tiny = t.tiny * max(1, factor) if t.flushes else t.tiny
+    rad = rad + tiny * (n + a.size.sum(-1)[..., :, None] + b.size.sum(-2)[..., None, :])
     return _ball(Real(scale) * (a.mid @ b.mid), rad, size, t)
 
 

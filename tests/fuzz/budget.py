@@ -7,12 +7,20 @@ import hypothesis
 
 SECONDS = float(os.environ.get("NUMBA_ATTENTION_FUZZ_SECONDS", 0))
 
+# Shrinks a failure, but does not look for the parts of it that matter, which takes minutes.
+PHASES = [hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink]
+
 
 def fuzz(examples):
     """Run a test on so many fixed examples, or with NUMBA_ATTENTION_FUZZ_SECONDS on new ones for that long."""
 
     def decorate(test):
-        shared = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "database": None}
+        shared = {
+            "deadline": None,
+            "suppress_health_check": list(hypothesis.HealthCheck),
+            "database": None,
+            "phases": PHASES,
+        }
         if not SECONDS:
             return hypothesis.settings(max_examples=examples, derandomize=True, **shared)(test)
         settings = hypothesis.settings(max_examples=200, print_blob=False, **shared)

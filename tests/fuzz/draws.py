@@ -1,4 +1,4 @@
-"""What is drawn: numbers of any magnitude in any layout, calls of every kind, and the script that makes a call again."""
+"""What is drawn: numbers of any magnitude in any layout, calls of every kind; and the script that repeats a call."""
 
 import base64
 import math
@@ -7,7 +7,8 @@ import zlib
 import hypothesis.strategies as st
 import ml_dtypes  # noqa: F401 - knows bfloat16
 import numpy as np
-from balls import PRECISIONS, Real, computes_in
+from balls import PRECISIONS, computes_in
+from textbook import positions_and_visibility
 
 import numba_attention as na
 
@@ -115,7 +116,7 @@ def values_like(draw, shape, dtype):
 
 
 def query_and_key(draw, of_query, of_key, dtype, scale):
-    """So that their scores have a magnitude that was drawn: of interest are scores of 1, of 10**9, and of the largest."""
+    """So that their scores have a magnitude that was drawn: of interest are 1, 10**9, and the largest there is."""
     own, t, E = PRECISIONS[dtype], computes_in(dtype), of_query[-1]
     kinds = [kind for kind in KINDS if kind != "extreme"]
     factor = abs(1 / math.sqrt(max(1, E)) if scale is None else scale) * math.sqrt(max(1, E))
@@ -205,10 +206,7 @@ def options_for(draw, batch, H, L, S, dtype, allow=()):
 
 def of_sequence(options, b, H, L, S):
     """What options say of sequence b, as the fields of `textbook.Sequence`."""
-    from textbook import positions_and_visibility
-
-    pick = lambda name, default: int(np.broadcast_to(options.get(name, default), (b + 1,))[b])  # noqa: E731
-    rows, columns = pick("query_lengths", L), pick("key_lengths", S)
+    rows, columns = _own(options.get("query_lengths", L), b), _own(options.get("key_lengths", S), b)
     left, right = options.get("window") or (None, None)
     causal = options.get("is_causal", False)
     if causal:
@@ -217,7 +215,7 @@ def of_sequence(options, b, H, L, S):
     if offset is None:
         offset = columns - rows if causal == "bottom-right" else 0
     else:
-        offset = int(np.broadcast_to(offset, (b + 1,))[b])
+        offset = _own(offset, b)
     seen, distance = positions_and_visibility(L, S, offset, left, right, rows, columns)
     visible, fields = np.broadcast_to(seen, (H, L, S)).copy(), {}
     of = lambda x: np.broadcast_to(x, (max(b + 1, x.shape[0]), H, L, S))[b]  # noqa: E731
@@ -233,9 +231,11 @@ def of_sequence(options, b, H, L, S):
     return {"visible": visible, "softcap": options.get("softcap"), "rows": np.arange(L) < rows, **fields}
 
 
+def _own(x, b):
+    """Return the number of sequence b, of one for all or one for each."""
+    return int(x[b]) if np.ndim(x) else int(x)
+
+
 def scale_of(scale, E):
     """The default as a caller computes it."""
     return scale if scale is not None else (1 / math.sqrt(E) if E else 1.0)
-
-
-__all__ = ["DTYPES", "LAYOUTS", "Call", "Real"]

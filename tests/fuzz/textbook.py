@@ -96,7 +96,7 @@ class Sequence:
     def _of_group(self, x):
         """Sum what query heads give to the key/value head that they share."""
         Hkv = len(self.key.mid)
-        return total(x.reshape(Hkv, -1, *x.mid.shape[1:]), 1, self.t)
+        return total(x.reshape(Hkv, len(x.mid) // Hkv, *x.mid.shape[1:]), 1, self.t)
 
 
 def _rounded(x, t):
@@ -142,7 +142,8 @@ def rotate(x, positions, base, dim, interleaved, dtype):
     cos, sin = np.cos(angles), np.sin(angles)
     mid[..., first], mid[..., second] = a * cos - b * sin, b * cos + a * sin
     rad = np.zeros(mid.shape, Real)
-    slack = 4 * t.u + 2.0**-51 * np.abs(angles)  # angles are computed in float64
+    # Angles are computed in float64, frequencies as a power whose exponent is rounded.
+    slack = 4 * t.u + 2.0**-52 * np.abs(angles) * (2 + np.abs(np.log(frequencies)))
     rad[..., first] = rad[..., second] = slack * (np.abs(a) + np.abs(b)) + 4 * t.tiny
     # The sum of two products may overflow only where it is too large itself.
     return Ball(mid, np.where(np.abs(mid) + rad > t.largest, np.inf, rad))
