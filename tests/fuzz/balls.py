@@ -68,7 +68,7 @@ def exact(x):
 
 def _ball(mid, rad, size, t):
     """Join midpoint and radius; `size` bounds what was met on the way."""
-    rad = np.where(np.isnan(rad) | (size > t.largest * (1 + 4 * t.u)), np.inf, rad)
+    rad = np.where(np.isnan(rad) | (size > Real(t.largest) * (1 + 4 * t.u)), np.inf, rad)
     return Ball(mid, rad)
 
 
@@ -84,14 +84,14 @@ def multiply(a, b, t):
     return _ball(mid, rad, np.abs(mid), t)
 
 
-def matmul(a, b, t, scale=1.0):
-    """``scale * (a @ b)``, scaled first: only the scaled sum of absolute products must not overflow."""
+def matmul(a, b, t, scale=1.0, first=True):
+    """``scale * (a @ b)``, scaled first or at the end: in any case only the scaled sum must not overflow."""
     n, factor = a.mid.shape[-1], np.abs(Real(scale))
     size = factor * (a.size @ b.size)
     with np.errstate(invalid="ignore"):
         rad = factor * (a.size @ b.rad + a.rad @ b.size + a.rad @ b.rad) + (n + 4) * t.u * size
-    # Scaled, one of the factors may have become subnormal.
-    tiny = t.tiny * max(1, factor) if t.flushes else t.tiny
+    # One of the factors may be subnormal once it is scaled, or products before they are.
+    tiny = t.tiny if first and not t.flushes else t.tiny * max(1, factor)
     rad = rad + tiny * (n + a.size.sum(-1)[..., :, None] + b.size.sum(-2)[..., None, :])
     return _ball(Real(scale) * (a.mid @ b.mid), rad, size, t)
 

@@ -64,7 +64,7 @@ def literal(x):
     if isinstance(x, list):
         return "[" + ", ".join(map(literal, x)) + "]"
     if not isinstance(x, np.ndarray):
-        return repr(x)
+        return repr(float(x)) if isinstance(x, float) else repr(x)
     if x.dtype.kind == "f" or x.dtype.name == "bfloat16":
         if x.size <= 32 and np.isfinite(x.astype(np.float64)).all():
             values = x.astype(np.float64)
@@ -79,7 +79,7 @@ def literal(x):
 
 def magnitudes(low, high):
     """Powers of 10 between two numbers, with any digits: powers of two alone multiply without rounding."""
-    return st.floats(math.log10(low), math.log10(high)).map(lambda e: 10.0**e)
+    return st.floats(math.log10(low), math.log10(high)).map(lambda e: min(max(10.0 ** min(e, 308.25), low), high))
 
 
 KINDS = ["normal", "equal", "of each row", "wide", "sparse", "extreme", "integers"]

@@ -84,8 +84,8 @@ class Sequence:
             dS = multiply(dS, slope, t)
             dS = Ball(np.where(self.visible, dS.mid, 0), np.where(self.visible, dS.rad, 0))
         p = Ball(p.mid, np.where(self.visible, p.rad + rounding * p.size, 0))
-        dQ = matmul(dS, self.k, t, self.scale)
-        dK = self._of_group(matmul(dS.T, self.query, t, self.scale))
+        dQ = matmul(dS, self.k, t, self.scale, first=False)
+        dK = self._of_group(matmul(dS.T, self.query, t, self.scale, first=False))
         dV = self._of_group(matmul(p.T, grad_out, t))
         of_sink = None
         if self.sinks is not None:
