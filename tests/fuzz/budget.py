@@ -4,9 +4,11 @@ import os
 import time
 
 import hypothesis
+from hypothesis.internal.conjecture import engine
 
 SECONDS = float(os.environ.get("NUMBA_ATTENTION_FUZZ_SECONDS", 0))
 
+engine.MAX_SHRINKING_SECONDS = 20  # of five minutes: a few dozen numbers can be read as well as two
 # Shrinks a failure, but does not look for the parts of it that matter, which takes minutes.
 PHASES = [hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink]
 

@@ -60,7 +60,7 @@ class Call:
 def literal(x):
     """Return Python source that makes this value again, to the last bit."""
     if isinstance(x, dict):
-        return "dict(" + ", ".join(f"{name}={literal(value)}" for name, value in x.items()) + ")"
+        return "{" + ", ".join(f"{name!r}: {literal(value)}" for name, value in x.items()) + "}"
     if isinstance(x, list):
         return "[" + ", ".join(map(literal, x)) + "]"
     if not isinstance(x, np.ndarray):
