@@ -82,7 +82,7 @@ MALFORMED_NPY = {
 
 def run_command(*arguments):
     """Run ``numba-attention run`` in this process; returns its exit status and what it wrote to stderr."""
-    from numba_attention.commands import app
+    from numba_attention.cli.commands import app
     from typer.testing import CliRunner
 
     result = CliRunner().invoke(app, ["run", *map(str, arguments)])

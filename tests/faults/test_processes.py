@@ -407,7 +407,7 @@ LONG = """
         x, lse = rows(*shape), np.zeros(shape[:-1], np.float32)
         return lambda: na.attention_backward(x, x, x, x, x, lse)
 
-    from numba_attention.projection import linear, linear_backward
+    from numba_attention.layer.projection import linear, linear_backward
     long = {
         "forward": lambda: na.attention(*(rows(1, 8, 60_000, 64) for _ in range(3))),
         "one tile": lambda: na.attention(rows(1, 1, 64, 64), *(rows(1, 1, 30_000_000, 64) for _ in range(2))),
