@@ -350,7 +350,7 @@ def test_no_lock_of_the_package_is_inherited_locked():
     run(
         """
         from numba_attention.backends import cpu
-        from numba_attention.cuda import cubins
+        from numba_attention.device import cubins
         locks = [cubins._lock, cpu._plans._lock]
         held, stop = threading.Event(), threading.Event()
 
