@@ -340,7 +340,7 @@ def test_with_bounds_checks(tmp_path):
 
 PAGES, _, _ = GUARDED.partition("features = ")
 BETWEEN_PAGES = f"""{PAGES}
-from numba_attention.projection import linear, linear_backward
+from numba_attention.layer.projection import linear, linear_backward
 from test_projection import arrays, assert_product
 sizes = [1, 2, 3, 5, 15, 16, 17, 31, 33, 64, 65, 100]
 for n, (M, K, N) in enumerate(list(itertools.product(sizes, sizes, sizes))[::5]):
