@@ -85,6 +85,9 @@ def attention(
         One extra logit per head that takes part in the softmax denominator only.
     query_lengths, key_lengths : int or array of int, shape (...,), optional
         Valid prefix of each sequence; rows past the query length are 0 with lse = -inf.
+    prefix_lengths : int or array of int, shape (...,), optional
+        So many first keys of each sequence are seen by all of its rows, however `is_causal` or a window is bounded on
+        the right: a prefix language model. Not beside a window that is bounded on the left.
     return_lse : bool, default False
         Also return the natural log of the softmax denominator of each row.
     out : ndarray, shape (..., H, L, Ev), optional

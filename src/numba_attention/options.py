@@ -35,6 +35,7 @@ class OptionArguments(TypedDict, total=False):
     sinks: ArrayLike | None
     query_lengths: ArrayLike | None
     key_lengths: ArrayLike | None
+    prefix_lengths: ArrayLike | None
 
 
 class Options(NamedTuple):
@@ -55,6 +56,7 @@ class Options(NamedTuple):
     sinks: ArrayLike | None = None
     query_lengths: ArrayLike | None = None
     key_lengths: ArrayLike | None = None
+    prefix_lengths: ArrayLike | None = None
 
 
 NO_OPTIONS = Options()
@@ -63,7 +65,7 @@ NO_OPTIONS = Options()
 # each head and sequence (..., H); one for each sequence (...,); one for each head of the whole call (H,).
 PER_SCORE = ("mask", "bias")
 PER_HEAD = ("alibi_slopes",)
-PER_SEQUENCE = ("query_offset", "query_lengths", "key_lengths")
+PER_SEQUENCE = ("query_offset", "query_lengths", "key_lengths", "prefix_lengths")
 PER_CALL = ("sinks",)
 DIFFERENTIABLE = ("bias", "sinks")
 

@@ -10,6 +10,7 @@ SEQUENCE = np.dtype([
     for name in (
         "query", "key", "value", "out", "lse", "bias", "mask",  # byte offsets of the first head of this sequence
         "rows", "queries", "keys", "offset",  # rows of output, valid queries and keys, key position of query 0
+        "prefix",  # keys that all queries see
         "batch", "head",  # number of the sequence and of its first head, for slopes and sinks
         "first",  # work item
         "pages", "key_scale", "value_scale",  # addresses: of the numbers of the pages, of the first scales

@@ -82,8 +82,9 @@ MALFORMED_NPY = {
 
 def run_command(*arguments):
     """Run ``numba-attention run`` in this process; returns its exit status and what it wrote to stderr."""
-    from numba_attention.cli.commands import app
     from typer.testing import CliRunner
+
+    from numba_attention.cli.commands import app
 
     result = CliRunner().invoke(app, ["run", *map(str, arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):

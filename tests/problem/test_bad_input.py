@@ -236,6 +236,11 @@ OPTIONS = {
         ([7, 0, -1], ValueError, "between 0 and 7"),
         ([7, 8, 0], ValueError, "between 0 and 7"),
     ],
+    "prefix_lengths": [(x, kind, "") for x, kind in NO_INTEGERS] + [
+        (-1, ValueError, "between 0 and 7"),
+        (8, ValueError, "between 0 and 7"),
+        ([7, 8, 0], ValueError, "between 0 and 7"),
+    ],
     "scale": [(x, kind, "") for x, kind in NO_NUMBER],
     "softcap": [(x, kind, "") for x, kind in NO_NUMBER] + [(0, ValueError, "positive"), (-1.0, ValueError, "positive")],
     "alibi_slopes": [(x, kind, "") for x, kind in NO_FLOATS] + [

@@ -333,7 +333,7 @@ NO_INTEGERS = [
 NO_INTEGERS += [Series(1.0), np.ma.masked_array(1), np.array(1, object)]
 
 
-@pytest.mark.parametrize("option", ["query_offset", "query_lengths", "key_lengths"])
+@pytest.mark.parametrize("option", ["query_offset", "query_lengths", "key_lengths", "prefix_lengths"])
 @pytest.mark.parametrize("name", WITH_OPTIONS)
 def test_no_integer(name, option, no_kernel):
     for x in NO_INTEGERS:

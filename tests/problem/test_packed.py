@@ -41,6 +41,7 @@ def test_offsets_may_be_any_integers(kind):
         ({"query_lengths": -1}, ValueError, "query_lengths must lie .* got -1 for sequence 0 of 4"),
         ({"key_lengths": [5, 8]}, ValueError, "key_lengths must lie .* got 8 for sequence 1 of 7"),
         ({"key_lengths": [5, 5, 5]}, ValueError, "key_lengths of shape"),
+        ({"prefix_lengths": [5, 8]}, ValueError, "prefix_lengths must lie .* got 8 for sequence 1 of 7"),
         ({"query_offset": [1, 2, 3]}, ValueError, "query_offset of shape"),
         ({"alibi_slopes": np.ones((3, 4))}, ValueError, "alibi_slopes of shape"),
         ({"sinks": np.ones(3)}, ValueError, "sinks must have shape"),

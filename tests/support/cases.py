@@ -308,6 +308,8 @@ OPTIONS: dict[str, Callable[[np.random.Generator, Case], dict[str, Any]]] = {
     "query lengths": lambda rng, c: {"query_lengths": _lengths(rng, c, c.L)},
     "key lengths": lambda rng, c: {"key_lengths": _lengths(rng, c, c.S)},
     "length for all": lambda rng, c: {"query_lengths": c.L - c.L // 3, "key_lengths": np.uint8(c.S // 2)},
+    "prefix": lambda rng, c: {"is_causal": True, "prefix_lengths": _lengths(rng, c, c.S)},
+    "prefix for all": lambda rng, c: {"window": (None, 2), "prefix_lengths": c.S // 2, "query_offset": -3},
     "mask": lambda rng, c: {"mask": _some(rng, c.scores_shape)},
     "mask sparse": lambda rng, c: {"mask": _some(rng, (c.L, c.S), 0.02)},
     "mask of keys": lambda rng, c: {"mask": _some(rng, (c.S,))},

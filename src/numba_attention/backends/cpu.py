@@ -16,7 +16,7 @@ from ..cpu.params import ARRAYS, REST, pack_addresses
 from ..cpu.simd import HOST
 from ..cpu.spec import Spec
 from ..options import Array
-from ..problem.dense import BackwardProblem, Problem
+from ..problem.dense import NUMBERS, BackwardProblem, Problem
 from ..problem.dense import sum_to as reduce  # noqa: F401
 from ..sequence_record import SEQUENCE
 from . import cpu_backward
@@ -240,6 +240,7 @@ def _make_decode_plan(p: Problem, sequences: Array, bias: Array | None) -> _Plan
     return _Plan(kernel, sequences, numbers, address, rest, 0, flops, work, scratch_size, tiles, partial_size)
 
 
+_BUT_KEYS = [number.problem for number in NUMBERS if number.record != "keys"]
 KEYS, OFFSET = (SEQUENCE.names.index(name) for name in ("keys", "offset"))  # type: ignore[union-attr]
 
 
@@ -252,8 +253,7 @@ def _is_step(p: Problem) -> bool:
         and len(cache.lengths) == 1
         and cache.table is None
         and cache.key_scale is None
-        and p.query_lengths is None
-        and type(p.offset) is int
+        and not any(isinstance(getattr(p, name), np.ndarray) for name in _BUT_KEYS)
     )
 
 

@@ -8,12 +8,13 @@ import numpy as np
 from ..caches.contents import Contents
 from ..cuda import kernels, tile_shapes
 from ..cuda.blocks import HEAD
-from ..cuda.parameters import ARRAYS, FAR, INTEGERS, MOST, REALS
+from ..cuda.parameters import ARRAYS, INTEGERS, MOST, REALS
 from ..cuda.softmax import LOG2E
 from ..cuda.spec import Spec
 from ..device import runtime
 from ..device.constants import upload
 from ..device.headers import address_of
+from ..intervals import FAR, keys_of_rows, rows_of_keys
 from ..options import Array
 from ..problem.dense import Problem
 from .records import fill_in, is_paged, sequences_of, storage_of, stored_of
@@ -67,7 +68,7 @@ class Work:
         self._kept: dict[str, Array] = {}
         self.set(
             heads=p.H, group=p.H // p.Hkv if p.Hkv else 1, E=p.E, Ev=p.Ev,
-            left=FAR * 4 if p.left is None else p.left, right=FAR * 4 if p.right is None else p.right,
+            left=FAR if p.left is None else p.left, right=FAR if p.right is None else p.right,
         )  # fmt: skip
         arrays = {
             "query": p.query, "key": p.key, "value": p.value, "out": p.out, "lse": p.lse, "bias": p.bias,
@@ -151,7 +152,15 @@ def _hides(p: Problem, sequences: Array) -> bool:
     if p.left is not None or p.mask is not None or p.bias is not None:
         return True
     # (A step of decoding is causal, and sees everything.)
-    return p.right is not None and bool((sequences["offset"] + p.right < sequences["keys"] - 1).any())
+    _, stop = keys_of_rows(0, *_span(p, sequences))
+    return p.right is not None and bool((stop < sequences["keys"]).any())
+
+
+def _span(p: Problem, sequences: Array) -> list[Array]:
+    """What `intervals` asks of each sequence."""
+    low = sequences["offset"] - (FAR if p.left is None else p.left)
+    high = sequences["offset"] + (FAR if p.right is None else p.right)
+    return [low, high, sequences["queries"], sequences["keys"], sequences["prefix"]]
 
 
 def work_list(p: Problem, sequences: Array, rows: int, of_keys: bool = False) -> Array | None:
@@ -161,17 +170,13 @@ def work_list(p: Problem, sequences: Array, rows: int, of_keys: bool = False) ->
     tiles = -(-sequences["key_rows" if of_keys else "rows"] // rows)
     index = np.repeat(np.arange(len(sequences)), tiles)
     tile = np.arange(len(index)) - (np.cumsum(tiles) - tiles)[index]
-    if of_keys:
-        work = sequences["queries"][index]
-        if p.right is not None:
-            work = work - np.maximum(tile * rows - sequences["offset"][index] - p.right, 0)
-    else:
-        work = sequences["keys"][index]
-        if p.right is not None:
-            work = np.minimum(work, (tile + 1) * rows + sequences["offset"][index] + p.right)
+    seen_by = rows_of_keys if of_keys else keys_of_rows
+    span = _span(p, sequences[index])
+    last = np.minimum((tile + 1) * rows, sequences["keys" if of_keys else "queries"][index]) - 1
+    work = seen_by(np.maximum(last, 0), *span)[1] - seen_by(tile * rows, *span)[0]
     order = np.argsort(-work, kind="stable")
-    made: Array = (index[order] << 32) | tile[order]
-    return made.astype(np.int64)
+    listed: Array = (index[order] << 32) | tile[order]
+    return listed.astype(np.int64)
 
 
 def reals(p: Problem) -> list[float]:

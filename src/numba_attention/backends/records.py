@@ -13,7 +13,7 @@ from ..cpu.spec import Spec
 from ..intervals import FAR
 from ..narrowing import saturated
 from ..options import Array
-from ..problem.dense import Packing, Problem
+from ..problem.dense import NUMBERS, Packing, Problem
 from ..sequence_record import SEQUENCE
 from ..validation import is_bfloat16
 
@@ -80,8 +80,10 @@ def sequences_of(p: Problem, bias: Array | None, **more: Array | None) -> Array:
             sequences[name] = offsets_of(array, p.batch)
             if p.packing is not None:
                 sequences[name] += _start_of(name, array, p.packing)
-    sequences["queries"], sequences["keys"] = p.L, p.S
-    sequences["offset"] = p.offset if type(p.offset) is int else 0
+    for number in NUMBERS:
+        x = getattr(p, number.problem)
+        default = getattr(p, number.default) if isinstance(number.default, str) else number.default
+        sequences[number.record] = x if isinstance(x, int) else default
     sequences["batch"] = np.arange(len(sequences))
     sequences["rows"], sequences["key_rows"] = p.L, p.S
     if p.packing is not None:
@@ -109,17 +111,15 @@ def is_paged(p: Problem) -> bool:
 
 def varies(p: Problem) -> bool:
     """Whether the records of the sequences say more than shapes and strides do."""
-    return p.key_lengths is not None or p.query_lengths is not None or p.cache is not None or type(p.offset) is not int
+    return p.cache is not None or any(isinstance(getattr(p, number.problem), np.ndarray) for number in NUMBERS)
 
 
 def fill_in(p: Problem, sequences: Array) -> None:
     """Write what does not follow from shapes and strides: lengths, positions, where the pages and scales are."""
-    if p.query_lengths is not None:
-        sequences["queries"] = p.query_lengths.ravel()
-    if p.key_lengths is not None:
-        sequences["keys"] = p.key_lengths.ravel()
-    if type(p.offset) is not int:
-        sequences["offset"] = p.offset.ravel()  # type: ignore[union-attr]
+    for number in NUMBERS:
+        x = getattr(p, number.problem)
+        if isinstance(x, np.ndarray):
+            sequences[number.record] = x.ravel()
     if p.cache is None:
         return
     table = p.cache.table

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..options import Array
-from ..problem.dense import BackwardProblem, Problem
+from ..problem.dense import NUMBERS, BackwardProblem, Problem
 from ..problem.dense import sum_to as reduce  # noqa: F401
 
 Index = tuple[int, ...]
@@ -112,7 +112,7 @@ def _parts(p: Problem) -> list[tuple[tuple[slice, slice], Problem]]:
         part = replace(
             p, query=p.query[b, :, rows], key=p.key[b, :, columns], value=p.value[b, :, columns],
             out=p.out[b, :, rows], lse=None if p.lse is None else p.lse[b, :, rows], batch=(), L=int(L), S=int(S),
-            offset=_of_sequence(p.offset, (b,)), query_lengths=p.query_lengths[b], key_lengths=p.key_lengths[b],
+            **{number.problem: x[b] for number in NUMBERS if isinstance(x := getattr(p, number.problem), np.ndarray)},
             alibi_slopes=None if p.alibi_slopes is None else p.alibi_slopes[b],
             mask=cut(p.mask, p.packing.mask), bias=cut(p.bias, p.packing.bias), packing=None,
         )  # fmt: skip
@@ -185,7 +185,8 @@ def _visible(problem: Problem, b: Index, h: int, rows: Array) -> Array:
     if problem.left is not None:
         visible &= p - j <= problem.left
     if problem.right is not None:
-        visible &= j - p <= problem.right
+        first = 0 if problem.prefix_lengths is None else problem.prefix_lengths[b]
+        visible &= (j - p <= problem.right) | (j < first)
     if problem.query_lengths is not None:
         visible &= i < problem.query_lengths[b]
     if problem.key_lengths is not None:

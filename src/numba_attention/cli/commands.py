@@ -154,6 +154,9 @@ def run(
     query_offset: Annotated[str | None, typer.Option(help="Integers or .npy: key position of query 0.")] = None,
     query_lengths: Annotated[str | None, typer.Option(help="Integers or .npy: valid queries.")] = None,
     key_lengths: Annotated[str | None, typer.Option(help="Integers or .npy: valid keys.")] = None,
+    prefix_lengths: Annotated[
+        str | None, typer.Option(help="Integers or .npy: first keys that all queries see.")
+    ] = None,
     scale: Annotated[float | None, typer.Option(help="Factor of the scores; 1/sqrt(E) by default.")] = None,
     softcap: Annotated[float | None, typer.Option(help="Scores become cap * tanh(score / cap).")] = None,
     alibi_slopes: Annotated[str | None, typer.Option(help="Numbers or .npy, one per head.")] = None,
@@ -181,6 +184,7 @@ def run(
             "query_offset": query_offset and files.numbers(query_offset, int),
             "query_lengths": query_lengths and files.numbers(query_lengths, int),
             "key_lengths": key_lengths and files.numbers(key_lengths, int),
+            "prefix_lengths": prefix_lengths and files.numbers(prefix_lengths, int),
             "alibi_slopes": alibi_slopes and files.numbers(alibi_slopes, float),
             "sinks": sinks and files.numbers(sinks, float),
         }

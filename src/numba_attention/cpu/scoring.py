@@ -6,12 +6,12 @@ of them and the intervals of a tile stay narrow.
 """
 
 import math
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..intervals import visible as _visible
+from ..intervals import bind, select
+from ..intervals import keys_of_row as rule_of_row
 from . import features, pairs, stages, tiles
 from .elements import ELEMENTS
 from .gemm import micro_kernel
@@ -105,7 +105,8 @@ def make_scoring(spec: Spec) -> Scoring:
     by_features, no_marks = spec.task == "decode", 0
     sources = make_sources(spec)
     find_keys, scale = sources.find_keys, sources.scale
-    visible = spec.jit(FunctionType(_visible.__code__, {"min": min, "max": max}, "visible"))
+    choose = spec.jit(bind(select, min, max, None))
+    keys_of_row = spec.jit(bind(rule_of_row, min, max, choose))
 
     table = table_of(BM)
 
@@ -137,7 +138,7 @@ def make_scoring(spec: Spec) -> Scoring:
             lse_rows[lane] = p.lse + s.lse + h * p.lse_head + row * p.lse_row
             bias_rows[lane] = p.bias + s.bias + h * p.bias_head + i * p.bias_row
             mask_rows[lane] = p.mask + s.mask + h * p.mask_head + i * p.mask_row
-            start, stop = visible(i, s.queries, s.keys, s.offset, p.left, p.right)
+            start, stop = keys_of_row(i, s.offset - p.left, s.offset + p.right, s.queries, s.keys, s.prefix)
             starts[lane], stops[lane], positions[lane] = start, stop, i + s.offset
             lane_rows[lane], lane_heads[lane] = row, h
             if start < stop:

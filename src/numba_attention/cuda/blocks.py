@@ -14,7 +14,7 @@ BACKWARD = ("query", "key", "value", "grad_out", "delta", "bias", "mask")
 # What the backward pass knows of a query, side by side: its delta, and P = 2**((score - maximum) * factor + offset).
 FACTS = ("delta", "offset", "maximum", "")
 OF_KEYS = ("key", "value", "key_scale", "value_scale", "grad_key", "grad_value")
-NUMBERS = "i9"  # what is told of the sequence
+NUMBERS = "i10"  # what is told of the sequence
 HEAD = 4  # numbers before all flags; and before the sums of a part of a row: maximum, denominator, two for alignment
 
 
@@ -30,8 +30,8 @@ class Block:
         self.e, self.c = e, c
         self.p = Parameters(e, integers, reals)
         self.places = dict(zip(names, places, strict=True)) if places is not None else {}
-        self.first, low, high, rows, columns, self.offset, self.head, self.rows, self.index = numbers
-        self.span = Span(e, low, high, rows, columns)
+        self.first, *span, self.offset, self.head, self.rows, self.index = numbers
+        self.span = Span(e, span, transposed=c.task == "key")
 
     def find(self, row: Any) -> tuple[Any, Any]:
         """Query row and head of a row of the tiles."""
@@ -191,7 +191,7 @@ def place(
         of_head = of_keys if name in OF_KEYS else of_queries
         places.append(getattr(p, name) + start + of_head * getattr(p, f"{name}_head"))
     rows = s.int("key_rows" if transposed else "rows")
-    return places, [tile * c.rows, *span_of(e, p, s, transposed), clamp(e, s.offset), head, rows, index]
+    return places, [tile * c.rows, *span_of(e, p, s), clamp(e, s.offset), head, rows, index]
 
 
 def work_item(e: Any, p: Parameters, x: Any, y: Any, of_keys: bool = False) -> tuple[Any, Any, Any]:

@@ -36,7 +36,7 @@ def make_weights(c: Spec, on: Any) -> Any:
         p = Parameters(e, integers, reals)
         tiles = p.int("tiles")
         places, numbers = place(e, c, p, FORWARD, x // tiles, x % tiles, e.const("i", 0))
-        numbers[7] = p.int("number")  # rows are those chosen
+        numbers[8] = p.int("number")  # rows are those chosen
         return places, numbers, numbers[4]
 
     @macro("", *TYPES, PLACES, NUMBERS, "i", "i")

@@ -8,6 +8,7 @@ of columns.
 import math
 from typing import Any
 
+from ..intervals import bind, keys_of_row, rows_of_key
 from .formats import read
 from .parameters import Parameters, Sequence, clamp
 from .products import Layout
@@ -26,33 +27,39 @@ def _converted(e: Any, kind: str, x: Any) -> Any:
 
 
 class Span:
-    """Which columns of a tile each row sees: from row + low to row + high, within so many rows and columns."""
+    """Which columns of a tile each row sees, by the rules of `intervals`: keys of a query, or queries of a key.
 
-    def __init__(self, e: Any, low: Any, high: Any, rows: Any, columns: Any) -> None:
-        self.e, self.low, self.high, self.rows, self.columns = e, low, high, rows, columns
+    Parameters
+    ----------
+    numbers : low, high, queries, keys, prefix
+        Of 32 bits, as `intervals.keys_of_row` has them.
+    transposed : bool
+        Whether the rows of the tile are keys.
+    """
+
+    def __init__(self, e: Any, numbers: Any, transposed: bool) -> None:
+        self.e, self._numbers = e, numbers
+        _, _, queries, keys, _ = numbers
+        self.rows, self.columns = (keys, queries) if transposed else (queries, keys)
+        self._rule = bind(rows_of_key if transposed else keys_of_row, e.min, e.max, e.select)
 
     def of_row(self, row: Any) -> tuple[Any, Any]:
         """First column and the one after the last; none of them for a row that is not there."""
-        e = self.e
-        first, last = e.max(row + self.low, 0), e.min(row + self.high + 1, self.columns)
-        return first, e.select(row < self.rows, last, last - last)
+        start, stop = self._rule(row, *self._numbers)
+        return start, stop
 
     def of_rows(self, first: Any, last: Any) -> tuple[Any, Any, Any, Any]:
         """Columns that any of some rows sees, and columns that all of them see."""
-        e = self.e
-        last = e.min(last, self.rows - 1)
-        any_first, all_first = e.max(first + self.low, 0), e.max(last + self.low, 0)
-        any_last, all_last = e.min(last + self.high + 1, self.columns), e.min(first + self.high + 1, self.columns)
-        any_last = e.select(first < self.rows, any_last, any_first)  # no rows
+        any_first, all_last = self.of_row(first)
+        all_first, any_last = self.of_row(self.e.min(last, self.rows - 1))
+        any_last = self.e.select(first < self.rows, any_last, any_first)  # no rows
         return any_first, any_last, all_first, all_last
 
 
-def span_of(e: Any, p: Parameters, sequence: Sequence, transposed: bool = False) -> tuple[Any, Any, Any, Any]:
-    """The numbers of a `Span`, of 32 bits."""
-    offset = sequence.offset
-    low, high = clamp(e, offset - p.left), clamp(e, offset + p.right)
-    rows, columns = sequence.int("queries"), sequence.int("keys")
-    return (0 - high, 0 - low, columns, rows) if transposed else (low, high, rows, columns)
+def span_of(e: Any, p: Parameters, s: Sequence) -> tuple[Any, Any, Any, Any, Any]:
+    """The numbers of a `Span`."""
+    low, high = clamp(e, s.offset - p.left), clamp(e, s.offset + p.right)
+    return low, high, s.int("queries"), s.int("keys"), s.int("prefix")
 
 
 class Scores:

@@ -58,12 +58,29 @@ class Packing(NamedTuple):
     bias: tuple[bool, bool] = (False, False)
 
 
+class Number(NamedTuple):
+    """A number that each sequence has: its field in the record that kernels read, and of `Problem`."""
+
+    record: str
+    problem: str
+    default: str | int  # where it is None: a number for all sequences, or the field of `Problem` that has it
+
+
+NUMBERS = (
+    Number("queries", "query_lengths", "L"),
+    Number("keys", "key_lengths", "S"),
+    Number("offset", "offset", 0),
+    Number("prefix", "prefix_lengths", 0),
+)
+
+
 @dataclass(slots=True)
 class Problem:
     """One validated attention call. Every array is broadcast to the full batch and strided, never copied.
 
     Query row i of a sequence sits at key position p = i + offset. It may attend to key j when
-    p - left <= j <= p + right (None: unbounded), i < query length, j < key length, and mask and bias allow it.
+    p - left <= j <= p + right (None: unbounded) or j < prefix length, i < query length, j < key length, and mask and
+    bias allow it.
     """
 
     query: Array  # (*batch, H, L, E)
@@ -87,6 +104,7 @@ class Problem:
     offset: Array | int = 0  # int64 (*batch) or one number for all
     query_lengths: Array | None = None  # int64 (*batch)
     key_lengths: Array | None = None  # int64 (*batch)
+    prefix_lengths: Array | None = None  # int64 (*batch)
     alibi_slopes: Array | None = None  # float64 (*batch, H)
     sinks: Array | None = None  # float64 (H,)
     bias: Array | None = None  # (*batch, H, L, S), any supported float dtype, -inf hides
@@ -285,6 +303,10 @@ def _apply(p: Problem, o: Options) -> None:
     if o.key_lengths is not None:
         p.key_lengths = lengths_within("key_lengths", o.key_lengths, p.S, p.batch)
     _positions(p, o)
+    if o.prefix_lengths is not None:
+        p.prefix_lengths = lengths_within("prefix_lengths", o.prefix_lengths, p.S, p.batch)
+        if p.left is not None:
+            raise ValueError(f"prefix_lengths must be None beside a window that is bounded on the left, {p.left}")
     if o.alibi_slopes is not None:
         slopes = as_few_floats("alibi_slopes", o.alibi_slopes, p.query.dtype)
         if not np.isfinite(slopes).all():

@@ -116,6 +116,9 @@ def _problem(
         bias=None,
         query_lengths=lengths_within("query_lengths", options.query_lengths, packing.query_rows),
         key_lengths=lengths_within("key_lengths", options.key_lengths, packing.key_rows),
+        prefix_lengths=None
+        if options.prefix_lengths is None
+        else lengths_within("prefix_lengths", options.prefix_lengths, packing.key_rows),
     )
     p = _resolve(q, k, v, lengths, full, None if lse is None else _over(lse, n), result, lse, L, S)
     if options.mask is not None:
