@@ -160,6 +160,7 @@ def rest(arch, storage, E):
         yield tile_shapes.careful(of_codes, of)
         yield tile_shapes.few(tile_shapes.with_options(forward, stored=held, paged=True).with_(stacked=True), 4, of)
     yield tile_shapes.weights(full, of)
+    yield tile_shapes.normalizers(full, of)
     yield tile_shapes.bias(tile_shapes.with_options(tile_shapes.base("query", storage, E, E, of), **OPTIONS), of)
     for task in ("query", "key"):
         c = tile_shapes.with_options(tile_shapes.base(task, storage, E, E, of), **OPTIONS, flags=True)
