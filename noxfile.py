@@ -24,6 +24,21 @@ def grid(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """Every case of the fault suite, the long ones too; arguments go to pytest."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "tests/faults", "-m", "faults or not faults", *session.posargs)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """New examples for the fuzzer, for NUMBA_ATTENTION_FUZZ_SECONDS (60) a test; arguments go to pytest."""
+    session.install("-e", ".[test]")
+    seconds = session.env.get("NUMBA_ATTENTION_FUZZ_SECONDS", "60")
+    session.run("pytest", "-s", "tests/fuzz", *session.posargs, env={"NUMBA_ATTENTION_FUZZ_SECONDS": seconds})
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style."""
     session.install("ruff")
