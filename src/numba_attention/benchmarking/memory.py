@@ -48,6 +48,7 @@ _OPTIONS: dict[str, Callable[[int], Arguments]] = {
     "query_offset": lambda L: {"is_causal": True, "query_offset": -5},
     "key_lengths": lambda L: {"key_lengths": L - 3},
     "query_lengths": lambda L: {"query_lengths": L - 3},
+    "prefix_lengths": lambda L: {"is_causal": True, "prefix_lengths": L // 3},
     "mask": lambda L: {"mask": _mask(L)},
     "mask_of_keys": lambda L: {"mask": _mask(L)[:1]},
     "bias": lambda L: {"bias": _bias(L)},
