@@ -1,6 +1,7 @@
 """Processes that are forked at the worst moments, and those that begin anew."""
 
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import signal
 import sys
@@ -36,6 +37,12 @@ def in_child(function, seconds=20):
     os.kill(child, signal.SIGABRT)  # faulthandler says where it is
     os.waitpid(child, 0)
     raise AssertionError(f"child did not end within {seconds} s")
+
+
+def import_all():
+    """Import what a first call imports: Python itself leaves a module locked that was being imported at a fork."""
+    empty = np.empty((1, 0, 32), np.float32)
+    na.attention(empty, empty, empty)
 
 
 def make_users_function():
@@ -111,6 +118,7 @@ def test_while_another_thread_computes(layer):
 def test_while_another_thread_loads_kernels(threads):
     """From a cache that is full: locks that are held at the fork are held for ever in the child."""
     work.textbook()
+    import_all()
     numba.set_num_threads(threads)
     thread = threading.Thread(target=work.check)
     thread.start()
@@ -128,6 +136,7 @@ def test_while_another_thread_loads_kernels(threads):
 def test_while_another_thread_compiles(tmp_path):
     os.environ["NUMBA_ATTENTION_CACHE_DIR"] = tmp_path
     work.textbook()
+    import_all()
     thread = threading.Thread(target=work.check, args=[["forward"]])
     thread.start()
     time.sleep(1.5)

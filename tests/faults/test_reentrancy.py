@@ -92,10 +92,9 @@ def test_from_a_signal_handler(name):
     want, inner = work.prepare()[name], Inner()
     signal.signal(signal.SIGALRM, inner)
     signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0007)
-    for _ in range(100):
+    while inner.count < 40:
         work.same(work.CALLS[name](), want)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    assert inner.count > 20
 
 
 @pytest.mark.parametrize("kind", ["__del__", "weakref"])
