@@ -25,13 +25,13 @@ def fuzz(examples):
         }
         if not SECONDS:
             return hypothesis.settings(max_examples=examples, derandomize=True, **shared)(test)
-        settings = hypothesis.settings(max_examples=200, print_blob=False, **shared)
+        test = hypothesis.settings(max_examples=200, print_blob=False, derandomize=False, **shared)(test)
 
         def rounds():
             end, number = time.monotonic() + SECONDS, time.time_ns() % 2**32
             while time.monotonic() < end:
                 print(f"seed {number}")
-                hypothesis.seed(number)(settings(test))()
+                hypothesis.seed(number)(test)()
                 number += 1
 
         rounds.__name__ = test.__name__
