@@ -85,7 +85,7 @@ def multiply(a, b, t):
 
 
 def matmul(a, b, t, scale=1.0, first=True):
-    """``scale * (a @ b)``, scaled first or at the end: in any case only the scaled sum must not overflow."""
+    """``scale * (a @ b)``, scaled first: then only the scaled sum must not overflow. Gradients are scaled at the end."""
     n, factor = a.mid.shape[-1], np.abs(Real(scale))
     size = factor * (a.size @ b.size)
     with np.errstate(invalid="ignore"):
@@ -93,7 +93,8 @@ def matmul(a, b, t, scale=1.0, first=True):
     # One of the factors may be subnormal once it is scaled, or products before they are.
     tiny = t.tiny if first and not t.flushes else t.tiny * max(1, factor)
     rad = rad + tiny * (n + a.size.sum(-1)[..., :, None] + b.size.sum(-2)[..., None, :])
-    return _ball(Real(scale) * (a.mid @ b.mid), rad, size, t)
+    met = size if first else np.maximum(size, a.size @ b.size)
+    return _ball(Real(scale) * (a.mid @ b.mid), rad, met, t)
 
 
 def total(a, axis, t, keepdims=False):
