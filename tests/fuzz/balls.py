@@ -85,7 +85,10 @@ def multiply(a, b, t):
 
 
 def matmul(a, b, t, scale=1.0, first=True):
-    """``scale * (a @ b)``, scaled first: then only the scaled sum must not overflow. Gradients are scaled at the end."""
+    """``scale * (a @ b)``, scaled first: then only the scaled sum must not overflow.
+
+    Gradients are scaled at the end, and what they are made of must be below a quarter of the largest number.
+    """
     n, factor = a.mid.shape[-1], np.abs(Real(scale))
     size = factor * (a.size @ b.size)
     with np.errstate(invalid="ignore"):
@@ -93,7 +96,9 @@ def matmul(a, b, t, scale=1.0, first=True):
     # One of the factors may be subnormal once it is scaled, or products before they are.
     tiny = t.tiny if first and not t.flushes else t.tiny * max(1, factor)
     rad = rad + tiny * (n + a.size.sum(-1)[..., :, None] + b.size.sum(-2)[..., None, :])
-    met = size if first else np.maximum(size, a.size @ b.size)
+    met = size
+    if not first:
+        met = np.maximum(size, 4 * np.maximum(a.size @ b.size, a.size.max(-1, keepdims=True, initial=0)))
     return _ball(Real(scale) * (a.mid @ b.mid), rad, met, t)
 
 
