@@ -7,6 +7,7 @@ checksum covers: a file under another kernel's name counts as missing, as does o
 
 import hashlib
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -19,9 +20,11 @@ from .errors import NumbaAttentionWarning
 
 ENVIRONMENT = "NUMBA_ATTENTION_CACHE_DIR"
 SUFFIXES = (".kernel", ".cubin")
+_NAME = re.compile(r".*-[0-9a-f]{32}\.(kernel|cubin)")
 # A version of the package has some 30 kernels of 50 KB for a CPU and some hundred of 100 KB for a GPU.
 LARGEST = 256 * 2**20  # bytes that the folder is kept below
 UNUSED = 90 * 86400  # seconds after which a file that nobody loaded is removed
+_UNFINISHED = ".kernel-part"
 _ABANDONED = 3600  # seconds after which a file that was begun and never renamed is removed
 _DAY = 86400
 _warned = False
@@ -110,7 +113,7 @@ def read_checked(path: Path, key: str) -> bytes | None:
 
 def write_checked(path: Path, key: str, payload: bytes) -> None:
     """Write a file that other processes see whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=_UNFINISHED)
     try:
         with open(descriptor, "wb") as file:
             file.write(_checksum(key, payload) + payload)
@@ -159,7 +162,10 @@ def _prune_once(folder: Path) -> None:
 
 
 def prune(folder: Path) -> None:
-    """Remove what killed processes left unfinished, kernels unused for `UNUSED`, and the oldest above `LARGEST`."""
+    """Remove what killed processes left unfinished, kernels unused for `UNUSED`, and the oldest above `LARGEST`.
+
+    Nothing else in the folder is touched.
+    """
     now = time.time()
     kept = []
     for entry in os.scandir(folder):
@@ -167,11 +173,11 @@ def prune(folder: Path) -> None:
             status = entry.stat(follow_symlinks=False)
             if not stat.S_ISREG(status.st_mode):
                 continue
-            unfinished = entry.name.startswith(".") or entry.name.startswith("tmp")
-            is_kernel = entry.name.endswith(SUFFIXES) and not unfinished
-            if is_kernel and now - status.st_mtime <= UNUSED:
+            age = now - status.st_mtime
+            is_kernel = _NAME.fullmatch(entry.name) is not None
+            if is_kernel and age <= UNUSED:
                 kept.append((status.st_mtime, status.st_size, entry.path))
-            elif is_kernel or (unfinished and now - status.st_mtime > _ABANDONED):
+            elif is_kernel or (entry.name.endswith(_UNFINISHED) and age > _ABANDONED):
                 os.unlink(entry.path)
         except OSError:  # another process removed it
             continue

@@ -211,21 +211,15 @@ def test_full_disk_leaves_nothing(folder, monkeypatch):
 
 def test_folder_is_bounded(folder, monkeypatch):
     monkeypatch.setattr(kernel_cache, "LARGEST", 2500)
-    now = time.time()
-    ages = {
-        "a.kernel": 10,
-        "b.cubin": 20,
-        "c.kernel": 30,
-        "old.kernel": kernel_cache.UNUSED + 9,
-        ".begun": 5,
-        ".left": 4000,
-    }
-    for name, age in ages.items():
+    now, key = time.time(), "0123456789abcdef" * 2
+    ages = {f"a-{key}.kernel": 10, f"b-{key}.cubin": 20, f"c-{key}.kernel": 30}
+    ages |= {"begun.kernel-part": 5, "left.kernel-part": 4000, f"old-{key}.kernel": kernel_cache.UNUSED + 9}
+    of_others = dict.fromkeys([".profile", "tmp_notes", "mine.kernel"], 10**9)
+    for name, age in (ages | of_others).items():
         (folder / name).write_bytes(bytes(1000))
         os.utime(folder / name, (now - age, now - age))
-    (folder / "notes.txt").write_bytes(bytes(5000))
     kernel_cache.prune(folder)
-    assert sorted(os.listdir(folder)) == [".begun", "a.kernel", "b.cubin", "notes.txt"]
+    assert set(os.listdir(folder)) == {f"a-{key}.kernel", f"b-{key}.cubin", "begun.kernel-part", *of_others}
 
 
 def test_loading_says_that_a_file_is_in_use(folder):

@@ -240,6 +240,7 @@ class KVCache:
                 where = (slice(None), slice(None), slice(start + part.start, start + part.stop))
                 form.write(stored.key, stored.key_scale, where, key[:, :, part])
                 form.write(stored.value, stored.value_scale, where, value[:, :, part])
+        self._common = None  # until it is true again: a signal handler may end this call between any two lines
         self._lengths.fill(stop)
         self._common = stop
 
@@ -251,8 +252,7 @@ class KVCache:
             raise CacheFullError(self._full(int(over[0]), int(added[over[0]])))
         sequence, token = each_token(added)
         self._form.scatter(stored[:4], key, value, (sequence, token), (sequence, old[sequence] + token))
-        old += added
-        self._settle()
+        self._change_lengths(old + added)
 
     def _full(self, i: int, T: int) -> str:
         length = int(self._lengths[i])
@@ -274,8 +274,7 @@ class KVCache:
         TypeError, ValueError
             `lengths` has the wrong type or shape, or is out of range. The cache is as it was.
         """
-        self._lengths[:] = check_lengths("lengths", lengths, self.batch, self._lengths, "the current length")
-        self._settle()
+        self._change_lengths(check_lengths("lengths", lengths, self.batch, self._lengths, "the current length"))
 
     def reorder(self, index: ArrayLike) -> None:
         """Let sequence i become a copy of sequence ``index[i]``, for all i at once, as in beam search.
@@ -303,8 +302,7 @@ class KVCache:
             if x is not None:
                 for part in blocks(longest, x[moved, :, :1].size):
                     x[moved, :, part] = x[source[moved], :, part]
-        self._lengths[:] = self._lengths[source]
-        self._settle()
+        self._change_lengths(self._lengths[source])
 
     @property
     def lengths(self) -> Array:
@@ -356,6 +354,11 @@ class KVCache:
 
     def _longest(self) -> int:
         return int(self._lengths.max())
+
+    def _change_lengths(self, lengths: Array) -> None:
+        self._common = None  # until it is true again: a signal handler may end this call between any two lines
+        self._lengths[:] = lengths
+        self._settle()
 
     def _settle(self) -> None:
         """Find the length that all sequences have, or None: then there is no plain slice to write to."""
