@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from .emit import Packed
 from .formats import SIZES
-from .parameters import TYPES, Parameters, Sequence, clamp
+from .parameters import PARAMETERS, TYPES, Parameters, Sequence, clamp
 from .scoring import Scores, Span, span_of
 from .spec import Spec
 from .staging import Codes, fetch_scales
@@ -24,14 +25,15 @@ class Block:
     Its rows are queries, or keys where the kernel sums over queries; `span` says which of the others they see.
     """
 
-    def __init__(
-        self, e: Any, c: Spec, integers: Any, reals: Any, names: tuple[str, ...], places: Any, numbers: Any
-    ) -> None:
-        self.e, self.c = e, c
-        self.p = Parameters(e, integers, reals)
-        self.places = dict(zip(names, places, strict=True)) if places is not None else {}
+    def __init__(self, e: Any, c: Spec, p: Parameters, names: tuple[str, ...], places: Any, numbers: Any) -> None:
+        self.e, self.c, self.p = e, c, p
+        self.places = dict(zip(names, places, strict=True))
         self.first, *span, self.offset, self.head, self.rows, self.index = numbers
         self.span = Span(e, span, transposed=c.task == "key")
+
+    @property
+    def numbers(self) -> list[Any]:
+        return [self.first, *self.span.numbers, self.offset, self.head, self.rows, self.index]
 
     def find(self, row: Any) -> tuple[Any, Any]:
         """Query row and head of a row of the tiles."""
@@ -128,6 +130,18 @@ class Block:
             self.e.commit()
 
 
+def packed_block(c: Spec, names: tuple[str, ...]) -> Packed:
+    """Declare the `Block` of a kernel, with the addresses of the arrays of these names, for its macros."""
+
+    def unpack(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
+        return Block(e, c, Parameters(e, integers, reals), names, places, numbers)
+
+    def pack(b: Block) -> tuple[Any, ...]:
+        return b.p.integers, b.p.reals, tuple(b.places.values()), b.numbers
+
+    return Packed((*TYPES, f"l{len(names)}", NUMBERS), unpack, pack)
+
+
 def make_landed(c: Spec, on: Any) -> Any:
     """Make the macro that waits for all copies of a thread; without asynchronous ones (before sm_80) they are there."""
 
@@ -142,34 +156,33 @@ def make_landed(c: Spec, on: Any) -> Any:
 def make_scale(c: Spec, on: Any, tile: Tile) -> Any:
     """Make the macro that multiplies a tile of queries, or keys, by the power of two in the scale."""
 
-    @on.macro("", *TYPES, "i", "i")
-    def scale(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
-        factor = Parameters(e, integers, reals).real("prescale", "d" if c.compute == "float64" else "f")
+    @on.macro("", PARAMETERS, "i", "i")
+    def scale(e: Any, p: Parameters, base: Any, thread: Any) -> None:
+        factor = p.real("prescale", "d" if c.compute == "float64" else "f")
         scale_rows(e, tile, base, factor, thread, c.threads)
 
     return scale
 
 
-def make_marks(c: Spec, on: Any) -> tuple[Any, Any]:
+def make_marks(c: Spec, on: Any, BLOCK: Packed) -> tuple[Any, Any]:
     """Make the macros that say whether any row is marked, and whether one of a block's is: a thread looks at each."""
 
-    @on.macro("i", *TYPES)
-    def any_marked(e: Any, integers: Any, reals: Any) -> Any:
-        return e.load("i", Parameters(e, integers, reals).flags)
+    @on.macro("i", PARAMETERS)
+    def any_marked(e: Any, p: Parameters) -> Any:
+        return e.load("i", p.flags)
 
-    @on.macro("i", *TYPES, NUMBERS, "i")
-    def marked(e: Any, integers: Any, reals: Any, numbers: Any, thread: Any) -> Any:
-        b = Block(e, c, integers, reals, (), None, numbers)
+    @on.macro("i", BLOCK, "i")
+    def marked(e: Any, b: Block, thread: Any) -> Any:
         row = b.first + thread
         return b.is_marked(row, (thread < c.rows) & b.exists(row))
 
     return any_marked, marked
 
 
-def place(
+def block_of(
     e: Any, c: Spec, p: Parameters, names: tuple[str, ...], index: Any, tile: Any, head: Any, transposed: bool = False
-) -> tuple[list[Any], list[Any]]:
-    """Addresses and numbers of a `Block`. Its head is one of keys if its rows are keys, or stacked queries.
+) -> Block:
+    """The `Block` of a tile of a sequence. Its head is one of keys if its rows are keys, or stacked queries.
 
     What belongs to queries then begins with the first head of the array, or of the group.
     """
@@ -191,7 +204,8 @@ def place(
         of_head = of_keys if name in OF_KEYS else of_queries
         places.append(getattr(p, name) + start + of_head * getattr(p, f"{name}_head"))
     rows = s.int("key_rows" if transposed else "rows")
-    return places, [tile * c.rows, *span_of(e, p, s), clamp(e, s.offset), head, rows, index]
+    numbers = [tile * c.rows, *span_of(e, p, s), clamp(e, s.offset), head, rows, index]
+    return Block(e, c, p, names, places, numbers)
 
 
 def work_item(e: Any, p: Parameters, x: Any, y: Any, of_keys: bool = False) -> tuple[Any, Any, Any]:

@@ -9,7 +9,7 @@ that are not negative.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 
@@ -100,6 +100,24 @@ class Value:
         return self._compare("==", other)
 
     __radd__, __rmul__ = __add__, __mul__
+
+
+class Packed(NamedTuple):
+    """Groups of registers that a macro has as one Python object, and a kernel as one tuple of tuples."""
+
+    groups: tuple[str, ...]  # as "f8": 8 registers of float32
+    unpack: Callable[..., Any]  # the object, from an `Emit` and the groups
+    pack: Callable[[Any], Sequence[Any]]  # the groups of an object
+
+
+Kind = str | Packed  # of an argument or a result of a macro: "i", "f8" or an object
+
+
+def kinds_of(result: Kind | tuple[Kind, ...]) -> tuple[Kind, ...]:
+    """The kinds of the results of a macro: a string names as many as it has words."""
+    if isinstance(result, Packed):
+        return (result,)
+    return tuple(result.split()) if isinstance(result, str) else result
 
 
 class Emit:

@@ -10,15 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import FORWARD, HEAD, NUMBERS, Block, Lanes, make_landed, make_marks, make_scale, place, stage, work_item
-from .parameters import TYPES, Parameters
+from .blocks import (
+    FORWARD,
+    HEAD,
+    Block,
+    Lanes,
+    block_of,
+    make_landed,
+    make_marks,
+    make_scale,
+    packed_block,
+    stage,
+    work_item,
+)
+from .parameters import PARAMETERS, Parameters
 from .results import not_finite, write_row
 from .softmax import fold, lse, relative, start, total
 from .spec import Spec, lay_out
 from .staging import Codes, unpack
 from .tiles import Tile
-
-PLACES = f"l{len(FORWARD)}"
 
 
 def tiles_of(c: Spec) -> tuple[Tile, Tile, Tile, int]:
@@ -84,21 +94,17 @@ def make_forward(c: Spec, on: Any) -> Any:
     # Exponentials beside the products of values, in one piece of code, wait for one another less; with more features
     # there are no registers for both, and they come before what waits for the values.
     mixed = c.product == "tensor" and max(c.E, c.Ev) <= 64
-    any_marked, marked = make_marks(c, on)
+    BLOCK = packed_block(c, FORWARD)
+    any_marked, marked = make_marks(c, on, BLOCK)
 
-    def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
-        return Block(e, c, integers, reals, FORWARD, places, numbers)
-
-    @macro(f"{PLACES} {NUMBERS}", *TYPES, "i", "i")
-    def find_work(e: Any, integers: Any, reals: Any, x: Any, y: Any) -> Any:
-        p = Parameters(e, integers, reals)
+    @macro(BLOCK, PARAMETERS, "i", "i")
+    def find_work(e: Any, p: Parameters, x: Any, y: Any) -> Any:
         index, tile, head = work_item(e, p, x, y)
-        return place(e, c, p, FORWARD, index, tile, head)
+        return block_of(e, c, p, FORWARD, index, tile, head)
 
-    @macro("i4", *TYPES, PLACES, NUMBERS, "i")
-    def keys_seen(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, part: Any) -> Any:
+    @macro("i4", BLOCK, "i")
+    def keys_seen(e: Any, b: Block, part: Any) -> Any:
         """First key, the one after the last, and those that all rows see."""
-        b = block(e, integers, reals, places, numbers)
         first, _ = b.find(b.first)
         last, _ = b.find(b.first + (c.rows - 1))
         begin, end, all_begin, all_end = b.span.of_rows(first, last)
@@ -109,22 +115,17 @@ def make_forward(c: Spec, on: Any) -> Any:
             end = e.min(end, begin + share)
         return [begin, end, all_begin, all_end]
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i")
-    def load_queries(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", "i")
+    def load_queries(e: Any, b: Block, base: Any, thread: Any) -> None:
         b.load_tile("query", q, base, thread, b.first, b.rows)
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
-    def load_keys(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", "i", "i")
+    def load_keys(e: Any, b: Block, base: Any, thread: Any, j: Any) -> None:
         b.load_tile("key", keys, base, thread, j, b.span.columns)
         b.commit()
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
-    def load_values(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any
-    ) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", "i", "i")
+    def load_values(e: Any, b: Block, base: Any, thread: Any, j: Any) -> None:
         b.load_tile("value", values, base, thread, j, b.span.columns)
         b.commit()
 
@@ -136,14 +137,11 @@ def make_forward(c: Spec, on: Any) -> Any:
     def unpack_values(e: Any, base: Any, thread: Any) -> None:
         unpack(e, values, v, e.opaque(base), e.opaque(thread), c.threads, at_once)
 
-    @macro(f"{M} {M} {C}", *TYPES, PLACES, NUMBERS, "i", "i", "i")
-    def begin_rows(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, part: Any
-    ) -> Any:
+    @macro(f"{M} {M} {C}", BLOCK, "i", "i", "i")
+    def begin_rows(e: Any, b: Block, base: Any, thread: Any, part: Any) -> Any:
         sinks = None
         first = product.lane_column(thread & 31).equals(0)
         if c.sinks:
-            b = block(e, integers, reals, places, numbers)
             sinks = []
             for row in lanes.rows(thread):
                 _, head = b.find(b.first + row)
@@ -151,7 +149,7 @@ def make_forward(c: Spec, on: Any) -> Any:
             if split:
                 low = e.const(kind, -math.inf)
                 sinks = [e.select(part.equals(0), sink, low) for sink in sinks]
-        factor = Parameters(e, integers, reals).real("factor", kind)
+        factor = b.p.real("factor", kind)
         return start(e, product, features, sinks, first, factor, lift_of(e, base) if c.sinks else None)
 
     @macro(S, "i", "i")
@@ -160,19 +158,17 @@ def make_forward(c: Spec, on: Any) -> Any:
 
     staged = c.is_staged
 
-    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", S)
-    def stages(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, s: Any) -> Any:
-        b = block(e, integers, reals, places, numbers)
+    @macro(S, BLOCK, "i", "i", S)
+    def stages(e: Any, b: Block, thread: Any, j: Any, s: Any) -> Any:
         return stage(b, lanes, thread, j, s)[0]
 
-    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", S)
-    def hide(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, s: Any) -> Any:
-        b = block(e, integers, reals, places, numbers)
+    @macro(S, BLOCK, "i", "i", S)
+    def hide(e: Any, b: Block, thread: Any, j: Any, s: Any) -> Any:
         return lanes.scores(b, thread, j).hide(s, b.span)
 
-    @macro(f"{S} {M} {M} {C}", *TYPES, "i", S, M, M, C)
-    def take_in(e: Any, integers: Any, reals: Any, base: Any, s: Any, m: Any, l: Any, acc: Any) -> Any:
-        factor = Parameters(e, integers, reals).real("factor", kind)
+    @macro(f"{S} {M} {M} {C}", PARAMETERS, "i", S, M, M, C)
+    def take_in(e: Any, p: Parameters, base: Any, s: Any, m: Any, l: Any, acc: Any) -> Any:
+        factor = p.real("factor", kind)
         at_once = max(c.E, c.Ev) <= 128 or staged
         return fold(e, product, layout, features, s, m, l, acc, factor, lift_of(e, base), at_once)
 
@@ -196,12 +192,11 @@ def make_forward(c: Spec, on: Any) -> Any:
     def set_lift(e: Any, base: Any, thread: Any, lift: Any) -> None:
         e.store_shared("i", base + at_lift, [lift], thread.equals(0))
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i", M, M, C)
+    @macro("", BLOCK, "i", "i", "i", M, M, C)
     def finish(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, part: Any, m: Any,
+        e: Any, b: Block, base: Any, thread: Any, part: Any, m: Any,
         l: Any, acc: Any,
     ) -> None:  # fmt: skip
-        b = block(e, integers, reals, places, numbers)
         l, one = total(e, product, l), e.const(kind, 1.0)
         scales = [one / x for x in l]
         l = relative(e, m, l, b.p.real("factor", kind), lift_of(e, base))
@@ -264,15 +259,16 @@ def make_forward(c: Spec, on: Any) -> Any:
                 e.store(kind, at + features.elements[mine[n]][1] * size, x, there)
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        parameters = integers, reals
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread, part = np.int32(cuda.threadIdx.x), np.int32(cuda.blockIdx.z)
         x, y = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
         if careful:
-            if any_marked(integers, reals) == 0:
+            if any_marked(parameters) == 0:
                 return
         if careful:
-            places, numbers = find_work(integers, reals, x, y)
-            if cuda.syncthreads_or(marked(integers, reals, numbers, thread)) == 0:
+            block = find_work(parameters, x, y)
+            if cuda.syncthreads_or(marked(block, thread)) == 0:
                 return
         if may_repeat:
             set_lift(base, thread, np.int32(0))
@@ -280,31 +276,31 @@ def make_forward(c: Spec, on: Any) -> Any:
         ready = False
         while not ready:
             ready = True
-            places, numbers = find_work(integers, reals, x, y)
-            j, end, all_begin, all_end = keys_seen(integers, reals, places, numbers, part)
-            m, l, acc = begin_rows(integers, reals, places, numbers, base, thread, part)
+            block = find_work(parameters, x, y)
+            j, end, all_begin, all_end = keys_seen(block, part)
+            m, l, acc = begin_rows(block, base, thread, part)
             if j < end:
-                load_queries(integers, reals, places, numbers, base, thread)
-                load_keys(integers, reals, places, numbers, base, thread, j)
+                load_queries(block, base, thread)
+                load_keys(block, base, thread, j)
                 landed()
                 cuda.syncthreads()
-                scale_queries(integers, reals, base, thread)
+                scale_queries(parameters, base, thread)
             while j < end:
                 landed()
                 cuda.syncthreads()
                 if unpacked:
                     unpack_keys(base, thread)
                     cuda.syncthreads()
-                load_values(integers, reals, places, numbers, base, thread, j)
+                load_values(block, base, thread, j)
                 s = multiply_keys(base, thread)
                 if staged:
-                    s = stages(integers, reals, places, numbers, thread, j, s)
+                    s = stages(block, thread, j, s)
                 if j < all_begin or j + columns > all_end:
                     # (Found again, here and at the end, so that it needs no registers all the while.)
-                    seldom, numbers_again = find_work(integers, reals, x, y)
-                    s = hide(integers, reals, seldom, numbers_again, thread, j, s)
+                    edge = find_work(parameters, x, y)
+                    s = hide(edge, thread, j, s)
                 if not mixed:
-                    p, m, l, acc = take_in(integers, reals, base, s, m, l, acc)
+                    p, m, l, acc = take_in(parameters, base, s, m, l, acc)
                 landed()
                 cuda.syncthreads()
                 if unpacked:
@@ -312,9 +308,9 @@ def make_forward(c: Spec, on: Any) -> Any:
                     cuda.syncthreads()
                 j = np.int32(j + columns)
                 if j < end:
-                    load_keys(integers, reals, places, numbers, base, thread, j)
+                    load_keys(block, base, thread, j)
                 if mixed:
-                    p, m, l, acc = take_in(integers, reals, base, s, m, l, acc)
+                    p, m, l, acc = take_in(parameters, base, s, m, l, acc)
                 acc = add_values(base, thread, acc, p)
             if may_repeat:
                 if cuda.syncthreads_or(overflows(acc)) != 0:
@@ -323,7 +319,7 @@ def make_forward(c: Spec, on: Any) -> Any:
                         set_lift(base, thread, np.int32(1))
                         cuda.syncthreads()
                         ready = False
-        places, numbers = find_work(integers, reals, x, y)
-        finish(integers, reals, places, numbers, base, thread, part, m, l, acc)
+        block = find_work(parameters, x, y)
+        finish(block, base, thread, part, m, l, acc)
 
     return kernel

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..sequence_record import SEQUENCE
+from .emit import Packed
 
 ARRAYS = ("query", "key", "value", "out", "lse", "bias", "mask", "grad_out", "grad_lse", "delta",
           "grad_query", "grad_key", "grad_value", "grad_bias", "sum_query", "key_scale", "value_scale")  # fmt: skip
@@ -33,17 +34,20 @@ class Parameters:
     """Parameters by name, as values of a macro: addresses and strides of 64 bits, reals of the kind asked for."""
 
     def __init__(self, e: Any, integers: Any, reals: Any) -> None:
-        self._e, self._integers, self._reals = e, integers, reals
+        self._e, self.integers, self.reals = e, integers, reals
 
     def __getattr__(self, name: str) -> Any:
-        return self._integers[_INTEGERS[name]]
+        return self.integers[_INTEGERS[name]]
 
     def int(self, name: str) -> Any:
         """An integer that fits into 32 bits."""
-        return self._e.narrow(self._integers[_INTEGERS[name]])
+        return self._e.narrow(self.integers[_INTEGERS[name]])
 
     def real(self, name: str, kind: str) -> Any:
-        return self._e.convert(kind, self._reals[_REALS[name]])
+        return self._e.convert(kind, self.reals[_REALS[name]])
+
+
+PARAMETERS = Packed(TYPES, Parameters, lambda p: (p.integers, p.reals))  # of a macro that takes `Parameters`
 
 
 class Sequence:

@@ -5,17 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import Block, place
+from .blocks import Block, block_of
 from .emit import SIZES
 from .formats import HALVES, KINDS, read
-from .parameters import AXES, TYPES, Parameters
+from .parameters import AXES, PARAMETERS, Parameters
 from .products import Layout
 from .results import not_finite, write_row
 from .softmax import LOG2E, is_far
 from .spec import Spec
 
 NAMES = ("out", "grad_out", "lse", "grad_lse", "delta", "sum_query", "grad_query")
-PLACES = f"l{len(NAMES)}"
 
 
 def kind_of(storage: str) -> str:
@@ -31,10 +30,9 @@ def make_delta(c: Spec, on: Any) -> Any:
     cuda, macro = on.cuda, on.macro
     kind = kind_of(c.storage)
 
-    @macro("", *TYPES, "i", "i", "i")
-    def row(e: Any, integers: Any, reals: Any, x: Any, head: Any, thread: Any) -> None:
-        p = Parameters(e, integers, reals)
-        b, i = _row_of_warp(e, c, integers, reals, x, head, thread)
+    @macro("", PARAMETERS, "i", "i", "i")
+    def row(e: Any, p: Parameters, x: Any, head: Any, thread: Any) -> None:
+        b, i = _row_of_warp(e, c, p, x, head, thread)
         lane, there, total = thread & 31, i < b.span.rows, e.const(kind, 0.0)
         pairs = c.aligned and c.storage in HALVES  # of features in one word
         each = 2 if pairs else 1
@@ -67,27 +65,26 @@ def make_delta(c: Spec, on: Any) -> Any:
                 e.store(kind, at + e.wide(lane + 32 * n) * 4, [zero], i < b.rows)
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
-        row(integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y), np.int32(cuda.threadIdx.x))
+        parameters = integers, reals
+        row(parameters, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y), np.int32(cuda.threadIdx.x))
 
     return kernel
 
 
-def _row_of_warp(e: Any, c: Spec, integers: Any, reals: Any, x: Any, head: Any, thread: Any) -> tuple[Block, Any]:
+def _row_of_warp(e: Any, c: Spec, p: Parameters, x: Any, head: Any, thread: Any) -> tuple[Block, Any]:
     """Sequence and row of a warp, where a block has as many rows as warps."""
-    p = Parameters(e, integers, reals)
     tiles = p.int("tiles")
     index, i = x // tiles, x % tiles * c.warps + (thread >> 5)
-    return Block(e, c, integers, reals, NAMES, *place(e, c, p, NAMES, index, e.const("i", 0), head)), i
+    return block_of(e, c, p, NAMES, index, e.const("i", 0), head), i
 
 
 def make_round(c: Spec, on: Any) -> Any:
     """Make the kernel that rounds the sums of the gradient of queries to its type: a warp for each row."""
     cuda, macro = on.cuda, on.macro
 
-    @macro("", *TYPES, "i", "i", "i")
-    def row(e: Any, integers: Any, reals: Any, x: Any, head: Any, thread: Any) -> None:
-        p = Parameters(e, integers, reals)
-        b, i = _row_of_warp(e, c, integers, reals, x, head, thread)
+    @macro("", PARAMETERS, "i", "i", "i")
+    def row(e: Any, p: Parameters, x: Any, head: Any, thread: Any) -> None:
+        b, i = _row_of_warp(e, c, p, x, head, thread)
         lane, there, bad = thread & 31, i < b.rows, e.const("i", 0)
         source = b.places["sum_query"] + e.wide(i) * p.sum_query_row
         target = b.places["grad_query"] + e.wide(i) * p.grad_query_row
@@ -104,7 +101,8 @@ def make_round(c: Spec, on: Any) -> Any:
             b.mark(i, bad, there & lane.equals(0))
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
-        row(integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y), np.int32(cuda.threadIdx.x))
+        parameters = integers, reals
+        row(parameters, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y), np.int32(cuda.threadIdx.x))
 
     return kernel
 
@@ -115,15 +113,13 @@ def make_sinks(c: Spec, on: Any) -> Any:
     kind, threads = kind_of(c.storage), c.threads
     size = 8 if kind == "d" else 4
 
-    @macro("i i", *TYPES)
-    def counts(e: Any, integers: Any, reals: Any) -> Any:
-        p = Parameters(e, integers, reals)
+    @macro("i i", PARAMETERS)
+    def counts(e: Any, p: Parameters) -> Any:
         return p.int("number"), p.int("inner_tiles")
 
-    @macro(kind, *TYPES, "i", "i", "i", "i", kind)
-    def add(e: Any, integers: Any, reals: Any, index: Any, turn: Any, head: Any, thread: Any, total: Any) -> Any:
-        p = Parameters(e, integers, reals)
-        b = Block(e, c, integers, reals, NAMES, *place(e, c, p, NAMES, index, e.const("i", 0), head))
+    @macro(kind, PARAMETERS, "i", "i", "i", "i", kind)
+    def add(e: Any, p: Parameters, index: Any, turn: Any, head: Any, thread: Any, total: Any) -> Any:
+        b = block_of(e, c, p, NAMES, index, e.const("i", 0), head)
         i = turn * threads + thread
         there = i < b.span.rows
         lse = e.load(kind, b.places["lse"] + e.wide(i) * p.lse_row, where=there)
@@ -138,9 +134,8 @@ def make_sinks(c: Spec, on: Any) -> Any:
     def leave(e: Any, base: Any, thread: Any, x: Any) -> None:
         e.store_shared(kind, base + thread * size, [x])
 
-    @macro("", *TYPES, "i", "i", "i")
-    def finish(e: Any, integers: Any, reals: Any, base: Any, head: Any, thread: Any) -> None:
-        p = Parameters(e, integers, reals)
+    @macro("", PARAMETERS, "i", "i", "i")
+    def finish(e: Any, p: Parameters, base: Any, head: Any, thread: Any) -> None:
         total = e.loop(threads, [e.const(kind, 0.0)], lambda n, s: [s[0] + e.load_shared(kind, base + n * size)])[0]
         e.store(kind, p.partial + e.wide(head) * size, [total], thread.equals(0))
 
@@ -149,16 +144,17 @@ def make_sinks(c: Spec, on: Any) -> Any:
         return e.const(kind, 0.0)
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        parameters = integers, reals
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread, head = np.int32(cuda.threadIdx.x), np.int32(cuda.blockIdx.x)
-        number, turns = counts(integers, reals)
+        number, turns = counts(parameters)
         total = zero()
         for index in range(number):
             for turn in range(turns):
-                total = add(integers, reals, np.int32(index), np.int32(turn), head, thread, total)
+                total = add(parameters, np.int32(index), np.int32(turn), head, thread, total)
         leave(base, thread, total)
         cuda.syncthreads()
-        finish(integers, reals, base, head, thread)
+        finish(parameters, base, head, thread)
 
     return kernel
 

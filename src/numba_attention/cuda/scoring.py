@@ -38,14 +38,14 @@ class Span:
     """
 
     def __init__(self, e: Any, numbers: Any, transposed: bool) -> None:
-        self.e, self._numbers = e, numbers
+        self.e, self.numbers = e, numbers
         _, _, queries, keys, _ = numbers
         self.rows, self.columns = (keys, queries) if transposed else (queries, keys)
         self._rule = bind(rows_of_key if transposed else keys_of_row, e.min, e.max, e.select)
 
     def of_row(self, row: Any) -> tuple[Any, Any]:
         """First column and the one after the last; none of them for a row that is not there."""
-        start, stop = self._rule(row, *self._numbers)
+        start, stop = self._rule(row, *self.numbers)
         return start, stop
 
     def of_rows(self, first: Any, last: Any) -> tuple[Any, Any, Any, Any]:
