@@ -217,8 +217,8 @@ class Emit:
 
     # Memory.
 
-    def load(self, kind, address, count=1, where=None):
-        size, where = SIZES[kind] * count, self._where(where)
+    def load(self, kind, address, count=None, where=None):
+        size, where = SIZES[kind] * (count or 1), self._where(where)
         data = np.zeros((self.n, size), np.uint8)
         data[where] = self._memory.bytes_at(self._all(address)[where], size, size)
         return self._values(kind, data, count)
@@ -236,8 +236,8 @@ class Emit:
             self._memory.add(self._all(address)[where] + 4 * n, self._all(x)[where])
         assert not together or not (self._all(address)[where] % (4 * len(values))).any(), "red: misaligned"
 
-    def load_shared(self, kind, address, count=1):
-        return self._values(kind, self._shared.read(self._all(address), SIZES[kind] * count), count)
+    def load_shared(self, kind, address, count=None):
+        return self._values(kind, self._shared.read(self._all(address), SIZES[kind] * (count or 1)), count)
 
     def store_shared(self, kind, address, values, where=None):
         self._shared.write(self._all(address), self._bytes(kind, values), self._where(where))
@@ -264,10 +264,13 @@ class Emit:
 
     def _values(self, kind, data, count):
         if kind in "hb":
-            return Value("i", data.view({"h": np.uint16, "b": np.uint8}[kind])[:, 0].astype(np.int32))
-        numbers = np.ascontiguousarray(data).view(DTYPES[kind])
-        found = [Value(kind, numbers[:, n].copy()) for n in range(count)]
-        return found[0] if count == 1 else found
+            numbers = data.view({"h": np.uint16, "b": np.uint8}[kind]).astype(np.int32)
+            kind = "i"
+        else:
+            numbers = np.ascontiguousarray(data).view(DTYPES[kind])
+        if count is None:
+            return Value(kind, numbers[:, 0].copy())
+        return [Value(kind, numbers[:, n].copy()) for n in range(count)]
 
     def _bytes(self, kind, values):
         dtype = np.uint16 if kind == "h" else DTYPES[kind]

@@ -10,8 +10,6 @@ rowsum(dO O) - dlse; delta and offsets come from `rowwise`. Where an lse is too 
 tile by tile, the next one while this one is worked on.
 """
 
-from typing import Any
-
 import numpy as np
 
 from .blocks import (
@@ -27,8 +25,9 @@ from .blocks import (
     stage,
     work_item,
 )
-from .emit import SIZES
+from .emit import I32, I64, SIZES, Emit, KernelFunction, Macro, Regs, Target
 from .parameters import PARAMETERS, Parameters
+from .products import TensorCores
 from .results import not_finite, write_row
 from .softmax import across, recenter
 from .spec import Spec, compute_capability, lay_out
@@ -38,7 +37,7 @@ NAMES = {"query": (*BACKWARD, "grad_query"), "key": (*BACKWARD, "grad_key", "gra
 
 
 def copy_facts(
-    e: Any, kind: str, target: Any, address: Any, first: Any, most: Any, count: int, thread: Any, threads: int,
+    e: Emit, kind: str, target: I32, address: I64, first: I32, most: I32, count: int, thread: I32, threads: int,
     asynchronous: bool,
 ) -> None:  # fmt: skip
     """Bring `FACTS` of `count` queries, from query `first` on, to shared memory, zeros from query `most` on."""
@@ -86,7 +85,7 @@ class Tiles:
             self.end += product.scratch * c.warps
 
 
-def make_backward(c: Spec, on: Any) -> Any:
+def make_backward(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel of ``c.task``, "query" or "key"; its grid is tiles for some heads (of keys), and all of those."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     of_keys = c.task == "key"
@@ -113,24 +112,24 @@ def make_backward(c: Spec, on: Any) -> Any:
     together = compute_capability(c.arch) >= (9, 0)
 
     @macro((BLOCK, "i"), PARAMETERS, "i", "i")
-    def find_work(e: Any, p: Parameters, at_x: Any, at_y: Any) -> Any:
+    def find_work(e: Emit, p: Parameters, at_x: I32, at_y: I32) -> tuple[Block, I32]:
         index, tile, head = work_item(e, p, at_x, at_y, of_keys)
         group = p.int("group") if of_keys else e.const("i", 1)
         return block_of(e, c, p, names, index, tile, head, of_keys), group
 
     @macro("i4", BLOCK)
-    def columns_seen(e: Any, b: Block) -> Any:
+    def columns_seen(e: Emit, b: Block) -> Regs:
         """First column, the one after the last, and those that all rows see; none of these where any lse is far."""
         begin, end, all_begin, all_end = b.span.of_rows(b.first, b.first + (c.rows - 1))
         return [begin, end, all_begin, e.select(e.load("i", b.p.far) > 0, begin - begin, all_end)]
 
     @macro("", BLOCK, "i", "i")
-    def load_own(e: Any, b: Block, base: Any, thread: Any) -> None:
+    def load_own(e: Emit, b: Block, base: I32, thread: I32) -> None:
         for name, tile in zip(tiles.own_names, own, strict=True):
             b.load_tile(name, tile, base, thread, b.first, b.span.rows)
 
     @macro("", BLOCK, "i", "i", "i", "i", "i")
-    def load_other(e: Any, b: Block, base: Any, thread: Any, j: Any, g: Any, shift: Any) -> None:
+    def load_other(e: Emit, b: Block, base: I32, thread: I32, j: I32, g: I32, shift: I32) -> None:
         """Bring the tiles from column j on, of head g of the group, to one of the two places."""
         base = base + shift
         for name, tile in zip(tiles.other_names, other, strict=True):
@@ -143,31 +142,31 @@ def make_backward(c: Spec, on: Any) -> Any:
         b.commit()
 
     @macro("i i", "i", "i", "i", "i")
-    def following(e: Any, j: Any, g: Any, begin: Any, end: Any) -> Any:
+    def following(e: Emit, j: I32, g: I32, begin: I32, end: I32) -> tuple[I32, I32]:
         """The next tile of columns, and its head of the group."""
         after = j + columns  # (found anew where that saves a register)
         over = after >= end
         return e.select(over, begin, after), e.select(over, g + 1, g)
 
     @macro(f"{first} {second}")
-    def zeros(e: Any) -> Any:
+    def zeros(e: Emit) -> tuple[Regs, Regs]:
         zero = e.const(kind, 0.0)
         return [zero] * len(sums[keeps[0]]), [zero] * (len(sums[keeps[-1]]) if two else 1)
 
     @macro(S, "i", "i", "i")
-    def multiply(e: Any, base: Any, thread: Any, shift: Any) -> Any:
+    def multiply(e: Emit, base: I32, thread: I32, shift: I32) -> Regs:
         return product.scores(e, own[0], other[0], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
 
     @macro(f"{S} {S}" if c.softcap else S, BLOCK, "i", "i", "i", S)
-    def stages(e: Any, b: Block, thread: Any, j: Any, g: Any, s: Any) -> Any:
+    def stages(e: Emit, b: Block, thread: I32, j: I32, g: I32, s: Regs) -> Regs | tuple[Regs, Regs]:
         made, curves = stage(b, lanes, thread, j, s, g if of_keys else None)
         return (made, curves) if c.softcap else made
 
     @macro(S, BLOCK, "i", "i", S)
-    def hide(e: Any, b: Block, thread: Any, j: Any, s: Any) -> Any:
+    def hide(e: Emit, b: Block, thread: I32, j: I32, s: Regs) -> Regs:
         return lanes.scores(b, thread, j, of_keys).hide(s, b.span)
 
-    def of_queries(e: Any, name: str, b: Block | None, base: Any, thread: Any, shift: Any) -> Any:
+    def of_queries(e: Emit, name: str, b: Block | None, base: I32, thread: I32, shift: I32) -> Regs:
         """Of what is known of queries, the number of each register: by row from memory, or by column from the tile."""
         more, pitch = FACTS.index(name) * tiles.size, len(FACTS) * tiles.size
         if of_keys:
@@ -181,17 +180,17 @@ def make_backward(c: Spec, on: Any) -> Any:
         return [found[slot] for slot, _ in layout.elements]
 
     @macro("i", PARAMETERS)
-    def any_far(e: Any, p: Parameters) -> Any:
+    def any_far(e: Emit, p: Parameters) -> I32:
         return e.load("i", p.far)
 
     @macro(S, BLOCK, "i", "i", "i", S)
-    def subtract(e: Any, b: Block, base: Any, thread: Any, shift: Any, s: Any) -> Any:
+    def subtract(e: Emit, b: Block, base: I32, thread: I32, shift: I32, s: Regs) -> Regs:
         """Subtract the maxima of rows whose lse does not tell the denominator."""
         apart = recenter(e, s, of_queries(e, "maximum", b, base, e.opaque(thread), shift))
         return [e.select(product.is_hidden(e, x), x, y) for x, y in zip(s, apart, strict=True)] if careful else apart
 
     @macro(S, BLOCK, "i", "i", "i", S)
-    def weigh(e: Any, b: Block, base: Any, thread: Any, shift: Any, s: Any) -> Any:
+    def weigh(e: Emit, b: Block, base: I32, thread: I32, shift: I32, s: Regs) -> Regs:
         """P of scores, of hidden ones 0."""
         factor, made = b.p.real("factor", kind), []
         for x, offset in zip(s, of_queries(e, "offset", b, base, e.opaque(thread), shift), strict=True):
@@ -201,24 +200,24 @@ def make_backward(c: Spec, on: Any) -> Any:
 
     @macro(S, BLOCK, "i", "i", "i", S, *([S] if c.softcap else []))
     def differentiate(
-        e: Any, b: Block, base: Any, thread: Any, shift: Any, p: Any,
-        curves: Any = None,
-    ) -> Any:  # fmt: skip
+        e: Emit, b: Block, base: I32, thread: I32, shift: I32, p: Regs,
+        curves: Regs | None = None,
+    ) -> Regs:  # fmt: skip
         """Make dS of P: times dO V^T - delta, and the slope of the softcap."""
         ds = product.scores(e, own[1], other[1], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
         zero, one = e.const(kind, 0.0), e.const(kind, 1.0)
         made = []
         for n, (x, delta) in enumerate(zip(ds, of_queries(e, "delta", b, base, e.opaque(thread), shift), strict=True)):
             y = p[n] * (x - delta)
-            if c.softcap:
+            if curves is not None:
                 y = y * (one - curves[n] * curves[n])
             gone = product.is_hidden(e, p[n]) if careful else p[n].equals(0.0)
             made.append(e.select(gone, p[n] if careful else zero, y))
         return made
 
-    def add_to(name: str, other_tile: Tile, size: str) -> Any:
+    def add_to(name: str, other_tile: Tile, size: str) -> Macro:
         @macro(size, "i", "i", "i", size, S)
-        def add(e: Any, base: Any, thread: Any, shift: Any, acc: Any, p: Any) -> Any:
+        def add(e: Emit, base: I32, thread: I32, shift: I32, acc: Regs, p: Regs) -> Regs:
             return product.add(e, acc, p, other_tile, e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
 
         return add
@@ -229,13 +228,15 @@ def make_backward(c: Spec, on: Any) -> Any:
     add_second = add_to("", other[1], second)
 
     @macro("", "i", "i", S)
-    def leave(e: Any, base: Any, thread: Any, ds: Any) -> None:
+    def leave(e: Emit, base: I32, thread: I32, ds: Regs) -> None:
+        assert isinstance(product, TensorCores)
         product.leave(e, ds, tiles.grads, e.opaque(base), *lanes.split(e.opaque(thread)))
 
     @macro("", BLOCK, "i", "i", "i", "i")
-    def add_queries(e: Any, b: Block, base: Any, thread: Any, j: Any, g: Any) -> None:
+    def add_queries(e: Emit, b: Block, base: I32, thread: I32, j: I32, g: I32) -> None:
         """Add dS K of this tile to what other blocks find of these queries."""
         warp, lane = lanes.split(e.opaque(thread))
+        assert isinstance(product, TensorCores)
         found = product.transposed(e, tiles.grads, own[0], e.opaque(base), warp, lane, c.warps)
         total, row, feature, there = found
         factor = b.p.real("rest", kind)
@@ -249,7 +250,7 @@ def make_backward(c: Spec, on: Any) -> Any:
                 e.add(address + 32 * n, x, where, together)
 
     @macro("", BLOCK, "i", first, second)
-    def finish(e: Any, b: Block, thread: Any, x: Any, y: Any) -> None:
+    def finish(e: Emit, b: Block, thread: I32, x: Regs, y: Regs) -> None:
         thread = e.opaque(thread)
         lane = thread & 31
         # (Their product may be smaller than the least number that has all its bits.)

@@ -4,11 +4,10 @@ A block owns a tile of the bias as it was given. It makes dS of every tile that 
 and sums in registers; where all rows or all keys share an element, it sums over those of the tile at the end.
 """
 
-from typing import Any
-
 import numpy as np
 
 from .blocks import BACKWARD, Block, Lanes, block_of, make_landed, make_scale, packed_block, stage
+from .emit import I32, Emit, KernelFunction, Pred, Real, Regs, Target
 from .parameters import PARAMETERS, Parameters, Sequence
 from .softmax import recenter
 from .spec import Spec, lay_out
@@ -28,7 +27,7 @@ class Tiles:
         self.end = max(self.value.end, c.rows * c.columns * self.size)
 
 
-def make_bias(c: Spec, on: Any) -> Any:
+def make_bias(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel; its grid is owners among sequences x tiles of rows x tiles of keys, and heads of the bias."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product, tiles = c.make_product(), Tiles(c)
@@ -43,7 +42,7 @@ def make_bias(c: Spec, on: Any) -> Any:
     BLOCK = packed_block(c, NAMES)
 
     @macro("i8", PARAMETERS, "i", "i")
-    def shares(e: Any, p: Parameters, x: Any, head: Any) -> Any:
+    def shares(e: Emit, p: Parameters, x: I32, head: I32) -> Regs:
         """First row and the one after the last, keys, heads and members that share this tile; one step is one tile."""
         key_tiles = p.int("inner_tiles")
         key, x = x % key_tiles * columns, x // key_tiles
@@ -60,7 +59,7 @@ def make_bias(c: Spec, on: Any) -> Any:
         ]  # fmt: skip
 
     @macro((BLOCK, "i", "i"), PARAMETERS, "i", "i", "i")
-    def member(e: Any, p: Parameters, n: Any, head: Any, row: Any) -> Any:
+    def member(e: Emit, p: Parameters, n: I32, head: I32, row: I32) -> tuple[Block, I32, I32]:
         """A sequence that shares the tile, and how many rows and keys it has."""
         index = e.narrow(e.load("l", p.members + (e.wide(n) + p.number + 1) * 8))
         b = block_of(e, c, p, NAMES, index, e.const("i", 0), head)
@@ -68,7 +67,7 @@ def make_bias(c: Spec, on: Any) -> Any:
         return b, b.span.rows, b.span.columns
 
     @macro("", BLOCK, "i", "i", "i")
-    def load(e: Any, b: Block, base: Any, thread: Any, j: Any) -> None:
+    def load(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
         for name, tile in (("query", tiles.query), ("grad_out", tiles.grad_out)):
             b.load_tile(name, tile, base, thread, b.first, b.span.rows)
         for name, tile in (("key", tiles.key), ("value", tiles.value)):
@@ -76,7 +75,7 @@ def make_bias(c: Spec, on: Any) -> Any:
         b.commit()
 
     @macro(S, BLOCK, "i", "i", "i", S)
-    def add(e: Any, b: Block, base: Any, thread: Any, j: Any, acc: Any) -> Any:
+    def add(e: Emit, b: Block, base: I32, thread: I32, j: I32, acc: Regs) -> Regs:
         """Add the dS of one tile: P (dO V^T - delta), before the slope of the softcap, which comes before the bias."""
         s = product.scores(e, tiles.query, tiles.key, e.opaque(base), *lanes.split(e.opaque(thread)))
         s = stage(b, lanes, thread, j, s)[0]
@@ -98,18 +97,18 @@ def make_bias(c: Spec, on: Any) -> Any:
         return made
 
     @macro(S)
-    def zeros(e: Any) -> Any:
+    def zeros(e: Emit) -> Regs:
         return [e.const(kind, 0.0)] * len(layout)
 
     @macro("", "i", "i", S)
-    def leave(e: Any, base: Any, thread: Any, acc: Any) -> None:
+    def leave(e: Emit, base: I32, thread: I32, acc: Regs) -> None:
         column = product.lane_column(thread & 31)
         places = lanes.rows(thread)
         for (slot, n), x in zip(layout.elements, acc, strict=True):
             e.store_shared(kind, base + (places[slot] * columns + column + n) * size, [x])
 
     @macro("", BLOCK, "i", "i", "i", "i")
-    def write(e: Any, b: Block, base: Any, thread: Any, row: Any, key: Any) -> None:
+    def write(e: Emit, b: Block, base: I32, thread: I32, row: I32, key: I32) -> None:
         """Sum over what the tile shares, and store."""
         p, zero = b.p, e.const(kind, 0.0)
         all_rows, all_keys = p.int("bias_rows").equals(1), p.int("bias_keys").equals(1)
@@ -120,12 +119,12 @@ def make_bias(c: Spec, on: Any) -> Any:
             for axis, of in (("rows", "rows"), ("keys", "key_rows"))
         )
 
-        def store(i: Any, j: Any, x: Any, where: Any) -> None:
+        def store(i: I32, j: I32, x: Real, where: Pred) -> None:
             at = e.wide(e.select(all_rows, one - one, row + i)) * p.grad_bias_row
             at = at + e.wide(e.select(all_keys, one - one, key + j)) * p.grad_bias_column
             e.store(kind, b.places["grad_bias"] + at, [x], where)
 
-        def element(i: Any, j: Any) -> Any:
+        def element(i: I32, j: I32) -> Real:
             return e.load_shared(kind, base + (i * columns + j) * size)
 
         # Each of its own: thread n is row or column n, or element n, n + threads, ...
@@ -140,7 +139,7 @@ def make_bias(c: Spec, on: Any) -> Any:
         sums = e.loop(rows * columns, [zero], lambda n, t: [t[0] + e.load_shared(kind, base + n * size)])[0]
         store(one - one, one - one, sums, whole & thread.equals(0))
 
-        def each(n: Any, state: list[Any]) -> list[Any]:
+        def each(n: I32, state: Regs) -> Regs:
             index = n * threads + thread
             i, j = index // columns, index % columns
             store(

@@ -5,11 +5,11 @@ multiplications, and nothing here waits for a read but sums.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 
 from .blocks import FORWARD, HEAD, Block, block_of, packed_block
+from .emit import I32, Emit, KernelFunction, Real, Regs, Target
 from .formats import HALVES, KINDS
 from .parameters import PARAMETERS, Parameters
 from .results import not_finite
@@ -30,7 +30,7 @@ class Shared:
         self.end = self.sums + c.warps * self.pitch
 
 
-def make_combine(c: Spec, on: Any) -> Any:
+def make_combine(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel; its grid is rows of all sequences, and heads."""
     cuda, macro, shared_address = on.cuda, on.macro, on.shared()
     kind, shared = "d" if c.storage == "float64" else "f", Shared(c)
@@ -40,13 +40,13 @@ def make_combine(c: Spec, on: Any) -> Any:
     BLOCK = packed_block(c, FORWARD)
 
     @macro((BLOCK, "i", "i"), PARAMETERS, "i", "i")
-    def find_row(e: Any, p: Parameters, x: Any, head: Any) -> Any:
+    def find_row(e: Emit, p: Parameters, x: I32, head: I32) -> tuple[Block, I32, I32]:
         rows = p.int("flag_rows")
         b = block_of(e, c, p, FORWARD, x // rows, e.const("i", 0), head)
         return b, x % rows, (p.int("splits") + (warps * AT_ONCE - 1)) // (warps * AT_ONCE)
 
     @macro("", BLOCK, "i", "i", "i")
-    def find_sums(e: Any, b: Block, base: Any, thread: Any, row: Any) -> None:
+    def find_sums(e: Emit, b: Block, base: I32, thread: I32, row: I32) -> None:
         """The maximum of all parts and the denominator, as far as the threads of a warp see them."""
         there, total, factor, found = b.exists(row), e.const(kind, 0.0), b.p.real("factor", kind), []
         top = low = e.const(kind, -LARGEST[kind])
@@ -67,7 +67,7 @@ def make_combine(c: Spec, on: Any) -> Any:
             e.store("i", b.flag_at(row), [e.const("i", 0)], there & thread.equals(0))
 
     @macro(f"{kind} {kind} {C}", PARAMETERS, "i")
-    def begin(e: Any, p: Parameters, base: Any) -> Any:
+    def begin(e: Emit, p: Parameters, base: I32) -> tuple[Real, Real, Regs]:
         """Maximum and denominator of the row."""
         factor = p.real("factor", kind)
         found = [e.load_shared(kind, base + warp * (2 * size), 2) for warp in range(warps)]
@@ -80,8 +80,8 @@ def make_combine(c: Spec, on: Any) -> Any:
         return top, total, [zero] * own
 
     @macro(C, BLOCK, "i", "i", "i", kind, kind, C)
-    def add(e: Any, b: Block, thread: Any, row: Any, step: Any, top: Any, total: Any,
-            acc: Any) -> Any:  # fmt: skip
+    def add(e: Emit, b: Block, thread: I32, row: I32, step: I32, top: Real, total: Real,
+            acc: Regs) -> Regs:  # fmt: skip
         """Add parts, each the result of its keys, times their shares of the denominator: no sum of them overflows."""
         zero, factor = e.const(kind, 0.0), b.p.real("factor", kind)
         there, lane = b.exists(row), thread & 31
@@ -99,22 +99,22 @@ def make_combine(c: Spec, on: Any) -> Any:
         return acc
 
     @macro("", "i", "i", C)
-    def leave(e: Any, base: Any, thread: Any, acc: Any) -> None:
+    def leave(e: Emit, base: I32, thread: I32, acc: Regs) -> None:
         at = base + ((thread >> 5) * shared.pitch + shared.sums)
         for n, x in enumerate(acc):
             e.store_shared(kind, at + ((thread & 31) + 32 * n) * size, [x])
 
     @macro("", BLOCK, "i", "i", "i", kind, kind)
     def write(
-        e: Any, b: Block, base: Any, thread: Any, row: Any, top: Any,
-        total: Any,
+        e: Emit, b: Block, base: I32, thread: I32, row: I32, top: Real,
+        total: Real,
     ) -> None:  # fmt: skip
         i, head = b.find(row)
         there, valid = i < b.rows, i < b.span.rows
         apart = e.wide(head) if c.stacked else e.const("l", 0)
         zero = e.const(kind, 0.0)
 
-        def summed(n: Any) -> Any:
+        def summed(n: I32) -> Real:
             x = e.load_shared(kind, base + (n * size + shared.sums))
             for warp in range(1, warps):
                 x = x + e.load_shared(kind, base + (n * size + (shared.sums + warp * shared.pitch)))

@@ -6,7 +6,6 @@ cache that holds fewer bits come codes, of which the tile is made where the copy
 """
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,9 @@ from .blocks import (
     stage,
     work_item,
 )
+from .emit import I32, Emit, KernelFunction, Regs, Target
 from .parameters import PARAMETERS, Parameters
+from .products import Product
 from .results import not_finite, write_row
 from .softmax import fold, lse, relative, start, total
 from .spec import Spec, lay_out
@@ -67,7 +68,7 @@ def shared(c: Spec) -> int:
     return _end(c) + (16 if repeats(c) else 0)
 
 
-def make_product(c: Spec) -> Any:
+def make_product(c: Spec) -> Product:
     product = c.make_product()
     if c.product == "simt":
         product.set_columns(c.columns)
@@ -75,7 +76,7 @@ def make_product(c: Spec) -> Any:
     return product
 
 
-def make_forward(c: Spec, on: Any) -> Any:
+def make_forward(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel; its grid is tiles for some heads (of keys, if they are stacked), all of those, and splits."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)
@@ -98,12 +99,12 @@ def make_forward(c: Spec, on: Any) -> Any:
     any_marked, marked = make_marks(c, on, BLOCK)
 
     @macro(BLOCK, PARAMETERS, "i", "i")
-    def find_work(e: Any, p: Parameters, x: Any, y: Any) -> Any:
+    def find_work(e: Emit, p: Parameters, x: I32, y: I32) -> Block:
         index, tile, head = work_item(e, p, x, y)
         return block_of(e, c, p, FORWARD, index, tile, head)
 
     @macro("i4", BLOCK, "i")
-    def keys_seen(e: Any, b: Block, part: Any) -> Any:
+    def keys_seen(e: Emit, b: Block, part: I32) -> Regs:
         """First key, the one after the last, and those that all rows see."""
         first, _ = b.find(b.first)
         last, _ = b.find(b.first + (c.rows - 1))
@@ -116,29 +117,29 @@ def make_forward(c: Spec, on: Any) -> Any:
         return [begin, end, all_begin, all_end]
 
     @macro("", BLOCK, "i", "i")
-    def load_queries(e: Any, b: Block, base: Any, thread: Any) -> None:
+    def load_queries(e: Emit, b: Block, base: I32, thread: I32) -> None:
         b.load_tile("query", q, base, thread, b.first, b.rows)
 
     @macro("", BLOCK, "i", "i", "i")
-    def load_keys(e: Any, b: Block, base: Any, thread: Any, j: Any) -> None:
+    def load_keys(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
         b.load_tile("key", keys, base, thread, j, b.span.columns)
         b.commit()
 
     @macro("", BLOCK, "i", "i", "i")
-    def load_values(e: Any, b: Block, base: Any, thread: Any, j: Any) -> None:
+    def load_values(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
         b.load_tile("value", values, base, thread, j, b.span.columns)
         b.commit()
 
     @macro("", "i", "i")
-    def unpack_keys(e: Any, base: Any, thread: Any) -> None:
+    def unpack_keys(e: Emit, base: I32, thread: I32) -> None:
         unpack(e, keys, k, e.opaque(base), e.opaque(thread), c.threads, at_once)
 
     @macro("", "i", "i")
-    def unpack_values(e: Any, base: Any, thread: Any) -> None:
+    def unpack_values(e: Emit, base: I32, thread: I32) -> None:
         unpack(e, values, v, e.opaque(base), e.opaque(thread), c.threads, at_once)
 
     @macro(f"{M} {M} {C}", BLOCK, "i", "i", "i")
-    def begin_rows(e: Any, b: Block, base: Any, thread: Any, part: Any) -> Any:
+    def begin_rows(e: Emit, b: Block, base: I32, thread: I32, part: I32) -> tuple[Regs, Regs, Regs]:
         sinks = None
         first = product.lane_column(thread & 31).equals(0)
         if c.sinks:
@@ -153,49 +154,51 @@ def make_forward(c: Spec, on: Any) -> Any:
         return start(e, product, features, sinks, first, factor, lift_of(e, base) if c.sinks else None)
 
     @macro(S, "i", "i")
-    def multiply_keys(e: Any, base: Any, thread: Any) -> Any:
+    def multiply_keys(e: Emit, base: I32, thread: I32) -> Regs:
         return product.scores(e, q, k, e.opaque(base), *lanes.split(e.opaque(thread)))
 
     staged = c.is_staged
 
     @macro(S, BLOCK, "i", "i", S)
-    def stages(e: Any, b: Block, thread: Any, j: Any, s: Any) -> Any:
+    def stages(e: Emit, b: Block, thread: I32, j: I32, s: Regs) -> Regs:
         return stage(b, lanes, thread, j, s)[0]
 
     @macro(S, BLOCK, "i", "i", S)
-    def hide(e: Any, b: Block, thread: Any, j: Any, s: Any) -> Any:
+    def hide(e: Emit, b: Block, thread: I32, j: I32, s: Regs) -> Regs:
         return lanes.scores(b, thread, j).hide(s, b.span)
 
     @macro(f"{S} {M} {M} {C}", PARAMETERS, "i", S, M, M, C)
-    def take_in(e: Any, p: Parameters, base: Any, s: Any, m: Any, l: Any, acc: Any) -> Any:
+    def take_in(
+        e: Emit, p: Parameters, base: I32, s: Regs, m: Regs, l: Regs, acc: Regs
+    ) -> tuple[Regs, Regs, Regs, Regs]:
         factor = p.real("factor", kind)
         at_once = max(c.E, c.Ev) <= 128 or staged
         return fold(e, product, layout, features, s, m, l, acc, factor, lift_of(e, base), at_once)
 
     @macro(C, "i", "i", C, S)
-    def add_values(e: Any, base: Any, thread: Any, acc: Any, p: Any) -> Any:
+    def add_values(e: Emit, base: I32, thread: I32, acc: Regs, p: Regs) -> Regs:
         return product.add(e, acc, p, v, e.opaque(base), *lanes.split(e.opaque(thread)))
 
     @macro("i", C)
-    def overflows(e: Any, acc: Any) -> Any:
+    def overflows(e: Emit, acc: Regs) -> I32:
         return not_finite(e, acc)
 
-    def lift_of(e: Any, base: Any) -> Any:
+    def lift_of(e: Emit, base: I32) -> I32 | None:
         """More than 0 where the block repeats its work with smaller weights."""
         return e.load_shared("i", base + at_lift) if may_repeat else None
 
     @macro("i", "i")
-    def is_lifted(e: Any, base: Any) -> Any:
+    def is_lifted(e: Emit, base: I32) -> I32 | None:
         return lift_of(e, base)
 
     @macro("", "i", "i", "i")
-    def set_lift(e: Any, base: Any, thread: Any, lift: Any) -> None:
+    def set_lift(e: Emit, base: I32, thread: I32, lift: I32) -> None:
         e.store_shared("i", base + at_lift, [lift], thread.equals(0))
 
     @macro("", BLOCK, "i", "i", "i", M, M, C)
     def finish(
-        e: Any, b: Block, base: Any, thread: Any, part: Any, m: Any,
-        l: Any, acc: Any,
+        e: Emit, b: Block, base: I32, thread: I32, part: I32, m: Regs,
+        l: Regs, acc: Regs,
     ) -> None:  # fmt: skip
         l, one = total(e, product, l), e.const(kind, 1.0)
         scales = [one / x for x in l]
@@ -237,12 +240,12 @@ def make_forward(c: Spec, on: Any) -> Any:
             address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
             e.store(kind, address, [of_row], there & begins & (b.p.lse > 0))
 
-    def across_lanes(e: Any, x: Any) -> Any:
+    def across_lanes(e: Emit, x: I32) -> I32:
         for distance in product.reduce:
             x = x | e.shuffle_xor(x, distance)
         return x
 
-    def write_part(b: Block, thread: Any, part: Any, m: Any, l: Any, scales: Any, acc: Any) -> None:
+    def write_part(b: Block, thread: I32, part: I32, m: Regs, l: Regs, scales: Regs, acc: Regs) -> None:
         """Leave maximum, sum and result of each row to `combine`."""
         e, size, zero = b.e, 8 if kind == "d" else 4, b.e.const(kind, 0.0)
         _, lane = lanes.split(thread)

@@ -4,12 +4,10 @@ The lse of a row of scores of -1e9 is -1e9 as float32, however many keys there a
 2**((score - maximum) * factor - log2(sum)), and the last of these is the offset of the row.
 """
 
-from typing import Any
-
 import numpy as np
 
 from .blocks import FACTS, FORWARD, Block, Lanes, block_of, make_landed, make_scale, packed_block, stage
-from .emit import SIZES
+from .emit import I32, SIZES, Emit, KernelFunction, Regs, Target
 from .forward import make_product, tiles_of
 from .parameters import PARAMETERS, Parameters
 from .products import Layout
@@ -21,7 +19,7 @@ NAMES = (*FORWARD, "delta")
 SLACK = {"f": 2.0**-19, "d": 2.0**-48}
 
 
-def make_normalizers(c: Spec, on: Any) -> Any:
+def make_normalizers(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel; its grid is tiles of queries of all sequences, and heads."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)
@@ -35,16 +33,16 @@ def make_normalizers(c: Spec, on: Any) -> Any:
     BLOCK = packed_block(c, NAMES)
 
     @macro("i", PARAMETERS)
-    def any_far(e: Any, p: Parameters) -> Any:
+    def any_far(e: Emit, p: Parameters) -> I32:
         return e.load("i", p.far)
 
     @macro(BLOCK, PARAMETERS, "i", "i")
-    def find_work(e: Any, p: Parameters, x: Any, head: Any) -> Any:
+    def find_work(e: Emit, p: Parameters, x: I32, head: I32) -> Block:
         tiles = p.int("tiles")
         return block_of(e, c, p, NAMES, x // tiles, x % tiles, head)
 
     @macro("i i i", BLOCK, "i")
-    def keys_seen(e: Any, b: Block, thread: Any) -> Any:
+    def keys_seen(e: Emit, b: Block, thread: I32) -> tuple[I32, I32, I32]:
         """Whether the row of a thread is far, the first key that a row sees, and the one after the last."""
         begin, end, _, _ = b.span.of_rows(b.first, b.first + (c.rows - 1))
         row = b.first + thread
@@ -53,34 +51,34 @@ def make_normalizers(c: Spec, on: Any) -> Any:
         return e.select(there & is_far(e, lse), begin - begin + 1, begin - begin), begin, end
 
     @macro("", BLOCK, "i", "i")
-    def load_queries(e: Any, b: Block, base: Any, thread: Any) -> None:
+    def load_queries(e: Emit, b: Block, base: I32, thread: I32) -> None:
         b.load_tile("query", q, base, thread, b.first, b.rows)
         b.commit()
 
     @macro("", BLOCK, "i", "i", "i")
-    def load_keys(e: Any, b: Block, base: Any, thread: Any, j: Any) -> None:
+    def load_keys(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
         b.load_tile("key", k, base, thread, j, b.span.columns)
         b.commit()
 
     @macro(f"{M} {M}", BLOCK, "i")
-    def begin_rows(e: Any, b: Block, thread: Any) -> Any:
+    def begin_rows(e: Emit, b: Block, thread: I32) -> tuple[Regs, Regs]:
         sinks = [b.sink(b.head, kind)] * product.slots if c.sinks else None
         first = product.lane_column(thread & 31).equals(0)
         return start(e, product, nothing, sinks, first, b.p.real("factor", kind))[:2]
 
     @macro(S, BLOCK, "i", "i", "i")
-    def scores(e: Any, b: Block, base: Any, thread: Any, j: Any) -> Any:
+    def scores(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> Regs:
         s = product.scores(e, q, k, base, *lanes.split(thread))
         if c.is_staged:
             s = stage(b, lanes, thread, j, s)[0]
         return lanes.scores(b, thread, j).hide(s, b.span)
 
     @macro(f"{M} {M}", PARAMETERS, S, M, M)
-    def take_in(e: Any, p: Parameters, s: Any, m: Any, l: Any) -> Any:
+    def take_in(e: Emit, p: Parameters, s: Regs, m: Regs, l: Regs) -> tuple[Regs, Regs]:
         return fold(e, product, layout, nothing, s, m, l, [], p.real("factor", kind))[1:3]
 
     @macro("", BLOCK, "i", M, M)
-    def finish(e: Any, b: Block, thread: Any, m: Any, l: Any) -> None:
+    def finish(e: Emit, b: Block, thread: I32, m: Regs, l: Regs) -> None:
         l, zero = relative(e, m, total(e, product, l), b.p.real("factor", kind)), e.const(kind, 0.0)
         begins = product.lane_column(thread & 31).equals(0)
         for slot, row in enumerate(lanes.rows(thread)):

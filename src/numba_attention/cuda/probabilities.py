@@ -1,10 +1,9 @@
 """The probabilities themselves, for `attention_weights`: maxima and sums of chosen rows first, then every key again."""
 
-from typing import Any
-
 import numpy as np
 
 from .blocks import FORWARD, Block, Lanes, block_of, make_landed, make_scale, packed_block, stage
+from .emit import I32, Emit, KernelFunction, Regs, Target
 from .forward import make_product, tiles_of
 from .parameters import PARAMETERS, Parameters
 from .products import Layout
@@ -13,7 +12,7 @@ from .softmax import center, fold, start, total
 from .spec import Spec
 
 
-def make_weights(c: Spec, on: Any) -> Any:
+def make_weights(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel; its grid is tiles of chosen rows, of sequences that are one chosen head each."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)
@@ -28,24 +27,24 @@ def make_weights(c: Spec, on: Any) -> Any:
     staged = c.is_staged
 
     @macro((BLOCK, "i"), PARAMETERS, "i")
-    def find_work(e: Any, p: Parameters, x: Any) -> Any:
+    def find_work(e: Emit, p: Parameters, x: I32) -> tuple[Block, I32]:
         tiles = p.int("tiles")
         b = block_of(e, c, p, FORWARD, x // tiles, x % tiles, e.const("i", 0))
         b.rows = p.int("number")  # rows are those chosen
         return b, b.span.columns
 
     @macro("", BLOCK, "i", "i")
-    def load_queries(e: Any, b: Block, base: Any, thread: Any) -> None:
+    def load_queries(e: Emit, b: Block, base: I32, thread: I32) -> None:
         b.load_tile("query", q, base, thread, b.first, b.rows)
         b.commit()
 
     @macro("", BLOCK, "i", "i", "i")
-    def load_keys(e: Any, b: Block, base: Any, thread: Any, j: Any) -> None:
+    def load_keys(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
         b.load_tile("key", k, base, thread, j, b.span.columns)
         b.commit()
 
     @macro(f"{M} {M}", BLOCK, "i")
-    def begin_rows(e: Any, b: Block, thread: Any) -> Any:
+    def begin_rows(e: Emit, b: Block, thread: I32) -> tuple[Regs, Regs]:
         sinks = None
         if c.sinks:
             sinks = [b.sink(b.head, kind)] * product.slots
@@ -53,23 +52,23 @@ def make_weights(c: Spec, on: Any) -> Any:
         return start(e, product, nothing, sinks, first, b.p.real("factor", kind))[:2]
 
     @macro(S, BLOCK, "i", "i", "i")
-    def scores(e: Any, b: Block, base: Any, thread: Any, j: Any) -> Any:
+    def scores(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> Regs:
         s = product.scores(e, q, k, base, *lanes.split(thread))
         if staged:
             s = stage(b, lanes, thread, j, s)[0]
         return lanes.scores(b, thread, j).hide(s, b.span)
 
     @macro(f"{M} {M}", PARAMETERS, S, M, M)
-    def take_in(e: Any, p: Parameters, s: Any, m: Any, l: Any) -> Any:
+    def take_in(e: Emit, p: Parameters, s: Regs, m: Regs, l: Regs) -> tuple[Regs, Regs]:
         factor = p.real("factor", kind)
         return fold(e, product, layout, nothing, s, m, l, [], factor)[1:3]
 
     @macro(M, M)
-    def sums(e: Any, l: Any) -> Any:
+    def sums(e: Emit, l: Regs) -> Regs:
         return total(e, product, l)
 
     @macro("", BLOCK, "i", "i", S, M, M)
-    def write(e: Any, b: Block, thread: Any, j: Any, s: Any, m: Any, l: Any) -> None:
+    def write(e: Emit, b: Block, thread: I32, j: I32, s: Regs, m: Regs, l: Regs) -> None:
         factor, zero = b.p.real("factor", kind), e.const(kind, 0.0)
         keys = b.p.int("inner_tiles")  # all keys, valid or not
         apart, offsets, _ = center(e, product, layout, s, m, factor)
@@ -87,7 +86,7 @@ def make_weights(c: Spec, on: Any) -> Any:
             write_row(e, c.storage, False, layout, mine, made, address, b.p.out_column, first, keys, at < b.rows)
 
     @macro("i", PARAMETERS)
-    def all_keys(e: Any, p: Parameters) -> Any:
+    def all_keys(e: Emit, p: Parameters) -> I32:
         return p.int("inner_tiles")
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
