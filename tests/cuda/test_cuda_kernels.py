@@ -339,14 +339,14 @@ def test_long_tiles_begin_first(monkeypatch):
     seen = {"forward": [], "key": []}
 
     def watch(module):
-        place = module.place
+        block_of = module.block_of
 
         def noted(e, c, p, names, index, tile, head, *rest):
             if c.task in seen and not c.careful:
                 seen[c.task].append((int(np.ravel(head.x)[0]), int(np.ravel(tile.x)[0])))
-            return place(e, c, p, names, index, tile, head, *rest)
+            return block_of(e, c, p, names, index, tile, head, *rest)
 
-        monkeypatch.setattr(module, "place", noted)
+        monkeypatch.setattr(module, "block_of", noted)
 
     watch(forward)
     watch(backward)

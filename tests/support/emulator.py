@@ -15,6 +15,7 @@ import numpy as np
 
 from device import HostDriver
 from numba_attention.cuda import kernels
+from numba_attention.cuda.emit import Packed, kinds_of
 from numba_attention.device import constants, runtime
 from numba_attention.device.driver import Kernel
 
@@ -216,8 +217,8 @@ class Emit:
 
     # Memory.
 
-    def load(self, kind, address, count=1, where=None):
-        size, where = SIZES[kind] * count, self._where(where)
+    def load(self, kind, address, count=None, where=None):
+        size, where = SIZES[kind] * (count or 1), self._where(where)
         data = np.zeros((self.n, size), np.uint8)
         data[where] = self._memory.bytes_at(self._all(address)[where], size, size)
         return self._values(kind, data, count)
@@ -235,8 +236,8 @@ class Emit:
             self._memory.add(self._all(address)[where] + 4 * n, self._all(x)[where])
         assert not together or not (self._all(address)[where] % (4 * len(values))).any(), "red: misaligned"
 
-    def load_shared(self, kind, address, count=1):
-        return self._values(kind, self._shared.read(self._all(address), SIZES[kind] * count), count)
+    def load_shared(self, kind, address, count=None):
+        return self._values(kind, self._shared.read(self._all(address), SIZES[kind] * (count or 1)), count)
 
     def store_shared(self, kind, address, values, where=None):
         self._shared.write(self._all(address), self._bytes(kind, values), self._where(where))
@@ -263,10 +264,13 @@ class Emit:
 
     def _values(self, kind, data, count):
         if kind in "hb":
-            return Value("i", data.view({"h": np.uint16, "b": np.uint8}[kind])[:, 0].astype(np.int32))
-        numbers = np.ascontiguousarray(data).view(DTYPES[kind])
-        found = [Value(kind, numbers[:, n].copy()) for n in range(count)]
-        return found[0] if count == 1 else found
+            numbers = data.view({"h": np.uint16, "b": np.uint8}[kind]).astype(np.int32)
+            kind = "i"
+        else:
+            numbers = np.ascontiguousarray(data).view(DTYPES[kind])
+        if count is None:
+            return Value(kind, numbers[:, 0].copy())
+        return [Value(kind, numbers[:, n].copy()) for n in range(count)]
 
     def _bytes(self, kind, values):
         dtype = np.uint16 if kind == "h" else DTYPES[kind]
@@ -525,23 +529,7 @@ class Emulator:
         return lambda array: np.int32(0)
 
     def macro(self, result, *arguments):
-        def decorate(body):
-            def call(*given):
-                assert len(given) == len(arguments), body.__name__
-                values = [_take(text, x) for text, x in zip(arguments, given, strict=True)]
-                try:
-                    with np.errstate(all="ignore"):
-                        made = body(self.emit, *values)
-                except AssertionError as error:
-                    raise AssertionError(f"{body.__name__}: {error}") from error
-                parts = result.split()
-                if len(parts) < 2:
-                    return _give(parts[0], made) if parts else None
-                return tuple(_give(text, x) for text, x in zip(parts, made, strict=True))
-
-            return call
-
-        return decorate
+        return macro(lambda: self.emit, result, arguments)
 
     def run(self, kernel, grid, threads, shared, integers, reals, regions):
         """Run every block of a grid, one after the other."""
@@ -556,20 +544,47 @@ class Emulator:
             kernel(integers, reals)
 
 
-def _take(text, x):
-    if len(text) > 1:
-        assert len(x) == int(text[1:])
-        return [Value(text[0], y) for y in x]
-    return Value(text, x)
+def macro(emit, result, arguments):
+    """Decorate a body that computes with what `emit` returns; the kinds are those of `toolchain.Intrinsics.macro`."""
+    results = kinds_of(result)
+
+    def decorate(body):
+        def call(*given):
+            assert len(given) == len(arguments), body.__name__
+            e = emit()
+            values = [_take(e, kind, x) for kind, x in zip(arguments, given, strict=True)]
+            try:
+                with np.errstate(all="ignore"):
+                    out = body(e, *values)
+            except AssertionError as error:
+                raise AssertionError(f"{body.__name__}: {error}") from error
+            if len(results) < 2:
+                return _give(results[0], out) if results else None
+            return tuple(_give(kind, x) for kind, x in zip(results, out, strict=True))
+
+        return call
+
+    return decorate
 
 
-def _give(text, made):
-    if len(text) > 1:
-        assert len(made) == int(text[1:])
-        assert all(x.kind == text[0] for x in made)
-        return tuple(_uniform(x.x) for x in made)
-    assert made.kind == text
-    return _uniform(made.x)
+def _take(e, kind, x):
+    if isinstance(kind, Packed):
+        return kind.unpack(e, *(_take(e, group, y) for group, y in zip(kind.groups, x, strict=True)))
+    if len(kind) > 1:
+        assert len(x) == int(kind[1:])
+        return [Value(kind[0], y) for y in x]
+    return Value(kind, x)
+
+
+def _give(kind, out):
+    if isinstance(kind, Packed):
+        return tuple(_give(group, x) for group, x in zip(kind.groups, kind.pack(out), strict=True))
+    if len(kind) > 1:
+        assert len(out) == int(kind[1:])
+        assert all(x.kind == kind[0] for x in out)
+        return tuple(_uniform(x.x) for x in out)
+    assert out.kind == kind
+    return _uniform(out.x)
 
 
 def _uniform(x):

@@ -13,7 +13,7 @@ import numpy as np
 from numba import config, cuda
 
 from cases import Case, check, check_backward
-from emulator import Emit, Emulator, Memory, _give, _take
+from emulator import Emit, Emulator, Memory, macro
 from numba_attention.cuda import kernels, tile_shapes
 from numba_attention.device import runtime
 from numba_attention.device.driver import Kernel
@@ -68,21 +68,12 @@ class Simulator:
         return address
 
     def macro(self, result, *arguments):
-        def decorate(body):
-            def call(*given):
-                if not hasattr(thread, "emit"):
-                    thread.emit = Emit(self, 1)
-                values = [_take(text, x) for text, x in zip(arguments, given, strict=True)]
-                with np.errstate(all="ignore"):
-                    made = body(thread.emit, *values)
-                parts = result.split()
-                if len(parts) < 2:
-                    return _give(parts[0], made) if parts else None
-                return tuple(_give(text, x) for text, x in zip(parts, made, strict=True))
+        def emit():
+            if not hasattr(thread, "emit"):
+                thread.emit = Emit(self, 1)
+            return thread.emit
 
-            return call
-
-        return decorate
+        return macro(emit, result, arguments)
 
 
 def simulated_driver():

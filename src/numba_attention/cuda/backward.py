@@ -10,13 +10,24 @@ rowsum(dO O) - dlse; delta and offsets come from `rowwise`. Where an lse is too 
 tile by tile, the next one while this one is worked on.
 """
 
-from typing import Any
-
 import numpy as np
 
-from .blocks import BACKWARD, FACTS, NUMBERS, Block, Lanes, make_landed, make_marks, make_scale, place, stage, work_item
-from .emit import SIZES
-from .parameters import TYPES, Parameters
+from .blocks import (
+    BACKWARD,
+    FACTS,
+    Block,
+    Lanes,
+    block_of,
+    make_landed,
+    make_marks,
+    make_scale,
+    packed_block,
+    stage,
+    work_item,
+)
+from .emit import I32, I64, SIZES, Emit, KernelFunction, Macro, Regs, Target
+from .parameters import PARAMETERS, Parameters
+from .products import TensorCores
 from .results import not_finite, write_row
 from .softmax import across, recenter
 from .spec import Spec, compute_capability, lay_out
@@ -26,7 +37,7 @@ NAMES = {"query": (*BACKWARD, "grad_query"), "key": (*BACKWARD, "grad_key", "gra
 
 
 def copy_facts(
-    e: Any, kind: str, target: Any, address: Any, first: Any, most: Any, count: int, thread: Any, threads: int,
+    e: Emit, kind: str, target: I32, address: I64, first: I32, most: I32, count: int, thread: I32, threads: int,
     asynchronous: bool,
 ) -> None:  # fmt: skip
     """Bring `FACTS` of `count` queries, from query `first` on, to shared memory, zeros from query `most` on."""
@@ -74,7 +85,7 @@ class Tiles:
             self.end += product.scratch * c.warps
 
 
-def make_backward(c: Spec, on: Any) -> Any:
+def make_backward(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel of ``c.task``, "query" or "key"; its grid is tiles for some heads (of keys), and all of those."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     of_keys = c.task == "key"
@@ -90,45 +101,36 @@ def make_backward(c: Spec, on: Any) -> Any:
     S = f"{kind}{len(layout)}"
     first, second = f"{kind}{len(sums[keeps[0]])}", f"{kind}{len(sums[keeps[-1]])}" if len(keeps) == 2 else f"{kind}1"
     names = NAMES[c.task]
-    PLACES = f"l{len(names)}"
     staged = c.is_staged
     own, other = tiles.own, tiles.other
     scale_own = make_scale(c, on, own[0])
     careful, two = c.careful, len(keeps) == 2
     wants_key, wants_value = "key" in keeps, "value" in keeps
     period, single = tiles.period, c.single
-    any_marked, marked = make_marks(c, on)
+    BLOCK = packed_block(c, names)
+    any_marked, marked = make_marks(c, on, BLOCK)
     together = compute_capability(c.arch) >= (9, 0)
 
-    def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
-        return Block(e, c, integers, reals, names, places, numbers)
-
-    @macro(f"{PLACES} {NUMBERS} i", *TYPES, "i", "i")
-    def find_work(e: Any, integers: Any, reals: Any, at_x: Any, at_y: Any) -> Any:
-        p = Parameters(e, integers, reals)
+    @macro((BLOCK, "i"), PARAMETERS, "i", "i")
+    def find_work(e: Emit, p: Parameters, at_x: I32, at_y: I32) -> tuple[Block, I32]:
         index, tile, head = work_item(e, p, at_x, at_y, of_keys)
         group = p.int("group") if of_keys else e.const("i", 1)
-        return *place(e, c, p, names, index, tile, head, of_keys), group
+        return block_of(e, c, p, names, index, tile, head, of_keys), group
 
-    @macro("i4", *TYPES, PLACES, NUMBERS)
-    def columns_seen(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Any:
+    @macro("i4", BLOCK)
+    def columns_seen(e: Emit, b: Block) -> Regs:
         """First column, the one after the last, and those that all rows see; none of these where any lse is far."""
-        b = block(e, integers, reals, places, numbers)
         begin, end, all_begin, all_end = b.span.of_rows(b.first, b.first + (c.rows - 1))
         return [begin, end, all_begin, e.select(e.load("i", b.p.far) > 0, begin - begin, all_end)]
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i")
-    def load_own(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", "i")
+    def load_own(e: Emit, b: Block, base: I32, thread: I32) -> None:
         for name, tile in zip(tiles.own_names, own, strict=True):
             b.load_tile(name, tile, base, thread, b.first, b.span.rows)
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i", "i", "i")
-    def load_other(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any, g: Any, shift: Any
-    ) -> None:
+    @macro("", BLOCK, "i", "i", "i", "i", "i")
+    def load_other(e: Emit, b: Block, base: I32, thread: I32, j: I32, g: I32, shift: I32) -> None:
         """Bring the tiles from column j on, of head g of the group, to one of the two places."""
-        b = block(e, integers, reals, places, numbers)
         base = base + shift
         for name, tile in zip(tiles.other_names, other, strict=True):
             if of_keys:
@@ -140,35 +142,31 @@ def make_backward(c: Spec, on: Any) -> Any:
         b.commit()
 
     @macro("i i", "i", "i", "i", "i")
-    def following(e: Any, j: Any, g: Any, begin: Any, end: Any) -> Any:
+    def following(e: Emit, j: I32, g: I32, begin: I32, end: I32) -> tuple[I32, I32]:
         """The next tile of columns, and its head of the group."""
         after = j + columns  # (found anew where that saves a register)
         over = after >= end
         return e.select(over, begin, after), e.select(over, g + 1, g)
 
     @macro(f"{first} {second}")
-    def zeros(e: Any) -> Any:
+    def zeros(e: Emit) -> tuple[Regs, Regs]:
         zero = e.const(kind, 0.0)
         return [zero] * len(sums[keeps[0]]), [zero] * (len(sums[keeps[-1]]) if two else 1)
 
     @macro(S, "i", "i", "i")
-    def multiply(e: Any, base: Any, thread: Any, shift: Any) -> Any:
+    def multiply(e: Emit, base: I32, thread: I32, shift: I32) -> Regs:
         return product.scores(e, own[0], other[0], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
 
-    @macro(f"{S} {S}" if c.softcap else S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
-    def stages(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, g: Any, s: Any
-    ) -> Any:
-        b = block(e, integers, reals, places, numbers)
+    @macro(f"{S} {S}" if c.softcap else S, BLOCK, "i", "i", "i", S)
+    def stages(e: Emit, b: Block, thread: I32, j: I32, g: I32, s: Regs) -> Regs | tuple[Regs, Regs]:
         made, curves = stage(b, lanes, thread, j, s, g if of_keys else None)
         return (made, curves) if c.softcap else made
 
-    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", S)
-    def hide(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, s: Any) -> Any:
-        b = block(e, integers, reals, places, numbers)
+    @macro(S, BLOCK, "i", "i", S)
+    def hide(e: Emit, b: Block, thread: I32, j: I32, s: Regs) -> Regs:
         return lanes.scores(b, thread, j, of_keys).hide(s, b.span)
 
-    def of_queries(e: Any, name: str, b: Block | None, base: Any, thread: Any, shift: Any) -> Any:
+    def of_queries(e: Emit, name: str, b: Block | None, base: I32, thread: I32, shift: I32) -> Regs:
         """Of what is known of queries, the number of each register: by row from memory, or by column from the tile."""
         more, pitch = FACTS.index(name) * tiles.size, len(FACTS) * tiles.size
         if of_keys:
@@ -181,52 +179,45 @@ def make_backward(c: Spec, on: Any) -> Any:
         found = [e.load(kind, at + e.wide(row) * pitch, where=row < b.span.rows) for row in rows]
         return [found[slot] for slot, _ in layout.elements]
 
-    @macro("i", *TYPES)
-    def any_far(e: Any, integers: Any, reals: Any) -> Any:
-        return e.load("i", Parameters(e, integers, reals).far)
+    @macro("i", PARAMETERS)
+    def any_far(e: Emit, p: Parameters) -> I32:
+        return e.load("i", p.far)
 
-    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
-    def subtract(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, shift: Any, s: Any
-    ) -> Any:
+    @macro(S, BLOCK, "i", "i", "i", S)
+    def subtract(e: Emit, b: Block, base: I32, thread: I32, shift: I32, s: Regs) -> Regs:
         """Subtract the maxima of rows whose lse does not tell the denominator."""
-        b = block(e, integers, reals, places, numbers)
         apart = recenter(e, s, of_queries(e, "maximum", b, base, e.opaque(thread), shift))
         return [e.select(product.is_hidden(e, x), x, y) for x, y in zip(s, apart, strict=True)] if careful else apart
 
-    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
-    def weigh(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, shift: Any, s: Any
-    ) -> Any:
+    @macro(S, BLOCK, "i", "i", "i", S)
+    def weigh(e: Emit, b: Block, base: I32, thread: I32, shift: I32, s: Regs) -> Regs:
         """P of scores, of hidden ones 0."""
-        b = block(e, integers, reals, places, numbers)
         factor, made = b.p.real("factor", kind), []
         for x, offset in zip(s, of_queries(e, "offset", b, base, e.opaque(thread), shift), strict=True):
             weight = e.exp2(e.fma(x, factor, offset))
             made.append(e.select(product.is_hidden(e, x), x, weight) if careful else weight)
         return made
 
-    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S, *([S] if c.softcap else []))
+    @macro(S, BLOCK, "i", "i", "i", S, *([S] if c.softcap else []))
     def differentiate(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, shift: Any, p: Any,
-        curves: Any = None,
-    ) -> Any:  # fmt: skip
+        e: Emit, b: Block, base: I32, thread: I32, shift: I32, p: Regs,
+        curves: Regs | None = None,
+    ) -> Regs:  # fmt: skip
         """Make dS of P: times dO V^T - delta, and the slope of the softcap."""
-        b = block(e, integers, reals, places, numbers)
         ds = product.scores(e, own[1], other[1], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
         zero, one = e.const(kind, 0.0), e.const(kind, 1.0)
         made = []
         for n, (x, delta) in enumerate(zip(ds, of_queries(e, "delta", b, base, e.opaque(thread), shift), strict=True)):
             y = p[n] * (x - delta)
-            if c.softcap:
+            if curves is not None:
                 y = y * (one - curves[n] * curves[n])
             gone = product.is_hidden(e, p[n]) if careful else p[n].equals(0.0)
             made.append(e.select(gone, p[n] if careful else zero, y))
         return made
 
-    def add_to(name: str, other_tile: Tile, size: str) -> Any:
+    def add_to(name: str, other_tile: Tile, size: str) -> Macro:
         @macro(size, "i", "i", "i", size, S)
-        def add(e: Any, base: Any, thread: Any, shift: Any, acc: Any, p: Any) -> Any:
+        def add(e: Emit, base: I32, thread: I32, shift: I32, acc: Regs, p: Regs) -> Regs:
             return product.add(e, acc, p, other_tile, e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
 
         return add
@@ -237,16 +228,15 @@ def make_backward(c: Spec, on: Any) -> Any:
     add_second = add_to("", other[1], second)
 
     @macro("", "i", "i", S)
-    def leave(e: Any, base: Any, thread: Any, ds: Any) -> None:
+    def leave(e: Emit, base: I32, thread: I32, ds: Regs) -> None:
+        assert isinstance(product, TensorCores)
         product.leave(e, ds, tiles.grads, e.opaque(base), *lanes.split(e.opaque(thread)))
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i", "i")
-    def add_queries(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any, g: Any
-    ) -> None:
+    @macro("", BLOCK, "i", "i", "i", "i")
+    def add_queries(e: Emit, b: Block, base: I32, thread: I32, j: I32, g: I32) -> None:
         """Add dS K of this tile to what other blocks find of these queries."""
-        b = block(e, integers, reals, places, numbers)
         warp, lane = lanes.split(e.opaque(thread))
+        assert isinstance(product, TensorCores)
         found = product.transposed(e, tiles.grads, own[0], e.opaque(base), warp, lane, c.warps)
         total, row, feature, there = found
         factor = b.p.real("rest", kind)
@@ -259,9 +249,8 @@ def make_backward(c: Spec, on: Any) -> Any:
                 x = [total[4 * n + 2 * slot + part] * factor for part in (0, 1)]
                 e.add(address + 32 * n, x, where, together)
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", first, second)
-    def finish(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, x: Any, y: Any) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", first, second)
+    def finish(e: Emit, b: Block, thread: I32, x: Regs, y: Regs) -> None:
         thread = e.opaque(thread)
         lane = thread & 31
         # (Their product may be smaller than the least number that has all its bits.)
@@ -289,43 +278,44 @@ def make_backward(c: Spec, on: Any) -> Any:
     softcap = c.softcap
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        parameters = integers, reals
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread = np.int32(cuda.threadIdx.x)
         at_x, at_y = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
         if careful:
-            if any_marked(integers, reals) == 0:
+            if any_marked(parameters) == 0:
                 return
-        places, numbers, group = find_work(integers, reals, at_x, at_y)
+        block, group = find_work(parameters, at_x, at_y)
         if careful:
-            if cuda.syncthreads_or(marked(integers, reals, numbers, thread)) == 0:
+            if cuda.syncthreads_or(marked(block, thread)) == 0:
                 return
-        begin, end, all_begin, all_end = columns_seen(integers, reals, places, numbers)
+        begin, end, all_begin, all_end = columns_seen(block)
         x, y = zeros()
         if begin < end:
-            load_own(integers, reals, places, numbers, base, thread)
-            load_other(integers, reals, places, numbers, base, thread, begin, np.int32(0), np.int32(0))
+            load_own(block, base, thread)
+            load_other(block, base, thread, begin, np.int32(0), np.int32(0))
             landed()
             cuda.syncthreads()
-            scale_own(integers, reals, base, thread)
+            scale_own(parameters, base, thread)
             j, g, shift = begin, np.int32(0), np.int32(0)
             while g < group:
                 landed()
                 cuda.syncthreads()
                 next_j, next_g = following(j, g, begin, end)
                 if next_g < group:
-                    load_other(integers, reals, places, numbers, base, thread, next_j, next_g, np.int32(period - shift))
+                    load_other(block, base, thread, next_j, next_g, np.int32(period - shift))
                 s = multiply(base, thread, shift)
                 if staged:
                     if softcap:
-                        s, curves = stages(integers, reals, places, numbers, thread, j, g, s)
+                        s, curves = stages(block, thread, j, g, s)
                     else:
-                        s = stages(integers, reals, places, numbers, thread, j, g, s)
+                        s = stages(block, thread, j, g, s)
                 if j < all_begin or j + columns > all_end:
-                    seldom, again, _ = find_work(integers, reals, at_x, at_y)
-                    s = hide(integers, reals, seldom, again, thread, j, s)
-                    if any_far(integers, reals) != 0:
-                        s = subtract(integers, reals, seldom, again, base, thread, shift, s)
-                p = weigh(integers, reals, places, numbers, base, thread, shift, s)
+                    edge, _ = find_work(parameters, at_x, at_y)
+                    s = hide(edge, thread, j, s)
+                    if any_far(parameters) != 0:
+                        s = subtract(edge, base, thread, shift, s)
+                p = weigh(block, base, thread, shift, s)
                 if wants_value:
                     if two:
                         y = add_second(base, thread, shift, y, p)
@@ -333,17 +323,17 @@ def make_backward(c: Spec, on: Any) -> Any:
                         x = add_first(base, thread, shift, x, p)
                 if wants_key or not of_keys:
                     if softcap:
-                        ds = differentiate(integers, reals, places, numbers, base, thread, shift, p, curves)
+                        ds = differentiate(block, base, thread, shift, p, curves)
                     else:
-                        ds = differentiate(integers, reals, places, numbers, base, thread, shift, p)
+                        ds = differentiate(block, base, thread, shift, p)
                     x = add_first(base, thread, shift, x, ds)
                     if single:
                         leave(base, thread, ds)
                         cuda.syncthreads()
-                        add_queries(integers, reals, places, numbers, base, thread, j, g)
+                        add_queries(block, base, thread, j, g)
                 j, g = following(j, g, begin, end)
                 shift = np.int32(period - shift)
-        places, numbers, group = find_work(integers, reals, at_x, at_y)
-        finish(integers, reals, places, numbers, thread, x, y)
+        block, group = find_work(parameters, at_x, at_y)
+        finish(block, thread, x, y)
 
     return kernel

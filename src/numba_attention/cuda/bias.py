@@ -4,17 +4,15 @@ A block owns a tile of the bias as it was given. It makes dS of every tile that 
 and sums in registers; where all rows or all keys share an element, it sums over those of the tile at the end.
 """
 
-from typing import Any
-
 import numpy as np
 
-from .blocks import BACKWARD, NUMBERS, Block, Lanes, make_landed, make_scale, place, stage
-from .parameters import TYPES, Parameters, Sequence
+from .blocks import BACKWARD, Block, Lanes, block_of, make_landed, make_scale, packed_block, stage
+from .emit import I32, Emit, KernelFunction, Pred, Real, Regs, Target
+from .parameters import PARAMETERS, Parameters, Sequence
 from .softmax import recenter
 from .spec import Spec, lay_out
 
 NAMES = (*BACKWARD, "grad_bias")
-PLACES = f"l{len(NAMES)}"
 
 
 class Tiles:
@@ -29,7 +27,7 @@ class Tiles:
         self.end = max(self.value.end, c.rows * c.columns * self.size)
 
 
-def make_bias(c: Spec, on: Any) -> Any:
+def make_bias(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel; its grid is owners among sequences x tiles of rows x tiles of keys, and heads of the bias."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product, tiles = c.make_product(), Tiles(c)
@@ -41,14 +39,11 @@ def make_bias(c: Spec, on: Any) -> Any:
     S = f"{kind}{len(layout)}"
     size = tiles.size
     scale_queries = make_scale(c, on, tiles.query)
+    BLOCK = packed_block(c, NAMES)
 
-    def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
-        return Block(e, c, integers, reals, NAMES, places, numbers)
-
-    @macro("i8", *TYPES, "i", "i")
-    def shares(e: Any, integers: Any, reals: Any, x: Any, head: Any) -> Any:
+    @macro("i8", PARAMETERS, "i", "i")
+    def shares(e: Emit, p: Parameters, x: I32, head: I32) -> Regs:
         """First row and the one after the last, keys, heads and members that share this tile; one step is one tile."""
-        p = Parameters(e, integers, reals)
         key_tiles = p.int("inner_tiles")
         key, x = x % key_tiles * columns, x // key_tiles
         row, owner = x % p.int("tiles") * rows, x // p.int("tiles")
@@ -63,30 +58,25 @@ def make_bias(c: Spec, on: Any) -> Any:
             e.narrow(begin), e.narrow(end),
         ]  # fmt: skip
 
-    @macro(f"{PLACES} {NUMBERS} i i", *TYPES, "i", "i", "i")
-    def member(e: Any, integers: Any, reals: Any, n: Any, head: Any, row: Any) -> Any:
+    @macro((BLOCK, "i", "i"), PARAMETERS, "i", "i", "i")
+    def member(e: Emit, p: Parameters, n: I32, head: I32, row: I32) -> tuple[Block, I32, I32]:
         """A sequence that shares the tile, and how many rows and keys it has."""
-        p = Parameters(e, integers, reals)
         index = e.narrow(e.load("l", p.members + (e.wide(n) + p.number + 1) * 8))
-        places, numbers = place(e, c, p, NAMES, index, e.const("i", 0), head)
-        numbers[0] = row
-        return places, numbers, numbers[3], numbers[4]
+        b = block_of(e, c, p, NAMES, index, e.const("i", 0), head)
+        b.first = row
+        return b, b.span.rows, b.span.columns
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
-    def load(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", "i", "i")
+    def load(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
         for name, tile in (("query", tiles.query), ("grad_out", tiles.grad_out)):
             b.load_tile(name, tile, base, thread, b.first, b.span.rows)
         for name, tile in (("key", tiles.key), ("value", tiles.value)):
             b.load_tile(name, tile, base, thread, j, b.span.columns)
         b.commit()
 
-    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i", S)
-    def add(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any, acc: Any
-    ) -> Any:
+    @macro(S, BLOCK, "i", "i", "i", S)
+    def add(e: Emit, b: Block, base: I32, thread: I32, j: I32, acc: Regs) -> Regs:
         """Add the dS of one tile: P (dO V^T - delta), before the slope of the softcap, which comes before the bias."""
-        b = block(e, integers, reals, places, numbers)
         s = product.scores(e, tiles.query, tiles.key, e.opaque(base), *lanes.split(e.opaque(thread)))
         s = stage(b, lanes, thread, j, s)[0]
         s = lanes.scores(b, thread, j).hide(s, b.span)
@@ -107,22 +97,19 @@ def make_bias(c: Spec, on: Any) -> Any:
         return made
 
     @macro(S)
-    def zeros(e: Any) -> Any:
+    def zeros(e: Emit) -> Regs:
         return [e.const(kind, 0.0)] * len(layout)
 
     @macro("", "i", "i", S)
-    def leave(e: Any, base: Any, thread: Any, acc: Any) -> None:
+    def leave(e: Emit, base: I32, thread: I32, acc: Regs) -> None:
         column = product.lane_column(thread & 31)
         places = lanes.rows(thread)
         for (slot, n), x in zip(layout.elements, acc, strict=True):
             e.store_shared(kind, base + (places[slot] * columns + column + n) * size, [x])
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i", "i")
-    def write(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, row: Any, key: Any
-    ) -> None:
+    @macro("", BLOCK, "i", "i", "i", "i")
+    def write(e: Emit, b: Block, base: I32, thread: I32, row: I32, key: I32) -> None:
         """Sum over what the tile shares, and store."""
-        b = block(e, integers, reals, places, numbers)
         p, zero = b.p, e.const(kind, 0.0)
         all_rows, all_keys = p.int("bias_rows").equals(1), p.int("bias_keys").equals(1)
         s = Sequence(e, p, b.index)
@@ -132,12 +119,12 @@ def make_bias(c: Spec, on: Any) -> Any:
             for axis, of in (("rows", "rows"), ("keys", "key_rows"))
         )
 
-        def store(i: Any, j: Any, x: Any, where: Any) -> None:
+        def store(i: I32, j: I32, x: Real, where: Pred) -> None:
             at = e.wide(e.select(all_rows, one - one, row + i)) * p.grad_bias_row
             at = at + e.wide(e.select(all_keys, one - one, key + j)) * p.grad_bias_column
             e.store(kind, b.places["grad_bias"] + at, [x], where)
 
-        def element(i: Any, j: Any) -> Any:
+        def element(i: I32, j: I32) -> Real:
             return e.load_shared(kind, base + (i * columns + j) * size)
 
         # Each of its own: thread n is row or column n, or element n, n + threads, ...
@@ -152,7 +139,7 @@ def make_bias(c: Spec, on: Any) -> Any:
         sums = e.loop(rows * columns, [zero], lambda n, t: [t[0] + e.load_shared(kind, base + n * size)])[0]
         store(one - one, one - one, sums, whole & thread.equals(0))
 
-        def each(n: Any, state: list[Any]) -> list[Any]:
+        def each(n: I32, state: Regs) -> Regs:
             index = n * threads + thread
             i, j = index // columns, index % columns
             store(
@@ -163,32 +150,33 @@ def make_bias(c: Spec, on: Any) -> Any:
         e.loop(rows * columns // threads, [], each)
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        parameters = integers, reals
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread = np.int32(cuda.threadIdx.x)
         first_row, last_row, first_key, last_key, first_head, last_head, begin, end = shares(
-            integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
+            parameters, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
         )
         acc = zeros()
         for n in range(begin, end):
             for h in range(first_head, last_head):
                 row = first_row
-                places, numbers, valid_rows, valid_keys = member(integers, reals, np.int32(n), np.int32(h), row)
+                block, valid_rows, valid_keys = member(parameters, np.int32(n), np.int32(h), row)
                 while row < min(last_row, valid_rows):
-                    places, numbers, _, _ = member(integers, reals, np.int32(n), np.int32(h), row)
+                    block, _, _ = member(parameters, np.int32(n), np.int32(h), row)
                     key = first_key
                     while key < min(last_key, valid_keys):
-                        load(integers, reals, places, numbers, base, thread, key)
+                        load(block, base, thread, key)
                         landed()
                         cuda.syncthreads()
-                        scale_queries(integers, reals, base, thread)
+                        scale_queries(parameters, base, thread)
                         cuda.syncthreads()
-                        acc = add(integers, reals, places, numbers, base, thread, key, acc)
+                        acc = add(block, base, thread, key, acc)
                         cuda.syncthreads()
                         key = np.int32(key + columns)
                     row = np.int32(row + rows)
         leave(base, thread, acc)
         cuda.syncthreads()
-        places, numbers, _, _ = member(integers, reals, begin, first_head, first_row)
-        write(integers, reals, places, numbers, base, thread, first_row, first_key)
+        block, _, _ = member(parameters, begin, first_head, first_row)
+        write(block, base, thread, first_row, first_key)
 
     return kernel

@@ -1,10 +1,10 @@
 """Which part of a problem a block of threads is: sequence, head and rows, and where their arrays are."""
 
-from typing import Any
-
+from .emit import I32, I64, Emit, Macro, Packed, Pred, Real, Regs, Target, Value
 from .formats import SIZES
-from .parameters import TYPES, Parameters, Sequence, clamp
-from .scoring import Scores, Span, span_of
+from .parameters import PARAMETERS, TYPES, Parameters, Sequence, clamp
+from .products import Product
+from .scoring import Scores, Span, StageInputs, span_of
 from .spec import Spec
 from .staging import Codes, fetch_scales
 from .tiles import Rows, Tile, fetch, scale_rows
@@ -24,16 +24,17 @@ class Block:
     Its rows are queries, or keys where the kernel sums over queries; `span` says which of the others they see.
     """
 
-    def __init__(
-        self, e: Any, c: Spec, integers: Any, reals: Any, names: tuple[str, ...], places: Any, numbers: Any
-    ) -> None:
-        self.e, self.c = e, c
-        self.p = Parameters(e, integers, reals)
-        self.places = dict(zip(names, places, strict=True)) if places is not None else {}
+    def __init__(self, e: Emit, c: Spec, p: Parameters, names: tuple[str, ...], places: Regs, numbers: Regs) -> None:
+        self.e, self.c, self.p = e, c, p
+        self.places = dict(zip(names, places, strict=True))
         self.first, *span, self.offset, self.head, self.rows, self.index = numbers
         self.span = Span(e, span, transposed=c.task == "key")
 
-    def find(self, row: Any) -> tuple[Any, Any]:
+    @property
+    def numbers(self) -> Regs:
+        return [self.first, *self.span.numbers, self.offset, self.head, self.rows, self.index]
+
+    def find(self, row: I32) -> tuple[I32, I32]:
         """Query row and head of a row of the tiles."""
         if self.c.chosen:
             e = self.e
@@ -43,45 +44,45 @@ class Block:
         group = self.p.int("group")
         return row // group, self.head * group + row % group
 
-    def exists(self, row: Any) -> Any:
+    def exists(self, row: I32) -> Pred:
         return self.find(row)[0] < self.rows
 
     @property
-    def heads(self) -> Any:
+    def heads(self) -> I64:
         """How many heads the grid has."""
         return self.p.heads // self.p.group if self.c.stacked or self.c.task == "key" else self.p.heads
 
-    def mark(self, row: Any, bad: Any, where: Any) -> None:
+    def mark(self, row: I32, bad: I32, where: Pred) -> None:
         """Say of a row whether it has to be done with care and, if so, that there is one."""
         self.e.store("i", self.flag_at(row), [bad], where)
         self.e.store("i", self.p.flags, [self.e.const("i", 1)], where & (bad > 0))
 
-    def is_marked(self, row: Any, there: Any) -> Any:
+    def is_marked(self, row: I32, there: Pred) -> I32:
         return self.e.load("i", self.flag_at(row), where=there)
 
-    def flag_at(self, row: Any) -> Any:
+    def flag_at(self, row: I32) -> I64:
         """The address of what is known of a row; first of all comes whether there is any that is marked."""
         heads = self.e.wide(self.index) * self.heads + self.e.wide(self.head)
         return self.p.flags + (heads * self.p.flag_rows + self.e.wide(row) + HEAD) * 4
 
-    def part_at(self, part: Any, row: Any, size: int) -> Any:
+    def part_at(self, part: I32, row: I32, size: int) -> I64:
         """The address of a part of a row's sums: maximum, sum, and accumulators."""
         e, p = self.e, self.p
         of_head = (e.wide(part) * p.number + e.wide(self.index)) * self.heads + e.wide(self.head)
         return p.partial + (of_head * p.flag_rows + e.wide(row)) * ((self.c.Ev + HEAD) * size)
 
-    def slope(self, head: Any, kind: str) -> Any:
+    def slope(self, head: I32, kind: str) -> Real:
         """The slope of ALiBi of a head."""
         s = Sequence(self.e, self.p, self.index)
         at = (s.batch * self.p.heads + s.head + self.e.wide(head)) * 8
         return self.e.convert(kind, self.e.load("d", self.p.slopes + at))
 
-    def sink(self, head: Any, kind: str) -> Any:
+    def sink(self, head: I32, kind: str) -> Real:
         """The sink of a head, in the unit of the scores."""
         at = Sequence(self.e, self.p, self.index).head + self.e.wide(head)
         return self.e.convert(kind, self.e.load("d", self.p.sinks + at * 8) * self.p.real("per_unit", "d"))
 
-    def load_tile(self, name: str, tile: Tile, base: Any, thread: Any, row: Any, most: Any) -> None:
+    def load_tile(self, name: str, tile: Tile, base: I32, thread: I32, row: I32, most: I32) -> None:
         """Bring rows of an array from `row` on, up to `most`, to a tile; E of queries and keys, Ev of values."""
         e, c, p = self.e, self.c, self.p
         base, thread = e.opaque(base), e.opaque(thread)
@@ -89,7 +90,7 @@ class Block:
             return self._load_stored(name, tile, base, thread, row, most)
         stride, column = getattr(p, f"{name}_row"), getattr(p, f"{name}_column")
         width = p.int("E" if name in ("query", "key") else "Ev")
-        more: dict[str, Any] = {}
+        more: dict[str, Value] = {}
         address = self.places[name]
         if name in OF_KEYS:
             more = self._pages(name)
@@ -102,7 +103,7 @@ class Block:
         rows = Rows(address, stride, column, most - row, width, row, **more)
         fetch(e, tile, base, rows, thread, c.threads, c.storage, c.aligned)
 
-    def _load_stored(self, name: str, tile: Tile, base: Any, thread: Any, row: Any, most: Any) -> None:
+    def _load_stored(self, name: str, tile: Tile, base: I32, thread: I32, row: I32, most: I32) -> None:
         """Bring codes and their scales to a tile of codes, or the numbers that they stand for to one of numbers."""
         e, c, p = self.e, self.c, self.p
         rows, scales = (
@@ -115,7 +116,7 @@ class Block:
         if scaled and isinstance(tile, Codes):
             fetch_scales(e, tile, base, scales, thread, c.threads)
 
-    def _pages(self, name: str) -> dict[str, Any]:
+    def _pages(self, name: str) -> dict[str, Value]:
         """Where the pages of an array are that has some."""
         if not self.c.paged:
             return {}
@@ -128,48 +129,59 @@ class Block:
             self.e.commit()
 
 
-def make_landed(c: Spec, on: Any) -> Any:
+def packed_block(c: Spec, names: tuple[str, ...]) -> Packed:
+    """Declare the `Block` of a kernel, with the addresses of the arrays of these names, for its macros."""
+
+    def unpack(e: Emit, integers: Regs, reals: Regs, places: Regs, numbers: Regs) -> Block:
+        return Block(e, c, Parameters(e, integers, reals), names, places, numbers)
+
+    def pack(b: Block) -> tuple[Regs, Regs, Regs, Regs]:
+        return b.p.integers, b.p.reals, list(b.places.values()), b.numbers
+
+    return Packed((*TYPES, f"l{len(names)}", NUMBERS), unpack, pack)
+
+
+def make_landed(c: Spec, on: Target) -> Macro:
     """Make the macro that waits for all copies of a thread; without asynchronous ones (before sm_80) they are there."""
 
     @on.macro("")
-    def landed(e: Any) -> None:
+    def landed(e: Emit) -> None:
         if c.aligned:
             e.wait(0)
 
     return landed
 
 
-def make_scale(c: Spec, on: Any, tile: Tile) -> Any:
+def make_scale(c: Spec, on: Target, tile: Tile) -> Macro:
     """Make the macro that multiplies a tile of queries, or keys, by the power of two in the scale."""
 
-    @on.macro("", *TYPES, "i", "i")
-    def scale(e: Any, integers: Any, reals: Any, base: Any, thread: Any) -> None:
-        factor = Parameters(e, integers, reals).real("prescale", "d" if c.compute == "float64" else "f")
+    @on.macro("", PARAMETERS, "i", "i")
+    def scale(e: Emit, p: Parameters, base: I32, thread: I32) -> None:
+        factor = p.real("prescale", "d" if c.compute == "float64" else "f")
         scale_rows(e, tile, base, factor, thread, c.threads)
 
     return scale
 
 
-def make_marks(c: Spec, on: Any) -> tuple[Any, Any]:
+def make_marks(c: Spec, on: Target, BLOCK: Packed) -> tuple[Macro, Macro]:
     """Make the macros that say whether any row is marked, and whether one of a block's is: a thread looks at each."""
 
-    @on.macro("i", *TYPES)
-    def any_marked(e: Any, integers: Any, reals: Any) -> Any:
-        return e.load("i", Parameters(e, integers, reals).flags)
+    @on.macro("i", PARAMETERS)
+    def any_marked(e: Emit, p: Parameters) -> I32:
+        return e.load("i", p.flags)
 
-    @on.macro("i", *TYPES, NUMBERS, "i")
-    def marked(e: Any, integers: Any, reals: Any, numbers: Any, thread: Any) -> Any:
-        b = Block(e, c, integers, reals, (), None, numbers)
+    @on.macro("i", BLOCK, "i")
+    def marked(e: Emit, b: Block, thread: I32) -> I32:
         row = b.first + thread
         return b.is_marked(row, (thread < c.rows) & b.exists(row))
 
     return any_marked, marked
 
 
-def place(
-    e: Any, c: Spec, p: Parameters, names: tuple[str, ...], index: Any, tile: Any, head: Any, transposed: bool = False
-) -> tuple[list[Any], list[Any]]:
-    """Addresses and numbers of a `Block`. Its head is one of keys if its rows are keys, or stacked queries.
+def block_of(
+    e: Emit, c: Spec, p: Parameters, names: tuple[str, ...], index: I32, tile: I32, head: I32, transposed: bool = False
+) -> Block:
+    """The `Block` of a tile of a sequence. Its head is one of keys if its rows are keys, or stacked queries.
 
     What belongs to queries then begins with the first head of the array, or of the group.
     """
@@ -191,10 +203,11 @@ def place(
         of_head = of_keys if name in OF_KEYS else of_queries
         places.append(getattr(p, name) + start + of_head * getattr(p, f"{name}_head"))
     rows = s.int("key_rows" if transposed else "rows")
-    return places, [tile * c.rows, *span_of(e, p, s), clamp(e, s.offset), head, rows, index]
+    numbers = [tile * c.rows, *span_of(e, p, s), clamp(e, s.offset), head, rows, index]
+    return Block(e, c, p, names, places, numbers)
 
 
-def work_item(e: Any, p: Parameters, x: Any, y: Any, of_keys: bool = False) -> tuple[Any, Any, Any]:
+def work_item(e: Emit, p: Parameters, x: I32, y: I32, of_keys: bool = False) -> tuple[I32, I32, I32]:
     """Sequence, tile and head of a block: as listed, or else counted. A device begins blocks in the order of x, then y.
 
     Tiles with most work come first: the last ones, which see most keys, or the first ones of keys, which most queries
@@ -211,20 +224,20 @@ def work_item(e: Any, p: Parameters, x: Any, y: Any, of_keys: bool = False) -> t
 class Lanes:
     """Which rows and columns of a tile of scores a thread has."""
 
-    def __init__(self, c: Spec, product: Any) -> None:
+    def __init__(self, c: Spec, product: Product) -> None:
         self.c, self.product, self.layout = c, product, product.layout(c.columns)
 
-    def split(self, thread: Any) -> tuple[Any, Any]:
+    def split(self, thread: I32) -> tuple[I32, I32]:
         """Warp and lane."""
         return thread >> 5, thread & 31
 
-    def rows(self, thread: Any) -> list[Any]:
+    def rows(self, thread: I32) -> Regs:
         """Row of the tile of each slot."""
         warp, lane = self.split(thread)
         first = warp * self.product.rows + self.product.lane_row(lane)
         return [first + self.product.slot_row(slot) for slot in range(self.product.slots)]
 
-    def scores(self, b: Block, thread: Any, column: Any, transposed: bool = False) -> Scores:
+    def scores(self, b: Block, thread: I32, column: I32, transposed: bool = False) -> Scores:
         """The tile of scores whose first column is given."""
         thread = b.e.opaque(thread)
         rows = [b.find(b.first + row)[0] for row in self.rows(thread)]
@@ -232,23 +245,22 @@ class Lanes:
         return Scores(b.e, self.c, b.p, self.product, self.layout, rows, column, transposed)
 
 
-def stage(
-    b: Block, lanes: Lanes, thread: Any, column: Any, s: list[Any], head: Any = None
-) -> tuple[list[Any], list[Any]]:
+def stage(b: Block, lanes: Lanes, thread: I32, column: I32, s: Regs, head: I32 | None = None) -> tuple[Regs, Regs]:
     """Softcap, ALiBi, bias and mask of a tile; where rows are keys, `head` is the query head, of a group from 0."""
     transposed = head is not None
     bias, mask = b.places["bias"], b.places["mask"]
     rows, keys = (b.span.columns, b.span.rows) if transposed else (b.span.rows, b.span.columns)
-    where: dict[str, Any] = {"offset": b.offset, "rows": rows, "key_rows": keys}
-    if transposed:
+    heads_of_slots = None
+    if head is not None:
         bias, mask = bias + b.e.wide(head) * b.p.bias_head, mask + b.e.wide(head) * b.p.mask_head
         heads = [b.head * b.p.int("group") + head] * lanes.product.slots
     elif b.c.stacked:
-        heads = where["heads"] = [b.find(b.first + row)[1] for row in lanes.rows(thread)]
+        heads = heads_of_slots = [b.find(b.first + row)[1] for row in lanes.rows(thread)]
     else:
         heads = [b.head] * lanes.product.slots
-    where |= {"bias": bias, "mask": mask}
+    slopes = []
     if b.c.alibi:
-        known = {id(h): b.slope(h, lanes.product.kind) for h in {id(h): h for h in heads}.values()}
-        where["slopes"] = [known[id(h)] for h in heads]
-    return lanes.scores(b, thread, column, transposed).stages(s, where)
+        of_head = {id(h): b.slope(h, lanes.product.kind) for h in {id(h): h for h in heads}.values()}
+        slopes = [of_head[id(h)] for h in heads]
+    inputs = StageInputs(bias, mask, b.offset, rows, keys, slopes, heads_of_slots)
+    return lanes.scores(b, thread, column, transposed).stages(s, inputs)

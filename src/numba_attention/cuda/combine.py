@@ -5,18 +5,17 @@ multiplications, and nothing here waits for a read but sums.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 
-from .blocks import FORWARD, HEAD, NUMBERS, Block, place
+from .blocks import FORWARD, HEAD, Block, block_of, packed_block
+from .emit import I32, Emit, KernelFunction, Real, Regs, Target
 from .formats import HALVES, KINDS
-from .parameters import TYPES, Parameters
+from .parameters import PARAMETERS, Parameters
 from .results import not_finite
 from .softmax import LARGEST, lse
 from .spec import Spec
 
-PLACES = f"l{len(FORWARD)}"
 MOST = 256  # parts
 AT_ONCE = 4  # parts that a warp reads at a time
 
@@ -31,25 +30,24 @@ class Shared:
         self.end = self.sums + c.warps * self.pitch
 
 
-def make_combine(c: Spec, on: Any) -> Any:
+def make_combine(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel; its grid is rows of all sequences, and heads."""
     cuda, macro, shared_address = on.cuda, on.macro, on.shared()
     kind, shared = "d" if c.storage == "float64" else "f", Shared(c)
     size, threads, warps = shared.size, c.threads, c.warps
     own = c.Ev // 32  # features of a lane
     C = f"{kind}{own}"
+    BLOCK = packed_block(c, FORWARD)
 
-    @macro(f"{PLACES} {NUMBERS} i i", *TYPES, "i", "i")
-    def find_row(e: Any, integers: Any, reals: Any, x: Any, head: Any) -> Any:
-        p = Parameters(e, integers, reals)
+    @macro((BLOCK, "i", "i"), PARAMETERS, "i", "i")
+    def find_row(e: Emit, p: Parameters, x: I32, head: I32) -> tuple[Block, I32, I32]:
         rows = p.int("flag_rows")
-        places, numbers = place(e, c, p, FORWARD, x // rows, e.const("i", 0), head)
-        return places, numbers, x % rows, (p.int("splits") + (warps * AT_ONCE - 1)) // (warps * AT_ONCE)
+        b = block_of(e, c, p, FORWARD, x // rows, e.const("i", 0), head)
+        return b, x % rows, (p.int("splits") + (warps * AT_ONCE - 1)) // (warps * AT_ONCE)
 
-    @macro("", *TYPES, NUMBERS, "i", "i", "i")
-    def find_sums(e: Any, integers: Any, reals: Any, numbers: Any, base: Any, thread: Any, row: Any) -> None:
+    @macro("", BLOCK, "i", "i", "i")
+    def find_sums(e: Emit, b: Block, base: I32, thread: I32, row: I32) -> None:
         """The maximum of all parts and the denominator, as far as the threads of a warp see them."""
-        b = Block(e, c, integers, reals, FORWARD, None, numbers)
         there, total, factor, found = b.exists(row), e.const(kind, 0.0), b.p.real("factor", kind), []
         top = low = e.const(kind, -LARGEST[kind])
         for n in range(-(-MOST // threads)):
@@ -68,10 +66,10 @@ def make_combine(c: Spec, on: Any) -> Any:
         if c.flags:
             e.store("i", b.flag_at(row), [e.const("i", 0)], there & thread.equals(0))
 
-    @macro(f"{kind} {kind} {C}", *TYPES, "i")
-    def begin(e: Any, integers: Any, reals: Any, base: Any) -> Any:
+    @macro(f"{kind} {kind} {C}", PARAMETERS, "i")
+    def begin(e: Emit, p: Parameters, base: I32) -> tuple[Real, Real, Regs]:
         """Maximum and denominator of the row."""
-        factor = Parameters(e, integers, reals).real("factor", kind)
+        factor = p.real("factor", kind)
         found = [e.load_shared(kind, base + warp * (2 * size), 2) for warp in range(warps)]
         top = found[0][0]
         for maximum, _ in found[1:]:
@@ -81,11 +79,10 @@ def make_combine(c: Spec, on: Any) -> Any:
             total = e.fma(e.exp2((maximum - top) * factor), denominator, total)
         return top, total, [zero] * own
 
-    @macro(C, *TYPES, NUMBERS, "i", "i", "i", kind, kind, C)
-    def add(e: Any, integers: Any, reals: Any, numbers: Any, thread: Any, row: Any, step: Any, top: Any, total: Any,
-            acc: Any) -> Any:  # fmt: skip
+    @macro(C, BLOCK, "i", "i", "i", kind, kind, C)
+    def add(e: Emit, b: Block, thread: I32, row: I32, step: I32, top: Real, total: Real,
+            acc: Regs) -> Regs:  # fmt: skip
         """Add parts, each the result of its keys, times their shares of the denominator: no sum of them overflows."""
-        b = Block(e, c, integers, reals, FORWARD, None, numbers)
         zero, factor = e.const(kind, 0.0), b.p.real("factor", kind)
         there, lane = b.exists(row), thread & 31
         share = e.select(total.equals(0.0), zero, e.const(kind, 1.0) / total)
@@ -102,23 +99,22 @@ def make_combine(c: Spec, on: Any) -> Any:
         return acc
 
     @macro("", "i", "i", C)
-    def leave(e: Any, base: Any, thread: Any, acc: Any) -> None:
+    def leave(e: Emit, base: I32, thread: I32, acc: Regs) -> None:
         at = base + ((thread >> 5) * shared.pitch + shared.sums)
         for n, x in enumerate(acc):
             e.store_shared(kind, at + ((thread & 31) + 32 * n) * size, [x])
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i", kind, kind)
+    @macro("", BLOCK, "i", "i", "i", kind, kind)
     def write(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, row: Any, top: Any,
-        total: Any,
+        e: Emit, b: Block, base: I32, thread: I32, row: I32, top: Real,
+        total: Real,
     ) -> None:  # fmt: skip
-        b = Block(e, c, integers, reals, FORWARD, places, numbers)
         i, head = b.find(row)
         there, valid = i < b.rows, i < b.span.rows
         apart = e.wide(head) if c.stacked else e.const("l", 0)
         zero = e.const(kind, 0.0)
 
-        def summed(n: Any) -> Any:
+        def summed(n: I32) -> Real:
             x = e.load_shared(kind, base + (n * size + shared.sums))
             for warp in range(1, warps):
                 x = x + e.load_shared(kind, base + (n * size + (shared.sums + warp * shared.pitch)))
@@ -142,16 +138,17 @@ def make_combine(c: Spec, on: Any) -> Any:
             b.mark(row, e.const("i", 1), there & (bad > 0))
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        parameters = integers, reals
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread = np.int32(cuda.threadIdx.x)
-        places, numbers, row, steps = find_row(integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y))
-        find_sums(integers, reals, numbers, base, thread, row)
+        block, row, steps = find_row(parameters, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y))
+        find_sums(block, base, thread, row)
         cuda.syncthreads()
-        top, total, acc = begin(integers, reals, base)
+        top, total, acc = begin(parameters, base)
         for step in range(steps):
-            acc = add(integers, reals, numbers, thread, row, np.int32(step), top, total, acc)
+            acc = add(block, thread, row, np.int32(step), top, total, acc)
         leave(base, thread, acc)
         cuda.syncthreads()
-        write(integers, reals, places, numbers, base, thread, row, top, total)
+        write(block, base, thread, row, top, total)
 
     return kernel

@@ -9,7 +9,7 @@ that are not negative.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeAlias, overload
 
 from llvmlite import ir
 
@@ -22,6 +22,9 @@ _PTX = {"i": "b32", "l": "b64", "f": "f32", "d": "f64", "h": "b16"}
 _ZEROS = {"f": "0f00000000", "d": "0d0000000000000000"}
 
 
+Operand: TypeAlias = "Value | float"
+
+
 class Value:
     """A register: what LLVM knows as a value, and what it is ("i", "l", "f", "d", or "p" for a predicate)."""
 
@@ -30,76 +33,119 @@ class Value:
     def __init__(self, b: ir.IRBuilder, kind: str, llvm: Any) -> None:
         self.b, self.kind, self.llvm = b, kind, llvm
 
-    def _other(self, other: Any) -> Any:
+    def _other(self, other: Operand) -> Any:
         if isinstance(other, Value):
             if other.kind != self.kind:
                 raise TypeError(f"{self.kind} and {other.kind} do not mix")
             return other.llvm
         return ir.Constant(TYPES[self.kind], other)
 
-    def _apply(self, name: str, other: Any) -> "Value":
+    def _apply(self, name: str, other: Operand) -> "Value":
         operation = getattr(self.b, ("f" if self.kind in "fd" else "") + name)
         return Value(self.b, self.kind, operation(self.llvm, self._other(other)))
 
-    def _compare(self, sign: str, other: Any) -> "Value":
+    def _compare(self, sign: str, other: Operand) -> "Value":
         compare = self.b.fcmp_ordered if self.kind in "fd" else self.b.icmp_signed
         return Value(self.b, "p", compare(sign, self.llvm, self._other(other)))
 
-    def _as(self, other: Any) -> "Value":
+    def _as(self, other: Operand) -> "Value":
         return Value(self.b, self.kind, self._other(other))
 
-    def __add__(self, other: Any) -> "Value":
+    def __add__(self, other: Operand) -> "Value":
         return self._apply("add", other)
 
-    def __sub__(self, other: Any) -> "Value":
+    def __sub__(self, other: Operand) -> "Value":
         return self._apply("sub", other)
 
-    def __rsub__(self, other: Any) -> "Value":
+    def __rsub__(self, other: Operand) -> "Value":
         return self._as(other)._apply("sub", self)
 
-    def __mul__(self, other: Any) -> "Value":
+    def __mul__(self, other: Operand) -> "Value":
         return self._apply("mul", other)
 
-    def __truediv__(self, other: Any) -> "Value":
+    def __truediv__(self, other: Operand) -> "Value":
         return self._apply("div", other)
 
-    def __floordiv__(self, other: Any) -> "Value":
+    def __floordiv__(self, other: Operand) -> "Value":
         return self._apply("udiv", other)
 
-    def __mod__(self, other: Any) -> "Value":
+    def __mod__(self, other: Operand) -> "Value":
         return self._apply("urem", other)
 
-    def __and__(self, other: Any) -> "Value":
+    def __and__(self, other: Operand) -> "Value":
         return self._apply("and_", other)
 
-    def __or__(self, other: Any) -> "Value":
+    def __or__(self, other: Operand) -> "Value":
         return self._apply("or_", other)
 
-    def __xor__(self, other: Any) -> "Value":
+    def __xor__(self, other: Operand) -> "Value":
         return self._apply("xor", other)
 
-    def __rshift__(self, other: Any) -> "Value":
+    def __rshift__(self, other: Operand) -> "Value":
         return self._apply("lshr", other)
 
-    def __lshift__(self, other: Any) -> "Value":
+    def __lshift__(self, other: Operand) -> "Value":
         return self._apply("shl", other)
 
-    def __lt__(self, other: Any) -> "Value":
+    def __lt__(self, other: Operand) -> "Value":
         return self._compare("<", other)
 
-    def __le__(self, other: Any) -> "Value":
+    def __le__(self, other: Operand) -> "Value":
         return self._compare("<=", other)
 
-    def __gt__(self, other: Any) -> "Value":
+    def __gt__(self, other: Operand) -> "Value":
         return self._compare(">", other)
 
-    def __ge__(self, other: Any) -> "Value":
+    def __ge__(self, other: Operand) -> "Value":
         return self._compare(">=", other)
 
-    def equals(self, other: Any) -> "Value":
+    def equals(self, other: Operand) -> "Value":
         return self._compare("==", other)
 
     __radd__, __rmul__ = __add__, __mul__
+
+
+# What a register holds; all are a `Value`, which knows its kind when a macro runs.
+I32: TypeAlias = Value  # an integer, such as an index, a position or an address in shared memory
+I64: TypeAlias = Value  # an integer, such as an address in global memory or the distance of two
+Real: TypeAlias = Value  # a floating-point number of the kind that the kernel computes with
+Pred: TypeAlias = Value  # a predicate
+Regs: TypeAlias = list[Value]  # registers of one kind, such as the elements of a tile that a thread holds
+
+KernelFunction: TypeAlias = Callable[..., None]  # the Python function of a kernel
+Macro: TypeAlias = Callable[..., Any]  # what a kernel calls: a body that a `Target` has decorated
+
+
+class Packed(NamedTuple):
+    """Groups of registers that a macro has as one Python object, and a kernel as one tuple of tuples."""
+
+    groups: tuple[str, ...]  # as "f8": 8 registers of float32
+    unpack: Callable[..., Any]  # the object, from an `Emit` and the groups
+    pack: Callable[[Any], Sequence[Any]]  # the groups of an object
+
+
+Kind = str | Packed  # of an argument or a result of a macro: "i", "f8" or an object
+
+
+def kinds_of(result: Kind | tuple[Kind, ...]) -> tuple[Kind, ...]:
+    """The kinds of the results of a macro: a string names as many as it has words."""
+    if isinstance(result, Packed):
+        return (result,)
+    return tuple(result.split()) if isinstance(result, str) else result
+
+
+class Target(Protocol):
+    """What a kernel is made for: `toolchain.Intrinsics`, or what runs its macros without a GPU."""
+
+    @property
+    def cuda(self) -> Any:
+        """The module ``numba.cuda``, or what stands for it."""
+
+    def macro(self, result: Kind | tuple[Kind, ...], *arguments: Kind) -> Callable[[Callable[..., Any]], Macro]:
+        """Decorate the body of a macro: the kinds of its results, and of its arguments."""
+
+    def shared(self) -> Any:
+        """Make the function that gives the address of shared memory."""
 
 
 class Emit:
@@ -116,11 +162,11 @@ class Emit:
     def select(self, condition: Value, a: Value, b: Value) -> Value:
         return Value(self._b, a.kind, self._b.select(condition.llvm, a.llvm, b.llvm))
 
-    def min(self, a: Value, b: Any) -> Value:
+    def min(self, a: Value, b: Operand) -> Value:
         other = a._as(b)
         return self.select(a < other, a, other)
 
-    def max(self, a: Value, b: Any) -> Value:
+    def max(self, a: Value, b: Operand) -> Value:
         """The larger of two; of floating-point numbers the one that is not NaN."""
         other = a._as(b)
         if a.kind == "f":
@@ -212,8 +258,17 @@ class Emit:
 
     # Memory. Addresses are of 64 bits in global memory and of 32 in shared memory.
 
-    def load(self, kind: str, address: Value, count: int = 1, where: Value | None = None) -> Any:
-        """Read 1, 2 or 4 neighbours, zeros where a predicate does not hold; "h" (16 bits) and "b" (8) come as 32."""
+    @overload
+    def load(self, kind: str, address: I64, *, where: Pred | None = None) -> Value: ...
+
+    @overload
+    def load(self, kind: str, address: I64, count: int, where: Pred | None = None) -> Regs: ...
+
+    def load(self, kind: str, address: I64, count: int | None = None, where: Pred | None = None) -> Value | Regs:
+        """Read one number, or a list of 1, 2 or 4 neighbours; "h" (16 bits) and "b" (8) come as 32.
+
+        Where a predicate does not hold they are zeros, and memory is not read.
+        """
         return self._load("global", "l", kind, address, count, where)
 
     def load_constant(self, kind: str, address: Value) -> Value:
@@ -221,7 +276,13 @@ class Emit:
         register = {"i": "r", "l": "l", "d": "d"}[kind]
         return self._asm(f"ld.global.nc.{_PTX[kind]} $0, [$1];", f"={register},l", [address], kind)
 
-    def load_shared(self, kind: str, address: Value, count: int = 1) -> Any:
+    @overload
+    def load_shared(self, kind: str, address: I32) -> Value: ...
+
+    @overload
+    def load_shared(self, kind: str, address: I32, count: int) -> Regs: ...
+
+    def load_shared(self, kind: str, address: I32, count: int | None = None) -> Value | Regs:
         return self._load("shared", "r", kind, address, count, None)
 
     def store(self, kind: str, address: Value, values: Sequence[Value], where: Value) -> None:
@@ -360,7 +421,10 @@ class Emit:
         listed = f"{constraints},~{{memory}}" if constraints else "~{memory}"
         self._call(code, listed, operands, ir.VoidType(), True, together)
 
-    def _load(self, space: str, letter: str, kind: str, address: Value, count: int, where: Value | None) -> Any:
+    def _load(
+        self, space: str, letter: str, kind: str, address: Value, neighbours: int | None, where: Pred | None
+    ) -> Value | Regs:
+        count = neighbours or 1
         register = {"i": "r", "l": "l", "f": "f", "d": "d", "h": "r", "b": "r"}[kind]
         outputs = [f"${n}" for n in range(count)]
         unit = {"h": "u16", "b": "u8"}.get(kind) or _PTX[kind]
@@ -382,7 +446,8 @@ class Emit:
         found = "i" if kind in "hb" else kind
         constraints += ",~{memory}"
         if count == 1:
-            return self._asm(code, constraints, operands, found, effect=True)
+            x = self._asm(code, constraints, operands, found, effect=True)
+            return x if neighbours is None else [x]
         return self._asm_many(code, constraints, operands, found * count, effect=True)
 
     def _store(

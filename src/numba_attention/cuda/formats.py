@@ -1,18 +1,18 @@
 """How numbers are held in memory: sizes, the kinds they are read as, and what their bits say."""
 
-from typing import Any
+from .emit import I32, I64, Emit, Pred, Regs, Value
 
 KINDS = {"float32": "f", "float64": "d", "float16": "h", "bfloat16": "h", "int8": "b", "float8_e4m3fn": "b"}
 SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
 HALVES = {"float16": "f16", "bfloat16": "bf16"}
 
 
-def read(e: Any, storage: str, address: Any, there: Any) -> Any:
+def read(e: Emit, storage: str, address: I64, there: Pred) -> Value:
     """Load a number of an array in global memory, where it is there; of less than 32 bits as float32."""
     return number(e, storage, e.load(KINDS[storage], address, where=there))
 
 
-def number(e: Any, storage: str, x: Any) -> Any:
+def number(e: Emit, storage: str, x: Value) -> Value:
     """What an element says that was loaded as its kind."""
     if storage in HALVES:
         return e.unpack(HALVES[storage], x)[0]
@@ -23,7 +23,7 @@ def number(e: Any, storage: str, x: Any) -> Any:
     return x
 
 
-def numbers(e: Any, storage: str, word: Any) -> list[Any]:
+def numbers(e: Emit, storage: str, word: I32) -> Regs:
     """The numbers in 32 bits: two of 16, or four of 8."""
     if storage in HALVES:
         return list(e.unpack(HALVES[storage], word))

@@ -6,19 +6,30 @@ cache that holds fewer bits come codes, of which the tile is made where the copy
 """
 
 import math
-from typing import Any
 
 import numpy as np
 
-from .blocks import FORWARD, HEAD, NUMBERS, Block, Lanes, make_landed, make_marks, make_scale, place, stage, work_item
-from .parameters import TYPES, Parameters
+from .blocks import (
+    FORWARD,
+    HEAD,
+    Block,
+    Lanes,
+    block_of,
+    make_landed,
+    make_marks,
+    make_scale,
+    packed_block,
+    stage,
+    work_item,
+)
+from .emit import I32, Emit, KernelFunction, Regs, Target
+from .parameters import PARAMETERS, Parameters
+from .products import Product
 from .results import not_finite, write_row
 from .softmax import fold, lse, relative, start, total
 from .spec import Spec, lay_out
 from .staging import Codes, unpack
 from .tiles import Tile
-
-PLACES = f"l{len(FORWARD)}"
 
 
 def tiles_of(c: Spec) -> tuple[Tile, Tile, Tile, int]:
@@ -57,7 +68,7 @@ def shared(c: Spec) -> int:
     return _end(c) + (16 if repeats(c) else 0)
 
 
-def make_product(c: Spec) -> Any:
+def make_product(c: Spec) -> Product:
     product = c.make_product()
     if c.product == "simt":
         product.set_columns(c.columns)
@@ -65,7 +76,7 @@ def make_product(c: Spec) -> Any:
     return product
 
 
-def make_forward(c: Spec, on: Any) -> Any:
+def make_forward(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel; its grid is tiles for some heads (of keys, if they are stacked), all of those, and splits."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)
@@ -84,21 +95,17 @@ def make_forward(c: Spec, on: Any) -> Any:
     # Exponentials beside the products of values, in one piece of code, wait for one another less; with more features
     # there are no registers for both, and they come before what waits for the values.
     mixed = c.product == "tensor" and max(c.E, c.Ev) <= 64
-    any_marked, marked = make_marks(c, on)
+    BLOCK = packed_block(c, FORWARD)
+    any_marked, marked = make_marks(c, on, BLOCK)
 
-    def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
-        return Block(e, c, integers, reals, FORWARD, places, numbers)
-
-    @macro(f"{PLACES} {NUMBERS}", *TYPES, "i", "i")
-    def find_work(e: Any, integers: Any, reals: Any, x: Any, y: Any) -> Any:
-        p = Parameters(e, integers, reals)
+    @macro(BLOCK, PARAMETERS, "i", "i")
+    def find_work(e: Emit, p: Parameters, x: I32, y: I32) -> Block:
         index, tile, head = work_item(e, p, x, y)
-        return place(e, c, p, FORWARD, index, tile, head)
+        return block_of(e, c, p, FORWARD, index, tile, head)
 
-    @macro("i4", *TYPES, PLACES, NUMBERS, "i")
-    def keys_seen(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, part: Any) -> Any:
+    @macro("i4", BLOCK, "i")
+    def keys_seen(e: Emit, b: Block, part: I32) -> Regs:
         """First key, the one after the last, and those that all rows see."""
-        b = block(e, integers, reals, places, numbers)
         first, _ = b.find(b.first)
         last, _ = b.find(b.first + (c.rows - 1))
         begin, end, all_begin, all_end = b.span.of_rows(first, last)
@@ -109,41 +116,33 @@ def make_forward(c: Spec, on: Any) -> Any:
             end = e.min(end, begin + share)
         return [begin, end, all_begin, all_end]
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i")
-    def load_queries(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", "i")
+    def load_queries(e: Emit, b: Block, base: I32, thread: I32) -> None:
         b.load_tile("query", q, base, thread, b.first, b.rows)
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
-    def load_keys(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", "i", "i")
+    def load_keys(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
         b.load_tile("key", keys, base, thread, j, b.span.columns)
         b.commit()
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
-    def load_values(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any
-    ) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", "i", "i")
+    def load_values(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
         b.load_tile("value", values, base, thread, j, b.span.columns)
         b.commit()
 
     @macro("", "i", "i")
-    def unpack_keys(e: Any, base: Any, thread: Any) -> None:
+    def unpack_keys(e: Emit, base: I32, thread: I32) -> None:
         unpack(e, keys, k, e.opaque(base), e.opaque(thread), c.threads, at_once)
 
     @macro("", "i", "i")
-    def unpack_values(e: Any, base: Any, thread: Any) -> None:
+    def unpack_values(e: Emit, base: I32, thread: I32) -> None:
         unpack(e, values, v, e.opaque(base), e.opaque(thread), c.threads, at_once)
 
-    @macro(f"{M} {M} {C}", *TYPES, PLACES, NUMBERS, "i", "i", "i")
-    def begin_rows(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, part: Any
-    ) -> Any:
+    @macro(f"{M} {M} {C}", BLOCK, "i", "i", "i")
+    def begin_rows(e: Emit, b: Block, base: I32, thread: I32, part: I32) -> tuple[Regs, Regs, Regs]:
         sinks = None
         first = product.lane_column(thread & 31).equals(0)
         if c.sinks:
-            b = block(e, integers, reals, places, numbers)
             sinks = []
             for row in lanes.rows(thread):
                 _, head = b.find(b.first + row)
@@ -151,57 +150,56 @@ def make_forward(c: Spec, on: Any) -> Any:
             if split:
                 low = e.const(kind, -math.inf)
                 sinks = [e.select(part.equals(0), sink, low) for sink in sinks]
-        factor = Parameters(e, integers, reals).real("factor", kind)
+        factor = b.p.real("factor", kind)
         return start(e, product, features, sinks, first, factor, lift_of(e, base) if c.sinks else None)
 
     @macro(S, "i", "i")
-    def multiply_keys(e: Any, base: Any, thread: Any) -> Any:
+    def multiply_keys(e: Emit, base: I32, thread: I32) -> Regs:
         return product.scores(e, q, k, e.opaque(base), *lanes.split(e.opaque(thread)))
 
     staged = c.is_staged
 
-    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", S)
-    def stages(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, s: Any) -> Any:
-        b = block(e, integers, reals, places, numbers)
+    @macro(S, BLOCK, "i", "i", S)
+    def stages(e: Emit, b: Block, thread: I32, j: I32, s: Regs) -> Regs:
         return stage(b, lanes, thread, j, s)[0]
 
-    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", S)
-    def hide(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, s: Any) -> Any:
-        b = block(e, integers, reals, places, numbers)
+    @macro(S, BLOCK, "i", "i", S)
+    def hide(e: Emit, b: Block, thread: I32, j: I32, s: Regs) -> Regs:
         return lanes.scores(b, thread, j).hide(s, b.span)
 
-    @macro(f"{S} {M} {M} {C}", *TYPES, "i", S, M, M, C)
-    def take_in(e: Any, integers: Any, reals: Any, base: Any, s: Any, m: Any, l: Any, acc: Any) -> Any:
-        factor = Parameters(e, integers, reals).real("factor", kind)
+    @macro(f"{S} {M} {M} {C}", PARAMETERS, "i", S, M, M, C)
+    def take_in(
+        e: Emit, p: Parameters, base: I32, s: Regs, m: Regs, l: Regs, acc: Regs
+    ) -> tuple[Regs, Regs, Regs, Regs]:
+        factor = p.real("factor", kind)
         at_once = max(c.E, c.Ev) <= 128 or staged
         return fold(e, product, layout, features, s, m, l, acc, factor, lift_of(e, base), at_once)
 
     @macro(C, "i", "i", C, S)
-    def add_values(e: Any, base: Any, thread: Any, acc: Any, p: Any) -> Any:
+    def add_values(e: Emit, base: I32, thread: I32, acc: Regs, p: Regs) -> Regs:
         return product.add(e, acc, p, v, e.opaque(base), *lanes.split(e.opaque(thread)))
 
     @macro("i", C)
-    def overflows(e: Any, acc: Any) -> Any:
+    def overflows(e: Emit, acc: Regs) -> I32:
         return not_finite(e, acc)
 
-    def lift_of(e: Any, base: Any) -> Any:
+    def lift_of(e: Emit, base: I32) -> I32 | None:
         """More than 0 where the block repeats its work with smaller weights."""
         return e.load_shared("i", base + at_lift) if may_repeat else None
 
     @macro("i", "i")
-    def is_lifted(e: Any, base: Any) -> Any:
+    def is_lifted(e: Emit, base: I32) -> I32 | None:
         return lift_of(e, base)
 
     @macro("", "i", "i", "i")
-    def set_lift(e: Any, base: Any, thread: Any, lift: Any) -> None:
+    def set_lift(e: Emit, base: I32, thread: I32, lift: I32) -> None:
         e.store_shared("i", base + at_lift, [lift], thread.equals(0))
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i", M, M, C)
+    @macro("", BLOCK, "i", "i", "i", M, M, C)
     def finish(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, part: Any, m: Any,
-        l: Any, acc: Any,
+        e: Emit, b: Block, base: I32, thread: I32, part: I32, m: Regs,
+        l: Regs, acc: Regs,
     ) -> None:  # fmt: skip
-        b = block(e, integers, reals, places, numbers)
         l, one = total(e, product, l), e.const(kind, 1.0)
         scales = [one / x for x in l]
         l = relative(e, m, l, b.p.real("factor", kind), lift_of(e, base))
@@ -242,12 +240,12 @@ def make_forward(c: Spec, on: Any) -> Any:
             address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
             e.store(kind, address, [of_row], there & begins & (b.p.lse > 0))
 
-    def across_lanes(e: Any, x: Any) -> Any:
+    def across_lanes(e: Emit, x: I32) -> I32:
         for distance in product.reduce:
             x = x | e.shuffle_xor(x, distance)
         return x
 
-    def write_part(b: Block, thread: Any, part: Any, m: Any, l: Any, scales: Any, acc: Any) -> None:
+    def write_part(b: Block, thread: I32, part: I32, m: Regs, l: Regs, scales: Regs, acc: Regs) -> None:
         """Leave maximum, sum and result of each row to `combine`."""
         e, size, zero = b.e, 8 if kind == "d" else 4, b.e.const(kind, 0.0)
         _, lane = lanes.split(thread)
@@ -264,15 +262,16 @@ def make_forward(c: Spec, on: Any) -> Any:
                 e.store(kind, at + features.elements[mine[n]][1] * size, x, there)
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        parameters = integers, reals
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread, part = np.int32(cuda.threadIdx.x), np.int32(cuda.blockIdx.z)
         x, y = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
         if careful:
-            if any_marked(integers, reals) == 0:
+            if any_marked(parameters) == 0:
                 return
         if careful:
-            places, numbers = find_work(integers, reals, x, y)
-            if cuda.syncthreads_or(marked(integers, reals, numbers, thread)) == 0:
+            block = find_work(parameters, x, y)
+            if cuda.syncthreads_or(marked(block, thread)) == 0:
                 return
         if may_repeat:
             set_lift(base, thread, np.int32(0))
@@ -280,31 +279,31 @@ def make_forward(c: Spec, on: Any) -> Any:
         ready = False
         while not ready:
             ready = True
-            places, numbers = find_work(integers, reals, x, y)
-            j, end, all_begin, all_end = keys_seen(integers, reals, places, numbers, part)
-            m, l, acc = begin_rows(integers, reals, places, numbers, base, thread, part)
+            block = find_work(parameters, x, y)
+            j, end, all_begin, all_end = keys_seen(block, part)
+            m, l, acc = begin_rows(block, base, thread, part)
             if j < end:
-                load_queries(integers, reals, places, numbers, base, thread)
-                load_keys(integers, reals, places, numbers, base, thread, j)
+                load_queries(block, base, thread)
+                load_keys(block, base, thread, j)
                 landed()
                 cuda.syncthreads()
-                scale_queries(integers, reals, base, thread)
+                scale_queries(parameters, base, thread)
             while j < end:
                 landed()
                 cuda.syncthreads()
                 if unpacked:
                     unpack_keys(base, thread)
                     cuda.syncthreads()
-                load_values(integers, reals, places, numbers, base, thread, j)
+                load_values(block, base, thread, j)
                 s = multiply_keys(base, thread)
                 if staged:
-                    s = stages(integers, reals, places, numbers, thread, j, s)
+                    s = stages(block, thread, j, s)
                 if j < all_begin or j + columns > all_end:
                     # (Found again, here and at the end, so that it needs no registers all the while.)
-                    seldom, numbers_again = find_work(integers, reals, x, y)
-                    s = hide(integers, reals, seldom, numbers_again, thread, j, s)
+                    edge = find_work(parameters, x, y)
+                    s = hide(edge, thread, j, s)
                 if not mixed:
-                    p, m, l, acc = take_in(integers, reals, base, s, m, l, acc)
+                    p, m, l, acc = take_in(parameters, base, s, m, l, acc)
                 landed()
                 cuda.syncthreads()
                 if unpacked:
@@ -312,9 +311,9 @@ def make_forward(c: Spec, on: Any) -> Any:
                     cuda.syncthreads()
                 j = np.int32(j + columns)
                 if j < end:
-                    load_keys(integers, reals, places, numbers, base, thread, j)
+                    load_keys(block, base, thread, j)
                 if mixed:
-                    p, m, l, acc = take_in(integers, reals, base, s, m, l, acc)
+                    p, m, l, acc = take_in(parameters, base, s, m, l, acc)
                 acc = add_values(base, thread, acc, p)
             if may_repeat:
                 if cuda.syncthreads_or(overflows(acc)) != 0:
@@ -323,7 +322,7 @@ def make_forward(c: Spec, on: Any) -> Any:
                         set_lift(base, thread, np.int32(1))
                         cuda.syncthreads()
                         ready = False
-        places, numbers = find_work(integers, reals, x, y)
-        finish(integers, reals, places, numbers, base, thread, part, m, l, acc)
+        block = find_work(parameters, x, y)
+        finish(block, base, thread, part, m, l, acc)
 
     return kernel

@@ -7,11 +7,12 @@ from typing import Any
 from ..device.cubins import cubin, entry
 from ..device.driver import Kernel
 from ..errors import BackendUnavailableError
+from .emit import KernelFunction, Target
 from .parameters import ADDRESSES, AXES, INTEGERS, REALS
 from .spec import Spec
 
 
-def make(c: Spec, on: Any) -> Any:
+def make(c: Spec, on: Target) -> KernelFunction:
     """Make the Python function of a kernel for a target."""
     from . import backward, bias, combine, forward, normalizers, probabilities, rowwise
 

@@ -4,25 +4,22 @@ The lse of a row of scores of -1e9 is -1e9 as float32, however many keys there a
 2**((score - maximum) * factor - log2(sum)), and the last of these is the offset of the row.
 """
 
-from typing import Any
-
 import numpy as np
 
-from .blocks import FACTS, FORWARD, NUMBERS, Block, Lanes, make_landed, make_scale, place, stage
-from .emit import SIZES
+from .blocks import FACTS, FORWARD, Block, Lanes, block_of, make_landed, make_scale, packed_block, stage
+from .emit import I32, SIZES, Emit, KernelFunction, Regs, Target
 from .forward import make_product, tiles_of
-from .parameters import TYPES, Parameters
+from .parameters import PARAMETERS, Parameters
 from .products import Layout
 from .softmax import LOG2E, fold, is_far, relative, start, total
 from .spec import Spec
 
 NAMES = (*FORWARD, "delta")
-PLACES = f"l{len(NAMES)}"
 # How far the lse of a row may exceed that of its keys by rounding. Beyond, it is that of more keys than there are here.
 SLACK = {"f": 2.0**-19, "d": 2.0**-48}
 
 
-def make_normalizers(c: Spec, on: Any) -> Any:
+def make_normalizers(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel; its grid is tiles of queries of all sequences, and heads."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)
@@ -33,64 +30,55 @@ def make_normalizers(c: Spec, on: Any) -> Any:
     q, k, _, _ = tiles_of(c)
     scale_queries = make_scale(c, on, q)
     S, M = f"{kind}{len(layout)}", f"{kind}{product.slots}"
+    BLOCK = packed_block(c, NAMES)
 
-    def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
-        return Block(e, c, integers, reals, NAMES, places, numbers)
+    @macro("i", PARAMETERS)
+    def any_far(e: Emit, p: Parameters) -> I32:
+        return e.load("i", p.far)
 
-    @macro("i", *TYPES)
-    def any_far(e: Any, integers: Any, reals: Any) -> Any:
-        return e.load("i", Parameters(e, integers, reals).far)
-
-    @macro(f"{PLACES} {NUMBERS}", *TYPES, "i", "i")
-    def find_work(e: Any, integers: Any, reals: Any, x: Any, head: Any) -> Any:
-        p = Parameters(e, integers, reals)
+    @macro(BLOCK, PARAMETERS, "i", "i")
+    def find_work(e: Emit, p: Parameters, x: I32, head: I32) -> Block:
         tiles = p.int("tiles")
-        return place(e, c, p, NAMES, x // tiles, x % tiles, head)
+        return block_of(e, c, p, NAMES, x // tiles, x % tiles, head)
 
-    @macro("i i i", *TYPES, PLACES, NUMBERS, "i")
-    def keys_seen(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any) -> Any:
+    @macro("i i i", BLOCK, "i")
+    def keys_seen(e: Emit, b: Block, thread: I32) -> tuple[I32, I32, I32]:
         """Whether the row of a thread is far, the first key that a row sees, and the one after the last."""
-        b = block(e, integers, reals, places, numbers)
         begin, end, _, _ = b.span.of_rows(b.first, b.first + (c.rows - 1))
         row = b.first + thread
         there = (thread < c.rows) & (row < b.span.rows)
         lse = e.load(kind, b.places["lse"] + e.wide(row) * b.p.lse_row, where=there)
         return e.select(there & is_far(e, lse), begin - begin + 1, begin - begin), begin, end
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i")
-    def load_queries(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", "i")
+    def load_queries(e: Emit, b: Block, base: I32, thread: I32) -> None:
         b.load_tile("query", q, base, thread, b.first, b.rows)
         b.commit()
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
-    def load_keys(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", "i", "i")
+    def load_keys(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
         b.load_tile("key", k, base, thread, j, b.span.columns)
         b.commit()
 
-    @macro(f"{M} {M}", *TYPES, PLACES, NUMBERS, "i")
-    def begin_rows(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any) -> Any:
-        b = block(e, integers, reals, places, numbers)
+    @macro(f"{M} {M}", BLOCK, "i")
+    def begin_rows(e: Emit, b: Block, thread: I32) -> tuple[Regs, Regs]:
         sinks = [b.sink(b.head, kind)] * product.slots if c.sinks else None
         first = product.lane_column(thread & 31).equals(0)
         return start(e, product, nothing, sinks, first, b.p.real("factor", kind))[:2]
 
-    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i")
-    def scores(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> Any:
-        b = block(e, integers, reals, places, numbers)
+    @macro(S, BLOCK, "i", "i", "i")
+    def scores(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> Regs:
         s = product.scores(e, q, k, base, *lanes.split(thread))
         if c.is_staged:
             s = stage(b, lanes, thread, j, s)[0]
         return lanes.scores(b, thread, j).hide(s, b.span)
 
-    @macro(f"{M} {M}", *TYPES, S, M, M)
-    def take_in(e: Any, integers: Any, reals: Any, s: Any, m: Any, l: Any) -> Any:
-        return fold(e, product, layout, nothing, s, m, l, [], Parameters(e, integers, reals).real("factor", kind))[1:3]
+    @macro(f"{M} {M}", PARAMETERS, S, M, M)
+    def take_in(e: Emit, p: Parameters, s: Regs, m: Regs, l: Regs) -> tuple[Regs, Regs]:
+        return fold(e, product, layout, nothing, s, m, l, [], p.real("factor", kind))[1:3]
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", M, M)
-    def finish(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, m: Any, l: Any) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", M, M)
+    def finish(e: Emit, b: Block, thread: I32, m: Regs, l: Regs) -> None:
         l, zero = relative(e, m, total(e, product, l), b.p.real("factor", kind)), e.const(kind, 0.0)
         begins = product.lane_column(thread & 31).equals(0)
         for slot, row in enumerate(lanes.rows(thread)):
@@ -106,26 +94,27 @@ def make_normalizers(c: Spec, on: Any) -> Any:
                 e.store(kind, address + FACTS.index(name) * SIZES[kind], [x], where)
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        parameters = integers, reals
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread = np.int32(cuda.threadIdx.x)
-        if any_far(integers, reals) == 0:
+        if any_far(parameters) == 0:
             return
-        places, numbers = find_work(integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y))
-        far, j, end = keys_seen(integers, reals, places, numbers, thread)
+        block = find_work(parameters, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y))
+        far, j, end = keys_seen(block, thread)
         if cuda.syncthreads_or(far) == 0:
             return
-        m, l = begin_rows(integers, reals, places, numbers, thread)
-        load_queries(integers, reals, places, numbers, base, thread)
+        m, l = begin_rows(block, thread)
+        load_queries(block, base, thread)
         landed()
         cuda.syncthreads()
-        scale_queries(integers, reals, base, thread)
+        scale_queries(parameters, base, thread)
         while j < end:
-            load_keys(integers, reals, places, numbers, base, thread, j)
+            load_keys(block, base, thread, j)
             landed()
             cuda.syncthreads()
-            m, l = take_in(integers, reals, scores(integers, reals, places, numbers, base, thread, j), m, l)
+            m, l = take_in(parameters, scores(block, base, thread, j), m, l)
             cuda.syncthreads()
             j = np.int32(j + columns)
-        finish(integers, reals, places, numbers, thread, m, l)
+        finish(block, thread, m, l)
 
     return kernel

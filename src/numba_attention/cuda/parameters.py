@@ -1,8 +1,7 @@
 """What a kernel is told: integers and reals a call, by name, and one record a sequence in the memory of the device."""
 
-from typing import Any
-
 from ..sequence_record import SEQUENCE
+from .emit import I32, I64, Emit, Packed, Real, Regs
 
 ARRAYS = ("query", "key", "value", "out", "lse", "bias", "mask", "grad_out", "grad_lse", "delta",
           "grad_query", "grad_key", "grad_value", "grad_bias", "sum_query", "key_scale", "value_scale")  # fmt: skip
@@ -32,33 +31,36 @@ _REALS = {name: n for n, name in enumerate(REALS)}
 class Parameters:
     """Parameters by name, as values of a macro: addresses and strides of 64 bits, reals of the kind asked for."""
 
-    def __init__(self, e: Any, integers: Any, reals: Any) -> None:
-        self._e, self._integers, self._reals = e, integers, reals
+    def __init__(self, e: Emit, integers: Regs, reals: Regs) -> None:
+        self._e, self.integers, self.reals = e, integers, reals
 
-    def __getattr__(self, name: str) -> Any:
-        return self._integers[_INTEGERS[name]]
+    def __getattr__(self, name: str) -> I64:
+        return self.integers[_INTEGERS[name]]
 
-    def int(self, name: str) -> Any:
+    def int(self, name: str) -> I32:
         """An integer that fits into 32 bits."""
-        return self._e.narrow(self._integers[_INTEGERS[name]])
+        return self._e.narrow(self.integers[_INTEGERS[name]])
 
-    def real(self, name: str, kind: str) -> Any:
-        return self._e.convert(kind, self._reals[_REALS[name]])
+    def real(self, name: str, kind: str) -> Real:
+        return self._e.convert(kind, self.reals[_REALS[name]])
+
+
+PARAMETERS = Packed(TYPES, Parameters, lambda p: (p.integers, p.reals))  # of a macro that takes `Parameters`
 
 
 class Sequence:
     """The record of one sequence, read field by field."""
 
-    def __init__(self, e: Any, p: Parameters, index: Any) -> None:
+    def __init__(self, e: Emit, p: Parameters, index: I32) -> None:
         self._e, self._at = e, p.sequences + e.wide(index) * RECORD
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> I64:
         return self._e.load_constant("l", self._at + _FIELDS[name])
 
-    def int(self, name: str) -> Any:
+    def int(self, name: str) -> I32:
         return self._e.narrow(self._e.load_constant("l", self._at + _FIELDS[name]))
 
 
-def clamp(e: Any, x: Any) -> Any:
+def clamp(e: Emit, x: I64) -> I32:
     """Narrow a position: what lies further than any key does so by as much as counts."""
     return e.narrow(e.max(e.min(x, FAR), -FAR))

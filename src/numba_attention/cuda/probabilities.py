@@ -1,21 +1,18 @@
 """The probabilities themselves, for `attention_weights`: maxima and sums of chosen rows first, then every key again."""
 
-from typing import Any
-
 import numpy as np
 
-from .blocks import FORWARD, NUMBERS, Block, Lanes, make_landed, make_scale, place, stage
+from .blocks import FORWARD, Block, Lanes, block_of, make_landed, make_scale, packed_block, stage
+from .emit import I32, Emit, KernelFunction, Regs, Target
 from .forward import make_product, tiles_of
-from .parameters import TYPES, Parameters
+from .parameters import PARAMETERS, Parameters
 from .products import Layout
 from .results import write_row
 from .softmax import center, fold, start, total
 from .spec import Spec
 
-PLACES = f"l{len(FORWARD)}"
 
-
-def make_weights(c: Spec, on: Any) -> Any:
+def make_weights(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel; its grid is tiles of chosen rows, of sequences that are one chosen head each."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)
@@ -26,62 +23,52 @@ def make_weights(c: Spec, on: Any) -> Any:
     q, k, _, _ = tiles_of(c)
     scale_queries = make_scale(c, on, q)
     S, M = f"{kind}{len(layout)}", f"{kind}{product.slots}"
+    BLOCK = packed_block(c, FORWARD)
     staged = c.is_staged
 
-    def block(e: Any, integers: Any, reals: Any, places: Any, numbers: Any) -> Block:
-        return Block(e, c, integers, reals, FORWARD, places, numbers)
-
-    @macro(f"{PLACES} {NUMBERS} i", *TYPES, "i")
-    def find_work(e: Any, integers: Any, reals: Any, x: Any) -> Any:
-        p = Parameters(e, integers, reals)
+    @macro((BLOCK, "i"), PARAMETERS, "i")
+    def find_work(e: Emit, p: Parameters, x: I32) -> tuple[Block, I32]:
         tiles = p.int("tiles")
-        places, numbers = place(e, c, p, FORWARD, x // tiles, x % tiles, e.const("i", 0))
-        numbers[8] = p.int("number")  # rows are those chosen
-        return places, numbers, numbers[4]
+        b = block_of(e, c, p, FORWARD, x // tiles, x % tiles, e.const("i", 0))
+        b.rows = p.int("number")  # rows are those chosen
+        return b, b.span.columns
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i")
-    def load_queries(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", "i")
+    def load_queries(e: Emit, b: Block, base: I32, thread: I32) -> None:
         b.load_tile("query", q, base, thread, b.first, b.rows)
         b.commit()
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", "i")
-    def load_keys(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", "i", "i")
+    def load_keys(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
         b.load_tile("key", k, base, thread, j, b.span.columns)
         b.commit()
 
-    @macro(f"{M} {M}", *TYPES, PLACES, NUMBERS, "i")
-    def begin_rows(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any) -> Any:
-        b = block(e, integers, reals, places, numbers)
+    @macro(f"{M} {M}", BLOCK, "i")
+    def begin_rows(e: Emit, b: Block, thread: I32) -> tuple[Regs, Regs]:
         sinks = None
         if c.sinks:
             sinks = [b.sink(b.head, kind)] * product.slots
         first = product.lane_column(thread & 31).equals(0)
         return start(e, product, nothing, sinks, first, b.p.real("factor", kind))[:2]
 
-    @macro(S, *TYPES, PLACES, NUMBERS, "i", "i", "i")
-    def scores(e: Any, integers: Any, reals: Any, places: Any, numbers: Any, base: Any, thread: Any, j: Any) -> Any:
-        b = block(e, integers, reals, places, numbers)
+    @macro(S, BLOCK, "i", "i", "i")
+    def scores(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> Regs:
         s = product.scores(e, q, k, base, *lanes.split(thread))
         if staged:
             s = stage(b, lanes, thread, j, s)[0]
         return lanes.scores(b, thread, j).hide(s, b.span)
 
-    @macro(f"{M} {M}", *TYPES, S, M, M)
-    def take_in(e: Any, integers: Any, reals: Any, s: Any, m: Any, l: Any) -> Any:
-        factor = Parameters(e, integers, reals).real("factor", kind)
+    @macro(f"{M} {M}", PARAMETERS, S, M, M)
+    def take_in(e: Emit, p: Parameters, s: Regs, m: Regs, l: Regs) -> tuple[Regs, Regs]:
+        factor = p.real("factor", kind)
         return fold(e, product, layout, nothing, s, m, l, [], factor)[1:3]
 
     @macro(M, M)
-    def sums(e: Any, l: Any) -> Any:
+    def sums(e: Emit, l: Regs) -> Regs:
         return total(e, product, l)
 
-    @macro("", *TYPES, PLACES, NUMBERS, "i", "i", S, M, M)
-    def write(
-        e: Any, integers: Any, reals: Any, places: Any, numbers: Any, thread: Any, j: Any, s: Any, m: Any, l: Any
-    ) -> None:
-        b = block(e, integers, reals, places, numbers)
+    @macro("", BLOCK, "i", "i", S, M, M)
+    def write(e: Emit, b: Block, thread: I32, j: I32, s: Regs, m: Regs, l: Regs) -> None:
         factor, zero = b.p.real("factor", kind), e.const(kind, 0.0)
         keys = b.p.int("inner_tiles")  # all keys, valid or not
         apart, offsets, _ = center(e, product, layout, s, m, factor)
@@ -98,44 +85,35 @@ def make_weights(c: Spec, on: Any) -> Any:
             first = product.lane_column(thread & 31) + j
             write_row(e, c.storage, False, layout, mine, made, address, b.p.out_column, first, keys, at < b.rows)
 
-    @macro("i", *TYPES)
-    def all_keys(e: Any, integers: Any, reals: Any) -> Any:
-        return Parameters(e, integers, reals).int("inner_tiles")
+    @macro("i", PARAMETERS)
+    def all_keys(e: Emit, p: Parameters) -> I32:
+        return p.int("inner_tiles")
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        parameters = integers, reals
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread = np.int32(cuda.threadIdx.x)
-        places, numbers, end = find_work(integers, reals, np.int32(cuda.blockIdx.x))
-        m, l = begin_rows(integers, reals, places, numbers, thread)
-        load_queries(integers, reals, places, numbers, base, thread)
+        block, end = find_work(parameters, np.int32(cuda.blockIdx.x))
+        m, l = begin_rows(block, thread)
+        load_queries(block, base, thread)
         landed()
         cuda.syncthreads()
-        scale_queries(integers, reals, base, thread)
+        scale_queries(parameters, base, thread)
         j = np.int32(0)
         while j < end:
-            load_keys(integers, reals, places, numbers, base, thread, j)
+            load_keys(block, base, thread, j)
             landed()
             cuda.syncthreads()
-            m, l = take_in(integers, reals, scores(integers, reals, places, numbers, base, thread, j), m, l)
+            m, l = take_in(parameters, scores(block, base, thread, j), m, l)
             cuda.syncthreads()
             j = np.int32(j + columns)
         l = sums(l)
-        j, end = np.int32(0), all_keys(integers, reals)
+        j, end = np.int32(0), all_keys(parameters)
         while j < end:
-            load_keys(integers, reals, places, numbers, base, thread, j)
+            load_keys(block, base, thread, j)
             landed()
             cuda.syncthreads()
-            write(
-                integers,
-                reals,
-                places,
-                numbers,
-                thread,
-                j,
-                scores(integers, reals, places, numbers, base, thread, j),
-                m,
-                l,
-            )
+            write(block, thread, j, scores(block, base, thread, j), m, l)
             cuda.syncthreads()
             j = np.int32(j + columns)
 

@@ -5,11 +5,12 @@
 `Layout` says. Everything else - softmax, masks, the algorithms - knows layouts and not what multiplies.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
+from .emit import I32, Emit, Pred, Real, Regs
 from .formats import HALVES, KINDS, SIZES
-from .tiles import CHUNK, Tile
+from .tiles import CHUNK, Place, Tile
 
 HIDDEN = 0x7FC0DEAD  # bits of a float32 weight, a NaN that no arithmetic makes, for what must not be multiplied at all
 
@@ -29,7 +30,66 @@ class Layout:
         return [n for n, (row, _) in enumerate(self.elements) if row == slot]
 
 
-class TensorCores:
+class Product(ABC):
+    """What multiplies: how a warp holds scores and sums, and makes them."""
+
+    kind: str  # of scores and sums
+    storage: str  # of tiles
+    rows: int  # of a warp
+    slots: int  # rows of a thread
+    reduce: tuple[int, ...]  # the distances of lanes that share a row
+    scratch = 0  # bytes of shared memory for each warp
+    at = 0  # its byte offset
+    careful = False  # whether weights that are `HIDDEN` are not multiplied
+
+    def set_columns(self, columns: int) -> None:  # noqa: B027 (not every product has to)
+        """Prepare for scores of so many columns."""
+
+    @abstractmethod
+    def slot_row(self, slot: int) -> int:
+        """The row of a slot, from the first one of its lane."""
+
+    @abstractmethod
+    def lane_row(self, lane: I32) -> I32:
+        """The first row of a lane."""
+
+    @abstractmethod
+    def lane_column(self, lane: I32) -> I32:
+        """Of scores; the first column of a lane."""
+
+    @abstractmethod
+    def lane_feature(self, lane: I32) -> I32:
+        """Of sums; the first column of a lane."""
+
+    @abstractmethod
+    def layout(self, columns: int) -> Layout:
+        """Of scores with so many columns."""
+
+    @abstractmethod
+    def features(self, columns: int) -> Layout:
+        """Of sums with so many columns."""
+
+    @abstractmethod
+    def scores(self, e: Emit, a: Tile, b: Tile, base: I32, warp: I32, lane: I32, shift: I32 | int = 0) -> Regs:
+        """A B^T; B lies `shift` bytes behind its tile."""
+
+    @abstractmethod
+    def add(self, e: Emit, c: Regs, p: Regs, b: Tile, base: I32, warp: I32, lane: I32, shift: I32 | int = 0) -> Regs:
+        """C + P B, of P as `scores` gives it."""
+
+    def is_hidden(self, e: Emit, x: Real) -> Pred:
+        """Whether a score or a weight is `HIDDEN`."""
+        if self.kind == "f":
+            return e.bits("i", x).equals(HIDDEN)
+        return e.bits("l", x).equals(HIDDEN << 32)
+
+    def hidden(self, e: Emit) -> Real:
+        if self.kind == "f":
+            return e.bits("f", e.const("i", HIDDEN))
+        return e.bits("d", e.const("l", HIDDEN << 32))
+
+
+class TensorCores(Product):
     """float16 and bfloat16: mma.sync m16n8k16, operands by ldmatrix (PTX ISA, "Matrix fragments for mma.m16n8k16")."""
 
     kind = "f"
@@ -38,23 +98,20 @@ class TensorCores:
         self.storage, self.tiles = storage, tiles  # tiles of 16 rows for each warp
         self.rows, self.slots = 16 * tiles, 2 * tiles
         self.half = HALVES[storage]
-        self.reduce = (1, 2)  # over which lanes of a row are apart
-        self.scratch = 0  # bytes of shared memory for each warp
+        self.reduce = (1, 2)
 
     def slot_row(self, slot: int) -> int:
         return 8 * slot
 
-    def lane_row(self, lane: Any) -> Any:
+    def lane_row(self, lane: I32) -> I32:
         return lane >> 2
 
-    def lane_column(self, lane: Any) -> Any:
-        """Of scores; the first column of a lane."""
+    def lane_column(self, lane: I32) -> I32:
         return (lane & 3) * 2
 
     lane_feature = lane_column
 
     def layout(self, columns: int) -> Layout:
-        """Of scores with so many columns."""
         elements = [
             (2 * m + slot, 8 * n + column)
             for m in range(self.tiles) for n in range(columns // 8) for slot in (0, 1) for column in (0, 1)
@@ -63,7 +120,7 @@ class TensorCores:
 
     features = layout  # of a sum has the same order
 
-    def scores(self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0) -> list[Any]:
+    def scores(self, e: Emit, a: Tile, b: Tile, base: I32, warp: I32, lane: I32, shift: I32 | int = 0) -> Regs:
         zero = e.const("f", 0.0)
         per_tile = b.rows // 2  # registers of a tile of 16 rows
         s = [[zero] * per_tile for _ in range(self.tiles)]
@@ -79,9 +136,7 @@ class TensorCores:
                         s[m][at] = e.multiply(self.half, left[m], right[2 * half : 2 * half + 2], s[m][at])
         return [x for part in s for x in part]
 
-    def add(
-        self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
-    ) -> list[Any]:
+    def add(self, e: Emit, c: Regs, p: Regs, b: Tile, base: I32, warp: I32, lane: I32, shift: I32 | int = 0) -> Regs:
         c = list(c)
         per_tile, wide = len(p) // self.tiles, len(c) // self.tiles
         packed = [e.pack(self.half, p[n], p[n + 1]) for n in range(0, len(p), 2)]
@@ -96,7 +151,7 @@ class TensorCores:
                         c[at] = e.multiply(self.half, left, right[2 * half : 2 * half + 2], c[at])
         return c
 
-    def leave(self, e: Any, p: list[Any], tile: Tile, base: Any, warp: Any, lane: Any) -> None:
+    def leave(self, e: Emit, p: Regs, tile: Tile, base: I32, warp: I32, lane: I32) -> None:
         """Write what `scores` gave to a tile of its rows and columns, rounded."""
         per_tile = len(p) // self.tiles
         for m in range(self.tiles):
@@ -116,8 +171,8 @@ class TensorCores:
         return tiles, parts
 
     def transposed(
-        self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, warps: int
-    ) -> tuple[list[Any], Any, Any, Any]:
+        self, e: Emit, a: Tile, b: Tile, base: I32, warp: I32, lane: I32, warps: int
+    ) -> tuple[Regs, I32, I32, Pred | None]:
         """A^T B, shared out among warps: 16 rows of it as `layout` has them, first row and column, and whether any.
 
         The last is None where every warp has some.
@@ -141,7 +196,7 @@ class TensorCores:
         return sums, tile * 16, part * features, None if tiles * parts == warps else part < parts
 
 
-def to_tf32(e: Any, x: Any) -> Any:
+def to_tf32(e: Emit, x: Real) -> I32:
     """The nearest number of 10 bits of fraction, as 32 bits: by integers, in half as many instructions as cvt.rna."""
     return (e.bits("i", x) + 0x1000) & -0x2000
 
@@ -157,28 +212,27 @@ class TripleTF32(TensorCores):
     def __init__(self, storage: str = "float32", tiles: int = 1) -> None:
         self.storage, self.tiles = "float32", tiles
         self.rows, self.slots = 16 * tiles, 2 * tiles
-        self.reduce, self.scratch = (1, 2), 0
+        self.reduce = (1, 2)
 
-    def _split(self, e: Any, x: Any) -> tuple[Any, Any]:
+    def _split(self, e: Emit, x: Real) -> tuple[I32, I32]:
         """Round to 10 bits of fraction, and cut off the rest, in which a NaN stays one."""
         high = to_tf32(e, x)
         return high, e.bits("i", x - e.bits("f", high)) & -0x2000
 
-    def _multiply(self, e: Any, a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
+    def _multiply(self, e: Emit, a: list[tuple[I32, I32]], b: list[tuple[I32, I32]], c: Regs) -> Regs:
         (a_high, a_low), (b_high, b_low) = ([[x[n] for x in pairs] for n in (0, 1)] for pairs in (a, b))
         c = e.multiply("tf32", a_low, b_high, c)
         c = e.multiply("tf32", a_high, b_low, c)
-        made: list[Any] = e.multiply("tf32", a_high, b_high, c)
-        return made
+        return e.multiply("tf32", a_high, b_high, c)
 
-    def scores(self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0) -> list[Any]:
+    def scores(self, e: Emit, a: Tile, b: Tile, base: I32, warp: I32, lane: I32, shift: I32 | int = 0) -> Regs:
         row, word = lane >> 2, (lane & 3) * 4
         left = [a.row(base, warp * self.rows + row, 8 * n) for n in range(self.slots)]
         right = [b.row(base + shift, row, 8 * n) for n in range(b.rows // 8)]
         per_tile = b.rows // 2
 
-        def body(k: Any, s: list[Any]) -> list[Any]:
-            def read(tile: Tile, place: Any, chunk: int) -> Any:
+        def body(k: I32, s: Regs) -> Regs:
+            def read(tile: Tile, place: Place, chunk: int) -> tuple[I32, I32]:
                 return self._split(e, e.load_shared("f", tile.chunk(place, k * 2 + chunk) + word))
 
             s = list(s)
@@ -193,12 +247,9 @@ class TripleTF32(TensorCores):
                     s[at] = [x + y for x, y in zip(s[at], found, strict=True)]
             return s
 
-        made: list[Any] = e.loop(a.columns // 8, [e.const("f", 0.0)] * (per_tile * self.tiles), body)
-        return made
+        return e.loop(a.columns // 8, [e.const("f", 0.0)] * (per_tile * self.tiles), body)
 
-    def add(
-        self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
-    ) -> list[Any]:
+    def add(self, e: Emit, c: Regs, p: Regs, b: Tile, base: I32, warp: I32, lane: I32, shift: I32 | int = 0) -> Regs:
         # The order of the summed index is free: of a step of 8, index t is row 2t of B and t + 4 row 2t + 1, as P lies.
         c, zero = list(c), [e.const("f", 0.0)] * 4
         per_tile, wide, steps = len(p) // self.tiles, len(c) // self.tiles, range(b.rows // 8)
@@ -221,7 +272,7 @@ class TripleTF32(TensorCores):
         return c
 
 
-class Simt:
+class Simt(Product):
     """float32 and float64 by FMA: a warp is a grid of lanes, each with some rows and every so-manieth column.
 
     With one lane across, a thread has its rows to itself: no shuffles, so that this runs in Numba's simulator too.
@@ -238,20 +289,20 @@ class Simt:
         self.per_chunk = CHUNK // self.size
 
     def set_columns(self, columns: int) -> None:
-        """Prepare for scores of so many columns: weights go through shared memory, a row with a gap after it."""
+        """Weights go through shared memory, a row with a gap after it."""
         self.pitch = (columns + 2 * self.per_chunk) * self.size
         self.scratch = self.rows * self.pitch
 
     def slot_row(self, slot: int) -> int:
         return self.down * slot
 
-    def lane_row(self, lane: Any) -> Any:
+    def lane_row(self, lane: I32) -> I32:
         return lane // self.across
 
-    def lane_column(self, lane: Any) -> Any:
+    def lane_column(self, lane: I32) -> I32:
         return lane % self.across
 
-    def lane_feature(self, lane: Any) -> Any:
+    def lane_feature(self, lane: I32) -> I32:
         return lane % self.across * self.per_chunk
 
     def layout(self, columns: int) -> Layout:
@@ -266,13 +317,13 @@ class Simt:
         ]  # fmt: skip
         return Layout(self.slots, tuple(elements), self.per_chunk)
 
-    def scores(self, e: Any, a: Tile, b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0) -> list[Any]:
+    def scores(self, e: Emit, a: Tile, b: Tile, base: I32, warp: I32, lane: I32, shift: I32 | int = 0) -> Regs:
         first = warp * self.rows + self.lane_row(lane)
         column = self.lane_column(lane)
         rows = [a.row_and(base, first, self.slot_row(slot)) for slot in range(self.slots)]
         columns = [b.row_and(base + shift, column, self.across * n) for n in range(b.rows // self.across)]
 
-        def body(k: Any, s: list[Any]) -> list[Any]:
+        def body(k: I32, s: Regs) -> Regs:
             left = [e.load_shared(self.kind, a.chunk(place, k), self.per_chunk) for place in rows]
             right = [e.load_shared(self.kind, b.chunk(place, k), self.per_chunk) for place in columns]
             made = []
@@ -285,12 +336,9 @@ class Simt:
             return made
 
         zero = e.const(self.kind, 0.0)
-        made: list[Any] = e.loop(a.chunks, [zero] * (self.slots * len(columns)), body)
-        return made
+        return e.loop(a.chunks, [zero] * (self.slots * len(columns)), body)
 
-    def add(
-        self, e: Any, c: list[Any], p: list[Any], b: Tile, base: Any, warp: Any, lane: Any, shift: Any = 0
-    ) -> list[Any]:
+    def add(self, e: Emit, c: Regs, p: Regs, b: Tile, base: I32, warp: I32, lane: I32, shift: I32 | int = 0) -> Regs:
         layout = self.layout(b.rows)
         own = base + (warp * self.scratch + self.lane_row(lane) * self.pitch + self.at)
         e.sync_warp()  # its weights of the last tile have been read
@@ -300,7 +348,7 @@ class Simt:
         e.sync_warp()
         chunks = b.columns // (self.across * self.per_chunk)
 
-        def body(k: Any, sums: list[Any]) -> list[Any]:
+        def body(k: I32, sums: Regs) -> Regs:
             sums = list(sums)
             weights = [
                 e.load_shared(self.kind, own + self.slot_row(slot) * self.pitch + k * CHUNK, self.per_chunk)
@@ -317,21 +365,8 @@ class Simt:
                             sums[at] = self._add(e, weights[slot][part], value, sums[at])
             return sums
 
-        made: list[Any] = e.loop(b.rows // self.per_chunk, c, body)
-        return made
+        return e.loop(b.rows // self.per_chunk, c, body)
 
-    at = 0  # byte offset of the weights in shared memory
-
-    def _add(self, e: Any, weight: Any, value: Any, total: Any) -> Any:
+    def _add(self, e: Emit, weight: Real, value: Real, total: Real) -> Real:
         made = e.fma(weight, value, total)
         return e.select(self.is_hidden(e, weight), total, made) if self.careful else made
-
-    def is_hidden(self, e: Any, x: Any) -> Any:
-        if self.kind == "f":
-            return e.bits("i", x).equals(HIDDEN)
-        return e.bits("l", x).equals(HIDDEN << 32)
-
-    def hidden(self, e: Any) -> Any:
-        if self.kind == "f":
-            return e.bits("f", e.const("i", HIDDEN))
-        return e.bits("d", e.const("l", HIDDEN << 32))

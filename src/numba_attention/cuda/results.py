@@ -1,12 +1,11 @@
 """Rows of registers out to global memory, and whether they are finite."""
 
-from typing import Any
-
+from .emit import I32, I64, Emit, Pred, Regs
 from .formats import HALVES, KINDS, SIZES
 from .products import Layout
 
 
-def not_finite(e: Any, numbers: list[Any]) -> Any:
+def not_finite(e: Emit, numbers: Regs) -> I32:
     """1 if any of some numbers is NaN or infinite, else 0."""
     finite = e.is_finite(numbers[0])
     for x in numbers[1:]:
@@ -15,8 +14,8 @@ def not_finite(e: Any, numbers: list[Any]) -> Any:
 
 
 def write_row(
-    e: Any, storage: str, aligned: bool, layout: Layout, mine: list[int], x: list[Any], address: Any, column: Any,
-    first: Any, width: Any, there: Any,
+    e: Emit, storage: str, aligned: bool, layout: Layout, mine: list[int], x: Regs, address: I64, column: I64,
+    first: I32, width: I32, there: Pred,
 ) -> None:  # fmt: skip
     """Store the registers `mine` of a row, whose values are x and whose lane begins at feature `first`, up to a width.
 

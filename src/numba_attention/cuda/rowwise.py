@@ -1,28 +1,26 @@
 """Small kernels around the backward pass: delta, gradients of sinks, sums over what was broadcast, zeros."""
 
 import math
-from typing import Any
 
 import numpy as np
 
-from .blocks import Block, place
-from .emit import SIZES
+from .blocks import Block, block_of
+from .emit import I32, I64, SIZES, Emit, KernelFunction, Real, Regs, Target
 from .formats import HALVES, KINDS, read
-from .parameters import AXES, TYPES, Parameters
+from .parameters import AXES, PARAMETERS, Parameters
 from .products import Layout
 from .results import not_finite, write_row
 from .softmax import LOG2E, is_far
 from .spec import Spec
 
 NAMES = ("out", "grad_out", "lse", "grad_lse", "delta", "sum_query", "grad_query")
-PLACES = f"l{len(NAMES)}"
 
 
 def kind_of(storage: str) -> str:
     return "d" if storage == "float64" else "f"
 
 
-def make_delta(c: Spec, on: Any) -> Any:
+def make_delta(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel of delta = rowsum(dO O) - dlse: a warp for each row; its grid is rows by fours, and heads.
 
     Beside delta it writes the offset of the row (`normalizers`), of an lse that says enough, and whether any does not.
@@ -31,22 +29,21 @@ def make_delta(c: Spec, on: Any) -> Any:
     cuda, macro = on.cuda, on.macro
     kind = kind_of(c.storage)
 
-    @macro("", *TYPES, "i", "i", "i")
-    def row(e: Any, integers: Any, reals: Any, x: Any, head: Any, thread: Any) -> None:
-        p = Parameters(e, integers, reals)
-        b, i = _row_of_warp(e, c, integers, reals, x, head, thread)
+    @macro("", PARAMETERS, "i", "i", "i")
+    def row(e: Emit, p: Parameters, x: I32, head: I32, thread: I32) -> None:
+        b, i = _row_of_warp(e, c, p, x, head, thread)
         lane, there, total = thread & 31, i < b.span.rows, e.const(kind, 0.0)
         pairs = c.aligned and c.storage in HALVES  # of features in one word
         each = 2 if pairs else 1
         for n in range(-(-c.Ev // (32 * each))):
             feature = (lane + 32 * n) * each
             inside = there & (feature < p.int("Ev"))
-            found = []
+            found: list[Regs] = []
             for name in ("out", "grad_out"):
                 at = b.places[name] + e.wide(i) * getattr(p, f"{name}_row")
                 at = at + e.wide(feature) * getattr(p, f"{name}_column")
                 if pairs:
-                    found.append(e.unpack(HALVES[c.storage], e.load("i", at, where=inside)))
+                    found.append(list(e.unpack(HALVES[c.storage], e.load("i", at, where=inside))))
                 else:
                     found.append([read(e, c.storage, at, inside)])
             for a, z in zip(*found, strict=True):
@@ -67,27 +64,26 @@ def make_delta(c: Spec, on: Any) -> Any:
                 e.store(kind, at + e.wide(lane + 32 * n) * 4, [zero], i < b.rows)
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
-        row(integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y), np.int32(cuda.threadIdx.x))
+        parameters = integers, reals
+        row(parameters, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y), np.int32(cuda.threadIdx.x))
 
     return kernel
 
 
-def _row_of_warp(e: Any, c: Spec, integers: Any, reals: Any, x: Any, head: Any, thread: Any) -> tuple[Block, Any]:
+def _row_of_warp(e: Emit, c: Spec, p: Parameters, x: I32, head: I32, thread: I32) -> tuple[Block, I32]:
     """Sequence and row of a warp, where a block has as many rows as warps."""
-    p = Parameters(e, integers, reals)
     tiles = p.int("tiles")
     index, i = x // tiles, x % tiles * c.warps + (thread >> 5)
-    return Block(e, c, integers, reals, NAMES, *place(e, c, p, NAMES, index, e.const("i", 0), head)), i
+    return block_of(e, c, p, NAMES, index, e.const("i", 0), head), i
 
 
-def make_round(c: Spec, on: Any) -> Any:
+def make_round(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel that rounds the sums of the gradient of queries to its type: a warp for each row."""
     cuda, macro = on.cuda, on.macro
 
-    @macro("", *TYPES, "i", "i", "i")
-    def row(e: Any, integers: Any, reals: Any, x: Any, head: Any, thread: Any) -> None:
-        p = Parameters(e, integers, reals)
-        b, i = _row_of_warp(e, c, integers, reals, x, head, thread)
+    @macro("", PARAMETERS, "i", "i", "i")
+    def row(e: Emit, p: Parameters, x: I32, head: I32, thread: I32) -> None:
+        b, i = _row_of_warp(e, c, p, x, head, thread)
         lane, there, bad = thread & 31, i < b.rows, e.const("i", 0)
         source = b.places["sum_query"] + e.wide(i) * p.sum_query_row
         target = b.places["grad_query"] + e.wide(i) * p.grad_query_row
@@ -104,26 +100,25 @@ def make_round(c: Spec, on: Any) -> Any:
             b.mark(i, bad, there & lane.equals(0))
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
-        row(integers, reals, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y), np.int32(cuda.threadIdx.x))
+        parameters = integers, reals
+        row(parameters, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y), np.int32(cuda.threadIdx.x))
 
     return kernel
 
 
-def make_sinks(c: Spec, on: Any) -> Any:
+def make_sinks(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel of the gradient of sinks, each one more key whose value is 0; a block for each head."""
     cuda, macro, shared_address = on.cuda, on.macro, on.shared()
     kind, threads = kind_of(c.storage), c.threads
     size = 8 if kind == "d" else 4
 
-    @macro("i i", *TYPES)
-    def counts(e: Any, integers: Any, reals: Any) -> Any:
-        p = Parameters(e, integers, reals)
+    @macro("i i", PARAMETERS)
+    def counts(e: Emit, p: Parameters) -> tuple[I32, I32]:
         return p.int("number"), p.int("inner_tiles")
 
-    @macro(kind, *TYPES, "i", "i", "i", "i", kind)
-    def add(e: Any, integers: Any, reals: Any, index: Any, turn: Any, head: Any, thread: Any, total: Any) -> Any:
-        p = Parameters(e, integers, reals)
-        b = Block(e, c, integers, reals, NAMES, *place(e, c, p, NAMES, index, e.const("i", 0), head))
+    @macro(kind, PARAMETERS, "i", "i", "i", "i", kind)
+    def add(e: Emit, p: Parameters, index: I32, turn: I32, head: I32, thread: I32, total: Real) -> Real:
+        b = block_of(e, c, p, NAMES, index, e.const("i", 0), head)
         i = turn * threads + thread
         there = i < b.span.rows
         lse = e.load(kind, b.places["lse"] + e.wide(i) * p.lse_row, where=there)
@@ -135,35 +130,35 @@ def make_sinks(c: Spec, on: Any) -> Any:
         return e.select(weighs, total - weight * delta, e.select(there & e.is_nan(lse), lse, total))
 
     @macro("", "i", "i", kind)
-    def leave(e: Any, base: Any, thread: Any, x: Any) -> None:
+    def leave(e: Emit, base: I32, thread: I32, x: Real) -> None:
         e.store_shared(kind, base + thread * size, [x])
 
-    @macro("", *TYPES, "i", "i", "i")
-    def finish(e: Any, integers: Any, reals: Any, base: Any, head: Any, thread: Any) -> None:
-        p = Parameters(e, integers, reals)
+    @macro("", PARAMETERS, "i", "i", "i")
+    def finish(e: Emit, p: Parameters, base: I32, head: I32, thread: I32) -> None:
         total = e.loop(threads, [e.const(kind, 0.0)], lambda n, s: [s[0] + e.load_shared(kind, base + n * size)])[0]
         e.store(kind, p.partial + e.wide(head) * size, [total], thread.equals(0))
 
     @macro(kind)
-    def zero(e: Any) -> Any:
+    def zero(e: Emit) -> Real:
         return e.const(kind, 0.0)
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        parameters = integers, reals
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread, head = np.int32(cuda.threadIdx.x), np.int32(cuda.blockIdx.x)
-        number, turns = counts(integers, reals)
+        number, turns = counts(parameters)
         total = zero()
         for index in range(number):
             for turn in range(turns):
-                total = add(integers, reals, np.int32(index), np.int32(turn), head, thread, total)
+                total = add(parameters, np.int32(index), np.int32(turn), head, thread, total)
         leave(base, thread, total)
         cuda.syncthreads()
-        finish(integers, reals, base, head, thread)
+        finish(parameters, base, head, thread)
 
     return kernel
 
 
-def make_reduce(c: Spec, on: Any) -> Any:
+def make_reduce(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel that sums an array over some axes and converts: a thread for each element of the result.
 
     Its integers are of its own kind: source, target, elements, terms, and for each of `AXES` kept axes size, source
@@ -174,7 +169,7 @@ def make_reduce(c: Spec, on: Any) -> Any:
     kind, threads = "d" if "float64" in (of, to) else "f", c.threads
 
     @macro(f"l l i {kind}", f"l{4 + 5 * AXES}", "i", "i")
-    def begin(e: Any, n: Any, x: Any, thread: Any) -> Any:
+    def begin(e: Emit, n: Regs, x: I32, thread: I32) -> tuple[I64, I64, I32, Real]:
         index = e.wide(x) * threads + e.wide(thread)
         there = index < n[2]
         source, target, rest = n[0], n[1], e.select(there, index, index - index)
@@ -184,7 +179,7 @@ def make_reduce(c: Spec, on: Any) -> Any:
         return source, e.select(there, target, target - target), e.narrow(n[3]), e.const(kind, 0.0)
 
     @macro(kind, f"l{4 + 5 * AXES}", "l", "l", "i", kind)
-    def add(e: Any, n: Any, source: Any, target: Any, term: Any, total: Any) -> Any:
+    def add(e: Emit, n: Regs, source: I64, target: I64, term: I32, total: Real) -> Real:
         rest = e.wide(term)
         for axis in range(AXES):
             size, a = n[4 + 3 * AXES + 2 * axis : 6 + 3 * AXES + 2 * axis]
@@ -192,7 +187,7 @@ def make_reduce(c: Spec, on: Any) -> Any:
         return total + e.convert(kind, read(e, of, source, target > 0))
 
     @macro("", "l", kind)
-    def finish(e: Any, target: Any, total: Any) -> None:
+    def finish(e: Emit, target: I64, total: Real) -> None:
         x = total if to == "float64" else e.convert("f", total)
         x = e.to_half(HALVES[to], x) if to in HALVES else x
         e.store(KINDS[to], target, [x], target > 0)

@@ -6,17 +6,18 @@ of columns.
 """
 
 import math
-from typing import Any
+from dataclasses import dataclass
 
 from ..intervals import bind, keys_of_row, rows_of_key
+from .emit import I32, I64, Emit, Real, Regs
 from .formats import read
 from .parameters import Parameters, Sequence, clamp
-from .products import Layout
+from .products import Layout, Product
 from .softmax import LARGEST
 from .spec import Spec
 
 
-def _converted(e: Any, kind: str, x: Any) -> Any:
+def _converted(e: Emit, kind: str, x: Real) -> Real:
     """A bias in the kind of the scores; what is finite in float64 stays so in float32."""
     if kind == "f" and x.kind == "d":
         most = e.const("d", LARGEST["f"])
@@ -37,18 +38,18 @@ class Span:
         Whether the rows of the tile are keys.
     """
 
-    def __init__(self, e: Any, numbers: Any, transposed: bool) -> None:
-        self.e, self._numbers = e, numbers
+    def __init__(self, e: Emit, numbers: Regs, transposed: bool) -> None:
+        self.e, self.numbers = e, numbers
         _, _, queries, keys, _ = numbers
         self.rows, self.columns = (keys, queries) if transposed else (queries, keys)
         self._rule = bind(rows_of_key if transposed else keys_of_row, e.min, e.max, e.select)
 
-    def of_row(self, row: Any) -> tuple[Any, Any]:
+    def of_row(self, row: I32) -> tuple[I32, I32]:
         """First column and the one after the last; none of them for a row that is not there."""
-        start, stop = self._rule(row, *self._numbers)
+        start, stop = self._rule(row, *self.numbers)
         return start, stop
 
-    def of_rows(self, first: Any, last: Any) -> tuple[Any, Any, Any, Any]:
+    def of_rows(self, first: I32, last: I32) -> tuple[I32, I32, I32, I32]:
         """Columns that any of some rows sees, and columns that all of them see."""
         any_first, all_last = self.of_row(first)
         all_first, any_last = self.of_row(self.e.min(last, self.rows - 1))
@@ -56,10 +57,23 @@ class Span:
         return any_first, any_last, all_first, all_last
 
 
-def span_of(e: Any, p: Parameters, s: Sequence) -> tuple[Any, Any, Any, Any, Any]:
+def span_of(e: Emit, p: Parameters, s: Sequence) -> tuple[I32, I32, I32, I32, I32]:
     """The numbers of a `Span`."""
     low, high = clamp(e, s.offset - p.left), clamp(e, s.offset + p.right)
     return low, high, s.int("queries"), s.int("keys"), s.int("prefix")
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What the stages between products and softmax read."""
+
+    bias: I64  # addresses of the elements of this head, or of head 0 where `heads` says the head of each slot
+    mask: I64
+    offset: I32
+    rows: I32  # valid queries
+    keys: I32  # valid keys
+    slopes: Regs  # of ALiBi, of each slot
+    heads: Regs | None = None
 
 
 class Scores:
@@ -75,23 +89,21 @@ class Scores:
         Column of the lane's first register.
     """
 
-    def __init__(self, e: Any, c: Spec, p: Parameters, product: Any, layout: Layout, rows: list[Any], column: Any,
+    def __init__(self, e: Emit, c: Spec, p: Parameters, product: Product, layout: Layout, rows: Regs, column: I32,
                  transposed: bool = False) -> None:  # fmt: skip
         self.e, self.c, self.p, self.product, self.layout = e, c, p, product, layout
         self.rows, self.column, self.transposed = rows, column, transposed
 
-    def places(self) -> list[tuple[Any, Any]]:
+    def places(self) -> list[tuple[I32, I32]]:
         """Query and key of each register."""
         columns = {n: self.column + n for n in dict.fromkeys(n for _, n in self.layout.elements)}
         found = [(self.rows[slot], columns[n]) for slot, n in self.layout.elements]
         return [(b, a) for a, b in found] if self.transposed else found
 
-    def stages(self, s: list[Any], where: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    def stages(self, s: Regs, inputs: StageInputs) -> tuple[Regs, Regs]:
         """Apply softcap, ALiBi, bias and mask, in this order.
 
-        `where` has the addresses of bias and mask of this head, or of head 0 and the heads of each slot, the offset,
-        how many queries and keys there are, and the slope of each slot. Returns the scores, natural
-        ones unless a mask is all there is, and, with a softcap, the tanh of each.
+        Returns the scores, natural ones unless a mask is all there is, and, with a softcap, the tanh of each.
         """
         e, c, p, kind = self.e, self.c, self.p, self.product.kind
         rest, curves = p.real("rest", kind), []
@@ -105,19 +117,18 @@ class Scores:
         if c.alibi:
             made = []
             for (slot, _), (i, j), x in zip(self.layout.elements, places, s, strict=True):
-                distance = i + where["offset"] - j
+                distance = i + inputs.offset - j
                 distance = e.max(distance, 0 - distance)
-                made.append(e.fma(e.convert(kind, distance), e.const(kind, 0.0) - where["slopes"][slot], x))
+                made.append(e.fma(e.convert(kind, distance), e.const(kind, 0.0) - inputs.slopes[slot], x))
             s = made
         low = self.product.hidden(e) if self.careful else e.const(kind, -math.inf)
         if c.bias or c.mask:
-            rows, keys = where["rows"], where["key_rows"]
-            inside = [(i < rows) & (j < keys) for i, j in places]
+            inside = [(i < inputs.rows) & (j < inputs.keys) for i, j in places]
         if c.bias:
             least = e.const(kind, -LARGEST[kind])
             made = []
             for (slot, _), place, there, x in zip(self.layout.elements, places, inside, s, strict=True):
-                y = _converted(e, kind, read(e, c.bias, self.at("bias", where, slot, *place), there))
+                y = _converted(e, kind, read(e, c.bias, self.at("bias", inputs, slot, *place), there))
                 total = x + y if c.softcap or c.alibi else e.fma(x, rest, y)
                 # Only -inf hides: a finite bias whose sum with a score has no room stays the least number.
                 made.append(e.select(y.equals(-math.inf), low, e.select(total < least, least, total)))
@@ -125,22 +136,23 @@ class Scores:
         if c.mask:
             made = []
             for (slot, _), place, there, x in zip(self.layout.elements, places, inside, s, strict=True):
-                shown = e.load("b", self.at("mask", where, slot, *place), where=there)
+                shown = e.load("b", self.at("mask", inputs, slot, *place), where=there)
                 made.append(e.select(shown > 0, x, low))
             s = made
         return s, curves
 
     @property
     def careful(self) -> bool:
-        return bool(getattr(self.product, "careful", False))
+        return self.product.careful
 
-    def at(self, name: str, where: dict[str, Any], slot: int, i: Any, j: Any) -> Any:
+    def at(self, name: str, inputs: StageInputs, slot: int, i: I32, j: I32) -> I64:
+        """The address of an element of the bias or the mask."""
         e, p = self.e, self.p
-        row, column = getattr(p, f"{name}_row"), getattr(p, f"{name}_column")
-        address = where[name] + e.wide(i) * row + e.wide(j) * column
-        return address + e.wide(where["heads"][slot]) * getattr(p, f"{name}_head") if "heads" in where else address
+        row, column, head = (getattr(p, f"{name}_{axis}") for axis in ("row", "column", "head"))
+        address: I64 = (inputs.bias if name == "bias" else inputs.mask) + e.wide(i) * row + e.wide(j) * column
+        return address if inputs.heads is None else address + e.wide(inputs.heads[slot]) * head
 
-    def hide(self, s: list[Any], span: Span) -> list[Any]:
+    def hide(self, s: Regs, span: Span) -> Regs:
         """Hide what rows do not see."""
         e = self.e
         low = self.product.hidden(e) if self.careful else e.const(self.product.kind, -math.inf)

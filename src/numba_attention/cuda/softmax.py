@@ -10,9 +10,10 @@ subtracted from, and factor = unit * log2(e).
 
 import math
 import sys
-from typing import Any
+from collections.abc import Callable
 
-from .products import Layout
+from .emit import I32, Emit, Pred, Real, Regs, Value
+from .products import Layout, Product
 
 LN2 = math.log(2)
 LOG2E = math.log2(math.e)
@@ -27,7 +28,7 @@ ROUNDED = {"f": 2.0**10, "d": 2.0**25}
 LIFT = 30
 
 
-def across(e: Any, product: Any, x: Any, join: Any) -> Any:
+def across(e: Emit, product: Product, x: Value, join: Callable[[Value, Value], Value]) -> Value:
     """Join a number of each lane of a row; all of them get the same bits."""
     for distance in product.reduce:
         x = join(x, e.shuffle_xor(x, distance))
@@ -35,8 +36,9 @@ def across(e: Any, product: Any, x: Any, join: Any) -> Any:
 
 
 def start(
-    e: Any, product: Any, features: Layout, sinks: list[Any] | None, first: Any, factor: Any = None, lift: Any = None
-) -> tuple[list[Any], ...]:
+    e: Emit, product: Product, features: Layout, sinks: Regs | None, first: Pred, factor: Real,
+    lift: I32 | None = None,
+) -> tuple[Regs, Regs, Regs]:  # fmt: skip
     """Maxima, sums and accumulators before the first key; a sink is a key whose value is 0, in the first lane's sum."""
     kind = product.kind
     zero, low = e.const(kind, 0.0), e.const(kind, -LARGEST[kind])
@@ -52,7 +54,7 @@ def start(
     return [e.max(sink, low) for sink in sinks], counts, accumulators
 
 
-def excess(e: Any, maximum: Any, factor: Any) -> Any:
+def excess(e: Emit, maximum: Real, factor: Real) -> Real:
     """The logarithm of the weight of a row's maximum: what its product with the factor exceeds the rounded one by."""
     kind = maximum.kind
     rounded = maximum * factor
@@ -62,9 +64,9 @@ def excess(e: Any, maximum: Any, factor: Any) -> Any:
 
 
 def center(
-    e: Any, product: Any, layout: Layout, s: list[Any], m: list[Any], factor: Any, lift: Any = None,
-    before: list[Any] | None = None,
-) -> tuple[list[Any], list[Any], list[Any]]:  # fmt: skip
+    e: Emit, product: Product, layout: Layout, s: Regs, m: Regs, factor: Real, lift: I32 | None = None,
+    before: Regs | None = None,
+) -> tuple[Regs, Regs, Regs]:  # fmt: skip
     """Scores and, of each slot, an offset, such that the weight of a score is 2**(score * factor + offset).
 
     `m` has the maximum of each slot. Where `lift` is more than 0, weights are 2**-LIFT times as large. The logarithm of
@@ -80,7 +82,7 @@ def center(
     if lift is not None:
         limit = e.select(lift > 0, zero, limit)
 
-    def subtract(state: list[Any]) -> list[Any]:
+    def subtract(state: Regs) -> Regs:
         apart, offsets, steps = state[: len(s)], state[len(s) : len(s) + len(m)], state[len(s) + len(m) :]
         level = zero if lift is None else e.select(lift > 0, e.const(kind, float(-LIFT)), zero)
         for slot in slots:
@@ -100,16 +102,16 @@ def center(
 
 
 def fold(
-    e: Any, product: Any, layout: Layout, features: Layout, s: list[Any], m: list[Any], l: list[Any], c: list[Any],
-    factor: Any, lift: Any = None, at_once: bool = False,
-) -> tuple[list[Any], list[Any], list[Any], list[Any]]:  # fmt: skip
+    e: Emit, product: Product, layout: Layout, features: Layout, s: Regs, m: Regs, l: Regs, c: Regs,
+    factor: Real, lift: I32 | None = None, at_once: bool = False,
+) -> tuple[Regs, Regs, Regs, Regs]:  # fmt: skip
     """Take in a tile of scores: its weights, and maxima, sums and accumulators with it.
 
     ``at_once``: accumulators are rescaled here, and not when they are needed.
     """
     p, before, l, c = list(s), m, list(l), list(c)
     low = e.const(product.kind, -math.inf)
-    careful = getattr(product, "careful", False)
+    careful = product.careful
     shown = [e.select(product.is_hidden(e, x), low, x) for x in s] if careful else s
     m = []
     for slot in range(product.slots):
@@ -132,11 +134,11 @@ def fold(
     return p, m, l, c
 
 
-def total(e: Any, product: Any, l: list[Any]) -> list[Any]:
+def total(e: Emit, product: Product, l: Regs) -> Regs:
     return [across(e, product, x, lambda a, b: a + b) for x in l]
 
 
-def relative(e: Any, m: list[Any], l: list[Any], factor: Any, lift: Any = None) -> list[Any]:
+def relative(e: Emit, m: Regs, l: Regs, factor: Real, lift: I32 | None = None) -> Regs:
     """Sums of weights where the maximum of a row weighs 1."""
     made = []
     for top, x in zip(m, l, strict=True):
@@ -145,17 +147,17 @@ def relative(e: Any, m: list[Any], l: list[Any], factor: Any, lift: Any = None) 
     return made
 
 
-def lse(e: Any, maximum: Any, total: Any, unit: Any) -> Any:
+def lse(e: Emit, maximum: Real, total: Real, unit: Real) -> Real:
     """The natural logarithm of the denominator of a row, of its maximum and the sum of weights relative to it."""
     return e.fma(maximum, unit, e.log2(total) * LN2)
 
 
-def is_far(e: Any, lse: Any) -> Any:
+def is_far(e: Emit, lse: Real) -> Pred:
     """Whether a row has an lse so large that, rounded, it does not tell the denominator."""
     return (e.abs(lse) > ROUNDED[lse.kind]) & e.is_finite(lse)
 
 
-def recenter(e: Any, s: list[Any], tops: list[Any]) -> list[Any]:
+def recenter(e: Emit, s: Regs, tops: Regs) -> Regs:
     """Subtract from each score the maximum of its row, which is 0 for rows whose lse tells the denominator.
 
     Products that are summed in another order may exceed it by their rounding, and nothing weighs more than the maximum.

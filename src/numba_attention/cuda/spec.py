@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from .formats import HALVES, SIZES
-from .products import Simt, TensorCores, TripleTF32
+from .products import Product, Simt, TensorCores, TripleTF32
 from .tiles import Tile
 
 FEATURES = (32, 64, 96, 128, 192, 256)  # head dimensions that tiles have; others are filled up with zeros
@@ -69,7 +69,7 @@ class Spec:
     def threads(self) -> int:
         return 32 * self.warps
 
-    def make_product(self) -> Any:
+    def make_product(self) -> Product:
         if self.product == "tensor":
             return TensorCores(self.storage, self.slots)
         if self.product == "tf32":

@@ -5,20 +5,20 @@ them. When both are there, threads make of them the tile that products read.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
+from .emit import I32, Emit, Regs
 from .formats import HALVES, KINDS, numbers
-from .tiles import CHUNK, Rows, Tile
+from .tiles import CHUNK, Place, Rows, Tile
 
 
 @dataclass(frozen=True)
 class Codes(Tile):
     """A tile whose chunks lie in order: it is read from one end to the other, and needs no trick for that."""
 
-    def row(self, base: Any, row: Any, more: int = 0) -> tuple[Any, Any, int]:
+    def row(self, base: I32, row: I32, more: int = 0) -> Place:
         return base + row * self.pitch, None, self.offset + more * self.pitch
 
-    def chunk(self, place: tuple[Any, Any, int], n: Any, more: int = 0) -> Any:
+    def chunk(self, place: Place, n: I32 | int, more: int = 0) -> I32:
         begin, _, constant = place
         return begin + n * CHUNK + (constant + more * CHUNK)
 
@@ -37,7 +37,7 @@ class Codes(Tile):
         return self.scales + (4 * self.rows if self.is_scaled else 0)
 
 
-def fetch_scales(e: Any, codes: Codes, base: Any, rows: Rows, thread: Any, threads: int) -> None:
+def fetch_scales(e: Emit, codes: Codes, base: I32, rows: Rows, thread: I32, threads: int) -> None:
     """Bring the scales of rows to shared memory, zeros where there is no row."""
     size, nothing = e.const("i", 4), e.const("i", 0)
     for n in range(-(-codes.rows // threads)):
@@ -47,13 +47,13 @@ def fetch_scales(e: Any, codes: Codes, base: Any, rows: Rows, thread: Any, threa
         e.copy_async(target, rows.at(e, row, there), e.select(there, size, nothing), inside, 4)
 
 
-def unpack(e: Any, codes: Tile, tile: Tile, base: Any, thread: Any, threads: int, at_once: int = 1) -> None:
+def unpack(e: Emit, codes: Tile, tile: Tile, base: I32, thread: I32, threads: int, at_once: int = 1) -> None:
     """Make a tile of codes and their scales."""
     assert isinstance(codes, Codes)
     total, per_chunk, kind = tile.rows * tile.chunks, CHUNK // tile.size, KINDS[tile.storage]
     size = per_chunk * codes.size
 
-    def body(turn: Any, state: list[Any]) -> list[Any]:
+    def body(turn: I32, state: Regs) -> Regs:
         found = []
         for n in range(at_once):
             index = (turn * at_once + n) * threads + thread
@@ -62,7 +62,7 @@ def unpack(e: Any, codes: Tile, tile: Tile, base: Any, thread: Any, threads: int
             row, address = index // tile.chunks, base + index * size + codes.offset
             words = e.load_shared("i" if size >= 4 else "h", address, max(size // 4, 1))
             scale = e.load_shared("f", base + row * 4 + codes.scales) if codes.is_scaled else None
-            found.append((row, index % tile.chunks, [words] if size <= 4 else words, scale, inside))
+            found.append((row, index % tile.chunks, words, scale, inside))
         for row, chunk, words, scale, inside in found:
             x = [e.convert("d" if kind == "d" else "f", y) for word in words for y in numbers(e, codes.storage, word)]
             x = x[:per_chunk]

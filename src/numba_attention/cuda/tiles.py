@@ -5,12 +5,17 @@ eight threads that read one chunk of eight rows, or eight chunks of one row, use
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
+from .emit import I32, I64, Emit, Pred, Real, Regs
 from .formats import HALVES, KINDS, SIZES, read
 
 CHUNK = 16
 _COPIES = 16  # of a thread that are written out
+
+
+# Of a row of a tile, for `Tile.chunk`: where it begins, the mask of its chunks, and what is to be added.
+Place: TypeAlias = tuple[I32, I32 | None, int]
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Tile:
         """How many chunks trade places: those of a line of all banks, or of half of one if a row has no whole lines."""
         return 8 if self.chunks % 8 == 0 else 4
 
-    def row(self, base: Any, row: Any, more: int = 0) -> tuple[Any, Any, int]:
+    def row(self, base: I32, row: I32, more: int = 0) -> Place:
         """Where row ``row + more`` begins, the mask of its chunks, in bytes, and what is to be added: for `chunk`.
 
         `more` is a multiple of 8, so that masks are the same: then it costs no register.
@@ -59,17 +64,18 @@ class Tile:
         mask = ((row >> 1) & 3) * CHUNK if half else (row & 7) * CHUNK
         return base + row * self.pitch, mask, self.offset + more * self.pitch
 
-    def row_and(self, base: Any, row: Any, more: int) -> tuple[Any, Any, int]:
+    def row_and(self, base: I32, row: I32, more: int) -> Place:
         """As `row`, for any `more`: with as few masks as there are."""
         return self.row(base, row + more % 8 if more % 8 else row, more // 8 * 8)
 
-    def chunk(self, place: tuple[Any, Any, int], n: Any, more: int = 0) -> Any:
+    def chunk(self, place: Place, n: I32 | int, more: int = 0) -> I32:
         """The address of chunk ``n + more`` of a row; if there is more, no bit of it is one of n.
 
         What is `more` by whole groups is added last, where instructions take it for nothing: registers are for few
         masks.
         """
         begin, mask, constant = place
+        assert mask is not None
         low, high = more % self.group, more // self.group * self.group
         mask = mask ^ (n * CHUNK)
         return begin + (mask ^ (low * CHUNK) if low else mask) + (constant + high * CHUNK)
@@ -79,22 +85,22 @@ class Tile:
 class Rows:
     """Rows of an array in global memory: as many as are there, zeros beyond them."""
 
-    address: Any  # of row 0
-    row: Any  # bytes from one to the next
-    column: Any  # bytes from one element to the next
-    number: Any  # rows that are there; at most 0 means none
-    elements: Any  # of a row
-    first: Any = 0  # row of the array that is row 0 of the tile
+    address: I64  # of row 0
+    row: I64  # bytes from one to the next
+    column: I64  # bytes from one element to the next
+    number: I32  # rows that are there; at most 0 means none
+    elements: I32  # of a row
+    first: I32 | int = 0  # row of the array that is row 0 of the tile
     # Of an array in pages only: addresses of the page numbers, and of the pages
-    pages: Any = None
-    page_size: Any = None
-    page: Any = None  # bytes from one page to the next
+    pages: I64 | None = None
+    page_size: I32 | None = None
+    page: I64 | None = None  # bytes from one page to the next
     # Where several arrays take turns, row by row: how many, and bytes from one to the next
-    group: Any = None
-    member: Any = None
-    listed: Any = None  # the address of a list of rows, instead of one after the other
+    group: I32 | None = None
+    member: I64 | None = None
+    listed: I64 | None = None  # the address of a list of rows, instead of one after the other
 
-    def at(self, e: Any, row: Any, there: Any, more: int = 0) -> Any:
+    def at(self, e: Emit, row: I32, there: Pred, more: int = 0) -> I64:
         """The address of row ``row + more`` of the tile, of any row if it is not there."""
         if self.listed is None and self.group is None and self.pages is None:
             return self.address + e.wide(row + self.first) * self.row + self.row * more
@@ -103,13 +109,17 @@ class Rows:
         if self.listed is not None:
             return self.address + e.load_constant("l", self.listed + e.wide(row) * 8) * self.row
         if self.group is not None:
+            assert self.member is not None
             return self.address + e.wide(row // self.group) * self.row + e.wide(row % self.group) * self.member
+        assert self.pages is not None
+        assert self.page_size is not None
+        assert self.page is not None
         number = e.load_constant("l", self.pages + e.wide(row // self.page_size) * 8)
         return self.address + number * self.page + e.wide(row % self.page_size) * self.row
 
 
 def fetch(
-    e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int, storage: str, aligned: bool,
+    e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threads: int, storage: str, aligned: bool,
     scales: Rows | None = None,
 ) -> None:  # fmt: skip
     """Bring rows of an array of ``storage`` into a tile; who reads it waits for all copies and then for all threads.
@@ -122,14 +132,14 @@ def fetch(
     _fetch_elements(e, tile, base, rows, thread, threads, storage, scales)
 
 
-def _fetch_chunks(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int) -> None:
+def _fetch_chunks(e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threads: int) -> None:
     copies, width = -(-tile.rows * tile.chunks // threads), rows.elements * SIZES[tile.storage]
     at_once = copies if copies <= _COPIES else _COPIES // 2
     even = copies * threads == tile.rows * tile.chunks and copies % at_once == 0
     whole, nothing = e.const("i", CHUNK), e.const("i", 0)
     apart = 0 if threads % tile.chunks else threads // tile.chunks  # rows from one copy of a thread to its next
 
-    def body(turn: Any, state: list[Any]) -> list[Any]:
+    def body(turn: I32 | int, state: Regs) -> Regs:
         for n in range(at_once):
             if apart:
                 row, chunk, more = thread // tile.chunks + turn * (at_once * apart), thread % tile.chunks, n * apart
@@ -149,11 +159,11 @@ def _fetch_chunks(e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, thread
 
 
 def _fetch_elements(
-    e: Any, tile: Tile, base: Any, rows: Rows, thread: Any, threads: int, storage: str, scales: Rows | None
+    e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threads: int, storage: str, scales: Rows | None
 ) -> None:
     total, per_chunk = tile.rows * tile.columns, CHUNK // SIZES[tile.storage]
 
-    def body(n: Any, state: list[Any]) -> list[Any]:
+    def body(n: I32, state: Regs) -> Regs:
         index = n * threads + thread
         row, column = index // tile.columns, index % tile.columns
         there = (row < rows.number) & (column < rows.elements) & (index < total)
@@ -172,11 +182,11 @@ def _fetch_elements(
     e.loop(-(-total // threads), [], body)
 
 
-def scale_rows(e: Any, tile: Tile, base: Any, factor: Any, thread: Any, threads: int) -> None:
+def scale_rows(e: Emit, tile: Tile, base: I32, factor: Real, thread: I32, threads: int) -> None:
     """Multiply a tile by a number that is exact in its type: a power of two, or minus one."""
     total = tile.rows * tile.chunks
 
-    def body(n: Any, state: list[Any]) -> list[Any]:
+    def body(n: I32, state: Regs) -> Regs:
         index = n * threads + thread
         address = base + (index * CHUNK + tile.offset)
         inside = index < total

@@ -14,10 +14,9 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from ..device.cubins import entry
-from .emit import Emit, Value
+from .emit import Emit, Kind, Packed, Value, kinds_of
 
-_KINDS = {types.int32: "i", types.int64: "l", types.float32: "f", types.float64: "d"}
-_NUMBA = {kind: numba_type for numba_type, kind in _KINDS.items()}
+_NUMBA = {"i": types.int32, "l": types.int64, "f": types.float32, "d": types.float64}
 
 
 class Intrinsics:
@@ -26,23 +25,26 @@ class Intrinsics:
     cuda = cuda
 
     @staticmethod
-    def macro(result: str, *arguments: str) -> Callable[[Callable[..., Any]], Any]:
+    def macro(result: Kind | tuple[Kind, ...], *arguments: Kind) -> Callable[[Callable[..., Any]], Any]:
         """Decorate ``body(e, *arguments)``; registers are written as "i", "f8" (8 of float32 as a tuple), "" for none.
 
-        A result "f8 f2" is a tuple of two tuples.
+        A result "f8 f2" is a tuple of two tuples. What is `Packed` comes and goes as one object: a `Block`, say.
         """
-        numba_result = _result(result)
-        given = [_type(text) for text in arguments]
+        results = kinds_of(result)
+        numba_result = _result(results)
 
         def decorate(body: Callable[..., Any]) -> Any:
             def codegen(context: Any, builder: Any, sig: Any, values: Sequence[Any]) -> Any:
                 e = Emit(context, builder)
-                out = body(e, *(_take(builder, t, x) for t, x in zip(sig.args, values, strict=True)))
-                return _give(context, builder, numba_result, out)
+                out = body(e, *(_take(e, builder, kind, x) for kind, x in zip(arguments, values, strict=True)))
+                if len(results) < 2:
+                    return _give(context, builder, results[0], out) if results else context.get_dummy_value()
+                parts = [_give(context, builder, kind, x) for kind, x in zip(results, out, strict=True)]
+                return context.make_tuple(builder, numba_result, parts)
 
-            names = ", ".join(f"a{n}" for n in range(len(given)))
-            scope = {"made": signature(numba_result, *given), "codegen": codegen}
-            exec(f"def {body.__name__}(typing_context, {names}):\n    return made, codegen", scope)
+            names = ", ".join(f"a{n}" for n in range(len(arguments)))
+            scope = {"typed": signature(numba_result, *map(_type, arguments)), "codegen": codegen}
+            exec(f"def {body.__name__}(typing_context, {names}):\n    return typed, codegen", scope)
             return intrinsic(scope[body.__name__])
 
         return decorate
@@ -53,31 +55,34 @@ class Intrinsics:
         return _shared_address
 
 
-def _type(text: str) -> Any:
-    kind, count = text[0], text[1:]
-    return types.UniTuple(_NUMBA[kind], int(count)) if count else _NUMBA[kind]
+def _type(kind: Kind) -> Any:
+    if isinstance(kind, Packed):
+        return types.Tuple([_type(group) for group in kind.groups])
+    return types.UniTuple(_NUMBA[kind[0]], int(kind[1:])) if kind[1:] else _NUMBA[kind]
 
 
-def _result(text: str) -> Any:
-    parts = [_type(part) for part in text.split()]
+def _result(kinds: Sequence[Kind]) -> Any:
+    parts = [_type(kind) for kind in kinds]
     return types.none if not parts else parts[0] if len(parts) == 1 else types.Tuple(parts)
 
 
-def _take(builder: Any, numba_type: Any, value: Any) -> Any:
-    if isinstance(numba_type, types.UniTuple):
-        kind = _KINDS[numba_type.dtype]
-        return [Value(builder, kind, x) for x in cgutils.unpack_tuple(builder, value, numba_type.count)]
-    return Value(builder, _KINDS[numba_type], value)
+def _take(e: Emit, builder: Any, kind: Kind, value: Any) -> Any:
+    """What a macro works with, of what the kernel has."""
+    if isinstance(kind, Packed):
+        groups = cgutils.unpack_tuple(builder, value, len(kind.groups))
+        return kind.unpack(e, *(_take(e, builder, group, x) for group, x in zip(kind.groups, groups, strict=True)))
+    if kind[1:]:
+        return [Value(builder, kind[0], x) for x in cgutils.unpack_tuple(builder, value, int(kind[1:]))]
+    return Value(builder, kind, value)
 
 
-def _give(context: Any, builder: Any, numba_type: Any, out: Any) -> Any:
-    if numba_type == types.none:
-        return context.get_dummy_value()
-    if isinstance(numba_type, types.UniTuple) and numba_type.dtype in _KINDS:
-        return context.make_tuple(builder, numba_type, [x.llvm for x in out])
-    if isinstance(numba_type, types.BaseTuple):
-        parts = [_give(context, builder, t, x) for t, x in zip(numba_type.types, out, strict=True)]
-        return context.make_tuple(builder, numba_type, parts)
+def _give(context: Any, builder: Any, kind: Kind, out: Any) -> Any:
+    """What the kernel has, of what a macro returned."""
+    if isinstance(kind, Packed):
+        parts = [_give(context, builder, group, x) for group, x in zip(kind.groups, kind.pack(out), strict=True)]
+        return context.make_tuple(builder, _type(kind), parts)
+    if kind[1:]:
+        return context.make_tuple(builder, _type(kind), [x.llvm for x in out])
     return out.llvm
 
 

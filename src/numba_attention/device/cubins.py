@@ -52,9 +52,9 @@ def entry(code: bytes) -> str:
 
 
 def sources() -> list[Path]:
-    """The files that decide what kernels compile to: theirs, and the record whose offsets they hold."""
+    """What decides what kernels compile to: their files, the record whose offsets they hold, the rules of intervals."""
     package = Path(__file__).parents[1]
-    return [*sorted(package.glob("cuda/*.py")), package / "sequence_record.py"]
+    return [*sorted(package.glob("cuda/*.py")), package / "sequence_record.py", package / "intervals.py"]
 
 
 @cache
