@@ -11,10 +11,10 @@ from ..bounded import BoundedCache
 from ..cpu import backward as kernels
 from ..cpu.cache import Kernel
 from ..cpu.params import ARRAYS, REST, pack_addresses
+from ..cpu.scratch import padded
 from ..cpu.simd import HOST
 from ..cpu.softmax import SUM_ROWS
 from ..cpu.spec import Spec
-from ..cpu.sums import padded
 from ..options import Array
 from ..problem.dense import BackwardProblem, spread_bias
 from .cpu_resources import Buffers, addresses, put_back, take, threads_for, worker

@@ -20,15 +20,15 @@ import numpy as np
 from ..sequence_record import SEQUENCE
 from . import stages, tiles
 from .gemm import micro_kernel
-from .params import NEVER, PARAMS, STOPPED
-from .scoring import LOG2E, areas, lay_out, make_scoring
+from .params import PARAMS, STOPPED
+from .scoring import LOG2E, make_scoring
+from .scratch import areas_of, lay_out, views
 from .simd import fetch, fetch_add, void_pointer
 from .softmax import (
     INVERSE,
     LEVEL,
     MAX,
     RESCALE,
-    ROWS,
     SUM,
     SUM_HIGH,
     SUM_LOW,
@@ -42,9 +42,9 @@ from .softmax import (
 )
 from .softmax import add_tiles as add_two_tiles
 from .spec import Spec
-from .sums import CLEAN, LOST, add_products, add_transposed, copy_rows, padded, write_sums
+from .sums import CLEAN, LOST, add_products, add_transposed, copy_rows, write_sums
 from .sums import add_sums as sums_adder
-from .views import carray
+from .views import UNBOUNDED, carray
 
 DELTA = SUM  # row of the state
 # Of the sums of a long sequence, so much is cleared, added or written before the counter is looked at: see `STOPPED`.
@@ -61,35 +61,13 @@ def large_lse(mantissa: int) -> tuple[float, float]:
     return 2.0 ** (mantissa // 2 - 1), 2.0 ** (4 - mantissa)
 
 
-TABLES = ("grad_rows", "grad_query_rows", "grad_bias_rows", "dirty")
-
-
 def scratch(spec: Spec, E: int, Ev: int, sums: int) -> tuple[dict[str, int], int, int]:
     """Byte offsets of the scratch areas of one thread, their sum, and how many rows the tile of dQ has.
 
     `sums` is how many bytes of dK and dV a thread keeps.
     """
-    BM, BN, size, MR = spec.query_tile, spec.key_tile, spec.vector.bytes, spec.block[0]
-    rows = -(-E // MR) * MR
-    deepest = max(rows, Ev)  # the tile of dQ first holds that of outputs
-    words = (Ev + 1) // 2
-    own = {
-        "grads": BM * (4 * words if spec.dot else size * Ev),
-        "values": BN * (4 * words if spec.dot else size * Ev if spec.converts else 0),
-        "grad_scores": BM * BN * size,
-        "cap_slopes": BM * BN * size,
-        "out": BM * deepest * size,
-        "high": BM * E * size,
-        "low": BM * E * size,
-        "extra": BM * Ev * size if spec.dot else 0,
-        "query_copy": BM * padded(spec, E) * size,
-        "grad_copy": BM * padded(spec, Ev) * size,
-        "wide_keys": BN * E * size,
-        "spare": max(E, BM) * size,
-        "sums": sums,
-        **dict.fromkeys(TABLES, BM * 8),
-    }
-    return *lay_out(areas(spec, E) | own), rows
+    areas = areas_of(spec, E, Ev, sums)
+    return *lay_out(areas), -(-E // spec.block[0]) * spec.block[0]
 
 
 def make_worker(spec: Spec) -> Callable[[int, int], int]:
@@ -102,7 +80,16 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     infinity = math.inf
     large, tolerance = large_lse(vector.mantissa)
 
-    table, place_rows, pack_rows, products, hides_all, score_tile, _ = make_scoring(spec)
+    state_of, scores_of, grad_scores_of, grad_query_of, high_of, low_of = views(
+        areas_of(spec), "state scores grad_scores out high low"
+    )
+    starts_of, stops_of, lse_rows_of, lane_rows_of, lane_heads_of = views(
+        areas_of(spec), "starts stops lse_rows lane_rows lane_heads"
+    )
+    grad_rows_of, grad_query_rows_of, grad_bias_rows_of, dirty_of = views(
+        areas_of(spec), "grad_rows grad_query_rows grad_bias_rows dirty"
+    )
+    place_rows, pack_rows, products, hides_all, score_tile, _ = make_scoring(spec)
     mm_query = micro_kernel(spec, "output", dot=False)
     gather = tiles.gather_tile(spec, element)
     widen = tiles.widen_tile(spec)
@@ -124,7 +111,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def has_large_lse(p: Any, at: int) -> bool:
         """Whether some lse is so large that its rounding is an error of the weights."""
-        lse_rows = table(at + p.at_lse_rows)
+        lse_rows = lse_rows_of(p, at)
         for lane in range(BM):
             size = abs(carray(void_pointer(lse_rows[lane]), 1, real)[0])
             if size > large and size < infinity:
@@ -154,11 +141,11 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def place_gradients(p: Any, s: Any, at: int, head: int, first_row: int, group: int) -> bool:
         """Fill the tables and the state that only the backward pass needs; whether lse has NaN."""
-        rows, heads = table(at + p.at_lane_rows), table(at + p.at_lane_heads)
-        starts, stops, lse_rows = table(at + p.at_starts), table(at + p.at_stops), table(at + p.at_lse_rows)
-        grad_rows, grad_query_rows = table(at + p.at_grad_rows), table(at + p.at_grad_query_rows)
-        grad_bias_rows, dirty = table(at + p.at_grad_bias_rows), table(at + p.at_dirty)
-        state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
+        rows, heads = lane_rows_of(p, at), lane_heads_of(p, at)
+        starts, stops, lse_rows = starts_of(p, at), stops_of(p, at), lse_rows_of(p, at)
+        grad_rows, grad_query_rows = grad_rows_of(p, at), grad_query_rows_of(p, at)
+        grad_bias_rows, dirty = grad_bias_rows_of(p, at), dirty_of(p, at)
+        state = state_of(p, at)
         bias = p.grad_bias + s.grad_bias + group * p.grad_bias_group
         last = s.rows * p.group - first_row
         lost = False
@@ -195,8 +182,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def write_delta(p: Any, s: Any, at: int, first_row: int) -> None:
         """Delta = rowsum(dO * O) - dlse, already summed, to the array that the gradient of the sinks is made of."""
-        rows, heads = table(at + p.at_lane_rows), table(at + p.at_lane_heads)
-        state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
+        rows, heads = lane_rows_of(p, at), lane_heads_of(p, at)
+        state = state_of(p, at)
         for lane in range(BM):
             i, h = rows[lane], heads[lane]
             if p.grad_lse != 0:
@@ -226,8 +213,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def lose_scores(p: Any, at: int, n: int) -> None:
         """Where lse is NaN, the weights will be; for now they are 1, or 0 where the row does not see the key."""
-        dirty = table(at + p.at_dirty)
-        scores = carray(void_pointer(at + p.at_scores), (BN, BM), real)
+        dirty = dirty_of(p, at)
+        scores = scores_of(p, at)
         for j in range(n):
             for lane in range(BM):
                 if dirty[lane] == LOST and scores[j, lane] != -infinity:
@@ -236,9 +223,9 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def spread_nan(p: Any, at: int, n: int) -> None:
         """A row with NaN in lse or grad_out gives NaN to the keys and values that it sees, and to no other."""
-        dirty = table(at + p.at_dirty)
-        weights = carray(void_pointer(at + p.at_scores), (BN, BM), real)
-        grad_scores = carray(void_pointer(at + p.at_grad_scores), (BN, BM), real)
+        dirty = dirty_of(p, at)
+        weights = scores_of(p, at)
+        grad_scores = grad_scores_of(p, at)
         for j in range(n):
             for lane in range(BM):
                 if dirty[lane] != CLEAN and weights[j, lane] != 0:
@@ -272,7 +259,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         score_tile(p, s, at, head, j0, n, edge)
         values = p.value + s.value + head * p.value_head + j0 * p.value_row
         state = at + p.at_state
-        products(grad_scores, values, p.value_row, p.value_column, n, p.Ev, at + p.at_grads, at + p.at_values, state)
+        grads = at + p.at_grads
+        products(p, at, grad_scores, values, p.value_row, p.value_column, n, p.Ev, grads, at + p.at_values)
         if dirty:
             lose_scores(p, at, n)
         differentiate_softmax(weights, grad_scores, n, state, real(p.unit * LOG2E))
@@ -296,15 +284,15 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def carry_gradient(p: Any, at: int, first: bool) -> None:
         """Move the sums of dQ over the last tiles of keys to the second level."""
         if first:
-            carray(void_pointer(at + p.at_high), (NEVER, BM), real)[: p.E] = 0
-            carray(void_pointer(at + p.at_low), (NEVER, BM), real)[: p.E] = 0
+            high_of(p, at)[: p.E] = 0
+            low_of(p, at)[: p.E] = 0
         carry(at + p.at_out, p.E, at + p.at_high, at + p.at_low, at + p.at_state, real(1))
 
     @spec.jit
     def visit_rows(p: Any, s: Any, at: int, head: int, first_row: int, group: int, sums: int) -> None:
         """One tile of queries: dQ of its rows, and their part of dK and dV."""
-        grad_query = carray(void_pointer(at + p.at_out), (NEVER, BM), real)
-        state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
+        grad_query = grad_query_of(p, at)
+        state = state_of(p, at)
         seen = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
         start, stop, all_start, all_stop = seen
         pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
@@ -340,7 +328,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         for start in range(0, count, PART):
             if fetch(p.counter) >= STOPPED:
                 return
-            carray(void_pointer(sums + start), NEVER, real)[: min(PART, count - start) // size] = 0
+            carray(void_pointer(sums + start), UNBOUNDED, real)[: min(PART, count - start) // size] = 0
 
     @spec.jit
     def add_group(p: Any, sums: int, others: int, count: int) -> None:
@@ -381,7 +369,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def worker(params: int, thread: int) -> int:
         p = carray(void_pointer(params), 1, PARAMS)[0]
         sequences = carray(void_pointer(p.sequences), p.number, SEQUENCE)
-        members = carray(void_pointer(p.members), (NEVER, 4), np.int64)
+        members = carray(void_pointer(p.members), (UNBOUNDED, 4), np.int64)
         at = p.scratch + thread * p.scratch_size
         while True:
             item = fetch_add(p.counter, 1)

@@ -14,33 +14,23 @@ import numpy as np
 
 from ..sequence_record import SEQUENCE
 from . import features, tiles
-from .params import NEVER, PARAMS
-from .scoring import LOG2E, areas, lay_out, make_scoring
+from .params import PARAMS
+from .scoring import LOG2E, make_scoring
+from .scratch import areas_of, lay_out, views
 from .simd import fetch_add, void_pointer
-from .softmax import INVERSE, MAX, RESCALE, ROWS, SUM, normalised_weights, softmax_step
+from .softmax import INVERSE, MAX, RESCALE, SUM, normalised_weights, softmax_step
 from .softmax import add_scaled as add_scaled_of
 from .softmax import power_below as power_below_of
 from .spec import Spec
-from .views import carray
+from .views import UNBOUNDED, carray
 
 SPLIT = 512  # keys
 
 
 def scratch(spec: Spec, E: int, Ev: int) -> tuple[dict[str, int], int, int]:
     """Byte offsets of the scratch areas of one thread, their sum, and the size of the state of a tile."""
-    W, size = spec.vector.width, spec.vector.bytes
-    out = W * features.padded(spec, Ev) * size
-    BN, kept = spec.key_tile, spec.kept.size
-    own = {
-        "out": out,
-        "extra": out,
-        "hidden": W * BN,
-        "lanes": 16,
-        "raw_keys": BN * E * kept,
-        "raw_values": BN * Ev * kept,
-        "raw_rows": BN * 8,
-    }
-    return *lay_out(areas(spec, E) | own), out + 2 * W * size
+    areas = areas_of(spec, E, Ev)
+    return *lay_out(areas), areas["out"].size + 2 * spec.vector.width * spec.vector.bytes
 
 
 def make_worker(spec: Spec) -> Callable[[int, int], int]:
@@ -52,7 +42,11 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     real: Any = vector.dtype
     infinity = math.inf
 
-    table, place_rows, _, _, hides_all, score_tile, sources = make_scoring(spec)
+    state_of, scores_of, hidden_of, out_of, extra_of = views(areas_of(spec), "state scores hidden out extra")
+    starts_of, stops_of, out_rows_of, lse_rows_of, lane_counts_of = views(
+        areas_of(spec), "starts stops out_rows lse_rows lane_counts"
+    )
+    place_rows, _, _, hides_all, score_tile, sources = make_scoring(spec)
     locate, scale = sources.locate, sources.scale
     pack, add, gather = features.pack_queries(spec), features.add_values(spec), features.copy_strided(spec)
     step_softmax, weigh, power_below = softmax_step(spec, pairs=False), normalised_weights(spec), power_below_of(spec)
@@ -67,8 +61,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
     @spec.jit
     def mark_hidden(p: Any, at: int, n: int) -> None:
-        scores = carray(void_pointer(at + p.at_scores), (BN, W), real)
-        hidden = carray(void_pointer(at + p.at_hidden), (BN, W), np.uint8)
+        scores = scores_of(p, at)
+        hidden = hidden_of(p, at)
         for j in range(n):
             for lane in range(W):
                 hidden[j, lane] = scores[j, lane] == -infinity
@@ -76,8 +70,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def drop_nonfinite(p: Any, at: int, rows: int, offset: int, first: int, end: int, n: int) -> None:
         """Copy the values of a head, to `raw_values`, without NaN and infinity, which the rows get that see them."""
-        hidden = carray(void_pointer(at + p.at_hidden), (BN, W), np.uint8)
-        extra = carray(void_pointer(at + p.at_extra), (W, pitch_of(p)), real)
+        hidden = hidden_of(p, at)
+        extra, pitch = extra_of(p, at), pitch_of(p)
         gather(at + p.at_raw_values, rows, offset, p.value_column, p.Ev, n, at + p.at_raw_rows)
         whole = p.Ev // W * W
         for j in range(n):
@@ -90,14 +84,14 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                         if hidden[j, lane] == 0:
                             # The last vector of a row ends with the features (`features`): two places for some of them.
                             if e < whole:
-                                extra[lane, e] += x
+                                extra[lane * pitch + e] += x
                             if whole < p.Ev and e >= p.Ev - W:
-                                extra[lane, e - (p.Ev - W) + whole] += x
+                                extra[lane * pitch + e - (p.Ev - W) + whole] += x
 
     @spec.jit
     def add_values(p: Any, at: int, head: int, n: int, careful: bool) -> None:
         """Output = output * rescale + weights * values."""
-        lanes, each = carray(void_pointer(at + p.at_lanes), 2, np.int64)
+        lanes, each = lane_counts_of(p, at)
         first = 0
         while first < lanes:
             end, rows, offset, ahead = first + each, at + p.at_value_rows, head * p.value_head, p.value_head
@@ -114,14 +108,12 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def scale_weights(p: Any, s: Any, at: int, j0: int, n: int, careful: bool) -> None:
         """Weights times the scales of values; one that is NaN makes the rows NaN that see it."""
-        lost = at + p.at_hidden if careful else 0
-        scale(p, s, at, at + p.at_scores, at + p.at_value_scale_rows, p.value_scale_page, j0, n, lost)
+        scale(p, s, at, at + p.at_scores, at + p.at_value_scale_rows, p.value_scale_page, j0, n, careful)
         if careful:
-            marks = carray(void_pointer(at + p.at_hidden), W, np.uint8)
-            extra = carray(void_pointer(at + p.at_extra), (W, pitch_of(p)), real)
+            hidden, extra, pitch = hidden_of(p, at), extra_of(p, at), pitch_of(p)
             for lane in range(W):
-                if marks[lane] != 0:
-                    extra[lane] = math.nan
+                if hidden[0, lane] != 0:
+                    extra[lane * pitch : (lane + 1) * pitch] = math.nan
 
     @spec.jit
     def fold_keys(
@@ -146,11 +138,11 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def attend(p: Any, s: Any, at: int, head: int, first_row: int, split: int) -> None:
         """Fold the keys of one split into the rows' states; what takes their sums to outputs is in RESCALE."""
-        lanes = carray(void_pointer(at + p.at_lanes), 2, np.int64)[0]
-        state = carray(void_pointer(at + p.at_state), (ROWS, W), real)
-        out = carray(void_pointer(at + p.at_out), NEVER, real)
-        extra = carray(void_pointer(at + p.at_extra), NEVER, real)
-        carray(void_pointer(at + p.at_scores), (BN, W), real)[:] = 0  # lanes without a row are never written
+        lanes = lane_counts_of(p, at)[0]
+        state = state_of(p, at)
+        out = out_of(p, at)
+        extra = extra_of(p, at)
+        scores_of(p, at)[:] = 0  # lanes without a row are never written
         careful = False
         start, stop, all_start, all_stop = place_rows(p, s, at, head, first_row, lanes)
         # From a multiple of BN on: what other rows are in the tile then changes no bit.
@@ -180,10 +172,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
     @spec.jit
     def keep_state(p: Any, at: int, item: int) -> None:
-        lanes = carray(void_pointer(at + p.at_lanes), 2, np.int64)[0]
-        state = carray(void_pointer(at + p.at_state), (ROWS, W), real)
-        out = carray(void_pointer(at + p.at_out), NEVER, real)
-        kept = carray(void_pointer(p.partial + item * p.partial_size), NEVER, real)
+        lanes = lane_counts_of(p, at)[0]
+        state = state_of(p, at)
+        out = out_of(p, at)
+        kept = carray(void_pointer(p.partial + item * p.partial_size), UNBOUNDED, real)
         pitch = pitch_of(p)
         for lane in range(W):
             kept[lane], kept[W + lane] = state[MAX, lane], state[SUM, lane]
@@ -198,10 +190,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
         The sum is one of two numbers, `out` and `extra`, as in `softmax.second_level`: there may be 2**15 splits.
         """
-        lanes, pitch = carray(void_pointer(at + p.at_lanes), 2, np.int64)[0], pitch_of(p)
-        state = carray(void_pointer(at + p.at_state), (ROWS, W), real)
-        out = carray(void_pointer(at + p.at_out), NEVER, real)
-        low = carray(void_pointer(at + p.at_extra), NEVER, real)
+        lanes, pitch = lane_counts_of(p, at)[0], pitch_of(p)
+        state = state_of(p, at)
+        out = out_of(p, at)
+        low = extra_of(p, at)
         out[: lanes * pitch], low[: lanes * pitch] = 0, 0
         for lane in range(lanes):
             highest = -infinity
@@ -229,10 +221,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def finish(p: Any, s: Any, at: int) -> None:
         """Write the rows and their lse."""
-        lanes = carray(void_pointer(at + p.at_lanes), 2, np.int64)[0]
-        state = carray(void_pointer(at + p.at_state), (ROWS, W), real)
-        starts, stops = table(at + p.at_starts), table(at + p.at_stops)
-        out_rows, lse_rows = table(at + p.at_out_rows), table(at + p.at_lse_rows)
+        lanes = lane_counts_of(p, at)[0]
+        state = state_of(p, at)
+        starts, stops = starts_of(p, at), stops_of(p, at)
+        out_rows, lse_rows = out_rows_of(p, at), lse_rows_of(p, at)
         whole, pitch = p.Ev // W * W, pitch_of(p)
         for lane in range(lanes):
             m, total = np.float64(state[MAX, lane]), np.float64(state[SUM, lane])
@@ -251,7 +243,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         p = carray(void_pointer(params), 1, PARAMS)[0]
         sequences = carray(void_pointer(p.sequences), p.number, SEQUENCE)
         at = p.scratch + thread * p.scratch_size
-        shape = carray(void_pointer(at + p.at_lanes), 2, np.int64)
+        shape = lane_counts_of(p, at)
         while True:
             item = fetch_add(p.counter, 1)
             if item >= p.items:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
+from .scratch import areas_of, views
 from .simd import (
     I32,
     I64,
@@ -37,12 +38,6 @@ from .spec import Spec
 from .sums import write_sums
 from .tiles import load_query
 from .views import carray
-
-
-def padded(spec: Spec, features: int) -> int:
-    """Features of a row in scratch: whole vectors."""
-    W = spec.vector.width
-    return -(-features // W) * W
 
 
 def _heights(spec: Spec) -> list[int]:
@@ -206,10 +201,11 @@ def multiply_keys(spec: Spec) -> Any:
     most = _heights(spec)[0]
     many, two, one = _dot_products(spec, most), _dot_products(spec, 2), _dot_products(spec, 1)
     gather = copy_strided(spec)
+    (lane_counts_of,) = views(areas_of(spec), "lane_counts")
 
     @spec.jit
     def multiply(p: Any, s: Any, at: int, head: int, j0: int, n: int) -> None:
-        lanes, each = carray(void_pointer(at + p.at_lanes), 2, np.int64)
+        lanes, each = lane_counts_of(p, at)
         chunks = (p.E + W - 1) // W
         pitch, last = chunks * W * size, (p.E - W) * kept
         first_value = head * p.value_head
@@ -352,22 +348,23 @@ def pack_queries(spec: Spec) -> Any:
     W = vector.width
     real: Any = vector.dtype
     query_at = load_query(spec)
+    lane_counts_of, query_rows_of, queries_of = views(areas_of(spec), "lane_counts query_rows queries")
 
     @spec.jit
     def pack(p: Any, at: int) -> None:
-        lanes, _ = carray(void_pointer(at + p.at_lanes), 2, np.int64)
-        rows = carray(void_pointer(at + p.at_query_rows), W, np.int64)
-        chunks = (p.E + W - 1) // W
-        packed = carray(void_pointer(at + p.at_queries), (W, chunks * W), real)
+        lanes = lane_counts_of(p, at)[0]
+        rows = query_rows_of(p, at)
+        pitch = (p.E + W - 1) // W * W
+        packed = queries_of(p, at)
         factor = real(p.prescale)
         whole = p.E // W * W
         for lane in range(lanes):
             for e in range(whole):
-                packed[lane, e] = query_at(rows[lane] + e * p.query_column) * factor
+                packed[lane * pitch + e] = query_at(rows[lane] + e * p.query_column) * factor
             if whole < p.E:
                 for e in range(p.E - W, p.E):
                     x = query_at(rows[lane] + e * p.query_column) * factor
-                    packed[lane, e - (p.E - W) + whole] = x if e >= whole else real(0)
+                    packed[lane * pitch + e - (p.E - W) + whole] = x if e >= whole else real(0)
 
     return pack
 

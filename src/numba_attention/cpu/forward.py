@@ -12,15 +12,15 @@ import numpy as np
 from ..sequence_record import SEQUENCE
 from . import pairs, tiles
 from .gemm import micro_kernel
-from .params import NEVER, PARAMS, STOPPED
-from .scoring import LOG2E, areas, lay_out, make_scoring
+from .params import PARAMS, STOPPED
+from .scoring import LOG2E, make_scoring
+from .scratch import areas_of, lay_out, views
 from .simd import fetch, fetch_add, void_pointer
 from .softmax import (
     INVERSE,
     LEVEL,
     MAX,
     RESCALE,
-    ROWS,
     SUM,
     SUM_HIGH,
     SUM_LOW,
@@ -37,19 +37,8 @@ from .views import carray
 
 def scratch(spec: Spec, E: int, Ev: int) -> tuple[dict[str, int], int, int]:
     """Byte offsets of the scratch areas of one thread, their sum, and how many rows the tile of outputs has."""
-    BM, BN, size = spec.query_tile, spec.key_tile, spec.vector.bytes
-    rows = -(-Ev // spec.block[0]) * spec.block[0]
-    own = {
-        "out": BM * rows * size,
-        "high": BM * Ev * size,
-        "low": BM * Ev * size,
-        "weights": BM * BN // 2 * 4 if spec.dot else 0,
-        "values": BN * Ev * size,
-        "raw_values": BN * Ev * spec.kept.size,
-        "hidden": BM * BN,
-        "extra": BM * Ev * size,
-    }
-    return *lay_out(areas(spec, E) | own), rows
+    areas = areas_of(spec, E, Ev)
+    return *lay_out(areas), areas["out"].shape[0]
 
 
 def make_worker(spec: Spec) -> Callable[[int, int], int]:
@@ -65,7 +54,11 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     infinity = math.inf
     with_output, scaled = spec.task == "forward", spec.scaled
 
-    table, place_rows, pack_rows, _, hides_all, score_tile, sources = make_scoring(spec)
+    state_of, scores_of, hidden_of, values_of, out_of, extra_of, high_of, low_of = views(
+        areas_of(spec), "state scores hidden values out extra high low"
+    )
+    starts_of, stops_of, lse_rows_of = views(areas_of(spec), "starts stops lse_rows")
+    place_rows, pack_rows, _, hides_all, score_tile, sources = make_scoring(spec)
     find_values, scale = sources.find_values, sources.scale
     mm_output = micro_kernel(spec, "output")
     step_softmax = softmax_step(spec, pairs=dot and with_output)
@@ -80,12 +73,12 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def drop_nonfinite(p: Any, at: int, n: int) -> None:
         """Zero what is NaN or infinite among the packed values."""
         if dot:
-            halves = carray(void_pointer(at + p.at_values), NEVER, np.uint16)
+            halves = values_of(p, at)
             for x in range(((n + 1) // 2) * p.Ev * 2):
                 if halves[x] & 0x7F80 == 0x7F80:
                     halves[x] = 0
         else:
-            packed = carray(void_pointer(at + p.at_values), NEVER, real)
+            packed = values_of(p, at)
             for x in range(n * p.Ev):
                 if not math.isfinite(packed[x]):
                     packed[x] = 0
@@ -93,8 +86,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def add_nonfinite(p: Any, s: Any, at: int, head: int, j0: int, n: int) -> None:
         """Give the NaN and infinity that `drop_nonfinite` took out to the rows that see them, and only those."""
-        hidden = carray(void_pointer(at + p.at_hidden), (BN, BM), np.uint8)
-        extra = carray(void_pointer(at + p.at_extra), (NEVER, BM), real)
+        hidden = hidden_of(p, at)
+        extra = extra_of(p, at)
         values, row, column = find_values(p, s, at, head, j0, n)
         for j in range(n):
             for e in range(p.Ev):
@@ -128,13 +121,11 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def scale_weights(p: Any, s: Any, at: int, j0: int, n: int, careful: bool) -> None:
         """Weights times the scales of values; one that is NaN makes the rows NaN that see it."""
-        lost = at + p.at_hidden if careful else 0
-        scale(p, s, at, at + p.at_scores, at + p.at_value_scale_rows, p.value_scale_page, j0, n, lost)
+        scale(p, s, at, at + p.at_scores, at + p.at_value_scale_rows, p.value_scale_page, j0, n, careful)
         if careful:
-            marks = carray(void_pointer(at + p.at_hidden), BM, np.uint8)
-            extra = carray(void_pointer(at + p.at_extra), (NEVER, BM), real)
+            hidden, extra = hidden_of(p, at), extra_of(p, at)
             for lane in range(BM):
-                if marks[lane] != 0:
+                if hidden[0, lane] != 0:
                     extra[: p.Ev, lane] = math.nan
 
     @spec.jit
@@ -142,9 +133,9 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         """Move the sums over the last tiles of keys to the second level."""
         rows = p.Ev if with_output else 0
         if first:
-            carray(void_pointer(at + p.at_high), (NEVER, BM), real)[:rows] = 0
-            carray(void_pointer(at + p.at_low), (NEVER, BM), real)[:rows] = 0
-            lanes = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
+            high_of(p, at)[:rows] = 0
+            low_of(p, at)[:rows] = 0
+            lanes = state_of(p, at)
             lanes[SUM_HIGH] = lanes[SUM_LOW] = 0
         carry(at + p.at_out, rows, at + p.at_high, at + p.at_low, at + p.at_state, factor)
 
@@ -162,8 +153,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 continue
             score_tile(p, s, at, head, j0, n, edge)
             if careful:
-                scores = carray(void_pointer(at + p.at_scores), (BN, BM), real)
-                hidden = carray(void_pointer(at + p.at_hidden), (BN, BM), np.uint8)
+                scores = scores_of(p, at)
+                hidden = hidden_of(p, at)
                 for j in range(n):
                     for lane in range(BM):
                         hidden[j, lane] = scores[j, lane] == -infinity
@@ -187,21 +178,21 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def write_lse(p: Any, s: Any, at: int) -> None:
         """The natural log of the denominator, sink included; -inf where nothing was seen."""
-        rows = table(at + p.at_lse_rows)
-        state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
+        lse_rows = lse_rows_of(p, at)
+        state = state_of(p, at)
         for lane in range(BM):
             m, total = np.float64(state[MAX, lane]), np.float64(state[SUM, lane])
-            carray(void_pointer(rows[lane]), 1, real)[0] = m * p.unit + math.log(total) if total != 0 else -infinity
+            carray(void_pointer(lse_rows[lane]), 1, real)[0] = m * p.unit + math.log(total) if total != 0 else -infinity
 
     @spec.jit
     def write_scores(p: Any, at: int, j0: int, n: int) -> None:
         """Write the tile of scores, by now probabilities, to columns j0 .. j0 + n; lanes are scaled by TILE_MAX = 1."""
-        carray(void_pointer(at + p.at_state), (ROWS, BM), real)[TILE_MAX] = 1
+        state_of(p, at)[TILE_MAX] = 1
         write_tile(at + p.at_scores, at + p.at_out_rows, j0 * item_size, item_size, n, at + p.at_state)
 
     @spec.jit
     def write_zeros(p: Any, at: int, start: int, stop: int) -> None:
-        carray(void_pointer(at + p.at_scores), (BN, BM), real)[:] = 0
+        scores_of(p, at)[:] = 0
         for j0 in range(start, stop, BN):
             if fetch(p.counter) >= STOPPED:
                 return
@@ -229,9 +220,9 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def attend(p: Any, s: Any, at: int, head: int, first_row: int) -> None:
         """One work item: fold the keys into the rows' states, then write what is asked for."""
-        lanes = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
-        out = carray(void_pointer(at + p.at_out), (NEVER, BM), real)
-        extra = carray(void_pointer(at + p.at_extra), (NEVER, BM), real)
+        lanes = state_of(p, at)
+        out = out_of(p, at)
+        extra = extra_of(p, at)
         careful = False
         seen = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
         pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
@@ -253,7 +244,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             careful = True
             for lane in range(BM):
                 lanes[INVERSE, lane], lanes[RESCALE, lane] = power_below(lanes[SUM, lane]), 1
-        starts, stops = table(at + p.at_starts), table(at + p.at_stops)
+        starts, stops = starts_of(p, at), stops_of(p, at)
         for lane in range(BM):
             total = lanes[SUM, lane]
             inverse = real(0)

@@ -16,11 +16,11 @@ import numpy as np
 
 from . import tiles
 from .gemm import micro_kernel
-from .params import NEVER, STOPPED
-from .scoring import lay_out
+from .params import STOPPED
+from .scratch import Area, lay_out, views
 from .simd import fetch, fetch_add, void_pointer
 from .spec import Spec
-from .views import carray
+from .views import UNBOUNDED, carray
 
 # Products of so many k are summed in registers, then added to what is in scratch. The packed tile, 24 KiB, stays in L1
 # (48 to 192 were within 3 %); and errors grow with CHUNK + K / CHUNK, where one chain's would grow with K.
@@ -47,20 +47,24 @@ def chunk_of(K: int) -> int:
     return -(-K // (16 * chunks)) * 16 if chunks else 16
 
 
+def areas_of(spec: Spec, slab: int = UNBOUNDED, panels: int = UNBOUNDED, K: int = UNBOUNDED) -> dict[str, Area]:
+    """The scratch areas of one thread."""
+    BM, MR, real = spec.query_tile, spec.block[0], spec.vector.dtype
+    return {
+        "tiles": Area((panels * -(-slab // MR) * MR, BM), real),
+        "packed": Area((chunk_of(K), BM), real),
+        "rows": Area((panels, BM), np.int64),
+        "out_rows": Area((BM,), np.int64),
+        "sums": Area((panels, BM), real),
+        "ones": Area((BM,), real),
+    }
+
+
 def scratch(spec: Spec, slab: int, panels: int, K: int) -> dict[str, int]:
     """Byte offsets of the scratch areas of one thread, and their sizes."""
-    BM, MR, size = spec.query_tile, spec.block[0], spec.vector.bytes
-    tile = -(-slab // MR) * MR * BM * size
-    areas = {
-        "tiles": panels * tile,
-        "packed": chunk_of(K) * BM * size,
-        "rows": panels * BM * 8,
-        "out_rows": BM * 8,
-        "sums": panels * BM * size,
-        "ones": BM * size,
-    }
-    offsets, total = lay_out(areas)
-    return {"scratch_size": total, "tile_size": tile} | {f"at_{name}": offset for name, offset in offsets.items()}
+    offsets, total = lay_out(areas_of(spec, slab, panels, K))
+    addresses = {f"at_{name}": offset for name, offset in offsets.items()}
+    return addresses | {"scratch_size": total, "tile_size": areas_of(spec, slab, 1, K)["tiles"].size}
 
 
 def make_worker(spec: Spec) -> Callable[[int, int], int]:
@@ -72,6 +76,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     BM, MR = spec.query_tile, spec.block[0]
     size, row_bytes = spec.vector.bytes, BM * spec.vector.bytes
     real: Any = spec.vector.dtype
+    sums_of, ones_of = views(areas_of(spec), "sums ones")
     gather = tiles.gather_tile(spec, spec.element)
     scatter, copy = tiles.scatter_tile(spec), tiles.widen_tile(spec)
     mm = micro_kernel(spec, "sum")
@@ -94,8 +99,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             place(at + p.at_out_rows, p.bias + lane * p.bias_lane + row * p.bias_row, p.bias_lane, n)
             gather(tile, at + p.at_out_rows, 0, p.bias_row, rows, real(1))
         else:
-            carray(void_pointer(tile), (NEVER, BM), real)[:rows] = 0
-            carray(void_pointer(at + p.at_sums), (NEVER, BM), real)[panel] = 0
+            carray(void_pointer(tile), (UNBOUNDED, BM), real)[:rows] = 0
+            sums_of(p, at)[panel] = 0
 
     @spec.jit
     def add_products(p: Any, at: int, panel: int, k: int, count: int, row: int, rows: int) -> None:
@@ -151,7 +156,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def worker(params: int, thread: int) -> int:
         p = carray(void_pointer(params), 1, PARAMS)[0]
         at = p.scratch + thread * p.scratch_size
-        carray(void_pointer(at + p.at_ones), BM, real)[:] = 1
+        ones_of(p, at)[:] = 1
         while True:
             item = fetch_add(p.counter, 1)
             if item >= p.items:

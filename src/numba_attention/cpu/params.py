@@ -8,16 +8,7 @@ import struct
 
 import numpy as np
 
-SCRATCH = (
-    "queries", "keys", "values", "scores", "weights", "bias", "mask", "out", "state", "hidden", "extra", "high", "low",
-    "query_rows", "out_rows", "bias_rows", "mask_rows", "lse_rows", "starts", "stops", "positions",
-    # of caches and few queries
-    "key_rows", "value_rows", "raw_keys", "raw_values", "raw_rows",
-    "scales", "key_scale_rows", "value_scale_rows", "lanes",
-    # of the backward pass
-    "grads", "grad_scores", "cap_slopes", "query_copy", "grad_copy", "wide_keys", "spare", "sums",
-    "lane_rows", "lane_heads", "grad_rows", "grad_query_rows", "grad_bias_rows", "dirty",
-)  # fmt: skip
+from . import scratch
 
 # What changes with every call comes first, so that the rest can be kept as bytes and copied (see backends/cpu.py).
 ADDRESSES = (
@@ -32,7 +23,7 @@ INTEGERS = (
     "value_head", "value_row", "value_column", "out_head", "out_row", "out_column",
     "lse_head", "lse_row", "bias_head", "bias_row", "bias_column", "bias_kind",
     "mask_head", "mask_row", "mask_column", "left", "right",
-    *(f"at_{name}" for name in SCRATCH),
+    *(f"at_{name}" for name in scratch.NAMES),
     # of caches: keys in a page, and strides
     "page_size", "key_page", "value_page", "key_scale_head", "key_scale_page", "value_scale_head", "value_scale_page",
     "partial_size", "staged", "tiny",
@@ -47,7 +38,7 @@ INTEGERS = (
 REALS = ("prescale", "rest", "unit", "cap_inner", "cap_outer", "gradient_prescale", "gradient_scale")
 
 STOPPED = 2**62  # of the counter of work items, in a call that was interrupted: no item is left, and none is finished
-NEVER = 2**62  # a position beyond every other, and a length for arrays of which only the beginning is known
+NEVER = 2**62  # a position beyond every other
 
 PARAMS = np.dtype([(name, np.int64) for name in ADDRESSES + INTEGERS] + [(name, np.float64) for name in REALS])
 NO_GRADIENTS = (0,) * 10  # the addresses that only the backward pass has

@@ -16,18 +16,15 @@ from . import features, pairs, stages, tiles
 from .elements import ELEMENTS
 from .gemm import micro_kernel
 from .params import NEVER
+from .scratch import areas_of, views
 from .simd import void_pointer
-from .softmax import BEFORE, FIRST, MAX, POSITION, ROWS, SLOPE, SPAN, SUM, SUM_HIGH, SUM_LOW, TILE_MAX
+from .softmax import BEFORE, FIRST, MAX, POSITION, SLOPE, SPAN, SUM, SUM_HIGH, SUM_LOW, TILE_MAX
 from .sources import Sources, make_sources
 from .spec import Spec
-from .views import carray, table_of
+from .views import UNBOUNDED, carray
 
 LOG2E = math.log2(math.e)
 FEATURES = 128  # that a score sums in one chain; longer ones are summed in parts, at half the error for 256 of them
-LANE_TABLES = (
-    "query_rows", "out_rows", "bias_rows", "mask_rows", "lse_rows", "starts", "stops", "positions",
-    "lane_rows", "lane_heads", "key_scale_rows", "value_scale_rows",
-)  # fmt: skip
 
 
 def bias_elements(spec: Spec) -> tuple[str, ...]:
@@ -36,40 +33,9 @@ def bias_elements(spec: Spec) -> tuple[str, ...]:
     return (compute,) if spec.storage == compute else (compute, spec.storage)
 
 
-def areas(spec: Spec, E: int) -> dict[str, int]:
-    """Bytes of the scratch areas that `Scoring` uses."""
-    BM, BN, size = spec.query_tile, spec.key_tile, spec.vector.bytes
-    words = (E + 1) // 2
-    by_features = spec.task == "decode"
-    paged = spec.task in ("forward", "decode")
-    return {
-        "state": ROWS * BM * size,
-        "queries": BM * (4 * words if spec.dot else size * (features.padded(spec, E) if by_features else E)),
-        "scores": BM * BN * size,
-        "keys": BN * (4 * words if spec.dot else size * E if spec.converts and not by_features else 0),
-        "raw_keys": BN * E * spec.kept.size if paged and not by_features else 0,
-        "key_rows": BN * 8 if paged else 0,
-        "value_rows": BN * 8 if paged else 0,
-        "scales": BM * BN * size if spec.scaled else 0,
-        "bias": BM * BN * size,
-        "mask": BM * BN * size,
-        **dict.fromkeys(LANE_TABLES, BM * 8),
-    }
-
-
-def lay_out(areas: dict[str, int]) -> tuple[dict[str, int], int]:
-    """Byte offsets of areas of these sizes, and their sum."""
-    offsets, total = {}, 0
-    for name, size in areas.items():
-        offsets[name] = total
-        total += -(-size // 64) * 64
-    return offsets, total
-
-
 class Scoring(NamedTuple):
     """Compiled functions; their arguments are the records of `params`, p and s, and the thread's scratch, at."""
 
-    table: Any  # (address): an int64 for each lane
     place_rows: Any
     pack_rows: Any
     products: Any
@@ -102,13 +68,18 @@ def make_scoring(spec: Spec) -> Scoring:
     multiply, alibi = stages.multiply(spec), stages.alibi(spec)
     add_bias, hide = stages.add_bias(spec), stages.hide(spec)
     clip_interval, tile_max = stages.clip_interval(spec), stages.tile_max(spec)
-    by_features, no_marks = spec.task == "decode", 0
+    by_features = spec.task == "decode"
     sources = make_sources(spec)
     find_keys, scale = sources.find_keys, sources.scale
     choose = spec.jit(bind(select, min, max, None))
     keys_of_row = spec.jit(bind(rule_of_row, min, max, choose))
 
-    table = table_of(BM)
+    state_of, starts_of, stops_of, positions_of = views(areas_of(spec), "state starts stops positions")
+    query_rows_of, out_rows_of, lse_rows_of, bias_rows_of, mask_rows_of, key_scale_rows_of, value_scale_rows_of = views(
+        areas_of(spec), "query_rows out_rows lse_rows bias_rows mask_rows key_scale_rows value_scale_rows"
+    )
+    lane_rows_of, lane_heads_of = views(areas_of(spec), "lane_rows lane_heads")
+    (relative_of,) = views(areas_of(spec), "state", integer)
 
     @spec.jit
     def place_rows(p: Any, s: Any, at: int, head: int, first_row: int, count: int) -> tuple[int, int, int, int]:
@@ -116,16 +87,15 @@ def make_scoring(spec: Spec) -> Scoring:
 
         There are `count` rows, from `first_row` of a key/value head on, and of the next head where that one ends.
         """
-        query_rows, out_rows = table(at + p.at_query_rows), table(at + p.at_out_rows)
-        lse_rows = table(at + p.at_lse_rows)
-        bias_rows, mask_rows = table(at + p.at_bias_rows), table(at + p.at_mask_rows)
-        starts, stops, positions = table(at + p.at_starts), table(at + p.at_stops), table(at + p.at_positions)
-        lane_rows, lane_heads = table(at + p.at_lane_rows), table(at + p.at_lane_heads)
-        key_scales, value_scales = table(at + p.at_key_scale_rows), table(at + p.at_value_scale_rows)
-        chosen = carray(void_pointer(p.chosen), NEVER, np.int64)
-        state = carray(void_pointer(at + p.at_state), (ROWS, BM), real)
-        slopes = carray(void_pointer(p.slopes), NEVER, np.float64)
-        sinks = carray(void_pointer(p.sinks), NEVER, np.float64)
+        query_rows, out_rows, lse_rows = query_rows_of(p, at), out_rows_of(p, at), lse_rows_of(p, at)
+        bias_rows, mask_rows = bias_rows_of(p, at), mask_rows_of(p, at)
+        starts, stops, positions = starts_of(p, at), stops_of(p, at), positions_of(p, at)
+        lane_rows, lane_heads = lane_rows_of(p, at), lane_heads_of(p, at)
+        key_scale_rows, value_scale_rows = key_scale_rows_of(p, at), value_scale_rows_of(p, at)
+        state = state_of(p, at)
+        chosen = carray(void_pointer(p.chosen), UNBOUNDED, np.int64)
+        slopes = carray(void_pointer(p.slopes), UNBOUNDED, np.float64)
+        sinks = carray(void_pointer(p.sinks), UNBOUNDED, np.float64)
         G = p.group
         any_start, any_stop, all_start, all_stop = NEVER, 0, 0, NEVER
         row = first_row // G
@@ -154,8 +124,8 @@ def make_scoring(spec: Spec) -> Scoring:
             state[BEFORE, lane] = -infinity
             state[SUM_HIGH, lane] = state[SUM_LOW, lane] = 0
             if scaled:
-                key_scales[lane] = s.key_scale + h // G * p.key_scale_head
-                value_scales[lane] = s.value_scale + h // G * p.value_scale_head
+                key_scale_rows[lane] = s.key_scale + h // G * p.key_scale_head
+                value_scale_rows[lane] = s.value_scale + h // G * p.value_scale_head
             if lane + 1 < count:  # past the last row, the last row stands in
                 g += 1
                 if g == G:
@@ -176,7 +146,7 @@ def make_scoring(spec: Spec) -> Scoring:
 
     @spec.jit
     def products(
-        target: int, source: int, row: int, column: int, n: int, features: int, tile: int, packed: int, state: int
+        p: Any, at: int, target: int, source: int, row: int, column: int, n: int, features: int, tile: int, packed: int
     ) -> None:
         """target[j, lane] = sum_e source[j, e] tile[e, lane] for j < n; in the forward pass, their maximum to TILE_MAX.
 
@@ -192,7 +162,7 @@ def make_scoring(spec: Spec) -> Scoring:
         elif converts:
             pack_keys(packed, source, row, column, n, features)
             source, row, column = packed, features * size, size
-        lanes = carray(void_pointer(state), (ROWS, BM), real)
+        lanes, state = state_of(p, at), at + p.at_state
         lanes[TILE_MAX] = -infinity
         for r in range(0, n, MR):
             mm_first(
@@ -215,9 +185,7 @@ def make_scoring(spec: Spec) -> Scoring:
             keys, row, column = p.key + s.key + head * p.key_head + j0 * p.key_row, p.key_row, p.key_column
         else:
             keys, row, column = find_keys(p, s, at, head, j0, n)
-        products(
-            at + p.at_scores, keys, row, column, n, p.E, at + p.at_queries, at + p.at_keys, at + p.at_state
-        )  # fmt: skip
+        products(p, at, at + p.at_scores, keys, row, column, n, p.E, at + p.at_queries, at + p.at_keys)
 
     multiply_keys = features.multiply_keys(spec) if by_features else multiply_keys_by_queries
 
@@ -231,11 +199,11 @@ def make_scoring(spec: Spec) -> Scoring:
     def score_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool) -> None:
         """Scores of the tile's rows with keys j0 .. j0 + n; p.unit * LOG2E takes them to powers of 2."""
         scores, state = at + p.at_scores, at + p.at_state
-        lanes = carray(void_pointer(state), (ROWS, BM), real)
+        lanes = state_of(p, at)
         multiply_keys(p, s, at, head, j0, n)
         factor, natural = real(p.rest), real(1)
         if scaled:
-            scale(p, s, at, scores, at + p.at_key_scale_rows, p.key_scale_page, j0, n, no_marks)
+            scale(p, s, at, scores, at + p.at_key_scale_rows, p.key_scale_page, j0, n, False)
         if p.tiny != 0:
             multiply(scores, n, factor)
             factor = natural
@@ -245,7 +213,7 @@ def make_scoring(spec: Spec) -> Scoring:
                 cap_slope(scores, n, real(1 / p.cap_outer), at + p.at_cap_slopes)
             factor = natural
         if p.slopes != 0:
-            positions = table(at + p.at_positions)
+            positions = positions_of(p, at)
             for lane in range(BM):
                 lanes[POSITION, lane] = positions[lane] - j0
             alibi(scores, n, state, factor)
@@ -261,8 +229,8 @@ def make_scoring(spec: Spec) -> Scoring:
         if p.mask != 0:
             hide(scores, n, at + p.at_mask, factor)
         if edge:
-            starts, stops = table(at + p.at_starts), table(at + p.at_stops)
-            relative = carray(void_pointer(state), (ROWS, BM), integer)
+            starts, stops = starts_of(p, at), stops_of(p, at)
+            relative = relative_of(p, at)
             for lane in range(BM):
                 first = min(max(starts[lane] - j0, 0), n)
                 relative[FIRST, lane] = first
@@ -271,4 +239,4 @@ def make_scoring(spec: Spec) -> Scoring:
         if scaled or by_features or (not differentiates and (edge or p.staged != 0 or p.E > chain)):
             tile_max(scores, n, state)
 
-    return Scoring(table, place_rows, pack_rows, products, hides_all, score_tile, sources)
+    return Scoring(place_rows, pack_rows, products, hides_all, score_tile, sources)

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .elements import ELEMENTS
-from .params import NEVER
+from .scratch import areas_of, views
 from .simd import void_pointer
 from .softmax import multiply_tile
 from .spec import Spec
 from .tiles import copy_bytes, gather_tile
-from .views import carray
+from .views import UNBOUNDED, carray
 
 
 class Sources(NamedTuple):
@@ -28,23 +28,24 @@ class Sources(NamedTuple):
 
 def make_sources(spec: Spec) -> Sources:
     """Make the functions for one kind of kernel."""
-    BM, BN, kept = spec.query_tile, spec.key_tile, spec.kept.size
+    BM, kept = spec.query_tile, spec.kept.size
     row_bytes = BM * spec.vector.bytes
     real: Any = spec.vector.dtype
     copy, gather = copy_bytes(spec), gather_tile(spec, ELEMENTS["float32"])
     multiply = multiply_tile(spec)
+    key_rows_of, value_rows_of, scales_of, hidden_of = views(areas_of(spec), "key_rows value_rows scales hidden")
 
     @spec.jit
     def locate(p: Any, s: Any, at: int, j0: int, n: int) -> None:
         """Fill the tables of the rows j0 .. j0 + n of head 0."""
-        keys = carray(void_pointer(at + p.at_key_rows), BN, np.int64)
-        values = carray(void_pointer(at + p.at_value_rows), BN, np.int64)
+        keys = key_rows_of(p, at)
+        values = value_rows_of(p, at)
         if p.page_size == 0:
             for j in range(n):
                 keys[j] = p.key + s.key + (j0 + j) * p.key_row
                 values[j] = p.value + s.value + (j0 + j) * p.value_row
             return
-        pages = carray(void_pointer(s.pages), NEVER, np.int64)
+        pages = carray(void_pointer(s.pages), UNBOUNDED, np.int64)
         block, slot = divmod(j0, p.page_size)
         for j in range(n):
             page = pages[block]
@@ -74,17 +75,17 @@ def make_sources(spec: Spec) -> Sources:
         return at + p.at_raw_values, p.Ev * kept, kept
 
     @spec.jit
-    def scale(p: Any, s: Any, at: int, tile: int, rows: int, page_stride: int, j0: int, n: int, lost: int) -> None:
+    def scale(p: Any, s: Any, at: int, tile: int, rows: int, page_stride: int, j0: int, n: int, careful: bool) -> None:
         """Multiply tile[j, lane] by the scale of key (or value) j0 + j in the row of scales that a table tells.
 
-        A scale is NaN where a number was NaN or infinite. With `lost`, a tile of bool, true where a lane does not see a
-        key, such a scale counts as 0, and the first row of `lost` then tells which lanes saw one.
+        A scale is NaN where a number was NaN or infinite. If `careful`, such a scale counts as 0; the scratch area
+        `hidden` tells which keys a lane does not see, and its first row then which lanes saw such a scale.
         """
         scales = at + p.at_scales
         if p.page_size == 0:
             gather(scales, rows, j0 * 4, np.int64(4), n, real(1))
         else:
-            pages = carray(void_pointer(s.pages), NEVER, np.int64)
+            pages = carray(void_pointer(s.pages), UNBOUNDED, np.int64)
             j = 0
             while j < n:
                 block, slot = divmod(j0 + j, p.page_size)
@@ -92,9 +93,8 @@ def make_sources(spec: Spec) -> Sources:
                 offset = pages[block] * page_stride + slot * 4
                 gather(scales + j * row_bytes, rows, offset, np.int64(4), m, real(1))
                 j += m
-        if lost != 0:
-            hidden = carray(void_pointer(lost), (BN, BM), np.uint8)
-            factors = carray(void_pointer(scales), (BN, BM), real)
+        if careful:
+            hidden, factors = hidden_of(p, at), scales_of(p, at)
             for lane in range(BM):
                 saw = False
                 for j in range(n):

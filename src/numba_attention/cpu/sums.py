@@ -16,12 +16,6 @@ from .views import carray
 CLEAN, DIRTY, LOST = range(3)  # marks of rows: finite, NaN or infinity in grad_out, NaN in lse
 
 
-def padded(spec: Spec, features: int) -> int:
-    """Features of a row of sums: a multiple of a vector's width."""
-    W = spec.vector.width
-    return -(-features // W) * W
-
-
 def sum_blocks(spec: Spec) -> tuple[tuple[int, int], ...]:
     """Rows x vectors of the micro-kernels for the widest panel, for two vectors and for one, as registers allow."""
     return spec.block, (SUM_ROWS if spec.host.registers == 32 else SUM_ROWS // 2, 2), (SUM_ROWS, 1)

@@ -7,14 +7,17 @@ to compile the forward kernel.
 
 from typing import Any
 
-from llvmlite import ir
+import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.core.typing.npydecl import parse_dtype
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
+from numba.np.numpy_support import from_dtype
 
 from .simd import I64, Builder, Value
+
+UNBOUNDED = 2**62  # the length of an array of which only the beginning is known
 
 
 def _array(context: Any, builder: Builder, ty: Any, data: Value, shape: list[Value]) -> Value:
@@ -43,16 +46,25 @@ def carray(typing_context: Any, pointer: Any, shape: Any, dtype: Any) -> Any:
     return ty(types.voidptr, shape_type, dtype), codegen
 
 
-def table_of(count: int) -> Any:
-    """Make ``table(address)``: the `count` int64 that begin there."""
+def view_of(field: str, shape: tuple[int, ...], kind: Any) -> Any:
+    """Make ``view(p, at)``: the array that begins as many bytes after the address `at` as a field of the record p says.
+
+    Parameters
+    ----------
+    field : str
+    shape : tuple of int
+    kind : NumPy scalar type
+    """
+    ty = types.Array(from_dtype(np.dtype(kind)), len(shape), "C")
 
     @intrinsic
-    def table(typing_context: Any, address: Any) -> Any:
-        ty = types.Array(types.int64, 1, "C")
-
+    def view(typing_context: Any, p: Any, at: Any) -> Any:
         def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
-            return _array(context, builder, ty, builder.inttoptr(args[0], ir.IntType(8).as_pointer()), [I64(count)])
+            member = cgutils.get_record_member(builder, args[0], p.offset(field), I64)
+            offset = context.unpack_value(builder, types.int64, member, None if p.aligned else 1)
+            data = builder.inttoptr(builder.add(args[1], offset), cgutils.voidptr_t)
+            return _array(context, builder, ty, data, [I64(n) for n in shape])
 
-        return ty(types.int64), codegen
+        return ty(p, types.int64), codegen
 
-    return table
+    return view
