@@ -438,7 +438,7 @@ def test_every_row_is_written(monkeypatch, option):
 
 
 def without_float16(monkeypatch):
-    for name in ("cpu", "gradients"):
+    for name in ("cpu", "cpu_backward"):
         module = sys.modules[f"numba_attention.backends.{name}"]
         monkeypatch.setattr(module, "HOST", module.HOST._replace(f16=False))
 

@@ -26,7 +26,7 @@ def run(code, folder, **environment):
 ATTEND = """
     import numpy as np, numba, numba_attention as na
     from numba_attention.backends import cpu
-    from numba_attention.backends.resources import worker
+    from numba_attention.backends.cpu_resources import worker
     numba.set_num_threads(2)
     q = np.random.default_rng(0).standard_normal((4, 300, 32), dtype=np.float32)
     na.attention(q, q, q)

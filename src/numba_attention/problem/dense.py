@@ -348,4 +348,5 @@ def _positions(p: Problem, o: Options) -> None:
     elif is_bottom_right(causal):
         keys = p.S if p.key_lengths is None else p.key_lengths
         queries = p.L if p.query_lengths is None else p.query_lengths
-        p.offset = keys - queries
+        ahead: Any = keys - queries  # of arrays without axes, NumPy makes a scalar
+        p.offset = ahead if isinstance(ahead, int) else np.asarray(ahead)
