@@ -35,7 +35,7 @@ def fuzz(session: nox.Session) -> None:
     """New examples for the fuzzer, for NUMBA_ATTENTION_FUZZ_SECONDS (60) a test; arguments go to pytest."""
     session.install("-e", ".[test]")
     seconds = session.env.get("NUMBA_ATTENTION_FUZZ_SECONDS", "60")
-    session.run("pytest", "-s", "tests/fuzz", *session.posargs, env={"NUMBA_ATTENTION_FUZZ_SECONDS": seconds})
+    session.run("pytest", "-s", "tests/fuzz", "-m", "", *session.posargs, env={"NUMBA_ATTENTION_FUZZ_SECONDS": seconds})
 
 
 @nox.session

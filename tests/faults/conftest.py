@@ -1,4 +1,4 @@
-"""Long cases run only if they are asked for, and kernels are in the cache before a case is timed."""
+"""Part of the whole grid; long cases run if they are asked for. Kernels are in the cache before a case is timed."""
 
 import sys
 from pathlib import Path
@@ -10,9 +10,12 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(config, items):
+    cases = [item for item in items if HERE in item.path.parents]
     if "faults" in config.option.markexpr:
         return
-    long = [item for item in items if HERE in item.path.parents and item.get_closest_marker("faults")]
+    for item in cases:
+        item.add_marker(pytest.mark.slow)
+    long = [item for item in cases if item.get_closest_marker("faults")]
     if long:
         items[:] = [item for item in items if item not in long]
         config.hook.pytest_deselected(items=long)
