@@ -5,6 +5,7 @@ in the forward kernel, and what it returns needs Numba's reference counts. As an
 to compile the forward kernel.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ def carray(typing_context: Any, pointer: Any, shape: Any, dtype: Any) -> Any:
     return ty(types.voidptr, shape_type, dtype), codegen
 
 
+@cache
 def view_of(field: str, shape: tuple[int, ...], kind: Any) -> Any:
     """Make ``view(p, at)``: the array that begins as many bytes after the address `at` as a field of the record p says.
 
