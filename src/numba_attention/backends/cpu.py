@@ -204,8 +204,8 @@ FEW = 2 * HOST.bits // 32  # query rows for a key/value head, up to which featur
 def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, few: bool) -> _Plan:
     if few:
         return _make_decode_plan(p, sequences, bias)
-    storage, stored = storage_of(p.query.dtype), stored_of(p)
-    spec = Spec(storage, HOST, stored=stored)
+    storage, kv_storage = storage_of(p.query.dtype), stored_of(p)
+    spec = Spec(storage, HOST, kv_storage=kv_storage)
     offsets, scratch_size, depth = kernels.scratch(spec, p.E, 0 if weights else p.Ev)
     heads, group = p.Hkv, p.H // p.Hkv
     if p.heads is not None and p.rows is not None:
@@ -222,7 +222,7 @@ def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, 
     rest = pack(values_of(p, spec, bias) | sizes | {"scratch_size": scratch_size, "out_depth": depth}, offsets)
     scores = heads * float(rows.sum())
     flops, work = 2.0 * scores * (p.E + p.Ev), 2.0 * scores * (p.E + p.Ev + SCORE)
-    kernel = worker(storage, "weights" if weights else "forward", stored)
+    kernel = worker(storage, "weights" if weights else "forward", kv_storage)
     numbers = sequences.view(np.int64)
     return _Plan(kernel, sequences, numbers, address_of(numbers), rest, items, flops, work, scratch_size)
 
@@ -232,7 +232,7 @@ def _make_decode_plan(p: Problem, sequences: Array, bias: Array | None) -> _Plan
     offsets, scratch_size, partial_size = decode.scratch(spec, p.E, p.Ev)
     sizes = {"number": len(sequences), "Ev": p.Ev, "scratch_size": scratch_size, "partial_size": partial_size}
     flops = 2.0 * p.H * float(sequences["rows"].sum()) * (p.E + p.Ev)
-    kernel, rest = worker(spec.storage, "decode", spec.stored), pack(values_of(p, spec, bias) | sizes, offsets)
+    kernel, rest = worker(spec.storage, "decode", spec.kv_storage), pack(values_of(p, spec, bias) | sizes, offsets)
     work = max(flops, 2.0 * p.Hkv * len(sequences) * (p.E + p.Ev) * READ)
     tiles = decode.tiles_of(spec, sequences["rows"], p.H // p.Hkv, p.Hkv)
     numbers = sequences.view(np.int64)

@@ -97,14 +97,14 @@ def _addresses_of(size: int) -> Function:
 addresses = {size: _addresses_of(size) for size in (2, 4, 8)}
 
 
-def worker(storage: str, task: str, stored: str = "") -> Kernel:
+def worker(storage: str, task: str, kv_storage: str = "") -> Kernel:
     """The kernel of a task for one way of storing numbers, and keys and values if these are stored another way."""
-    return _worker(storage, task, stored)  # functools.cache would take a default left out for another call
+    return _worker(storage, task, kv_storage)  # functools.cache would take a default left out for another call
 
 
 @cache
-def _worker(storage: str, task: str, stored: str) -> Kernel:
-    spec = Spec(storage, HOST, task, stored)
+def _worker(storage: str, task: str, kv_storage: str) -> Kernel:
+    spec = Spec(storage, HOST, task, kv_storage)
     make = {"backward": backward.make_worker, "decode": decode.make_worker}.get(task, forward.make_worker)
     return Kernel(spec.name, lambda: make(spec), launch.SIGNATURE)
 

@@ -1,4 +1,4 @@
-"""The backward pass on the CPU: scores and weights again, tile by tile; FlashAttention-2 (Dao 2023) algorithm 2.
+"""The backward pass on the CPU: FlashAttention-2 (Dao 2023) algorithm 2, which recomputes weights tile by tile.
 
 As in the forward pass a tile of queries lies in the lanes and visits its tiles of keys; five products instead of two:
 
@@ -22,7 +22,7 @@ from . import stages, tiles
 from .gemm import micro_kernel
 from .params import PARAMS, STOPPED
 from .scoring import LOG2E, make_scoring
-from .scratch import areas_of, lay_out, views
+from .scratch import areas_of, layout_of, views
 from .simd import fetch, fetch_add, void_pointer
 from .softmax import (
     INVERSE,
@@ -46,8 +46,9 @@ from .sums import CLEAN, LOST, add_products, add_transposed, copy_rows, write_su
 from .sums import add_sums as sums_adder
 from .views import UNBOUNDED, carray
 
-DELTA = SUM  # row of the state
-# Of the sums of a long sequence, so much is cleared, added or written before the counter is looked at: see `STOPPED`.
+DELTA = SUM  # the row of the state that holds rowsum(dO * O) - dlse once denominators are no longer needed
+# Cancellation: sums of a long sequence are cleared, added and written in parts, and the counter is polled (`STOPPED`)
+# before each, so that an interrupted call returns within milliseconds.
 PART = 2**24  # bytes
 ROWS_AT_ONCE = 2**14
 
@@ -66,8 +67,8 @@ def scratch(spec: Spec, E: int, Ev: int, sums: int) -> tuple[dict[str, int], int
 
     `sums` is how many bytes of dK and dV a thread keeps.
     """
-    areas = areas_of(spec, E, Ev, sums)
-    return *lay_out(areas), -(-E // spec.block[0]) * spec.block[0]
+    _, offsets, size = layout_of(spec, E, Ev, sums)
+    return offsets, size, -(-E // spec.block[0]) * spec.block[0]
 
 
 def make_worker(spec: Spec) -> Callable[[int, int], int]:
@@ -75,7 +76,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     BM, BN, MR = spec.query_tile, spec.key_tile, spec.block[0]
     vector, element = spec.vector, spec.element
     size, row_bytes = vector.bytes, BM * vector.bytes
-    dot, converts, item_size = spec.dot, spec.converts, element.size
+    bf16_dot, widens_kv, item_size = spec.bf16_dot, spec.widens_kv, element.size
     real: Any = vector.dtype
     infinity = math.inf
     large, tolerance = large_lse(vector.mantissa)
@@ -90,7 +91,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         areas_of(spec), "grad_rows grad_query_rows grad_bias_rows dirty"
     )
     place_rows, pack_rows, products, hides_all, score_tile, _ = make_scoring(spec)
-    mm_query = micro_kernel(spec, "output", dot=False)
+    mm_query = micro_kernel(spec, "output", bf16_dot=False)
     gather = tiles.gather_tile(spec, element)
     widen = tiles.widen_tile(spec)
     write_tile = tiles.scatter_tile(spec)
@@ -156,18 +157,21 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             grad_query_rows[lane] = p.grad_query + s.grad_query + h * p.grad_query_head + i * p.grad_query_row
             grad_bias_rows[lane] = bias + h * p.grad_bias_head + i * p.grad_bias_row
             lse = carray(void_pointer(lse_rows[lane]), 1, real)[0]
-            # A maximum in the unit of the scores, and what its rounding leaves of lse.
+            # lse is split into a maximum in the unit of the scores and an inverse denominator, the exponential of what
+            # rounding the maximum leaves of it.
             highest = real(lse / p.unit)
             inverse = math.exp(np.float64(highest) * p.unit - np.float64(lse))
             if math.isfinite(lse) and abs(lse) > large and state[SUM, lane] > 0:
-                # Unless lse is that of more keys than there are here, by more than the scores' own rounding, the row is
-                # what `find_denominators` found: then weights sum to 1 however large scores are.
-                found = np.float64(state[MAX, lane]) * p.unit + math.log(np.float64(state[SUM, lane]))
-                if lse <= found + abs(np.float64(lse)) * tolerance:
+                # Recomputed denominator: where lse is that of the keys of this call, within the rounding of scores, the
+                # recomputed pair replaces it, so that weights sum to 1 however large scores are. An lse merged over
+                # more keys is larger, and stays.
+                recomputed_lse = np.float64(state[MAX, lane]) * p.unit + math.log(np.float64(state[SUM, lane]))
+                if lse <= recomputed_lse + abs(np.float64(lse)) * tolerance:
                     highest, inverse = state[MAX, lane], 1 / np.float64(state[SUM, lane])
             state[MAX, lane], state[INVERSE, lane] = highest, inverse
             state[RESCALE, lane] = 1
-            # A row that sees nothing has no weights; nor has the last row where it stands in for those a tile lacks.
+            # A maximum of infinity makes every weight 0: for rows that see no key, and for the copies of the last row
+            # in the unused lanes of a partial tile.
             if lane >= last or lse == -infinity or starts[lane] >= stops[lane]:
                 state[MAX, lane], state[INVERSE, lane] = infinity, 1
             elif math.isnan(lse):
@@ -181,7 +185,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
     @spec.jit
     def write_delta(p: Any, s: Any, at: int, first_row: int) -> None:
-        """Delta = rowsum(dO * O) - dlse, already summed, to the array that the gradient of the sinks is made of."""
+        """Subtract dlse from rowsum(dO * O), and write this delta to the array that gives the gradient of the sinks."""
         rows, heads = lane_rows_of(p, at), lane_heads_of(p, at)
         state = state_of(p, at)
         for lane in range(BM):
@@ -198,7 +202,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         """Pack what belongs to the rows of the tile but queries; whether grad_out holds NaN or infinity."""
         grads, state = at + p.at_grads, at + p.at_state
         pack_rows(grads, at + p.at_grad_rows, p.grad_out_column, p.Ev, real(1))
-        if dot:
+        if bf16_dot:
             grads = at + p.at_extra
             gather(grads, at + p.at_grad_rows, 0, p.grad_out_column, p.Ev, real(1))
         gather(at + p.at_out, at + p.at_out_rows, 0, p.out_column, p.Ev, real(1))
@@ -232,17 +236,17 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                     weights[j, lane] = grad_scores[j, lane] = math.nan
 
     @spec.jit
-    def add_query_gradient(p: Any, s: Any, at: int, head: int, j0: int, n: int, careful: bool) -> None:
+    def add_query_gradient(p: Any, s: Any, at: int, head: int, j0: int, n: int, nan_safe: bool) -> None:
         """dQ^T += K^T dS^T."""
         keys = p.key + s.key + head * p.key_head + j0 * p.key_row
         row, column = p.key_row, p.key_column
-        if converts:
-            keys, row, column = at + p.at_keys, p.E * size, size  # widened for the scores
-        if dot or careful:
+        if widens_kv:
+            keys, row, column = at + p.at_keys, p.E * size, size  # the copy in the compute type that the scores used
+        if bf16_dot or nan_safe:
             wide = at + p.at_wide_keys
             widen(wide, p.key + s.key + head * p.key_head + j0 * p.key_row, p.key_row, p.key_column, n, p.E)
             keys, row, column = wide, p.E * size, size
-            if careful:
+            if nan_safe:
                 drop_nonfinite(wide, n * p.E)
         for e in range(0, p.E, MR):
             mm_query(
@@ -252,7 +256,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
     @spec.jit
     def visit_keys(
-        p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, sums: int, dirty: bool, careful: bool
+        p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, sums: int, dirty: bool, nan_safe: bool
     ) -> None:
         """One tile of keys: the weights, their gradients, and what follows from both."""
         weights, grad_scores = at + p.at_scores, at + p.at_grad_scores
@@ -266,15 +270,15 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         differentiate_softmax(weights, grad_scores, n, state, real(p.unit * LOG2E))
         if dirty:
             spread_nan(p, at, n)
-        if p.grad_bias != 0 and not careful:
+        if p.grad_bias != 0 and not nan_safe:
             column = p.grad_bias_column
             add_to_bias(grad_scores, at + p.at_grad_bias_rows, j0 * column, column, n, at + p.at_spare)
         if p.tiny != 0:
             scale_scores(grad_scores, n, real(p.gradient_prescale))
         if p.cap_outer != 0:
             multiply(grad_scores, n, at + p.at_cap_slopes)
-        add_query_gradient(p, s, at, head, j0, n, careful)
-        if careful:
+        add_query_gradient(p, s, at, head, j0, n, nan_safe)
+        if nan_safe:
             return
         add(sums + j0 * p.E_padded * size, grad_scores, at + p.at_query_copy, n, p.E_padded)
         value_sums = sums + (s.key_rows + SUM_ROWS) * p.E_padded * size
@@ -300,7 +304,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             find_denominators(p, s, at, head, seen)
         dirty = place_gradients(p, s, at, head, first_row, group)
         dirty = load_rows(p, s, at, first_row) or dirty
-        careful = False
+        nan_safe = False
         while True:
             grad_query[: p.out_depth] = 0
             visited = 0
@@ -309,17 +313,17 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                     return
                 n = min(BN, stop - j0)
                 if p.mask == 0 or not hides_all(p, s, at, j0, n):
-                    visit_keys(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop, sums, dirty, careful)
+                    visit_keys(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop, sums, dirty, nan_safe)
                     visited += 1
                     if visited % LEVEL == 0:
                         carry_gradient(p, at, visited == LEVEL)
             if visited >= LEVEL:
                 carry_gradient(p, at, False)
                 add_tiles(at + p.at_out, at + p.at_high, at + p.at_low, p.E)
-            # As in the forward pass, what a key that holds NaN did to rows that do not see it is done again.
-            if careful or not has_nan(at + p.at_out, p.E):
+            # NaN-safe retry, as in the forward pass: a key with NaN spoils dQ of rows that do not see it, by 0 * NaN.
+            if nan_safe or not has_nan(at + p.at_out, p.E):
                 break
-            careful = True
+            nan_safe = True
         state[TILE_MAX] = real(p.gradient_scale)
         write_tile(at + p.at_out, at + p.at_grad_query_rows, 0, item_size, p.E, at + p.at_state + TILE_MAX * row_bytes)
 
@@ -342,7 +346,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         """DQ of the rows of one group, and their dK and dV."""
         clear_sums(p, sums, bytes_of(p, s))
         last = (s.rows * p.group + BM - 1) // BM - 1
-        # Last rows first, as in the forward pass; the groups take turns, so that each gets of every kind.
+        # Longest first, as in the forward pass. Tiles are dealt to groups round robin: under a causal mask each group
+        # then has long rows and short ones.
         for tile in range(last - group, -1, -s.groups):
             if fetch(p.counter) >= STOPPED:
                 return

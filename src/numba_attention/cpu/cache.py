@@ -29,8 +29,8 @@ from .. import forks
 from ..kernel_cache import path_of, read_checked, warn_unwritten, write_checked
 from .machine_code import MachineCode, compile_kernel, load
 
-# Forks wait for whoever compiles or loads, in Numba or in LLVM. The lock of Numba's compiler is that of kernels too:
-# with a lock of its own, a kernel would stay locked in a child that is forked while another thread reads its file.
+# Locks across fork(): a fork waits until no thread compiles or loads, in Numba or in LLVM. Kernels share the lock of
+# Numba's compiler: a lock of their own would stay locked in a child forked while another thread reads a kernel's file.
 for _lock in (
     global_compiler_lock._lock,
     getattr(parallel, "_backend_init_thread_lock", None),
@@ -80,7 +80,7 @@ class Kernel:
 
     def __init__(self, name: str, make: Callable[[], Callable[..., int]], signature: Any) -> None:
         self.name = name
-        self.origin = ""  # "compiled" or "loaded", once it is there
+        self.origin = ""  # "compiled" or "loaded", once the machine code is in memory
         self._make = make
         self._signature = signature
         self._loaded: Any = None
@@ -125,7 +125,7 @@ class Kernel:
             return None
         try:
             loaded = self._from_bytes(payload)
-        except Exception:  # by design: whatever is wrong with a file, the kernel can be compiled
+        except Exception:  # every error counts as a cache miss: a damaged file must not stop a call that can compile
             return None
         self.origin = "loaded"
         return loaded
@@ -143,7 +143,7 @@ class Kernel:
 
     def _function(self) -> Callable[..., int]:
         function = self._make()
-        # Numba numbers functions of one name by order of compilation: see `Spec.jit`.
+        # Unique symbol: Numba numbers functions of one name by order of compilation (see `Spec.jit`).
         function.__qualname__ = function.__name__ = self.name.replace("-", "_")
         return function
 
@@ -198,5 +198,5 @@ class Function(Kernel):
 
     def _from_bytes(self, payload: bytes) -> Any:
         context = cpu_target.target_context
-        rtsys.initialize(context)  # the object code refers to symbols of Numba's runtime
+        rtsys.initialize(context)  # registers the symbols of Numba's runtime that the object code refers to
         return CompileResult._rebuild(context, *pickle.loads(payload))

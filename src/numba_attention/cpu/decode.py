@@ -16,7 +16,7 @@ from ..sequence_record import SEQUENCE
 from . import features, tiles
 from .params import PARAMS
 from .scoring import LOG2E, make_scoring
-from .scratch import areas_of, lay_out, views
+from .scratch import areas_of, layout_of, views
 from .simd import fetch_add, void_pointer
 from .softmax import INVERSE, MAX, RESCALE, SUM, normalised_weights, softmax_step
 from .softmax import add_scaled as add_scaled_of
@@ -24,21 +24,21 @@ from .softmax import power_below as power_below_of
 from .spec import Spec
 from .views import UNBOUNDED, carray
 
-SPLIT = 512  # keys
+SPLIT = 512  # keys of one split (split-K)
 
 
 def scratch(spec: Spec, E: int, Ev: int) -> tuple[dict[str, int], int, int]:
     """Byte offsets of the scratch areas of one thread, their sum, and the size of the state of a tile."""
-    areas = areas_of(spec, E, Ev)
-    return *lay_out(areas), areas["out"].size + 2 * spec.vector.width * spec.vector.bytes
+    areas, offsets, size = layout_of(spec, E, Ev)
+    return offsets, size, areas["out"].size + 2 * spec.vector.width * spec.vector.bytes
 
 
 def make_worker(spec: Spec) -> Callable[[int, int], int]:
     """Make the function that one thread runs: take work items until none is left."""
     W, BN = spec.query_tile, spec.key_tile
     vector = spec.vector
-    size, scaled = vector.bytes, spec.scaled
-    value_size = spec.kept.size
+    size, quantized = vector.bytes, spec.quantized
+    value_size = spec.kv_element.size
     real: Any = vector.dtype
     infinity = math.inf
 
@@ -82,34 +82,34 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                     carray(void_pointer(where), value_size, np.uint8)[:] = 0
                     for lane in range(first, end):
                         if hidden[j, lane] == 0:
-                            # The last vector of a row ends with the features (`features`): two places for some of them.
+                            # Overlapping last vector (see `features`): some features stand in two places of a row.
                             if e < whole:
                                 extra[lane * pitch + e] += x
                             if whole < p.Ev and e >= p.Ev - W:
                                 extra[lane * pitch + e - (p.Ev - W) + whole] += x
 
     @spec.jit
-    def add_values(p: Any, at: int, head: int, n: int, careful: bool) -> None:
+    def add_values(p: Any, at: int, head: int, n: int, nan_safe: bool) -> None:
         """Output = output * rescale + weights * values."""
         lanes, each = lane_counts_of(p, at)
         first = 0
         while first < lanes:
             end, rows, offset, ahead = first + each, at + p.at_value_rows, head * p.value_head, p.value_head
-            if careful:
+            if nan_safe:
                 drop_nonfinite(p, at, rows, offset, first, end, n)
             elif p.value_column != value_size:
                 gather(at + p.at_raw_values, rows, offset, p.value_column, p.Ev, n, at + p.at_raw_rows)
-            if careful or p.value_column != value_size:
+            if nan_safe or p.value_column != value_size:
                 rows, offset, ahead = at + p.at_raw_rows, 0, 0
             add(p, at, first, end, rows, offset, n, ahead)
             first = end
             head += 1
 
     @spec.jit
-    def scale_weights(p: Any, s: Any, at: int, j0: int, n: int, careful: bool) -> None:
+    def scale_weights(p: Any, s: Any, at: int, j0: int, n: int, nan_safe: bool) -> None:
         """Weights times the scales of values; one that is NaN makes the rows NaN that see it."""
-        scale(p, s, at, at + p.at_scores, at + p.at_value_scale_rows, p.value_scale_page, j0, n, careful)
-        if careful:
+        scale(p, s, at, at + p.at_scores, at + p.at_value_scale_rows, p.value_scale_page, j0, n, nan_safe)
+        if nan_safe:
             hidden, extra, pitch = hidden_of(p, at), extra_of(p, at), pitch_of(p)
             for lane in range(W):
                 if hidden[0, lane] != 0:
@@ -117,23 +117,23 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
     @spec.jit
     def fold_keys(
-        p: Any, s: Any, at: int, head: int, start: int, stop: int, all_start: int, all_stop: int, careful: bool
+        p: Any, s: Any, at: int, head: int, start: int, stop: int, all_start: int, all_stop: int, nan_safe: bool
     ) -> None:
-        """Fold every visible tile of keys into the state; if `careful`, maxima and denominators are known."""
+        """Fold every visible tile of keys into the state; if `nan_safe`, maxima and denominators are final."""
         for j0 in range(start, stop, BN):
             n = min(BN, stop - j0)
             if p.mask != 0 and hides_all(p, s, at, j0, n):
                 continue
             locate(p, s, at, j0, n)
             score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
-            if careful:
+            if nan_safe:
                 mark_hidden(p, at, n)
                 weigh(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_scores)
             else:
                 step_softmax(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_scores)
-            if scaled:
-                scale_weights(p, s, at, j0, n, careful)
-            add_values(p, at, head, n, careful)
+            if quantized:
+                scale_weights(p, s, at, j0, n, nan_safe)
+            add_values(p, at, head, n, nan_safe)
 
     @spec.jit
     def attend(p: Any, s: Any, at: int, head: int, first_row: int, split: int) -> None:
@@ -142,47 +142,49 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         state = state_of(p, at)
         out = out_of(p, at)
         extra = extra_of(p, at)
-        scores_of(p, at)[:] = 0  # lanes without a row are never written
-        careful = False
+        scores_of(p, at)[:] = 0  # lanes without a query row are never written, and must not hold NaN
+        nan_safe = False
         start, stop, all_start, all_stop = place_rows(p, s, at, head, first_row, lanes)
-        # From a multiple of BN on: what other rows are in the tile then changes no bit.
+        # Reproducibility: key tiles begin at multiples of BN, so that no bit of a row depends on the intervals of other
+        # rows in its tile.
         start, stop = max(start // BN * BN, split * SPLIT), min(stop, (split + 1) * SPLIT)
-        if split > 0:  # a sink belongs to the first
+        if split > 0:  # the sink is counted once, in the first split
             state[MAX], state[SUM] = -infinity, 0
         pack(p, at)
         while True:
             out[: lanes * pitch_of(p)] = 0
-            if careful:
+            if nan_safe:
                 extra[: lanes * pitch_of(p)] = 0
-            fold_keys(p, s, at, head, start, stop, all_start, all_stop, careful)
-            if careful:
+            fold_keys(p, s, at, head, start, stop, all_start, all_stop, nan_safe)
+            if nan_safe:
                 for x in range(lanes * pitch_of(p)):
                     out[x] += extra[x]
-            # As in `forward`: where a weight of 0 may have met NaN or infinity, or a sum overflowed, it is done again.
-            if careful or not has_nan(at + p.at_out, lanes * pitch_of(p) // W):
+            # NaN-safe retry, as in `forward.attend`: an output that is NaN is recomputed with normalized weights.
+            if nan_safe or not has_nan(at + p.at_out, lanes * pitch_of(p) // W):
                 break
-            careful = True
+            nan_safe = True
             for lane in range(W):
                 state[INVERSE, lane], state[RESCALE, lane] = power_below(state[SUM, lane]), 1
         for lane in range(W):
             total = state[SUM, lane]
             state[RESCALE, lane] = real(1) / total if total != 0 else real(0)
-            if careful and total != 0:
+            if nan_safe and total != 0:
                 state[RESCALE, lane] /= state[INVERSE, lane]
 
     @spec.jit
-    def keep_state(p: Any, at: int, item: int) -> None:
+    def store_state(p: Any, at: int, item: int) -> None:
+        """Store the partial state of one split: maxima, denominators, normalized outputs."""
         lanes = lane_counts_of(p, at)[0]
         state = state_of(p, at)
         out = out_of(p, at)
-        kept = carray(void_pointer(p.partial + item * p.partial_size), UNBOUNDED, real)
+        partial = carray(void_pointer(p.partial + item * p.partial_size), UNBOUNDED, real)
         pitch = pitch_of(p)
         for lane in range(W):
-            kept[lane], kept[W + lane] = state[MAX, lane], state[SUM, lane]
+            partial[lane], partial[W + lane] = state[MAX, lane], state[SUM, lane]
         for lane in range(lanes):
             factor = state[RESCALE, lane]
             for x in range(lane * pitch, (lane + 1) * pitch):
-                kept[2 * W + x] = out[x] * factor
+                partial[2 * W + x] = out[x] * factor
 
     @spec.jit
     def merge(p: Any, at: int, first: int, splits: int) -> None:
@@ -202,19 +204,19 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 highest = max(highest, m)
             total = 0.0
             for split in range(splits):
-                kept = carray(void_pointer(p.partial + (first + split) * p.partial_size), 2 * W, real)
-                m, part = kept[lane], 0.0
-                if m != -infinity:  # else the split saw nothing
-                    part = kept[W + lane] * math.exp((np.float64(m) - highest) * p.unit)
-                kept[W + lane] = part
+                partial = carray(void_pointer(p.partial + (first + split) * p.partial_size), 2 * W, real)
+                m, part = partial[lane], 0.0
+                if m != -infinity:  # -inf: no key of the split was visible
+                    part = partial[W + lane] * math.exp((np.float64(m) - highest) * p.unit)
+                partial[W + lane] = part
                 total += part
             state[MAX, lane], state[SUM, lane], state[RESCALE, lane] = highest, total, 1
             row = lane * pitch * size
             for split in range(splits if total != 0 else 0):
-                kept_row = p.partial + (first + split) * p.partial_size + 2 * W * size + row
-                kept = carray(void_pointer(p.partial + (first + split) * p.partial_size), 2 * W, real)
-                share = real(kept[W + lane] / total)
-                add_scaled(at + p.at_out + row, at + p.at_extra + row, kept_row, pitch // W, share)
+                partial_row = p.partial + (first + split) * p.partial_size + 2 * W * size + row
+                partial = carray(void_pointer(p.partial + (first + split) * p.partial_size), 2 * W, real)
+                share = real(partial[W + lane] / total)
+                add_scaled(at + p.at_out + row, at + p.at_extra + row, partial_row, pitch // W, share)
             for x in range(lane * pitch, (lane + 1) * pitch):
                 out[x] += low[x]
 
@@ -233,7 +235,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 carray(void_pointer(lse_rows[lane]), 1, real)[0] = lse
             factor = state[RESCALE, lane]
             if total == 0 and starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0:
-                factor = real(math.nan)  # keys were seen, and every score was -inf: infinite inputs
+                factor = real(math.nan)  # keys were visible, and every score was -inf, which only infinite inputs give
             row = at + p.at_out + lane * pitch * size
             write(out_rows[lane], p.out_column, whole, row, factor)
             if whole < p.Ev:
@@ -243,12 +245,12 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         p = carray(void_pointer(params), 1, PARAMS)[0]
         sequences = carray(void_pointer(p.sequences), p.number, SEQUENCE)
         at = p.scratch + thread * p.scratch_size
-        shape = lane_counts_of(p, at)
+        lane_counts = lane_counts_of(p, at)
         while True:
             item = fetch_add(p.counter, 1)
             if item >= p.items:
                 return 0
-            low, high = 0, p.number  # the sequence of this item: the last that begins at or before it
+            low, high = 0, p.number  # binary search: the sequence of an item is the last that begins at or before it
             while high - low > 1:
                 middle = (low + high) // 2
                 if sequences[middle].first <= item:
@@ -258,17 +260,18 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             s = sequences[low]
             splits = max(1, (s.keys + SPLIT - 1) // SPLIT)
             tile, split = divmod(item - s.first, splits)
-            each = s.rows * p.group  # rows of a key/value head
-            if each >= W:
-                head, part = divmod(tile, (each + W - 1) // W)
+            rows_per_head = s.rows * p.group  # query rows of a key/value head
+            if rows_per_head >= W:
+                head, part = divmod(tile, (rows_per_head + W - 1) // W)
                 first_row = part * W
-                shape[0] = shape[1] = min(W, each - first_row)
+                lane_counts[0] = lane_counts[1] = min(W, rows_per_head - first_row)
             else:
-                head, first_row = tile * (W // each), 0
-                shape[0], shape[1] = min(W // each, p.kv_heads - head) * each, each
+                head, first_row = tile * (W // rows_per_head), 0
+                heads = min(W // rows_per_head, p.kv_heads - head)
+                lane_counts[0], lane_counts[1] = heads * rows_per_head, rows_per_head
             attend(p, s, at, head, first_row, split)
             if splits > 1:
-                keep_state(p, at, item)
+                store_state(p, at, item)
                 if fetch_add(p.counts + 8 * (item - split), 1) < splits - 1:
                     continue
                 merge(p, at, item - split, splits)

@@ -24,7 +24,7 @@ class Element(NamedTuple):
         store(b, self._narrow(vector, b, v, vector.width), p, align=self.size)
 
     def store_one(self, vector: Vector, b: Builder, x: Value, p: Value) -> None:
-        # Through a vector, so that a lone value rounds exactly as one in a vector does.
+        # Same rounding: a lone value is rounded by the vector instructions, which scalar code need not agree with.
         rounded = self._narrow(vector, b, splat(b, x, vector.width), vector.width)
         store(b, b.extract_element(rounded, I32(0)), p, align=self.size)
 
@@ -48,7 +48,7 @@ class Element(NamedTuple):
             bits = bfloat16_bits(b, x, width) if self.name == "bfloat16" else float8_bits(b, x, width)
             x = b.bitcast(bits, single)
             if self.name == "float8_e4m3fn":
-                rebias = 2.0**120  # from the exponent bias of float8, 7, to 127; subnormals become normal on the way
+                rebias = 2.0**120  # exponent bias 7 (float8) to 127 (float32); makes subnormal numbers normal
                 x = b.fmul(x, ir.Constant(single, rebias if width is None else [rebias] * width))
         return x if x.type == target else b.fpext(x, target)
 

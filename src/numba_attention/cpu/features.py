@@ -57,7 +57,7 @@ def _sum_lanes(spec: Spec, b: Builder, vectors: list[Value]) -> Value:
         first, second = (b.shuffle_vector(x, y, lanes_of([lane + n for lane in low])) for n in (0, half))
         return b.fadd(first, second)
 
-    parts, segments = list(vectors), 1  # each part holds so many sums, each spread over length lanes
+    parts, segments = list(vectors), 1  # each part holds `segments` partial sums, of `length` lanes each
     length = W
     while len(parts) > 1:
         half = length // 2
@@ -79,13 +79,13 @@ def _load(spec: Spec, b: Builder, p: Value) -> Value:
     A thread that reads every line once, as a whole, reads 16 GB/s of values on Zen 4, and by halves 28: a stream is
     recognised by a second access to its lines.
     """
-    vector, kept = spec.vector, spec.kept
-    if kept.size * vector.width < 64:
-        return kept.load(vector, b, p)
+    vector, element = spec.vector, spec.kv_element
+    if element.size * vector.width < 64:
+        return element.load(vector, b, p)
     half = ir.VectorType(vector.element, vector.width // 2)
-    low = load(b, half, p, align=kept.size)
-    keep_order(b)  # or the two become one
-    high = load(b, half, p, 32, align=kept.size)
+    low = load(b, half, p, align=element.size)
+    keep_order(b)  # a compiler barrier, or the two loads would be merged
+    high = load(b, half, p, 32, align=element.size)
     return b.shuffle_vector(low, high, lanes_of(list(range(vector.width))))
 
 
@@ -103,11 +103,11 @@ def _dot_products(spec: Spec, height: int) -> Any:
     of `next_rows` at `next_offset` is what will be read next: it is prefetched. Rows of the tile up to the next
     multiple of `keys` are overwritten.
     """
-    vector, kept = spec.vector, spec.kept
+    vector, element = spec.vector, spec.kv_element
     W = vector.width
     keys = min(8, _accumulators(spec) // height)
     row_bytes = W * vector.bytes
-    together = min(W, height * keys) // height  # keys of which all sums fit in a vector
+    together = min(W, height * keys) // height  # how many keys' sums fit into one vector
 
     def build(
         b: Builder, scores: Value, rows: Value, offset: Value, n: Value,
@@ -124,18 +124,18 @@ def _dot_products(spec: Spec, height: int) -> Any:
             acc: list[Value] = []
             for j in range(keys):
                 index = b.add(first, I64(j))
-                index = b.select(b.icmp_signed("<", index, end), index, end)  # the last stands in for those not there
+                index = b.select(b.icmp_signed("<", index, end), index, end)  # padding: the last key is read again
                 key = _row(b, rows, index, offset)
                 later = _row(b, next_rows, index, next_offset)
 
                 def chunk(c: Value, sums: list[Value], key: Value = key, later: Value = later) -> list[Value]:
-                    where = b.select(b.icmp_signed("==", c, final), last, b.mul(c, I64(W * kept.size)))
+                    where = b.select(b.icmp_signed("==", c, final), last, b.mul(c, I64(W * element.size)))
                     prefetch(b, at(b, later, where))
                     k = _load(spec, b, at(b, key, where))
                     in_query = b.mul(c, I64(row_bytes))
                     new = [vector.fma(b, vector.load(b, at(b, query[r], in_query)), k, sums[r]) for r in range(height)]
-                    # One key after the other, each from end to end. Prefetchers want it so: where the compiler mixed
-                    # the loads of several keys, a thread read 11 GB/s, and so 30.
+                    # Compiler barrier: keys are read one after another, each from end to end, as hardware prefetchers
+                    # expect. A thread reads 30 GB/s, but 11 where the compiler interleaves loads of several keys.
                     keep_order(b)
                     return new
 
@@ -159,7 +159,7 @@ def _weighted_rows(spec: Spec, height: int, vectors: int) -> Any:
     out[r] = out[r] * rescale[r] + sum_j weights[j, r] * value j, where value j is `offset` bytes after the address in
     the table `rows`; rows of out are `pitch` bytes apart. What lies at `next_offset` is prefetched.
     """
-    vector, kept = spec.vector, spec.kept
+    vector, element = spec.vector, spec.kv_element
     W = vector.width
     row_bytes = W * vector.bytes
 
@@ -171,9 +171,9 @@ def _weighted_rows(spec: Spec, height: int, vectors: int) -> Any:
         def key(j: Value, carried: list[Value]) -> list[Value]:
             weight, *acc = carried
             value, later = _row(b, rows, j, offset), _row(b, rows, j, next_offset)
-            for start in range(0, vectors * W * kept.size, 64):
+            for start in range(0, vectors * W * element.size, 64):
                 prefetch(b, at(b, later, start))
-            row = [_load(spec, b, at(b, value, v * W * kept.size)) for v in range(vectors)]
+            row = [_load(spec, b, at(b, value, v * W * element.size)) for v in range(vectors)]
             keep_order(b)
             new = []
             for r in range(height):
@@ -197,7 +197,7 @@ def _weighted_rows(spec: Spec, height: int, vectors: int) -> Any:
 def multiply_keys(spec: Spec) -> Any:
     """Make ``multiply(p, s, at, head, j0, n)``: products of the tile's rows with n keys, to the tile of scores."""
     vector = spec.vector
-    W, size, kept = vector.width, vector.bytes, spec.kept.size
+    W, size, item_size = vector.width, vector.bytes, spec.kv_element.size
     most = _heights(spec)[0]
     many, two, one = _dot_products(spec, most), _dot_products(spec, 2), _dot_products(spec, 1)
     gather = copy_strided(spec)
@@ -207,15 +207,15 @@ def multiply_keys(spec: Spec) -> Any:
     def multiply(p: Any, s: Any, at: int, head: int, j0: int, n: int) -> None:
         lanes, each = lane_counts_of(p, at)
         chunks = (p.E + W - 1) // W
-        pitch, last = chunks * W * size, (p.E - W) * kept
+        pitch, last = chunks * W * size, (p.E - W) * item_size
         first_value = head * p.value_head
         lane = 0
         while lane < lanes:
             end, rows, offset = lane + each, at + p.at_key_rows, head * p.key_head
             next_rows, next_offset = rows, offset + p.key_head
-            if end == lanes:  # after the keys of the last head come the values of the first
+            if end == lanes:  # prefetch ahead: after the keys of the last head, the values of the first are read
                 next_rows, next_offset = at + p.at_value_rows, first_value
-            if p.key_column != kept:
+            if p.key_column != item_size:
                 gather(at + p.at_raw_keys, rows, offset, p.key_column, p.E, n, at + p.at_raw_rows)
                 rows, offset, next_rows, next_offset = at + p.at_raw_rows, 0, at + p.at_raw_rows, 0
             while lane < end:
@@ -240,16 +240,16 @@ def copy_strided(spec: Spec) -> Any:
     Row j of `count` features begins `offset` bytes after the address in the table `rows`; where it is then, `table`
     tells.
     """
-    size = spec.kept.size
+    size = spec.kv_element.size
 
     @spec.jit
     def copy(target: int, rows: int, offset: int, stride: int, count: int, n: int, table: int) -> None:
-        sources, found = carray(void_pointer(rows), n, np.int64), carray(void_pointer(table), n, np.int64)
+        sources, copies = carray(void_pointer(rows), n, np.int64), carray(void_pointer(table), n, np.int64)
         for j in range(n):
-            found[j] = target + j * count * size
+            copies[j] = target + j * count * size
             for e in range(count):
                 x = carray(void_pointer(sources[j] + offset + e * stride), size, np.uint8)
-                y = carray(void_pointer(found[j] + e * size), size, np.uint8)
+                y = carray(void_pointer(copies[j] + e * size), size, np.uint8)
                 for k in range(size):
                     y[k] = x[k]
 
@@ -263,9 +263,10 @@ def add_values(spec: Spec) -> Any:
     table `rows`. What lies `ahead` bytes further is prefetched.
     """
     vector = spec.vector
-    W, size, kept = vector.width, vector.bytes, spec.kept.size
+    W, size, item_size = vector.width, vector.bytes, spec.kv_element.size
     row_bytes = W * size
-    # Vectors of a value that a product takes: many, though for two rows only, so that values are read in order.
+    # Register blocking: a product takes up to `wide` vectors of a value for two query rows, rather than fewer vectors
+    # for more rows, so that values are read in the order of memory.
     wide, half = (8, 4) if _accumulators(spec) == 16 else (4, 2)
     of_wide = [_weighted_rows(spec, h, wide) for h in (1, 2)]
     of_half = [_weighted_rows(spec, h, half) for h in (1, 2, 4)]
@@ -320,9 +321,10 @@ def add_values(spec: Spec) -> Any:
         c = 0
         while c < chunks:
             left = whole - c
-            in_order = kept > 1 or end - first <= 2  # converting bytes twice costs more than reading out of order
+            # Values of one byte are widened once for four rows: widening them twice costs more than strided reads.
+            in_order = item_size > 1 or end - first <= 2
             vectors = wide if left >= wide and in_order else half if left >= half else 1
-            where = offset + (c * W if c < whole else p.Ev - W) * kept
+            where = offset + (c * W if c < whole else p.Ev - W) * item_size
             lane = first
             while lane < end:
                 lane += add_block(

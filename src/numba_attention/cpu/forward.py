@@ -14,7 +14,7 @@ from . import pairs, tiles
 from .gemm import micro_kernel
 from .params import PARAMS, STOPPED
 from .scoring import LOG2E, make_scoring
-from .scratch import areas_of, lay_out, views
+from .scratch import areas_of, layout_of, views
 from .simd import fetch, fetch_add, void_pointer
 from .softmax import (
     INVERSE,
@@ -37,8 +37,8 @@ from .views import carray
 
 def scratch(spec: Spec, E: int, Ev: int) -> tuple[dict[str, int], int, int]:
     """Byte offsets of the scratch areas of one thread, their sum, and how many rows the tile of outputs has."""
-    areas = areas_of(spec, E, Ev)
-    return *lay_out(areas), areas["out"].shape[0]
+    areas, offsets, size = layout_of(spec, E, Ev)
+    return offsets, size, areas["out"].shape[0]
 
 
 def make_worker(spec: Spec) -> Callable[[int, int], int]:
@@ -49,10 +49,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     BM, BN, MR = spec.query_tile, spec.key_tile, spec.block[0]
     vector, element = spec.vector, spec.element
     size, row_bytes = vector.bytes, BM * vector.bytes
-    dot, converts, item_size = spec.dot, spec.converts, element.size
+    bf16_dot, widens_kv, item_size = spec.bf16_dot, spec.widens_kv, element.size
     real: Any = vector.dtype
     infinity = math.inf
-    with_output, scaled = spec.task == "forward", spec.scaled
+    with_output, quantized = spec.task == "forward", spec.quantized
 
     state_of, scores_of, hidden_of, values_of, out_of, extra_of, high_of, low_of = views(
         areas_of(spec), "state scores hidden values out extra high low"
@@ -61,10 +61,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     place_rows, pack_rows, _, hides_all, score_tile, sources = make_scoring(spec)
     find_values, scale = sources.find_values, sources.scale
     mm_output = micro_kernel(spec, "output")
-    step_softmax = softmax_step(spec, pairs=dot and with_output)
-    weigh = normalised_weights(spec, pairs=dot and with_output)
+    step_softmax = softmax_step(spec, pairs=bf16_dot and with_output)
+    weigh = normalised_weights(spec, pairs=bf16_dot and with_output)
     carry, add_tiles = second_level(spec), add_two_tiles(spec)
-    pack_values = pairs.pair_rows(spec) if dot else tiles.widen_tile(spec)
+    pack_values = pairs.pair_rows(spec) if bf16_dot else tiles.widen_tile(spec)
     write_tile, power_below = tiles.scatter_tile(spec), power_below_of(spec)
     has_nan = tiles.has_nan(spec)
     value_at = tiles.load_value(spec)
@@ -72,7 +72,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def drop_nonfinite(p: Any, at: int, n: int) -> None:
         """Zero what is NaN or infinite among the packed values."""
-        if dot:
+        if bf16_dot:
             halves = values_of(p, at)
             for x in range(((n + 1) // 2) * p.Ev * 2):
                 if halves[x] & 0x7F80 == 0x7F80:
@@ -98,31 +98,31 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                             extra[e, lane] += x
 
     @spec.jit
-    def output_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, careful: bool) -> None:
+    def output_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, nan_safe: bool) -> None:
         """O^T = O^T * rescale + V^T P^T."""
         out, state = at + p.at_out, at + p.at_state
         values, row, column = find_values(p, s, at, head, j0, n)
         depth, weights = n, at + p.at_scores
-        if dot or converts or careful:
+        if bf16_dot or widens_kv or nan_safe:
             pack_values(at + p.at_values, values, row, column, n, p.Ev)
             values, row, column = at + p.at_values, p.Ev * size, size
-        if dot:
+        if bf16_dot:
             depth, weights = (n + 1) // 2, at + p.at_weights
-        if careful:
+        if nan_safe:
             drop_nonfinite(p, at, n)
         for e in range(0, p.Ev, MR):
             mm_output(
                 out + e * row_bytes, row_bytes, values + e * column, column, row, min(MR, p.Ev - e),
                 weights, row_bytes, depth, state + RESCALE * row_bytes,
             )  # fmt: skip
-        if careful:
+        if nan_safe:
             add_nonfinite(p, s, at, head, j0, n)
 
     @spec.jit
-    def scale_weights(p: Any, s: Any, at: int, j0: int, n: int, careful: bool) -> None:
+    def scale_weights(p: Any, s: Any, at: int, j0: int, n: int, nan_safe: bool) -> None:
         """Weights times the scales of values; one that is NaN makes the rows NaN that see it."""
-        scale(p, s, at, at + p.at_scores, at + p.at_value_scale_rows, p.value_scale_page, j0, n, careful)
-        if careful:
+        scale(p, s, at, at + p.at_scores, at + p.at_value_scale_rows, p.value_scale_page, j0, n, nan_safe)
+        if nan_safe:
             hidden, extra = hidden_of(p, at), extra_of(p, at)
             for lane in range(BM):
                 if hidden[0, lane] != 0:
@@ -140,8 +140,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         carry(at + p.at_out, rows, at + p.at_high, at + p.at_low, at + p.at_state, factor)
 
     @spec.jit
-    def fold_keys(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int], careful: bool) -> None:
-        """Fold every visible tile of keys into the state; if `careful`, maxima and denominators are known."""
+    def fold_keys(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int], nan_safe: bool) -> None:
+        """Fold every visible tile of keys into the state; if `nan_safe`, maxima and denominators are final."""
         start, stop, all_start, all_stop = seen
         factor, visited = real(p.unit * LOG2E), 0
         for j0 in range(start, stop, BN):
@@ -152,7 +152,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             if p.mask != 0 and hides_all(p, s, at, j0, n):
                 continue
             score_tile(p, s, at, head, j0, n, edge)
-            if careful:
+            if nan_safe:
                 scores = scores_of(p, at)
                 hidden = hidden_of(p, at)
                 for j in range(n):
@@ -161,10 +161,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 weigh(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
             else:
                 step_softmax(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
-            if scaled:
-                scale_weights(p, s, at, j0, n, careful)
+            if quantized:
+                scale_weights(p, s, at, j0, n, nan_safe)
             if with_output:
-                output_tile(p, s, at, head, j0, n, careful)
+                output_tile(p, s, at, head, j0, n, nan_safe)
             visited += 1
             if visited % LEVEL == 0:
                 carry_sums(p, at, visited == LEVEL, factor)
@@ -202,7 +202,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def write_weights(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int]) -> None:
         """Second pass of `attention_weights`: the probabilities themselves, 0 outside what the rows see."""
         start, stop, all_start, all_stop = seen
-        if start > stop:  # nothing is seen
+        if start > stop:  # no row sees a key
             start, stop = 0, 0
         write_zeros(p, at, 0, start)
         for j0 in range(start, stop, BN):
@@ -223,25 +223,26 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         lanes = state_of(p, at)
         out = out_of(p, at)
         extra = extra_of(p, at)
-        careful = False
+        nan_safe = False
         seen = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
         pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
         while True:
             if with_output:
                 out[: p.out_depth] = 0
-            if careful:
+            if nan_safe:
                 extra[: p.Ev] = 0
-            fold_keys(p, s, at, head, seen, careful)
-            if careful:
+            fold_keys(p, s, at, head, seen, nan_safe)
+            if nan_safe:
                 for e in range(p.Ev):
                     for lane in range(BM):
                         out[e, lane] += extra[e, lane]
-            # A weight of 0 times NaN or infinity is NaN, behind a mask or after underflow, and a sum of large values
-            # that is yet to be divided by the denominator may overflow; preventing that on the way would cost every
-            # call. A tile in which it may have happened is done again, with weights of which the sum is at most 1.
-            if not with_output or careful or not has_nan(at + p.at_out, p.Ev):
+            # NaN-safe retry: 0 * NaN and 0 * infinity are NaN, so that a value behind a mask, or with a weight that
+            # underflowed, would spoil its rows; and a sum of large values may overflow before it is divided by the
+            # denominator. Guarding every product would slow down every call. A tile with NaN or infinity in its output
+            # is recomputed instead, without such values, and with weights that sum to at most 1.
+            if not with_output or nan_safe or not has_nan(at + p.at_out, p.Ev):
                 break
-            careful = True
+            nan_safe = True
             for lane in range(BM):
                 lanes[INVERSE, lane], lanes[RESCALE, lane] = power_below(lanes[SUM, lane]), 1
         starts, stops = starts_of(p, at), stops_of(p, at)
@@ -251,8 +252,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             if total != 0:
                 inverse = real(1) / total
             elif starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0:
-                inverse = real(math.nan)  # keys were seen, and every score was -inf: infinite inputs
-            lanes[RESCALE, lane] = inverse / lanes[INVERSE, lane] if careful and total != 0 else inverse
+                inverse = real(math.nan)  # keys were visible, and every score was -inf, which only infinite inputs give
+            lanes[RESCALE, lane] = inverse / lanes[INVERSE, lane] if nan_safe and total != 0 else inverse
             lanes[INVERSE, lane] = inverse
         if not with_output:
             write_weights(p, s, at, head, seen)
@@ -269,7 +270,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             item = fetch_add(p.counter, 1)
             if item >= p.items:
                 return 0
-            low, high = 0, p.number  # the sequence of this item: the last that begins at or before it
+            low, high = 0, p.number  # binary search: the sequence of an item is the last that begins at or before it
             while high - low > 1:
                 middle = (low + high) // 2
                 if sequences[middle].first <= item:
@@ -279,7 +280,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             s = sequences[low]
             tiles_per_head = (s.rows * p.group + BM - 1) // BM
             head, tile = divmod(item - s.first, tiles_per_head)
-            # Last rows first: under a causal mask they see most keys, and the short ones then fill the gaps.
+            # Load balance: longest work items first. Under a causal mask the last rows see the most keys; items of the
+            # first rows, the shortest, then fill the gaps at the end.
             attend(p, s, at, head, (tiles_per_head - 1 - tile) * BM)
 
     return worker

@@ -32,7 +32,7 @@ class _BFloat(ir.Type):
 BF32 = ir.VectorType(_BFloat(), 32)
 
 
-def micro_kernel(spec: Spec, role: str, block: tuple[int, int] | None = None, dot: bool | None = None) -> Any:
+def micro_kernel(spec: Spec, role: str, block: tuple[int, int] | None = None, bf16_dot: bool | None = None) -> Any:
     """Make ``mm(c, c_stride, a, a_row, a_k, rows, b, b_stride, k, x)``; addresses and strides in bytes.
 
     Role "product": C = A B.
@@ -41,23 +41,23 @@ def micro_kernel(spec: Spec, role: str, block: tuple[int, int] | None = None, do
     Role "sum": C = C + A B.
 
     With fewer than MR `rows` the last one stands in for the missing: C is computed whole (the scratch has room), and
-    nothing beyond A is read. With bfloat16 dot products (`dot`, by default where the spec has them), A and B hold
+    nothing beyond A is read. With bfloat16 dot products (`bf16_dot`, by default where the spec has them), A and B hold
     pairs along k in 32-bit words.
     """
-    dot = spec.dot if dot is None else dot
+    bf16_dot = spec.bf16_dot if bf16_dot is None else bf16_dot
     vector = spec.vector
     MR, NV = block or spec.block
     width = vector.bytes * vector.width
 
     def multiply_add(b: Builder, acc: Value, a: Value, row: Value) -> Value:
-        if dot:
+        if bf16_dot:
             args = (acc, b.bitcast(a, BF32), b.bitcast(row, BF32))
             return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", vector.type, *args)
         return vector.fma(b, a, row, acc)
 
-    operand = I32 if dot else vector.element
+    operand = I32 if bf16_dot else vector.element
     operands = ir.VectorType(operand, vector.width)
-    align = 2 if dot else vector.bytes
+    align = 2 if bf16_dot else vector.bytes
 
     def build(
         b: Builder, c: Value, c_stride: Value, a: Value, a_row: Value, a_k: Value, rows: Value,
@@ -87,8 +87,8 @@ def micro_kernel(spec: Spec, role: str, block: tuple[int, int] | None = None, do
             for v in range(NV):
                 c_new = acc[r * NV + v]
                 if role == "output":
-                    # Added at the end and not carried through the loop: rounding errors then grow with the number of
-                    # tiles, not of keys (over 4096 keys a third of the error), for the same work.
+                    # Blocked summation: the accumulator starts at 0 and is added to C after the loop. Rounding errors
+                    # then grow with the number of tiles, not of keys (a third of the error over 4096 keys), at no cost.
                     c_new = vector.fma(b, vector.load(b, c_row[r], v * width), xs[v], c_new)
                 elif role == "sum":
                     c_new = b.fadd(vector.load(b, c_row[r], v * width), c_new)

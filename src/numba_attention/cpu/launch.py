@@ -24,8 +24,8 @@ def _round_as_ieee(b: Builder) -> Callable[[], None]:
     """Set this thread's floating point to IEEE 754 as it is by default; the result restores what was set.
 
     A caller that flushes subnormal numbers to zero (XLA's threads, ``torch.set_flush_denormal``) does not make the
-    threads of the pool do so too, but a pool that is started from there does for ever: results then depended on the
-    number of threads, and on which of them took which tile.
+    threads of the pool do so too, but a pool that such a thread starts inherits the mode for good: results would then
+    depend on the number of threads, and on which of them took which tile.
     """
     if HOST.name == "NEON":
         mode = call(b, "llvm.aarch64.get.fpcr", I64)
@@ -52,7 +52,7 @@ def _call(typing_context: Any, function: Any, params: Any, thread: Any) -> Any:
         restore = _round_as_ieee(builder)
         status, result = convention.call_function(builder, pointer, types.int64, arguments, args[1:])
         restore()
-        # Workers raise nothing, but with NUMBA_BOUNDSCHECK=1 they may, and that must be seen.
+        # Workers raise nothing except IndexError with NUMBA_BOUNDSCHECK=1, which must reach the caller.
         with builder.if_then(status.is_error, likely=False):
             convention.return_status_propagate(builder, status)
         return result
@@ -76,8 +76,8 @@ def _make_caller() -> Any:
     return call_alone
 
 
-# One parallel region for every kernel: workers are compiled as plain functions and called through their address. Each
-# kernel then compiles once for serial and parallel use, in about half the time of a function with a prange in it.
+# Function pointers: one parallel region serves all kernels, whose workers are plain functions called by address. A
+# kernel is compiled once for serial and parallel use, in about half the time of a function with a prange in it.
 _launcher = Function("launch", _make_launcher, "int64(int64, int64, int64)", parallel=True)
 _caller = Function("call", _make_caller, "int64(int64, int64)")
 _workqueue_lock = forks.renewed()
@@ -130,11 +130,11 @@ def run_interruptibly(worker: Kernel, params: int, number: int, stop: Callable[[
     try:
         try:
             _thread.start_new_thread(call.work, ())
-        except RuntimeError:  # no more threads: it cannot be interrupted, then
+        except RuntimeError:  # the system has no more threads: the call runs here, and cannot be interrupted
             return run(worker, params, number)
         call.wait()
     except BaseException:
-        while not call.is_over:  # whatever further signals arrive: the first exception is the one that is raised
+        while not call.is_over:  # later signals are ignored: the first exception is raised
             with suppress(BaseException):
                 stop()
                 call.give_up()

@@ -22,8 +22,8 @@ from .simd import fetch, fetch_add, void_pointer
 from .spec import Spec
 from .views import UNBOUNDED, carray
 
-# Products of so many k are summed in registers, then added to what is in scratch. The packed tile, 24 KiB, stays in L1
-# (48 to 192 were within 3 %); and errors grow with CHUNK + K / CHUNK, where one chain's would grow with K.
+# Blocked summation: CHUNK products are summed in registers, then added to the tile in scratch. The packed tile, 24 KiB,
+# stays in L1 (48 to 192 are within 3 %), and rounding errors grow with CHUNK + K / CHUNK, not with K.
 CHUNK = 96
 NO_BIAS, ADD_BIAS, SUM_LANES = range(3)  # what `bias` is for: nothing, added to the output, receives sum_k lanes[i, k]
 
@@ -35,7 +35,7 @@ INTEGERS = (
     "scratch_size", "tile_size", "at_tiles", "at_packed", "at_rows", "at_out_rows", "at_sums", "at_ones",
 )  # fmt: skip
 PARAMS = np.dtype([(name, np.int64) for name in ADDRESSES + INTEGERS])
-OWN = 8 * 4  # where the addresses begin that are not arrays of the caller
+OWN = 8 * 4  # byte offset of the addresses that are not arrays of the caller
 REST = 8 * len(ADDRESSES)
 pack_own = struct.Struct("=2q").pack_into
 pack_rest = struct.Struct(f"={len(INTEGERS)}q").pack
@@ -80,7 +80,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     gather = tiles.gather_tile(spec, spec.element)
     scatter, copy = tiles.scatter_tile(spec), tiles.widen_tile(spec)
     mm = micro_kernel(spec, "sum")
-    mm_one = micro_kernel(spec, "sum", (1, spec.block[1]))  # a lone row: a third of the time of four
+    mm_one = micro_kernel(spec, "sum", (1, spec.block[1]))  # for a single row: a third of the time of four
 
     @spec.jit
     def place(table: int, first: int, row: int, n: int) -> None:
@@ -161,7 +161,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             item = fetch_add(p.counter, 1)
             if item >= p.items:
                 return 0
-            # Blocks in turn, so that a slab of the numbers stays in the cache meanwhile.
+            # Cache blocking: all blocks of lanes visit a slab of the numbers before the next slab, so that it stays in
+            # the cache.
             slab, block = divmod(item, p.blocks)
             group, slab = divmod(slab, p.slabs)
             multiply(p, at, block * p.panels * BM, slab * p.slab, group)

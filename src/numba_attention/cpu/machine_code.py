@@ -25,7 +25,7 @@ class MachineCode(NamedTuple):
     symbol: str
 
 
-# Keeps engines, and so machine code, for as long as the process lives: threads may be in it when Python ends.
+# Execution engines are never freed: threads may still run their machine code when the interpreter shuts down.
 _engines: list[Any] = []
 
 

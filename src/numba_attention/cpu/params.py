@@ -10,7 +10,7 @@ import numpy as np
 
 from . import scratch
 
-# What changes with every call comes first, so that the rest can be kept as bytes and copied (see backends/cpu.py).
+# Fields that change with every call come first, so that a plan can store the others as bytes (see backends/cpu.py).
 ADDRESSES = (
     "query", "key", "value", "out",
     "counter", "scratch", "sequences", "lse", "bias", "mask", "slopes", "sinks", "chosen",
@@ -24,25 +24,24 @@ INTEGERS = (
     "lse_head", "lse_row", "bias_head", "bias_row", "bias_column", "bias_kind",
     "mask_head", "mask_row", "mask_column", "left", "right",
     *(f"at_{name}" for name in scratch.NAMES),
-    # of caches: keys in a page, and strides
+    # KV caches: keys in a page, and strides
     "page_size", "key_page", "value_page", "key_scale_head", "key_scale_page", "value_scale_head", "value_scale_page",
     "partial_size", "staged", "tiny",
-    # of the backward pass
+    # backward pass
     "kv_heads", "E_padded", "Ev_padded",
     "grad_out_head", "grad_out_row", "grad_out_column", "grad_lse_head", "grad_lse_row",
     "grad_query_head", "grad_query_row", "grad_key_head", "grad_key_row", "grad_value_head", "grad_value_row",
     "grad_bias_head", "grad_bias_row", "grad_bias_column", "grad_bias_group", "delta_head", "delta_row",
 )  # fmt: skip
-# `prescale` is for queries, `rest` takes their products to natural scores, `unit` what the softmax sees: the products,
-# or natural scores where a stage has made them. See `records.scaling_of`.
+# Queries are multiplied by `prescale`, and their products with keys by `rest` to give natural scores. The softmax sees
+# scores in units of `unit`: products, or natural scores where a stage has converted them. See `records.scaling_of`.
 REALS = ("prescale", "rest", "unit", "cap_inner", "cap_outer", "gradient_prescale", "gradient_scale")
 
-STOPPED = 2**62  # of the counter of work items, in a call that was interrupted: no item is left, and none is finished
+STOPPED = 2**62  # value of the work counter that cancels a call: no item is left, and those begun are abandoned
 NEVER = 2**62  # a position beyond every other
 
 PARAMS = np.dtype([(name, np.int64) for name in ADDRESSES + INTEGERS] + [(name, np.float64) for name in REALS])
-NO_GRADIENTS = (0,) * 10  # the addresses that only the backward pass has
-ARRAYS = 8 * 4  # where the addresses begin that are not query, key, value, out
+ARRAYS = 8 * 4  # byte offset of the addresses after query, key, value, out
 pack_addresses = struct.Struct(f"={len(ADDRESSES) - 4}q").pack_into
 pack_rest = struct.Struct(f"={len(INTEGERS)}q{len(REALS)}d").pack
-REST = 8 * len(ADDRESSES)  # where the rest begins
+REST = 8 * len(ADDRESSES)  # byte offset of the fields that a plan stores

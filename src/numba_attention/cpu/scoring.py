@@ -24,7 +24,9 @@ from .spec import Spec
 from .views import UNBOUNDED, carray
 
 LOG2E = math.log2(math.e)
-FEATURES = 128  # that a score sums in one chain; longer ones are summed in parts, at half the error for 256 of them
+# Blocked summation: a dot product sums this many features in one chain, longer ones in parts, which halves the error
+# for 256 features.
+FEATURES = 128
 
 
 def bias_elements(spec: Spec) -> tuple[str, ...]:
@@ -49,17 +51,17 @@ def make_scoring(spec: Spec) -> Scoring:
     BM, MR = spec.query_tile, spec.block[0]
     vector, element = spec.vector, spec.element
     size, row_bytes = vector.bytes, BM * vector.bytes
-    dot, converts = spec.dot, spec.converts
+    bf16_dot, widens_kv = spec.bf16_dot, spec.widens_kv
     real: Any = vector.dtype
     integer: Any = np.int32 if vector.bits == 32 else np.int64
     infinity = math.inf
-    biases, differentiates, scaled = len(bias_elements(spec)), spec.task == "backward", spec.scaled
-    chain = 2 * FEATURES if dot else FEATURES
+    biases, differentiates, quantized = len(bias_elements(spec)), spec.task == "backward", spec.quantized
+    chain = 2 * FEATURES if bf16_dot else FEATURES
 
     mm_first = micro_kernel(spec, "product" if differentiates else "scores")
     mm_more = micro_kernel(spec, "output")
-    pack_queries = pairs.gather_pairs(spec) if dot else tiles.gather_tile(spec, element)
-    pack_keys = pairs.pair_columns(spec) if dot else tiles.widen_tile(spec)
+    pack_queries = pairs.gather_pairs(spec) if bf16_dot else tiles.gather_tile(spec, element)
+    pack_keys = pairs.pair_columns(spec) if bf16_dot else tiles.widen_tile(spec)
     gather_mask = tiles.gather_tile(spec, ELEMENTS["bool"])
     gather_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[0]])
     gather_other_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[-1]])
@@ -123,10 +125,10 @@ def make_scoring(spec: Spec) -> Scoring:
             state[SUM, lane] = 0 if sink == -infinity else 1
             state[BEFORE, lane] = -infinity
             state[SUM_HIGH, lane] = state[SUM_LOW, lane] = 0
-            if scaled:
+            if quantized:
                 key_scale_rows[lane] = s.key_scale + h // G * p.key_scale_head
                 value_scale_rows[lane] = s.value_scale + h // G * p.value_scale_head
-            if lane + 1 < count:  # past the last row, the last row stands in
+            if lane + 1 < count:  # unused lanes repeat the last row
                 g += 1
                 if g == G:
                     g = 0
@@ -139,7 +141,7 @@ def make_scoring(spec: Spec) -> Scoring:
     @spec.jit
     def pack_rows(tile: int, rows: int, column: int, features: int, factor: float) -> None:
         """Pack the rows that a table tells, times a power of two, as the second operand of `products`."""
-        if dot:
+        if bf16_dot:
             pack_queries(tile, rows, column, features, factor)
         else:
             pack_queries(tile, rows, 0, column, features, factor)
@@ -153,13 +155,13 @@ def make_scoring(spec: Spec) -> Scoring:
         `packed` is room for the n rows of the source, where they cannot be read from where they are.
         """
         depth = features
-        if dot:
+        if bf16_dot:
             depth = (features + 1) // 2
             if column != 2 or features % 2 == 1:
                 pack_keys(packed, source, row, column, n, features)
                 source, row = packed, depth * 4
             column = 4
-        elif converts:
+        elif widens_kv:
             pack_keys(packed, source, row, column, n, features)
             source, row, column = packed, features * size, size
         lanes, state = state_of(p, at), at + p.at_state
@@ -170,7 +172,7 @@ def make_scoring(spec: Spec) -> Scoring:
                 tile, row_bytes, min(depth, FEATURES), state,
             )  # fmt: skip
         for e in range(FEATURES, depth, FEATURES):
-            lanes[TILE_MAX] = 1  # a maximum is taken anew by the caller
+            lanes[TILE_MAX] = 1  # here the factor of role "output"; the caller takes the maximum of complete scores
             for r in range(0, n, MR):
                 mm_more(
                     target + r * row_bytes, row_bytes, source + r * row + e * column, row, column,
@@ -202,7 +204,7 @@ def make_scoring(spec: Spec) -> Scoring:
         lanes = state_of(p, at)
         multiply_keys(p, s, at, head, j0, n)
         factor, natural = real(p.rest), real(1)
-        if scaled:
+        if quantized:
             scale(p, s, at, scores, at + p.at_key_scale_rows, p.key_scale_page, j0, n, False)
         if p.tiny != 0:
             multiply(scores, n, factor)
@@ -236,7 +238,7 @@ def make_scoring(spec: Spec) -> Scoring:
                 relative[FIRST, lane] = first
                 relative[SPAN, lane] = max(min(stops[lane] - j0, n), first) - first
             clip_interval(scores, n, state)
-        if scaled or by_features or (not differentiates and (edge or p.staged != 0 or p.E > chain)):
+        if quantized or by_features or (not differentiates and (edge or p.staged != 0 or p.E > chain)):
             tile_max(scores, n, state)
 
     return Scoring(place_rows, pack_rows, products, hides_all, score_tile, sources)

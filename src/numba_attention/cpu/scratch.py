@@ -6,6 +6,7 @@ kernel learns at run time, as E and Ev, appear in the first axis only, which is 
 """
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,8 +42,8 @@ def _of_scoring(spec: Spec, E: int) -> dict[str, Area]:
     BM, BN, real, few = spec.query_tile, spec.key_tile, spec.vector.dtype, spec.task == "decode"
     words, has_cache = (E + 1) // 2, spec.task in ("forward", "decode")
     tile, table, addresses = Area((BN, BM), real), Area((BM,), np.int64), Area((BN if has_cache else 0,), np.int64)
-    queries, keys = Area((E, BM), real), Area((BN * E if spec.converts else 0,), real)
-    if spec.dot:  # pairs of bfloat16, in words
+    queries, keys = Area((E, BM), real), Area((BN * E if spec.widens_kv else 0,), real)
+    if spec.bf16_dot:  # pairs of bfloat16, in words
         queries, keys = Area((words, BM), np.int32), Area((BN * words,), np.int32)
     elif few:  # features in the lanes, and keys are read where they are
         queries, keys = Area((BM * padded(spec, E),), real), Area((0,), real)
@@ -51,10 +52,10 @@ def _of_scoring(spec: Spec, E: int) -> dict[str, Area]:
         "queries": queries,
         "scores": tile,
         "keys": keys,
-        "raw_keys": Area((BN * E * spec.kept.size if has_cache else 0,), np.uint8),
+        "raw_keys": Area((BN * E * spec.kv_element.size if has_cache else 0,), np.uint8),
         "key_rows": addresses,
         "value_rows": addresses,
-        "scales": Area((BN if spec.scaled else 0, BM), real),
+        "scales": Area((BN if spec.quantized else 0, BM), real),
         "bias": tile,
         "mask": tile,
         "query_rows": table,
@@ -79,9 +80,9 @@ def _of_forward(spec: Spec, E: int, Ev: int) -> dict[str, Area]:
         "out": Area((-(-Ev // MR) * MR, BM), real),
         "high": Area((Ev, BM), real),
         "low": Area((Ev, BM), real),
-        "weights": Area((BN // 2 if spec.dot else 0, BM), np.int32),
-        "values": Area((BN * Ev,), np.uint16 if spec.dot else real),
-        "raw_values": Area((BN * Ev * spec.kept.size,), np.uint8),
+        "weights": Area((BN // 2 if spec.bf16_dot else 0, BM), np.int32),
+        "values": Area((BN * Ev,), np.uint16 if spec.bf16_dot else real),
+        "raw_values": Area((BN * Ev * spec.kv_element.size,), np.uint8),
         "extra": Area((Ev, BM), real),
     }
 
@@ -92,7 +93,7 @@ def _of_decode(spec: Spec, E: int, Ev: int) -> dict[str, Area]:
         "out": Area((W * padded(spec, Ev),), real),
         "extra": Area((W * padded(spec, Ev),), real),
         "lane_counts": Area((2,), np.int64),  # of a tile, and of each head in it
-        "raw_values": Area((BN * Ev * spec.kept.size,), np.uint8),
+        "raw_values": Area((BN * Ev * spec.kv_element.size,), np.uint8),
         "raw_rows": Area((BN,), np.int64),
     }
 
@@ -102,14 +103,14 @@ def _of_backward(spec: Spec, E: int, Ev: int, sums: int) -> dict[str, Area]:
     words = (Ev + 1) // 2
     tile, table = Area((BN, BM), real), Area((BM,), np.int64)
     return _of_scoring(spec, E) | {
-        "grads": Area((words, BM), np.int32) if spec.dot else Area((Ev, BM), real),
-        "values": Area((BN * words,), np.int32) if spec.dot else Area((BN * Ev if spec.converts else 0,), real),
+        "grads": Area((words, BM), np.int32) if spec.bf16_dot else Area((Ev, BM), real),
+        "values": Area((BN * words,), np.int32) if spec.bf16_dot else Area((BN * Ev if spec.widens_kv else 0,), real),
         "grad_scores": tile,
         "cap_slopes": tile,
         "out": Area((max(-(-E // MR) * MR, Ev), BM), real),  # the outputs, then dQ
         "high": Area((E, BM), real),
         "low": Area((E, BM), real),
-        "extra": Area((Ev if spec.dot else 0, BM), real),
+        "extra": Area((Ev if spec.bf16_dot else 0, BM), real),
         "query_copy": Area((BM * padded(spec, E),), real),
         "grad_copy": Area((BM * padded(spec, Ev),), real),
         "wide_keys": Area((BN * E,), real),
@@ -145,6 +146,13 @@ def lay_out(areas: dict[str, Area]) -> tuple[dict[str, int], int]:
         offsets[name] = total
         total += -(-area.size // LINE) * LINE
     return offsets, total
+
+
+@lru_cache(maxsize=256)
+def layout_of(spec: Spec, E: int, Ev: int, sums: int = 0) -> tuple[dict[str, Area], dict[str, int], int]:
+    """The areas of a kernel, their byte offsets and their sum. Cached: 15 us, and calls with a mask ask each time."""
+    areas = areas_of(spec, E, Ev, sums)
+    return areas, *lay_out(areas)
 
 
 def views(areas: dict[str, Area], names: str, kind: Any = None) -> list[Any]:

@@ -50,8 +50,8 @@ def detect(triple: str, cpu: str, features: str) -> Host:
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
     assembly = machine.emit_assembly(llvm.parse_assembly(str(module)))
     bits = 512 if "zmm" in assembly else 256 if "ymm" in assembly else 128
-    # This one is read from the feature list: emitting the instruction for a CPU without it aborts the process.
-    # LLVM 15 (llvmlite 0.44) still gave the intrinsic other types.
+    # AVX512_BF16 is read from the feature list: code generation of its intrinsic aborts the process on other CPUs.
+    # LLVM 15 (llvmlite 0.44) has the intrinsic with other types.
     dot = bits == 512 and "+avx512bf16" in features.split(",") and llvm.llvm_version_info[0] >= 17
     name = {512: "AVX-512", 256: "AVX2", 128: "SSE"}[bits]
     has_fma = "vfmadd" in assembly
@@ -88,7 +88,7 @@ class Vector:
         store(b, v, p, offset, align=self.bytes)
 
     def fma(self, b: Builder, x: Value, y: Value, z: Value) -> Value:
-        if not self.host.fma:  # llvm.fma would become a library call per lane
+        if not self.host.fma:  # without hardware FMA, llvm.fma becomes a library call per lane
             return b.fadd(b.fmul(x, y), z)
         return call(b, f"llvm.fma.v{self.width}f{self.bits}", self.type, x, y, z)
 
@@ -153,7 +153,7 @@ def at(b: Builder, p: Value, offset: int | Value) -> Value:
 
 
 def load(b: Builder, ty: Value, p: Value, offset: int | Value = 0, align: int = 1) -> Value:
-    # The alignment is spelled out: LLVM otherwise assumes that of the whole vector, and the arrays of users have less.
+    # Explicit alignment: LLVM otherwise assumes that of the whole vector; arrays of callers are aligned to elements.
     value = b.load(b.bitcast(at(b, p, offset), ty.as_pointer()))
     value.align = align
     return value
@@ -176,7 +176,7 @@ def prefetch(b: Builder, p: Value) -> None:
 
 
 def keep_order(b: Builder) -> None:
-    """Let the compiler move no load across this place, so that memory is read in the order that is written."""
+    """Compiler barrier: no load moves across it, so that memory is read in the order of the source."""
     b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
 
 
@@ -238,7 +238,7 @@ def void_pointer(typing_context: Any, address: Any) -> Any:
 
 @intrinsic
 def fetch_add(typing_context: Any, address: Any, n: Any) -> Any:
-    """Atomically add n to the int64 at an address and return what was there: hands out work items.
+    """Atomically add n to the int64 at an address and return its previous value: the counter of work items.
 
     What a thread wrote before is seen by those that add after it.
     """

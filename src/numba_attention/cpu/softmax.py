@@ -24,7 +24,7 @@ from .spec import Spec
 
 # Rows of the state scratch, each one vector block of query_tile values.
 TILE_MAX, MAX, SUM, RESCALE, INVERSE, SLOPE, POSITION, FIRST, SPAN, BEFORE, SUM_HIGH, SUM_LOW, ROWS = range(13)
-LEVEL = 64  # tiles of keys that are summed before the sum goes to a second, compensated level
+LEVEL = 64  # tiles of keys whose sum is then added to a second, compensated level
 SUM_ROWS = 8  # rows of a tile that a micro-kernel of role "sum" takes at once, at most
 
 Weigh = Callable[[Value, int], Value]
@@ -83,7 +83,7 @@ def _weigh_rows(
     zeros = [vector.const(0.0)] * NV
     if not pairs:
         return loop(b, n, [scores, *zeros], single)[1:]
-    # A missing odd row is made a hidden one.
+    # Padding: pairs need an even number of rows, so that a row of hidden scores is appended.
     odd = b.and_(n, I64(1))
     with b.if_then(b.icmp_signed("!=", odd, I64(0))):
         row = at(b, scores, b.mul(n, I64(row_bytes)))
@@ -270,7 +270,7 @@ def softmax_gradient(spec: Spec) -> Any:
 
     Scores become P = 2**((s - m) * factor) * inverse and the gradients dP of P become dS; m, inverse and delta are the
     state rows MAX, INVERSE and SUM. A weight of exactly 0 has no gradient, whatever dP is. Rows up to the next multiple
-    of `SUM_ROWS` are made 0.
+    of `SUM_ROWS` become 0.
     """
     vector = spec.vector
     NV = spec.block[1]

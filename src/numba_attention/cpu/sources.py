@@ -28,7 +28,7 @@ class Sources(NamedTuple):
 
 def make_sources(spec: Spec) -> Sources:
     """Make the functions for one kind of kernel."""
-    BM, kept = spec.query_tile, spec.kept.size
+    BM, item_size = spec.query_tile, spec.kv_element.size
     row_bytes = BM * spec.vector.bytes
     real: Any = spec.vector.dtype
     copy, gather = copy_bytes(spec), gather_tile(spec, ELEMENTS["float32"])
@@ -62,8 +62,8 @@ def make_sources(spec: Spec) -> Sources:
         if p.page_size == 0:
             return p.key + s.key + head * p.key_head + j0 * p.key_row, p.key_row, p.key_column
         locate(p, s, at, j0, n)
-        copy(at + p.at_raw_keys, at + p.at_key_rows, head * p.key_head, n, p.E * kept)
-        return at + p.at_raw_keys, p.E * kept, kept
+        copy(at + p.at_raw_keys, at + p.at_key_rows, head * p.key_head, n, p.E * item_size)
+        return at + p.at_raw_keys, p.E * item_size, item_size
 
     @spec.jit
     def find_values(p: Any, s: Any, at: int, head: int, j0: int, n: int) -> tuple[int, int, int]:
@@ -71,14 +71,14 @@ def make_sources(spec: Spec) -> Sources:
         if p.page_size == 0:
             return p.value + s.value + head * p.value_head + j0 * p.value_row, p.value_row, p.value_column
         locate(p, s, at, j0, n)
-        copy(at + p.at_raw_values, at + p.at_value_rows, head * p.value_head, n, p.Ev * kept)
-        return at + p.at_raw_values, p.Ev * kept, kept
+        copy(at + p.at_raw_values, at + p.at_value_rows, head * p.value_head, n, p.Ev * item_size)
+        return at + p.at_raw_values, p.Ev * item_size, item_size
 
     @spec.jit
-    def scale(p: Any, s: Any, at: int, tile: int, rows: int, page_stride: int, j0: int, n: int, careful: bool) -> None:
+    def scale(p: Any, s: Any, at: int, tile: int, rows: int, page_stride: int, j0: int, n: int, nan_safe: bool) -> None:
         """Multiply tile[j, lane] by the scale of key (or value) j0 + j in the row of scales that a table tells.
 
-        A scale is NaN where a number was NaN or infinite. If `careful`, such a scale counts as 0; the scratch area
+        A scale is NaN where a number was NaN or infinite. If `nan_safe`, such a scale counts as 0; the scratch area
         `hidden` tells which keys a lane does not see, and its first row then which lanes saw such a scale.
         """
         scales = at + p.at_scales
@@ -93,7 +93,7 @@ def make_sources(spec: Spec) -> Sources:
                 offset = pages[block] * page_stride + slot * 4
                 gather(scales + j * row_bytes, rows, offset, np.int64(4), m, real(1))
                 j += m
-        if careful:
+        if nan_safe:
             hidden, factors = hidden_of(p, at), scales_of(p, at)
             for lane in range(BM):
                 saw = False

@@ -13,11 +13,11 @@ class Spec(NamedTuple):
     storage: str  # a name in ELEMENTS
     host: Host
     task: str = "forward"  # or "weights", "backward", "decode"
-    stored: str = ""  # how keys and values are stored, if not as the queries: in a cache
+    kv_storage: str = ""  # of keys and values, where a cache stores them in another format
 
     @property
     def name(self) -> str:
-        kinds = self.storage + (f"-{self.stored}" if self.stored else "")
+        kinds = self.storage + (f"-{self.kv_storage}" if self.kv_storage else "")
         return f"{self.task}-{kinds}-{self.host.name}"
 
     def jit(self, function: Any) -> Any:
@@ -35,33 +35,33 @@ class Spec(NamedTuple):
         return ELEMENTS[self.storage]
 
     @property
-    def kept(self) -> Element:
+    def kv_element(self) -> Element:
         """What keys and values are stored as."""
-        return ELEMENTS[self.stored or self.storage]
+        return ELEMENTS[self.kv_storage or self.storage]
 
     @property
-    def scaled(self) -> bool:
+    def quantized(self) -> bool:
         """Whether every key and every value has a scale, by which its numbers are to be multiplied."""
-        return self.kept.size == 1
+        return self.kv_element.size == 1
 
     @property
     def vector(self) -> Vector:
         return Vector(64 if self.storage == "float64" else 32, self.host)
 
     @property
-    def dot(self) -> bool:
+    def bf16_dot(self) -> bool:
         """Whether products are taken by the host's bfloat16 dot-product instruction."""
-        return self.storage == "bfloat16" and not self.stored and self.host.bf16_dot and self.task != "decode"
+        return self.storage == "bfloat16" and not self.kv_storage and self.host.bf16_dot and self.task != "decode"
 
     @property
-    def converts(self) -> bool:
+    def widens_kv(self) -> bool:
         """Whether keys and values are widened into scratch, tile by tile, before they are used."""
-        return self.kept.size < self.vector.bytes and not self.dot
+        return self.kv_element.size < self.vector.bytes and not self.bf16_dot
 
     @property
     def block(self) -> tuple[int, int]:
         """Rows x vectors that stay in registers: flat within 7 % among those that fit, half the speed where none do."""
-        if self.task == "decode":  # few queries: a tile is one vector of them
+        if self.task == "decode":  # few queries, so that a tile is one vector of them
             return (4, 1)
         return (4, 4) if self.host.registers == 32 else (4, 3) if self.host.bits == 256 else (4, 2)
 

@@ -162,7 +162,7 @@ def clip_interval(spec: Spec) -> Any:
 
         def body(b: Builder, j: Value, v: int, s: Value) -> Value:
             row = splat(b, b.trunc(j, vector.integer) if vector.bits == 32 else j, vector.width)
-            inside = b.icmp_unsigned("<", b.sub(row, first[v]), span[v])  # below `first` wraps to a huge number
+            inside = b.icmp_unsigned("<", b.sub(row, first[v]), span[v])  # rows before `first` wrap around
             return b.select(inside, s, hidden)
 
         _tile_pass(spec, b, scores, n, body)

@@ -30,7 +30,7 @@ def add_products(spec: Spec) -> Any:
     vector = spec.vector
     BM, size, row_bytes = spec.query_tile, vector.bytes, spec.query_tile * vector.bytes
     (rows_wide, _), (rows_two, _), (rows_one, _) = blocks = sum_blocks(spec)
-    mm_wide, mm_two, mm_one = (micro_kernel(spec, "sum", block, dot=False) for block in blocks)
+    mm_wide, mm_two, mm_one = (micro_kernel(spec, "sum", block, bf16_dot=False) for block in blocks)
     wide, two, one = (n * vector.width for _, n in blocks)
 
     @spec.jit

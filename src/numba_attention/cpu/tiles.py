@@ -104,7 +104,7 @@ def gather_tile(spec: Spec, element: Element) -> Any:
             by_block(tile, rows, offset, count, factor)
             return
         addresses = carray(void_pointer(rows), BM, np.int64)
-        adjacent = True  # the rows themselves lie side by side, as in an array that was transposed
+        adjacent = True  # unit stride along the rows, as in a transposed array
         for lane in range(1, BM):
             adjacent = adjacent and addresses[lane] - addresses[lane - 1] == size
         if adjacent:
@@ -181,7 +181,7 @@ def scatter_tile(spec: Spec) -> Any:
 
 def widen_tile(spec: Spec) -> Any:
     """Make ``widen(tile, source, row_stride, stride, rows, count)``: tile[r, c] = source[r, c], keys or values."""
-    vector, element = spec.vector, spec.kept
+    vector, element = spec.vector, spec.kv_element
     W, size = vector.width, element.size
 
     def blocks(b: Builder, tile: Value, source: Value, row_stride: Value, rows: Value, count: Value) -> None:
@@ -256,7 +256,7 @@ def load_value(spec: Spec) -> Any:
     vector = spec.vector
 
     def build(b: Builder, address: Value) -> Value:
-        return spec.kept.load_one(vector, b, pointer(b, address))
+        return spec.kv_element.load_one(vector, b, pointer(b, address))
 
     return routine("address", build, result=vector.numba_type)
 
@@ -275,7 +275,7 @@ def has_nan(spec: Spec) -> Any:
     """Make ``has_nan(tile, rows)``: whether a tile holds NaN or infinity."""
     vector = spec.vector
     zero = vector.const(0.0)
-    # x * 0 is NaN for both, and a sum of vectors is cheaper than a comparison of each.
+    # Sum of x * 0: NaN if any x is NaN or infinite, and cheaper than a comparison of each vector.
     return _any_lane(spec, 0.0, lambda b, x, total: vector.fma(b, x, zero, total), "uno")
 
 
@@ -286,11 +286,11 @@ def drop_nonfinite(spec: Spec) -> Any:
 
     def build(b: Builder, address: Value, count: Value) -> Value:
         def body(i: Value, carried: list[Value]) -> list[Value]:
-            p, found = carried
+            p, any_nonfinite = carried
             x = load(b, vector.element, p, align=vector.bytes)
             finite = b.fcmp_ordered("==", b.fmul(x, zero), zero)
             store(b, b.select(finite, x, zero), p, align=vector.bytes)
-            return [at(b, p, vector.bytes), b.or_(found, b.not_(finite))]
+            return [at(b, p, vector.bytes), b.or_(any_nonfinite, b.not_(finite))]
 
         return loop(b, count, [pointer(b, address), ir.Constant(ir.IntType(1), 0)], body)[1]
 
