@@ -46,14 +46,16 @@ def copy_facts(
     for n in range(-(-count // threads)):
         index = thread + n * threads
         inside = index < count
-        there = inside & (index + first < most)
-        source = address + e.wide(e.select(there, index + first, index - index)) * pitch
+        in_bounds = inside & (index + first < most)
+        source = address + e.wide(e.select(in_bounds, index + first, index - index)) * pitch
         at = target + e.select(inside, index, index - index) * pitch
         for more in range(0, pitch, CHUNK):
             if asynchronous:
-                e.copy_async(at + more, source + more, e.select(there, e.const("i", CHUNK), e.const("i", 0)), inside)
+                e.copy_async(
+                    at + more, source + more, e.select(in_bounds, e.const("i", CHUNK), e.const("i", 0)), inside
+                )
             else:
-                e.store_shared(kind, at + more, e.load(kind, source + more, together, where=there), inside)
+                e.store_shared(kind, at + more, e.load(kind, source + more, together, where=in_bounds), inside)
 
 
 class Tiles:
@@ -159,8 +161,8 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro(f"{S} {S}" if c.softcap else S, BLOCK, "i", "i", "i", S)
     def stages(e: Emit, b: Block, thread: I32, j: I32, g: I32, s: Regs) -> Regs | tuple[Regs, Regs]:
-        made, curves = stage(b, lanes, thread, j, s, g if of_keys else None)
-        return (made, curves) if c.softcap else made
+        s, curves = stage(b, lanes, thread, j, s, g if of_keys else None)
+        return (s, curves) if c.softcap else s
 
     @macro(S, BLOCK, "i", "i", S)
     def hide(e: Emit, b: Block, thread: I32, j: I32, s: Regs) -> Regs:
@@ -171,13 +173,13 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         more, pitch = FACTS.index(name) * tiles.size, len(FACTS) * tiles.size
         if of_keys:
             at = base + shift + product.lane_column(thread & 31) * pitch + (tiles.facts + more)
-            known = {n: e.load_shared(kind, at + n * pitch) for n in dict.fromkeys(n for _, n in layout.elements)}
-            return [known[n] for _, n in layout.elements]
+            of_column = {n: e.load_shared(kind, at + n * pitch) for n in dict.fromkeys(n for _, n in layout.elements)}
+            return [of_column[n] for _, n in layout.elements]
         assert b is not None
         rows = [b.first + row for row in lanes.rows(thread)]
         at = b.places["delta"] + more
-        found = [e.load(kind, at + e.wide(row) * pitch, where=row < b.span.rows) for row in rows]
-        return [found[slot] for slot, _ in layout.elements]
+        of_slot = [e.load(kind, at + e.wide(row) * pitch, where=row < b.span.rows) for row in rows]
+        return [of_slot[slot] for slot, _ in layout.elements]
 
     @macro("i", PARAMETERS)
     def any_far(e: Emit, p: Parameters) -> I32:
@@ -192,11 +194,11 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     @macro(S, BLOCK, "i", "i", "i", S)
     def weigh(e: Emit, b: Block, base: I32, thread: I32, shift: I32, s: Regs) -> Regs:
         """P of scores, of hidden ones 0."""
-        factor, made = b.p.real("factor", kind), []
+        factor, weights = b.p.real("factor", kind), []
         for x, offset in zip(s, of_queries(e, "offset", b, base, e.opaque(thread), shift), strict=True):
             weight = e.exp2(e.fma(x, factor, offset))
-            made.append(e.select(product.is_hidden(e, x), x, weight) if careful else weight)
-        return made
+            weights.append(e.select(product.is_hidden(e, x), x, weight) if careful else weight)
+        return weights
 
     @macro(S, BLOCK, "i", "i", "i", S, *([S] if c.softcap else []))
     def differentiate(
@@ -204,16 +206,16 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         curves: Regs | None = None,
     ) -> Regs:  # fmt: skip
         """Make dS of P: times dO V^T - delta, and the slope of the softcap."""
-        ds = product.scores(e, own[1], other[1], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
+        dp = product.scores(e, own[1], other[1], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
         zero, one = e.const(kind, 0.0), e.const(kind, 1.0)
-        made = []
-        for n, (x, delta) in enumerate(zip(ds, of_queries(e, "delta", b, base, e.opaque(thread), shift), strict=True)):
+        ds = []
+        for n, (x, delta) in enumerate(zip(dp, of_queries(e, "delta", b, base, e.opaque(thread), shift), strict=True)):
             y = p[n] * (x - delta)
             if curves is not None:
                 y = y * (one - curves[n] * curves[n])
-            gone = product.is_hidden(e, p[n]) if careful else p[n].equals(0.0)
-            made.append(e.select(gone, p[n] if careful else zero, y))
-        return made
+            hidden = product.is_hidden(e, p[n]) if careful else p[n].equals(0.0)
+            ds.append(e.select(hidden, p[n] if careful else zero, y))
+        return ds
 
     def add_to(name: str, other_tile: Tile, size: str) -> Macro:
         @macro(size, "i", "i", "i", size, S)
@@ -237,14 +239,13 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         """Add dS K of this tile to what other blocks find of these queries."""
         warp, lane = lanes.split(e.opaque(thread))
         assert isinstance(product, TensorCores)
-        found = product.transposed(e, tiles.grads, own[0], e.opaque(base), warp, lane, c.warps)
-        total, row, feature, there = found
+        total, row, feature, has_part = product.transposed(e, tiles.grads, own[0], e.opaque(base), warp, lane, c.warps)
         factor = b.p.real("rest", kind)
         at = b.places["sum_query"] + e.wide(g) * b.p.sum_query_head + e.wide(feature + (lane & 3) * 2) * 4
         for slot in (0, 1):
             i = j + row + (lane >> 2) + 8 * slot
             address, inside = at + e.wide(i) * b.p.sum_query_row, i < b.span.columns
-            where = inside if there is None else there & inside
+            where = inside if has_part is None else has_part & inside
             for n in range(len(total) // 4):
                 x = [total[4 * n + 2 * slot + part] * factor for part in (0, 1)]
                 e.add(address + 32 * n, x, where, together)
@@ -257,23 +258,25 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         rest, prescale, zero = b.p.real("rest", kind), b.p.real("prescale", kind), e.const(kind, 0.0)
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
-            there, valid = at < b.rows, at < b.span.rows
+            in_bounds, valid = at < b.rows, at < b.span.rows
             if careful:
-                there = there & (b.is_marked(at, there) > 0)
+                in_bounds = in_bounds & (b.is_marked(at, in_bounds) > 0)
             bad = e.const("i", 0)
             for name, sum_ in zip(keeps, (x, y), strict=False):
                 grad, features = f"grad_{name}", sums[name]
-                mine = features.of_slot(slot)
-                z = [e.select(valid, sum_[n] if name == "value" else sum_[n] * rest * prescale, zero) for n in mine]
+                registers = features.of_slot(slot)
+                z = [
+                    e.select(valid, sum_[n] if name == "value" else sum_[n] * rest * prescale, zero) for n in registers
+                ]
                 if c.flags:
                     bad = bad | not_finite(e, z)
                 address = b.places[grad] + e.wide(at) * getattr(b.p, f"{grad}_row")
                 width = b.p.int("Ev" if name == "value" else "E")
                 begin, column = product.lane_feature(lane), getattr(b.p, f"{grad}_column")
-                write_row(e, c.storage, c.aligned, features, mine, z, address, column, begin, width, there)
+                write_row(e, c.storage, c.aligned, features, registers, z, address, column, begin, width, in_bounds)
             if c.flags:
                 bad = across(e, product, bad, lambda a, b: a | b)
-                b.mark(at, bad, there & product.lane_column(lane).equals(0))
+                b.mark(at, bad, in_bounds & product.lane_column(lane).equals(0))
 
     softcap = c.softcap
 

@@ -81,20 +81,20 @@ def make_bias(c: Spec, on: Target) -> KernelFunction:
         s = stage(b, lanes, thread, j, s)[0]
         s = lanes.scores(b, thread, j).hide(s, b.span)
         dp = product.scores(e, tiles.grad_out, tiles.value, e.opaque(base), *lanes.split(e.opaque(thread)))
-        zero, low, made, factor = e.const(kind, 0.0), float("-inf"), [], b.p.real("factor", kind)
-        found = []
+        zero, low, sums, factor = e.const(kind, 0.0), float("-inf"), [], b.p.real("factor", kind)
+        facts = []
         for row in lanes.rows(thread):
             at = b.first + row
-            there = at < b.span.rows
+            in_bounds = at < b.span.rows
             address = b.places["delta"] + e.wide(at) * b.p.delta_row
-            found.append([e.load(kind, address + n * size, where=there) for n in range(3)])
-        apart = recenter(e, s, [found[slot][2] for slot, _ in layout.elements])
+            facts.append([e.load(kind, address + n * size, where=in_bounds) for n in range(3)])
+        apart = recenter(e, s, [facts[slot][2] for slot, _ in layout.elements])
         for n, (slot, _) in enumerate(layout.elements):
-            delta, offset, _ = found[slot]
+            delta, offset, _ = facts[slot]
             hidden = product.is_hidden(e, s[n]) if c.careful else s[n].equals(low)
             weight = e.exp2(e.fma(apart[n], factor, offset))
-            made.append(acc[n] + e.select(hidden, zero, weight * (dp[n] - delta)))
-        return made
+            sums.append(acc[n] + e.select(hidden, zero, weight * (dp[n] - delta)))
+        return sums
 
     @macro(S)
     def zeros(e: Emit) -> Regs:

@@ -57,8 +57,8 @@ class Block:
         self.e.store("i", self.flag_at(row), [bad], where)
         self.e.store("i", self.p.flags, [self.e.const("i", 1)], where & (bad > 0))
 
-    def is_marked(self, row: I32, there: Pred) -> I32:
-        return self.e.load("i", self.flag_at(row), where=there)
+    def is_marked(self, row: I32, in_bounds: Pred) -> I32:
+        return self.e.load("i", self.flag_at(row), where=in_bounds)
 
     def flag_at(self, row: I32) -> I64:
         """The address of what is known of a row; first of all comes whether there is any that is marked."""

@@ -383,13 +383,13 @@ class Emit:
         results, last = body(list(state)), b.block
         b.branch(after)
         b.position_at_end(after)
-        made = []
+        merged = []
         for x, result in zip(state, results, strict=True):
             phi = b.phi(TYPES[x.kind])
             phi.add_incoming(x.llvm, before)
             phi.add_incoming(result.llvm, last)
-            made.append(Value(b, x.kind, phi))
-        return made
+            merged.append(Value(b, x.kind, phi))
+        return merged
 
     # How instructions are made. With an `effect` they are neither left out nor moved past others with one; what the
     # threads of a warp do `together` is never moved to where not all of them are.
@@ -414,8 +414,8 @@ class Emit:
         together: bool = False,
     ) -> list[Value]:  # fmt: skip
         result = ir.LiteralStructType([TYPES[kind] for kind in kinds])
-        made = self._call(code, constraints, operands, result, effect, together)
-        return [Value(self._b, kind, self._b.extract_value(made, n)) for n, kind in enumerate(kinds)]
+        aggregate = self._call(code, constraints, operands, result, effect, together)
+        return [Value(self._b, kind, self._b.extract_value(aggregate, n)) for n, kind in enumerate(kinds)]
 
     def _effect(self, code: str, constraints: str, operands: Sequence[Value], together: bool = False) -> None:
         listed = f"{constraints},~{{memory}}" if constraints else "~{memory}"
@@ -443,12 +443,12 @@ class Emit:
         if kind in "hb":
             code += " cvt.u32.u16 $0, x;"
         code = "{ .reg .b16 x; .reg .pred p; %s }" % code
-        found = "i" if kind in "hb" else kind
+        result_kind = "i" if kind in "hb" else kind
         constraints += ",~{memory}"
         if count == 1:
-            x = self._asm(code, constraints, operands, found, effect=True)
+            x = self._asm(code, constraints, operands, result_kind, effect=True)
             return x if neighbours is None else [x]
-        return self._asm_many(code, constraints, operands, found * count, effect=True)
+        return self._asm_many(code, constraints, operands, result_kind * count, effect=True)
 
     def _store(
         self, space: str, letter: str, kind: str, address: Value, values: Sequence[Value], where: Value | None

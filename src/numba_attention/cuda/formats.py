@@ -7,9 +7,9 @@ SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int8": 1, "fl
 HALVES = {"float16": "f16", "bfloat16": "bf16"}
 
 
-def read(e: Emit, storage: str, address: I64, there: Pred) -> Value:
+def read(e: Emit, storage: str, address: I64, in_bounds: Pred) -> Value:
     """Load a number of an array in global memory, where it is there; of less than 32 bits as float32."""
-    return number(e, storage, e.load(KINDS[storage], address, where=there))
+    return number(e, storage, e.load(KINDS[storage], address, where=in_bounds))
 
 
 def number(e: Emit, storage: str, x: Value) -> Value:

@@ -211,34 +211,34 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         begins = product.lane_column(lane).equals(0)
         for slot, row in enumerate(lanes.rows(thread)):
             i, head = b.find(b.first + row)
-            there, valid = i < b.rows, i < b.span.rows
+            in_bounds, valid = i < b.rows, i < b.span.rows
             if careful:
-                there = there & (b.is_marked(b.first + row, there) > 0)
+                in_bounds = in_bounds & (b.is_marked(b.first + row, in_bounds) > 0)
             apart = e.wide(head) if c.stacked else e.const("l", 0)
             some = (l[slot] > 0.0) | e.is_nan(l[slot])
             scale = e.select(some, scales[slot], zero)
-            mine = features.of_slot(slot)
-            x = [e.select(valid, acc[n] * scale, zero) for n in mine]
+            registers = features.of_slot(slot)
+            x = [e.select(valid, acc[n] * scale, zero) for n in registers]
             if flags:
                 bad = across_lanes(e, not_finite(e, x))
-                b.mark(b.first + row, bad, there & begins)
+                b.mark(b.first + row, bad, in_bounds & begins)
             address = b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row
             write_row(
                 e,
                 c.storage,
                 c.aligned,
                 features,
-                mine,
+                registers,
                 x,
                 address,
                 b.p.out_column,
                 product.lane_feature(lane),
                 b.p.int("Ev"),
-                there,
+                in_bounds,
             )
             of_row = e.select(some & valid, lse(e, m[slot], l[slot], b.p.real("unit", kind)), low)
             address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
-            e.store(kind, address, [of_row], there & begins & (b.p.lse > 0))
+            e.store(kind, address, [of_row], in_bounds & begins & (b.p.lse > 0))
 
     def across_lanes(e: Emit, x: I32) -> I32:
         for distance in product.reduce:
@@ -250,16 +250,16 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         e, size, zero = b.e, 8 if kind == "d" else 4, b.e.const(kind, 0.0)
         _, lane = lanes.split(thread)
         for slot, row in enumerate(lanes.rows(thread)):
-            at, there = b.part_at(part, b.first + row, size), b.exists(b.first + row)
-            begins = product.lane_column(lane).equals(0) & there
+            at, in_bounds = b.part_at(part, b.first + row, size), b.exists(b.first + row)
+            begins = product.lane_column(lane).equals(0) & in_bounds
             e.store(kind, at, [m[slot]], begins)
             e.store(kind, at + size, [l[slot]], begins)
             at = at + (e.wide(product.lane_feature(lane)) + HEAD) * size
             scale = e.select((l[slot] > 0.0) | e.is_nan(l[slot]), scales[slot], zero)
-            mine = features.of_slot(slot)
-            for n in range(0, len(mine), features.neighbours):
-                x = [acc[i] * scale for i in mine[n : n + features.neighbours]]
-                e.store(kind, at + features.elements[mine[n]][1] * size, x, there)
+            registers = features.of_slot(slot)
+            for n in range(0, len(registers), features.neighbours):
+                x = [acc[i] * scale for i in registers[n : n + features.neighbours]]
+                e.store(kind, at + features.elements[registers[n]][1] * size, x, in_bounds)
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         parameters = integers, reals

@@ -46,9 +46,9 @@ def make_normalizers(c: Spec, on: Target) -> KernelFunction:
         """Whether the row of a thread is far, the first key that a row sees, and the one after the last."""
         begin, end, _, _ = b.span.of_rows(b.first, b.first + (c.rows - 1))
         row = b.first + thread
-        there = (thread < c.rows) & (row < b.span.rows)
-        lse = e.load(kind, b.places["lse"] + e.wide(row) * b.p.lse_row, where=there)
-        return e.select(there & is_far(e, lse), begin - begin + 1, begin - begin), begin, end
+        in_bounds = (thread < c.rows) & (row < b.span.rows)
+        lse = e.load(kind, b.places["lse"] + e.wide(row) * b.p.lse_row, where=in_bounds)
+        return e.select(in_bounds & is_far(e, lse), begin - begin + 1, begin - begin), begin, end
 
     @macro("", BLOCK, "i", "i")
     def load_queries(e: Emit, b: Block, base: I32, thread: I32) -> None:
@@ -83,13 +83,13 @@ def make_normalizers(c: Spec, on: Target) -> KernelFunction:
         begins = product.lane_column(thread & 31).equals(0)
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
-            there = begins & (at < b.span.rows)
-            lse = e.load(kind, b.places["lse"] + e.wide(at) * b.p.lse_row, where=there)
+            in_bounds = begins & (at < b.span.rows)
+            lse = e.load(kind, b.places["lse"] + e.wide(at) * b.p.lse_row, where=in_bounds)
             more = e.fma(m[slot], zero - b.p.real("unit", kind), lse)  # ln(sum), as far as the lse tells it
             own = e.log2(l[slot])
             whole = more <= own * (1 / LOG2E) + e.abs(lse) * SLACK[kind]
             offset = zero - e.select(whole, own, more * LOG2E)
-            address, where = b.places["delta"] + e.wide(at) * b.p.delta_row, there & is_far(e, lse)
+            address, where = b.places["delta"] + e.wide(at) * b.p.delta_row, in_bounds & is_far(e, lse)
             for name, x in (("offset", offset), ("maximum", m[slot])):
                 e.store(kind, address + FACTS.index(name) * SIZES[kind], [x], where)
 

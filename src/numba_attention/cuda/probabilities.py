@@ -75,15 +75,17 @@ def make_weights(c: Spec, on: Target) -> KernelFunction:
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
             some = (l[slot] > 0.0) | e.is_nan(l[slot])
-            mine = layout.of_slot(slot)
-            made = []
-            for n in mine:
+            registers = layout.of_slot(slot)
+            weights = []
+            for n in registers:
                 hidden = product.is_hidden(e, s[n])
                 weight = e.exp2(e.fma(apart[n], factor, offsets[slot]))
-                made.append(e.select(hidden, zero, e.select(some, weight / l[slot], zero)))
+                weights.append(e.select(hidden, zero, e.select(some, weight / l[slot], zero)))
             address = b.places["out"] + e.wide(at) * b.p.out_row
             first = product.lane_column(thread & 31) + j
-            write_row(e, c.storage, False, layout, mine, made, address, b.p.out_column, first, keys, at < b.rows)
+            write_row(
+                e, c.storage, False, layout, registers, weights, address, b.p.out_column, first, keys, at < b.rows
+            )
 
     @macro("i", PARAMETERS)
     def all_keys(e: Emit, p: Parameters) -> I32:

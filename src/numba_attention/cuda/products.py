@@ -243,8 +243,8 @@ class TripleTF32(TensorCores):
                 column = [read(b, place, chunk) for chunk in (0, 1)]
                 for m in range(self.tiles):
                     at = slice(m * per_tile + 4 * n, m * per_tile + 4 * n + 4)
-                    found = self._multiply(e, rows[m], column, [e.const("f", 0.0)] * 4)
-                    s[at] = [x + y for x, y in zip(s[at], found, strict=True)]
+                    product = self._multiply(e, rows[m], column, [e.const("f", 0.0)] * 4)
+                    s[at] = [x + y for x, y in zip(s[at], product, strict=True)]
             return s
 
         return e.loop(a.columns // 8, [e.const("f", 0.0)] * (per_tile * self.tiles), body)
@@ -326,14 +326,14 @@ class Simt(Product):
         def body(k: I32, s: Regs) -> Regs:
             left = [e.load_shared(self.kind, a.chunk(place, k), self.per_chunk) for place in rows]
             right = [e.load_shared(self.kind, b.chunk(place, k), self.per_chunk) for place in columns]
-            made = []
+            sums = []
             for slot in range(self.slots):
                 for n in range(len(columns)):
                     x = s[slot * len(columns) + n]
                     for y, z in zip(left[slot], right[n], strict=True):
                         x = e.fma(y, z, x)
-                    made.append(x)
-            return made
+                    sums.append(x)
+            return sums
 
         zero = e.const(self.kind, 0.0)
         return e.loop(a.chunks, [zero] * (self.slots * len(columns)), body)
@@ -368,5 +368,5 @@ class Simt(Product):
         return e.loop(b.rows // self.per_chunk, c, body)
 
     def _add(self, e: Emit, weight: Real, value: Real, total: Real) -> Real:
-        made = e.fma(weight, value, total)
-        return e.select(self.is_hidden(e, weight), total, made) if self.careful else made
+        summed = e.fma(weight, value, total)
+        return e.select(self.is_hidden(e, weight), total, summed) if self.careful else summed

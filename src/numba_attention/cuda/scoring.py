@@ -97,8 +97,8 @@ class Scores:
     def places(self) -> list[tuple[I32, I32]]:
         """Query and key of each register."""
         columns = {n: self.column + n for n in dict.fromkeys(n for _, n in self.layout.elements)}
-        found = [(self.rows[slot], columns[n]) for slot, n in self.layout.elements]
-        return [(b, a) for a, b in found] if self.transposed else found
+        positions = [(self.rows[slot], columns[n]) for slot, n in self.layout.elements]
+        return [(b, a) for a, b in positions] if self.transposed else positions
 
     def stages(self, s: Regs, inputs: StageInputs) -> tuple[Regs, Regs]:
         """Apply softcap, ALiBi, bias and mask, in this order.
@@ -115,30 +115,30 @@ class Scores:
         elif c.alibi:
             s = [x * rest for x in s]
         if c.alibi:
-            made = []
+            sloped = []
             for (slot, _), (i, j), x in zip(self.layout.elements, places, s, strict=True):
                 distance = i + inputs.offset - j
                 distance = e.max(distance, 0 - distance)
-                made.append(e.fma(e.convert(kind, distance), e.const(kind, 0.0) - inputs.slopes[slot], x))
-            s = made
+                sloped.append(e.fma(e.convert(kind, distance), e.const(kind, 0.0) - inputs.slopes[slot], x))
+            s = sloped
         low = self.product.hidden(e) if self.careful else e.const(kind, -math.inf)
         if c.bias or c.mask:
             inside = [(i < inputs.rows) & (j < inputs.keys) for i, j in places]
         if c.bias:
             least = e.const(kind, -LARGEST[kind])
-            made = []
-            for (slot, _), place, there, x in zip(self.layout.elements, places, inside, s, strict=True):
-                y = _converted(e, kind, read(e, c.bias, self.at("bias", inputs, slot, *place), there))
+            biased = []
+            for (slot, _), place, in_bounds, x in zip(self.layout.elements, places, inside, s, strict=True):
+                y = _converted(e, kind, read(e, c.bias, self.at("bias", inputs, slot, *place), in_bounds))
                 total = x + y if c.softcap or c.alibi else e.fma(x, rest, y)
                 # Only -inf hides: a finite bias whose sum with a score has no room stays the least number.
-                made.append(e.select(y.equals(-math.inf), low, e.select(total < least, least, total)))
-            s = made
+                biased.append(e.select(y.equals(-math.inf), low, e.select(total < least, least, total)))
+            s = biased
         if c.mask:
-            made = []
-            for (slot, _), place, there, x in zip(self.layout.elements, places, inside, s, strict=True):
-                shown = e.load("b", self.at("mask", inputs, slot, *place), where=there)
-                made.append(e.select(shown > 0, x, low))
-            s = made
+            masked = []
+            for (slot, _), place, in_bounds, x in zip(self.layout.elements, places, inside, s, strict=True):
+                shown = e.load("b", self.at("mask", inputs, slot, *place), where=in_bounds)
+                masked.append(e.select(shown > 0, x, low))
+            s = masked
         return s, curves
 
     @property
@@ -160,9 +160,9 @@ class Scores:
         for row in self.rows:
             first, last = span.of_row(row)
             ends.append((first - self.column, last - self.column))
-        made = []
+        visible = []
         for (slot, n), x in zip(self.layout.elements, s, strict=True):
             first, last = ends[slot]
             seen = (first <= n) & (last > n)
-            made.append(e.select(seen, x, low))
-        return made
+            visible.append(e.select(seen, x, low))
+        return visible

@@ -97,8 +97,8 @@ def center(
                 steps[slot] = e.select(far, (before[slot] - m[slot]) * factor - more, steps[slot])
         return apart + offsets + steps
 
-    made = e.when(largest >= limit, [*s, *offsets, *steps], subtract)
-    return made[: len(s)], made[len(s) : len(s) + len(m)], made[len(s) + len(m) :]
+    centered = e.when(largest >= limit, [*s, *offsets, *steps], subtract)
+    return centered[: len(s)], centered[len(s) : len(s) + len(m)], centered[len(s) + len(m) :]
 
 
 def fold(
@@ -115,9 +115,9 @@ def fold(
     shown = [e.select(product.is_hidden(e, x), low, x) for x in s] if careful else s
     m = []
     for slot in range(product.slots):
-        mine = layout.of_slot(slot)
-        top = shown[mine[0]]
-        for n in mine[1:]:
+        registers = layout.of_slot(slot)
+        top = shown[registers[0]]
+        for n in registers[1:]:
             top = e.max(top, shown[n])
         m.append(e.max(before[slot], across(e, product, top, e.max)))
     shown, offsets, steps = center(e, product, layout, shown, m, factor, lift, before)
@@ -140,11 +140,11 @@ def total(e: Emit, product: Product, l: Regs) -> Regs:
 
 def relative(e: Emit, m: Regs, l: Regs, factor: Real, lift: I32 | None = None) -> Regs:
     """Sums of weights where the maximum of a row weighs 1."""
-    made = []
+    sums = []
     for top, x in zip(m, l, strict=True):
         scale = e.exp2(e.const(x.kind, 0.0) - excess(e, top, factor))
-        made.append(x * (scale if lift is None else e.select(lift > 0, e.const(x.kind, 2.0**LIFT), scale)))
-    return made
+        sums.append(x * (scale if lift is None else e.select(lift > 0, e.const(x.kind, 2.0**LIFT), scale)))
+    return sums
 
 
 def lse(e: Emit, maximum: Real, total: Real, unit: Real) -> Real:
@@ -162,8 +162,8 @@ def recenter(e: Emit, s: Regs, tops: Regs) -> Regs:
 
     Products that are summed in another order may exceed it by their rounding, and nothing weighs more than the maximum.
     """
-    made = []
+    centered = []
     for x, top in zip(s, tops, strict=True):
-        apart = x - top
-        made.append(e.select((apart > 0.0) & (e.abs(top) > 0.0), apart - apart, apart))
-    return made
+        difference = x - top
+        centered.append(e.select((difference > 0.0) & (e.abs(top) > 0.0), difference - difference, difference))
+    return centered

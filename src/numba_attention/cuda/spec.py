@@ -115,10 +115,10 @@ def compute_capability(arch: str) -> tuple[int, int]:
 
 def lay_out(*tiles: tuple[int, int, str]) -> list[Tile]:
     """Tiles (rows, columns, storage) one after the other."""
-    made: list[Tile] = []
+    placed: list[Tile] = []
     for rows, columns, storage in tiles:
-        made.append(Tile(rows, columns, storage, made[-1].end if made else 0))
-    return made
+        placed.append(Tile(rows, columns, storage, placed[-1].end if placed else 0))
+    return placed
 
 
 __all__ = ["FEATURES", "HALVES", "SIZES", "Spec", "compute_capability", "lay_out", "padded"]

@@ -42,9 +42,9 @@ def fetch_scales(e: Emit, codes: Codes, base: I32, rows: Rows, thread: I32, thre
     size, nothing = e.const("i", 4), e.const("i", 0)
     for n in range(-(-codes.rows // threads)):
         row = thread + n * threads
-        inside, there = row < codes.rows, row < rows.number
+        inside, in_bounds = row < codes.rows, row < rows.number
         target = base + row * 4 + codes.scales
-        e.copy_async(target, rows.at(e, row, there), e.select(there, size, nothing), inside, 4)
+        e.copy_async(target, rows.at(e, row, in_bounds), e.select(in_bounds, size, nothing), inside, 4)
 
 
 def unpack(e: Emit, codes: Tile, tile: Tile, base: I32, thread: I32, threads: int, at_once: int = 1) -> None:
@@ -54,7 +54,7 @@ def unpack(e: Emit, codes: Tile, tile: Tile, base: I32, thread: I32, threads: in
     size = per_chunk * codes.size
 
     def body(turn: I32, state: Regs) -> Regs:
-        found = []
+        loaded = []
         for n in range(at_once):
             index = (turn * at_once + n) * threads + thread
             inside = None if total % (threads * at_once) == 0 else index < total
@@ -62,8 +62,8 @@ def unpack(e: Emit, codes: Tile, tile: Tile, base: I32, thread: I32, threads: in
             row, address = index // tile.chunks, base + index * size + codes.offset
             words = e.load_shared("i" if size >= 4 else "h", address, max(size // 4, 1))
             scale = e.load_shared("f", base + row * 4 + codes.scales) if codes.is_scaled else None
-            found.append((row, index % tile.chunks, words, scale, inside))
-        for row, chunk, words, scale, inside in found:
+            loaded.append((row, index % tile.chunks, words, scale, inside))
+        for row, chunk, words, scale, inside in loaded:
             x = [e.convert("d" if kind == "d" else "f", y) for word in words for y in numbers(e, codes.storage, word)]
             x = x[:per_chunk]
             if scale is not None:

@@ -104,11 +104,11 @@ def for_call(
     """The kernel of a task with the options of a call."""
     c = base(task, storage, E, Ev, device)
     assert c.product == product
-    made = with_options(
+    c = with_options(
         c, softcap=softcap, alibi=alibi, bias=bias, mask=mask, paged=paged, flags=flags, stored=stored,
         aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
     )  # fmt: skip
-    return fitted(made, device)  # (codes of a cache lie beside the tiles)
+    return fitted(c, device)  # (codes of a cache lie beside the tiles)
 
 
 def resident(c: Spec, device: Any) -> int:
@@ -177,8 +177,8 @@ def candidates(task: str, storage: str, E: int, Ev: int) -> list[Spec]:
         (slots, warps, columns)
         for slots in ((1, 2, 4, 8) if simt else (1, 2)) for warps in (4, 8) for columns in (16, 32, 64, 128)
     ]  # fmt: skip
-    made = [c.with_(slots=slots, warps=warps, columns=columns) for slots, warps, columns in shapes]
-    return [x for x in made if kernels.shared(x) <= device.shared_memory]
+    candidates = [c.with_(slots=slots, warps=warps, columns=columns) for slots, warps, columns in shapes]
+    return [x for x in candidates if kernels.shared(x) <= device.shared_memory]
 
 
 def use(task: str, storage: str, E: int, Ev: int, config: Spec | None) -> None:
@@ -230,11 +230,11 @@ def parts(c: Spec) -> list[Spec]:
 def weights(c: Spec, device: Any) -> Spec:
     """The kernel of probabilities, whose reading is nothing beside its writing."""
     slots = 4 if c.storage != "float64" and not c.is_staged else 2
-    made = c.with_(
+    spec = c.with_(
         task="weights", product="simt", slots=slots, across=8, warps=4, columns=32, careful=True, flags=False,
         chosen=True, aligned=c.aligned and c.storage not in HALVES, Ev=32,
     )  # fmt: skip
-    return fitted(made, device)
+    return fitted(spec, device)
 
 
 def normalizers(c: Spec, device: Any) -> Spec:
@@ -245,11 +245,11 @@ def normalizers(c: Spec, device: Any) -> Spec:
 
 def bias(c: Spec, device: Any) -> Spec:
     """The kernel of the gradient of a bias."""
-    made = c.with_(task="bias", flags=False, careful=False)
+    spec = c.with_(task="bias", flags=False, careful=False)
     small = max(c.E, c.Ev) <= 64
-    if made.product == "simt":
+    if spec.product == "simt":
         slots = (4 if small else 2) // (2 if c.storage == "float64" else 1)
-        made = made.with_(slots=slots, columns=32 if small else 16, careful=True)
+        spec = spec.with_(slots=slots, columns=32 if small else 16, careful=True)
     else:
-        made = made.with_(slots=1, warps=4 if max(c.E, c.Ev) <= 128 else 2, columns=32 if small else 16)
-    return fitted(made, device)
+        spec = spec.with_(slots=1, warps=4 if max(c.E, c.Ev) <= 128 else 2, columns=32 if small else 16)
+    return fitted(spec, device)

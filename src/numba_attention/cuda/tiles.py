@@ -100,12 +100,12 @@ class Rows:
     member: I64 | None = None
     listed: I64 | None = None  # the address of a list of rows, instead of one after the other
 
-    def at(self, e: Emit, row: I32, there: Pred, more: int = 0) -> I64:
+    def at(self, e: Emit, row: I32, in_bounds: Pred, more: int = 0) -> I64:
         """The address of row ``row + more`` of the tile, of any row if it is not there."""
         if self.listed is None and self.group is None and self.pages is None:
             return self.address + e.wide(row + self.first) * self.row + self.row * more
         row = row + more
-        row = e.select(there, row, row - row) + self.first
+        row = e.select(in_bounds, row, row - row) + self.first
         if self.listed is not None:
             return self.address + e.load_constant("l", self.listed + e.wide(row) * 8) * self.row
         if self.group is not None:
@@ -146,10 +146,10 @@ def _fetch_chunks(e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threa
             else:
                 index = thread + turn * (at_once * threads) + n * threads
                 row, chunk, more = index // tile.chunks, index % tile.chunks, 0
-            there = (row + more < rows.number) & (chunk * CHUNK < width)
-            source = rows.at(e, row, there, more) + e.wide(chunk * CHUNK)
+            in_bounds = (row + more < rows.number) & (chunk * CHUNK < width)
+            source = rows.at(e, row, in_bounds, more) + e.wide(chunk * CHUNK)
             target = tile.chunk(tile.row_and(base, row, more), chunk)
-            e.copy_async(target, source, e.select(there, whole, nothing), None if even else row + more < tile.rows)
+            e.copy_async(target, source, e.select(in_bounds, whole, nothing), None if even else row + more < tile.rows)
         return state
 
     if at_once == copies:
@@ -166,14 +166,14 @@ def _fetch_elements(
     def body(n: I32, state: Regs) -> Regs:
         index = n * threads + thread
         row, column = index // tile.columns, index % tile.columns
-        there = (row < rows.number) & (column < rows.elements) & (index < total)
-        address = rows.at(e, row, there) + e.wide(column) * rows.column
+        in_bounds = (row < rows.number) & (column < rows.elements) & (index < total)
+        address = rows.at(e, row, in_bounds) + e.wide(column) * rows.column
         if storage == tile.storage:
-            x = e.load(KINDS[storage], address, where=there)
+            x = e.load(KINDS[storage], address, where=in_bounds)
         else:
-            x = e.convert("d" if tile.storage == "float64" else "f", read(e, storage, address, there))
+            x = e.convert("d" if tile.storage == "float64" else "f", read(e, storage, address, in_bounds))
             if scales is not None:
-                x = x * e.convert(x.kind, e.load("f", scales.at(e, row, there), where=there))
+                x = x * e.convert(x.kind, e.load("f", scales.at(e, row, in_bounds), where=in_bounds))
             x = e.to_half(HALVES[tile.storage], x) if tile.storage in HALVES else x
         target = tile.chunk(tile.row(base, row), column // per_chunk) + column % per_chunk * SIZES[tile.storage]
         e.store_shared(KINDS[tile.storage], target, [x], index < total)
@@ -194,12 +194,12 @@ def scale_rows(e: Emit, tile: Tile, base: I32, factor: Real, thread: I32, thread
         if tile.storage in HALVES:
             half = HALVES[tile.storage]
             words = e.load_shared("i", address, 4)
-            made = [e.pack(half, *(y * factor for y in e.unpack(half, x))) for x in words]
-            e.store_shared("i", address, made, inside)
+            scaled = [e.pack(half, *(y * factor for y in e.unpack(half, x))) for x in words]
+            e.store_shared("i", address, scaled, inside)
         else:
             kind, count = KINDS[tile.storage], CHUNK // SIZES[tile.storage]
-            made = [x * factor for x in e.load_shared(kind, address, count)]
-            e.store_shared(kind, address, made, inside)
+            scaled = [x * factor for x in e.load_shared(kind, address, count)]
+            e.store_shared(kind, address, scaled, inside)
         return state
 
     e.loop(-(-total // threads), [], body)
