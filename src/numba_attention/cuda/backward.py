@@ -1,13 +1,13 @@
 """The backward pass: FlashAttention-2 (Dao 2023), algorithm 2, in one kernel or in two.
 
 Blocks that own tiles of keys sum dK and dV over queries and, for grouped heads, over the heads of the group. dQ is
-summed over keys by other blocks, which own tiles of queries, without atomics: the same call has the same bits. Or
-(``single``) the former add their parts of it to memory as they come, for five products instead of seven.
+summed over keys by other blocks, which own tiles of queries, without atomics: the same call has the same bits. With
+``single`` the blocks of keys add their parts of dQ to memory by atomics, which takes five products instead of seven.
 
-All make the weights again, P = exp(S - lse), as 2**(score * factor + offset), and dS = P (dO V^T - delta) with delta =
-rowsum(dO O) - dlse; delta and offsets come from `rowwise`. Where an lse is too large to tell the denominator,
-`normalizers` has found the maximum of the row, which is subtracted from its scores first. What is summed over comes
-tile by tile, the next one while this one is worked on.
+Every kernel recomputes the weights, P = exp(S - lse), as 2**(score * factor + offset), and dS = P (dO V^T - delta) with
+delta = rowsum(dO O) - dlse; `rowwise` computes delta and offsets. Where the lse of a row is too large to determine its
+denominator, `normalizers` provides the maximum of the row, which is subtracted from its scores first. The operands
+that are summed over are double-buffered: the next tile is copied while this one is used.
 """
 
 import numpy as np
@@ -40,7 +40,7 @@ def copy_facts(
     e: Emit, kind: str, target: I32, address: I64, first: I32, most: I32, count: int, thread: I32, threads: int,
     asynchronous: bool,
 ) -> None:  # fmt: skip
-    """Bring `FACTS` of `count` queries, from query `first` on, to shared memory, zeros from query `most` on."""
+    """Copy the `FACTS` of `count` queries from query `first` on to shared memory; zeros from query `most` on."""
     size = SIZES[kind]
     pitch, together = len(FACTS) * size, CHUNK // size
     for n in range(-(-count // threads)):
@@ -59,7 +59,7 @@ def copy_facts(
 
 
 class Tiles:
-    """Shared memory of a block: its two tiles, and twice the two that pass by and, what is known of queries."""
+    """Shared memory of a block: the two tiles it owns, and two buffers for those it visits and facts of queries."""
 
     def __init__(self, c: Spec) -> None:
         of = {"query": ("query", "grad_out"), "key": ("key", "value")}
@@ -75,7 +75,7 @@ class Tiles:
         self.facts = self.other[1].end
         self.size = 8 if kept == "float64" else 4
         end = self.facts + (columns * len(FACTS) * self.size if c.task == "key" else 0)
-        self.period = end - first  # bytes from one set to the next
+        self.period = end - first  # bytes from one buffer to the next
         self.end = first + 2 * self.period
         product = c.make_product()
         if c.single:
@@ -121,7 +121,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro("i4", BLOCK)
     def columns_seen(e: Emit, b: Block) -> Regs:
-        """First column, the one after the last, and those that all rows see; none of these where any lse is far."""
+        """First column, the one after the last, and those that all rows see, which are none where any lse is far."""
         begin, end, all_begin, all_end = b.span.of_rows(b.first, b.first + (c.rows - 1))
         return [begin, end, all_begin, e.select(e.load("i", b.p.far) > 0, begin - begin, all_end)]
 
@@ -132,7 +132,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", BLOCK, "i", "i", "i", "i", "i")
     def load_other(e: Emit, b: Block, base: I32, thread: I32, j: I32, g: I32, shift: I32) -> None:
-        """Bring the tiles from column j on, of head g of the group, to one of the two places."""
+        """Copy the tiles from column j on, of head g of the group, to the buffer that begins `shift` bytes further."""
         base = base + shift
         for name, tile in zip(tiles.other_names, other, strict=True):
             if of_keys:
@@ -146,7 +146,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     @macro("i i", "i", "i", "i", "i")
     def following(e: Emit, j: I32, g: I32, begin: I32, end: I32) -> tuple[I32, I32]:
         """The next tile of columns, and its head of the group."""
-        after = j + columns  # (found anew where that saves a register)
+        after = j + columns
         over = after >= end
         return e.select(over, begin, after), e.select(over, g + 1, g)
 
@@ -169,7 +169,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         return lanes.scores(b, thread, j, of_keys).hide(s, b.span)
 
     def of_queries(e: Emit, name: str, b: Block | None, base: I32, thread: I32, shift: I32) -> Regs:
-        """Of what is known of queries, the number of each register: by row from memory, or by column from the tile."""
+        """One of the `FACTS`, for each register: of its row from global memory, or of its column from shared memory."""
         more, pitch = FACTS.index(name) * tiles.size, len(FACTS) * tiles.size
         if of_keys:
             at = base + shift + product.lane_column(thread & 31) * pitch + (tiles.facts + more)
@@ -187,13 +187,13 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro(S, BLOCK, "i", "i", "i", S)
     def subtract(e: Emit, b: Block, base: I32, thread: I32, shift: I32, s: Regs) -> Regs:
-        """Subtract the maxima of rows whose lse does not tell the denominator."""
+        """Subtract the maxima of rows whose lse does not determine the denominator."""
         apart = recenter(e, s, of_queries(e, "maximum", b, base, e.opaque(thread), shift))
         return [e.select(product.is_hidden(e, x), x, y) for x, y in zip(s, apart, strict=True)] if careful else apart
 
     @macro(S, BLOCK, "i", "i", "i", S)
     def weigh(e: Emit, b: Block, base: I32, thread: I32, shift: I32, s: Regs) -> Regs:
-        """P of scores, of hidden ones 0."""
+        """P of scores; hidden scores weigh 0."""
         factor, weights = b.p.real("factor", kind), []
         for x, offset in zip(s, of_queries(e, "offset", b, base, e.opaque(thread), shift), strict=True):
             weight = e.exp2(e.fma(x, factor, offset))
@@ -205,7 +205,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         e: Emit, b: Block, base: I32, thread: I32, shift: I32, p: Regs,
         curves: Regs | None = None,
     ) -> Regs:  # fmt: skip
-        """Make dS of P: times dO V^T - delta, and the slope of the softcap."""
+        """Compute dS from P: multiply by dO V^T - delta and by the slope of the softcap."""
         dp = product.scores(e, own[1], other[1], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
         zero, one = e.const(kind, 0.0), e.const(kind, 1.0)
         ds = []
@@ -236,7 +236,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", BLOCK, "i", "i", "i", "i")
     def add_queries(e: Emit, b: Block, base: I32, thread: I32, j: I32, g: I32) -> None:
-        """Add dS K of this tile to what other blocks find of these queries."""
+        """Add dS K of this tile to the sums of dQ in global memory, by atomics."""
         warp, lane = lanes.split(e.opaque(thread))
         assert isinstance(product, TensorCores)
         total, row, feature, has_part = product.transposed(e, tiles.grads, own[0], e.opaque(base), warp, lane, c.warps)
@@ -254,7 +254,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     def finish(e: Emit, b: Block, thread: I32, x: Regs, y: Regs) -> None:
         thread = e.opaque(thread)
         lane = thread & 31
-        # (Their product may be smaller than the least number that has all its bits.)
+        # Underflow: the product of `rest` and `prescale` may be subnormal, so they are applied one after the other.
         rest, prescale, zero = b.p.real("rest", kind), b.p.real("prescale", kind), e.const(kind, 0.0)
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row

@@ -1,7 +1,7 @@
-"""Joins what several blocks made of the keys of a row, in a fixed order: the same call has the same bits.
+"""Split keys: joins the parts of a row that several blocks computed, in a fixed order: the same call has the same bits.
 
-A block owns a row, and its warps share out the parts. They are read many at a time: a read takes as long as hundreds of
-multiplications, and nothing here waits for a read but sums.
+A block owns a row, and its warps share out the parts. All loads are issued before the first use: the latency of global
+memory is that of hundreds of multiplications.
 """
 
 import math
@@ -21,7 +21,7 @@ AT_ONCE = 4  # parts that a warp reads at a time
 
 
 class Shared:
-    """Shared memory: the maximum and the denominator that each warp found, and then the features that it summed."""
+    """Shared memory: maximum and denominator of each warp, and then its sums of features."""
 
     def __init__(self, c: Spec) -> None:
         self.size = 8 if c.storage == "float64" else 4
@@ -47,7 +47,7 @@ def make_combine(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", BLOCK, "i", "i", "i")
     def find_sums(e: Emit, b: Block, base: I32, thread: I32, row: I32) -> None:
-        """The maximum of all parts and the denominator, as far as the threads of a warp see them."""
+        """Maximum and denominator of the parts that the threads of a warp read."""
         in_bounds, total, factor, parts = b.exists(row), e.const(kind, 0.0), b.p.real("factor", kind), []
         top = low = e.const(kind, -LARGEST[kind])
         for n in range(-(-MOST // threads)):
@@ -82,7 +82,7 @@ def make_combine(c: Spec, on: Target) -> KernelFunction:
     @macro(C, BLOCK, "i", "i", "i", kind, kind, C)
     def add(e: Emit, b: Block, thread: I32, row: I32, step: I32, top: Real, total: Real,
             acc: Regs) -> Regs:  # fmt: skip
-        """Add parts, each the result of its keys, times their shares of the denominator: no sum of them overflows."""
+        """Add parts, each the result of its keys, times its share of the denominator: their sum cannot overflow."""
         zero, factor = e.const(kind, 0.0), b.p.real("factor", kind)
         in_bounds, lane = b.exists(row), thread & 31
         share = e.select(total.equals(0.0), zero, e.const(kind, 1.0) / total)
@@ -134,7 +134,7 @@ def make_combine(c: Spec, on: Target) -> KernelFunction:
         of_row = e.select(some & valid, lse(e, top, total, b.p.real("unit", kind)), e.const(kind, -math.inf))
         address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
         e.store(kind, address, [of_row], in_bounds & thread.equals(0) & (b.p.lse > 0))
-        if c.flags:  # zero before; all who write write 1
+        if c.flags:  # `find_sums` has stored 0, and every thread that stores here stores 1
             b.mark(row, e.const("i", 1), in_bounds & (bad > 0))
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]

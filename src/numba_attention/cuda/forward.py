@@ -1,8 +1,8 @@
 """The forward pass: FlashAttention-2 (Dao 2023), algorithm 1, of which every product and option is a variant.
 
 A block owns a tile of queries and visits the tiles of keys that any of its rows sees. Keys and values have one tile
-each in shared memory: the values come while the scores are made, the next keys while the values are summed. From a
-cache that holds fewer bits come codes, of which the tile is made where the copy would have been waited for.
+each in shared memory, filled by asynchronous copies: values are copied while scores are computed, and the next keys
+while values are summed. A quantized cache is copied as codes, which are converted to the tile once the copy has landed.
 """
 
 import math
@@ -44,17 +44,17 @@ def tiles_of(c: Spec) -> tuple[Tile, Tile, Tile, int]:
 
 
 def codes_of(c: Spec) -> tuple[Codes, Codes]:
-    """What tiles of keys and values are made of, after them in shared memory."""
+    """The codes of a quantized cache that become tiles of keys and values; they lie behind those in shared memory."""
     _, k, v, end = tiles_of(c)
     keys = Codes(k.rows, k.columns, c.stored, end)
     return keys, Codes(v.rows, v.columns, c.stored, keys.end)
 
 
 def repeats(c: Spec) -> bool:
-    """Whether blocks of the kernel repeat their work where it overflows.
+    """Whether a block starts over with smaller weights (`softmax.LIFT`) after an accumulator overflowed.
 
-    The sum of values near the largest number does, unless all weights are smaller by a power of two. Where rows are
-    marked, that is left to the careful kernel. (Values of float16 leave room in float32.)
+    A sum of values near the largest number overflows, unless all weights are smaller by a power of two. Kernels that
+    flag rows leave this to the careful kernel. float16 cannot overflow a sum in float32.
     """
     return c.task == "forward" and not (c.flags or c.storage == "float16")
 
@@ -64,7 +64,7 @@ def _end(c: Spec) -> int:
 
 
 def shared(c: Spec) -> int:
-    """Bytes of shared memory of a block: tiles, and whether it repeats its work, which would need a register."""
+    """Bytes of shared memory of a block: its tiles, and the flag that it has started over, which saves a register."""
     return _end(c) + (16 if repeats(c) else 0)
 
 
@@ -85,15 +85,18 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
     lanes = Lanes(c, product)
     q, k, v, _ = tiles_of(c)
     unpacked, columns = c.is_unpacked, c.columns
-    # (What `load_keys` and `load_values` bring: the tiles themselves, or codes.)
+    # `load_keys` and `load_values` copy to these: the tiles themselves, or codes.
     keys, values = codes_of(c) if unpacked else (k, v)
-    at_once = 4 if c.warps == 1 else 1  # a warp alone must not wait for each chunk of them; many have few registers
+    # Chunks of codes in flight per thread: a block of one warp has no other warp to hide the latency of shared memory;
+    # with several warps the registers are needed elsewhere.
+    at_once = 4 if c.warps == 1 else 1
     scale_queries = make_scale(c, on, q)
     S, C, M = f"{kind}{len(layout)}", f"{kind}{len(features)}", f"{kind}{product.slots}"
     split, careful, flags = c.split, c.careful, c.flags
     may_repeat, at_lift = repeats(c), _end(c)
-    # Exponentials beside the products of values, in one piece of code, wait for one another less; with more features
-    # there are no registers for both, and they come before what waits for the values.
+    # Instruction overlap: the softmax and the product with values in one basic block let the scheduler interleave
+    # exponentials with tensor core instructions. Above 64 features there are no registers for both, so the softmax runs
+    # before the barrier that waits for values.
     mixed = c.product == "tensor" and max(c.E, c.Ev) <= 64
     BLOCK = packed_block(c, FORWARD)
     any_marked, marked = make_marks(c, on, BLOCK)
@@ -110,7 +113,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         last, _ = b.find(b.first + (c.rows - 1))
         begin, end, all_begin, all_end = b.span.of_rows(first, last)
         if split:
-            tiles = (e.max(end - begin, 0) + columns - 1) // columns  # (of numbers that are not negative)
+            tiles = (e.max(end - begin, 0) + columns - 1) // columns  # (integer division is unsigned)
             share = (tiles + b.p.int("splits") - 1) // b.p.int("splits") * columns
             begin = begin + part * share
             end = e.min(end, begin + share)
@@ -184,7 +187,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         return not_finite(e, acc)
 
     def lift_of(e: Emit, base: I32) -> I32 | None:
-        """More than 0 where the block repeats its work with smaller weights."""
+        """The flag in shared memory that is 1 where the block has started over with smaller weights."""
         return e.load_shared("i", base + at_lift) if may_repeat else None
 
     @macro("i", "i")
@@ -246,7 +249,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         return x
 
     def write_part(b: Block, thread: I32, part: I32, m: Regs, l: Regs, scales: Regs, acc: Regs) -> None:
-        """Leave maximum, sum and result of each row to `combine`."""
+        """Split keys: store maximum, sum and result of each row, which `combine` joins."""
         e, size, zero = b.e, 8 if kind == "d" else 4, b.e.const(kind, 0.0)
         _, lane = lanes.split(thread)
         for slot, row in enumerate(lanes.rows(thread)):
@@ -299,7 +302,8 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
                 if staged:
                     s = stages(block, thread, j, s)
                 if j < all_begin or j + columns > all_end:
-                    # (Found again, here and at the end, so that it needs no registers all the while.)
+                    # Rematerialization: the block is computed anew on tiles at the edge, and at the end, so that it
+                    # does not occupy registers throughout the loop.
                     edge = find_work(parameters, x, y)
                     s = hide(edge, thread, j, s)
                 if not mixed:

@@ -1,4 +1,4 @@
-"""The probabilities themselves, for `attention_weights`: maxima and sums of chosen rows first, then every key again."""
+"""The probabilities themselves, for `attention_weights`, in two passes over keys: maxima and sums, then weights."""
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def make_weights(c: Spec, on: Target) -> KernelFunction:
     def find_work(e: Emit, p: Parameters, x: I32) -> tuple[Block, I32]:
         tiles = p.int("tiles")
         b = block_of(e, c, p, FORWARD, x // tiles, x % tiles, e.const("i", 0))
-        b.rows = p.int("number")  # rows are those chosen
+        b.rows = p.int("number")  # the rows of the list
         return b, b.span.columns
 
     @macro("", BLOCK, "i", "i")

@@ -1,4 +1,4 @@
-"""Rows of registers out to global memory, and whether they are finite."""
+"""Stores rows of registers to global memory, and tells whether they are finite."""
 
 from .emit import I32, I64, Emit, Pred, Regs
 from .formats import HALVES, KINDS, SIZES

@@ -1,4 +1,4 @@
-"""Small kernels around the backward pass: delta, gradients of sinks, sums over what was broadcast, zeros."""
+"""Small kernels around the backward pass: delta, gradients of sinks, sums over broadcast axes, rounding of dQ."""
 
 import math
 
@@ -23,7 +23,7 @@ def kind_of(storage: str) -> str:
 def make_delta(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel of delta = rowsum(dO O) - dlse: a warp for each row; its grid is rows by fours, and heads.
 
-    Beside delta it writes the offset of the row (`normalizers`), of an lse that says enough, and whether any does not.
+    It also writes the offset of the row (`blocks.FACTS`), and flags whether any lse does not determine its denominator.
     ``single``: it clears a row of the sums of the gradient of queries too.
     """
     cuda, macro = on.cuda, on.macro
@@ -125,7 +125,7 @@ def make_sinks(c: Spec, on: Target) -> KernelFunction:
         at = b.places["delta"] + e.wide(i) * p.delta_row
         delta, offset, top = (e.load(kind, at + n * SIZES[kind], where=in_bounds) for n in range(3))
         weight = e.exp2(e.fma(b.sink(head, kind) - top, p.real("factor", kind), offset))
-        # Beside an infinite sum nothing else weighs; of a row with neither sink nor keys (lse -inf) nothing does.
+        # Infinite lse: beside an infinite sum the sink has weight 0, as in a row without keys or sink (lse -inf).
         weighs = in_bounds & e.is_finite(lse) & (weight > 0.0)
         return e.select(weighs, total - weight * delta, e.select(in_bounds & e.is_nan(lse), lse, total))
 

@@ -1,4 +1,4 @@
-"""From products of queries and keys to scores: what the forward and the backward passes have in common.
+"""From products of queries and keys to scores: stages and intervals, shared by forward and backward passes.
 
 A tile of scores has rows and columns. In the forward pass rows are queries and columns are keys; where the backward
 pass sums over queries it is the other way round. Position by position the rules are the same: a row sees one interval
@@ -18,7 +18,7 @@ from .spec import Spec
 
 
 def _converted(e: Emit, kind: str, x: Real) -> Real:
-    """A bias in the kind of the scores; what is finite in float64 stays so in float32."""
+    """A bias in the kind of the scores; a finite float64 is clamped so that it stays finite in float32."""
     if kind == "f" and x.kind == "d":
         most = e.const("d", LARGEST["f"])
         return e.select(
@@ -45,7 +45,7 @@ class Span:
         self._rule = bind(rows_of_key if transposed else keys_of_row, e.min, e.max, e.select)
 
     def of_row(self, row: I32) -> tuple[I32, I32]:
-        """First column and the one after the last; none of them for a row that is not there."""
+        """First column and the one after the last; the interval of a row out of bounds is empty."""
         start, stop = self._rule(row, *self.numbers)
         return start, stop
 
@@ -130,7 +130,7 @@ class Scores:
             for (slot, _), place, in_bounds, x in zip(self.layout.elements, places, inside, s, strict=True):
                 y = _converted(e, kind, read(e, c.bias, self.at("bias", inputs, slot, *place), in_bounds))
                 total = x + y if c.softcap or c.alibi else e.fma(x, rest, y)
-                # Only -inf hides: a finite bias whose sum with a score has no room stays the least number.
+                # Only a bias of -inf hides: a sum of finite numbers that underflows to -inf becomes the least number.
                 biased.append(e.select(y.equals(-math.inf), low, e.select(total < least, least, total)))
             s = biased
         if c.mask:
@@ -153,7 +153,7 @@ class Scores:
         return address if inputs.heads is None else address + e.wide(inputs.heads[slot]) * head
 
     def hide(self, s: Regs, span: Span) -> Regs:
-        """Hide what rows do not see."""
+        """Set scores outside the interval of their row to -inf, or to `products.HIDDEN`."""
         e = self.e
         low = self.product.hidden(e) if self.careful else e.const(self.product.kind, -math.inf)
         ends = []

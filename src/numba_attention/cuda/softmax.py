@@ -17,14 +17,14 @@ from .products import Layout, Product
 
 LN2 = math.log(2)
 LOG2E = math.log2(math.e)
-# The maximum of a row that has seen nothing is the least number: minus infinity minus that is minus infinity.
+# Empty rows: the initial maximum is the least finite number and not -inf, because -inf minus -inf is NaN.
 LARGEST = {"f": float.fromhex("0x1.fffffep127"), "d": sys.float_info.max}
 # The weight of a score is 2**(score * factor - maximum * factor), one fused multiply-add, as long as the rounded
 # product of the maximum and the factor is within 1/8 of the exact one. Beyond, the maximum is subtracted first.
 FAR = {"f": 2.0**22, "d": 2.0**51}
-# The lse beyond which its rounding is more than 3e-5 of a denominator (that of float64: 4e-9).
+# The lse beyond which its rounding error is a relative error of the denominator of more than 3e-5 (float64: 4e-9).
 ROUNDED = {"f": 2.0**10, "d": 2.0**25}
-# Weights of 2**-LIFT and less: up to 2**29 of them, times values near the largest number, have a finite sum.
+# Overflow: with weights of at most 2**-LIFT, up to 2**29 values near the largest number have a finite sum.
 LIFT = 30
 
 
@@ -55,7 +55,7 @@ def start(
 
 
 def excess(e: Emit, maximum: Real, factor: Real) -> Real:
-    """The logarithm of the weight of a row's maximum: what its product with the factor exceeds the rounded one by."""
+    """The logarithm of the weight of a row's maximum: the rounding error of maximum * factor, exactly, by FMA."""
     kind = maximum.kind
     rounded = maximum * factor
     return e.select(
@@ -105,7 +105,7 @@ def fold(
     e: Emit, product: Product, layout: Layout, features: Layout, s: Regs, m: Regs, l: Regs, c: Regs,
     factor: Real, lift: I32 | None = None, at_once: bool = False,
 ) -> tuple[Regs, Regs, Regs, Regs]:  # fmt: skip
-    """Take in a tile of scores: its weights, and maxima, sums and accumulators with it.
+    """Update the online softmax by a tile of scores; returns its weights, and maxima, sums and accumulators.
 
     ``at_once``: accumulators are rescaled here, and not when they are needed.
     """
@@ -153,12 +153,12 @@ def lse(e: Emit, maximum: Real, total: Real, unit: Real) -> Real:
 
 
 def is_far(e: Emit, lse: Real) -> Pred:
-    """Whether a row has an lse so large that, rounded, it does not tell the denominator."""
+    """Whether the lse of a row is so large that, rounded, it does not determine the denominator."""
     return (e.abs(lse) > ROUNDED[lse.kind]) & e.is_finite(lse)
 
 
 def recenter(e: Emit, s: Regs, tops: Regs) -> Regs:
-    """Subtract from each score the maximum of its row, which is 0 for rows whose lse tells the denominator.
+    """Subtract from each score the maximum of its row, which is 0 for rows whose lse determines the denominator.
 
     Products that are summed in another order may exceed it by their rounding, and nothing weighs more than the maximum.
     """

@@ -14,7 +14,7 @@ FEATURES = (32, 64, 96, 128, 192, 256)  # head dimensions that tiles have; other
 
 @dataclass(frozen=True)
 class Spec:
-    """One kernel: its task, what it reads, what it does on the way, and its tiles."""
+    """The settings of one kernel: its task, storage, options and tile shape."""
 
     task: str  # "forward", "combine", "delta", "query", "key", "round", "bias", "sinks", "weights", "reduce"
     storage: str  # of query, key, value and out
@@ -33,15 +33,15 @@ class Spec:
     mask: bool = False
     sinks: bool = False
     paged: bool = False
-    stored: str = ""  # how keys and values are held, if not as queries are
-    chosen: bool = False  # rows are those of a list
-    stacked: bool = False  # the query heads of a key head are rows of one tile
-    split: bool = False  # keys are dealt out to several blocks
-    flags: bool = False  # rows that are not finite are marked for the careful kernel
-    careful: bool = False  # the kernel that does marked rows again, and keeps what they do not see from them
+    stored: str = ""  # storage of keys and values in a cache, if not that of queries
+    chosen: bool = False  # gathers the rows of a list
+    stacked: bool = False  # packed GQA: the query heads of a key head are rows of one tile
+    split: bool = False  # split keys: several blocks share the keys of a row, and `combine` joins them
+    flags: bool = False  # rows whose result is not finite are flagged for the careful kernel
+    careful: bool = False  # NaN-safe: recomputes flagged rows without multiplying what they do not see
     to: str = ""  # storage of the result of "reduce"
-    only: str = ""  # of the gradients of a tile of keys the one that is made, "key" or "value", where both are too many
-    single: bool = False  # the kernel of a tile of keys sums the gradient of queries too, in whatever order
+    only: str = ""  # the one gradient of a tile of keys, "key" or "value", where registers do not suffice for both
+    single: bool = False  # fused dQ: the kernel of a tile of keys adds dQ too, by atomics in any order
     arch: str = ""
 
     @cached_property
@@ -62,7 +62,7 @@ class Spec:
 
     @property
     def is_unpacked(self) -> bool:
-        """Whether keys and values come as codes, of which tiles are made in shared memory."""
+        """Whether keys and values are copied as codes, which become tiles in shared memory."""
         return bool(self.stored) and self.aligned
 
     @property

@@ -1,4 +1,4 @@
-"""Which kernel does what: the one table of tile shapes, in which no register is spilled (test_cuda_codegen.py)."""
+"""The one table of tile shapes, none of which spills registers (test_cuda_codegen.py), and the kernels of a call."""
 
 import os
 from functools import lru_cache
@@ -10,7 +10,7 @@ from . import kernels
 from .formats import HALVES
 from .spec import Spec, padded
 
-ASYNCHRONOUS = (8, 0)  # the first with asynchronous copies, and matrices of these types
+ASYNCHRONOUS = (8, 0)  # first compute capability with asynchronous copies, and m16n8k16 on tensor cores
 TF32X3 = "NUMBA_ATTENTION_TF32X3"  # "1": float32 on tensor cores, with three products for each
 DETERMINISTIC = "NUMBA_ATTENTION_DETERMINISTIC"  # "1": gradients of half types have the same bits every time
 
@@ -70,7 +70,7 @@ def product_of(storage: str, device: Any, E: int) -> str:
         return "simt"
     if storage in HALVES:
         return "tensor"
-    # (With more features the sums of a tile, beside those of all of them, would spill.)
+    # With more than 128 features the sums of a tile, beside the accumulators, would spill.
     return "tf32" if storage == "float32" and E <= 128 and os.environ.get(TF32X3) == "1" else "simt"
 
 
@@ -89,7 +89,7 @@ def fitted(c: Spec, device: Any) -> Spec:
                 f"head dimensions {c.E} and {c.Ev} of {c.storage} need {kernels.shared(c):,} bytes of shared memory "
                 f"for a block, and this GPU has {device.shared_memory:,}; use float32, or backend='cpu'"
             )
-        if c.product == "simt" and c.slots == 8:  # (two warps of as many rows would spill)
+        if c.product == "simt" and c.slots == 8:  # two warps of 8 rows a thread would spill
             c = c.with_(slots=4)
             continue
         c = c.with_(warps=c.warps // 2) if c.warps > 1 else c.with_(columns=max(c.columns // 32 * 16, least))
@@ -108,7 +108,7 @@ def for_call(
         c, softcap=softcap, alibi=alibi, bias=bias, mask=mask, paged=paged, flags=flags, stored=stored,
         aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
     )  # fmt: skip
-    return fitted(c, device)  # (codes of a cache lie beside the tiles)
+    return fitted(c, device)  # codes of a cache need shared memory beside the tiles
 
 
 def resident(c: Spec, device: Any) -> int:
@@ -156,7 +156,7 @@ def few(c: Spec, rows: int, device: Any) -> Spec:
 
 
 def careful(c: Spec, device: Any) -> Spec:
-    """The kernel that does again the rows of `c` that are not finite, with FMA and hidden weights left out."""
+    """The kernel that recomputes the flagged rows of `c`, by FMA and without multiplying hidden weights."""
     c = c.with_(single=False)
     slots = 2 if c.storage != "float64" else 1
     if c.task == "forward" and c.Ev <= 128 and not c.is_staged:
@@ -205,7 +205,7 @@ def is_deterministic() -> bool:
 
 @lru_cache(maxsize=256)
 def single(c: Spec, device: Any) -> Spec | None:
-    """The kernel of a tile of keys that sums gradients of queries too; None where there is none, or no room for it."""
+    """The kernel of a tile of keys that adds gradients of queries too; None where it does not exist or does not fit."""
     shapes = _SHAPES["single", "tensor", "half"]
     E = max(c.E, c.Ev)
     if c.product != "tensor" or E not in shapes:
@@ -228,7 +228,7 @@ def parts(c: Spec) -> list[Spec]:
 
 
 def weights(c: Spec, device: Any) -> Spec:
-    """The kernel of probabilities, whose reading is nothing beside its writing."""
+    """The kernel of probabilities, which is bound by stores: its shape is the same for all."""
     slots = 4 if c.storage != "float64" and not c.is_staged else 2
     spec = c.with_(
         task="weights", product="simt", slots=slots, across=8, warps=4, columns=32, careful=True, flags=False,
@@ -238,7 +238,7 @@ def weights(c: Spec, device: Any) -> Spec:
 
 
 def normalizers(c: Spec, device: Any) -> Spec:
-    """The kernel of maxima and sums of rows whose lse does not tell them; it multiplies as that of the gradients."""
+    """The kernel of `normalizers`; its products are those of the gradients, so that scores have the same bits."""
     slots = 1 if c.product != "simt" else min(c.slots, 4 if c.storage != "float64" else 2)
     return fitted(c.with_(task="normalizers", slots=slots, warps=4, columns=32, flags=False, Ev=32), device)
 

@@ -1,4 +1,4 @@
-"""Tiles in shared memory: where an element lies, and how it comes there from global memory.
+"""Tiles in shared memory: the address of an element (swizzling), and copies from global memory.
 
 A row of a tile is cut into chunks of 16 bytes. Chunk c of row r lies at chunk ``c ^ mask(r)`` of that row, so that
 eight threads that read one chunk of eight rows, or eight chunks of one row, use every bank of shared memory once.
@@ -11,7 +11,7 @@ from .emit import I32, I64, Emit, Pred, Real, Regs
 from .formats import HALVES, KINDS, SIZES, read
 
 CHUNK = 16
-_COPIES = 16  # of a thread that are written out
+_COPIES = 16  # most copies of a thread that are unrolled
 
 
 # Of a row of a tile, for `Tile.chunk`: where it begins, the mask of its chunks, and what is to be added.
@@ -52,7 +52,7 @@ class Tile:
 
     @property
     def group(self) -> int:
-        """How many chunks trade places: those of a line of all banks, or of half of one if a row has no whole lines."""
+        """Chunks that the swizzle permutes: a line of all banks, or half of one where rows have no whole lines."""
         return 8 if self.chunks % 8 == 0 else 4
 
     def row(self, base: I32, row: I32, more: int = 0) -> Place:
@@ -83,25 +83,25 @@ class Tile:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of an array in global memory: as many as are there, zeros beyond them."""
+    """Rows of an array in global memory; rows beyond `number` are read as zeros."""
 
     address: I64  # of row 0
     row: I64  # bytes from one to the next
     column: I64  # bytes from one element to the next
-    number: I32  # rows that are there; at most 0 means none
+    number: I32  # valid rows; none if it is not positive
     elements: I32  # of a row
     first: I32 | int = 0  # row of the array that is row 0 of the tile
     # Of an array in pages only: addresses of the page numbers, and of the pages
     pages: I64 | None = None
     page_size: I32 | None = None
     page: I64 | None = None  # bytes from one page to the next
-    # Where several arrays take turns, row by row: how many, and bytes from one to the next
+    # Packed GQA, where the heads of a group alternate row by row: how many, and bytes from one to the next
     group: I32 | None = None
     member: I64 | None = None
     listed: I64 | None = None  # the address of a list of rows, instead of one after the other
 
     def at(self, e: Emit, row: I32, in_bounds: Pred, more: int = 0) -> I64:
-        """The address of row ``row + more`` of the tile, of any row if it is not there."""
+        """The address of row ``row + more`` of the tile; that of any row if it is out of bounds."""
         if self.listed is None and self.group is None and self.pages is None:
             return self.address + e.wide(row + self.first) * self.row + self.row * more
         row = row + more
@@ -122,7 +122,7 @@ def fetch(
     e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threads: int, storage: str, aligned: bool,
     scales: Rows | None = None,
 ) -> None:  # fmt: skip
-    """Bring rows of an array of ``storage`` into a tile; who reads it waits for all copies and then for all threads.
+    """Copy rows of an array of ``storage`` to a tile; readers wait for all copies and then for all threads.
 
     ``aligned``: rows begin at multiples of 16 bytes and have no gaps, so that the copy needs no registers. Else each
     number becomes one of the tile, with the factor of its row in ``scales``.
@@ -137,7 +137,7 @@ def _fetch_chunks(e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threa
     at_once = copies if copies <= _COPIES else _COPIES // 2
     even = copies * threads == tile.rows * tile.chunks and copies % at_once == 0
     whole, nothing = e.const("i", CHUNK), e.const("i", 0)
-    apart = 0 if threads % tile.chunks else threads // tile.chunks  # rows from one copy of a thread to its next
+    apart = 0 if threads % tile.chunks else threads // tile.chunks  # rows between successive copies of a thread
 
     def body(turn: I32 | int, state: Regs) -> Regs:
         for n in range(at_once):
@@ -154,7 +154,7 @@ def _fetch_chunks(e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threa
 
     if at_once == copies:
         body(0, [])
-    else:  # addresses of many copies would take registers from all the rest
+    else:  # unrolled, the addresses of that many copies would occupy registers
         e.loop(-(-copies // at_once), [], body)
 
 
