@@ -2,7 +2,7 @@
 
 Blocks that own tiles of keys sum dK and dV over queries and, for grouped heads, over the heads of the group. dQ is
 summed over keys by other blocks, which own tiles of queries, without atomics: the same call has the same bits. With
-``single`` the blocks of keys add their parts of dQ to memory by atomics, which takes five products instead of seven.
+``fused_dq`` the blocks of keys add their parts of dQ to memory by atomics, which takes five products instead of seven.
 
 Every kernel recomputes the weights, P = exp(S - lse), as 2**(score * factor + offset), and dS = P (dO V^T - delta) with
 delta = rowsum(dO O) - dlse; `rowwise` computes delta and offsets. Where the lse of a row is too large to determine its
@@ -78,7 +78,7 @@ class Tiles:
         self.period = end - first  # bytes from one buffer to the next
         self.end = first + 2 * self.period
         product = c.make_product()
-        if c.single:
+        if c.fused_dq:
             self.grads = Tile(rows, columns, kept, self.end)
             self.end = self.grads.end
         if c.product == "simt":
@@ -106,9 +106,9 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     staged = c.is_staged
     own, other = tiles.own, tiles.other
     scale_own = make_scale(c, on, own[0])
-    careful, two = c.careful, len(keeps) == 2
+    nan_safe, two = c.nan_safe, len(keeps) == 2
     wants_key, wants_value = "key" in keeps, "value" in keeps
-    period, single = tiles.period, c.single
+    period, fused_dq = tiles.period, c.fused_dq
     BLOCK = packed_block(c, names)
     any_marked, marked = make_marks(c, on, BLOCK)
     together = compute_capability(c.arch) >= (9, 0)
@@ -189,7 +189,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     def subtract(e: Emit, b: Block, base: I32, thread: I32, shift: I32, s: Regs) -> Regs:
         """Subtract the maxima of rows whose lse does not determine the denominator."""
         apart = recenter(e, s, of_queries(e, "maximum", b, base, e.opaque(thread), shift))
-        return [e.select(product.is_hidden(e, x), x, y) for x, y in zip(s, apart, strict=True)] if careful else apart
+        return [e.select(product.is_hidden(e, x), x, y) for x, y in zip(s, apart, strict=True)] if nan_safe else apart
 
     @macro(S, BLOCK, "i", "i", "i", S)
     def weigh(e: Emit, b: Block, base: I32, thread: I32, shift: I32, s: Regs) -> Regs:
@@ -197,7 +197,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         factor, weights = b.p.real("factor", kind), []
         for x, offset in zip(s, of_queries(e, "offset", b, base, e.opaque(thread), shift), strict=True):
             weight = e.exp2(e.fma(x, factor, offset))
-            weights.append(e.select(product.is_hidden(e, x), x, weight) if careful else weight)
+            weights.append(e.select(product.is_hidden(e, x), x, weight) if nan_safe else weight)
         return weights
 
     @macro(S, BLOCK, "i", "i", "i", S, *([S] if c.softcap else []))
@@ -213,8 +213,8 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
             y = p[n] * (x - delta)
             if curves is not None:
                 y = y * (one - curves[n] * curves[n])
-            hidden = product.is_hidden(e, p[n]) if careful else p[n].equals(0.0)
-            ds.append(e.select(hidden, p[n] if careful else zero, y))
+            hidden = product.is_hidden(e, p[n]) if nan_safe else p[n].equals(0.0)
+            ds.append(e.select(hidden, p[n] if nan_safe else zero, y))
         return ds
 
     def add_to(name: str, other_tile: Tile, size: str) -> Macro:
@@ -259,7 +259,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
             in_bounds, valid = at < b.rows, at < b.span.rows
-            if careful:
+            if nan_safe:
                 in_bounds = in_bounds & (b.is_marked(at, in_bounds) > 0)
             bad = e.const("i", 0)
             for name, sum_ in zip(keeps, (x, y), strict=False):
@@ -285,11 +285,11 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread = np.int32(cuda.threadIdx.x)
         at_x, at_y = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
-        if careful:
+        if nan_safe:
             if any_marked(parameters) == 0:
                 return
         block, group = find_work(parameters, at_x, at_y)
-        if careful:
+        if nan_safe:
             if cuda.syncthreads_or(marked(block, thread)) == 0:
                 return
         begin, end, all_begin, all_end = columns_seen(block)
@@ -330,7 +330,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                     else:
                         ds = differentiate(block, base, thread, shift, p)
                     x = add_first(base, thread, shift, x, ds)
-                    if single:
+                    if fused_dq:
                         leave(base, thread, ds)
                         cuda.syncthreads()
                         add_queries(block, base, thread, j, g)

@@ -91,7 +91,7 @@ def make_bias(c: Spec, on: Target) -> KernelFunction:
         apart = recenter(e, s, [facts[slot][2] for slot, _ in layout.elements])
         for n, (slot, _) in enumerate(layout.elements):
             delta, offset, _ = facts[slot]
-            hidden = product.is_hidden(e, s[n]) if c.careful else s[n].equals(low)
+            hidden = product.is_hidden(e, s[n]) if c.nan_safe else s[n].equals(low)
             weight = e.exp2(e.fma(apart[n], factor, offset))
             sums.append(acc[n] + e.select(hidden, zero, weight * (dp[n] - delta)))
         return sums

@@ -37,10 +37,10 @@ class Block:
 
     def find(self, row: I32) -> tuple[I32, I32]:
         """Query row and head of a row of the tiles."""
-        if self.c.chosen:
+        if self.c.gather_rows:
             e = self.e
             return e.narrow(e.load("l", self.p.work + e.wide(row) * 8, where=row < self.rows)), self.head
-        if not self.c.stacked:
+        if not self.c.pack_gqa:
             return row, self.head
         group = self.p.int("group")
         return row // group, self.head * group + row % group
@@ -51,10 +51,10 @@ class Block:
     @property
     def heads(self) -> I64:
         """The number of heads of the grid."""
-        return self.p.heads // self.p.group if self.c.stacked or self.c.task == "key" else self.p.heads
+        return self.p.heads // self.p.group if self.c.pack_gqa or self.c.task == "key" else self.p.heads
 
     def mark(self, row: I32, bad: I32, where: Pred) -> None:
-        """Flag a row whose result is not finite, for the careful kernel, and flag that there is one."""
+        """Flag a row whose result is not finite, for the NaN-safe kernel, and flag that there is one."""
         self.e.store("i", self.flag_at(row), [bad], where)
         self.e.store("i", self.p.flags, [self.e.const("i", 1)], where & (bad > 0))
 
@@ -87,7 +87,7 @@ class Block:
         """Copy rows `row` to `most` of an array to a tile: E features of queries and keys, Ev of values."""
         e, c, p = self.e, self.c, self.p
         base, thread = e.opaque(base), e.opaque(thread)
-        if c.stored and name in OF_KEYS:
+        if c.kv_storage and name in OF_KEYS:
             return self._load_stored(name, tile, base, thread, row, most)
         stride, column = getattr(p, f"{name}_row"), getattr(p, f"{name}_column")
         width = p.int("E" if name in ("query", "key") else "Ev")
@@ -95,9 +95,9 @@ class Block:
         address = self.places[name]
         if name in OF_KEYS:
             more = self._pages(name)
-        elif c.chosen:
+        elif c.gather_rows:
             more = {"listed": p.work}
-        elif c.stacked:
+        elif c.pack_gqa:
             member, group = getattr(p, f"{name}_head"), p.int("group")
             address, most = address + e.wide(self.head) * p.group * member, most * group
             more = {"group": group, "member": member}
@@ -112,8 +112,8 @@ class Block:
                  p.int("E" if name == "key" else "Ev"), row, **self._pages(x))
             for x in (name, f"{name}_scale")
         )  # fmt: skip
-        scaled = SIZES[c.stored] == 1
-        fetch(e, tile, base, rows, thread, c.threads, c.stored, c.aligned, scales if scaled else None)
+        scaled = SIZES[c.kv_storage] == 1
+        fetch(e, tile, base, rows, thread, c.threads, c.kv_storage, c.aligned, scales if scaled else None)
         if scaled and isinstance(tile, Codes):
             fetch_scales(e, tile, base, scales, thread, c.threads)
 
@@ -182,13 +182,13 @@ def make_marks(c: Spec, on: Target, BLOCK: Packed) -> tuple[Macro, Macro]:
 def block_of(
     e: Emit, c: Spec, p: Parameters, names: tuple[str, ...], index: I32, tile: I32, head: I32, transposed: bool = False
 ) -> Block:
-    """The `Block` of a tile of a sequence. Its head is a key head if its rows are keys, or stacked queries.
+    """The `Block` of a tile of a sequence. Its head is a key head if its rows are keys, or queries of packed GQA.
 
     The addresses of arrays of queries are then those of the first head of the array, or of the group.
     """
     s = Sequence(e, p, index)
     zero, group = e.const("l", 0), p.int("group")
-    if c.stacked:
+    if c.pack_gqa:
         of_queries, of_keys = zero, e.wide(head)
     elif transposed:
         of_queries, of_keys = e.wide(head * group), e.wide(head)
@@ -196,7 +196,7 @@ def block_of(
         of_queries, of_keys = e.wide(head), e.wide(head // group)
     places = []
     for name in names:
-        used = {"bias": c.bias, "mask": c.mask, "key_scale": c.stored, "value_scale": c.stored}
+        used = {"bias": c.bias, "mask": c.mask, "key_scale": c.kv_storage, "value_scale": c.kv_storage}
         if not used.get(name, True):
             places.append(zero)
             continue
@@ -256,7 +256,7 @@ def stage(b: Block, lanes: Lanes, thread: I32, column: I32, s: Regs, head: I32 |
     if head is not None:
         bias, mask = bias + b.e.wide(head) * b.p.bias_head, mask + b.e.wide(head) * b.p.mask_head
         heads = [b.head * b.p.int("group") + head] * lanes.product.slots
-    elif b.c.stacked:
+    elif b.c.pack_gqa:
         heads = heads_of_slots = [b.find(b.first + row)[1] for row in lanes.rows(thread)]
     else:
         heads = [b.head] * lanes.product.slots

@@ -111,7 +111,7 @@ def make_combine(c: Spec, on: Target) -> KernelFunction:
     ) -> None:  # fmt: skip
         i, head = b.find(row)
         in_bounds, valid = i < b.rows, i < b.span.rows
-        apart = e.wide(head) if c.stacked else e.const("l", 0)
+        apart = e.wide(head) if c.pack_gqa else e.const("l", 0)
         zero = e.const(kind, 0.0)
 
         def summed(n: I32) -> Real:

@@ -46,15 +46,15 @@ def tiles_of(c: Spec) -> tuple[Tile, Tile, Tile, int]:
 def codes_of(c: Spec) -> tuple[Codes, Codes]:
     """The codes of a quantized cache that become tiles of keys and values; they lie behind those in shared memory."""
     _, k, v, end = tiles_of(c)
-    keys = Codes(k.rows, k.columns, c.stored, end)
-    return keys, Codes(v.rows, v.columns, c.stored, keys.end)
+    keys = Codes(k.rows, k.columns, c.kv_storage, end)
+    return keys, Codes(v.rows, v.columns, c.kv_storage, keys.end)
 
 
 def repeats(c: Spec) -> bool:
     """Whether a block starts over with smaller weights (`softmax.LIFT`) after an accumulator overflowed.
 
     A sum of values near the largest number overflows, unless all weights are smaller by a power of two. Kernels that
-    flag rows leave this to the careful kernel. float16 cannot overflow a sum in float32.
+    flag rows leave this to the NaN-safe kernel. float16 cannot overflow a sum in float32.
     """
     return c.task == "forward" and not (c.flags or c.storage == "float16")
 
@@ -77,7 +77,7 @@ def make_product(c: Spec) -> Product:
 
 
 def make_forward(c: Spec, on: Target) -> KernelFunction:
-    """Make the kernel; its grid is tiles for some heads (of keys, if they are stacked), all of those, and splits."""
+    """Make the kernel; its grid is tiles for some heads (of keys, of packed GQA), all of those, and splits."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)
     kind = product.kind
@@ -92,7 +92,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
     at_once = 4 if c.warps == 1 else 1
     scale_queries = make_scale(c, on, q)
     S, C, M = f"{kind}{len(layout)}", f"{kind}{len(features)}", f"{kind}{product.slots}"
-    split, careful, flags = c.split, c.careful, c.flags
+    split_kv, nan_safe, flags = c.split_kv, c.nan_safe, c.flags
     may_repeat, at_lift = repeats(c), _end(c)
     # Instruction overlap: the softmax and the product with values in one basic block let the scheduler interleave
     # exponentials with tensor core instructions. Above 64 features there are no registers for both, so the softmax runs
@@ -112,7 +112,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         first, _ = b.find(b.first)
         last, _ = b.find(b.first + (c.rows - 1))
         begin, end, all_begin, all_end = b.span.of_rows(first, last)
-        if split:
+        if split_kv:
             tiles = (e.max(end - begin, 0) + columns - 1) // columns  # (integer division is unsigned)
             share = (tiles + b.p.int("splits") - 1) // b.p.int("splits") * columns
             begin = begin + part * share
@@ -150,7 +150,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
             for row in lanes.rows(thread):
                 _, head = b.find(b.first + row)
                 sinks.append(b.sink(head, kind))
-            if split:
+            if split_kv:
                 low = e.const(kind, -math.inf)
                 sinks = [e.select(part.equals(0), sink, low) for sink in sinks]
         factor = b.p.real("factor", kind)
@@ -206,7 +206,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         l, one = total(e, product, l), e.const(kind, 1.0)
         scales = [one / x for x in l]
         l = relative(e, m, l, b.p.real("factor", kind), lift_of(e, base))
-        if split:
+        if split_kv:
             return write_part(b, thread, part, m, l, scales, acc)
         thread = e.opaque(thread)
         _, lane = lanes.split(thread)
@@ -215,9 +215,9 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         for slot, row in enumerate(lanes.rows(thread)):
             i, head = b.find(b.first + row)
             in_bounds, valid = i < b.rows, i < b.span.rows
-            if careful:
+            if nan_safe:
                 in_bounds = in_bounds & (b.is_marked(b.first + row, in_bounds) > 0)
-            apart = e.wide(head) if c.stacked else e.const("l", 0)
+            apart = e.wide(head) if c.pack_gqa else e.const("l", 0)
             some = (l[slot] > 0.0) | e.is_nan(l[slot])
             scale = e.select(some, scales[slot], zero)
             registers = features.of_slot(slot)
@@ -258,10 +258,10 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread, part = np.int32(cuda.threadIdx.x), np.int32(cuda.blockIdx.z)
         x, y = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
-        if careful:
+        if nan_safe:
             if any_marked(parameters) == 0:
                 return
-        if careful:
+        if nan_safe:
             block = find_work(parameters, x, y)
             if cuda.syncthreads_or(marked(block, thread)) == 0:
                 return

@@ -40,7 +40,7 @@ class Product(ABC):
     reduce: tuple[int, ...]  # the distances of lanes that share a row
     scratch = 0  # bytes of shared memory for each warp
     at = 0  # its byte offset
-    careful = False  # whether weights that are `HIDDEN` are not multiplied
+    nan_safe = False  # whether weights that are `HIDDEN` are not multiplied
 
     def set_columns(self, columns: int) -> None:  # noqa: B027 (not every product has to)
         """Prepare for scores of so many columns."""
@@ -277,13 +277,13 @@ class Simt(Product):
     """float32 and float64 by FMA: a warp is a grid of lanes, each with some rows and columns at a stride.
 
     With one lane across, a thread has its rows to itself: no shuffles, so that this runs in Numba's simulator too.
-    ``careful``: weights that are `HIDDEN` are not multiplied, so that NaN in what a row does not see cannot reach it.
+    ``nan_safe``: weights that are `HIDDEN` are not multiplied, so that NaN in what a row does not see cannot reach it.
     """
 
-    def __init__(self, storage: str, slots: int = 4, across: int = 8, careful: bool = False) -> None:
+    def __init__(self, storage: str, slots: int = 4, across: int = 8, nan_safe: bool = False) -> None:
         self.storage = "float64" if storage == "float64" else "float32"
         self.kind, self.size = KINDS[self.storage], SIZES[self.storage]
-        self.slots, self.across, self.careful = slots, across, careful
+        self.slots, self.across, self.nan_safe = slots, across, nan_safe
         self.down = 32 // across
         self.rows = self.down * slots
         self.reduce = tuple(n for n in (1, 2, 4, 8, 16) if n < across)
@@ -370,4 +370,4 @@ class Simt(Product):
 
     def _add(self, e: Emit, weight: Real, value: Real, total: Real) -> Real:
         summed = e.fma(weight, value, total)
-        return e.select(self.is_hidden(e, weight), total, summed) if self.careful else summed
+        return e.select(self.is_hidden(e, weight), total, summed) if self.nan_safe else summed

@@ -24,7 +24,7 @@ def make_delta(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel of delta = rowsum(dO O) - dlse: a warp for each row; its grid is rows by fours, and heads.
 
     It also writes the offset of the row (`blocks.FACTS`), and flags whether any lse does not determine its denominator.
-    ``single``: it clears a row of the sums of the gradient of queries too.
+    ``fused_dq``: it clears a row of the sums of the gradient of queries too.
     """
     cuda, macro = on.cuda, on.macro
     kind = kind_of(c.storage)
@@ -58,7 +58,7 @@ def make_delta(c: Spec, on: Target) -> KernelFunction:
         for n, pair in enumerate(([total, offset], [zero, zero])):
             e.store(kind, at + n * 2 * SIZES[kind], pair, own)
         e.store("i", p.far, [e.const("i", 1)], own & is_far(e, lse))
-        if c.single:
+        if c.fused_dq:
             zero, at = e.const(kind, 0.0), b.places["sum_query"] + e.wide(i) * p.sum_query_row
             for n in range(c.E // 32):
                 e.store(kind, at + e.wide(lane + 32 * n) * 4, [zero], i < b.rows)

@@ -121,7 +121,7 @@ class Scores:
                 distance = e.max(distance, 0 - distance)
                 sloped.append(e.fma(e.convert(kind, distance), e.const(kind, 0.0) - inputs.slopes[slot], x))
             s = sloped
-        low = self.product.hidden(e) if self.careful else e.const(kind, -math.inf)
+        low = self.product.hidden(e) if self.nan_safe else e.const(kind, -math.inf)
         if c.bias or c.mask:
             inside = [(i < inputs.rows) & (j < inputs.keys) for i, j in places]
         if c.bias:
@@ -142,8 +142,8 @@ class Scores:
         return s, curves
 
     @property
-    def careful(self) -> bool:
-        return self.product.careful
+    def nan_safe(self) -> bool:
+        return self.product.nan_safe
 
     def at(self, name: str, inputs: StageInputs, slot: int, i: I32, j: I32) -> I64:
         """The address of an element of the bias or the mask."""
@@ -155,7 +155,7 @@ class Scores:
     def hide(self, s: Regs, span: Span) -> Regs:
         """Set scores outside the interval of their row to -inf, or to `products.HIDDEN`."""
         e = self.e
-        low = self.product.hidden(e) if self.careful else e.const(self.product.kind, -math.inf)
+        low = self.product.hidden(e) if self.nan_safe else e.const(self.product.kind, -math.inf)
         ends = []
         for row in self.rows:
             first, last = span.of_row(row)

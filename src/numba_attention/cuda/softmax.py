@@ -111,8 +111,8 @@ def fold(
     """
     p, before, l, c = list(s), m, list(l), list(c)
     low = e.const(product.kind, -math.inf)
-    careful = product.careful
-    shown = [e.select(product.is_hidden(e, x), low, x) for x in s] if careful else s
+    nan_safe = product.nan_safe
+    shown = [e.select(product.is_hidden(e, x), low, x) for x in s] if nan_safe else s
     m = []
     for slot in range(product.slots):
         registers = layout.of_slot(slot)
@@ -127,7 +127,7 @@ def fold(
         for n in layout.of_slot(slot):
             weight = e.exp2(e.fma(shown[n], factor, offsets[slot]))
             total = total + weight
-            p[n] = e.select(product.is_hidden(e, s[n]), s[n], weight) if careful else weight
+            p[n] = e.select(product.is_hidden(e, s[n]), s[n], weight) if nan_safe else weight
         l[slot] = total
         for n in features.of_slot(slot):
             c[n] = e.times(c[n], alpha) if at_once else c[n] * alpha

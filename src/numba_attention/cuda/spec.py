@@ -33,15 +33,15 @@ class Spec:
     mask: bool = False
     sinks: bool = False
     paged: bool = False
-    stored: str = ""  # storage of keys and values in a cache, if not that of queries
-    chosen: bool = False  # gathers the rows of a list
-    stacked: bool = False  # packed GQA: the query heads of a key head are rows of one tile
-    split: bool = False  # split keys: several blocks share the keys of a row, and `combine` joins them
-    flags: bool = False  # rows whose result is not finite are flagged for the careful kernel
-    careful: bool = False  # NaN-safe: recomputes flagged rows without multiplying what they do not see
+    kv_storage: str = ""  # storage of keys and values in a cache, if not that of queries
+    gather_rows: bool = False  # gathers the rows of a list
+    pack_gqa: bool = False  # the query heads of a key head are rows of one tile
+    split_kv: bool = False  # several blocks share the keys of a row, and `combine` joins them
+    flags: bool = False  # rows whose result is not finite are flagged for the NaN-safe kernel
+    nan_safe: bool = False  # recomputes flagged rows without multiplying what they do not see
     to: str = ""  # storage of the result of "reduce"
     only: str = ""  # the one gradient of a tile of keys, "key" or "value", where registers do not suffice for both
-    single: bool = False  # fused dQ: the kernel of a tile of keys adds dQ too, by atomics in any order
+    fused_dq: bool = False  # the kernel of a tile of keys adds dQ too, by atomics in any order
     arch: str = ""
 
     @cached_property
@@ -63,7 +63,7 @@ class Spec:
     @property
     def is_unpacked(self) -> bool:
         """Whether keys and values are copied as codes, which become tiles in shared memory."""
-        return bool(self.stored) and self.aligned
+        return bool(self.kv_storage) and self.aligned
 
     @property
     def threads(self) -> int:
@@ -74,7 +74,7 @@ class Spec:
             return TensorCores(self.storage, self.slots)
         if self.product == "tf32":
             return TripleTF32(self.storage, self.slots)
-        return Simt(self.storage, self.slots, self.across, self.careful)
+        return Simt(self.storage, self.slots, self.across, self.nan_safe)
 
     @cached_property
     def compute(self) -> str:
@@ -89,11 +89,11 @@ class Spec:
     @property
     def name(self) -> str:
         """All that distinguishes this kernel from others."""
-        options = [n for n in ("aligned", "softcap", "alibi", "mask", "sinks", "paged", "stacked", "split", "flags",
-                               "careful", "chosen", "single") if getattr(self, n)]  # fmt: skip
+        options = [n for n in ("aligned", "softcap", "alibi", "mask", "sinks", "paged", "pack_gqa", "split_kv", "flags",
+                               "nan_safe", "gather_rows", "fused_dq") if getattr(self, n)]  # fmt: skip
         words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",
                  f"{self.warps}w{self.columns}c{self.blocks}b{self.only}{self.to}", *options]  # fmt: skip
-        named = [f"{n}_{getattr(self, n)}" for n in ("bias", "stored") if getattr(self, n)]
+        named = [f"{n}_{getattr(self, n)}" for n in ("bias", "kv_storage") if getattr(self, n)]
         return "-".join([*words, *named, self.arch])
 
     def with_(self, **changes: Any) -> "Spec":
