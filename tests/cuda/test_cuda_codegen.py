@@ -66,7 +66,7 @@ def plain(arch, storage, E):
     """The kernels without options for one head dimension."""
     for task in ("forward", "query", "key"):
         yield from tile_shapes.parts(tile_shapes.base(task, storage, E, E, device(arch)))
-    single = tile_shapes.single(tile_shapes.base("key", storage, E, E, device(arch)), device(arch))
+    single = tile_shapes.fused_dq(tile_shapes.base("key", storage, E, E, device(arch)), device(arch))
     if single is not None:
         yield single
 
@@ -82,7 +82,7 @@ def products(c):
     scores, sums = steps
     multiplied = c.slots * (scores * c.columns // 8 * (c.E // 16) + sums * c.E // 8 * (c.columns // 16))
     loaded = scores * c.E // 16 * (c.slots + c.columns // 16) + sums * c.columns // 16 * (c.E // 16)
-    if c.single:  # dQ, of which each warp has a part of the features
+    if c.fused_dq:  # dQ, of which each warp has a part of the features
         of_warp = c.E // c.make_product().shares(c.columns, c.E, c.warps)[1]
         multiplied += of_warp // 8 * (c.rows // 16)
         loaded += (1 + of_warp // 16) * (c.rows // 16)
@@ -139,26 +139,30 @@ def rest(arch, storage, E):
     for task in ("forward", "query", "key"):  # of calls that are causal and no more
         causal = tile_shapes.with_options(tile_shapes.base(task, storage, E, E, of), flags=True)
         yield from tile_shapes.parts(causal)
-    single = tile_shapes.single(causal, of)
+    single = tile_shapes.fused_dq(causal, of)
     if single is not None:
         yield single
     forward = tile_shapes.base("forward", storage, E, E, of)
     full = tile_shapes.with_options(forward, **OPTIONS)
     yield full.with_(sinks=True, flags=True)
     yield tile_shapes.with_options(forward, mask=True, aligned=False)
-    yield tile_shapes.careful(full, of)
-    steps = tile_shapes.few(full.with_(stacked=True, paged=True, sinks=True), 4, of)
-    yield steps.with_(split=True)
-    yield tile_shapes.few(forward.with_(stacked=True), 16, of).with_(split=True)
-    yield tile_shapes.careful(steps, of)
+    yield tile_shapes.nan_safe(full, of)
+    steps = tile_shapes.few(full.with_(pack_gqa=True, paged=True, sinks=True), 4, of)
+    yield steps.with_(split_kv=True)
+    yield tile_shapes.few(forward.with_(pack_gqa=True), 16, of).with_(split_kv=True)
+    yield tile_shapes.nan_safe(steps, of)
     held = STORED[FEATURES.index(E) % 3]
     if held != storage:
-        yield tile_shapes.fitted(tile_shapes.with_options(forward, stored=held), of)
-        of_codes = tile_shapes.with_options(forward, **OPTIONS, stored=held, paged=True).with_(sinks=True, flags=True)
+        yield tile_shapes.fitted(tile_shapes.with_options(forward, kv_storage=held), of)
+        of_codes = tile_shapes.with_options(forward, **OPTIONS, kv_storage=held, paged=True).with_(
+            sinks=True, flags=True
+        )
         of_codes = tile_shapes.fitted(of_codes, of)
         yield of_codes
-        yield tile_shapes.careful(of_codes, of)
-        yield tile_shapes.few(tile_shapes.with_options(forward, stored=held, paged=True).with_(stacked=True), 4, of)
+        yield tile_shapes.nan_safe(of_codes, of)
+        yield tile_shapes.few(
+            tile_shapes.with_options(forward, kv_storage=held, paged=True).with_(pack_gqa=True), 4, of
+        )
     yield tile_shapes.weights(full, of)
     yield tile_shapes.normalizers(full, of)
     yield tile_shapes.bias(tile_shapes.with_options(tile_shapes.base("query", storage, E, E, of), **OPTIONS), of)
@@ -166,15 +170,15 @@ def rest(arch, storage, E):
         c = tile_shapes.with_options(tile_shapes.base(task, storage, E, E, of), **OPTIONS, flags=True)
         for part in tile_shapes.parts(c):
             yield part
-            yield tile_shapes.careful(part, of)
-    single = tile_shapes.single(
+            yield tile_shapes.nan_safe(part, of)
+    single = tile_shapes.fused_dq(
         tile_shapes.with_options(tile_shapes.base("key", storage, E, E, of), **OPTIONS, flags=True), of
     )
     if single is not None:
         yield single
         yield Spec("round", storage, E, E, warps=4, flags=True, arch=arch)
-    yield Spec("combine", storage, E, E, warps=4, stacked=True, flags=True, arch=arch)
-    yield Spec("delta", storage, E, E, warps=4, single=single is not None, arch=arch)
+    yield Spec("combine", storage, E, E, warps=4, pack_gqa=True, flags=True, arch=arch)
+    yield Spec("delta", storage, E, E, warps=4, fused_dq=single is not None, arch=arch)
 
 
 def shares():

@@ -85,7 +85,7 @@ PRODUCTS = [
     (TripleTF32("float32", 1), "float32", 2e-6), (TripleTF32("float32", 2), "float32", 2e-6),
     (Simt("float32", 8, 8), "float32", 1e-6), (Simt("float32", 2, 4), "float32", 1e-6),
     (Simt("float32", 4, 8), "float16", 1e-6), (Simt("float32", 1, 8), "bfloat16", 1e-6),
-    (Simt("float64", 4, 8), "float64", 1e-14), (Simt("float64", 2, 8, careful=True), "float64", 1e-14),
+    (Simt("float64", 4, 8), "float64", 1e-14), (Simt("float64", 2, 8, nan_safe=True), "float64", 1e-14),
 ]  # fmt: skip
 
 

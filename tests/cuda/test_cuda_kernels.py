@@ -124,7 +124,7 @@ def test_gradients_of_halves_in_two_passes(gpu, monkeypatch, dtype):
         gpu.configs.clear()
         for case in (LARGER[0], Case(20, 33, 24, 40, options=("window", "sinks")), Case(33, 20, 96, 32, H=1)):
             check_backward(case, dtype, backend="cuda")
-        tasks = {c.task for c in gpu.configs.values() if not c.careful}
+        tasks = {c.task for c in gpu.configs.values() if not c.nan_safe}
         assert ("round" in tasks, "query" in tasks) == ((False, True) if asked == "1" else (True, False))
 
 
@@ -137,7 +137,7 @@ def test_gpus_with_less_shared_memory(monkeypatch, shared):
             check(*case.arrays(dtype), case.kwargs(), dtype, case, backend="cuda")
             check_backward(case, dtype, backend="cuda")
     assert max(kernels.shared(c) for c in driver.configs.values()) <= shared
-    assert any(c.single for c in driver.configs.values()) == (shared > 150_000)
+    assert any(c.fused_dq for c in driver.configs.values()) == (shared > 150_000)
 
 
 PACKED = {
@@ -196,7 +196,7 @@ def test_decode(gpu, H, Hkv, L, page_size, dtype):
     tasks = {c.task for c in gpu.configs.values()}
     assert "combine" in tasks or L > 3
     if L == 1:  # a step sees every key of its cache, and nothing has to be done again
-        assert not any(c.careful for c in gpu.configs.values() if not (c.sinks or c.alibi))
+        assert not any(c.nan_safe for c in gpu.configs.values() if not (c.sinks or c.alibi))
 
 
 def test_pages_change_no_bit(gpu):
@@ -302,7 +302,7 @@ def test_tiles_that_see_no_keys(monkeypatch, L, S, options, multiprocessors):
     q, k, v = (rng.standard_normal((1, n, 32)).astype(np.float16) for n in (L, S, S))
     with emulated(monkeypatch, races=False, multiprocessors=multiprocessors) as driver:
         out, lse = na.attention(q, k, v, **options, return_lse=True, backend="cuda")
-    assert any(c.split for c in driver.configs.values())
+    assert any(c.split_kv for c in driver.configs.values())
     want, want_lse = na.attention(q, k, v, **options, return_lse=True, backend="reference")
     assert_close(out, want, tolerance("float16")[0])
     assert_close(lse, want_lse, tolerance("float16")[1], offset=1)
@@ -342,7 +342,7 @@ def test_long_tiles_begin_first(monkeypatch):
         block_of = module.block_of
 
         def noted(e, c, p, names, index, tile, head, *rest):
-            if c.task in seen and not c.careful:
+            if c.task in seen and not c.nan_safe:
                 seen[c.task].append((int(np.ravel(head.x)[0]), int(np.ravel(tile.x)[0])))
             return block_of(e, c, p, names, index, tile, head, *rest)
 
@@ -382,8 +382,8 @@ def test_stored_in_fewer_bits(gpu, storage, dtype, E, page_size, L):
         # (Keys and values are rounded once more on the way to tensor cores.)
         assert_close(out, want, 2 * of_out)
         assert_close(lse, want_lse, max(of_lse, of_out), offset=1)
-    forward = [c for c in gpu.configs.values() if c.task == "forward" and not c.careful]
-    assert all(c.stored for c in forward)
+    forward = [c for c in gpu.configs.values() if c.task == "forward" and not c.nan_safe]
+    assert all(c.kv_storage for c in forward)
     assert any(c.is_unpacked for c in forward) == (E == 32 or storage.startswith(("bfloat", "float16")))
 
 

@@ -110,7 +110,7 @@ def test_scores_of_the_issue(gpu, splits):
     v = np.repeat(np.array([[1, 10], [1, 10], [5, 5]], np.float32), n, 0)[None]
     out = na.attention(q, k, v, scale=1, backend="cuda")
     np.testing.assert_allclose(out[0, 0], [1, 10], rtol=1e-6)
-    assert any(c.split for c in gpu.configs.values()) == splits
+    assert any(c.split_kv for c in gpu.configs.values()) == splits
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)

@@ -345,7 +345,7 @@ def test_steps_of_decoding(give, gpu, repeated, page_size, storage):
             close([na.attention_decode(give(q), cache)], [na.attention_decode(q, host, backend="reference")])
             count.append(len(repeated))
     assert count == [0, 1, 1, 2]
-    assert all(c.stored == (storage or "") for c in gpu.configs.values() if c.task == "forward")
+    assert all(c.kv_storage == (storage or "") for c in gpu.configs.values() if c.task == "forward")
     if page_size is not None and storage is None:
         table[0, 0], table[1, 1] = 2, 3
         cache, host = (na.PagedKVCache.from_arrays(f(k), f(v), table, lengths) for f in (give, np.asarray))

@@ -13,7 +13,7 @@ def main():
     compiled = kernels.compiled
 
     def remember(c):
-        launched.add((c.task, c.product, c.careful, c.split, c.paged))
+        launched.add((c.task, c.product, c.nan_safe, c.split_kv, c.paged))
         return compiled(c)
 
     kernels.compiled = remember

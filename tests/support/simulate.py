@@ -117,11 +117,11 @@ def plain(c, **options):
 def main():
     assert config.ENABLE_CUDASIM, "set NUMBA_ENABLE_CUDASIM=1"
     runtime.driver, kernels.compiled = simulated_driver()
-    base, careful = tile_shapes.base, tile_shapes.careful
+    base, nan_safe = tile_shapes.base, tile_shapes.nan_safe
     tile_shapes.base = lambda *given: plain(base(*given))
     tile_shapes.few = lambda c, rows, device: c
     tile_shapes.with_options = lambda c, **options: c.with_(**options)
-    tile_shapes.careful = lambda c, device: plain(careful(c, device))
+    tile_shapes.nan_safe = lambda c, device: plain(nan_safe(c, device))
     cases = [
         Case(L=5, S=21, H=2, batch=()),
         Case(L=17, S=19, E=33, Ev=5, H=1, batch=(), options=("causal", "alibi", "sinks")),

@@ -57,9 +57,9 @@ def forward(problem: Problem) -> None:
     few = p.L * group if p.L * group <= FEW else 0
     c = work.spec("forward", is_aligned(p.query, p.key, p.value, p.out))
     alone, split, join, again = _kernels(c, p.sinks is not None, few, group, work.device)
-    rows, heads = (few, p.Hkv) if alone.stacked else (p.L, p.H)
+    rows, heads = (few, p.Hkv) if alone.pack_gqa else (p.L, p.H)
     tiles, number = -(-rows // alone.rows), len(work.sequences)
-    listed = None if alone.stacked else work_list(p, work.sequences, alone.rows)
+    listed = None if alone.pack_gqa else work_list(p, work.sequences, alone.rows)
     items = number * tiles if listed is None else len(listed)
     if not items:
         return
@@ -86,11 +86,11 @@ def forward(problem: Problem) -> None:
 @lru_cache(maxsize=512)
 def _kernels(c: Spec, sinks: bool, few: int, group: int, device: Device) -> tuple[Spec, Spec, Spec, Spec]:
     """The kernel for all keys, that for some of them, that which joins those, and that which does rows again."""
-    c = c.with_(sinks=sinks, stacked=few > 0 and group > 1)
+    c = c.with_(sinks=sinks, pack_gqa=few > 0 and group > 1)
     if few:
         c = tile_shapes.few(c, few, device)
-    join = Spec("combine", c.storage, c.E, c.Ev, warps=4, stacked=c.stacked, flags=c.flags, arch=c.arch)
-    return c, c.with_(split=True, flags=False), join, tile_shapes.careful(c, device)
+    join = Spec("combine", c.storage, c.E, c.Ev, warps=4, pack_gqa=c.pack_gqa, flags=c.flags, arch=c.arch)
+    return c, c.with_(split_kv=True, flags=False), join, tile_shapes.nan_safe(c, device)
 
 
 def _splits(blocks: int, key_tiles: int, resident: int) -> int:

@@ -44,7 +44,7 @@ def run(g: BackwardProblem) -> None:
     work.put("far", runtime.empty((HEAD,), np.int32, stream, cleared=4 * HEAD))
     tiles = -(-p.L // ROWS)
     if p.L:
-        c = _small("delta", work).with_(single=sums is not None, aligned=is_aligned(p.out, g.grad_out))
+        c = _small("delta", work).with_(fused_dq=sums is not None, aligned=is_aligned(p.out, g.grad_out))
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
         c = tile_shapes.normalizers(work.spec("forward", is_aligned(p.query, p.key)), work.device)
         c = c.with_(sinks=p.sinks is not None)
@@ -52,7 +52,7 @@ def run(g: BackwardProblem) -> None:
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
     aligned = is_aligned(p.query, p.key, p.value, g.grad_out, g.query, g.key, g.value)
     of_queries, of_keys = work.spec("query", aligned), work.spec("key", aligned)
-    single = None if sums is None else tile_shapes.single(of_keys, work.device)
+    single = None if sums is None else tile_shapes.fused_dq(of_keys, work.device)
     if p.S:
         for c in tile_shapes.parts(of_keys) if single is None else [single]:
             _own(work, c, c, p.Hkv, p.S, c.rows)
@@ -69,7 +69,7 @@ def _is_single(p: Problem) -> bool:
     """Whether the kernel of keys sums the gradient of queries too, in an order that differs from call to call."""
     device = runtime.current_device()
     base = tile_shapes.base("key", storage_of(p.query.dtype), p.E, p.Ev, device)
-    return not tile_shapes.is_deterministic() and tile_shapes.single(base, device) is not None
+    return not tile_shapes.is_deterministic() and tile_shapes.fused_dq(base, device) is not None
 
 
 def kernels_of(c: Spec, device: Device) -> list[Spec]:
@@ -78,13 +78,13 @@ def kernels_of(c: Spec, device: Device) -> list[Spec]:
         tile_shapes.with_options(tile_shapes.base(task, c.storage, c.E, c.Ev, device), flags=c.flags, aligned=c.aligned)
         for task in ("query", "key")
     )
-    single = None if tile_shapes.is_deterministic() else tile_shapes.single(keys, device)
-    small = Spec("delta", c.storage, c.E, c.Ev, warps=ROWS, single=single is not None, arch=c.arch)
+    single = None if tile_shapes.is_deterministic() else tile_shapes.fused_dq(keys, device)
+    small = Spec("delta", c.storage, c.E, c.Ev, warps=ROWS, fused_dq=single is not None, arch=c.arch)
     found = [small, *tile_shapes.parts(keys), queries] if single is None else [small, single]
     found.append(tile_shapes.normalizers(c, device))
     if single is not None:
-        found.append(small.with_(task="round", single=False, flags=c.flags))
-    again = [tile_shapes.careful(x, device) for x in (queries, *tile_shapes.parts(keys))] if c.flags else []
+        found.append(small.with_(task="round", fused_dq=False, flags=c.flags))
+    again = [tile_shapes.nan_safe(x, device) for x in (queries, *tile_shapes.parts(keys))] if c.flags else []
     return [*found, *again]
 
 
@@ -109,7 +109,7 @@ def _own(work: Work, c: Spec, again: Spec, heads: int, length: int, rows: int) -
     else:
         work.launch_tiles(c, tiles, items, heads, flag_rows=tiles * rows, number=number)
     if work.hides:
-        again = tile_shapes.careful(again, work.device)
+        again = tile_shapes.nan_safe(again, work.device)
         work.put("work", None)
         tiles = -(-length // again.rows)
         work.launch(again, (number * tiles, heads, 1), tiles=tiles)

@@ -1,13 +1,13 @@
 """The backward pass: FlashAttention-2 (Dao 2023), algorithm 2, in one kernel or in two.
 
 Blocks that own tiles of keys sum dK and dV over queries and, for grouped heads, over the heads of the group. dQ is
-summed over keys by other blocks, which own tiles of queries, without atomics: the same call has the same bits. Or
-(``single``) the former add their parts of it to memory as they come, for five products instead of seven.
+summed over keys by other blocks, which own tiles of queries, without atomics: the same call has the same bits. With
+``fused_dq`` the blocks of keys add their parts of dQ to memory by atomics, which takes five products instead of seven.
 
-All make the weights again, P = exp(S - lse), as 2**(score * factor + offset), and dS = P (dO V^T - delta) with delta =
-rowsum(dO O) - dlse; delta and offsets come from `rowwise`. Where an lse is too large to tell the denominator,
-`normalizers` has found the maximum of the row, which is subtracted from its scores first. What is summed over comes
-tile by tile, the next one while this one is worked on.
+Every kernel recomputes the weights, P = exp(S - lse), as 2**(score * factor + offset), and dS = P (dO V^T - delta) with
+delta = rowsum(dO O) - dlse; `rowwise` computes delta and offsets. Where the lse of a row is too large to determine its
+denominator, `normalizers` provides the maximum of the row, which is subtracted from its scores first. The operands
+that are summed over are double-buffered: the next tile is copied while this one is used.
 """
 
 import numpy as np
@@ -40,24 +40,26 @@ def copy_facts(
     e: Emit, kind: str, target: I32, address: I64, first: I32, most: I32, count: int, thread: I32, threads: int,
     asynchronous: bool,
 ) -> None:  # fmt: skip
-    """Bring `FACTS` of `count` queries, from query `first` on, to shared memory, zeros from query `most` on."""
+    """Copy the `FACTS` of `count` queries from query `first` on to shared memory; zeros from query `most` on."""
     size = SIZES[kind]
     pitch, together = len(FACTS) * size, CHUNK // size
     for n in range(-(-count // threads)):
         index = thread + n * threads
         inside = index < count
-        there = inside & (index + first < most)
-        source = address + e.wide(e.select(there, index + first, index - index)) * pitch
+        in_bounds = inside & (index + first < most)
+        source = address + e.wide(e.select(in_bounds, index + first, index - index)) * pitch
         at = target + e.select(inside, index, index - index) * pitch
         for more in range(0, pitch, CHUNK):
             if asynchronous:
-                e.copy_async(at + more, source + more, e.select(there, e.const("i", CHUNK), e.const("i", 0)), inside)
+                e.copy_async(
+                    at + more, source + more, e.select(in_bounds, e.const("i", CHUNK), e.const("i", 0)), inside
+                )
             else:
-                e.store_shared(kind, at + more, e.load(kind, source + more, together, where=there), inside)
+                e.store_shared(kind, at + more, e.load(kind, source + more, together, where=in_bounds), inside)
 
 
 class Tiles:
-    """Shared memory of a block: its two tiles, and twice the two that pass by and, what is known of queries."""
+    """Shared memory of a block: the two tiles it owns, and two buffers for those it visits and facts of queries."""
 
     def __init__(self, c: Spec) -> None:
         of = {"query": ("query", "grad_out"), "key": ("key", "value")}
@@ -73,10 +75,10 @@ class Tiles:
         self.facts = self.other[1].end
         self.size = 8 if kept == "float64" else 4
         end = self.facts + (columns * len(FACTS) * self.size if c.task == "key" else 0)
-        self.period = end - first  # bytes from one set to the next
+        self.period = end - first  # bytes from one buffer to the next
         self.end = first + 2 * self.period
         product = c.make_product()
-        if c.single:
+        if c.fused_dq:
             self.grads = Tile(rows, columns, kept, self.end)
             self.end = self.grads.end
         if c.product == "simt":
@@ -104,9 +106,9 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     staged = c.is_staged
     own, other = tiles.own, tiles.other
     scale_own = make_scale(c, on, own[0])
-    careful, two = c.careful, len(keeps) == 2
+    nan_safe, two = c.nan_safe, len(keeps) == 2
     wants_key, wants_value = "key" in keeps, "value" in keeps
-    period, single = tiles.period, c.single
+    period, fused_dq = tiles.period, c.fused_dq
     BLOCK = packed_block(c, names)
     any_marked, marked = make_marks(c, on, BLOCK)
     together = compute_capability(c.arch) >= (9, 0)
@@ -119,7 +121,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro("i4", BLOCK)
     def columns_seen(e: Emit, b: Block) -> Regs:
-        """First column, the one after the last, and those that all rows see; none of these where any lse is far."""
+        """First column, the one after the last, and those that all rows see, which are none where any lse is far."""
         begin, end, all_begin, all_end = b.span.of_rows(b.first, b.first + (c.rows - 1))
         return [begin, end, all_begin, e.select(e.load("i", b.p.far) > 0, begin - begin, all_end)]
 
@@ -130,7 +132,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", BLOCK, "i", "i", "i", "i", "i")
     def load_other(e: Emit, b: Block, base: I32, thread: I32, j: I32, g: I32, shift: I32) -> None:
-        """Bring the tiles from column j on, of head g of the group, to one of the two places."""
+        """Copy the tiles from column j on, of head g of the group, to the buffer that begins `shift` bytes further."""
         base = base + shift
         for name, tile in zip(tiles.other_names, other, strict=True):
             if of_keys:
@@ -144,7 +146,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     @macro("i i", "i", "i", "i", "i")
     def following(e: Emit, j: I32, g: I32, begin: I32, end: I32) -> tuple[I32, I32]:
         """The next tile of columns, and its head of the group."""
-        after = j + columns  # (found anew where that saves a register)
+        after = j + columns
         over = after >= end
         return e.select(over, begin, after), e.select(over, g + 1, g)
 
@@ -159,25 +161,25 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro(f"{S} {S}" if c.softcap else S, BLOCK, "i", "i", "i", S)
     def stages(e: Emit, b: Block, thread: I32, j: I32, g: I32, s: Regs) -> Regs | tuple[Regs, Regs]:
-        made, curves = stage(b, lanes, thread, j, s, g if of_keys else None)
-        return (made, curves) if c.softcap else made
+        s, curves = stage(b, lanes, thread, j, s, g if of_keys else None)
+        return (s, curves) if c.softcap else s
 
     @macro(S, BLOCK, "i", "i", S)
     def hide(e: Emit, b: Block, thread: I32, j: I32, s: Regs) -> Regs:
         return lanes.scores(b, thread, j, of_keys).hide(s, b.span)
 
     def of_queries(e: Emit, name: str, b: Block | None, base: I32, thread: I32, shift: I32) -> Regs:
-        """Of what is known of queries, the number of each register: by row from memory, or by column from the tile."""
+        """One of the `FACTS`, for each register: of its row from global memory, or of its column from shared memory."""
         more, pitch = FACTS.index(name) * tiles.size, len(FACTS) * tiles.size
         if of_keys:
             at = base + shift + product.lane_column(thread & 31) * pitch + (tiles.facts + more)
-            known = {n: e.load_shared(kind, at + n * pitch) for n in dict.fromkeys(n for _, n in layout.elements)}
-            return [known[n] for _, n in layout.elements]
+            of_column = {n: e.load_shared(kind, at + n * pitch) for n in dict.fromkeys(n for _, n in layout.elements)}
+            return [of_column[n] for _, n in layout.elements]
         assert b is not None
         rows = [b.first + row for row in lanes.rows(thread)]
         at = b.places["delta"] + more
-        found = [e.load(kind, at + e.wide(row) * pitch, where=row < b.span.rows) for row in rows]
-        return [found[slot] for slot, _ in layout.elements]
+        of_slot = [e.load(kind, at + e.wide(row) * pitch, where=row < b.span.rows) for row in rows]
+        return [of_slot[slot] for slot, _ in layout.elements]
 
     @macro("i", PARAMETERS)
     def any_far(e: Emit, p: Parameters) -> I32:
@@ -185,35 +187,35 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro(S, BLOCK, "i", "i", "i", S)
     def subtract(e: Emit, b: Block, base: I32, thread: I32, shift: I32, s: Regs) -> Regs:
-        """Subtract the maxima of rows whose lse does not tell the denominator."""
+        """Subtract the maxima of rows whose lse does not determine the denominator."""
         apart = recenter(e, s, of_queries(e, "maximum", b, base, e.opaque(thread), shift))
-        return [e.select(product.is_hidden(e, x), x, y) for x, y in zip(s, apart, strict=True)] if careful else apart
+        return [e.select(product.is_hidden(e, x), x, y) for x, y in zip(s, apart, strict=True)] if nan_safe else apart
 
     @macro(S, BLOCK, "i", "i", "i", S)
     def weigh(e: Emit, b: Block, base: I32, thread: I32, shift: I32, s: Regs) -> Regs:
-        """P of scores, of hidden ones 0."""
-        factor, made = b.p.real("factor", kind), []
+        """P of scores; hidden scores weigh 0."""
+        factor, weights = b.p.real("factor", kind), []
         for x, offset in zip(s, of_queries(e, "offset", b, base, e.opaque(thread), shift), strict=True):
             weight = e.exp2(e.fma(x, factor, offset))
-            made.append(e.select(product.is_hidden(e, x), x, weight) if careful else weight)
-        return made
+            weights.append(e.select(product.is_hidden(e, x), x, weight) if nan_safe else weight)
+        return weights
 
     @macro(S, BLOCK, "i", "i", "i", S, *([S] if c.softcap else []))
     def differentiate(
         e: Emit, b: Block, base: I32, thread: I32, shift: I32, p: Regs,
         curves: Regs | None = None,
     ) -> Regs:  # fmt: skip
-        """Make dS of P: times dO V^T - delta, and the slope of the softcap."""
-        ds = product.scores(e, own[1], other[1], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
+        """Compute dS from P: multiply by dO V^T - delta and by the slope of the softcap."""
+        dp = product.scores(e, own[1], other[1], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
         zero, one = e.const(kind, 0.0), e.const(kind, 1.0)
-        made = []
-        for n, (x, delta) in enumerate(zip(ds, of_queries(e, "delta", b, base, e.opaque(thread), shift), strict=True)):
+        ds = []
+        for n, (x, delta) in enumerate(zip(dp, of_queries(e, "delta", b, base, e.opaque(thread), shift), strict=True)):
             y = p[n] * (x - delta)
             if curves is not None:
                 y = y * (one - curves[n] * curves[n])
-            gone = product.is_hidden(e, p[n]) if careful else p[n].equals(0.0)
-            made.append(e.select(gone, p[n] if careful else zero, y))
-        return made
+            hidden = product.is_hidden(e, p[n]) if nan_safe else p[n].equals(0.0)
+            ds.append(e.select(hidden, p[n] if nan_safe else zero, y))
+        return ds
 
     def add_to(name: str, other_tile: Tile, size: str) -> Macro:
         @macro(size, "i", "i", "i", size, S)
@@ -234,17 +236,16 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", BLOCK, "i", "i", "i", "i")
     def add_queries(e: Emit, b: Block, base: I32, thread: I32, j: I32, g: I32) -> None:
-        """Add dS K of this tile to what other blocks find of these queries."""
+        """Add dS K of this tile to the sums of dQ in global memory, by atomics."""
         warp, lane = lanes.split(e.opaque(thread))
         assert isinstance(product, TensorCores)
-        found = product.transposed(e, tiles.grads, own[0], e.opaque(base), warp, lane, c.warps)
-        total, row, feature, there = found
+        total, row, feature, has_part = product.transposed(e, tiles.grads, own[0], e.opaque(base), warp, lane, c.warps)
         factor = b.p.real("rest", kind)
         at = b.places["sum_query"] + e.wide(g) * b.p.sum_query_head + e.wide(feature + (lane & 3) * 2) * 4
         for slot in (0, 1):
             i = j + row + (lane >> 2) + 8 * slot
             address, inside = at + e.wide(i) * b.p.sum_query_row, i < b.span.columns
-            where = inside if there is None else there & inside
+            where = inside if has_part is None else has_part & inside
             for n in range(len(total) // 4):
                 x = [total[4 * n + 2 * slot + part] * factor for part in (0, 1)]
                 e.add(address + 32 * n, x, where, together)
@@ -253,27 +254,29 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     def finish(e: Emit, b: Block, thread: I32, x: Regs, y: Regs) -> None:
         thread = e.opaque(thread)
         lane = thread & 31
-        # (Their product may be smaller than the least number that has all its bits.)
+        # Underflow: the product of `rest` and `prescale` may be subnormal, so they are applied one after the other.
         rest, prescale, zero = b.p.real("rest", kind), b.p.real("prescale", kind), e.const(kind, 0.0)
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
-            there, valid = at < b.rows, at < b.span.rows
-            if careful:
-                there = there & (b.is_marked(at, there) > 0)
+            in_bounds, valid = at < b.rows, at < b.span.rows
+            if nan_safe:
+                in_bounds = in_bounds & (b.is_marked(at, in_bounds) > 0)
             bad = e.const("i", 0)
             for name, sum_ in zip(keeps, (x, y), strict=False):
                 grad, features = f"grad_{name}", sums[name]
-                mine = features.of_slot(slot)
-                z = [e.select(valid, sum_[n] if name == "value" else sum_[n] * rest * prescale, zero) for n in mine]
+                registers = features.of_slot(slot)
+                z = [
+                    e.select(valid, sum_[n] if name == "value" else sum_[n] * rest * prescale, zero) for n in registers
+                ]
                 if c.flags:
                     bad = bad | not_finite(e, z)
                 address = b.places[grad] + e.wide(at) * getattr(b.p, f"{grad}_row")
                 width = b.p.int("Ev" if name == "value" else "E")
                 begin, column = product.lane_feature(lane), getattr(b.p, f"{grad}_column")
-                write_row(e, c.storage, c.aligned, features, mine, z, address, column, begin, width, there)
+                write_row(e, c.storage, c.aligned, features, registers, z, address, column, begin, width, in_bounds)
             if c.flags:
                 bad = across(e, product, bad, lambda a, b: a | b)
-                b.mark(at, bad, there & product.lane_column(lane).equals(0))
+                b.mark(at, bad, in_bounds & product.lane_column(lane).equals(0))
 
     softcap = c.softcap
 
@@ -282,11 +285,11 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread = np.int32(cuda.threadIdx.x)
         at_x, at_y = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
-        if careful:
+        if nan_safe:
             if any_marked(parameters) == 0:
                 return
         block, group = find_work(parameters, at_x, at_y)
-        if careful:
+        if nan_safe:
             if cuda.syncthreads_or(marked(block, thread)) == 0:
                 return
         begin, end, all_begin, all_end = columns_seen(block)
@@ -327,7 +330,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                     else:
                         ds = differentiate(block, base, thread, shift, p)
                     x = add_first(base, thread, shift, x, ds)
-                    if single:
+                    if fused_dq:
                         leave(base, thread, ds)
                         cuda.syncthreads()
                         add_queries(block, base, thread, j, g)

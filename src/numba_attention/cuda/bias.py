@@ -1,7 +1,7 @@
 """The gradient of a bias: dS summed over the sequences, heads, rows and keys that share an element, in a fixed order.
 
-A block owns a tile of the bias as it was given. It makes dS of every tile that shares it again, one after the other,
-and sums in registers; where all rows or all keys share an element, it sums over those of the tile at the end.
+A block owns a tile of the bias before broadcasting. It recomputes dS of every tile of scores that shares it, one after
+the other, and sums in registers. Where all rows or all keys share an element, it sums over the tile at the end.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ NAMES = (*BACKWARD, "grad_bias")
 
 
 class Tiles:
-    """Shared memory: a tile of each operand; the sums of the tile take their place at the end."""
+    """Shared memory: a tile of each operand, reused for the sums of the tile at the end."""
 
     def __init__(self, c: Spec) -> None:
         kept = c.compute
@@ -81,20 +81,20 @@ def make_bias(c: Spec, on: Target) -> KernelFunction:
         s = stage(b, lanes, thread, j, s)[0]
         s = lanes.scores(b, thread, j).hide(s, b.span)
         dp = product.scores(e, tiles.grad_out, tiles.value, e.opaque(base), *lanes.split(e.opaque(thread)))
-        zero, low, made, factor = e.const(kind, 0.0), float("-inf"), [], b.p.real("factor", kind)
-        found = []
+        zero, low, sums, factor = e.const(kind, 0.0), float("-inf"), [], b.p.real("factor", kind)
+        facts = []
         for row in lanes.rows(thread):
             at = b.first + row
-            there = at < b.span.rows
+            in_bounds = at < b.span.rows
             address = b.places["delta"] + e.wide(at) * b.p.delta_row
-            found.append([e.load(kind, address + n * size, where=there) for n in range(3)])
-        apart = recenter(e, s, [found[slot][2] for slot, _ in layout.elements])
+            facts.append([e.load(kind, address + n * size, where=in_bounds) for n in range(3)])
+        apart = recenter(e, s, [facts[slot][2] for slot, _ in layout.elements])
         for n, (slot, _) in enumerate(layout.elements):
-            delta, offset, _ = found[slot]
-            hidden = product.is_hidden(e, s[n]) if c.careful else s[n].equals(low)
+            delta, offset, _ = facts[slot]
+            hidden = product.is_hidden(e, s[n]) if c.nan_safe else s[n].equals(low)
             weight = e.exp2(e.fma(apart[n], factor, offset))
-            made.append(acc[n] + e.select(hidden, zero, weight * (dp[n] - delta)))
-        return made
+            sums.append(acc[n] + e.select(hidden, zero, weight * (dp[n] - delta)))
+        return sums
 
     @macro(S)
     def zeros(e: Emit) -> Regs:
@@ -127,7 +127,7 @@ def make_bias(c: Spec, on: Target) -> KernelFunction:
         def element(i: I32, j: I32) -> Real:
             return e.load_shared(kind, base + (i * columns + j) * size)
 
-        # Each of its own: thread n is row or column n, or element n, n + threads, ...
+        # Work of a thread: thread n sums row or column n, or stores the elements n, n + threads, ...
         whole = all_rows & all_keys
         neither = (all_rows | all_keys) ^ 1
         column = e.select(thread < columns, thread, thread - thread)

@@ -11,15 +11,16 @@ from .tiles import Rows, Tile, fetch, scale_rows
 
 FORWARD = ("query", "key", "value", "out", "lse", "bias", "mask", "key_scale", "value_scale")
 BACKWARD = ("query", "key", "value", "grad_out", "delta", "bias", "mask")
-# What the backward pass knows of a query, side by side: its delta, and P = 2**((score - maximum) * factor + offset).
+# The numbers of a query that the backward pass needs, interleaved in memory (the last is padding to 16 bytes):
+# P = 2**((score - maximum) * factor + offset), and dS = P (dO V^T - delta).
 FACTS = ("delta", "offset", "maximum", "")
 OF_KEYS = ("key", "value", "key_scale", "value_scale", "grad_key", "grad_value")
-NUMBERS = "i10"  # what is told of the sequence
-HEAD = 4  # numbers before all flags; and before the sums of a part of a row: maximum, denominator, two for alignment
+NUMBERS = "i10"  # the registers of `Block.numbers`
+HEAD = 4  # numbers before all flags; and before the sums of a part of a row: maximum, denominator, two of padding
 
 
 class Block:
-    """What the macros of a kernel work with: its parameters, and which part of the problem it is.
+    """The part of the problem that a block of threads computes, and the parameters of the kernel: what macros take.
 
     Its rows are queries, or keys where the kernel sums over queries; `span` says which of the others they see.
     """
@@ -36,10 +37,10 @@ class Block:
 
     def find(self, row: I32) -> tuple[I32, I32]:
         """Query row and head of a row of the tiles."""
-        if self.c.chosen:
+        if self.c.gather_rows:
             e = self.e
             return e.narrow(e.load("l", self.p.work + e.wide(row) * 8, where=row < self.rows)), self.head
-        if not self.c.stacked:
+        if not self.c.pack_gqa:
             return row, self.head
         group = self.p.int("group")
         return row // group, self.head * group + row % group
@@ -49,19 +50,19 @@ class Block:
 
     @property
     def heads(self) -> I64:
-        """How many heads the grid has."""
-        return self.p.heads // self.p.group if self.c.stacked or self.c.task == "key" else self.p.heads
+        """The number of heads of the grid."""
+        return self.p.heads // self.p.group if self.c.pack_gqa or self.c.task == "key" else self.p.heads
 
     def mark(self, row: I32, bad: I32, where: Pred) -> None:
-        """Say of a row whether it has to be done with care and, if so, that there is one."""
+        """Flag a row whose result is not finite, for the NaN-safe kernel, and flag that there is one."""
         self.e.store("i", self.flag_at(row), [bad], where)
         self.e.store("i", self.p.flags, [self.e.const("i", 1)], where & (bad > 0))
 
-    def is_marked(self, row: I32, there: Pred) -> I32:
-        return self.e.load("i", self.flag_at(row), where=there)
+    def is_marked(self, row: I32, in_bounds: Pred) -> I32:
+        return self.e.load("i", self.flag_at(row), where=in_bounds)
 
     def flag_at(self, row: I32) -> I64:
-        """The address of what is known of a row; first of all comes whether there is any that is marked."""
+        """The address of the flag of a row; the first of all flags says whether any row has one."""
         heads = self.e.wide(self.index) * self.heads + self.e.wide(self.head)
         return self.p.flags + (heads * self.p.flag_rows + self.e.wide(row) + HEAD) * 4
 
@@ -83,10 +84,10 @@ class Block:
         return self.e.convert(kind, self.e.load("d", self.p.sinks + at * 8) * self.p.real("per_unit", "d"))
 
     def load_tile(self, name: str, tile: Tile, base: I32, thread: I32, row: I32, most: I32) -> None:
-        """Bring rows of an array from `row` on, up to `most`, to a tile; E of queries and keys, Ev of values."""
+        """Copy rows `row` to `most` of an array to a tile: E features of queries and keys, Ev of values."""
         e, c, p = self.e, self.c, self.p
         base, thread = e.opaque(base), e.opaque(thread)
-        if c.stored and name in OF_KEYS:
+        if c.kv_storage and name in OF_KEYS:
             return self._load_stored(name, tile, base, thread, row, most)
         stride, column = getattr(p, f"{name}_row"), getattr(p, f"{name}_column")
         width = p.int("E" if name in ("query", "key") else "Ev")
@@ -94,9 +95,9 @@ class Block:
         address = self.places[name]
         if name in OF_KEYS:
             more = self._pages(name)
-        elif c.chosen:
+        elif c.gather_rows:
             more = {"listed": p.work}
-        elif c.stacked:
+        elif c.pack_gqa:
             member, group = getattr(p, f"{name}_head"), p.int("group")
             address, most = address + e.wide(self.head) * p.group * member, most * group
             more = {"group": group, "member": member}
@@ -104,27 +105,27 @@ class Block:
         fetch(e, tile, base, rows, thread, c.threads, c.storage, c.aligned)
 
     def _load_stored(self, name: str, tile: Tile, base: I32, thread: I32, row: I32, most: I32) -> None:
-        """Bring codes and their scales to a tile of codes, or the numbers that they stand for to one of numbers."""
+        """Copy codes and their scales to a tile of codes, or the numbers that they stand for to a tile of numbers."""
         e, c, p = self.e, self.c, self.p
         rows, scales = (
             Rows(self.places[x], getattr(p, f"{x}_row"), getattr(p, f"{x}_column"), most - row,
                  p.int("E" if name == "key" else "Ev"), row, **self._pages(x))
             for x in (name, f"{name}_scale")
         )  # fmt: skip
-        scaled = SIZES[c.stored] == 1
-        fetch(e, tile, base, rows, thread, c.threads, c.stored, c.aligned, scales if scaled else None)
+        scaled = SIZES[c.kv_storage] == 1
+        fetch(e, tile, base, rows, thread, c.threads, c.kv_storage, c.aligned, scales if scaled else None)
         if scaled and isinstance(tile, Codes):
             fetch_scales(e, tile, base, scales, thread, c.threads)
 
     def _pages(self, name: str) -> dict[str, Value]:
-        """Where the pages of an array are that has some."""
+        """Paged arrays: the addresses of page numbers and pages, for `Rows`."""
         if not self.c.paged:
             return {}
         pages = Sequence(self.e, self.p, self.index).pages
         return {"pages": pages, "page_size": self.p.int("page_size"), "page": getattr(self.p, f"{name}_page")}
 
     def commit(self) -> None:
-        """Make the copies so far a group, which `make_landed` waits for."""
+        """Close the group of asynchronous copies issued so far, which `make_landed` waits for."""
         if self.c.aligned:
             self.e.commit()
 
@@ -142,7 +143,7 @@ def packed_block(c: Spec, names: tuple[str, ...]) -> Packed:
 
 
 def make_landed(c: Spec, on: Target) -> Macro:
-    """Make the macro that waits for all copies of a thread; without asynchronous ones (before sm_80) they are there."""
+    """Make the macro that waits for the asynchronous copies of a thread; before sm_80 there are none."""
 
     @on.macro("")
     def landed(e: Emit) -> None:
@@ -164,7 +165,7 @@ def make_scale(c: Spec, on: Target, tile: Tile) -> Macro:
 
 
 def make_marks(c: Spec, on: Target, BLOCK: Packed) -> tuple[Macro, Macro]:
-    """Make the macros that say whether any row is marked, and whether one of a block's is: a thread looks at each."""
+    """Make the macros that say whether any row is flagged, and whether the row of a thread is."""
 
     @on.macro("i", PARAMETERS)
     def any_marked(e: Emit, p: Parameters) -> I32:
@@ -181,13 +182,13 @@ def make_marks(c: Spec, on: Target, BLOCK: Packed) -> tuple[Macro, Macro]:
 def block_of(
     e: Emit, c: Spec, p: Parameters, names: tuple[str, ...], index: I32, tile: I32, head: I32, transposed: bool = False
 ) -> Block:
-    """The `Block` of a tile of a sequence. Its head is one of keys if its rows are keys, or stacked queries.
+    """The `Block` of a tile of a sequence. Its head is a key head if its rows are keys, or queries of packed GQA.
 
-    What belongs to queries then begins with the first head of the array, or of the group.
+    The addresses of arrays of queries are then those of the first head of the array, or of the group.
     """
     s = Sequence(e, p, index)
     zero, group = e.const("l", 0), p.int("group")
-    if c.stacked:
+    if c.pack_gqa:
         of_queries, of_keys = zero, e.wide(head)
     elif transposed:
         of_queries, of_keys = e.wide(head * group), e.wide(head)
@@ -195,7 +196,7 @@ def block_of(
         of_queries, of_keys = e.wide(head), e.wide(head // group)
     places = []
     for name in names:
-        used = {"bias": c.bias, "mask": c.mask, "key_scale": c.stored, "value_scale": c.stored}
+        used = {"bias": c.bias, "mask": c.mask, "key_scale": c.kv_storage, "value_scale": c.kv_storage}
         if not used.get(name, True):
             places.append(zero)
             continue
@@ -208,10 +209,11 @@ def block_of(
 
 
 def work_item(e: Emit, p: Parameters, x: I32, y: I32, of_keys: bool = False) -> tuple[I32, I32, I32]:
-    """Sequence, tile and head of a block: as listed, or else counted. A device begins blocks in the order of x, then y.
+    """Sequence, tile and head of a block, from the list of work or by counting.
 
-    Tiles with most work come first: the last ones, which see most keys, or the first ones of keys, which most queries
-    see. Some heads take turns, so that the long tiles of all but the last few do not begin when others end.
+    Load balance: a device starts blocks in the order of x, then y, so tiles with most work come first. Those are the
+    last tiles of causal queries, which see most keys, or the first tiles of keys, which most queries see. Some heads
+    alternate, so that long tiles of later heads do not start when others end.
     """
     tiles, listed, bits = p.int("tiles"), p.work > 0, p.int("together")
     x, head = e.opaque(x) >> bits, (y << bits) + (x & ((e.const("i", 1) << bits) - 1))
@@ -238,7 +240,7 @@ class Lanes:
         return [first + self.product.slot_row(slot) for slot in range(self.product.slots)]
 
     def scores(self, b: Block, thread: I32, column: I32, transposed: bool = False) -> Scores:
-        """The tile of scores whose first column is given."""
+        """The tile of scores that begins at a column."""
         thread = b.e.opaque(thread)
         rows = [b.find(b.first + row)[0] for row in self.rows(thread)]
         column = self.product.lane_column(thread & 31) + column
@@ -254,7 +256,7 @@ def stage(b: Block, lanes: Lanes, thread: I32, column: I32, s: Regs, head: I32 |
     if head is not None:
         bias, mask = bias + b.e.wide(head) * b.p.bias_head, mask + b.e.wide(head) * b.p.mask_head
         heads = [b.head * b.p.int("group") + head] * lanes.product.slots
-    elif b.c.stacked:
+    elif b.c.pack_gqa:
         heads = heads_of_slots = [b.find(b.first + row)[1] for row in lanes.rows(thread)]
     else:
         heads = [b.head] * lanes.product.slots

@@ -1,7 +1,7 @@
-"""Joins what several blocks made of the keys of a row, in a fixed order: the same call has the same bits.
+"""Split keys: joins the parts of a row that several blocks computed, in a fixed order: the same call has the same bits.
 
-A block owns a row, and its warps share out the parts. They are read many at a time: a read takes as long as hundreds of
-multiplications, and nothing here waits for a read but sums.
+A block owns a row, and its warps share out the parts. All loads are issued before the first use: the latency of global
+memory is that of hundreds of multiplications.
 """
 
 import math
@@ -21,7 +21,7 @@ AT_ONCE = 4  # parts that a warp reads at a time
 
 
 class Shared:
-    """Shared memory: the maximum and the denominator that each warp found, and then the features that it summed."""
+    """Shared memory: maximum and denominator of each warp, and then its sums of features."""
 
     def __init__(self, c: Spec) -> None:
         self.size = 8 if c.storage == "float64" else 4
@@ -47,53 +47,53 @@ def make_combine(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", BLOCK, "i", "i", "i")
     def find_sums(e: Emit, b: Block, base: I32, thread: I32, row: I32) -> None:
-        """The maximum of all parts and the denominator, as far as the threads of a warp see them."""
-        there, total, factor, found = b.exists(row), e.const(kind, 0.0), b.p.real("factor", kind), []
+        """Maximum and denominator of the parts that the threads of a warp read."""
+        in_bounds, total, factor, parts = b.exists(row), e.const(kind, 0.0), b.p.real("factor", kind), []
         top = low = e.const(kind, -LARGEST[kind])
         for n in range(-(-MOST // threads)):
             part = thread + n * threads
-            inside, at = there & (part < b.p.int("splits")), b.part_at(part, row, size)
-            found.append((e.select(inside, e.load(kind, at, where=inside), low), e.load(kind, at + size, where=inside)))
-        for maximum, _ in found:
+            inside, at = in_bounds & (part < b.p.int("splits")), b.part_at(part, row, size)
+            parts.append((e.select(inside, e.load(kind, at, where=inside), low), e.load(kind, at + size, where=inside)))
+        for maximum, _ in parts:
             top = e.max(top, maximum)
         for distance in (16, 8, 4, 2, 1):
             top = e.max(top, e.shuffle_xor(top, distance))
-        for maximum, denominator in found:
+        for maximum, denominator in parts:
             total = e.fma(e.exp2((maximum - top) * factor), denominator, total)
         for distance in (16, 8, 4, 2, 1):
             total = total + e.shuffle_xor(total, distance)
         e.store_shared(kind, base + (thread >> 5) * (2 * size), [top, total], (thread & 31).equals(0))
         if c.flags:
-            e.store("i", b.flag_at(row), [e.const("i", 0)], there & thread.equals(0))
+            e.store("i", b.flag_at(row), [e.const("i", 0)], in_bounds & thread.equals(0))
 
     @macro(f"{kind} {kind} {C}", PARAMETERS, "i")
     def begin(e: Emit, p: Parameters, base: I32) -> tuple[Real, Real, Regs]:
         """Maximum and denominator of the row."""
         factor = p.real("factor", kind)
-        found = [e.load_shared(kind, base + warp * (2 * size), 2) for warp in range(warps)]
-        top = found[0][0]
-        for maximum, _ in found[1:]:
+        of_warps = [e.load_shared(kind, base + warp * (2 * size), 2) for warp in range(warps)]
+        top = of_warps[0][0]
+        for maximum, _ in of_warps[1:]:
             top = e.max(top, maximum)
         zero = total = e.const(kind, 0.0)
-        for maximum, denominator in found:
+        for maximum, denominator in of_warps:
             total = e.fma(e.exp2((maximum - top) * factor), denominator, total)
         return top, total, [zero] * own
 
     @macro(C, BLOCK, "i", "i", "i", kind, kind, C)
     def add(e: Emit, b: Block, thread: I32, row: I32, step: I32, top: Real, total: Real,
             acc: Regs) -> Regs:  # fmt: skip
-        """Add parts, each the result of its keys, times their shares of the denominator: no sum of them overflows."""
+        """Add parts, each the result of its keys, times its share of the denominator: their sum cannot overflow."""
         zero, factor = e.const(kind, 0.0), b.p.real("factor", kind)
-        there, lane = b.exists(row), thread & 31
+        in_bounds, lane = b.exists(row), thread & 31
         share = e.select(total.equals(0.0), zero, e.const(kind, 1.0) / total)
-        found = []
+        parts = []
         for n in range(AT_ONCE):
             part = (step * AT_ONCE + n) * warps + (thread >> 5)
-            at, inside = b.part_at(part, row, size), there & (part < b.p.int("splits"))
+            at, inside = b.part_at(part, row, size), in_bounds & (part < b.p.int("splits"))
             begins = [e.load(kind, at + i * size, where=inside) for i in (0, 1)]
             values = [e.load(kind, at + e.wide(lane + 32 * i + HEAD) * size, where=inside) for i in range(own)]
-            found.append((inside, begins, values))
-        for inside, (maximum, denominator), values in found:
+            parts.append((inside, begins, values))
+        for inside, (maximum, denominator), values in parts:
             weight = e.select(inside, e.exp2((maximum - top) * factor) * denominator * share, zero)
             acc = [e.fma(weight, y, x) for x, y in zip(acc, values, strict=True)]
         return acc
@@ -110,8 +110,8 @@ def make_combine(c: Spec, on: Target) -> KernelFunction:
         total: Real,
     ) -> None:  # fmt: skip
         i, head = b.find(row)
-        there, valid = i < b.rows, i < b.span.rows
-        apart = e.wide(head) if c.stacked else e.const("l", 0)
+        in_bounds, valid = i < b.rows, i < b.span.rows
+        apart = e.wide(head) if c.pack_gqa else e.const("l", 0)
         zero = e.const(kind, 0.0)
 
         def summed(n: I32) -> Real:
@@ -129,13 +129,13 @@ def make_combine(c: Spec, on: Target) -> KernelFunction:
             bad = bad | not_finite(e, [y])
             address = b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row
             y = e.to_half(half, y) if half else y
-            where = there & inside & (feature < b.p.int("Ev"))
+            where = in_bounds & inside & (feature < b.p.int("Ev"))
             e.store(KINDS[c.storage], address + e.wide(feature) * b.p.out_column, [y], where)
         of_row = e.select(some & valid, lse(e, top, total, b.p.real("unit", kind)), e.const(kind, -math.inf))
         address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
-        e.store(kind, address, [of_row], there & thread.equals(0) & (b.p.lse > 0))
-        if c.flags:  # zero before; all who write write 1
-            b.mark(row, e.const("i", 1), there & (bad > 0))
+        e.store(kind, address, [of_row], in_bounds & thread.equals(0) & (b.p.lse > 0))
+        if c.flags:  # `find_sums` has stored 0, and every thread that stores here stores 1
+            b.mark(row, e.const("i", 1), in_bounds & (bad > 0))
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         parameters = integers, reals

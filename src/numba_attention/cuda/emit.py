@@ -1,4 +1,4 @@
-"""What the body of a tile macro is written with: values with Python's operators, and one method an instruction.
+"""The language of macros: registers with Python's operators, and one method per instruction.
 
 A macro is a Python function that computes with the registers of one thread. `Emit` here makes LLVM IR of it, with
 loops over registers unrolled by Python itself, whatever the compiler thinks of them. `emulator.Emit` in the tests has
@@ -201,7 +201,7 @@ class Emit:
         return self._asm(code, f"={letter},{letter},{letter},{letter}", [a, b, c], a.kind)
 
     def times(self, a: Value, b: Value) -> Value:
-        """The product, here: the compiler would move those of float32 behind what waits, where they fill no gap."""
+        """The product, kept in program order: the compiler would sink that of float32 below the next barrier."""
         return self._asm("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], "f", effect=True) if a.kind == "f" else a * b
 
     def exp2(self, x: Value) -> Value:
@@ -219,7 +219,7 @@ class Emit:
         return self._library("fabs", x)
 
     def opaque(self, x: Value) -> Value:
-        """The same, but the compiler does not know: what follows from it is not computed ahead and kept."""
+        """Optimization barrier: hides the value so that what depends on it is rematerialized, not kept in registers."""
         return self._asm("mov.b32 $0, $1;", "=r,r", [x], x.kind, effect=True)
 
     # Half types, two in 32 bits.
@@ -229,7 +229,7 @@ class Emit:
         if dtype == "bf16":
             return self._asm("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], "i")
         code = "{ .reg .b16 l, h; cvt.rn.f16.f32 l, $1; cvt.rn.f16.f32 h, $2; mov.b32 $0, {l, h}; }"
-        return self._asm(code, "=r,f,f", [low, high], "i")  # cvt.rn.f16x2.f32 is of sm_80; this becomes it there
+        return self._asm(code, "=r,f,f", [low, high], "i")  # becomes cvt.rn.f16x2.f32 from sm_80 on
 
     def unpack(self, dtype: str, x: Value) -> tuple[Value, Value]:
         if dtype == "bf16":
@@ -251,7 +251,7 @@ class Emit:
         return Value(self._b, "p", self._b.fcmp_unordered("uno", x.llvm, x.llvm))
 
     def is_finite(self, x: Value) -> Value:
-        """By its bits, whatever the compiler may assume of NaN."""
+        """Tests the exponent in integers, which holds under fast-math assumptions about NaN too."""
         if x.kind == "f":
             return (self.bits("i", x) & 0x7F800000) < 0x7F800000
         return (self.bits("l", x) & 0x7FF0000000000000) < 0x7FF0000000000000
@@ -272,7 +272,7 @@ class Emit:
         return self._load("global", "l", kind, address, count, where)
 
     def load_constant(self, kind: str, address: Value) -> Value:
-        """Read what no kernel writes; if nobody uses it, it is not read."""
+        """Read through the read-only cache what no kernel writes; the compiler may drop or move the load."""
         register = {"i": "r", "l": "l", "d": "d"}[kind]
         return self._asm(f"ld.global.nc.{_PTX[kind]} $0, [$1];", f"={register},l", [address], kind)
 
@@ -293,7 +293,7 @@ class Emit:
         self._store("shared", "r", kind, address, values, where)
 
     def add(self, address: Value, values: Sequence[Value], where: Value | None, together: bool) -> None:
-        """Add float32 to neighbours in global memory, whatever others add meanwhile; two `together` from sm_90 on."""
+        """Atomically add float32 to neighbours in global memory; two `together`, in one instruction, from sm_90 on."""
         if together and len(values) == 2:
             return self._predicated("red.global.add.v2.f32 [$0], {$1,$2};", "l,f,f", [address, *values], where)
         for n, x in enumerate(values):
@@ -311,7 +311,7 @@ class Emit:
         self._effect("cp.async.commit_group;", "", [])
 
     def wait(self, groups: int) -> None:
-        """Wait until all but so many of the newest groups of copies of this thread are there."""
+        """Wait until all but the newest groups of asynchronous copies of this thread, so many of them, have landed."""
         self._effect(f"cp.async.wait_group {groups};", "", [])
 
     # What the threads of a warp do together.
@@ -371,7 +371,7 @@ class Emit:
         return results
 
     def when(self, condition: Value, state: Sequence[Value], body: Callable[[list[Value]], list[Value]]) -> list[Value]:
-        """Replace ``state`` by ``body(state)`` where a condition holds: a branch of the machine, seldom taken.
+        """Replace ``state`` by ``body(state)`` where a condition holds: a branch that is predicted not to be taken.
 
         The threads of a warp may disagree, so a body has no instruction that they execute together.
         """
@@ -383,16 +383,16 @@ class Emit:
         results, last = body(list(state)), b.block
         b.branch(after)
         b.position_at_end(after)
-        made = []
+        merged = []
         for x, result in zip(state, results, strict=True):
             phi = b.phi(TYPES[x.kind])
             phi.add_incoming(x.llvm, before)
             phi.add_incoming(result.llvm, last)
-            made.append(Value(b, x.kind, phi))
-        return made
+            merged.append(Value(b, x.kind, phi))
+        return merged
 
-    # How instructions are made. With an `effect` they are neither left out nor moved past others with one; what the
-    # threads of a warp do `together` is never moved to where not all of them are.
+    # Inline PTX. An instruction with an `effect` is volatile: neither removed nor reordered with others that have one.
+    # One that the threads of a warp execute `together` is convergent: never moved into divergent code.
 
     def _call(
         self, code: str, constraints: str, operands: Sequence[Value], result: Any, effect: bool, together: bool
@@ -414,8 +414,8 @@ class Emit:
         together: bool = False,
     ) -> list[Value]:  # fmt: skip
         result = ir.LiteralStructType([TYPES[kind] for kind in kinds])
-        made = self._call(code, constraints, operands, result, effect, together)
-        return [Value(self._b, kind, self._b.extract_value(made, n)) for n, kind in enumerate(kinds)]
+        aggregate = self._call(code, constraints, operands, result, effect, together)
+        return [Value(self._b, kind, self._b.extract_value(aggregate, n)) for n, kind in enumerate(kinds)]
 
     def _effect(self, code: str, constraints: str, operands: Sequence[Value], together: bool = False) -> None:
         listed = f"{constraints},~{{memory}}" if constraints else "~{memory}"
@@ -443,12 +443,12 @@ class Emit:
         if kind in "hb":
             code += " cvt.u32.u16 $0, x;"
         code = "{ .reg .b16 x; .reg .pred p; %s }" % code
-        found = "i" if kind in "hb" else kind
+        result_kind = "i" if kind in "hb" else kind
         constraints += ",~{memory}"
         if count == 1:
-            x = self._asm(code, constraints, operands, found, effect=True)
+            x = self._asm(code, constraints, operands, result_kind, effect=True)
             return x if neighbours is None else [x]
-        return self._asm_many(code, constraints, operands, found * count, effect=True)
+        return self._asm_many(code, constraints, operands, result_kind * count, effect=True)
 
     def _store(
         self, space: str, letter: str, kind: str, address: Value, values: Sequence[Value], where: Value | None

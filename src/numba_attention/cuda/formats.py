@@ -7,19 +7,19 @@ SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int8": 1, "fl
 HALVES = {"float16": "f16", "bfloat16": "bf16"}
 
 
-def read(e: Emit, storage: str, address: I64, there: Pred) -> Value:
-    """Load a number of an array in global memory, where it is there; of less than 32 bits as float32."""
-    return number(e, storage, e.load(KINDS[storage], address, where=there))
+def read(e: Emit, storage: str, address: I64, in_bounds: Pred) -> Value:
+    """Load an element of an array in global memory where it is in bounds; one of less than 32 bits becomes float32."""
+    return number(e, storage, e.load(KINDS[storage], address, where=in_bounds))
 
 
 def number(e: Emit, storage: str, x: Value) -> Value:
-    """What an element says that was loaded as its kind."""
+    """The value of an element that was loaded as its kind."""
     if storage in HALVES:
         return e.unpack(HALVES[storage], x)[0]
     if storage == "int8":
         return e.convert("f", (x ^ 0x80) - 0x80)
-    if storage == "float8_e4m3fn":  # bits of a float32 that is too small by the difference of the exponents' zeros
-        return e.bits("f", ((x & 0x80) << 24) | ((x & 0x7F) << 20)) * 2.0**120  # (caches store no NaN)
+    if storage == "float8_e4m3fn":  # as bits of a float32, times the ratio of the exponent biases
+        return e.bits("f", ((x & 0x80) << 24) | ((x & 0x7F) << 20)) * 2.0**120  # caches store no NaN
     return x
 
 

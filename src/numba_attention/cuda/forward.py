@@ -1,8 +1,8 @@
 """The forward pass: FlashAttention-2 (Dao 2023), algorithm 1, of which every product and option is a variant.
 
 A block owns a tile of queries and visits the tiles of keys that any of its rows sees. Keys and values have one tile
-each in shared memory: the values come while the scores are made, the next keys while the values are summed. From a
-cache that holds fewer bits come codes, of which the tile is made where the copy would have been waited for.
+each in shared memory, filled by asynchronous copies: values are copied while scores are computed, and the next keys
+while values are summed. A quantized cache is copied as codes, which are converted to the tile once the copy has landed.
 """
 
 import math
@@ -44,17 +44,17 @@ def tiles_of(c: Spec) -> tuple[Tile, Tile, Tile, int]:
 
 
 def codes_of(c: Spec) -> tuple[Codes, Codes]:
-    """What tiles of keys and values are made of, after them in shared memory."""
+    """The codes of a quantized cache that become tiles of keys and values; they lie behind those in shared memory."""
     _, k, v, end = tiles_of(c)
-    keys = Codes(k.rows, k.columns, c.stored, end)
-    return keys, Codes(v.rows, v.columns, c.stored, keys.end)
+    keys = Codes(k.rows, k.columns, c.kv_storage, end)
+    return keys, Codes(v.rows, v.columns, c.kv_storage, keys.end)
 
 
 def repeats(c: Spec) -> bool:
-    """Whether blocks of the kernel repeat their work where it overflows.
+    """Whether a block starts over with smaller weights (`softmax.LIFT`) after an accumulator overflowed.
 
-    The sum of values near the largest number does, unless all weights are smaller by a power of two. Where rows are
-    marked, that is left to the careful kernel. (Values of float16 leave room in float32.)
+    A sum of values near the largest number overflows, unless all weights are smaller by a power of two. Kernels that
+    flag rows leave this to the NaN-safe kernel. float16 cannot overflow a sum in float32.
     """
     return c.task == "forward" and not (c.flags or c.storage == "float16")
 
@@ -64,7 +64,7 @@ def _end(c: Spec) -> int:
 
 
 def shared(c: Spec) -> int:
-    """Bytes of shared memory of a block: tiles, and whether it repeats its work, which would need a register."""
+    """Bytes of shared memory of a block: its tiles, and the flag that it has started over, which saves a register."""
     return _end(c) + (16 if repeats(c) else 0)
 
 
@@ -77,7 +77,7 @@ def make_product(c: Spec) -> Product:
 
 
 def make_forward(c: Spec, on: Target) -> KernelFunction:
-    """Make the kernel; its grid is tiles for some heads (of keys, if they are stacked), all of those, and splits."""
+    """Make the kernel; its grid is tiles for some heads (of keys, of packed GQA), all of those, and splits."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     product = make_product(c)
     kind = product.kind
@@ -85,15 +85,18 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
     lanes = Lanes(c, product)
     q, k, v, _ = tiles_of(c)
     unpacked, columns = c.is_unpacked, c.columns
-    # (What `load_keys` and `load_values` bring: the tiles themselves, or codes.)
+    # `load_keys` and `load_values` copy to these: the tiles themselves, or codes.
     keys, values = codes_of(c) if unpacked else (k, v)
-    at_once = 4 if c.warps == 1 else 1  # a warp alone must not wait for each chunk of them; many have few registers
+    # Chunks of codes in flight per thread: a block of one warp has no other warp to hide the latency of shared memory;
+    # with several warps the registers are needed elsewhere.
+    at_once = 4 if c.warps == 1 else 1
     scale_queries = make_scale(c, on, q)
     S, C, M = f"{kind}{len(layout)}", f"{kind}{len(features)}", f"{kind}{product.slots}"
-    split, careful, flags = c.split, c.careful, c.flags
+    split_kv, nan_safe, flags = c.split_kv, c.nan_safe, c.flags
     may_repeat, at_lift = repeats(c), _end(c)
-    # Exponentials beside the products of values, in one piece of code, wait for one another less; with more features
-    # there are no registers for both, and they come before what waits for the values.
+    # Instruction overlap: the softmax and the product with values in one basic block let the scheduler interleave
+    # exponentials with tensor core instructions. Above 64 features there are no registers for both, so the softmax runs
+    # before the barrier that waits for values.
     mixed = c.product == "tensor" and max(c.E, c.Ev) <= 64
     BLOCK = packed_block(c, FORWARD)
     any_marked, marked = make_marks(c, on, BLOCK)
@@ -109,8 +112,8 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         first, _ = b.find(b.first)
         last, _ = b.find(b.first + (c.rows - 1))
         begin, end, all_begin, all_end = b.span.of_rows(first, last)
-        if split:
-            tiles = (e.max(end - begin, 0) + columns - 1) // columns  # (of numbers that are not negative)
+        if split_kv:
+            tiles = (e.max(end - begin, 0) + columns - 1) // columns  # (integer division is unsigned)
             share = (tiles + b.p.int("splits") - 1) // b.p.int("splits") * columns
             begin = begin + part * share
             end = e.min(end, begin + share)
@@ -147,7 +150,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
             for row in lanes.rows(thread):
                 _, head = b.find(b.first + row)
                 sinks.append(b.sink(head, kind))
-            if split:
+            if split_kv:
                 low = e.const(kind, -math.inf)
                 sinks = [e.select(part.equals(0), sink, low) for sink in sinks]
         factor = b.p.real("factor", kind)
@@ -184,7 +187,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         return not_finite(e, acc)
 
     def lift_of(e: Emit, base: I32) -> I32 | None:
-        """More than 0 where the block repeats its work with smaller weights."""
+        """The flag in shared memory that is 1 where the block has started over with smaller weights."""
         return e.load_shared("i", base + at_lift) if may_repeat else None
 
     @macro("i", "i")
@@ -203,7 +206,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         l, one = total(e, product, l), e.const(kind, 1.0)
         scales = [one / x for x in l]
         l = relative(e, m, l, b.p.real("factor", kind), lift_of(e, base))
-        if split:
+        if split_kv:
             return write_part(b, thread, part, m, l, scales, acc)
         thread = e.opaque(thread)
         _, lane = lanes.split(thread)
@@ -211,34 +214,23 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         begins = product.lane_column(lane).equals(0)
         for slot, row in enumerate(lanes.rows(thread)):
             i, head = b.find(b.first + row)
-            there, valid = i < b.rows, i < b.span.rows
-            if careful:
-                there = there & (b.is_marked(b.first + row, there) > 0)
-            apart = e.wide(head) if c.stacked else e.const("l", 0)
+            in_bounds, valid = i < b.rows, i < b.span.rows
+            if nan_safe:
+                in_bounds = in_bounds & (b.is_marked(b.first + row, in_bounds) > 0)
+            apart = e.wide(head) if c.pack_gqa else e.const("l", 0)
             some = (l[slot] > 0.0) | e.is_nan(l[slot])
             scale = e.select(some, scales[slot], zero)
-            mine = features.of_slot(slot)
-            x = [e.select(valid, acc[n] * scale, zero) for n in mine]
+            registers = features.of_slot(slot)
+            x = [e.select(valid, acc[n] * scale, zero) for n in registers]
             if flags:
                 bad = across_lanes(e, not_finite(e, x))
-                b.mark(b.first + row, bad, there & begins)
+                b.mark(b.first + row, bad, in_bounds & begins)
             address = b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row
-            write_row(
-                e,
-                c.storage,
-                c.aligned,
-                features,
-                mine,
-                x,
-                address,
-                b.p.out_column,
-                product.lane_feature(lane),
-                b.p.int("Ev"),
-                there,
-            )
+            first, width = product.lane_feature(lane), b.p.int("Ev")
+            write_row(e, c.storage, c.aligned, features, registers, x, address, b.p.out_column, first, width, in_bounds)
             of_row = e.select(some & valid, lse(e, m[slot], l[slot], b.p.real("unit", kind)), low)
             address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
-            e.store(kind, address, [of_row], there & begins & (b.p.lse > 0))
+            e.store(kind, address, [of_row], in_bounds & begins & (b.p.lse > 0))
 
     def across_lanes(e: Emit, x: I32) -> I32:
         for distance in product.reduce:
@@ -246,30 +238,30 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         return x
 
     def write_part(b: Block, thread: I32, part: I32, m: Regs, l: Regs, scales: Regs, acc: Regs) -> None:
-        """Leave maximum, sum and result of each row to `combine`."""
+        """Split keys: store maximum, sum and result of each row, which `combine` joins."""
         e, size, zero = b.e, 8 if kind == "d" else 4, b.e.const(kind, 0.0)
         _, lane = lanes.split(thread)
         for slot, row in enumerate(lanes.rows(thread)):
-            at, there = b.part_at(part, b.first + row, size), b.exists(b.first + row)
-            begins = product.lane_column(lane).equals(0) & there
+            at, in_bounds = b.part_at(part, b.first + row, size), b.exists(b.first + row)
+            begins = product.lane_column(lane).equals(0) & in_bounds
             e.store(kind, at, [m[slot]], begins)
             e.store(kind, at + size, [l[slot]], begins)
             at = at + (e.wide(product.lane_feature(lane)) + HEAD) * size
             scale = e.select((l[slot] > 0.0) | e.is_nan(l[slot]), scales[slot], zero)
-            mine = features.of_slot(slot)
-            for n in range(0, len(mine), features.neighbours):
-                x = [acc[i] * scale for i in mine[n : n + features.neighbours]]
-                e.store(kind, at + features.elements[mine[n]][1] * size, x, there)
+            registers = features.of_slot(slot)
+            for n in range(0, len(registers), features.neighbours):
+                x = [acc[i] * scale for i in registers[n : n + features.neighbours]]
+                e.store(kind, at + features.elements[registers[n]][1] * size, x, in_bounds)
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         parameters = integers, reals
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread, part = np.int32(cuda.threadIdx.x), np.int32(cuda.blockIdx.z)
         x, y = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
-        if careful:
+        if nan_safe:
             if any_marked(parameters) == 0:
                 return
-        if careful:
+        if nan_safe:
             block = find_work(parameters, x, y)
             if cuda.syncthreads_or(marked(block, thread)) == 0:
                 return
@@ -299,7 +291,8 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
                 if staged:
                     s = stages(block, thread, j, s)
                 if j < all_begin or j + columns > all_end:
-                    # (Found again, here and at the end, so that it needs no registers all the while.)
+                    # Rematerialization: the block is computed anew on tiles at the edge, and at the end, so that it
+                    # does not occupy registers throughout the loop.
                     edge = find_work(parameters, x, y)
                     s = hide(edge, thread, j, s)
                 if not mixed:

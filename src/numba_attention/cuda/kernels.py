@@ -60,7 +60,7 @@ def compile_(c: Spec) -> Any:
 
 @cache
 def compiled(c: Spec) -> Kernel:
-    """The machine code of a kernel, from the cache on disk if it is there."""
+    """The machine code of a kernel, from the cache on disk or else compiled."""
     code = cubin(c.name, lambda: compile_(c).code)
     return Kernel(entry(code), code, c.threads, shared(c), addresses(c))
 

@@ -1,4 +1,4 @@
-"""Rows whose lse does not tell the denominator: their maximum and sum, of the scores as the backward pass has them.
+"""Rows whose lse does not determine the denominator: maximum and sum of their scores, for the backward pass.
 
 The lse of a row of scores of -1e9 is -1e9 as float32, however many keys there are. P of such a row is
 2**((score - maximum) * factor - log2(sum)), and the last of these is the offset of the row.
@@ -15,7 +15,8 @@ from .softmax import LOG2E, fold, is_far, relative, start, total
 from .spec import Spec
 
 NAMES = (*FORWARD, "delta")
-# How far the lse of a row may exceed that of its keys by rounding. Beyond, it is that of more keys than there are here.
+# How far the lse of a row may exceed that of its keys by rounding, relatively. A larger one is that of more keys than
+# these, such as all of a sequence of which the call has a part.
 SLACK = {"f": 2.0**-19, "d": 2.0**-48}
 
 
@@ -46,9 +47,9 @@ def make_normalizers(c: Spec, on: Target) -> KernelFunction:
         """Whether the row of a thread is far, the first key that a row sees, and the one after the last."""
         begin, end, _, _ = b.span.of_rows(b.first, b.first + (c.rows - 1))
         row = b.first + thread
-        there = (thread < c.rows) & (row < b.span.rows)
-        lse = e.load(kind, b.places["lse"] + e.wide(row) * b.p.lse_row, where=there)
-        return e.select(there & is_far(e, lse), begin - begin + 1, begin - begin), begin, end
+        in_bounds = (thread < c.rows) & (row < b.span.rows)
+        lse = e.load(kind, b.places["lse"] + e.wide(row) * b.p.lse_row, where=in_bounds)
+        return e.select(in_bounds & is_far(e, lse), begin - begin + 1, begin - begin), begin, end
 
     @macro("", BLOCK, "i", "i")
     def load_queries(e: Emit, b: Block, base: I32, thread: I32) -> None:
@@ -83,13 +84,13 @@ def make_normalizers(c: Spec, on: Target) -> KernelFunction:
         begins = product.lane_column(thread & 31).equals(0)
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
-            there = begins & (at < b.span.rows)
-            lse = e.load(kind, b.places["lse"] + e.wide(at) * b.p.lse_row, where=there)
-            more = e.fma(m[slot], zero - b.p.real("unit", kind), lse)  # ln(sum), as far as the lse tells it
+            in_bounds = begins & (at < b.span.rows)
+            lse = e.load(kind, b.places["lse"] + e.wide(at) * b.p.lse_row, where=in_bounds)
+            more = e.fma(m[slot], zero - b.p.real("unit", kind), lse)  # ln(sum), up to the rounding of the lse
             own = e.log2(l[slot])
             whole = more <= own * (1 / LOG2E) + e.abs(lse) * SLACK[kind]
             offset = zero - e.select(whole, own, more * LOG2E)
-            address, where = b.places["delta"] + e.wide(at) * b.p.delta_row, there & is_far(e, lse)
+            address, where = b.places["delta"] + e.wide(at) * b.p.delta_row, in_bounds & is_far(e, lse)
             for name, x in (("offset", offset), ("maximum", m[slot])):
                 e.store(kind, address + FACTS.index(name) * SIZES[kind], [x], where)
 

@@ -1,4 +1,4 @@
-"""What a kernel is told: integers and reals a call, by name, and one record a sequence in the memory of the device."""
+"""Parameters of a kernel: integers and reals of a call, by name, and one record per sequence in device memory."""
 
 from ..sequence_record import SEQUENCE
 from .emit import I32, I64, Emit, Packed, Real, Regs
@@ -62,5 +62,5 @@ class Sequence:
 
 
 def clamp(e: Emit, x: I64) -> I32:
-    """Narrow a position: what lies further than any key does so by as much as counts."""
+    """Narrow a position to 32 bits: one beyond every key is clamped to `FAR`."""
     return e.narrow(e.max(e.min(x, FAR), -FAR))

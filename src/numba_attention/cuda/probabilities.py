@@ -1,4 +1,4 @@
-"""The probabilities themselves, for `attention_weights`: maxima and sums of chosen rows first, then every key again."""
+"""The probabilities themselves, for `attention_weights`, in two passes over keys: maxima and sums, then weights."""
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def make_weights(c: Spec, on: Target) -> KernelFunction:
     def find_work(e: Emit, p: Parameters, x: I32) -> tuple[Block, I32]:
         tiles = p.int("tiles")
         b = block_of(e, c, p, FORWARD, x // tiles, x % tiles, e.const("i", 0))
-        b.rows = p.int("number")  # rows are those chosen
+        b.rows = p.int("number")  # the rows of the list
         return b, b.span.columns
 
     @macro("", BLOCK, "i", "i")
@@ -75,15 +75,17 @@ def make_weights(c: Spec, on: Target) -> KernelFunction:
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
             some = (l[slot] > 0.0) | e.is_nan(l[slot])
-            mine = layout.of_slot(slot)
-            made = []
-            for n in mine:
+            registers = layout.of_slot(slot)
+            weights = []
+            for n in registers:
                 hidden = product.is_hidden(e, s[n])
                 weight = e.exp2(e.fma(apart[n], factor, offsets[slot]))
-                made.append(e.select(hidden, zero, e.select(some, weight / l[slot], zero)))
+                weights.append(e.select(hidden, zero, e.select(some, weight / l[slot], zero)))
             address = b.places["out"] + e.wide(at) * b.p.out_row
             first = product.lane_column(thread & 31) + j
-            write_row(e, c.storage, False, layout, mine, made, address, b.p.out_column, first, keys, at < b.rows)
+            write_row(
+                e, c.storage, False, layout, registers, weights, address, b.p.out_column, first, keys, at < b.rows
+            )
 
     @macro("i", PARAMETERS)
     def all_keys(e: Emit, p: Parameters) -> I32:

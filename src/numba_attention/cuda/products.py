@@ -12,7 +12,7 @@ from .emit import I32, Emit, Pred, Real, Regs
 from .formats import HALVES, KINDS, SIZES
 from .tiles import CHUNK, Place, Tile
 
-HIDDEN = 0x7FC0DEAD  # bits of a float32 weight, a NaN that no arithmetic makes, for what must not be multiplied at all
+HIDDEN = 0x7FC0DEAD  # bits of a float32 NaN that no arithmetic produces: the weight of what must not be multiplied
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Product(ABC):
     reduce: tuple[int, ...]  # the distances of lanes that share a row
     scratch = 0  # bytes of shared memory for each warp
     at = 0  # its byte offset
-    careful = False  # whether weights that are `HIDDEN` are not multiplied
+    nan_safe = False  # whether weights that are `HIDDEN` are not multiplied
 
     def set_columns(self, columns: int) -> None:  # noqa: B027 (not every product has to)
         """Prepare for scores of so many columns."""
@@ -163,7 +163,7 @@ class TensorCores(Product):
                     e.store_shared("i", tile.chunk(place, 0, n) + (lane & 3) * 4, [word])
 
     def shares(self, rows: int, columns: int, warps: int) -> tuple[int, int]:
-        """How many tiles of 16 rows warps share out, and how many parts of the columns; some warps may be left over."""
+        """How warps share out a product: number of tiles of 16 rows, and of parts of the columns; some may be idle."""
         tiles = rows // 16
         parts = max(1, min(warps // tiles, columns // 16))
         while columns // 16 % parts:
@@ -182,7 +182,7 @@ class TensorCores(Product):
         zero = e.const("f", 0.0)
         sums = [zero] * (features // 2)
         first = (lane >> 4) + part * (features // 8)
-        even = features // 8 & (features // 8 - 1) == 0  # then the part is in other bits than the chunk
+        even = features // 8 & (features // 8 - 1) == 0  # then part and chunk number have no bit in common
         for k in range(a.rows // 16):
             place = a.row(base, (lane & 7) + (lane >> 4) * 8, 16 * k)
             left = e.load_matrices(a.chunk(place, ((lane >> 3) & 1) + tile * 2), True)
@@ -243,14 +243,15 @@ class TripleTF32(TensorCores):
                 column = [read(b, place, chunk) for chunk in (0, 1)]
                 for m in range(self.tiles):
                     at = slice(m * per_tile + 4 * n, m * per_tile + 4 * n + 4)
-                    found = self._multiply(e, rows[m], column, [e.const("f", 0.0)] * 4)
-                    s[at] = [x + y for x, y in zip(s[at], found, strict=True)]
+                    product = self._multiply(e, rows[m], column, [e.const("f", 0.0)] * 4)
+                    s[at] = [x + y for x, y in zip(s[at], product, strict=True)]
             return s
 
         return e.loop(a.columns // 8, [e.const("f", 0.0)] * (per_tile * self.tiles), body)
 
     def add(self, e: Emit, c: Regs, p: Regs, b: Tile, base: I32, warp: I32, lane: I32, shift: I32 | int = 0) -> Regs:
-        # The order of the summed index is free: of a step of 8, index t is row 2t of B and t + 4 row 2t + 1, as P lies.
+        # Layout without shuffles: the order of the summed index is free. Index t of a step of 8 is row 2t of B, and
+        # t + 4 is row 2t + 1, which is where the accumulator layout has the columns of P.
         c, zero = list(c), [e.const("f", 0.0)] * 4
         per_tile, wide, steps = len(p) // self.tiles, len(c) // self.tiles, range(b.rows // 8)
         rows = [[b.row(base + shift, (lane & 3) * 2 + odd, 8 * k) for odd in (0, 1)] for k in steps]
@@ -273,16 +274,16 @@ class TripleTF32(TensorCores):
 
 
 class Simt(Product):
-    """float32 and float64 by FMA: a warp is a grid of lanes, each with some rows and every so-manieth column.
+    """float32 and float64 by FMA: a warp is a grid of lanes, each with some rows and columns at a stride.
 
     With one lane across, a thread has its rows to itself: no shuffles, so that this runs in Numba's simulator too.
-    ``careful``: what is `HIDDEN` is not multiplied, so that NaN in what a row does not see stays there.
+    ``nan_safe``: weights that are `HIDDEN` are not multiplied, so that NaN in what a row does not see cannot reach it.
     """
 
-    def __init__(self, storage: str, slots: int = 4, across: int = 8, careful: bool = False) -> None:
+    def __init__(self, storage: str, slots: int = 4, across: int = 8, nan_safe: bool = False) -> None:
         self.storage = "float64" if storage == "float64" else "float32"
         self.kind, self.size = KINDS[self.storage], SIZES[self.storage]
-        self.slots, self.across, self.careful = slots, across, careful
+        self.slots, self.across, self.nan_safe = slots, across, nan_safe
         self.down = 32 // across
         self.rows = self.down * slots
         self.reduce = tuple(n for n in (1, 2, 4, 8, 16) if n < across)
@@ -326,14 +327,14 @@ class Simt(Product):
         def body(k: I32, s: Regs) -> Regs:
             left = [e.load_shared(self.kind, a.chunk(place, k), self.per_chunk) for place in rows]
             right = [e.load_shared(self.kind, b.chunk(place, k), self.per_chunk) for place in columns]
-            made = []
+            sums = []
             for slot in range(self.slots):
                 for n in range(len(columns)):
                     x = s[slot * len(columns) + n]
                     for y, z in zip(left[slot], right[n], strict=True):
                         x = e.fma(y, z, x)
-                    made.append(x)
-            return made
+                    sums.append(x)
+            return sums
 
         zero = e.const(self.kind, 0.0)
         return e.loop(a.chunks, [zero] * (self.slots * len(columns)), body)
@@ -341,7 +342,7 @@ class Simt(Product):
     def add(self, e: Emit, c: Regs, p: Regs, b: Tile, base: I32, warp: I32, lane: I32, shift: I32 | int = 0) -> Regs:
         layout = self.layout(b.rows)
         own = base + (warp * self.scratch + self.lane_row(lane) * self.pitch + self.at)
-        e.sync_warp()  # its weights of the last tile have been read
+        e.sync_warp()  # the warp has read its weights of the previous tile
         for x, (slot, column) in zip(p, layout.elements, strict=True):
             at = own + (self.lane_column(lane) + column) * self.size + self.slot_row(slot) * self.pitch
             e.store_shared(self.kind, at, [x])
@@ -368,5 +369,5 @@ class Simt(Product):
         return e.loop(b.rows // self.per_chunk, c, body)
 
     def _add(self, e: Emit, weight: Real, value: Real, total: Real) -> Real:
-        made = e.fma(weight, value, total)
-        return e.select(self.is_hidden(e, weight), total, made) if self.careful else made
+        summed = e.fma(weight, value, total)
+        return e.select(self.is_hidden(e, weight), total, summed) if self.nan_safe else summed

@@ -1,4 +1,4 @@
-"""Rows of registers out to global memory, and whether they are finite."""
+"""Stores rows of registers to global memory, and tells whether they are finite."""
 
 from .emit import I32, I64, Emit, Pred, Regs
 from .formats import HALVES, KINDS, SIZES
@@ -14,24 +14,24 @@ def not_finite(e: Emit, numbers: Regs) -> I32:
 
 
 def write_row(
-    e: Emit, storage: str, aligned: bool, layout: Layout, mine: list[int], x: Regs, address: I64, column: I64,
-    first: I32, width: I32, there: Pred,
+    e: Emit, storage: str, aligned: bool, layout: Layout, registers: list[int], x: Regs, address: I64, column: I64,
+    first: I32, width: I32, in_bounds: Pred,
 ) -> None:  # fmt: skip
-    """Store the registers `mine` of a row, whose values are x and whose lane begins at feature `first`, up to a width.
+    """Store some registers of a row, by number, with the values x; their lane begins at feature `first`.
 
     ``aligned``: the row has no gaps, and neighbours may be stored together.
     """
     size, half = SIZES[storage], HALVES.get(storage)
     if not aligned:
-        for n, y in zip(mine, x, strict=True):
+        for n, y in zip(registers, x, strict=True):
             feature = first + layout.elements[n][1]
             y = e.to_half(half, e.convert("f", y)) if half else y
-            e.store(KINDS[storage], address + e.wide(feature) * column, [y], there & (feature < width))
+            e.store(KINDS[storage], address + e.wide(feature) * column, [y], in_bounds & (feature < width))
         return
     group = layout.neighbours
-    for n in range(0, len(mine), group):
-        feature, part = first + layout.elements[mine[n]][1], x[n : n + group]
-        where = there & (feature < width)
+    for n in range(0, len(registers), group):
+        feature, part = first + layout.elements[registers[n]][1], x[n : n + group]
+        where = in_bounds & (feature < width)
         if half:
             part = [e.pack(half, part[i], part[i + 1]) for i in range(0, group, 2)]
         e.store("i" if half else KINDS[storage], address + e.wide(feature * size), part, where)

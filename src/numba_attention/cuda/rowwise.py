@@ -1,4 +1,4 @@
-"""Small kernels around the backward pass: delta, gradients of sinks, sums over what was broadcast, zeros."""
+"""Small kernels around the backward pass: delta, gradients of sinks, sums over broadcast axes, rounding of dQ."""
 
 import math
 
@@ -23,8 +23,8 @@ def kind_of(storage: str) -> str:
 def make_delta(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel of delta = rowsum(dO O) - dlse: a warp for each row; its grid is rows by fours, and heads.
 
-    Beside delta it writes the offset of the row (`normalizers`), of an lse that says enough, and whether any does not.
-    ``single``: it clears a row of the sums of the gradient of queries too.
+    It also writes the offset of the row (`blocks.FACTS`), and flags whether any lse does not determine its denominator.
+    ``fused_dq``: it clears a row of the sums of the gradient of queries too.
     """
     cuda, macro = on.cuda, on.macro
     kind = kind_of(c.storage)
@@ -32,33 +32,33 @@ def make_delta(c: Spec, on: Target) -> KernelFunction:
     @macro("", PARAMETERS, "i", "i", "i")
     def row(e: Emit, p: Parameters, x: I32, head: I32, thread: I32) -> None:
         b, i = _row_of_warp(e, c, p, x, head, thread)
-        lane, there, total = thread & 31, i < b.span.rows, e.const(kind, 0.0)
+        lane, in_bounds, total = thread & 31, i < b.span.rows, e.const(kind, 0.0)
         pairs = c.aligned and c.storage in HALVES  # of features in one word
         each = 2 if pairs else 1
         for n in range(-(-c.Ev // (32 * each))):
             feature = (lane + 32 * n) * each
-            inside = there & (feature < p.int("Ev"))
-            found: list[Regs] = []
+            inside = in_bounds & (feature < p.int("Ev"))
+            operands: list[Regs] = []
             for name in ("out", "grad_out"):
                 at = b.places[name] + e.wide(i) * getattr(p, f"{name}_row")
                 at = at + e.wide(feature) * getattr(p, f"{name}_column")
                 if pairs:
-                    found.append(list(e.unpack(HALVES[c.storage], e.load("i", at, where=inside))))
+                    operands.append(list(e.unpack(HALVES[c.storage], e.load("i", at, where=inside))))
                 else:
-                    found.append([read(e, c.storage, at, inside)])
-            for a, z in zip(*found, strict=True):
+                    operands.append([read(e, c.storage, at, inside)])
+            for a, z in zip(*operands, strict=True):
                 total = e.fma(a, z, total)
         for distance in (16, 8, 4, 2, 1):
             total = total + e.shuffle_xor(total, distance)
-        given = there & (p.grad_lse > 0)
-        total = total - e.load(kind, b.places["grad_lse"] + e.wide(i) * p.grad_lse_row, where=given)
-        lse = e.load(kind, b.places["lse"] + e.wide(i) * p.lse_row, where=there)
+        has_grad_lse = in_bounds & (p.grad_lse > 0)
+        total = total - e.load(kind, b.places["grad_lse"] + e.wide(i) * p.grad_lse_row, where=has_grad_lse)
+        lse = e.load(kind, b.places["lse"] + e.wide(i) * p.lse_row, where=in_bounds)
         offset = e.select(lse.equals(-math.inf), e.const(kind, 0.0), lse * -LOG2E)
-        at, own, zero = b.places["delta"] + e.wide(i) * p.delta_row, there & lane.equals(0), e.const(kind, 0.0)
+        at, own, zero = b.places["delta"] + e.wide(i) * p.delta_row, in_bounds & lane.equals(0), e.const(kind, 0.0)
         for n, pair in enumerate(([total, offset], [zero, zero])):
             e.store(kind, at + n * 2 * SIZES[kind], pair, own)
         e.store("i", p.far, [e.const("i", 1)], own & is_far(e, lse))
-        if c.single:
+        if c.fused_dq:
             zero, at = e.const(kind, 0.0), b.places["sum_query"] + e.wide(i) * p.sum_query_row
             for n in range(c.E // 32):
                 e.store(kind, at + e.wide(lane + 32 * n) * 4, [zero], i < b.rows)
@@ -84,20 +84,20 @@ def make_round(c: Spec, on: Target) -> KernelFunction:
     @macro("", PARAMETERS, "i", "i", "i")
     def row(e: Emit, p: Parameters, x: I32, head: I32, thread: I32) -> None:
         b, i = _row_of_warp(e, c, p, x, head, thread)
-        lane, there, bad = thread & 31, i < b.rows, e.const("i", 0)
+        lane, in_bounds, bad = thread & 31, i < b.rows, e.const("i", 0)
         source = b.places["sum_query"] + e.wide(i) * p.sum_query_row
         target = b.places["grad_query"] + e.wide(i) * p.grad_query_row
         pair = Layout(1, ((0, 0), (0, 1)), 2)
         for n in range(-(-c.E // 64)):
             feature = lane * 2 + 64 * n
-            found = e.load("f", source + e.wide(feature) * 4, 2, where=there & (feature < c.E))
-            bad = bad | not_finite(e, found)
-            write_row(e, c.storage, c.aligned, pair, [0, 1], found, target, p.grad_query_column, feature,
-                      p.int("E"), there)  # fmt: skip
+            values = e.load("f", source + e.wide(feature) * 4, 2, where=in_bounds & (feature < c.E))
+            bad = bad | not_finite(e, values)
+            write_row(e, c.storage, c.aligned, pair, [0, 1], values, target, p.grad_query_column, feature,
+                      p.int("E"), in_bounds)  # fmt: skip
         if c.flags:
             for distance in (16, 8, 4, 2, 1):
                 bad = bad | e.shuffle_xor(bad, distance)
-            b.mark(i, bad, there & lane.equals(0))
+            b.mark(i, bad, in_bounds & lane.equals(0))
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         parameters = integers, reals
@@ -120,14 +120,14 @@ def make_sinks(c: Spec, on: Target) -> KernelFunction:
     def add(e: Emit, p: Parameters, index: I32, turn: I32, head: I32, thread: I32, total: Real) -> Real:
         b = block_of(e, c, p, NAMES, index, e.const("i", 0), head)
         i = turn * threads + thread
-        there = i < b.span.rows
-        lse = e.load(kind, b.places["lse"] + e.wide(i) * p.lse_row, where=there)
+        in_bounds = i < b.span.rows
+        lse = e.load(kind, b.places["lse"] + e.wide(i) * p.lse_row, where=in_bounds)
         at = b.places["delta"] + e.wide(i) * p.delta_row
-        delta, offset, top = (e.load(kind, at + n * SIZES[kind], where=there) for n in range(3))
+        delta, offset, top = (e.load(kind, at + n * SIZES[kind], where=in_bounds) for n in range(3))
         weight = e.exp2(e.fma(b.sink(head, kind) - top, p.real("factor", kind), offset))
-        # Beside an infinite sum nothing else weighs; of a row with neither sink nor keys (lse -inf) nothing does.
-        weighs = there & e.is_finite(lse) & (weight > 0.0)
-        return e.select(weighs, total - weight * delta, e.select(there & e.is_nan(lse), lse, total))
+        # Infinite lse: beside an infinite sum the sink has weight 0, as in a row without keys or sink (lse -inf).
+        weighs = in_bounds & e.is_finite(lse) & (weight > 0.0)
+        return e.select(weighs, total - weight * delta, e.select(in_bounds & e.is_nan(lse), lse, total))
 
     @macro("", "i", "i", kind)
     def leave(e: Emit, base: I32, thread: I32, x: Real) -> None:
@@ -171,12 +171,12 @@ def make_reduce(c: Spec, on: Target) -> KernelFunction:
     @macro(f"l l i {kind}", f"l{4 + 5 * AXES}", "i", "i")
     def begin(e: Emit, n: Regs, x: I32, thread: I32) -> tuple[I64, I64, I32, Real]:
         index = e.wide(x) * threads + e.wide(thread)
-        there = index < n[2]
-        source, target, rest = n[0], n[1], e.select(there, index, index - index)
+        in_bounds = index < n[2]
+        source, target, rest = n[0], n[1], e.select(in_bounds, index, index - index)
         for axis in range(AXES):
             size, a, b = n[4 + 3 * axis : 7 + 3 * axis]
             source, target, rest = source + rest % size * a, target + rest % size * b, rest // size
-        return source, e.select(there, target, target - target), e.narrow(n[3]), e.const(kind, 0.0)
+        return source, e.select(in_bounds, target, target - target), e.narrow(n[3]), e.const(kind, 0.0)
 
     @macro(kind, f"l{4 + 5 * AXES}", "l", "l", "i", kind)
     def add(e: Emit, n: Regs, source: I64, target: I64, term: I32, total: Real) -> Real:

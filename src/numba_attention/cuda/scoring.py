@@ -1,4 +1,4 @@
-"""From products of queries and keys to scores: what the forward and the backward passes have in common.
+"""From products of queries and keys to scores: stages and intervals, shared by forward and backward passes.
 
 A tile of scores has rows and columns. In the forward pass rows are queries and columns are keys; where the backward
 pass sums over queries it is the other way round. Position by position the rules are the same: a row sees one interval
@@ -18,7 +18,7 @@ from .spec import Spec
 
 
 def _converted(e: Emit, kind: str, x: Real) -> Real:
-    """A bias in the kind of the scores; what is finite in float64 stays so in float32."""
+    """A bias in the kind of the scores; a finite float64 is clamped so that it stays finite in float32."""
     if kind == "f" and x.kind == "d":
         most = e.const("d", LARGEST["f"])
         return e.select(
@@ -45,7 +45,7 @@ class Span:
         self._rule = bind(rows_of_key if transposed else keys_of_row, e.min, e.max, e.select)
 
     def of_row(self, row: I32) -> tuple[I32, I32]:
-        """First column and the one after the last; none of them for a row that is not there."""
+        """First column and the one after the last; the interval of a row out of bounds is empty."""
         start, stop = self._rule(row, *self.numbers)
         return start, stop
 
@@ -97,8 +97,8 @@ class Scores:
     def places(self) -> list[tuple[I32, I32]]:
         """Query and key of each register."""
         columns = {n: self.column + n for n in dict.fromkeys(n for _, n in self.layout.elements)}
-        found = [(self.rows[slot], columns[n]) for slot, n in self.layout.elements]
-        return [(b, a) for a, b in found] if self.transposed else found
+        positions = [(self.rows[slot], columns[n]) for slot, n in self.layout.elements]
+        return [(b, a) for a, b in positions] if self.transposed else positions
 
     def stages(self, s: Regs, inputs: StageInputs) -> tuple[Regs, Regs]:
         """Apply softcap, ALiBi, bias and mask, in this order.
@@ -115,35 +115,35 @@ class Scores:
         elif c.alibi:
             s = [x * rest for x in s]
         if c.alibi:
-            made = []
+            sloped = []
             for (slot, _), (i, j), x in zip(self.layout.elements, places, s, strict=True):
                 distance = i + inputs.offset - j
                 distance = e.max(distance, 0 - distance)
-                made.append(e.fma(e.convert(kind, distance), e.const(kind, 0.0) - inputs.slopes[slot], x))
-            s = made
-        low = self.product.hidden(e) if self.careful else e.const(kind, -math.inf)
+                sloped.append(e.fma(e.convert(kind, distance), e.const(kind, 0.0) - inputs.slopes[slot], x))
+            s = sloped
+        low = self.product.hidden(e) if self.nan_safe else e.const(kind, -math.inf)
         if c.bias or c.mask:
             inside = [(i < inputs.rows) & (j < inputs.keys) for i, j in places]
         if c.bias:
             least = e.const(kind, -LARGEST[kind])
-            made = []
-            for (slot, _), place, there, x in zip(self.layout.elements, places, inside, s, strict=True):
-                y = _converted(e, kind, read(e, c.bias, self.at("bias", inputs, slot, *place), there))
+            biased = []
+            for (slot, _), place, in_bounds, x in zip(self.layout.elements, places, inside, s, strict=True):
+                y = _converted(e, kind, read(e, c.bias, self.at("bias", inputs, slot, *place), in_bounds))
                 total = x + y if c.softcap or c.alibi else e.fma(x, rest, y)
-                # Only -inf hides: a finite bias whose sum with a score has no room stays the least number.
-                made.append(e.select(y.equals(-math.inf), low, e.select(total < least, least, total)))
-            s = made
+                # Only a bias of -inf hides: a sum of finite numbers that underflows to -inf becomes the least number.
+                biased.append(e.select(y.equals(-math.inf), low, e.select(total < least, least, total)))
+            s = biased
         if c.mask:
-            made = []
-            for (slot, _), place, there, x in zip(self.layout.elements, places, inside, s, strict=True):
-                shown = e.load("b", self.at("mask", inputs, slot, *place), where=there)
-                made.append(e.select(shown > 0, x, low))
-            s = made
+            masked = []
+            for (slot, _), place, in_bounds, x in zip(self.layout.elements, places, inside, s, strict=True):
+                shown = e.load("b", self.at("mask", inputs, slot, *place), where=in_bounds)
+                masked.append(e.select(shown > 0, x, low))
+            s = masked
         return s, curves
 
     @property
-    def careful(self) -> bool:
-        return self.product.careful
+    def nan_safe(self) -> bool:
+        return self.product.nan_safe
 
     def at(self, name: str, inputs: StageInputs, slot: int, i: I32, j: I32) -> I64:
         """The address of an element of the bias or the mask."""
@@ -153,16 +153,16 @@ class Scores:
         return address if inputs.heads is None else address + e.wide(inputs.heads[slot]) * head
 
     def hide(self, s: Regs, span: Span) -> Regs:
-        """Hide what rows do not see."""
+        """Set scores outside the interval of their row to -inf, or to `products.HIDDEN`."""
         e = self.e
-        low = self.product.hidden(e) if self.careful else e.const(self.product.kind, -math.inf)
+        low = self.product.hidden(e) if self.nan_safe else e.const(self.product.kind, -math.inf)
         ends = []
         for row in self.rows:
             first, last = span.of_row(row)
             ends.append((first - self.column, last - self.column))
-        made = []
+        visible = []
         for (slot, n), x in zip(self.layout.elements, s, strict=True):
             first, last = ends[slot]
             seen = (first <= n) & (last > n)
-            made.append(e.select(seen, x, low))
-        return made
+            visible.append(e.select(seen, x, low))
+        return visible

@@ -17,14 +17,14 @@ from .products import Layout, Product
 
 LN2 = math.log(2)
 LOG2E = math.log2(math.e)
-# The maximum of a row that has seen nothing is the least number: minus infinity minus that is minus infinity.
+# Empty rows: the initial maximum is the least finite number and not -inf, because -inf minus -inf is NaN.
 LARGEST = {"f": float.fromhex("0x1.fffffep127"), "d": sys.float_info.max}
 # The weight of a score is 2**(score * factor - maximum * factor), one fused multiply-add, as long as the rounded
 # product of the maximum and the factor is within 1/8 of the exact one. Beyond, the maximum is subtracted first.
 FAR = {"f": 2.0**22, "d": 2.0**51}
-# The lse beyond which its rounding is more than 3e-5 of a denominator (that of float64: 4e-9).
+# The lse beyond which its rounding error is a relative error of the denominator of more than 3e-5 (float64: 4e-9).
 ROUNDED = {"f": 2.0**10, "d": 2.0**25}
-# Weights of 2**-LIFT and less: up to 2**29 of them, times values near the largest number, have a finite sum.
+# Overflow: with weights of at most 2**-LIFT, up to 2**29 values near the largest number have a finite sum.
 LIFT = 30
 
 
@@ -55,7 +55,7 @@ def start(
 
 
 def excess(e: Emit, maximum: Real, factor: Real) -> Real:
-    """The logarithm of the weight of a row's maximum: what its product with the factor exceeds the rounded one by."""
+    """The logarithm of the weight of a row's maximum: the rounding error of maximum * factor, exactly, by FMA."""
     kind = maximum.kind
     rounded = maximum * factor
     return e.select(
@@ -97,27 +97,27 @@ def center(
                 steps[slot] = e.select(far, (before[slot] - m[slot]) * factor - more, steps[slot])
         return apart + offsets + steps
 
-    made = e.when(largest >= limit, [*s, *offsets, *steps], subtract)
-    return made[: len(s)], made[len(s) : len(s) + len(m)], made[len(s) + len(m) :]
+    centered = e.when(largest >= limit, [*s, *offsets, *steps], subtract)
+    return centered[: len(s)], centered[len(s) : len(s) + len(m)], centered[len(s) + len(m) :]
 
 
 def fold(
     e: Emit, product: Product, layout: Layout, features: Layout, s: Regs, m: Regs, l: Regs, c: Regs,
     factor: Real, lift: I32 | None = None, at_once: bool = False,
 ) -> tuple[Regs, Regs, Regs, Regs]:  # fmt: skip
-    """Take in a tile of scores: its weights, and maxima, sums and accumulators with it.
+    """Update the online softmax by a tile of scores; returns its weights, and maxima, sums and accumulators.
 
     ``at_once``: accumulators are rescaled here, and not when they are needed.
     """
     p, before, l, c = list(s), m, list(l), list(c)
     low = e.const(product.kind, -math.inf)
-    careful = product.careful
-    shown = [e.select(product.is_hidden(e, x), low, x) for x in s] if careful else s
+    nan_safe = product.nan_safe
+    shown = [e.select(product.is_hidden(e, x), low, x) for x in s] if nan_safe else s
     m = []
     for slot in range(product.slots):
-        mine = layout.of_slot(slot)
-        top = shown[mine[0]]
-        for n in mine[1:]:
+        registers = layout.of_slot(slot)
+        top = shown[registers[0]]
+        for n in registers[1:]:
             top = e.max(top, shown[n])
         m.append(e.max(before[slot], across(e, product, top, e.max)))
     shown, offsets, steps = center(e, product, layout, shown, m, factor, lift, before)
@@ -127,7 +127,7 @@ def fold(
         for n in layout.of_slot(slot):
             weight = e.exp2(e.fma(shown[n], factor, offsets[slot]))
             total = total + weight
-            p[n] = e.select(product.is_hidden(e, s[n]), s[n], weight) if careful else weight
+            p[n] = e.select(product.is_hidden(e, s[n]), s[n], weight) if nan_safe else weight
         l[slot] = total
         for n in features.of_slot(slot):
             c[n] = e.times(c[n], alpha) if at_once else c[n] * alpha
@@ -140,11 +140,11 @@ def total(e: Emit, product: Product, l: Regs) -> Regs:
 
 def relative(e: Emit, m: Regs, l: Regs, factor: Real, lift: I32 | None = None) -> Regs:
     """Sums of weights where the maximum of a row weighs 1."""
-    made = []
+    sums = []
     for top, x in zip(m, l, strict=True):
         scale = e.exp2(e.const(x.kind, 0.0) - excess(e, top, factor))
-        made.append(x * (scale if lift is None else e.select(lift > 0, e.const(x.kind, 2.0**LIFT), scale)))
-    return made
+        sums.append(x * (scale if lift is None else e.select(lift > 0, e.const(x.kind, 2.0**LIFT), scale)))
+    return sums
 
 
 def lse(e: Emit, maximum: Real, total: Real, unit: Real) -> Real:
@@ -153,17 +153,17 @@ def lse(e: Emit, maximum: Real, total: Real, unit: Real) -> Real:
 
 
 def is_far(e: Emit, lse: Real) -> Pred:
-    """Whether a row has an lse so large that, rounded, it does not tell the denominator."""
+    """Whether the lse of a row is so large that, rounded, it does not determine the denominator."""
     return (e.abs(lse) > ROUNDED[lse.kind]) & e.is_finite(lse)
 
 
 def recenter(e: Emit, s: Regs, tops: Regs) -> Regs:
-    """Subtract from each score the maximum of its row, which is 0 for rows whose lse tells the denominator.
+    """Subtract from each score the maximum of its row, which is 0 for rows whose lse determines the denominator.
 
     Products that are summed in another order may exceed it by their rounding, and nothing weighs more than the maximum.
     """
-    made = []
+    centered = []
     for x, top in zip(s, tops, strict=True):
-        apart = x - top
-        made.append(e.select((apart > 0.0) & (e.abs(top) > 0.0), apart - apart, apart))
-    return made
+        difference = x - top
+        centered.append(e.select((difference > 0.0) & (e.abs(top) > 0.0), difference - difference, difference))
+    return centered

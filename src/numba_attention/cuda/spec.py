@@ -14,7 +14,7 @@ FEATURES = (32, 64, 96, 128, 192, 256)  # head dimensions that tiles have; other
 
 @dataclass(frozen=True)
 class Spec:
-    """One kernel: its task, what it reads, what it does on the way, and its tiles."""
+    """The settings of one kernel: its task, storage, options and tile shape."""
 
     task: str  # "forward", "combine", "delta", "query", "key", "round", "bias", "sinks", "weights", "reduce"
     storage: str  # of query, key, value and out
@@ -33,15 +33,15 @@ class Spec:
     mask: bool = False
     sinks: bool = False
     paged: bool = False
-    stored: str = ""  # how keys and values are held, if not as queries are
-    chosen: bool = False  # rows are those of a list
-    stacked: bool = False  # the query heads of a key head are rows of one tile
-    split: bool = False  # keys are dealt out to several blocks
-    flags: bool = False  # rows that are not finite are marked for the careful kernel
-    careful: bool = False  # the kernel that does marked rows again, and keeps what they do not see from them
+    kv_storage: str = ""  # storage of keys and values in a cache, if not that of queries
+    gather_rows: bool = False  # gathers the rows of a list
+    pack_gqa: bool = False  # the query heads of a key head are rows of one tile
+    split_kv: bool = False  # several blocks share the keys of a row, and `combine` joins them
+    flags: bool = False  # rows whose result is not finite are flagged for the NaN-safe kernel
+    nan_safe: bool = False  # recomputes flagged rows without multiplying what they do not see
     to: str = ""  # storage of the result of "reduce"
-    only: str = ""  # of the gradients of a tile of keys the one that is made, "key" or "value", where both are too many
-    single: bool = False  # the kernel of a tile of keys sums the gradient of queries too, in whatever order
+    only: str = ""  # the one gradient of a tile of keys, "key" or "value", where registers do not suffice for both
+    fused_dq: bool = False  # the kernel of a tile of keys adds dQ too, by atomics in any order
     arch: str = ""
 
     @cached_property
@@ -62,8 +62,8 @@ class Spec:
 
     @property
     def is_unpacked(self) -> bool:
-        """Whether keys and values come as codes, of which tiles are made in shared memory."""
-        return bool(self.stored) and self.aligned
+        """Whether keys and values are copied as codes, which become tiles in shared memory."""
+        return bool(self.kv_storage) and self.aligned
 
     @property
     def threads(self) -> int:
@@ -74,7 +74,7 @@ class Spec:
             return TensorCores(self.storage, self.slots)
         if self.product == "tf32":
             return TripleTF32(self.storage, self.slots)
-        return Simt(self.storage, self.slots, self.across, self.careful)
+        return Simt(self.storage, self.slots, self.across, self.nan_safe)
 
     @cached_property
     def compute(self) -> str:
@@ -89,11 +89,11 @@ class Spec:
     @property
     def name(self) -> str:
         """All that distinguishes this kernel from others."""
-        options = [n for n in ("aligned", "softcap", "alibi", "mask", "sinks", "paged", "stacked", "split", "flags",
-                               "careful", "chosen", "single") if getattr(self, n)]  # fmt: skip
+        options = [n for n in ("aligned", "softcap", "alibi", "mask", "sinks", "paged", "pack_gqa", "split_kv", "flags",
+                               "nan_safe", "gather_rows", "fused_dq") if getattr(self, n)]  # fmt: skip
         words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",
                  f"{self.warps}w{self.columns}c{self.blocks}b{self.only}{self.to}", *options]  # fmt: skip
-        named = [f"{n}_{getattr(self, n)}" for n in ("bias", "stored") if getattr(self, n)]
+        named = [f"{n}_{getattr(self, n)}" for n in ("bias", "kv_storage") if getattr(self, n)]
         return "-".join([*words, *named, self.arch])
 
     def with_(self, **changes: Any) -> "Spec":
@@ -115,10 +115,10 @@ def compute_capability(arch: str) -> tuple[int, int]:
 
 def lay_out(*tiles: tuple[int, int, str]) -> list[Tile]:
     """Tiles (rows, columns, storage) one after the other."""
-    made: list[Tile] = []
+    placed: list[Tile] = []
     for rows, columns, storage in tiles:
-        made.append(Tile(rows, columns, storage, made[-1].end if made else 0))
-    return made
+        placed.append(Tile(rows, columns, storage, placed[-1].end if placed else 0))
+    return placed
 
 
 __all__ = ["FEATURES", "HALVES", "SIZES", "Spec", "compute_capability", "lay_out", "padded"]

@@ -1,7 +1,7 @@
-"""Keys and values of a cache that holds them in fewer bits than queries: from codes to the numbers of a tile.
+"""Dequantization: keys and values of a cache in fewer bits than queries, from codes to the numbers of a tile.
 
-Codes come by asynchronous copies, while something else is worked on, into a tile of their own, their scales beside
-them. When both are there, threads make of them the tile that products read.
+Codes and their scales are copied asynchronously to a tile of their own, behind other work. When both have landed,
+threads convert them to the tile that products read.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .tiles import CHUNK, Place, Rows, Tile
 
 @dataclass(frozen=True)
 class Codes(Tile):
-    """A tile whose chunks lie in order: it is read from one end to the other, and needs no trick for that."""
+    """A tile without swizzling: it is read in order, which has no bank conflicts."""
 
     def row(self, base: I32, row: I32, more: int = 0) -> Place:
         return base + row * self.pitch, None, self.offset + more * self.pitch
@@ -38,23 +38,23 @@ class Codes(Tile):
 
 
 def fetch_scales(e: Emit, codes: Codes, base: I32, rows: Rows, thread: I32, threads: int) -> None:
-    """Bring the scales of rows to shared memory, zeros where there is no row."""
+    """Copy the scales of rows to shared memory; those of rows out of bounds are zero."""
     size, nothing = e.const("i", 4), e.const("i", 0)
     for n in range(-(-codes.rows // threads)):
         row = thread + n * threads
-        inside, there = row < codes.rows, row < rows.number
+        inside, in_bounds = row < codes.rows, row < rows.number
         target = base + row * 4 + codes.scales
-        e.copy_async(target, rows.at(e, row, there), e.select(there, size, nothing), inside, 4)
+        e.copy_async(target, rows.at(e, row, in_bounds), e.select(in_bounds, size, nothing), inside, 4)
 
 
 def unpack(e: Emit, codes: Tile, tile: Tile, base: I32, thread: I32, threads: int, at_once: int = 1) -> None:
-    """Make a tile of codes and their scales."""
+    """Convert codes and their scales to a tile, `at_once` chunks of a thread at a time."""
     assert isinstance(codes, Codes)
     total, per_chunk, kind = tile.rows * tile.chunks, CHUNK // tile.size, KINDS[tile.storage]
     size = per_chunk * codes.size
 
     def body(turn: I32, state: Regs) -> Regs:
-        found = []
+        loaded = []
         for n in range(at_once):
             index = (turn * at_once + n) * threads + thread
             inside = None if total % (threads * at_once) == 0 else index < total
@@ -62,8 +62,8 @@ def unpack(e: Emit, codes: Tile, tile: Tile, base: I32, thread: I32, threads: in
             row, address = index // tile.chunks, base + index * size + codes.offset
             words = e.load_shared("i" if size >= 4 else "h", address, max(size // 4, 1))
             scale = e.load_shared("f", base + row * 4 + codes.scales) if codes.is_scaled else None
-            found.append((row, index % tile.chunks, words, scale, inside))
-        for row, chunk, words, scale, inside in found:
+            loaded.append((row, index % tile.chunks, words, scale, inside))
+        for row, chunk, words, scale, inside in loaded:
             x = [e.convert("d" if kind == "d" else "f", y) for word in words for y in numbers(e, codes.storage, word)]
             x = x[:per_chunk]
             if scale is not None:

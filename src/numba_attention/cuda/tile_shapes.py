@@ -1,4 +1,4 @@
-"""Which kernel does what: the one table of tile shapes, in which no register is spilled (test_cuda_codegen.py)."""
+"""The one table of tile shapes, none of which spills registers (test_cuda_codegen.py), and the kernels of a call."""
 
 import os
 from functools import lru_cache
@@ -10,7 +10,7 @@ from . import kernels
 from .formats import HALVES
 from .spec import Spec, padded
 
-ASYNCHRONOUS = (8, 0)  # the first with asynchronous copies, and matrices of these types
+ASYNCHRONOUS = (8, 0)  # first compute capability with asynchronous copies, and m16n8k16 on tensor cores
 TF32X3 = "NUMBA_ATTENTION_TF32X3"  # "1": float32 on tensor cores, with three products for each
 DETERMINISTIC = "NUMBA_ATTENTION_DETERMINISTIC"  # "1": gradients of half types have the same bits every time
 
@@ -25,7 +25,7 @@ _SHAPES: dict[tuple[str, str, str], dict[int, tuple[int, int, int]]] = {
     ("key", "tensor", "half"): {
         32: (2, 4, 64), 64: (2, 4, 32), 96: (1, 8, 64), 128: (1, 8, 48), 192: (1, 8, 32), 256: (1, 8, 32),
     },
-    ("single", "tensor", "half"): {32: (2, 4, 32), 64: (2, 4, 32), 96: (1, 8, 64), 128: (1, 8, 64)},
+    ("fused_dq", "tensor", "half"): {32: (2, 4, 32), 64: (2, 4, 32), 96: (1, 8, 64), 128: (1, 8, 64)},
     ("forward", "tf32", "float32"): {
         32: (2, 4, 32), 64: (2, 4, 32), 96: (1, 4, 32), 128: (1, 4, 32),
     },
@@ -50,17 +50,17 @@ _SHAPES: dict[tuple[str, str, str], dict[int, tuple[int, int, int]]] = {
         32: (2, 4, 32), 64: (2, 4, 32), 96: (1, 4, 16), 128: (1, 4, 16), 192: (1, 4, 16), 256: (1, 4, 16),
     },
 }  # fmt: skip
-_chosen: dict[tuple[str, str, int, int], Spec] = {}
+_tuned: dict[tuple[str, str, int, int], Spec] = {}
 _changes = 0
 
 
 def base(task: str, storage: str, E: int, Ev: int, device: Any) -> Spec:
     """The kernel of a task without options: what multiplies, and its tiles, so that they fit into the device."""
     E, Ev = padded(E), padded(Ev)
-    chosen = _chosen.get((task, storage, E, Ev))
+    tuned = _tuned.get((task, storage, E, Ev))
     product = product_of(storage, device, max(E, Ev))
-    if chosen is not None and chosen.product == product:
-        return chosen.with_(arch=device.arch)
+    if tuned is not None and tuned.product == product:
+        return tuned.with_(arch=device.arch)
     return shaped(task, storage, E, Ev, product, device)
 
 
@@ -70,7 +70,7 @@ def product_of(storage: str, device: Any, E: int) -> str:
         return "simt"
     if storage in HALVES:
         return "tensor"
-    # (With more features the sums of a tile, beside those of all of them, would spill.)
+    # With more than 128 features the sums of a tile, beside the accumulators, would spill.
     return "tf32" if storage == "float32" and E <= 128 and os.environ.get(TF32X3) == "1" else "simt"
 
 
@@ -89,7 +89,7 @@ def fitted(c: Spec, device: Any) -> Spec:
                 f"head dimensions {c.E} and {c.Ev} of {c.storage} need {kernels.shared(c):,} bytes of shared memory "
                 f"for a block, and this GPU has {device.shared_memory:,}; use float32, or backend='cpu'"
             )
-        if c.product == "simt" and c.slots == 8:  # (two warps of as many rows would spill)
+        if c.product == "simt" and c.slots == 8:  # two warps of 8 rows a thread would spill
             c = c.with_(slots=4)
             continue
         c = c.with_(warps=c.warps // 2) if c.warps > 1 else c.with_(columns=max(c.columns // 32 * 16, least))
@@ -99,16 +99,16 @@ def fitted(c: Spec, device: Any) -> Spec:
 @lru_cache(maxsize=1024)
 def for_call(
     task: str, storage: str, E: int, Ev: int, product: str, device: Any, softcap: bool, alibi: bool, bias: str,
-    mask: bool, paged: bool, flags: bool, aligned: bool, stored: str = "",
+    mask: bool, paged: bool, flags: bool, aligned: bool, kv_storage: str = "",
 ) -> Spec:  # fmt: skip
     """The kernel of a task with the options of a call."""
     c = base(task, storage, E, Ev, device)
     assert c.product == product
-    made = with_options(
-        c, softcap=softcap, alibi=alibi, bias=bias, mask=mask, paged=paged, flags=flags, stored=stored,
+    c = with_options(
+        c, softcap=softcap, alibi=alibi, bias=bias, mask=mask, paged=paged, flags=flags, kv_storage=kv_storage,
         aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
     )  # fmt: skip
-    return fitted(made, device)  # (codes of a cache lie beside the tiles)
+    return fitted(c, device)  # codes of a cache need shared memory beside the tiles
 
 
 def resident(c: Spec, device: Any) -> int:
@@ -132,11 +132,11 @@ def heads_together(heads: int, tiles: int, resident: int) -> int:
 def with_options(c: Spec, **options: Any) -> Spec:
     """Say what a kernel does on the way; what needs registers for it gets smaller tiles."""
     c = c.with_(**options)
-    if c.is_staged or c.stored:
+    if c.is_staged or c.kv_storage:
         if c.product == "simt":
             return c.with_(slots=max(c.slots // 2, 1))
         warps = c.warps * c.slots  # as many rows
-        if c.stored and c.is_staged and max(c.E, c.Ev) > 128:
+        if c.kv_storage and c.is_staged and max(c.E, c.Ev) > 128:
             warps = 4
         return c.with_(slots=1, warps=warps, columns=min(c.columns, 32))
     if c.flags and c.task == "key" and c.product == "tensor" and max(c.E, c.Ev) == 64:
@@ -155,15 +155,15 @@ def few(c: Spec, rows: int, device: Any) -> Spec:
     return fitted(c.with_(slots=slots, warps=1, columns=32), device)
 
 
-def careful(c: Spec, device: Any) -> Spec:
-    """The kernel that does again the rows of `c` that are not finite, with FMA and hidden weights left out."""
-    c = c.with_(single=False)
+def nan_safe(c: Spec, device: Any) -> Spec:
+    """The kernel that recomputes the flagged rows of `c`, by FMA and without multiplying hidden weights."""
+    c = c.with_(fused_dq=False)
     slots = 2 if c.storage != "float64" else 1
     if c.task == "forward" and c.Ev <= 128 and not c.is_staged:
         slots *= 2
     product = c.with_(
-        product="simt", slots=slots, across=8, warps=4, columns=32 if c.task == "forward" else 16, careful=True,
-        flags=False, split=False, aligned=c.aligned and c.storage not in HALVES,
+        product="simt", slots=slots, across=8, warps=4, columns=32 if c.task == "forward" else 16, nan_safe=True,
+        flags=False, split_kv=False, aligned=c.aligned and c.storage not in HALVES,
     )  # fmt: skip
     return fitted(product, device)
 
@@ -177,8 +177,8 @@ def candidates(task: str, storage: str, E: int, Ev: int) -> list[Spec]:
         (slots, warps, columns)
         for slots in ((1, 2, 4, 8) if simt else (1, 2)) for warps in (4, 8) for columns in (16, 32, 64, 128)
     ]  # fmt: skip
-    made = [c.with_(slots=slots, warps=warps, columns=columns) for slots, warps, columns in shapes]
-    return [x for x in made if kernels.shared(x) <= device.shared_memory]
+    candidates = [c.with_(slots=slots, warps=warps, columns=columns) for slots, warps, columns in shapes]
+    return [x for x in candidates if kernels.shared(x) <= device.shared_memory]
 
 
 def use(task: str, storage: str, E: int, Ev: int, config: Spec | None) -> None:
@@ -187,11 +187,11 @@ def use(task: str, storage: str, E: int, Ev: int, config: Spec | None) -> None:
     global _changes
     _changes += 1
     for_call.cache_clear()
-    single.cache_clear()
+    fused_dq.cache_clear()
     if config is None:
-        _chosen.pop(key, None)
+        _tuned.pop(key, None)
     else:
-        _chosen[key] = config
+        _tuned[key] = config
 
 
 def state() -> tuple[Any, ...]:
@@ -204,17 +204,17 @@ def is_deterministic() -> bool:
 
 
 @lru_cache(maxsize=256)
-def single(c: Spec, device: Any) -> Spec | None:
-    """The kernel of a tile of keys that sums gradients of queries too; None where there is none, or no room for it."""
-    shapes = _SHAPES["single", "tensor", "half"]
+def fused_dq(c: Spec, device: Any) -> Spec | None:
+    """The kernel of a tile of keys that adds gradients of queries too; None where it does not exist or does not fit."""
+    shapes = _SHAPES["fused_dq", "tensor", "half"]
     E = max(c.E, c.Ev)
     if c.product != "tensor" or E not in shapes:
         return None
     slots, warps, columns = shapes[E]
-    chosen = _chosen.get(("single", c.storage, c.E, c.Ev))
-    if chosen is not None:
-        slots, warps, columns = chosen.slots, chosen.warps, chosen.columns
-    c = c.with_(single=True, slots=slots, warps=warps, columns=columns)
+    tuned = _tuned.get(("fused_dq", c.storage, c.E, c.Ev))
+    if tuned is not None:
+        slots, warps, columns = tuned.slots, tuned.warps, tuned.columns
+    c = c.with_(fused_dq=True, slots=slots, warps=warps, columns=columns)
     if c.is_staged:
         c = c.with_(slots=1, warps=warps * slots, columns=32 if E < 128 else 16)
     return c if kernels.shared(c) <= device.shared_memory else None
@@ -228,28 +228,28 @@ def parts(c: Spec) -> list[Spec]:
 
 
 def weights(c: Spec, device: Any) -> Spec:
-    """The kernel of probabilities, whose reading is nothing beside its writing."""
+    """The kernel of probabilities, which is bound by stores: its shape is the same for all."""
     slots = 4 if c.storage != "float64" and not c.is_staged else 2
-    made = c.with_(
-        task="weights", product="simt", slots=slots, across=8, warps=4, columns=32, careful=True, flags=False,
-        chosen=True, aligned=c.aligned and c.storage not in HALVES, Ev=32,
+    spec = c.with_(
+        task="weights", product="simt", slots=slots, across=8, warps=4, columns=32, nan_safe=True, flags=False,
+        gather_rows=True, aligned=c.aligned and c.storage not in HALVES, Ev=32,
     )  # fmt: skip
-    return fitted(made, device)
+    return fitted(spec, device)
 
 
 def normalizers(c: Spec, device: Any) -> Spec:
-    """The kernel of maxima and sums of rows whose lse does not tell them; it multiplies as that of the gradients."""
+    """The kernel of `normalizers`; its products are those of the gradients, so that scores have the same bits."""
     slots = 1 if c.product != "simt" else min(c.slots, 4 if c.storage != "float64" else 2)
     return fitted(c.with_(task="normalizers", slots=slots, warps=4, columns=32, flags=False, Ev=32), device)
 
 
 def bias(c: Spec, device: Any) -> Spec:
     """The kernel of the gradient of a bias."""
-    made = c.with_(task="bias", flags=False, careful=False)
+    spec = c.with_(task="bias", flags=False, nan_safe=False)
     small = max(c.E, c.Ev) <= 64
-    if made.product == "simt":
+    if spec.product == "simt":
         slots = (4 if small else 2) // (2 if c.storage == "float64" else 1)
-        made = made.with_(slots=slots, columns=32 if small else 16, careful=True)
+        spec = spec.with_(slots=slots, columns=32 if small else 16, nan_safe=True)
     else:
-        made = made.with_(slots=1, warps=4 if max(c.E, c.Ev) <= 128 else 2, columns=32 if small else 16)
-    return fitted(made, device)
+        spec = spec.with_(slots=1, warps=4 if max(c.E, c.Ev) <= 128 else 2, columns=32 if small else 16)
+    return fitted(spec, device)

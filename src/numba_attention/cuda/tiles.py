@@ -1,4 +1,4 @@
-"""Tiles in shared memory: where an element lies, and how it comes there from global memory.
+"""Tiles in shared memory: the address of an element (swizzling), and copies from global memory.
 
 A row of a tile is cut into chunks of 16 bytes. Chunk c of row r lies at chunk ``c ^ mask(r)`` of that row, so that
 eight threads that read one chunk of eight rows, or eight chunks of one row, use every bank of shared memory once.
@@ -11,7 +11,7 @@ from .emit import I32, I64, Emit, Pred, Real, Regs
 from .formats import HALVES, KINDS, SIZES, read
 
 CHUNK = 16
-_COPIES = 16  # of a thread that are written out
+_COPIES = 16  # most copies of a thread that are unrolled
 
 
 # Of a row of a tile, for `Tile.chunk`: where it begins, the mask of its chunks, and what is to be added.
@@ -52,7 +52,7 @@ class Tile:
 
     @property
     def group(self) -> int:
-        """How many chunks trade places: those of a line of all banks, or of half of one if a row has no whole lines."""
+        """Chunks that the swizzle permutes: a line of all banks, or half of one where rows have no whole lines."""
         return 8 if self.chunks % 8 == 0 else 4
 
     def row(self, base: I32, row: I32, more: int = 0) -> Place:
@@ -83,29 +83,29 @@ class Tile:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of an array in global memory: as many as are there, zeros beyond them."""
+    """Rows of an array in global memory; rows beyond `number` are read as zeros."""
 
     address: I64  # of row 0
     row: I64  # bytes from one to the next
     column: I64  # bytes from one element to the next
-    number: I32  # rows that are there; at most 0 means none
+    number: I32  # valid rows; none if it is not positive
     elements: I32  # of a row
     first: I32 | int = 0  # row of the array that is row 0 of the tile
     # Of an array in pages only: addresses of the page numbers, and of the pages
     pages: I64 | None = None
     page_size: I32 | None = None
     page: I64 | None = None  # bytes from one page to the next
-    # Where several arrays take turns, row by row: how many, and bytes from one to the next
+    # Packed GQA, where the heads of a group alternate row by row: how many, and bytes from one to the next
     group: I32 | None = None
     member: I64 | None = None
     listed: I64 | None = None  # the address of a list of rows, instead of one after the other
 
-    def at(self, e: Emit, row: I32, there: Pred, more: int = 0) -> I64:
-        """The address of row ``row + more`` of the tile, of any row if it is not there."""
+    def at(self, e: Emit, row: I32, in_bounds: Pred, more: int = 0) -> I64:
+        """The address of row ``row + more`` of the tile; that of any row if it is out of bounds."""
         if self.listed is None and self.group is None and self.pages is None:
             return self.address + e.wide(row + self.first) * self.row + self.row * more
         row = row + more
-        row = e.select(there, row, row - row) + self.first
+        row = e.select(in_bounds, row, row - row) + self.first
         if self.listed is not None:
             return self.address + e.load_constant("l", self.listed + e.wide(row) * 8) * self.row
         if self.group is not None:
@@ -122,7 +122,7 @@ def fetch(
     e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threads: int, storage: str, aligned: bool,
     scales: Rows | None = None,
 ) -> None:  # fmt: skip
-    """Bring rows of an array of ``storage`` into a tile; who reads it waits for all copies and then for all threads.
+    """Copy rows of an array of ``storage`` to a tile; readers wait for all copies and then for all threads.
 
     ``aligned``: rows begin at multiples of 16 bytes and have no gaps, so that the copy needs no registers. Else each
     number becomes one of the tile, with the factor of its row in ``scales``.
@@ -137,7 +137,7 @@ def _fetch_chunks(e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threa
     at_once = copies if copies <= _COPIES else _COPIES // 2
     even = copies * threads == tile.rows * tile.chunks and copies % at_once == 0
     whole, nothing = e.const("i", CHUNK), e.const("i", 0)
-    apart = 0 if threads % tile.chunks else threads // tile.chunks  # rows from one copy of a thread to its next
+    apart = 0 if threads % tile.chunks else threads // tile.chunks  # rows between successive copies of a thread
 
     def body(turn: I32 | int, state: Regs) -> Regs:
         for n in range(at_once):
@@ -146,15 +146,15 @@ def _fetch_chunks(e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threa
             else:
                 index = thread + turn * (at_once * threads) + n * threads
                 row, chunk, more = index // tile.chunks, index % tile.chunks, 0
-            there = (row + more < rows.number) & (chunk * CHUNK < width)
-            source = rows.at(e, row, there, more) + e.wide(chunk * CHUNK)
+            in_bounds = (row + more < rows.number) & (chunk * CHUNK < width)
+            source = rows.at(e, row, in_bounds, more) + e.wide(chunk * CHUNK)
             target = tile.chunk(tile.row_and(base, row, more), chunk)
-            e.copy_async(target, source, e.select(there, whole, nothing), None if even else row + more < tile.rows)
+            e.copy_async(target, source, e.select(in_bounds, whole, nothing), None if even else row + more < tile.rows)
         return state
 
     if at_once == copies:
         body(0, [])
-    else:  # addresses of many copies would take registers from all the rest
+    else:  # unrolled, the addresses of that many copies would occupy registers
         e.loop(-(-copies // at_once), [], body)
 
 
@@ -166,14 +166,14 @@ def _fetch_elements(
     def body(n: I32, state: Regs) -> Regs:
         index = n * threads + thread
         row, column = index // tile.columns, index % tile.columns
-        there = (row < rows.number) & (column < rows.elements) & (index < total)
-        address = rows.at(e, row, there) + e.wide(column) * rows.column
+        in_bounds = (row < rows.number) & (column < rows.elements) & (index < total)
+        address = rows.at(e, row, in_bounds) + e.wide(column) * rows.column
         if storage == tile.storage:
-            x = e.load(KINDS[storage], address, where=there)
+            x = e.load(KINDS[storage], address, where=in_bounds)
         else:
-            x = e.convert("d" if tile.storage == "float64" else "f", read(e, storage, address, there))
+            x = e.convert("d" if tile.storage == "float64" else "f", read(e, storage, address, in_bounds))
             if scales is not None:
-                x = x * e.convert(x.kind, e.load("f", scales.at(e, row, there), where=there))
+                x = x * e.convert(x.kind, e.load("f", scales.at(e, row, in_bounds), where=in_bounds))
             x = e.to_half(HALVES[tile.storage], x) if tile.storage in HALVES else x
         target = tile.chunk(tile.row(base, row), column // per_chunk) + column % per_chunk * SIZES[tile.storage]
         e.store_shared(KINDS[tile.storage], target, [x], index < total)
@@ -194,12 +194,12 @@ def scale_rows(e: Emit, tile: Tile, base: I32, factor: Real, thread: I32, thread
         if tile.storage in HALVES:
             half = HALVES[tile.storage]
             words = e.load_shared("i", address, 4)
-            made = [e.pack(half, *(y * factor for y in e.unpack(half, x))) for x in words]
-            e.store_shared("i", address, made, inside)
+            scaled = [e.pack(half, *(y * factor for y in e.unpack(half, x))) for x in words]
+            e.store_shared("i", address, scaled, inside)
         else:
             kind, count = KINDS[tile.storage], CHUNK // SIZES[tile.storage]
-            made = [x * factor for x in e.load_shared(kind, address, count)]
-            e.store_shared(kind, address, made, inside)
+            scaled = [x * factor for x in e.load_shared(kind, address, count)]
+            e.store_shared(kind, address, scaled, inside)
         return state
 
     e.loop(-(-total // threads), [], body)

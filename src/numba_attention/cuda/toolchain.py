@@ -113,8 +113,8 @@ class Cubin(NamedTuple):
     @property
     def spills(self) -> int:
         """Bytes of stack and of spilled registers."""
-        found = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads|cumulative stack size)", self.log)
-        return max((int(n) for n in found), default=0)
+        sizes = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads|cumulative stack size)", self.log)
+        return max((int(n) for n in sizes), default=0)
 
 
 def compile_kernel(function: Any, integers: int, reals: int, threads: int, arch: str, blocks: int = 1) -> Cubin:
