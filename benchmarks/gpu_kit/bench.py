@@ -17,14 +17,19 @@ FIRST = (
 )  # fmt: skip
 
 
+def load():
+    """Return benchmarks/gpu.py as a module."""
+    spec = importlib.util.spec_from_file_location("gpu", Path(__file__).resolve().parents[1] / "gpu.py")
+    gpu = sys.modules["gpu"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    return gpu
+
+
 def main():
     arguments = [x for x in sys.argv[1:] if not x.startswith("-")]
     limit = float(arguments[0]) if arguments else 1e9
     begin, dry = time.perf_counter(), "--dry-run" in sys.argv
-    spec = importlib.util.spec_from_file_location("gpu", Path(__file__).resolve().parents[1] / "gpu.py")
-    gpu = importlib.util.module_from_spec(spec)
-    sys.modules["gpu"] = gpu
-    spec.loader.exec_module(gpu)
+    gpu = load()
     m = gpu.Machine(dry)
     if "--all" not in sys.argv and not dry:
 
