@@ -7,6 +7,7 @@ on one architecture in turn; all of them with ``NUMBA_ATTENTION_THOROUGH=1``.
 import os
 import re
 import subprocess
+import sys
 from collections import Counter
 from itertools import product as every
 from pathlib import Path
@@ -238,3 +239,18 @@ def test_what_does_not_compile_is_said(monkeypatch):
         BackendUnavailableError, match=r"numba-cuda [\d.]+ with numba .*'NPDatetime'; releases that belong"
     ):
         kernels.compile_(Spec("combine", "float16", 64, 64, arch="sm_80"))
+
+
+def test_kernels_compile_where_numpy_has_no_row_stack():
+    """As since NumPy 2.5, without which numba-cuda's functions of arrays cannot be imported; NumPy is left alone."""
+    code = """
+import numpy as np
+if hasattr(np, "row_stack"):
+    del np.row_stack
+    np.__all__.remove("row_stack")
+from numba_attention.cuda import kernels
+from numba_attention.cuda.spec import Spec
+print(len(kernels.compile_(Spec("combine", "float32", 64, 64, arch="sm_90a")).code) > 1000, hasattr(np, "row_stack"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True False\n", done.stderr

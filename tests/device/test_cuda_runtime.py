@@ -19,6 +19,8 @@ import pytest
 import numba_attention as na
 from device import HostDriver
 from numba_attention import kernel_cache as cache
+from numba_attention.cuda import kernels
+from numba_attention.cuda.spec import Spec
 from numba_attention.device import constants, cubins, diagnosis, driver, runtime
 from numba_attention.device.headers import held
 
@@ -52,16 +54,18 @@ class FakeAPI:
         self.context = [None]
         self.pinned = []
         self.attributes = []
+        self._one_at_a_time = threading.RLock()  # no event is done before what a thread took from the list before it
 
     def _run(self, until=None):
-        while self.pending:
-            action = self.pending.pop(0)
-            if isinstance(action, int):
-                self.done.add(action)
-                if action == until:
-                    return
-            else:
-                ctypes.memmove(*action)
+        with self._one_at_a_time:
+            while self.pending:
+                action = self.pending.pop(0)
+                if isinstance(action, int):
+                    self.done.add(action)
+                    if action == until:
+                        return
+                else:
+                    ctypes.memmove(*action)
 
     def cuMemHostAlloc(self, size, flags):
         self.pinned.append((ctypes.c_char * size)())
@@ -78,8 +82,9 @@ class FakeAPI:
         return (OK,)
 
     def cuEventSynchronize(self, event):
-        if event in self.pending:
-            self._run(event)
+        with self._one_at_a_time:
+            if event in self.pending:
+                self._run(event)
         return (OK,)
 
     def cuEventDestroy(self, event):
@@ -504,6 +509,37 @@ def test_cubins_of_other_versions_are_not_found(folder, monkeypatch):
         cubins.environment.cache_clear()
 
 
+def test_cubins_of_these_versions_are_known_by_name(folder, monkeypatch):
+    """What other sources or compilers made does not run here, and so nothing is there."""
+    assert not cubins.are_kept()
+    path, _ = cubins.place("key")
+    runtime.cubin("key", lambda: b"code")
+    assert files(folder) == [path]
+    assert cubins.are_kept()
+    monkeypatch.setattr(cubins, "environment", lambda: "0" * 64)
+    assert not cubins.are_kept()
+    (folder / "forward-00000000-1.kernel").write_bytes(b"of a CPU")
+    assert not cubins.are_kept()
+
+
+def test_a_machine_without_a_compiler_runs_what_is_in_the_cache(folder, machine, monkeypatch):
+    """And says which kernel is not there."""
+    pytest.importorskip("numba_cuda")
+    from numba_attention.cuda import toolchain
+
+    here, other = (Spec("combine", "float32", E, E, arch="sm_90a") for E in (64, 128))
+    runtime.cubin(here.name, lambda: b"\0.text.combined\0")
+    kept = cubins.are_kept()
+    assert machine(Installed(), libraries=(), kernels=kept) is None
+    monkeypatch.setattr(toolchain, "compile_kernel", never)
+    forget()
+    kernels.compiled.cache_clear()
+    assert kernels.compiled(here).name == "combined"
+    words = f"{other.name} is not in the kernel cache, and .* nvvm and nvJitLink"
+    with pytest.raises(na.BackendUnavailableError, match=words):
+        kernels.compiled(other)
+
+
 def test_cubins_without_a_folder(folder, monkeypatch):
     monkeypatch.setattr(cubins, "path_of", lambda *key: None)
     assert runtime.cubin("key", lambda: b"code") == b"code"
@@ -579,7 +615,8 @@ class Installed:
 def machine(monkeypatch):
     """A function that installs things and asks what is wrong."""
 
-    def ask(installed=None, modules=True, libraries=True, toolkit=13, versions=None):
+    def ask(installed=None, modules=True, libraries=True, toolkit=13, versions=None, kernels=False):
+        monkeypatch.setattr(cubins, "are_kept", lambda: kernels)
         monkeypatch.setattr(diagnosis, "_version", (versions or {}).get)
         monkeypatch.setattr(diagnosis, "_has", lambda module: modules is True or module in modules)
         monkeypatch.setattr(diagnosis, "_loads", lambda library: libraries is True or library in libraries)
@@ -607,6 +644,7 @@ def test_nothing_is_missing(machine):
         machine(Installed(), versions={"numba-cuda": "0.30.4", "cuda-core": "1.2.2", "cuda-bindings": "13.5"}) is None
     )
     assert machine(Installed(version=13000), toolkit=12) is None
+    assert machine(Installed(), libraries=(), kernels=True) is None  # what is in the cache needs no compiler
 
 
 REASONS = {

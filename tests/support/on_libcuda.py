@@ -36,7 +36,7 @@ def run(name, grid, threads, shared, stream, parameters):
         number = 4 + 5 * AXES if c.task == "reduce" else len(INTEGERS)
         integers = [ctypes.c_int64.from_address(parameters[n]).value for n in range(number)]
         reals = [ctypes.c_double.from_address(parameters[number + n]).value for n in range(len(REALS))]
-        assert (threads, shared) == (c.threads, c.shared)
+        assert (threads, shared) == (c.threads, kernels.shared(c))
         launches.append((c, stream))
         emulator = Emulator(races=False)
         emulator.run(

@@ -4,6 +4,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+from ..device import diagnosis
 from ..device.cubins import cubin, entry
 from ..device.driver import Kernel
 from ..errors import BackendUnavailableError
@@ -50,7 +51,11 @@ def compile_(c: Spec) -> Any:
 
         function = make(c, toolchain.Intrinsics)
         return toolchain.compile_kernel(function, integers, len(REALS), c.threads, c.arch, c.blocks)
-    except Exception as error:  # such as AttributeError, where a release of Numba has moved what numba-cuda uses
+    except Exception as error:
+        missing = diagnosis.no_compiler()
+        if missing is not None:
+            raise BackendUnavailableError(f"{c.name} is not in the kernel cache, and {missing}") from error
+        # Such as AttributeError, where a release of Numba has moved what numba-cuda uses.
         raise BackendUnavailableError(
             f"numba-cuda {version('numba-cuda')} with numba {version('numba')} did not compile {c.name}: "
             f"{type(error).__name__}: {error}; releases that belong together come with "

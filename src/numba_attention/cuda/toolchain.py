@@ -6,8 +6,10 @@ module.
 
 import re
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
+import numpy as np
 from numba import cuda
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
@@ -15,6 +17,26 @@ from numba.cuda.typing import signature
 
 from ..device.cubins import entry
 from .emit import Emit, Kind, Packed, Value, kinds_of
+
+
+def _import_array_functions() -> None:
+    """Import numba-cuda's functions of arrays, which ask NumPy for ``row_stack`` whatever a kernel uses.
+
+    NumPy 2.5 removed that name, and numba-cuda (0.30.4 and before) cannot import the module without it, so nothing
+    compiles. It overloads the function and never calls it: one that nobody else can name takes its place while the
+    module is imported, once in a process, and NumPy is left as it was found.
+    """
+    name = "row_stack"
+    if hasattr(np, name):
+        return
+    setattr(np, name, lambda tup: np.vstack(tup))
+    try:
+        import_module("numba.cuda.np.arrayobj")
+    finally:
+        delattr(np, name)
+
+
+_import_array_functions()
 
 _NUMBA = {"i": types.int32, "l": types.int64, "f": types.float32, "d": types.float64}
 

@@ -9,11 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .. import forks
-from ..kernel_cache import path_of, read_checked, warn_unwritten, write_checked
+from ..kernel_cache import entries, path_of, read_checked, warn_unwritten, write_checked
 
 # Those that compile: another version of any may give other code.
 _COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings", "cuda-toolkit")
 _WHEELS = ("nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12")
+_SUFFIX = ".cubin"
 _lock = forks.renewed()  # one thread compiles, the others find what it made
 _made: dict[str, bytes] = {}
 
@@ -29,9 +30,25 @@ def cubin(key: str, make: Callable[[], bytes]) -> bytes:
     return found
 
 
-def _load_or_make(key: str, make: Callable[[], bytes]) -> bytes:
+def place(key: str) -> tuple[Path | None, str]:
+    """Where the machine code of a kernel is kept, None if there is no cache, and the key that its checksum covers."""
     full_key = f"{key} {environment()}"
-    path = path_of(re.sub(r"[^A-Za-z0-9_.-]+", "-", key)[:80], full_key, ".cubin")
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", key)[:80]
+    return path_of(f"{name}-{_mark()}", full_key, _SUFFIX), full_key
+
+
+def are_kept() -> bool:
+    """Whether the cache has kernels that these sources and compilers made."""
+    return any(path.suffix == _SUFFIX and f"-{_mark()}-" in path.name for path in entries())
+
+
+def _mark() -> str:
+    """What names of files tell of the environment."""
+    return environment()[:8]
+
+
+def _load_or_make(key: str, make: Callable[[], bytes]) -> bytes:
+    path, full_key = place(key)
     found = read_checked(path, full_key) if path else None
     if found is not None:
         return found

@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+from . import cubins
+
 OLDEST = (7, 0)  # the first with independent threads in a warp, which the kernels count on
 _OLDEST_OF = {12: OLDEST, 13: (7, 5)}  # for which the compiler of a CUDA release makes code
 _EXTRAS = 'pip install "numba-attention[cuda13]", or [cuda12] for a driver of CUDA 12'
@@ -113,6 +115,13 @@ def _devices() -> str | None:
 
 
 def _toolkit() -> str | None:
+    """What a GPU lacks that is to run kernels: those in the cache need no compiler."""
+    reason = no_compiler()
+    return None if reason is None or cubins.are_kept() else reason
+
+
+def no_compiler() -> str | None:
+    """Say which library is missing that kernels are compiled with, or None."""
     missing = [name for name in ("nvvm", "nvJitLink") if not _loads(name)]
     if missing:
         return f"the CUDA compiler libraries {' and '.join(missing)} were not found; install them with {_EXTRAS}"

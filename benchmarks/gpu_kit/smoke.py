@@ -1,0 +1,637 @@
+"""The backend on a GPU, one new thing a step, in the order in which things can go wrong: python smoke.py
+
+Each step is held against the reference backend in float64, and steps of magnitudes against plain NumPy. After a step
+that fails the rest goes on in a new process, since a fault of a kernel ends the context of its own. `--only NAME` runs
+one step (under compute-sanitizer or cuda-gdb, say).
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+STEPS = {}
+
+
+def step(function):
+    STEPS[function.__name__] = function
+    return function
+
+
+class Skip(Exception):
+    pass
+
+
+def dtypes(name):
+    if name in ("bfloat16", "float8_e4m3fn"):
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, name))
+    return np.dtype(name)
+
+
+LIMITS = {"float64": 1e-12, "float32": 4e-6, "float16": 2e-3, "bfloat16": 2e-2}
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape, dtype="float32"):
+    return RNG.standard_normal(shape).astype(dtypes(dtype))
+
+
+def wide(*arrays):
+    return [np.asarray(x).astype(np.float64) for x in arrays]
+
+
+COLLECTING = bool(os.environ.get("NA_KIT_COLLECT"))  # which kernels steps ask for, on a driver that runs none
+
+
+def error(got, want):
+    """The largest error over the largest magnitude; where it is, if that is much."""
+    got, want = wide(got, want)
+    if got.shape != want.shape:
+        raise AssertionError(f"shape {got.shape}, wanted {want.shape}")
+    bad = np.isnan(got) != np.isnan(want)
+    if bad.any():
+        raise AssertionError(
+            f"{bad.sum()} of {bad.size} are NaN or should be, the first at {tuple(np.argwhere(bad)[0])}"
+        )
+    finite = np.isfinite(want)
+    if not np.array_equal(got[~finite & ~np.isnan(want)], want[~finite & ~np.isnan(want)]):
+        raise AssertionError("infinities differ")
+    if not finite.any():
+        return 0.0
+    off = np.abs(np.where(finite, got - np.where(finite, want, 0), 0))
+    return float(off.max() / max(np.abs(want[finite]).max(), 1e-30))
+
+
+def near(name, got, want, limit):
+    if COLLECTING:
+        return name
+    found = error(got, want)
+    if not found <= limit:
+        got, want = wide(got, want)
+        off = np.abs(got - want) > limit * np.abs(want).max()
+        axes = ["".join("X" if hit else "." for hit in off.any(axis=tuple(k for k in range(off.ndim) if k != n))[:64])
+                for n in range(off.ndim)]  # fmt: skip
+        raise AssertionError(f"{name}: error {found:.3g} > {limit:g}, {off.sum()} of {off.size} wrong; by axis {axes}")
+    return f"{name} {found:.1e}"
+
+
+def forward(dtype, L=17, S=33, E=32, Ev=None, H=2, Hkv=None, B=1, **options):
+    import numba_attention as na
+
+    q, k, v = (normal(B, h, n, e, dtype=dtype) for h, n, e in
+               ((H, L, E), (Hkv or H, S, E), (Hkv or H, S, Ev or E)))  # fmt: skip
+    out, lse = na.attention(q, k, v, **options, return_lse=True, backend="cuda")
+    want, want_lse = na.attention(*wide(q, k, v), **options, return_lse=True, backend="reference")
+    return " ".join([near("out", out, want, LIMITS[dtype]), near("lse", lse, want_lse, 2e-6)])
+
+
+def both(dtype, L=40, S=50, E=64, H=2, Hkv=None, **options):
+    import numba_attention as na
+
+    q, k, v = (normal(1, h, n, E, dtype=dtype) for h, n in ((H, L), (Hkv or H, S), (Hkv or H, S)))
+    want, want_lse = na.attention(*wide(q, k, v), **options, return_lse=True, backend="reference")
+    out, lse, grad = want.astype(q.dtype), want_lse.astype(np.float64 if dtype == "float64" else np.float32), normal(
+        *want.shape, dtype=dtype)  # fmt: skip
+    got = na.attention_backward(grad, q, k, v, out, lse, **options, backend="cuda")
+    expected = na.attention_backward(*wide(grad, q, k, v), want, want_lse, **options, backend="reference")
+    limit = LIMITS[dtype] * 3
+    return " ".join(near(f"d{name}", a, b, limit) for name, a, b in zip("qkv", got, expected, strict=False))
+
+
+def device_facts():
+    from numba_attention.device import runtime
+
+    found = runtime.driver.device(0)
+    return f"{found.name}, {found.arch}, {found.multiprocessors} multiprocessors, {found.shared_memory} B shared"
+
+
+@step
+def device():
+    return device_facts()
+
+
+@step
+def memory():
+    """No kernel: allocate in the order of a stream, copy there and back."""
+    from numba_attention.device import runtime
+
+    x = normal(3 * 2**20 + 5)
+    with runtime.using(0, runtime.DEFAULT_STREAM):
+        there = runtime.upload(x, runtime.DEFAULT_STREAM)
+        out = np.empty_like(x)
+        runtime.download(there, out, runtime.DEFAULT_STREAM)
+    assert COLLECTING or np.array_equal(x, out)
+    return f"{x.nbytes} bytes"
+
+
+@step
+def convert_and_sum():
+    """One kernel without shared memory: a cubin is loaded, parameters arrive."""
+    from numba_attention.backends.device_sums import reduce
+    from numba_attention.device import runtime
+
+    x = normal(3, 40, 5)
+    with runtime.using(0, runtime.DEFAULT_STREAM):
+        there = runtime.upload(x, runtime.DEFAULT_STREAM)
+        made = reduce(there, (3, 1, 5), np.dtype(np.float32),
+                      lambda shape, dtype: runtime.empty(shape, dtype, runtime.DEFAULT_STREAM))  # fmt: skip
+        out = np.empty(made.shape, made.dtype)
+        runtime.download(made, out, runtime.DEFAULT_STREAM)
+    return near("sum", out, x.sum(1, keepdims=True), 1e-6)
+
+
+@step
+def float32_no_async_copies():
+    return forward("float32", E=30)  # rows that are not multiples of 16 bytes: loads through registers
+
+
+@step
+def float32():
+    return forward("float32")
+
+
+@step
+def float32_two_tiles():
+    return forward("float32", L=140, S=200, is_causal=True)
+
+
+@step
+def float16_one_product():
+    return forward("float16", L=16, S=16)
+
+
+@step
+def float16():
+    return forward("float16", L=140, S=200)
+
+
+@step
+def bfloat16_E64_causal():
+    return forward("bfloat16", L=300, S=300, E=64, H=4, Hkv=2, is_causal=True)
+
+
+@step
+def bfloat16_E128():
+    return forward("bfloat16", L=300, S=300, E=128, H=4, Hkv=2)  # over 48 KiB of shared memory
+
+
+@step
+def bfloat16_E256():
+    return forward("bfloat16", L=130, S=200, E=256)
+
+
+@step
+def float64():
+    return forward("float64", L=50, S=90, E=64)
+
+
+@step
+def tf32():
+    os.environ["NUMBA_ATTENTION_TF32X3"] = "1"
+    try:
+        return forward("float32", L=100, S=150, E=64)
+    finally:
+        del os.environ["NUMBA_ATTENTION_TF32X3"]
+
+
+@step
+def all_options():
+    options = {"softcap": 3.0, "window": (60, 20), "alibi_slopes": np.linspace(0.1, 1, 4), "sinks": np.ones(4),
+               "mask": RNG.random((4, 90, 130)) < 0.7, "bias": normal(4, 90, 130), "key_lengths": 111}  # fmt: skip
+    return "; ".join(f"{dtype}: {forward(dtype, L=90, S=130, E=64, H=4, Hkv=2, **options)}"
+                     for dtype in ("float32", "bfloat16"))  # fmt: skip
+
+
+@step
+def backward_float32():
+    return both("float32")
+
+
+@step
+def backward_bfloat16_two_passes():
+    os.environ["NUMBA_ATTENTION_DETERMINISTIC"] = "1"
+    try:
+        return both("bfloat16", L=150, S=170, is_causal=True)
+    finally:
+        del os.environ["NUMBA_ATTENTION_DETERMINISTIC"]
+
+
+@step
+def backward_bfloat16_atomics():
+    return both("bfloat16", L=150, S=170, H=4, Hkv=2, is_causal=True)
+
+
+@step
+def backward_float16_E128():
+    return both("float16", L=150, S=170, E=128)
+
+
+@step
+def decode_split():
+    import numba_attention as na
+
+    q, k, v = normal(1, 8, 1, 64, dtype="bfloat16"), *(normal(1, 2, 3000, 64, dtype="bfloat16") for _ in range(2))
+    cache = na.KVCache.from_arrays(k, v)
+    got = na.attention_decode(q, cache, backend="cuda")
+    want = na.attention(*wide(q, k, v), backend="reference")
+    return near("out", got, want, LIMITS["bfloat16"])
+
+
+@step
+def decode_pages_int8():
+    import numba_attention as na
+
+    pages = na.PagedKVCache(60, 16, 2, 64, dtype="bfloat16", storage="int8")
+    ids = pages.add(2)
+    pages.append(ids, *(normal(2, 2, 300, 64, dtype="bfloat16") for _ in range(2)))
+    q = normal(2, 8, 1, 64, dtype="bfloat16")
+    got = na.attention_decode(q, pages, backend="cuda")
+    want = na.attention_decode(q, pages, backend="reference")
+    return near("out", got, want, 3e-2)
+
+
+@step
+def nothing_leaks():
+    import numba_attention as na
+
+    q, k, v = (normal(1, 2, 70, 32, dtype="float16") for _ in range(3))
+    v[0, 1, 50, 2] = np.nan
+    got = na.attention(q, k, v, is_causal=True, backend="cuda")
+    want = na.attention(q, k, v, is_causal=True, backend="reference")
+    return near("out", got, want, LIMITS["float16"])
+
+
+# Magnitudes, against the textbook's formulas in float64 on plain arrays, which share no code with the package.
+
+
+def textbook(q, k, v, scale, hidden=None, bias=0.0):
+    """Return output, lse and weights: softmax(scale q k^T + bias) v."""
+    q, k, v = wide(q, k, v)
+    scores = q @ k.swapaxes(-1, -2) * scale + bias
+    if hidden is not None:
+        scores = np.where(hidden, -np.inf, scores)
+    most = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - most)
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / total
+    return weights @ v, (most + np.log(total))[..., 0], weights
+
+
+def textbook_gradients(grad, q, k, v, weights, scale):
+    grad, q, k, v = wide(grad, q, k, v)
+    of_weights = grad @ v.swapaxes(-1, -2)
+    of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdims=True))
+    return of_scores @ k * scale, of_scores.swapaxes(-1, -2) @ q * scale, weights.swapaxes(-1, -2) @ grad
+
+
+def at_scale(dtype, q, k, v, scale, is_causal, gradients=True):
+    """Compare a forward pass and, where float32 can hold them, gradients."""
+    import numba_attention as na
+
+    given = {"scale": scale, "is_causal": is_causal}
+    out, lse = na.attention(q, k, v, **given, return_lse=True, backend="cuda")
+    hidden = np.arange(k.shape[-2]) > np.arange(q.shape[-2])[:, None] if is_causal else None
+    want, want_lse, weights = textbook(q, k, v, scale, hidden)
+    said = [near("out", out, want, LIMITS[dtype]), near("lse", lse, want_lse, 2e-6)]
+    if gradients:
+        grad = normal(*out.shape, dtype=dtype)
+        got = na.attention_backward(grad, q, k, v, out, lse, **given, backend="cuda")
+        expected = textbook_gradients(grad, q, k, v, weights, scale)
+        said += [near(f"d{name}", a, b, LIMITS[dtype] * 3) for name, a, b in zip("qkv", got, expected, strict=False)]
+    return " ".join(said)
+
+
+def ties(dtype):
+    """Whole numbers, whose products are exact in every type: each key has its score twice, and the highest two share.
+
+    The two differ in features that queries do not have, so that no gradient is the rounding of 0.
+    """
+    q, k = (RNG.integers(-3, 4, (1, n, 64)) for n in (90, 130))
+    q[..., 32:] = 0
+    k[:, 1::2, :32] = k[:, ::2, :32]
+    return q.astype(dtypes(dtype)), k.astype(dtypes(dtype)), normal(1, 130, 64, dtype=dtype)
+
+
+@step
+def huge_scores():
+    """Scores at which float32 has no fractions: the maximum itself is subtracted from what it is one of."""
+    said = []
+    for dtype in ("float32", "bfloat16", "float64"):
+        for scale in (9e8, 5.929e35):
+            arrays = ties(dtype)
+            small = scale < 1e10  # with a large one the gradients of queries and keys do not fit into float32
+            said += [f"{dtype} {scale:g}: {at_scale(dtype, *arrays, scale, x, small)}" for x in (False, True)]
+    return "; ".join(said)
+
+
+@step
+def huge_score_of_one_key():
+    """1960753920 times log2(e) is no float32 number, and rounds up: exp2 of the rest must not be infinite."""
+    import numba_attention as na
+
+    q = np.full((1, 1, 1), 1960753920, np.float32)
+    said = []
+    for n in (1, 400):  # with 400 of each, keys are shared out to blocks
+        k = np.repeat(np.array([1, 1, 0], np.float32), n)[None, :, None]
+        v = np.repeat(np.array([[1, 10], [1, 10], [5, 5]], np.float32), n, 0)[None]
+        out = na.attention(q, k, v, scale=1, backend="cuda")
+        said.append(near(f"{n}", out, np.array([[[1.0, 10.0]]]), 1e-6))
+    return " ".join(said)
+
+
+@step
+def scale_zero():
+    """Every key that a row sees has the same weight, and gradients of queries and keys are 0."""
+    said = []
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        arrays = [normal(1, n, 64, dtype=dtype) for n in (90, 130, 130)]
+        said += [f"{dtype}: {at_scale(dtype, *arrays, 0.0, is_causal)}" for is_causal in (False, True)]
+    return "; ".join(said)
+
+
+@step
+def gradients_of_far_rows():
+    """Rows hidden by a bias of -1e9, whose lse does not tell how many keys they have (the kernel "normalizers")."""
+    import numba_attention as na
+
+    said = []
+    for dtype in ("float32", "bfloat16", "float64"):
+        q = np.zeros((1, 90, 64), dtypes(dtype))  # scores of 0, so that nothing is rounded beside the bias
+        k, v = (normal(1, 130, 64, dtype=dtype) for _ in range(2))
+        bias = np.zeros((90, 130), dtypes(dtype))
+        bias[40:] = -1e9
+        out, lse = na.attention(q, k, v, bias=bias, return_lse=True, backend="cuda")
+        grad = normal(*out.shape, dtype=dtype)
+        got = na.attention_backward(grad, q, k, v, out, lse, bias=bias, backend="cuda")
+        want, want_lse, weights = textbook(q, k, v, 0.125, bias=bias.astype(np.float64))
+        expected = textbook_gradients(grad, q, k, v, weights, 0.125)
+        parts = [near("out", out, want, LIMITS[dtype]), near("lse", lse, want_lse, 2e-6)]
+        for name, at in (("near", np.s_[:, :40]), ("far", np.s_[:, 40:])):
+            parts.append(near(f"dq {name}", got[0][at], expected[0][at], LIMITS[dtype] * 3))
+        parts.append(near("dv", got[2], expected[2], LIMITS[dtype] * 3))
+        assert COLLECTING or not np.asarray(got[1], np.float64).any(), "queries are 0, so dk is"
+        said.append(f"{dtype}: {' '.join(parts)}")
+    return "; ".join(said)
+
+
+@step
+def values_near_the_largest_number():
+    """Sums of tensor cores that have no room must be infinite, so that the block repeats its work with less weight."""
+    import ml_dtypes
+
+    import numba_attention as na
+
+    said = []
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        largest = float(ml_dtypes.finfo(dtypes(dtype)).max)
+        q, k = np.zeros((1, 40, 64), dtypes(dtype)), np.zeros((1, 1000, 64), dtypes(dtype))
+        columns = np.tile([0.88, -0.88, 0.03, 1e-9], 16) * largest
+        v = np.broadcast_to(columns, (1, 1000, 64)).astype(dtypes(dtype))
+        out = np.asarray(na.attention(q, k, v, backend="cuda"), np.float64)
+        want = np.broadcast_to(np.asarray(v[:, :1], np.float64), out.shape)
+        said.append(f"{dtype} {near('out', out / largest, want / largest, LIMITS[dtype])}")
+    return "; ".join(said)
+
+
+def torch_of_gpu():
+    try:
+        import torch
+    except ImportError:
+        raise Skip("no torch") from None
+    if not torch.cuda.is_available():
+        raise Skip("torch has no GPU")
+    return torch
+
+
+def of_torch(torch, *shape):
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def truth(torch, q, k, v, **options):
+    return torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), **options)
+
+
+def distance(got, want):
+    return float((got.double() - want).abs().max() / want.abs().max())
+
+
+@step
+def torch_tensors():
+    import numba_attention as na
+
+    torch = torch_of_gpu()
+    q, k, v = (of_torch(torch, 2, 4, 300, 64) for _ in range(3))
+    out = na.attention(q, k, v, is_causal=True)
+    found = distance(out, truth(torch, q, k, v, is_causal=True))
+    assert out.is_cuda
+    assert found < 2e-2, found
+    return f"out {found:.1e}"
+
+
+@step
+def torch_the_same_call_again():
+    """The second time the launches are repeated as they were recorded, with other addresses."""
+    import numba_attention as na
+
+    torch = torch_of_gpu()
+    worst = 0.0
+    for _ in range(4):
+        q, k, v = (of_torch(torch, 2, 4, 300, 64) for _ in range(3))
+        out, lse = na.attention(q, k, v, is_causal=True, return_lse=True)
+        grads = na.attention_backward(out, q, k, v, out, lse, is_causal=True)
+        leaves = [x.double().requires_grad_() for x in (q, k, v)]
+        want = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+        expected = torch.autograd.grad(want, leaves, out.double())
+        worst = max(worst, distance(out, want.detach()), *map(distance, grads[:3], expected))
+    assert worst < 4e-2, worst
+    return f"worst {worst:.1e}"
+
+
+@step
+def torch_another_stream():
+    """Work on a stream of the caller's must see what was put on it before, and nothing must be freed too early."""
+    import numba_attention as na
+
+    torch = torch_of_gpu()
+    stream, worst = torch.cuda.Stream(), 0.0
+    for _ in range(10):
+        with torch.cuda.stream(stream):
+            big = torch.randn(4096, 4096, device="cuda") @ torch.randn(4096, 4096, device="cuda")  # keeps it busy
+            q, k, v = (of_torch(torch, 2, 4, 500, 64) for _ in range(3))
+            out = na.attention(q, k, v)
+            want = truth(torch, q, k, v)
+            del big
+        stream.synchronize()
+        worst = max(worst, distance(out, want))
+    assert worst < 2e-2, worst
+    return f"worst {worst:.1e}"
+
+
+@step
+def torch_graph():
+    import numba_attention as na
+
+    torch = torch_of_gpu()
+    q, k, v = (of_torch(torch, 2, 4, 300, 64) for _ in range(3))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            na.attention(q, k, v)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = na.attention(q, k, v)
+    worst = 0.0
+    for _ in range(3):
+        for x in (q, k, v):
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.cuda.synchronize()
+        worst = max(worst, distance(out, truth(torch, q, k, v)))
+    assert worst < 2e-2, worst
+    return f"worst {worst:.1e}"
+
+
+@step
+def torch_beyond_2_GiB():
+    """Offsets over 2**31 bytes within one array and within one head."""
+    import numba_attention as na
+
+    torch = torch_of_gpu()
+    k, v = (torch.zeros(1, 1, 2**25 + 2**20, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))  # 4.1 GiB
+    for x in (k, v):
+        x[..., -4096:, :] = torch.randn(4096, 64, device="cuda", dtype=torch.bfloat16)
+    q = of_torch(torch, 1, 1, 128, 64)
+    n = k.shape[-2]
+    out = na.attention(q, k, v, window=(4095, 0), query_offset=n - 128)
+    rows, columns = torch.arange(128, device="cuda")[:, None], torch.arange(4096 + 128, device="cuda")[None]
+    tail_k, tail_v = k[..., -(4096 + 128) :, :], v[..., -(4096 + 128) :, :]
+    position = n - 128 + rows
+    key = n - (4096 + 128) + columns
+    mask = (key <= position) & (key >= position - 4095)
+    want = truth(torch, q, tail_k, tail_v, attn_mask=mask)
+    found = distance(out, want)
+    assert found < 2e-2, found
+    many = torch.randn(1, 2**15 + 5, 520, 64, device="cuda", dtype=torch.bfloat16)  # 2.2 GB, heads beyond 2**31 bytes
+    out = na.attention(many, many, many)
+    want = truth(torch, many[:, -2:], many[:, -2:], many[:, -2:])
+    found = max(found, distance(out[:, -2:], want))
+    assert found < 2e-2, found
+    return f"{found:.1e}"
+
+
+@step
+def cupy_arrays():
+    import numba_attention as na
+
+    try:
+        import cupy
+
+        q, k, v = (cupy.asarray(normal(1, 2, 70, 64, dtype="float16")) for _ in range(3))
+    except Exception as problem:
+        raise Skip(f"cupy: {type(problem).__name__}") from None
+    out = na.attention(q, k, v)
+    want = na.attention(*wide(*map(cupy.asnumpy, (q, k, v))), backend="reference")
+    return near("out", cupy.asnumpy(out), want, LIMITS["float16"])
+
+
+@step
+def jax_arrays():
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import numba_attention as na
+
+    try:
+        import jax
+
+        place = jax.devices("cuda")[0]
+    except Exception as problem:
+        raise Skip(f"jax: {type(problem).__name__}") from None
+    q, k, v = (jax.device_put(normal(1, 2, 70, 64, dtype="float16"), place) for _ in range(3))
+    out = na.attention(q, k, v)
+    want = na.attention(*wide(*map(np.asarray, (q, k, v))), backend="reference")
+    return near("out", np.asarray(out), want, LIMITS["float16"])
+
+
+@step
+def numba_arrays():
+    if COLLECTING or os.environ.get("NA_KIT_EMULATE"):
+        raise Skip("the stub of a driver has not what numba.cuda's own arrays call")
+    from numba import cuda
+
+    import numba_attention as na
+
+    given = [normal(1, 2, 70, 64, dtype="float16") for _ in range(3)]
+    out = na.attention(*map(cuda.to_device, given))
+    want = na.attention(*wide(*given), backend="reference")
+    return near("out", out.copy_to_host(), want, LIMITS["float16"])
+
+
+def run(names):
+    """Run steps until one fails; 0 if none did."""
+    import faulthandler
+
+    faulthandler.enable()
+    for name in names:
+        begin = time.perf_counter()
+        print(f"BEGIN {name}", flush=True)
+        try:
+            said = STEPS[name]()
+            from numba_attention.device import runtime
+
+            runtime.driver._call(runtime.driver._api.cuCtxSynchronize)  # what went wrong and nobody asked for
+            print(f"  ok   {name} ({time.perf_counter() - begin:.2f} s): {said}", flush=True)
+        except Skip as problem:
+            print(f"  skip {name}: {problem}", flush=True)
+        except BaseException as problem:
+            print(f"  FAIL {name}: {type(problem).__name__}: {problem}", flush=True)
+            if not isinstance(problem, AssertionError):
+                import traceback
+
+                print("".join(traceback.format_exc().splitlines(True)[-12:])[-1500:], flush=True)
+            return 1
+    return 0
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="")
+    parser.add_argument("--child", action="store_true")
+    options = parser.parse_args()
+    names = [name for name in STEPS if options.only in name]
+    if options.child or options.only:
+        begin = os.environ.get("NA_KIT_FROM", "")
+        return run(names[names.index(begin) :] if begin in names else names)
+    failed, begin = [], names[0]
+    while begin:
+        done, seen = [], ""
+        child = subprocess.Popen(
+            [sys.executable, "-u", __file__, "--child"], stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"NA_KIT_FROM": begin},
+        )  # fmt: skip
+        for line in child.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("BEGIN "):
+                seen = line.split()[1]
+            elif line.startswith(("  ok", "  skip", "  FAIL")):
+                done.append(seen)
+                if line.startswith("  FAIL"):
+                    failed.append(seen)
+        if child.wait() and seen and seen not in done:
+            print(f"  FAIL {seen}: the process ended with {child.returncode}", flush=True)
+            failed.append(seen)
+        if not seen:
+            failed.append(begin)
+        at = names.index(seen or begin) + 1
+        begin = names[at] if at < len(names) else ""
+    said = f": FAILED {' '.join(failed)}" if failed else ""
+    print(f"smoke: {len(names) - len(failed)} of {len(names)} steps without an error{said}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
