@@ -103,7 +103,7 @@ class Held(NamedTuple):
     dtype: np.dtype[Any]  # of queries and results
     form: Storage
     read_only: str | None  # why nothing can be written, if so
-    given: tuple[Any, Any, Any, Any] | None  # the arrays as the caller has them, if on a GPU
+    originals: tuple[Any, Any, Any, Any] | None  # the arrays as the caller has them, if on a GPU
 
 
 def check_held(
@@ -111,7 +111,7 @@ def check_held(
 ) -> Held:
     """Check the arrays that a cache is to be made of."""
     named = dict(zip((*names, "key_scale", "value_scale"), (key, value, key_scale, value_scale), strict=True))
-    arrays, given = _taken(named)
+    arrays, originals = _taken(named)
     arrays = tuple(None if x is None else as_ndarray(name, x) for name, x in zip(named, arrays, strict=True))
     kind = _check_pair(arrays[0], arrays[1], names, middle)
     coded = kind.name in SCALED
@@ -134,8 +134,8 @@ def check_held(
     if kind != dtype:
         for name, x in zip(names, arrays[:2], strict=True):
             check_features(name, x)
-    reason = ON_GPU if given is not None else why_read_only(*(x for x in arrays if x is not None))
-    return Held(arrays, dtype, storage_format(kind.name, dtype), reason, given)
+    reason = ON_GPU if originals is not None else why_read_only(*(x for x in arrays if x is not None))
+    return Held(arrays, dtype, storage_format(kind.name, dtype), reason, originals)
 
 
 def _check_pair(key: Any, value: Any, names: tuple[str, str], middle: str) -> np.dtype[Any]:

@@ -24,7 +24,7 @@ class Contents(NamedTuple):
     lengths: Array  # int64 (n,)
     storage: str  # "float32", "float64", "float16", "bfloat16", "int8" or "float8_e4m3fn": how numbers are held
     dtype: np.dtype[Any]  # that of queries and results
-    given: tuple[Any, Any, Any, Any] | None = None  # the four arrays as the caller has them, if on a GPU
+    originals: tuple[Any, Any, Any, Any] | None = None  # the four arrays as the caller passed them, if on a GPU
 
     def look(self) -> tuple[Any, ...] | None:
         """All that a call follows from, beside the arrays of keys and values; None if it is too much to compare."""

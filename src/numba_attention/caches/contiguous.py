@@ -181,7 +181,7 @@ class KVCache:
             lengths = capacity
         held = check_lengths("lengths", to_host(lengths), n, capacity, "the capacity")
         self = cls.__new__(cls)
-        contents = Contents(*found.arrays, None, held, found.form.name, found.dtype, found.given)
+        contents = Contents(*found.arrays, None, held, found.form.name, found.dtype, found.originals)
         self._hold(contents, found.form, found.read_only)
         return self
 
@@ -349,7 +349,7 @@ class KVCache:
     def _held(self, n: int) -> Any:
         """An array of the contents by its number, as the caller has it, up to the longest sequence."""
         stored: Any = self._stored
-        array = stored[n] if stored.given is None else stored.given[n]
+        array = stored[n] if stored.originals is None else stored.originals[n]
         return None if array is None else array[:, :, : self._longest()]
 
     def _longest(self) -> int:
