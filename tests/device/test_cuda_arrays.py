@@ -626,7 +626,7 @@ import ctypes, mmap
 import numpy as np, numba_attention as na
 from device import HostDriver, Interface, NumbaArray, fake_numba_cuda
 from numba_attention.backends import cuda
-from numba_attention.cuda import runtime
+from numba_attention.device import runtime
 from numba_attention.device.headers import header
 import numba
 import ml_dtypes
