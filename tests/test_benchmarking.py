@@ -1,11 +1,25 @@
 """The bench: every contender computes the same thing, and figures are worked out right. Nobody's speed is asserted."""
 
+import io
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from numba_attention.benchmarking import ROWS, Result, Row, as_json, as_markdown, insert, left_out
+from numba_attention.benchmarking import (
+    ROWS,
+    Result,
+    Row,
+    as_json,
+    as_markdown,
+    as_table,
+    bars_as_markdown,
+    insert,
+    left_out,
+)
 from numba_attention.benchmarking.contenders import CONTENDERS, Skipped
 from numba_attention.show_config import show_config
 
@@ -85,10 +99,19 @@ def test_reports(tmp_path):
     facts = show_config("dicts")
     table = as_markdown([example()], facts, threads=2, rounds=3)
     assert "| small | 2 s |" in table
-    assert "2.50 (2.00)" in table
-    assert "FAIL" in table
+    assert "| 2.50 |" in table
+    assert not re.search(r"FAIL|verdict|bar\b|\(2\.00\)", table)
+    terminal = io.StringIO()
+    Console(width=200, file=terminal).print(as_table([example()]))
+    for text in ("2.50 (2.00)", "FAIL", "verdict", "not measured"):
+        assert text in terminal.getvalue()
     assert left_out([example(), example()]) == ["onnxruntime left out of small, small: not installed"]
     assert '"rounds": 3' in as_json([example()], facts, 2, 3)
     (tmp_path / "page.md").write_text("no markers")
     with pytest.raises(ValueError, match="has no <!-- bench:start -->"):
         insert(tmp_path / "page.md", table)
+
+
+def test_bars_stand_on_the_page_about_performance():
+    page = Path(__file__).parent.parent / "docs" / "performance.md"
+    assert bars_as_markdown(list(ROWS.values())) in page.read_text(encoding="utf-8")

@@ -91,7 +91,7 @@ def attention(
     return_lse : bool, default False
         Also return the natural log of the softmax denominator of each row.
     out : ndarray, shape (..., H, L, Ev), optional
-        Where to write the result: dtype of `query`, writeable, no overlap with an input.
+        Array for the result: dtype of `query`, writeable, no overlap with an input.
     backend : {"auto", "cpu", "cuda", "reference"}, optional
         Overrides `set_backend` and `use_backend` for this call.
 
@@ -109,7 +109,7 @@ def attention(
     ValueError
         A shape, length or option is out of range; the message names the argument and what was expected.
     BackendUnavailableError
-        The backend settings for cannot run here.
+        The backend that was asked for cannot run here.
 
     See Also
     --------
@@ -118,10 +118,10 @@ def attention(
 
     Notes
     -----
-    Scores pass through scale, softcap, ALiBi, bias and mask in this order. Time is O(H L S (E + Ev)) for
-    the visible pairs only, extra memory O(threads x tile). Half types accumulate in float32. The result has the same
-    bits for any number of threads and for a sequence alone or in a batch. NaN or infinity in a key or value reaches the
-    rows that attend to it and no other.
+    Scores pass through scale, softcap, ALiBi, bias and mask in this order. Time is O(H L S (E + Ev)) for the visible
+    pairs only, and extra memory is O(threads x tile). Half types accumulate in float32. The result has the same bits
+    for any number of threads and for a sequence alone or in a batch. NaN or infinity in a key or value reaches the rows
+    that attend to it and no other.
 
     References
     ----------

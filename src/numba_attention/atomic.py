@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all."""
+"""Writing files atomically: a file is replaced by a complete new one, or stays as it is."""
 
 import errno
 import os
@@ -16,8 +16,8 @@ _CANNOT_ALLOCATE = (errno.EINVAL, errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP, 
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give the path of a new file, which takes the place of `path` when the block ends without an exception.
 
-    Until then, and if the disk is full or the process ends, what is there stays as it is. A symbolic link stays one:
-    what it points to is replaced. A hard link does not: other names keep the old file.
+    Until then, and if the disk is full or the process ends, the old file stays as it is. A symbolic link is followed,
+    and the file that it points to is replaced. Other hard links to the old file keep its contents.
     """
     target = Path(os.path.realpath(path))
     mode = target.stat().st_mode if target.exists() else None
@@ -29,14 +29,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         if mode is not None:
             unfinished.chmod(stat.S_IMODE(mode))
         with unfinished.open("rb") as file:
-            os.fsync(file.fileno())  # a rename may reach the disk before the contents
+            os.fsync(file.fileno())  # or a rename could reach the disk before the contents do
         os.replace(unfinished, target)
 
 
 def allocate(path: str | os.PathLike[str], name: str | os.PathLike[str] | None = None) -> None:
-    """Take disk space for all of a file that may have holes, so that writing to its mapping cannot fail.
+    """Allocate disk space for a whole file that may have holes, so that writing to its mapping cannot fail.
 
-    A write to a mapped hole ends the process with SIGBUS where the disk is full. `name` is what errors call the file.
+    If the disk is full, a write to a mapped hole ends the process with SIGBUS. Errors call the file `name`.
 
     Raises
     ------

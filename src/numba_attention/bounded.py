@@ -1,4 +1,4 @@
-"""A dictionary of what calls need again that forgets the oldest entries when it has too many or they are too large."""
+"""A bounded cache: a dictionary that drops its oldest entries when they are too many or take too much memory."""
 
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -12,19 +12,19 @@ V = TypeVar("V")
 
 
 class BoundedCache(Generic[V]):
-    """Values by key. Reading takes no lock, and may go on in other threads while one adds.
+    """Values by key, bounded in number and in bytes. Reading takes no lock, and is safe while another thread adds.
 
     Parameters
     ----------
     count : int
-        How many values are kept.
+        The largest number of values that are kept.
     size : int
-        How many bytes they may have together; a value that alone has more is not kept.
+        The largest number of bytes of all values together. A single value that has more is not kept.
 
     Attributes
     ----------
     get : callable
-        The value of a key, or None: ``dict.get`` itself, because small calls take microseconds.
+        Returns the value of a key, or None. It is ``dict.get`` itself, because small calls take microseconds.
     """
 
     def __init__(self, count: int = COUNT, size: int = SIZE) -> None:
@@ -35,19 +35,20 @@ class BoundedCache(Generic[V]):
         self.get: Callable[[Any], V | None] = self._values.get
 
     def add(self, key: Any, value: V, size: int) -> None:
-        """Keep a value of so many bytes, and forget the oldest where there is no room."""
+        """Keep a value of `size` bytes, and drop the oldest values if the cache is then too large."""
         if size > self._size:
             return
         with self._lock:
             self._values[key], self._sizes[key] = value, size
-            # Summed anew, and not counted along: a call in the middle of this one may change what is there.
+            # The sizes are summed each time and no running total is kept: a reentrant call, from a signal handler or
+            # finalizer, may change the dictionaries between any two lines.
             while len(self._values) > self._count or sum(self._sizes.values()) > self._size:
                 oldest = next(iter(self._values))
                 self._values.pop(oldest, None)
                 self._sizes.pop(oldest, None)
 
     def clear(self) -> None:
-        """Forget all."""
+        """Drop all values."""
         with self._lock:
             self._values.clear()
             self._sizes.clear()

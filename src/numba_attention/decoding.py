@@ -33,38 +33,38 @@ def attention_decode(
     Parameters
     ----------
     query : ndarray, shape (batch, H, L, E)
-        Queries of the L newest positions of every sequence, whose keys and values are in the cache already: 1 to
-        generate a token, some to check tokens that were guessed, many to read a prompt in pieces (chunked prefill).
-        dtype of the cache. (H, L, E) where there is one sequence. Any strides.
+        Queries of the L newest positions of every sequence, whose keys and values are in the cache already: one to
+        generate a token, a few to check guessed tokens, many to read a prompt in pieces (chunked prefill). In the dtype
+        of the cache, with any strides. The shape may be (H, L, E) if there is one sequence.
     cache : KVCache or PagedKVCache
-        H must be a multiple of its heads Hkv.
+        H must be a multiple of its number of key/value heads.
     ids : int or array of int, shape (batch,), optional
-        Which sequences of a `PagedKVCache`; by default all there are, in the order of their ids.
+        Which sequences of a `PagedKVCache`; by default all of them, in the order of their ids.
     mask : array of bool, broadcastable to (batch, H, L, S), optional
         True where a query may attend to a key; S is the length of the longest sequence. With L columns instead of S, it
-        is about the L newest keys of each sequence, and all before them are seen: a tree of guesses. Three axes are
-        (H, L, keys), or (batch, L, keys) where batch is not H: (batch, 1, L, keys) never means anything else.
+        refers to the L newest keys of each sequence, and all keys before them are visible: a tree of guesses. Three
+        axes mean (H, L, keys), or (batch, L, keys) if batch is not H; (batch, 1, L, keys) is never ambiguous.
     bias : array of float, broadcastable to (batch, H, L, S), optional
         Added to the scaled scores, or with L columns to those of the newest keys.
     is_causal : bool or {"top-left", "bottom-right"}, default "bottom-right"
-        The queries are the last positions of their sequence: query i sees the keys up to its own, which is number
-        ``length - L + i``. False: all keys.
+        By default the queries are the last positions of their sequence: query i sees the keys up to position
+        ``length - L + i``, its own. False: all keys.
     **options
-        As in `attention`. With `query_lengths`, only so many of the L queries of each sequence are there, and these
-        are its last positions.
+        As in `attention`. `query_lengths` says how many of the L queries of each sequence are valid; these are then
+        its last positions.
     key_lengths : int or array of int, shape (batch,), optional
-        How much of each sequence to use, by default all: no more than is there.
+        How many keys of each sequence to use, at most its length; by default all.
     return_lse : bool, default False
         Also return the natural log of the softmax denominator of each row.
     out : ndarray, shape (batch, H, L, Ev), optional
-        Where to write the result.
+        Array for the result.
     backend : {"auto", "cpu", "cuda", "reference"}, optional
         As in `attention`.
 
     Returns
     -------
     out : ndarray, shape (batch, H, L, Ev)
-        dtype of `query`. Sequences without keys have 0.
+        dtype of `query`. The result of a sequence without keys is 0.
     lse : ndarray, shape (batch, H, L)
         Only if `return_lse`.
 
@@ -82,8 +82,8 @@ def attention_decode(
     -----
     With few queries the keys are split among the threads and the partial results merged ("flash decoding" [1]_). Query
     heads that share a key/value head are computed together, so that every key and value is read once. Numbers that a
-    cache stores as int8 or float8 are scaled on the way. Several threads may read one cache at once. Results have the
-    same bits for any number of threads, alone or in a batch, and whether the cache has pages or not.
+    cache stores as int8 or float8 are scaled by the kernel. Several threads may read one cache at once. Results have
+    the same bits for any number of threads, alone or in a batch, and whether the cache has pages or not.
 
     References
     ----------
@@ -116,16 +116,16 @@ def attention_decode(
         raise TypeError(
             f"cache must be a KVCache or a PagedKVCache, got {type(cache).__module__}.{type(cache).__qualname__}"
         )
-    given = contents.given
-    chosen = select(backend, query) if given is None else select(backend, query, *given[:2])
+    originals = contents.originals
+    chosen = select(backend, query) if originals is None else select(backend, query, *originals[:2])
     if chosen.on_device:
-        contents = contents._replace(lengths=contents.lengths.copy())  # as many as are copied, whoever appends
-        held = [_used(contents, x) for x in contents[:4]] if given is None else given
+        contents = contents._replace(lengths=contents.lengths.copy())  # another thread may append while keys are copied
+        held = [_used(contents, x) for x in contents[:4]] if originals is None else originals
         operands = {"query": query, **dict(zip(Contents._fields[:4], held, strict=True))}
         return device_call.run(
             _decode_on_device, chosen, operands, settings, out=out, contents=contents, return_lse=return_lse
         )
-    if given is not None:
+    if originals is not None:
         raise TypeError("the cache is on a GPU, and this call runs on the host: pass backend='cuda'")
     return _decode(chosen, query, contents, settings, return_lse, out)
 
@@ -142,7 +142,7 @@ def _decode(
 
 
 def _used(contents: Contents, array: Array | None) -> Array | None:
-    """The part of keys, values or scales that must be copied to a GPU."""
+    """Return the part of keys, values or scales that must be copied to a GPU."""
     if array is None or contents.table is not None:
         return array
     return array[:, :, : int(contents.lengths.max(initial=0))]
@@ -152,18 +152,18 @@ def _decode_on_device(
     chosen: Backend, query: Array, key: Array, value: Array, key_scale: Array | None, value_scale: Array | None,
     contents: Contents, options: Options, return_lse: bool, out: Array | None = None, empty: Empty = np.empty,
 ) -> Array | tuple[Array, Array]:  # fmt: skip
-    there = contents._replace(key=key, value=value, key_scale=key_scale, value_scale=value_scale)
+    contents_on_device = contents._replace(key=key, value=value, key_scale=key_scale, value_scale=value_scale)
     S = int(contents.lengths.max(initial=0))
     for name in ("mask", "bias"):
         array = getattr(options, name)
         if array is not None and query.ndim >= 3 and is_of_newest(array, query.shape[-2], S):
-            # A tree of guesses: small, and made as wide as the cache by the host.
+            # The host extends the mask of a tree of guesses, which is small, to the width of the cache.
             small = np.empty(array.shape, array.dtype)
             runtime.download(array, small, runtime.stream())
             wide = over_newest(name, small, contents.lengths, query.shape[-3], query.shape[-2], S)
             changed: dict[str, Any] = {name: runtime.upload(wide, runtime.stream())}
             options = options._replace(**changed)
-    return _decode(chosen, query, there, options, return_lse, out, empty)
+    return _decode(chosen, query, contents_on_device, options, return_lse, out, empty)
 
 
 __all__ = ["attention_decode"]

@@ -1,6 +1,6 @@
-"""A call whose work is on a device: its arrays become headers, the same code runs on them, its results go back.
+"""Calls on a GPU: arrays become headers, the code for NumPy arrays runs on them, and results become arrays again.
 
-`run` is the only place where what a caller holds and what the package works on differ.
+`run` is the only place that sees both the caller's arrays and the headers that the package works on.
 """
 
 from collections.abc import Callable
@@ -20,20 +20,20 @@ Result = TypeVar("Result")
 
 
 class Call:
-    """One call on a device: where it runs, and how its arguments and results are moved.
+    """One call on a GPU: its device and stream, and the conversion of its arguments and results.
 
     Parameters
     ----------
     operands : dict of str to array
-        The arrays that decide on the device, by the name of the argument. The first one decides on the kind of results.
+        The arrays that determine the device, by the name of the argument. The first one determines the kind of results.
     """
 
     def __init__(self, operands: dict[str, Any]) -> None:
         families = {name: arrays.family_of(x) for name, x in operands.items()}
         self._families = {id(operands[name]): family for name, family in families.items()}
-        self._places: dict[str, int] = {}  # GPUs by argument
+        self._places: dict[str, int] = {}  # the number of the GPU of each argument
         stream = None
-        self._leader = ""  # the library whose stream it is
+        self._leader = ""  # the library whose stream the call uses
         for name, family in families.items():
             if family is not arrays.HOST:
                 self._place(name, family, operands[name])
@@ -43,10 +43,10 @@ class Call:
         self.device = next(iter(self._places.values())) if self._places else runtime.driver.current()
         self.stream = stream or runtime.DEFAULT_STREAM
         self.family = next(iter(families.values()), arrays.HOST)
-        self._others: set[int] = set()  # streams of inputs that are not this one
+        self._others: set[int] = set()  # other streams, of inputs
         self._waits = False
-        # What was moved, by identity: in self-attention one array is all three.
-        self._known: dict[int, tuple[Any, Array]] = {}
+        # Headers by identity of their arrays: in self-attention, query, key and value are one array.
+        self._headers: dict[int, tuple[Any, Array]] = {}
 
     def _place(self, name: str, family: arrays.Family, x: Any) -> None:
         self._places[name] = family.ordinal(x)
@@ -55,11 +55,11 @@ class Call:
             raise ValueError(f"{' and '.join(self._places)} must be on one GPU: {said}")
 
     def device_array(self, name: str, x: Any) -> Array:
-        """Make the header of an array that may be on the device or the host; from there it is copied."""
-        found = self._known.get(id(x))
-        if found is None:
-            found = self._known[id(x)] = x, self._device_array(name, x)
-        return found[1]
+        """Make the header of an array. An array on the host is copied to the device."""
+        entry = self._headers.get(id(x))
+        if entry is None:
+            entry = self._headers[id(x)] = x, self._device_array(name, x)
+        return entry[1]
 
     def _device_array(self, name: str, x: Any) -> Array:
         family = self._families.get(id(x)) or arrays.family_of(x)
@@ -67,7 +67,7 @@ class Call:
             if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
                 raise TypeError(f"{name} must be a numpy.ndarray or an array on a GPU, got {kind_of(x)}")
             if x.dtype.hasobject or x.dtype.names:
-                return x  # refused by whoever looks at dtypes, in its own words
+                return x  # the checks of dtypes refuse it, with a message of their own
             return runtime.upload(np.asarray(x), self.stream)
         if name not in self._places:
             self._place(name, family, x)
@@ -82,29 +82,29 @@ class Call:
         except (TypeError, BufferError) as error:
             raise TypeError(f"{name}: {error}") from error
 
-    def options(self, given: Options) -> Options:
-        """Mask and bias on the device, all else on the host."""
+    def options(self, settings: Options) -> Options:
+        """Move mask and bias to the device, and all other options to the host."""
         changed: dict[str, Any] = {}
         for name, check in (("mask", as_bools), ("bias", as_floats)):
-            x = getattr(given, name)
+            x = getattr(settings, name)
             if x is not None:
-                there = arrays.family_of(x) is not arrays.HOST
-                changed[name] = self.device_array(name, x if there else check(name, as_array(name, x)))
-        for name, x in zip(Options._fields, given, strict=True):
+                is_on_device = arrays.family_of(x) is not arrays.HOST
+                changed[name] = self.device_array(name, x if is_on_device else check(name, as_array(name, x)))
+        for name, x in zip(Options._fields, settings, strict=True):
             if x is not None and name not in PER_SCORE and arrays.on_device(x):
                 changed[name] = arrays.to_host(x)
-        return given._replace(**changed) if changed else given
+        return settings._replace(**changed) if changed else settings
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Make room for a result, of the caller's kind."""
-        made = self.family.empty(shape, np.dtype(dtype), self.device, self.stream)
+        """Allocate a result of the caller's kind."""
+        array = self.family.empty(shape, np.dtype(dtype), self.device, self.stream)
         recorder = replay.current()
         if recorder is not None:
-            recorder.make(made, is_result=True)
-        return made
+            recorder.make(array, is_result=True)
+        return array
 
     def out(self, out: Any, inputs: dict[str, Any]) -> Array | None:
-        """Make the header of what the caller wants the result in."""
+        """Make the header of the array that the caller passed as `out`."""
         if out is None:
             return None
         if arrays.on_device(out):
@@ -115,21 +115,21 @@ class Call:
         return runtime.empty(out.shape, out.dtype, self.stream)
 
     def give(self, result: Any) -> Any:
-        """Turn headers among results, in tuples and lists, into arrays of the caller's kind."""
+        """Convert headers among results, also in tuples and lists, to arrays of the caller's kind."""
         if isinstance(result, np.ndarray):
             return result if held(result) is None else self.family.give(result, self.stream)
         if isinstance(result, list):
             return [self.give(x) for x in result]
         if isinstance(result, tuple):
-            given = [self.give(x) for x in result]
-            return type(result)(*given) if hasattr(result, "_fields") else tuple(given)
+            parts = [self.give(x) for x in result]
+            return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
         return result
 
     def finish(self) -> None:
-        """Let the owners of inputs wait for the work: they may write to them, or free them, as soon as this returns."""
+        """Let the streams of inputs wait for the work: inputs may be changed or freed as soon as this returns."""
         for stream in self._others:
             runtime.driver.wait(stream, self.stream)
-        if self._waits:  # a library that cannot be told of a stream
+        if self._waits:  # a library that cannot wait for a stream
             runtime.driver.synchronize(self.stream)
 
 
@@ -147,20 +147,20 @@ def run(
     small: dict[str, Any] | None = None,
     **rest: Any,
 ) -> Result:
-    """Call ``function(backend, **operands, **small, options=, **rest, empty=)`` as the device sees the arguments.
+    """Call ``function(backend, **operands, **small, options=, **rest, empty=)`` with headers for the arrays.
 
     Parameters
     ----------
     function : callable
-        What runs on the host too. It asks its arrays for shapes, strides, dtypes and addresses only.
+        The function that also runs on the host. It uses only shapes, strides, dtypes and addresses of its arrays.
     backend : Backend
     operands : dict
-        Arrays by argument; None and what is no array of a device or the host are left to `function`.
+        Arrays by argument. None is passed on, and `function` checks anything that is no array.
     options : Options
     out : array, optional
-        Where the result is to go; `function` is passed it only if it is given.
+        Array for the result, which is passed to `function` only if it is not None.
     small : dict, optional
-        Arguments that the host reads: copied from the device if they are there.
+        Arguments that the host reads. They are copied from the device if they are on it.
     """
     seen = None if out is not None or small else _look(function, operands, options, rest)
     if seen is not None:
@@ -172,21 +172,21 @@ def run(
         if seen is not None:
             with replay.recording(seen.addresses) as recorder:
                 moved = {name: None if x is None else call.device_array(name, x) for name, x in operands.items()}
-                made = function(backend, **moved, options=options, **rest, empty=call.empty)
-                recorder.keep(seen.key, made)
-            return cast(Result, call.give(made))
+                headers = function(backend, **moved, options=options, **rest, empty=call.empty)
+                recorder.keep(seen.key, headers)
+            return cast(Result, call.give(headers))
         moved = {name: None if x is None else call.device_array(name, x) for name, x in operands.items()}
         moved |= {name: arrays.to_host(x) for name, x in (small or {}).items()}
         target = call.out(out, operands | options._asdict())
         if target is not None:
             moved["out"] = target
-        found = function(backend, **moved, options=call.options(options), **rest, empty=call.empty)
-        result: Result = _with_out(call, found, target, out)
+        headers = function(backend, **moved, options=call.options(options), **rest, empty=call.empty)
+        result: Result = _with_out(call, headers, target, out)
         call.finish()
         return result
 
 
-_PLAIN = (type(None), bool, int, float, str)  # what an option may be that is no array
+_PLAIN = (type(None), bool, int, float, str)  # types of options that are not arrays
 
 
 def _is_plain(x: Any) -> bool:
@@ -194,7 +194,7 @@ def _is_plain(x: Any) -> bool:
 
 
 class _Seen(NamedTuple):
-    """All that a call follows from, as a key, and what differs from one such call to the next."""
+    """Everything that a call depends on, as a key for `replay`, and what differs between calls with that key."""
 
     key: Any
     addresses: list[int]
@@ -215,7 +215,7 @@ class _Seen(NamedTuple):
 def _look(
     function: Callable[..., Any], operands: dict[str, Any], options: Options, rest: dict[str, Any]
 ) -> _Seen | None:
-    """Look at a call that may have been made before: of arrays of one library on one stream, and plain options."""
+    """Return the key of a call that can be repeated: of arrays of one library on one stream, with plain options."""
     if not all(_is_plain(option) for option in options):
         return None
     of_rest = [x.look() if isinstance(x, Contents) else (x,) if _is_plain(x) else None for x in rest.values()]
@@ -243,8 +243,8 @@ def _look(
         return None
     device = places[0]
     stream = family.stream(first, device) or runtime.DEFAULT_STREAM
-    known = addresses if len(set(addresses)) == len(addresses) else None
-    alike = None if known else [addresses.index(address) for address in addresses]
+    distinct = addresses if len(set(addresses)) == len(addresses) else None
+    alike = None if distinct else [addresses.index(address) for address in addresses]
     key = (
         function, runtime.driver, family.name, *looks, *[address % 16 for address in addresses], *(alike or ()),
         options, type(options.is_causal), *of_rest, stream, identity(stream), tile_shapes.state(),
@@ -253,31 +253,33 @@ def _look(
 
 
 def _with_out(call: Call, result: Any, target: Array | None, out: Any) -> Any:
-    """The results as the caller sees them; the caller's own array where it gave one."""
+    """Return the results as the caller sees them, with the caller's own `out` if there is one."""
     if target is None:
         return call.give(result)
     first, *others = result if isinstance(result, tuple) else (result,)
     assert first is target
     if isinstance(out, np.ndarray):
         runtime.download(target, out, call.stream)
-    given = (out, *(call.give(x) for x in others))
-    return given if isinstance(result, tuple) else out
+    results = (out, *(call.give(x) for x in others))
+    return results if isinstance(result, tuple) else out
 
 
 def through_host(function: Callable[..., Any], **arguments: Any) -> Any:
-    """Call a function of small arrays that has no kernel: copy its arguments to the host, and its results back."""
-    found = [x for given in arguments.values() for x in (given if isinstance(given, list | tuple) else [given])]
-    call = Call({"arrays": next(x for x in found if arrays.on_device(x))})
+    """Call a function that has no kernel: copy its arguments to the host, and its results back to the GPU."""
+    parts = [
+        x for argument in arguments.values() for x in (argument if isinstance(argument, list | tuple) else [argument])
+    ]
+    call = Call({"arrays": next(x for x in parts if arrays.on_device(x))})
 
-    def there(x: Any) -> Any:
-        return [there(part) for part in x] if isinstance(x, list | tuple) else arrays.to_host(x)
+    def on_host(x: Any) -> Any:
+        return [on_host(part) for part in x] if isinstance(x, list | tuple) else arrays.to_host(x)
 
-    def back(x: Any) -> Any:
+    def on_device(x: Any) -> Any:
         if isinstance(x, list | tuple):
-            return type(x)(back(part) for part in x)
-        made = call.empty(x.shape, x.dtype)
-        runtime.driver.write(address_of(made), x, call.stream)
-        return call.family.give(made, call.stream)
+            return type(x)(on_device(part) for part in x)
+        array = call.empty(x.shape, x.dtype)
+        runtime.driver.write(address_of(array), x, call.stream)
+        return call.family.give(array, call.stream)
 
     with runtime.using(call.device, call.stream):
-        return back(function(**{name: there(x) for name, x in arguments.items()}))
+        return on_device(function(**{name: on_host(x) for name, x in arguments.items()}))

@@ -2,12 +2,12 @@
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for that cannot run here; the message says why and what would help."""
+    """A backend that was asked for cannot run here; the message says why and what would help."""
 
 
 class CacheFullError(ValueError):
-    """A key/value cache has no room for what was to be appended, and is as it was before."""
+    """A key/value cache has no room for the tokens that were to be appended; nothing has changed."""
 
 
 class NumbaAttentionWarning(UserWarning):
-    """Something works, but not as well as it could (for example: no place for the kernel cache)."""
+    """Something works, but not as well as it could (for example, there is no folder for the kernel cache)."""

@@ -1,8 +1,9 @@
-"""What a fork leaves to the child: locks that somebody can release, and whether OpenMP may be used.
+"""Fork safety: which locks a forked child can use, and whether it may use OpenMP.
 
-Imported with the package, so that it knows of forks from then on. A child inherits no lock that a thread of its parent
-held: that thread is not there to release it. And all locks are reentrant: a signal handler, finalizer or trace function
-runs in the thread that it interrupts, and would wait for ever for a lock that this thread holds.
+The module is imported with the package and registers handlers, so it knows of every later fork. A child has only the
+thread that forked: a lock that another thread of the parent held would never be released, so a child gets new locks.
+All locks are reentrant, because a signal handler, finalizer or trace function runs in the thread that it interrupts,
+and would otherwise wait for ever for a lock that this thread holds.
 """
 
 import os
@@ -13,34 +14,39 @@ from typing import Any
 
 PATIENCE = 60.0  # seconds that a fork waits for compilers to finish; a kernel takes up to half a minute
 
-_renewed: list[Any] = []  # new in a child: what they protect is whole between any two lines
-_awaited: list[Any] = []  # waited for before a fork: what they protect cannot be used halfway through a change
+# Locks that are simply released in a child, because the data that they protect are consistent at every moment.
+_renewed: list[Any] = []
+# Locks that a fork waits for, because the data that they protect are inconsistent while somebody holds them.
+_awaited: list[Any] = []
 _forking = threading.RLock()
 _held: list[Any] = []
 _broken = _openmp_is_lost = False
 
 
 def renewed() -> Any:
-    """A lock that is free in a child, whoever held it in the parent."""
+    """Return a new lock that is free in a forked child, whichever thread held it in the parent."""
     lock = threading.RLock()
     _renewed.append(lock)
     return lock
 
 
 def await_before_fork(lock: Any) -> None:
-    """Let a fork wait until no other thread holds this lock, so that a child finds what it protects whole."""
+    """Let forks wait until no other thread holds this lock, so that a child finds consistent data."""
     _awaited.append(lock)
 
 
 def broken() -> bool:
-    """Whether this is a child in which what the awaited locks protect may be halfway through a change for ever."""
+    """Whether this is a forked child in which the data of the awaited locks may be inconsistent.
+
+    That is so if the fork gave up waiting after `PATIENCE` seconds.
+    """
     return _broken
 
 
 def openmp_is_lost() -> bool:
     """Whether Numba's parallel functions must not be used in this child.
 
-    GNU OpenMP ends a child that enters a region after its parent did, in whatever function.
+    GNU OpenMP ends a child process that enters a parallel region, of any function, after its parent entered one.
     """
     return _openmp_is_lost
 
@@ -71,7 +77,7 @@ def _in_child() -> None:
 
 
 def _uses_gnu_openmp() -> bool:
-    """Whether Numba has started threads of GNU OpenMP; without importing Numba, which not every process has."""
+    """Whether Numba has started threads of GNU OpenMP. Does not import Numba itself, which the process may not use."""
     parallel = sys.modules.get("numba.np.ufunc.parallel")
     try:
         if parallel is None or parallel.threading_layer() != "omp":

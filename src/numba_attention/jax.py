@@ -1,8 +1,8 @@
 """`attention` for JAX arrays on the CPU, with gradients: ``import numba_attention.jax as naj``.
 
-XLA calls back into Python where attention belongs, and the kernels read and write its buffers in place. Not
-`jax.pure_callback`: that copies its arguments with JAX itself inside the callback, and a copy that waits for
-the very thread that runs the callback never comes, as on a machine with one core (jax issue 24255).
+XLA calls back into Python to compute attention, and the kernels read and write its buffers in place. This does not use
+`jax.pure_callback`, which copies its arguments with JAX inside the callback: on a machine with one core, that copy
+waits for the thread that runs the callback, and so for ever (jax issue 24255).
 """
 
 from __future__ import annotations  # short types in help()
@@ -39,22 +39,22 @@ except ImportError as error:
 
 JaxArray: TypeAlias = jax.Array
 
-# Options that are arrays, which XLA hands over at each call; the others are fixed when a function is traced.
+# Options that are arrays, which XLA passes at each call. The others are fixed when a function is traced.
 _ARRAYS = (*PER_SCORE, *PER_HEAD, *PER_SEQUENCE, *PER_CALL)
 
 
 class _Static(NamedTuple):
-    """What is known of a call when it is traced, hashable: equal calls share what XLA compiled."""
+    """The part of a call that is fixed when it is traced. It is hashable, so that equal calls share compiled code."""
 
     ndim: int  # of query, key, value, mask and bias before `jax.vmap` adds axes in front
     out_shape: tuple[int, ...]
     dtype: str
-    settings: Options  # those that are not arrays
+    settings: Options  # the options that are not arrays
     backend: str
 
     @property
     def options(self) -> dict[str, Any]:
-        """What a call says besides arrays."""
+        """Return the options that are not arrays, and the backend."""
         fixed = {name: x for name, x in self.settings._asdict().items() if name not in _ARRAYS}
         return fixed | {"backend": self.backend}
 
@@ -157,14 +157,14 @@ def attention(
     (2, 8, 100, 64)
     """
     settings = gather(attention, options)
-    given = {"query": query, "key": key, "value": value} | {name: getattr(settings, name) for name in _ARRAYS}
-    arrays = {name: jnp.asarray(_as_wide_as_jax(x)) for name, x in given.items() if x is not None}
+    arguments = {"query": query, "key": key, "value": value} | {name: getattr(settings, name) for name in _ARRAYS}
+    arrays = {name: jnp.asarray(_as_wide_as_jax(x)) for name, x in arguments.items() if x is not None}
     fixed: dict[str, Any] = dict.fromkeys(_ARRAYS)
     settings = settings._replace(**fixed)
-    problem, chosen = _check(given, arrays, settings, backend)
+    problem, chosen = _check(arguments, arrays, settings, backend)
     ndim = problem.out.ndim
     ranks = dict.fromkeys(PER_SEQUENCE, ndim - 3) | dict.fromkeys(PER_HEAD, ndim - 2)
-    # With all their axes, arrays still broadcast as they should when vmap puts one more in front.
+    # Arrays get all their axes here, so that they still broadcast correctly when vmap adds one in front.
     for name, x in arrays.items():
         if name not in PER_CALL:
             arrays[name] = jnp.expand_dims(x, tuple(range(ranks.get(name, ndim) - x.ndim)))
@@ -176,39 +176,41 @@ def attention(
 
 
 def _as_wide_as_jax(x: Any) -> Any:
-    """Make float32 of float64 where JAX is not set to 64 bits, and would do so by making large numbers infinite."""
+    """Convert float64 to float32 unless JAX is set to 64 bits. Its own conversion would make large numbers infinite."""
     if isinstance(x, jax.Array) or jax.config.jax_enable_x64:
         return x
     array = np.asarray(x)
     return saturated(array, np.float32) if array.dtype == np.float64 else x
 
 
-def _check(given: dict[str, Any], arrays: dict[str, Any], options: Options, backend: str | None) -> tuple[Problem, str]:
-    """Raise for bad input now, as an exception in a callback loses its type and its place; choose the backend."""
-    # What is traced, or large, is represented by its shape and dtype, in no memory.
+def _check(
+    arguments: dict[str, Any], arrays: dict[str, Any], options: Options, backend: str | None
+) -> tuple[Problem, str]:
+    """Check the arguments now, because an exception in a callback loses type and place; choose the backend."""
+    # Traced and large arrays are represented by an array of their shape and dtype that takes no memory.
     small = (*PER_SEQUENCE, *PER_HEAD, *PER_CALL)
     examples: dict[str, Any] = {
-        name: np.asarray(given[name])
-        if name in small and not isinstance(given[name], jax.core.Tracer)
+        name: np.asarray(arguments[name])
+        if name in small and not isinstance(arguments[name], jax.core.Tracer)
         else np.broadcast_to(np.zeros((), x.dtype), x.shape)
         for name, x in arrays.items()
     }
     query, key, value = (examples.pop(name) for name in ("query", "key", "value"))
     problem = build(query, key, value, options._replace(**examples), None, True)
-    # By name, as the callback may run in another thread, which knows of no `use_backend`.
+    # The backend is returned by name, because the callback may run in a thread in which `use_backend` has no effect.
     return problem, vars(select(backend, query, key, value))["__name__"].rpartition(".")[2]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static: _Static, arrays: dict[str, Any]) -> tuple[Any, Any]:
-    """Out and lse; arrays have all their axes."""
+    """Return out and lse, for arrays with all their axes."""
     lse_dtype = "float64" if static.dtype == "float64" else "float32"
     results = {
         "out": jax.ShapeDtypeStruct(static.out_shape, static.dtype),
         "lse": jax.ShapeDtypeStruct(static.out_shape[:-1], lse_dtype),
     }
-    made = buffer_callback(_Forward(static), results, vmap_method="expand_dims")(**arrays)
-    return made["out"], made["lse"]
+    result = buffer_callback(_Forward(static), results, vmap_method="expand_dims")(**arrays)
+    return result["out"], result["lse"]
 
 
 def _forward(static: _Static, arrays: dict[str, Any]) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
@@ -217,17 +219,17 @@ def _forward(static: _Static, arrays: dict[str, Any]) -> tuple[tuple[Any, Any], 
         raise NotImplementedError("alibi_slopes have no gradient here; pass jax.lax.stop_gradient(alibi_slopes)")
     values = {name: x.value for name, x in arrays.items()}
     result = _attention(static, values)
-    # Names without arrays: a residual is a pytree, and so may say in its structure which gradients are wanted.
+    # A residual is a pytree, whose structure says which gradients are wanted: a dict with names and without arrays.
     return result, (values, *result, dict.fromkeys(perturbed.intersection(Gradients._fields)))
 
 
 def _backward(static: _Static, residual: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[dict[str, Any]]:
     arrays, out, lse, wanted = residual
-    given = dict(zip(("grad_out", "grad_lse"), cotangents, strict=True))
-    given = {name: x for name, x in given.items() if not isinstance(x, jax.custom_derivatives.SymbolicZero)}
+    of_results = dict(zip(("grad_out", "grad_lse"), cotangents, strict=True))
+    of_results = {name: x for name, x in of_results.items() if not isinstance(x, jax.custom_derivatives.SymbolicZero)}
     grads = dict.fromkeys(arrays)
-    if given and wanted:
-        grads |= _gradients(static, tuple(wanted), arrays | given | {"out": out, "lse": lse})
+    if of_results and wanted:
+        grads |= _gradients(static, tuple(wanted), arrays | of_results | {"out": out, "lse": lse})
     return (grads,)
 
 
@@ -249,7 +251,7 @@ _gradients.defvjp(_no_second_derivative, _no_second_derivative)
 
 
 class _Forward(NamedTuple):
-    """What XLA calls for `_attention`; equal, and so compiled once, for equal calls."""
+    """The callback of `_attention`. It compares equal for equal calls, which are then compiled once."""
 
     static: _Static
 
@@ -260,7 +262,7 @@ class _Forward(NamedTuple):
 
 
 class _Backward(NamedTuple):
-    """What XLA calls for `_gradients`."""
+    """The callback of `_gradients`."""
 
     static: _Static
 
@@ -274,11 +276,11 @@ class _Backward(NamedTuple):
 
 
 def _calls(static: _Static, *buffers: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """View buffers as arrays, and split the axes that vmap added into several calls if one call cannot have them."""
+    """View buffers as arrays, and split axes that vmap added into several calls if one call cannot have them."""
     results, arrays = ({name: np.asarray(x) for name, x in group.items()} for group in buffers)
     added = arrays["query"].ndim - static.ndim
     if added:
-        # Such an axis is 1 where the input is the same for all, yet each of them has a gradient of its own.
+        # Such an axis has size 1 if the input is the same for all calls, yet each call has a gradient of its own.
         lead = np.broadcast_shapes(*(x.shape[:added] for x in arrays.values()))
         arrays = {name: np.broadcast_to(x, lead + x.shape[added:]) for name, x in arrays.items()}
     if added and not arrays.keys().isdisjoint(PER_CALL):

@@ -1,8 +1,8 @@
-"""Files of compiled kernels, for the CPU and for GPUs: one folder of the user's, one file a kernel.
+"""The kernel cache on disk, for the CPU and for GPUs: one folder for each user, one file for each kernel.
 
-Loading a kernel is running a file, and a checksum is no signature. So nothing is read from a folder or a file that
-somebody else could have written, files are opened without following links, and the key of a kernel is part of what its
-checksum covers: a file under another kernel's name counts as missing, as does one that is damaged.
+Loading a kernel executes the code in a file, and a checksum is not a signature. So nothing is read from a folder or a
+file that somebody else could have written, and files are opened without following links. The checksum covers the key of
+the kernel too: a file under another kernel's name counts as missing, as a damaged one does.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ ENVIRONMENT = "NUMBA_ATTENTION_CACHE_DIR"
 SUFFIXES = (".kernel", ".cubin")
 _NAME = re.compile(r".*-[0-9a-f]{32}\.(kernel|cubin)")
 # A version of the package has some 30 kernels of 50 KB for a CPU and some hundred of 100 KB for a GPU.
-LARGEST = 256 * 2**20  # bytes that the folder is kept below
-UNUSED = 90 * 86400  # seconds after which a file that nobody loaded is removed
+LARGEST = 256 * 2**20  # bytes of all files, above which the oldest are removed
+UNUSED = 90 * 86400  # seconds without being loaded after which a file is removed
 _UNFINISHED = ".kernel-part"
-_ABANDONED = 3600  # seconds after which a file that was begun and never renamed is removed
+_ABANDONED = 3600  # seconds after which a temporary file that was never renamed is removed
 _DAY = 86400
 _warned = False
 _pruned = False
@@ -33,9 +33,9 @@ _pruned = False
 
 @cache
 def directory() -> Path | None:
-    """The folder of the kernel cache, or None if there is none that can be trusted: then kernels live in memory only.
+    """Return the folder of the kernel cache, or None if no folder can be trusted: kernels are then kept in memory only.
 
-    One that cannot be written to is read from all the same: an image or an administrator may have filled it.
+    A folder that cannot be written to is still read from: a container image or an administrator may have filled it.
     """
     try:
         folder = _chosen().resolve()
@@ -64,8 +64,8 @@ def _chosen() -> Path:
 
 
 def _distrust(status: os.stat_result) -> str:
-    """Why what is there may be another user's work; empty if only this user and root can have written it."""
-    if not hasattr(os, "geteuid"):  # Windows: folders of a user's profile are closed to others
+    """Return why another user may have written a file or folder; empty if only this user and root can have done so."""
+    if not hasattr(os, "geteuid"):  # Windows: other users cannot write to folders of a user's profile
         return ""
     if status.st_uid not in (os.geteuid(), 0):
         return f"belongs to another user (uid {status.st_uid})"
@@ -86,13 +86,13 @@ def warn_unwritten(error: Exception) -> None:
 
 
 def path_of(name: str, key: str, suffix: str) -> Path | None:
-    """Where the kernel of a key is kept, under a name that people can read; None if there is no cache."""
+    """Return the path of the file for a key, whose name begins with a readable one; None if there is no cache."""
     folder = directory()
     return folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}{suffix}" if folder else None
 
 
 def read_checked(path: Path, key: str) -> bytes | None:
-    """What `write_checked` wrote for this key, or None if it is not there, not whole, or may be another user's."""
+    """Return what `write_checked` wrote for this key, or None if it is missing, damaged, or may be another user's."""
     try:
         with open(path, "rb", opener=_open_itself) as file:
             status = os.fstat(file.fileno())
@@ -112,7 +112,7 @@ def read_checked(path: Path, key: str) -> bytes | None:
 
 
 def write_checked(path: Path, key: str, payload: bytes) -> None:
-    """Write a file that other processes see whole or not at all."""
+    """Write a file atomically: other processes see the complete file or none."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=_UNFINISHED)
     try:
         with open(descriptor, "wb") as file:
@@ -131,7 +131,7 @@ def _checksum(key: str, payload: bytes) -> bytes:
 
 
 def _open_itself(path: str, flags: int) -> int:
-    """Open a regular file, but no link to one, and no pipe, at which a reader would wait for a writer."""
+    """Open a regular file, but neither a link nor a pipe, whose reader would wait for a writer."""
     descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
@@ -140,10 +140,10 @@ def _open_itself(path: str, flags: int) -> int:
 
 
 def _touch(path: Path) -> None:
-    """Note that a file is in use: `prune` removes what was not for long."""
+    """Record that a file is in use, by its modification time: `prune` removes files that are not used for long."""
     try:
         os.utime(path)
-    except OSError:  # root's, or on a read-only disk
+    except OSError:  # the file is root's, or on a read-only disk
         return
 
 
@@ -154,7 +154,7 @@ def entries() -> list[Path]:
 
 
 def _prune_once(folder: Path) -> None:
-    """`prune` at the first kernel that a process writes: some 20 us, beside seconds of compiling."""
+    """Call `prune` at the first kernel that a process writes: that takes some 20 us, and compiling takes seconds."""
     global _pruned
     if not _pruned:
         _pruned = True
@@ -162,7 +162,7 @@ def _prune_once(folder: Path) -> None:
 
 
 def prune(folder: Path) -> None:
-    """Remove what killed processes left unfinished, kernels unused for `UNUSED`, and the oldest above `LARGEST`.
+    """Remove unfinished files of killed processes, kernels unused for `UNUSED`, and the oldest above `LARGEST`.
 
     Nothing else in the folder is touched.
     """

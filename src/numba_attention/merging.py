@@ -1,4 +1,4 @@
-"""Joining attention results over disjoint sets of keys: the monoid of (out, lse), with lse = -inf as its identity."""
+"""Merging attention results over disjoint sets of keys: pairs (out, lse) are a monoid whose identity has lse = -inf."""
 
 from typing import Any, cast
 
@@ -26,8 +26,8 @@ def merge(outs: Any, lses: Any) -> tuple[Any, Any]:
 def merge_backward(grad_out: Any, grad_lse: Any, outs: Any, lses: Any) -> tuple[list[Any], list[Any]]:
     """Differentiate `merge`; see `numba_attention.merge_attention_backward`."""
     if _on_device(outs) or _on_device(lses) or on_device(grad_out):
-        given = {"outs": outs, "lses": lses, "grad_out": grad_out, "grad_lse": grad_lse}
-        return cast(tuple[list[Any], list[Any]], device_call.through_host(merge_backward, **given))
+        arguments = {"outs": outs, "lses": lses, "grad_out": grad_out, "grad_lse": grad_lse}
+        return cast(tuple[list[Any], list[Any]], device_call.through_host(merge_backward, **arguments))
     parts, logs = _arrays("outs", outs), _arrays("lses", lses)
     _check(parts, logs)
     grad_out = check_like("grad_out", grad_out, parts[0].shape, parts[0].dtype)
@@ -46,35 +46,35 @@ def merge_backward(grad_out: Any, grad_lse: Any, outs: Any, lses: Any) -> tuple[
 
 
 def _merge(parts: list[Array], logs: list[Array]) -> tuple[Array, Array, list[Array]]:
-    """Merged out and lse, and the weight of each part, as float32 at least."""
+    """Return the merged out and lse and the weight of each part, in float32 or float64."""
     half = parts[0].dtype not in _FLOATS
     dtype = np.result_type(np.float32 if half else parts[0].dtype, logs[0].dtype)
     highest = np.maximum.reduce(logs).astype(dtype)
-    highest = np.where(highest == -np.inf, 0, highest)  # every part is empty: exp(-inf - 0) = 0
+    highest = np.where(highest == -np.inf, 0, highest)  # where every part is empty: exp(-inf - 0) = 0
     weights = [np.exp(log - highest) for log in logs]
     total = np.add.reduce(weights)
     weights = [weight / total for weight in weights]
     out = np.zeros(parts[0].shape, dtype)
     for part, log, weight in zip(parts, logs, weights, strict=True):
-        # An empty part adds nothing even if its rows hold NaN; a part whose weight only underflows does.
+        # An empty part adds nothing even if its rows are NaN. A part whose weight underflows to 0 may add NaN.
         out += np.where(log[..., None] == -np.inf, 0, weight[..., None] * part.astype(dtype))
     return out, highest + np.log(total), weights
 
 
-def _on_device(given: Any) -> bool:
-    if isinstance(given, list | tuple):
-        return any(on_device(x) for x in given)
-    return on_device(given)
+def _on_device(arrays: Any) -> bool:
+    if isinstance(arrays, list | tuple):
+        return any(on_device(x) for x in arrays)
+    return on_device(arrays)
 
 
-def _arrays(name: str, given: Any) -> list[Array]:
+def _arrays(name: str, stack: Any) -> list[Array]:
     try:
-        parts = list(as_ndarray(name, given) if isinstance(given, np.ndarray) else given)
+        parts = list(as_ndarray(name, stack) if isinstance(stack, np.ndarray) else stack)
     except TypeError as error:
-        if isinstance(given, np.ndarray) and given.ndim:
+        if isinstance(stack, np.ndarray) and stack.ndim:
             raise
         raise TypeError(
-            f"{name} must be a sequence of arrays or one stacked array, got {type(given).__qualname__}"
+            f"{name} must be a sequence of arrays or one stacked array, got {type(stack).__qualname__}"
         ) from error
     if not parts:
         raise ValueError(f"{name} must hold at least one array")

@@ -1,4 +1,4 @@
-"""Conversion of floating-point numbers to fewer bits, in which what is finite stays finite."""
+"""Saturating conversion of floating-point numbers to fewer bits: finite numbers stay finite."""
 
 from functools import cache
 from typing import Any
@@ -14,8 +14,8 @@ _LARGEST = {
     "float16": 65504.0,
 }
 
-FEW = 2**13  # numbers that BLAS multiplies without starting threads
-ROOT = 2.0**63  # whose square is finite in float32
+FEW = 2**13  # number of elements up to which BLAS computes a dot product without starting threads
+ROOT = 2.0**63  # a number whose square is finite in float32
 
 
 def largest(dtype: np.dtype[Any]) -> float:
@@ -31,20 +31,20 @@ def largest_computed(dtype: np.dtype[Any]) -> float:
 def saturated(x: Array, dtype: Any) -> Array:
     """Convert to `dtype`: finite numbers beyond its range become its largest finite one, infinities and NaN stay.
 
-    A plain conversion makes them infinite, and a bias of ``numpy.finfo(numpy.float64).min`` would hide a key as -inf
-    does; `numpy.clip` takes infinities too.
+    ``astype`` would make such numbers infinite, so that a bias of ``numpy.finfo(numpy.float64).min`` would hide a key
+    as -inf does. `numpy.clip` would make infinities finite.
     """
     target, limit = _end_of(x.dtype, dtype)
     if limit is None:
         return x.astype(target)
-    if x.dtype.itemsize == 2:  # bfloat16, of which ml_dtypes does not tell whether a conversion overflows
+    if x.dtype.itemsize == 2:  # bfloat16: ml_dtypes does not set the processor's overflow flag
         x = x.astype(np.float32)
     if limit > _LARGEST["float16"] and target.itemsize == 2:
         if surely_fits(x, target):
             return x.astype(target)
     else:
         try:
-            with np.errstate(over="raise"):  # a flag of the processor: no pass over the numbers
+            with np.errstate(over="raise"):  # reads a flag of the processor, and needs no further pass over the numbers
                 return x.astype(target)
         except FloatingPointError:
             pass
@@ -56,20 +56,23 @@ def saturated(x: Array, dtype: Any) -> Array:
 
 
 def surely_fits(x: Array, dtype: Any) -> bool:
-    """Whether no number of x is beyond the range of `dtype`; may say no where there is NaN, or they almost are."""
+    """Whether all numbers of x are certainly within the range of `dtype`.
+
+    The answer may be False although they are, if x contains NaN or numbers near the end of the range.
+    """
     _, limit = _end_of(x.dtype, dtype)
     if limit is None:
         return True
     if x.dtype.itemsize == 2:
         return False
-    if x.size <= FEW:  # 0.5 us for a token of 8 heads of 64; NaN and overflow compare as false
+    if x.size <= FEW:  # takes 0.5 us for a token of 8 heads of 64; comparisons with NaN and inf give False
         return bool(np.vdot(x, x) < min(limit, ROOT) ** 2)
     return bool(x.max() < limit and x.min() > -limit)
 
 
-@cache  # the name of a dtype is made anew at every look: 2 us
+@cache  # NumPy computes the name of a dtype at each access, which takes 2 us
 def _end_of(source: np.dtype[Any], dtype: Any) -> tuple[np.dtype[Any], float | None]:
-    """The dtype to convert to, and its largest number if those of `source` may be larger."""
+    """Return `dtype` as a NumPy dtype, and its largest number if numbers of `source` can be larger, else None."""
     target = np.dtype(dtype)
     limit = _LARGEST[target.name]
     return target, limit if _LARGEST[source.name] > limit else None

@@ -22,7 +22,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class OptionArguments(TypedDict, total=False):
-    """The options by name, as type checkers see them in a call."""
+    """The options by name, for type checkers."""
 
     mask: ArrayLike | None
     bias: ArrayLike | None
@@ -39,10 +39,10 @@ class OptionArguments(TypedDict, total=False):
 
 
 class Options(NamedTuple):
-    """What may be asked of one attention call, exactly as the caller said it (see `attention`).
+    """The options of one call, exactly as the caller passed them (see `attention`).
 
-    A named tuple and not a dataclass: it is built on every call, and a frozen dataclass of this
-    size costs 3 us where the whole public call has a budget of 15.
+    A named tuple and not a dataclass, because one is built in every call: a frozen dataclass of this size takes 3 us,
+    and the whole of a small call about 12.
     """
 
     mask: ArrayLike | None = None
@@ -69,7 +69,7 @@ PER_SEQUENCE = ("query_offset", "query_lengths", "key_lengths", "prefix_lengths"
 PER_CALL = ("sinks",)
 DIFFERENTIABLE = ("bias", "sinks")
 
-# What other libraries call an option: PyTorch, flash-attn, xFormers, JAX, ONNX, Hugging Face's transformers.
+# Names of these options in other libraries: PyTorch, flash-attn, xFormers, JAX, ONNX, Hugging Face's transformers.
 _ELSEWHERE = {
     "attn_mask": "mask, where True = may attend, or bias",
     "attention_mask": "mask, where True = may attend, or bias",
@@ -93,7 +93,7 @@ _ELSEWHERE = {
 
 
 class Gradients(NamedTuple):
-    """Gradients with respect to each input, of its shape and dtype; None for what was not given.
+    """Gradients with respect to each input, of its shape and dtype; None for an input that was not passed.
 
     Axes along which an input was broadcast are summed, as are the query heads that share a key/value head.
     """
@@ -106,7 +106,7 @@ class Gradients(NamedTuple):
 
 
 def gather(entry: Callable[..., Any], arguments: Mapping[str, Any]) -> Options:
-    """The options that `entry` was called with; a name that is none is a TypeError that says what is meant."""
+    """Return the options that `entry` was called with; an unknown name is a TypeError that suggests the right one."""
     if not arguments:
         return NO_OPTIONS
     try:
@@ -116,7 +116,7 @@ def gather(entry: Callable[..., Any], arguments: Mapping[str, Any]) -> Options:
 
 
 def unknown(entry: Callable[..., Any], arguments: Mapping[str, Any]) -> TypeError:
-    """The error for a name that `entry` does not have, with the nearest one it has."""
+    """Return the error for a name that `entry` does not take, with the nearest name that it takes."""
     names = [p.name for p in inspect.signature(entry).parameters.values() if p.kind is not p.VAR_KEYWORD]
     name = next(name for name in arguments if name not in names)
     near = difflib.get_close_matches(name, names, 1)
@@ -131,7 +131,7 @@ def takes_options(**defaults: Any) -> Callable[[Function], Function]:
     Parameters
     ----------
     **defaults
-        Where the function has another default than `Options`.
+        Defaults of this function that differ from those of `Options`.
     """
 
     def decorate(function: Function) -> Function:

@@ -1,4 +1,4 @@
-"""Pictures of attention, with Matplotlib: ``from numba_attention import plot``. Figures are returned, never shown."""
+"""Pictures of attention, with Matplotlib: ``from numba_attention import plot``. Figures are returned and not shown."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,11 +8,11 @@ from numpy.typing import ArrayLike
 
 from .options import Array
 
-Figure = Any  # Matplotlib's; it is optional, and untyped here
+Figure = Any  # Matplotlib's, which is optional and has no types here
 
 
 class Statistics(NamedTuple):
-    """What `statistics` finds, each of shape (heads,)."""
+    """The result of `statistics`, two arrays of shape (heads,)."""
 
     entropy: Array  # bits
     distance: Array  # positions
@@ -61,7 +61,7 @@ def heads(
     count, L, S = maps.shape
     titles = _labels("titles", titles, count) or [f"head {n}" for n in range(count)]
     rows, columns = _labels("query_labels", query_labels, L), _labels("key_labels", key_labels, S)
-    # Room for a label a row and column where there are any; maps of many positions get as much as a page has.
+    # Rows and columns with labels get room for them. A map of many positions is at most as large as a page.
     height, width = (min(6.0, 1.2 + (0.17 * n if said else 0.03 * n)) for n, said in ((L, rows), (S, columns)))
     figure, axes = _grid(count, width, height)
     for axis, one, title in zip(axes, maps, titles, strict=True):
@@ -179,7 +179,7 @@ def statistics(weights: ArrayLike) -> Statistics:
         reach = np.sum(np.where(p > 0, p * steps, 0), axis=-1)
         others = tuple(n for n in range(seen.ndim) if n != seen.ndim - 2)
         count = seen.sum(axis=others)
-        means = [np.where(seen, x, 0).sum(axis=others) / count + 0.0 for x in (bits, reach)]  # + 0.0: no minus 0
+        means = [np.where(seen, x, 0).sum(axis=others) / count + 0.0 for x in (bits, reach)]  # + 0.0: no -0.0
     return Statistics(*means)
 
 
@@ -216,9 +216,9 @@ def profile(weights: ArrayLike, *, titles: Sequence[str] | None = None) -> Figur
     names = _labels("titles", titles, len(layers))
     figure, (axis,) = _grid(1, 4.5, 3.5)
     for n, layer in enumerate(layers):
-        found = statistics(layer)
-        axis.scatter(found.distance, found.entropy, label=names[n] if names else None)
-        for head, point in enumerate(zip(found.distance, found.entropy, strict=True)):
+        measured = statistics(layer)
+        axis.scatter(measured.distance, measured.entropy, label=names[n] if names else None)
+        for head, point in enumerate(zip(measured.distance, measured.entropy, strict=True)):
             axis.annotate(str(head), point, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axis.set_xlabel("mean distance (positions)")
     axis.set_ylabel("entropy (bits)")
@@ -231,9 +231,9 @@ def profile(weights: ArrayLike, *, titles: Sequence[str] | None = None) -> Figur
 
 
 def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
-    """A figure of so many axes, four in a row."""
+    """Return a figure and its `count` axes, four in a row."""
     try:
-        from matplotlib.figure import Figure  # not pyplot, which has global state and looks for a display
+        from matplotlib.figure import Figure  # pyplot would change global state and look for a display
     except ImportError as error:
         raise ImportError("drawing needs Matplotlib: pip install 'numba-attention[plot]'") from error
     columns = max(1, min(5 if count == 5 else 4, count))
@@ -264,10 +264,10 @@ def _floats(name: str, x: ArrayLike) -> Array:
 def _labels(name: str, labels: Sequence[str] | None, count: int) -> list[str]:
     if labels is None:
         return []
-    said = [str(label) for label in labels]
-    if len(said) != count:
-        raise ValueError(f"{name} must be {count}, got {len(said)}")
-    return said
+    texts = [str(label) for label in labels]
+    if len(texts) != count:
+        raise ValueError(f"{name} must be {count}, got {len(texts)}")
+    return texts
 
 
 __all__ = ["Statistics", "heads", "patches", "profile", "statistics"]

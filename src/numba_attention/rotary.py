@@ -1,4 +1,4 @@
-"""Rotary position embeddings: pairs of features turned by an angle that grows with the position."""
+"""Rotary position embeddings: pairs of features are rotated by an angle that is proportional to the position."""
 
 import math
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ Scaling = float | Mapping[str, Any]
 
 
 class Rotation(NamedTuple):
-    """How far each pair of features turns from one position to the next, and which features are pairs."""
+    """The angle between neighbouring positions for each pair of features, and which features are pairs."""
 
     frequencies: Array  # float64 (dim / 2,), radians
     interleaved: bool
 
     def turn(self, positions: Array, dtype: np.dtype[Any]) -> "Turn":
         """Return the turn at each position (...), for arrays of this dtype."""
-        # float64 whatever the arrays are: at position 100 000 a float32 angle is off by up to 0.004.
+        # Angles are float64 for all arrays: at position 100,000 a float32 angle is off by up to 0.004.
         angles = positions.astype(np.float64, copy=False)[..., None] * self.frequencies
-        made = np.empty((2, *positions.shape, 2 * len(self.frequencies)), dtype if dtype in (_F32, _F64) else _F32)
-        cos, sin = made
+        table = np.empty((2, *positions.shape, 2 * len(self.frequencies)), dtype if dtype in (_F32, _F64) else _F32)
+        cos, sin = table
         first, second = _pairs(cos.shape[-1], self.interleaved)
         cos[..., first] = cos[..., second] = np.cos(angles)
         sin[..., second] = np.sin(angles)
@@ -35,14 +35,14 @@ class Rotation(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A rotation for every position (...), which `rotate` applies as ``x * cos + partner(x) * sin``."""
+    """The rotation for every position (...), which `rotate` applies as ``x * cos + partner(x) * sin``."""
 
     cos: Array  # float32 or float64 (..., dim)
-    sin: Array  # negative for the first of each pair
+    sin: Array  # negative for the first feature of each pair
     interleaved: bool
 
     def back(self) -> "Turn":
-        """Return the turn the other way: the inverse and, as rotations are orthogonal, what gradients take."""
+        """Return the inverse rotation which, as rotations are orthogonal, is also that of gradients."""
         return self._replace(sin=-self.sin)
 
 
@@ -63,21 +63,21 @@ def apply_rotary(
     x : ndarray, shape (..., L, E)
         Queries or keys, in float32, float64, float16 or ``ml_dtypes.bfloat16``. Any strides.
     positions : array of int or float, broadcastable to (..., L)
-        Position of each row: typically ``numpy.arange(L)``, or that plus the number of keys in a cache. For
+        Position of each row: typically ``numpy.arange(L)``, plus the number of keys in a cache if there is one. For
         x of shape (B, H, L, E), positions that differ between sequences have shape (B, 1, L).
     base : float, default 10000
-        Pair i turns by ``base ** (-2 * i / dim)`` radians from one position to the next.
+        Pair i is rotated by ``base ** (-2 * i / dim)`` radians from one position to the next.
     dim : int, optional
-        How many leading features are rotated, an even number; the others stay. By default all of them, E.
+        How many leading features are rotated, an even number; the others are copied. By default all E features.
     interleaved : bool, default False
         Which features are pairs: i and ``i + dim // 2`` as in GPT-NeoX and Llama checkpoints converted for
         Transformers, or with True ``2 * i`` and ``2 * i + 1`` as in the paper, GPT-J and Meta's own checkpoints.
     scaling : float or dict, optional
-        For sequences longer than those of the training. A factor, or ``{"type": "linear", "factor": factor}``,
+        For sequences that are longer than those of the training. A factor, or ``{"type": "linear", "factor": factor}``,
         divides the positions by it. ``{"type": "ntk", "factor": factor}`` multiplies `base` by
         ``factor ** (dim / (dim - 2))`` instead, which leaves the fastest pair as it is and slows the slowest by factor.
     out : ndarray, shape (..., L, E), optional
-        Where to write the result, in the dtype of `x`. It may be `x` itself.
+        Array for the result, in the dtype of `x`. It may be `x` itself.
 
     Returns
     -------
@@ -127,12 +127,12 @@ def apply_rotary(
         _positions(positions, x.shape[:-1]), x.dtype
     )
     if out is None:
-        out = np.empty_like(x)  # laid out as x, so that rows are read and written in the same order
+        out = np.empty_like(x)  # same memory layout as x, so that rows are read and written in the same order
         rotate(x, turn, out)
         return out
     target = check_out(out, x.shape, x.dtype, {}, of="x")
     if np.may_share_memory(target, x) and not _same_elements(target, x):
-        x = x.copy()  # as NumPy's own functions do: the result is that of inputs which nobody writes to
+        x = x.copy()  # x overlaps out: as in NumPy's functions, the result is that of the input before writing
     rotate(x, turn, target)
     return out
 
@@ -145,7 +145,7 @@ def rotation(
     interleaved: bool = False,
     scaling: Scaling | None = None,
 ) -> Rotation:
-    """Check the options of `apply_rotary` for arrays with that many features, and resolve them."""
+    """Check the options of `apply_rotary` for arrays with `features` features, and resolve them."""
     base = _positive("base", base)
     if dim is None:
         dim = features
@@ -171,14 +171,14 @@ def rotation(
 
 
 def rotate(x: Array, turn: Turn, out: Array) -> None:
-    """Write x (..., L, E), turned, to `out`, which is x itself or does not overlap it."""
+    """Write the rotated x (..., L, E) to `out`, which is x itself or does not overlap it."""
     dim, L = turn.cos.shape[-1], x.shape[-2]
     first, second = _pairs(dim, turn.interleaved)
     cos, sin = (np.broadcast_to(part, (*x.shape[:-1], dim)) for part in (turn.cos, turn.sin))
     heads = math.prod(x.shape[:-2])
     block = max(1, _IN_CACHE // max(1, heads * dim))
     scratch = np.empty((2, *x.shape[:-2], min(block, L), dim), cos.dtype)
-    with np.errstate(all="ignore"):  # infinities and NaNs of the caller are no accident
+    with np.errstate(all="ignore"):  # infinities and NaNs in the input are no error
         for start in range(0, L, block):
             rows = slice(start, start + block)
             features = x[..., rows, :dim].astype(cos.dtype, copy=False)
@@ -186,18 +186,20 @@ def rotate(x: Array, turn: Turn, out: Array) -> None:
             np.multiply(features, cos[..., rows, :], out=own)
             np.multiply(features[..., second], sin[..., rows, first], out=partners[..., first])
             np.multiply(features[..., first], sin[..., rows, second], out=partners[..., second])
-            # Only now, when these rows are not read again: `out` may be x. unsafe: float32 is rounded to a half type.
+            # Written last, because `out` may be x, and these rows are not read after this. "unsafe" allows rounding
+            # float32 to a half type.
             np.add(own, partners, out=out[..., rows, :dim], casting="unsafe")
     if dim < x.shape[-1] and not _same_elements(out, x):
         out[..., dim:] = x[..., dim:]
 
 
-# Elements of each temporary: 3 ms instead of 5 for 12 heads x 4096 positions x 64 features, and constant memory.
+# Elements of each temporary array, which then stays in the cache: 12 heads x 4096 positions x 64 features take 3 ms
+# instead of 5, and memory is constant.
 _IN_CACHE = 2**18
 
 
 def _pairs(dim: int, interleaved: bool) -> tuple[slice, slice]:
-    """The first and the second feature of every pair."""
+    """Return slices of the first and of the second feature of every pair."""
     if interleaved:
         return slice(0, dim, 2), slice(1, dim, 2)
     return slice(0, dim // 2), slice(dim // 2, dim)
@@ -227,7 +229,7 @@ def _positions(positions: Any, rows: tuple[int, ...]) -> Array:
 
 
 def _same_elements(a: Array, b: Array) -> bool:
-    """Whether two arrays of one shape and dtype are the same places of memory."""
+    """Whether two arrays of one shape and dtype occupy the same memory."""
     return a.strides == b.strides and a.ctypes.data == b.ctypes.data
 
 

@@ -1,4 +1,4 @@
-"""What this installation runs on: the answer to "which versions, how many threads, where is the cache?"."""
+"""Facts about this installation for bug reports: versions, threads, vector width, GPUs, the kernel cache."""
 
 import importlib.metadata
 import os
@@ -40,8 +40,8 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> Facts | None:
 
     Notes
     -----
-    Numba decides on its threading layer at the first parallel call and never changes it again in a process. Asking
-    for the layer here is such a first call.
+    Numba chooses its threading layer at the first parallel call of a process and does not change it again. This
+    function makes such a call.
 
     Examples
     --------
@@ -95,18 +95,18 @@ def _cpu() -> dict[str, str]:
 
 
 def _gpus() -> dict[str, str]:
-    """What kernels would run on or, where they cannot run, what the driver's own tool knows of."""
+    """Return the GPUs that kernels can run on or, if they cannot run, those that nvidia-smi lists."""
     from .device import runtime
 
     if runtime.unusable() is not None:
         return _listed()
-    found = [runtime.driver.device(ordinal) for ordinal in range(runtime.driver.count())]
+    devices = [runtime.driver.device(ordinal) for ordinal in range(runtime.driver.count())]
     return {
         f"GPU {device.ordinal}": (
             f"{device.name}, compute capability {'.'.join(map(str, device.compute_capability))}, "
             f"{device.multiprocessors} multiprocessors, for {device.arch}"
         )
-        for device in found
+        for device in devices
     }
 
 
@@ -145,7 +145,7 @@ def _measure(folder: Path) -> tuple[int, int]:
             if path.is_file():
                 size += path.stat().st_size
                 files += 1
-        except FileNotFoundError:  # another process replaced it meanwhile
+        except FileNotFoundError:  # another process replaced the file
             continue
     return files, size
 

@@ -1,6 +1,6 @@
 """`attention` for PyTorch tensors on the CPU, with gradients: ``import numba_attention.torch as nat``.
 
-Tensors and arrays share their memory, so the rim is thin: names, dtypes, and one `torch.autograd.Function`.
+Tensors and arrays share memory, so this module only converts names and dtypes, and defines a `torch.autograd.Function`.
 """
 
 from __future__ import annotations  # short types in help()
@@ -69,7 +69,7 @@ def attention(
     bias : Tensor or array of float, broadcastable to (..., H, L, S), optional
         Added to the scaled scores. A tensor that requires a gradient gets one.
     **options
-        The others as in `numba_attention.attention`; tensors or arrays. They have no gradients.
+        Other options as in `numba_attention.attention`, as tensors or arrays. They have no gradients.
     sinks : Tensor or array of float, shape (H,), optional
         One extra logit per head in the softmax denominator. A tensor that requires a gradient gets one.
     return_lse : bool, default False
@@ -87,10 +87,10 @@ def attention(
     Raises
     ------
     TypeError
-        Something is not a strided tensor of a dtype that can be taken.
+        An argument is not a strided tensor of a supported dtype.
     ValueError
-        A tensor is not on the CPU, a tensor without a gradient here requires one, or a shape or option is
-        out of range.
+        A tensor is not on the CPU, a tensor that has no gradient here requires one, or a shape or option is out of
+        range.
     RuntimeError
         From ``backward``, if the gradient is to be differentiated again.
 
@@ -152,7 +152,7 @@ def attention(
 
 
 class _Attention(torch.autograd.Function):
-    """Tensors by name, in the order given, and the options that are not tensors."""
+    """Attention of tensors, whose names are in the same order, and of options that are not tensors."""
 
     @staticmethod
     def forward(names: tuple[str, ...], constants: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +163,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.names, ctx.constants, *tensors = inputs
-        # Masks and lengths too: autograd then notices if they are changed in place before the backward pass.
+        # Masks and lengths are saved too, so that autograd notices if they are changed in place before `backward`.
         ctx.save_for_backward(*tensors, *output)
         ctx.set_materialize_grads(False)
 
@@ -178,7 +178,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """A function of its own, so that a second derivative, which it lacks, is an error and never silently zero."""
+    """The gradients, as a function without a derivative: a second derivative is then an error and not silently 0."""
 
     @staticmethod
     def forward(
@@ -189,8 +189,8 @@ class _Gradients(torch.autograd.Function):
         grad_lse: Tensor | None,
         *saved: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        *given, out, lse = map(_to_array, saved)
-        arrays: dict[str, Any] = dict(zip(names, given, strict=True))
+        *inputs, out, lse = map(_to_array, saved)
+        arrays: dict[str, Any] = dict(zip(names, inputs, strict=True))
         grads = api.attention_backward(
             np.broadcast_to(np.zeros((), out.dtype), out.shape) if grad_out is None else _to_array(grad_out),
             **arrays,
@@ -222,13 +222,13 @@ def _to_array(tensor: Tensor) -> Array:
         raise ImportError(
             "bfloat16 tensors need ml_dtypes; install it with: pip install 'numba-attention[bfloat16]'"
         ) from error
-    # NumPy has no bfloat16 that PyTorch knows of: the bits go as integers.
+    # PyTorch does not know NumPy's bfloat16, so the bits are exchanged as integers.
     bits: Array = tensor.detach().resolve_neg().view(torch.int16).numpy()
     return bits.view(bfloat16)
 
 
 def _to_tensor(array: Array) -> Tensor:
-    """View an array of ours as a tensor."""
+    """View an array of this package as a tensor."""
     if array.dtype.name == "bfloat16":
         tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     else:

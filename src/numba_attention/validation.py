@@ -1,4 +1,4 @@
-"""What callers pass, checked: messages that name the argument and say what was expected and how to convert."""
+"""Checks of arguments, whose messages name the argument and say what was expected and how to convert it."""
 
 import math
 import operator
@@ -12,27 +12,28 @@ from .narrowing import largest_computed
 from .options import Array, Options
 
 _F32, _F64, _F16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
-FAR = 2**40  # keeps every sum of positions far from overflow
+FAR = 2**40  # largest position or length: no sum of positions then overflows
 
 
-@cache  # the name of a dtype is made anew at every look: 2 us
+@cache  # NumPy computes the name of a dtype at each access, which takes 2 us
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
     """Recognise ``ml_dtypes.bfloat16`` without importing ml_dtypes."""
     return dtype.name == "bfloat16"
 
 
 def is_supported(dtype: np.dtype[Any]) -> bool:
-    # Identity first: it is what every native array hits, and comparing dtypes costs more.
+    # Identity is compared first: it holds for every array in native byte order, and comparing dtypes takes longer.
     if dtype is _F32 or dtype is _F64 or dtype is _F16:
         return True
     return dtype.isnative and (dtype in (_F32, _F64, _F16) or is_bfloat16(dtype))
 
 
 def as_ndarray(name: str, x: Any) -> Array:
-    """Check that x is an array, without making one of anything else, and view it as `numpy.ndarray` itself.
+    """Check that x is an array, without converting anything else to one, and return a plain `numpy.ndarray` view.
 
-    Subclasses that mean something else are refused. The view takes others (`numpy.memmap`, arrays with units) out of
-    the ``__array_function__`` and ``__array_ufunc__`` protocols, by which their code would run in the middle of a call.
+    Subclasses in which operations mean something else are refused. For others (`numpy.memmap`, arrays with units), the
+    view switches off the protocols ``__array_function__`` and ``__array_ufunc__``, which would run their code in the
+    middle of a call.
     """
     if type(x) is np.ndarray:
         return x
@@ -65,7 +66,7 @@ def as_tensor(name: str, array: Any) -> Array:
 
 
 def refuse_on_device(name: str, x: Any) -> None:
-    """Say of an array on a GPU, where one of the host was expected, what to do about it."""
+    """Raise an error for an array on a GPU where one on the host was expected, which says what to do about it."""
     if on_device(x):
         raise TypeError(
             f"{name} is on a GPU ({kind_of(x)}), and this call runs on the host; copy it there, or use backend='cuda'"
@@ -91,7 +92,7 @@ def lse_dtype_of(q: Array) -> type[np.floating[Any]]:
 
 
 def check_like(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Check what a forward call returned, or a gradient with respect to it."""
+    """Check an array that must have a given shape and dtype: a result of a forward call, or its gradient."""
     x = as_ndarray(name, x)
     if x.dtype != dtype:
         raise TypeError(f"{name} must have dtype {np.dtype(dtype)}, got {x.dtype}; convert it with {name}.astype(...)")
@@ -116,7 +117,7 @@ def arrays_among(options: Options) -> dict[str, Any]:
 def check_out(
     out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: dict[str, Array], of: str = "query"
 ) -> Array:
-    """Check where a result in the dtype of `of` is to be written; returns it as `numpy.ndarray` itself."""
+    """Check an array for a result; return it as a plain `numpy.ndarray`."""
     out = as_ndarray("out", out)
     if out.dtype != dtype:
         raise TypeError(f"out must have the dtype of {of}, {dtype}, got {out.dtype}")
@@ -134,15 +135,15 @@ def check_out(
 
 
 def overlap(a: Array, b: Array) -> bool:
-    work: Any = 10_000  # candidate solutions to try, well below a millisecond
+    work: Any = 10_000  # candidate solutions to try, which takes well below a millisecond
     try:
         return bool(np.shares_memory(a, b, max_work=work))
-    except np.exceptions.TooHardError:  # undecided in reasonable time: take it as overlapping
+    except np.exceptions.TooHardError:  # undecided after that work: count it as an overlap
         return True
 
 
 def scale_of(scale: Any, E: int, dtype: np.dtype[Any]) -> float:
-    """Check the scale of calls with arrays of this dtype, or take the default of E features."""
+    """Check the scale of a call with arrays of this dtype; None is the default for E features."""
     if scale is None:
         return 1 / math.sqrt(E) if E else 1.0
     number = as_real("scale", scale)
@@ -160,7 +161,7 @@ def as_real(name: str, x: Any) -> float:
             x = float(x)
         except OverflowError:
             x = math.inf
-        except Exception:  # of whatever kind the conversion of another library's number fails with
+        except Exception:  # the conversion of another library's number may raise any exception
             raise TypeError(f"{name} must be a real number, got {kind_of(x)}") from None
     if not math.isfinite(x):
         raise ValueError(f"{name} must be finite, got {x}")
@@ -168,9 +169,10 @@ def as_real(name: str, x: Any) -> float:
 
 
 def _is_number(x: Any) -> bool:
-    """Whether something may be taken as one real number: no truth value, nothing complex, nothing with axes.
+    """Whether x can be used as one real number: it is neither a truth value nor complex, and has no axes.
 
-    `float` itself drops the imaginary part of a NumPy scalar, reads text, and takes the masked number as NaN.
+    `float` is not strict enough: it drops the imaginary part of a NumPy scalar, parses text, and turns the masked
+    constant into NaN.
     """
     if isinstance(x, str | bytes | bytearray | bool | complex | np.ma.MaskedArray):
         return False
@@ -181,12 +183,12 @@ def _is_number(x: Any) -> bool:
 
 
 def _shown(x: Any) -> str:
-    """A value in a message: itself where that is short, else its kind."""
+    """Return how a value is shown in a message: by itself if that is short, else by its kind."""
     return repr(x) if isinstance(x, str | bytes | bool | complex | np.generic) else kind_of(x)
 
 
 def as_flag(name: str, x: Any) -> bool:
-    """Check an argument that is true or false; an array of several elements is neither."""
+    """Check an argument that must be true or false; an array of several elements is neither."""
     if x is True or x is False:
         return bool(x)
     try:
@@ -196,7 +198,7 @@ def as_flag(name: str, x: Any) -> bool:
 
 
 def is_bottom_right(causal: Any) -> bool:
-    """Whether `is_causal` aligns with the end; what it may be otherwise is checked with the other options."""
+    """Whether `is_causal` asks for alignment with the end. Other values are checked with the other options."""
     return isinstance(causal, str) and causal == "bottom-right"
 
 
@@ -215,7 +217,7 @@ def as_reach(x: Any) -> int | None:
 
 
 def as_array(name: str, x: Any) -> Array:
-    """Make an array of an option that may be any array-like."""
+    """Convert an option that may be any array-like to an array."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost; pass its .data")
     refuse_on_device(name, x)
@@ -223,7 +225,7 @@ def as_array(name: str, x: Any) -> Array:
         return np.asarray(x)
     except ValueError as error:
         raise ValueError(f"{name} is not an array: {error}") from None
-    except Exception as error:  # of whatever kind another library's conversion fails with
+    except Exception as error:  # the conversion of another library's array may raise any exception
         raise TypeError(f"{name} cannot be converted to an array: {error}") from None
 
 
@@ -256,9 +258,10 @@ def as_bools(name: str, x: Any) -> Array:
 
 
 def as_few_floats(name: str, x: Any, dtype: np.dtype[Any]) -> Array:
-    """Make float64 of an option that is a few numbers, for calls with arrays of `dtype`.
+    """Convert an option that is a few numbers to float64, for calls with arrays of `dtype`.
 
-    Finite numbers stay finite in the type that kernels compute in, times log2(e) as they use them: -inf is not -1e300.
+    Kernels use the numbers times log2(e) in their compute type. Finite numbers are clamped so that this product is
+    finite: -1e300 must not become -inf, which hides a key.
     """
     array = as_array(name, x)
     if array.dtype.kind == "f" and not array.dtype.isnative:
@@ -288,7 +291,7 @@ def broadcast_to(name: str, array: Array, shape: tuple[int, ...]) -> Array:
 
 
 def as_index(name: str, index: Any, n: int) -> Array:
-    """Turn an index array, boolean array or slice over n items into an int64 array."""
+    """Convert an index array, boolean array or slice over n items to an int64 array."""
     every = np.arange(n)
     if index is None:
         return every

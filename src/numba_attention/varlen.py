@@ -58,31 +58,32 @@ def attention_varlen(
     Parameters
     ----------
     query : ndarray, shape (T_q, H, E)
-        The queries of all sequences, T_q tokens together. Any strides.
+        The queries of all sequences, T_q tokens in all, with any strides.
     key : ndarray, shape (T_k, Hkv, E)
     value : ndarray, shape (T_k, Hkv, Ev)
     cu_seqlens_q : array of int, shape (n + 1,)
-        Where sequences begin: the queries of sequence b are rows ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]``. From 0 to
-        T_q, not decreasing; sequences may be empty.
+        Offsets of the sequences: the queries of sequence b are rows ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]``. They go
+        from 0 to T_q and do not decrease; sequences may be empty.
     cu_seqlens_k : array of int, shape (n + 1,)
         The same for keys and values.
     mask, bias : array, optional
-        As in `attention`, broadcastable to (n, H, longest queries, longest keys), that is about positions within each
-        sequence, or to (H, T_q, T_k), about the packed arrays. The size of each of the two last axes decides.
+        As in `attention`. An array that is broadcastable to (n, H, longest queries, longest keys) refers to positions
+        within each sequence, and one that is broadcastable to (H, T_q, T_k) to the packed arrays. The size of each of
+        the two last axes decides.
     **options
         As in `attention`, with n sequences: alignment and positions are those within each sequence, lengths are valid
         prefixes of each.
     return_lse : bool, default False
         Also return the natural log of the softmax denominator of each row.
     out : ndarray, shape (T_q, H, Ev), optional
-        Where to write the result.
+        Array for the result.
     backend : {"auto", "cpu", "cuda", "reference"}, optional
         As in `attention`.
 
     Returns
     -------
     out : ndarray, shape (T_q, H, Ev)
-        dtype of `query`. Queries of a sequence without keys have 0.
+        dtype of `query`. The result of a sequence without keys is 0.
     lse : ndarray, shape (H, T_q)
         Only if `return_lse`.
 
@@ -98,8 +99,8 @@ def attention_varlen(
 
     Notes
     -----
-    The kernels are those of `attention`; every sequence has the bits that it has alone. Longest sequences are begun
-    first, so that threads finish together.
+    The kernels are those of `attention`, and the result of every sequence has the same bits as alone. The longest
+    sequences begin first, so that threads finish together.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""Which backend runs a call: registry, selection by argument, context, process default, environment, or array type."""
+"""The backends, and the choice of one for a call: by argument, context, process default, environment or array type."""
 
 import os
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ ENVIRONMENT = "NUMBA_ATTENTION_BACKEND"
 
 
 class Backend(Protocol):
-    """What a backend module provides; its functions write into the arrays of the problem."""
+    """The interface of a backend module. Its functions write into the arrays of the problem."""
 
-    on_device: bool  # whether the arrays of its problems are headers of memory of a GPU
+    on_device: bool  # whether the arrays of its problems are headers of GPU memory
 
     def forward(self, problem: Problem) -> None:
         """Write ``problem.out`` and, if it is not None, ``problem.lse``."""
@@ -32,7 +32,7 @@ class Backend(Protocol):
     def reduce(self, x: Array, shape: tuple[int, ...], dtype: Any, empty: Empty) -> Array:
         """Sum over the axes along which `shape` was broadcast to that of x, and convert to `dtype`.
 
-        What is there already is returned as it is, all else in what `empty` makes.
+        x itself is returned if nothing is to be done, and otherwise an array that `empty` makes.
         """
 
     def unusable(self) -> str | None:
@@ -73,8 +73,8 @@ def _get(name: str) -> Backend:
     return backend
 
 
-# Every call asks whether the variable is set, and `os.environ.get` of what is not there costs 1 µs of the 16 of a step
-# of decoding: it raises and catches. What it asks is a plain dictionary.
+# Every call looks up the environment variable. If it is not set, `os.environ.get` raises and catches an exception,
+# which takes 1 µs of the 16 of a step of decoding. So the look-up uses the plain dictionary behind `os.environ`.
 _variables: Any = getattr(os.environ, "_data", os.environ)
 _variable = os.environ.encodekey(ENVIRONMENT) if _variables is not os.environ else ENVIRONMENT
 
@@ -85,7 +85,7 @@ def _of_environment() -> str:
 
 
 def select(name: str | None, *arrays: Any) -> Backend:
-    """Return the backend for one call; the argument beats the context, the default, and the environment."""
+    """Return the backend for one call. The argument takes precedence, then context, default and environment."""
     if name is None:
         name = _context.get() or _default
         if name is None:

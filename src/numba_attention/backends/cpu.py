@@ -1,4 +1,4 @@
-"""The CPU backend: turns a `Problem` into the records that the kernels read, and launches them."""
+"""The CPU backend: converts a `Problem` to the records that kernels read, and launches the kernels."""
 
 import struct
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def unusable() -> str | None:
 
 
 def warmup_jobs() -> list[tuple[str, Callable[[], None]]]:
-    """The kernels worth compiling ahead, each with a function that does it."""
+    """Return the names of the common kernels, each with a function that compiles it."""
 
     def job(kernel: Kernel) -> Callable[[], None]:
         return lambda: (kernel.address, None)[1]
@@ -76,7 +76,7 @@ def weights(problem: Problem) -> None:
 
 
 def _run_widened(p: Problem, weights: bool) -> None:
-    """float16 on a host that cannot convert it in hardware (x86 before 2012): through float32 copies."""
+    """Compute float16 by float32 copies, on a host that cannot convert it in hardware (x86 before 2012)."""
     cache, k, v, out = p.cache, p.key, p.value, room_for(p.out, np.float32)
     if cache is None or cache.storage == "float16":
         k, v = compact(k, np.float32), compact(v, np.float32)
@@ -87,25 +87,25 @@ def _run_widened(p: Problem, weights: bool) -> None:
 
 
 class _Plan(NamedTuple):
-    """All of a call that follows from shapes, strides and options, not from where the arrays are or from lengths."""
+    """Everything about a call that depends on shapes, strides and options only, and not on addresses or lengths."""
 
     kernel: Kernel
     sequences: Array
-    numbers: Array  # the same memory as int64
+    numbers: Array  # `sequences` as int64, in the same memory
     sequences_address: int
     rest: bytes  # the PARAMS record after the addresses
-    items: int  # unless the kernel splits keys
-    flops: float  # for each key
-    work: float  # flops for each key that take as long as all that is done for it: see `cpu_resources.LONG`
+    items: int  # number of work items, if the kernel does not split keys
+    flops: float  # of the products, for each key
+    work: float  # all work for each key, in flops that would take as long: see `cpu_resources.LONG`
     scratch_size: int
-    tiles: Array | None = None  # of each sequence, if the kernel splits keys
-    partial_size: int = 0  # bytes for the state of a tile
+    tiles: Array | None = None  # number of query tiles of each sequence, if the kernel splits keys
+    partial_size: int = 0  # bytes of the partial state of a tile
 
 
 _plans: BoundedCache[_Plan] = BoundedCache()
-SMALL_PLAN = 4096  # bytes of a plan and its key beside its arrays
-# What a score costs beside its products, in flops that take as long: the exponential, and for each vector of keys that
-# few queries share, reading them from memory.
+SMALL_PLAN = 4096  # bytes of a plan and its key, without the plan's arrays
+# Costs beyond the products, in flops that would take as long: SCORE for the exponential of a score, and READ for
+# reading a number of a key or value from memory, which bounds the time where few queries share a key.
 SCORE = 128
 READ = 64
 
@@ -116,7 +116,7 @@ def _run(p: Problem, weights: bool) -> None:
     if not HOST.f16 and (p.query.dtype == np.float16 or (p.cache is not None and p.cache.storage == "float16")):
         return _run_widened(p, weights)
     bias = readable_bias(p)
-    # Which kernel a sequence gets follows from its own sizes alone, so that its bits are those it has anywhere.
+    # The choice of kernel depends on the sizes of the sequence alone: its result then has the same bits in any batch.
     width = HOST.bits // 8 // (8 if p.query.itemsize == 8 else 4)
     rows = 0 if weights or p.E < width or p.Ev < width else FEW * p.Hkv // p.H
     own = take()
@@ -149,7 +149,7 @@ def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few
                 sequences[:] = plan.numbers
                 sequences[KEYS], sequences[OFFSET] = p.S, p.offset
             else:
-                numbers = plan.numbers.copy()  # as records they would be copied field by field: 7 us
+                numbers = plan.numbers.copy()  # copying records goes field by field and takes 7 us
                 sequences, sequences_address = numbers.view(SEQUENCE), address_of(numbers)
                 fill_in(p, sequences)
     items, counts, partial = plan.items, None, None
@@ -160,7 +160,7 @@ def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few
     number = threads_for(items, plan.flops * p.S)
     scratch, scratch_address = own.reserve(number * plan.scratch_size)
     own.counter.value = 0
-    # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
+    # A contiguous copy, which must live until the kernel is done, because the kernel reads it by its address.
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
     first = (0,) * len(p.batch) + (0,)
     query, out = p.query[first], p.out[first]
@@ -184,7 +184,7 @@ pack_one, pack_two = struct.Struct("=q").pack_into, struct.Struct("=2q").pack_in
 
 
 def _find_plan(p: Problem, few: bool) -> _Plan:
-    """The plan for a call without mask and bias, made once for all calls that are alike."""
+    """Return the plan for a call without mask and bias, which all calls with the same key share."""
     q, k, v, out, cache = p.query, p.key, p.value, p.out, p.cache
     key = (
         q.dtype, q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, out.strides, p.lse is None,
@@ -198,7 +198,7 @@ def _find_plan(p: Problem, few: bool) -> _Plan:
     return plan
 
 
-FEW = 2 * HOST.bits // 32  # query rows for a key/value head, up to which features lie in the lanes
+FEW = 2 * HOST.bits // 32  # query rows of a key/value head up to which the kernel with features in the lanes is used
 
 
 def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, few: bool) -> _Plan:
@@ -212,7 +212,7 @@ def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, 
         sequences = per_head(p, p.heads, sequences, bias)
         heads, group = 1, 1
         sequences["rows"] = len(p.rows)
-    if p.packing is not None:  # a tile takes as long as it has keys: longest first, and short ones fill the gaps
+    if p.packing is not None:  # longest sequences first, so that threads finish together
         sequences = sequences[np.argsort(-sequences["keys"], kind="stable")]
     rows = sequences["rows"] * group
     ends = np.cumsum(heads * -(-rows // spec.query_tile))
@@ -245,7 +245,7 @@ KEYS, OFFSET = (SEQUENCE.names.index(name) for name in ("keys", "offset"))  # ty
 
 
 def _is_step(p: Problem) -> bool:
-    """Whether this is the step of a single sequence, of which only the length changes: it must be quick."""
+    """Whether this is a decoding step of a single sequence, in which only the length changes: the quick path."""
     cache = p.cache
     return (
         cache is not None
@@ -258,7 +258,7 @@ def _is_step(p: Problem) -> bool:
 
 
 def _split(plan: _Plan, p: Problem, sequences: Array) -> tuple[int, int]:
-    """Deal out the keys of every sequence; returns the number of work items, and of splits of the longest."""
+    """Split the keys of every sequence; return the number of work items, and of splits of the longest sequence."""
     assert plan.tiles is not None
     if len(plan.tiles) == 1:
         keys = sequences["keys"][0] if sequences.dtype.names else sequences[KEYS]

@@ -1,4 +1,4 @@
-"""The backward pass of the CPU backend: how the work is shared out, and the launch."""
+"""The backward pass of the CPU backend: division into work items, and the launch."""
 
 import math
 import struct
@@ -33,22 +33,22 @@ from .records import (
     varies,
 )
 
-ITEMS = 16  # worth having, so that many threads find work and finish together
-GROUP = 8  # tiles of queries that are worth summing on their own: adding the sums up then costs 2 % or less
-BUFFERS = 2**26  # bytes that the groups of all heads may take together
+ITEMS = 16  # work items to aim for, so that many threads have work and finish together
+GROUP = 8  # least number of query tiles in a group: adding the sums of groups then costs 2 % or less
+BUFFERS = 2**26  # largest number of bytes for the sums of the groups of all heads
 
 
 class _Wave(NamedTuple):
-    """Heads that are worked on side by side."""
+    """Heads that are computed at the same time."""
 
     members: Array  # (items, 4), as the kernel reads them
     counters: int
-    partial_size: int  # bytes for the sums of groups that are worked on side by side
-    kept: int  # bytes for the sums of a head that one thread does alone
+    partial_size: int  # bytes of the sums of groups that are computed at the same time
+    kept: int  # bytes of the sums of a head that one thread computes alone
 
 
 class _Plan(NamedTuple):
-    """All of a call that follows from shapes, strides and options, and not from where the arrays are."""
+    """Everything about a call that depends on shapes, strides and options only, and not on addresses."""
 
     kernel: Kernel
     sequences: Array
@@ -60,7 +60,7 @@ class _Plan(NamedTuple):
 
 
 _plans: BoundedCache[_Plan] = BoundedCache()
-SMALL_PLAN = 4096  # bytes of a plan and its key beside its arrays
+SMALL_PLAN = 4096  # bytes of a plan and its key, without the plan's arrays
 _pack_one = struct.Struct("=q").pack_into
 
 
@@ -74,7 +74,7 @@ def run(g: BackwardProblem) -> None:
     bias = readable_bias(p)
     of_bias = delta = None
     if g.bias_shape is not None:
-        # Where all rows share one row of the bias, each group has a gradient of its own.
+        # If all rows share one row of the bias, each group sums a gradient of the bias of its own.
         most = int(groups.max(initial=1))
         of_bias = np.zeros((most if g.bias_shape[-2] == 1 else 1, *g.bias_shape), spec.vector.dtype)
     if p.sinks is not None:
@@ -114,7 +114,7 @@ def _run_waves(
 ) -> None:
     p = g.forward
     scratch, scratch_address = own.reserve(number * plan.scratch_size)
-    # Contiguous copies of a few numbers; they must live until the kernel is done with their addresses.
+    # Contiguous copies, which must live until the kernel is done, because the kernel reads them by their addresses.
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
     sinks = None if p.sinks is None else np.ascontiguousarray(p.sinks)
     if p.H and has_items:
@@ -185,15 +185,18 @@ def _make_plan(
 
 
 def _share_out(heads: Array, Hkv: int, groups: Array, head_bytes: Array, work: Array) -> _Wave:
-    """Make work items of heads, numbered sequence * Hkv + head: one of each, or of each group of a head too long."""
+    """Divide heads into work items, one for each head or for each group of a long head.
+
+    Heads are numbered sequence * Hkv + head.
+    """
     if Hkv == 0:
         return _Wave(np.zeros((0, 4), np.int64), 0, 0, 0)
     index = heads // Hkv
-    # Longest first, or a long one may be left over when all other work is done.
+    # The longest items come first, or one thread may still work on a long one when all others are done.
     order = np.argsort(-work[index], kind="stable")
     heads, index = heads[order], index[order]
     of_head, size = groups[index], head_bytes[index]
-    # A head that is more than its share of the work would keep the others waiting.
+    # A head with more than a thread's share of the work is split into its groups: other threads would wait for it.
     split = (of_head > 1) & (work[index] * ITEMS > work[index].sum())
     if (size * of_head)[split].sum() > BUFFERS:
         split[:] = False
@@ -209,9 +212,10 @@ def _share_out(heads: Array, Hkv: int, groups: Array, head_bytes: Array, work: A
 
 
 def _waves(g: BackwardProblem) -> Array:
-    """Numbers (sequence * Hkv + head) of the key/value heads: rows run one after the other, columns side by side.
+    """Return the numbers (sequence * Hkv + head) of the key/value heads, in rows that are computed one after the other.
 
-    Heads that share elements of a bias must not add to its gradient at the same time.
+    The heads in a row are computed at the same time. Heads that share elements of a bias are in different rows, because
+    they must not add to its gradient at the same time.
     """
     p = g.forward
     shape = (*p.batch, p.Hkv)
@@ -225,7 +229,7 @@ def _waves(g: BackwardProblem) -> Array:
 
 
 def _groups(g: BackwardProblem, spec: Spec) -> Array:
-    """In how many groups to deal out the tiles of queries of a head: the same for a sequence alone and in a batch."""
+    """Return the number of groups of the query tiles of a head: the same for a sequence alone and in a batch."""
     p = g.forward
     rows = np.full(math.prod(p.batch), p.L) if p.packing is None else p.packing.query_rows
     if not p.Hkv:
@@ -233,15 +237,15 @@ def _groups(g: BackwardProblem, spec: Spec) -> Array:
     G, heads = p.H // p.Hkv, p.Hkv
     if g.bias_shape is not None and g.bias_shape[-3] == 1:
         if G > 1 and spec.query_tile % G:
-            return np.ones_like(rows)  # two tiles may hold the same row of the bias
-        heads = 1  # the others wait: see `_waves`
+            return np.ones_like(rows)  # two tiles may contain rows that share a row of the bias
+        heads = 1  # other heads wait for this one: see `_waves`
     row_tiles = -(-rows * G // spec.query_tile)
     groups: Array = np.clip(np.minimum(-(-ITEMS // heads), row_tiles // GROUP), 1, 8)
     return groups
 
 
 def _of_sinks(sinks: Array, lse: Array, delta: Array) -> Array:
-    """Gradient of the sinks: each is one more key, whose value is 0."""
+    """Return the gradient of the sinks. A sink is one more key, whose value is 0."""
     with np.errstate(all="ignore"):
         weights = np.where(np.isfinite(lse), np.exp(sinks[:, None] - lse), 0)
         parts = np.where(weights == 0, 0, weights * delta)
@@ -250,7 +254,7 @@ def _of_sinks(sinks: Array, lse: Array, delta: Array) -> Array:
 
 
 def _run_widened(g: BackwardProblem) -> None:
-    """float16 on a host that cannot convert it in hardware: through float32 copies."""
+    """Compute float16 by float32 copies, on a host that cannot convert it in hardware."""
     p = g.forward
     q, k, v, out, grad_out = (compact(x, np.float32) for x in (p.query, p.key, p.value, p.out, g.grad_out))
     grads = [room_for(x, np.float32) for x in (g.query, g.key, g.value)]

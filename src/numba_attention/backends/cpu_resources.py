@@ -1,4 +1,4 @@
-"""What calls of kernels need beside the problem: memory that outlives a call, and the kernels themselves."""
+"""Resources of CPU calls that outlive a call: scratch memory, parameter buffers, and the kernels themselves."""
 
 import ctypes
 import threading
@@ -16,16 +16,16 @@ from ..cpu.spec import Spec
 from ..options import Array
 from ..sequence_record import SEQUENCE
 
-SMALL = 2e5  # flops, about 2 us of work: below this a parallel region costs more than it saves
-KEEP = 2**24  # bytes of scratch that are kept between calls with the other buffers of a call
-FREE = 16  # calls at once whose buffers are kept; what more there are make theirs anew, in 10 us
-# Flops of a thread from which on a call waits for signals too, which costs 60 to 90 us: 0.1 s of float32 in a loop of
-# nothing but multiply-adds. Work that is ten times as slow is interrupted within a second at the latest.
+SMALL = 2e5  # flops, about 2 us of work, below which a parallel region costs more than it saves
+KEEP = 2**24  # largest scratch memory, in bytes, that is kept between calls
+FREE = 16  # number of buffers that are kept for concurrent calls; a further call makes its own, in 10 us
+# Flops of a thread above which a call can be interrupted by signals, which costs 60 to 90 us. A loop of nothing but
+# multiply-adds takes 0.1 s for them in float32. A call below this bound ends within 1 s even at a tenth of that speed.
 LONG = 2e7 * HOST.bits
 
 
 class Buffers:
-    """Parameters, work counter and scratch of one call, kept for later ones."""
+    """Parameters, work counter and scratch memory of one call, which later calls use again."""
 
     def __init__(self) -> None:
         self.params = bytearray(PARAMS.itemsize)
@@ -38,7 +38,10 @@ class Buffers:
         self.reusable = True
 
     def reserve(self, size: int) -> tuple[Array, int]:
-        """At least `size` bytes of scratch, aligned to a cache line; raises MemoryError before anything is written."""
+        """Return at least `size` bytes of scratch memory, aligned to a cache line, and their address.
+
+        A MemoryError is raised here, before any result is written.
+        """
         if size <= self.scratch.nbytes - 64:
             return self.scratch, self.scratch_address
         scratch = np.empty(size + 64, np.uint8)
@@ -48,9 +51,9 @@ class Buffers:
         return scratch, address
 
     def run(self, kernel: Kernel, number: int, work: float, *kept: object) -> None:
-        """Run a kernel on `number` threads; `kept` must live as long, `work` is how many flops it is worth."""
+        """Run a kernel on `number` threads. `work` is its work in flops; `kept` are objects that must live as long."""
         if work > LONG * number and threading.get_ident() == threading.main_thread().ident:
-            self.reusable = False  # unless the kernel is known to be done with them
+            self.reusable = False  # an exception may come before it is certain that the kernel is done with them
             launch.run_interruptibly(kernel, self.params_address, number, self._stop, self, kept)
             self.reusable = True
         else:
@@ -60,13 +63,13 @@ class Buffers:
         self.counter.value = STOPPED
 
 
-# Buffers belong to a call and not to a thread: a call from a signal handler or finalizer, in the middle of another in
-# the same thread, needs its own. Taking and putting back are single operations of a list: nothing comes between.
+# Buffers belong to a call and not to a thread: a reentrant call, from a signal handler or finalizer in the middle of
+# another call of the same thread, needs its own. Popping from and appending to a list are atomic and need no lock.
 _free: list[Buffers] = []
 
 
 def take() -> Buffers:
-    """Buffers for a call, which puts them back at its end."""
+    """Return buffers for a call, which gives them back with `put_back`."""
     try:
         return _free.pop()
     except IndexError:
@@ -74,22 +77,22 @@ def take() -> Buffers:
 
 
 def put_back(buffers: Buffers) -> None:
-    """Leave buffers to later calls."""
+    """Keep buffers for later calls."""
     if buffers.reusable and len(_free) < FREE:
         _free.append(buffers)
 
 
 def _make_addresses() -> Callable[..., int]:
     def addresses(a: Array, b: Array, c: Array, d: Array, target: int) -> int:
-        found = carray(void_pointer(target), 4, np.int64)
-        found[0], found[1], found[2], found[3] = a.ctypes.data, b.ctypes.data, c.ctypes.data, d.ctypes.data
+        numbers = carray(void_pointer(target), 4, np.int64)
+        numbers[0], numbers[1], numbers[2], numbers[3] = a.ctypes.data, b.ctypes.data, c.ctypes.data, d.ctypes.data
         return 0
 
     return addresses
 
 
 def _addresses_of(size: int) -> Function:
-    """Finds where four matrices of elements of this size begin, in a tenth of the time of ``array.ctypes.data``."""
+    """Make a function that writes the addresses of four matrices, in a tenth of the time of ``array.ctypes.data``."""
     matrix = types.Array(types.Integer.from_bitwidth(8 * size, signed=False), 2, "A", readonly=True)
     return Function(f"addresses-{size}", _make_addresses, types.int64(matrix, matrix, matrix, matrix, types.int64))
 
@@ -98,8 +101,8 @@ addresses = {size: _addresses_of(size) for size in (2, 4, 8)}
 
 
 def worker(storage: str, task: str, kv_storage: str = "") -> Kernel:
-    """The kernel of a task for one way of storing numbers, and keys and values if these are stored another way."""
-    return _worker(storage, task, kv_storage)  # functools.cache would take a default left out for another call
+    """Return the kernel of a task for numbers in `storage`, and keys and values in `kv_storage` if that is another."""
+    return _worker(storage, task, kv_storage)  # functools.cache distinguishes an omitted default from the same argument
 
 
 @cache
@@ -110,5 +113,5 @@ def _worker(storage: str, task: str, kv_storage: str) -> Kernel:
 
 
 def threads_for(items: int, flops: float) -> int:
-    """How many threads to run so much work on."""
+    """Return the number of threads for so many work items and flops."""
     return min(launch.threads(), items) if items > 1 and flops > SMALL else 1

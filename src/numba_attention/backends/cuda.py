@@ -1,4 +1,4 @@
-"""The CUDA backend: turns a `Problem`, whose arrays are headers of device memory, into launches."""
+"""The CUDA backend: converts a `Problem`, whose arrays are headers of device memory, to launches of kernels."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -20,7 +20,7 @@ from .records import per_head
 
 on_device = True
 
-FEW = 16  # rows of a key head, of all its query heads: the kernel for decoding
+FEW = 16  # rows of a key head, over all its query heads, up to which they are one tile, as in decoding
 
 
 def unusable() -> str | None:
@@ -28,9 +28,9 @@ def unusable() -> str | None:
 
 
 def warmup_jobs() -> list[tuple[str, Callable[[], object]]]:
-    """The kernels worth compiling ahead for the first GPU, each with a function that does it."""
+    """Return the names of the common kernels for the first GPU, each with a function that compiles it."""
     device = runtime.driver.device(0)
-    found: dict[str, Spec] = {}
+    specs: dict[str, Spec] = {}
     for storage in ("bfloat16", "float16", "float32"):
         for E in (64, 128):
             for hides in (False, True):
@@ -38,13 +38,13 @@ def warmup_jobs() -> list[tuple[str, Callable[[], object]]]:
                 c = tile_shapes.for_call(
                     "forward", storage, E, E, product, device, False, False, "", False, False, hides, True
                 )
-                alone, _, _, again = _kernels(c, False, 0, 1, device)
+                alone, _, _, repeat = _kernels(c, False, 0, 1, device)
                 _, split, join, _ = _kernels(c, False, 4, 4, device)
-                for kernel in (alone, again) if hides else (alone, split, join):
-                    found[kernel.name] = kernel
+                for kernel in (alone, repeat) if hides else (alone, split, join):
+                    specs[kernel.name] = kernel
                 for kernel in cuda_backward.kernels_of(c, device):
-                    found[kernel.name] = kernel
-    return [(name, partial(kernels.compiled, c)) for name, c in found.items()]
+                    specs[kernel.name] = kernel
+    return [(name, partial(kernels.compiled, c)) for name, c in specs.items()]
 
 
 def forward(problem: Problem) -> None:
@@ -56,7 +56,7 @@ def forward(problem: Problem) -> None:
     group = p.H // p.Hkv
     few = p.L * group if p.L * group <= FEW else 0
     c = work.spec("forward", is_aligned(p.query, p.key, p.value, p.out))
-    alone, split, join, again = _kernels(c, p.sinks is not None, few, group, work.device)
+    alone, split, join, repeat = _kernels(c, p.sinks is not None, few, group, work.device)
     rows, heads = (few, p.Hkv) if alone.pack_gqa else (p.L, p.H)
     tiles, number = -(-rows // alone.rows), len(work.sequences)
     listed = None if alone.pack_gqa else work_list(p, work.sequences, alone.rows)
@@ -79,13 +79,13 @@ def forward(problem: Problem) -> None:
         work.launch(join, (number * padded_rows, heads, 1))
     if work.hides:
         work.put("work", None)
-        tiles = -(-rows // again.rows)
-        work.launch(again, (number * tiles, heads, 1), tiles=tiles)
+        tiles = -(-rows // repeat.rows)
+        work.launch(repeat, (number * tiles, heads, 1), tiles=tiles)
 
 
 @lru_cache(maxsize=512)
 def _kernels(c: Spec, sinks: bool, few: int, group: int, device: Device) -> tuple[Spec, Spec, Spec, Spec]:
-    """The kernel for all keys, that for some of them, that which joins those, and that which does rows again."""
+    """Return four kernels: for all keys, for a part of the keys, for joining parts, and for repeating marked rows."""
     c = c.with_(sinks=sinks, pack_gqa=few > 0 and group > 1)
     if few:
         c = tile_shapes.few(c, few, device)
@@ -94,7 +94,7 @@ def _kernels(c: Spec, sinks: bool, few: int, group: int, device: Device) -> tupl
 
 
 def _splits(blocks: int, key_tiles: int, resident: int) -> int:
-    """Among how many blocks to share out the keys of a tile of queries, so that every multiprocessor has work."""
+    """Return among how many blocks to divide the keys of a tile of queries, so that every multiprocessor has work."""
     if blocks * 4 > resident * 3:
         return 1
     return max(1, min(resident // blocks, key_tiles // 2, MOST_PARTS))

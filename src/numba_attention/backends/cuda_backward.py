@@ -1,4 +1,4 @@
-"""The backward pass of the CUDA backend: its kernels, one after the other."""
+"""The backward pass of the CUDA backend: the launches of its kernels, one after the other."""
 
 import numpy as np
 
@@ -14,14 +14,14 @@ from .cuda_launch import Work, is_aligned, work_list
 from .device_sums import add_up
 from .records import storage_of
 
-ROWS = 4  # of a block of a kernel with a warp for each
+ROWS = 4  # rows of a block in kernels that give each row a warp
 
 
 def run(g: BackwardProblem) -> None:
     """Write the gradients of query, key and value, and make those of bias and sinks."""
     p, stream = g.forward, runtime.stream()
     real = np.float64 if p.query.dtype == np.float64 else np.float32
-    of_rows = p.out.shape[-3:-1] if p.packing else p.out.shape[:-1]  # of packed sequences all have the same array
+    of_rows = p.out.shape[-3:-1] if p.packing else p.out.shape[:-1]  # all packed sequences share one array
     delta = runtime.empty((*of_rows, len(FACTS)), real, stream)[..., 0]
     delta = np.broadcast_to(delta, p.out.shape[:-1])
     sums = None
@@ -66,26 +66,26 @@ def run(g: BackwardProblem) -> None:
 
 
 def _is_single(p: Problem) -> bool:
-    """Whether the kernel of keys sums the gradient of queries too, in an order that differs from call to call."""
+    """Whether one pass computes all gradients: then blocks add to dQ atomically, in an order that differs each time."""
     device = runtime.current_device()
     base = tile_shapes.base("key", storage_of(p.query.dtype), p.E, p.Ev, device)
     return not tile_shapes.is_deterministic() and tile_shapes.fused_dq(base, device) is not None
 
 
 def kernels_of(c: Spec, device: Device) -> list[Spec]:
-    """The kernels of the gradients of a call whose forward pass has the kernel `c`, without options that need more."""
+    """Return the gradient kernels of a call with plain options whose forward pass runs the kernel `c`."""
     queries, keys = (
         tile_shapes.with_options(tile_shapes.base(task, c.storage, c.E, c.Ev, device), flags=c.flags, aligned=c.aligned)
         for task in ("query", "key")
     )
     single = None if tile_shapes.is_deterministic() else tile_shapes.fused_dq(keys, device)
     small = Spec("delta", c.storage, c.E, c.Ev, warps=ROWS, fused_dq=single is not None, arch=c.arch)
-    found = [small, *tile_shapes.parts(keys), queries] if single is None else [small, single]
-    found.append(tile_shapes.normalizers(c, device))
+    specs = [small, *tile_shapes.parts(keys), queries] if single is None else [small, single]
+    specs.append(tile_shapes.normalizers(c, device))
     if single is not None:
-        found.append(small.with_(task="round", fused_dq=False, flags=c.flags))
-    again = [tile_shapes.nan_safe(x, device) for x in (queries, *tile_shapes.parts(keys))] if c.flags else []
-    return [*found, *again]
+        specs.append(small.with_(task="round", fused_dq=False, flags=c.flags))
+    repeat = [tile_shapes.nan_safe(x, device) for x in (queries, *tile_shapes.parts(keys))] if c.flags else []
+    return [*specs, *repeat]
 
 
 def _small(task: str, work: Work) -> Spec:
@@ -93,8 +93,8 @@ def _small(task: str, work: Work) -> Spec:
     return Spec(task, work.storage, padded(p.E), padded(p.Ev), warps=ROWS, arch=work.device.arch)
 
 
-def _own(work: Work, c: Spec, again: Spec, heads: int, length: int, rows: int) -> None:
-    """Launch a kernel whose blocks own so many of `length` rows, and then the one that does some of them again."""
+def _own(work: Work, c: Spec, repeat: Spec, heads: int, length: int, rows: int) -> None:
+    """Launch a kernel whose blocks own `rows` of `length` rows each, and then the one that repeats marked rows."""
     number = len(work.sequences)
     tiles = -(-length // rows)
     listed = None if c.task == "round" else work_list(work.p, work.sequences, rows, c.task == "key")
@@ -109,10 +109,10 @@ def _own(work: Work, c: Spec, again: Spec, heads: int, length: int, rows: int) -
     else:
         work.launch_tiles(c, tiles, items, heads, flag_rows=tiles * rows, number=number)
     if work.hides:
-        again = tile_shapes.nan_safe(again, work.device)
+        repeat = tile_shapes.nan_safe(repeat, work.device)
         work.put("work", None)
-        tiles = -(-length // again.rows)
-        work.launch(again, (number * tiles, heads, 1), tiles=tiles)
+        tiles = -(-length // repeat.rows)
+        work.launch(repeat, (number * tiles, heads, 1), tiles=tiles)
 
 
 def _of_bias(g: BackwardProblem, work: Work, of_bias: Array, aligned: bool) -> None:
@@ -132,7 +132,10 @@ def _of_bias(g: BackwardProblem, work: Work, of_bias: Array, aligned: bool) -> N
 
 
 def _owners(work: Work, of_bias: Array) -> tuple[int, Array]:
-    """Which sequences share elements of the bias: where those of each owner begin, and then their numbers."""
+    """Group the sequences that share elements of the bias.
+
+    Returns the number of groups, and an array with the offset of each group followed by the numbers of its sequences.
+    """
     used = np.flatnonzero((work.sequences["rows"] > 0) & (work.sequences["key_rows"] > 0))
     offsets = work.sequences["grad_bias"][used]
     order = np.argsort(offsets, kind="stable")
@@ -149,7 +152,7 @@ def _of_sinks(g: BackwardProblem, work: Work) -> None:
 
 
 def _without_work(g: BackwardProblem, work: Work) -> None:
-    """No heads or no sequences: gradients without elements, or of nothing."""
+    """Write zeros where there are no heads or no sequences."""
     if g.forward.sinks is not None:
         g.sinks = g.empty((g.forward.H,), work.real)
     for x in (g.query, g.key, g.value, g.sinks):

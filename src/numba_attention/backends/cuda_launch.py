@@ -1,4 +1,4 @@
-"""From a `Problem` on a device to the parameters and records of its kernels."""
+"""Conversion of a `Problem` on a device to the parameters and records of its kernels, and their launches."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ from ..problem.dense import Problem
 from .records import fill_in, is_paged, sequences_of, storage_of, stored_of
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
-HEADS = 65535  # of a grid
+HEADS = 65535  # CUDA's limit for the second dimension of a grid
 
 
 def check_size(p: Problem) -> None:
@@ -31,7 +31,7 @@ def check_size(p: Problem) -> None:
 
 
 def is_aligned(*arrays: Array) -> bool:
-    """Whether rows begin at multiples of 16 bytes and have no gaps, so that they can be copied in pieces of 16."""
+    """Whether rows begin at multiples of 16 bytes and have no gaps, as asynchronous copies of 16 bytes require."""
     for x in arrays:
         size = x.itemsize
         if x.strides[-1] != size or x.shape[-1] * size % 16 or address_of(x) % 16:
@@ -46,12 +46,12 @@ _STRIDES = {name: [_AT[f"{name}_{axis}"] for axis in ("head", "row", "column")] 
 
 
 class Work:
-    """The launches of one call, and what they are told.
+    """The launches of one call, and their parameters.
 
     Parameters
     ----------
     p : Problem
-    more : arrays whose sequences the kernels want the offsets of, by name
+    **more : further arrays, by name, in which the kernels need the offset of each sequence
     """
 
     def __init__(self, p: Problem, **more: Array | None) -> None:
@@ -91,30 +91,30 @@ class Work:
                 self.sequences[name] = number * scale.strides[0] if cache.table is None else 0
                 self.set(**{f"{name}_page": scale.strides[0]})
         if cache.table is not None:
-            # (Another thread may free a sequence meanwhile, whose pages are then -1; what is read must be memory.)
+            # If another thread frees a sequence at the same time, its pages are -1. Clipped, they stay in bounds.
             table = upload(np.clip(cache.table, 0, max(len(p.key) - 1, 0)))
             self.put("pages", table)
             self.sequences["pages"] = address_of(table) + number * cache.table.shape[1] * 8
             self.set(page_size=p.key.shape[-2], key_page=p.key.strides[0], value_page=p.value.strides[0])
 
     def put(self, name: str, x: Array | None) -> None:
-        """Tell where an array is and how it is laid out, and keep it until launches are made; None takes it away."""
+        """Set the address and strides of an array, and keep it until the launches; None sets the address to 0."""
         if x is None:
             self.set(**{name: 0})
             return
         self._kept[name] = x
-        if name in _AT:  # page tables are known by their sequences
+        if name in _AT:  # page tables are found through the record of each sequence
             self._integers[_AT[name]] = address_of(x) if x.size else 0
         for place, stride in zip(_STRIDES.get(name, ()), x.strides[len(self.p.batch) :], strict=False):
             self._integers[place] = stride
 
     def set(self, **numbers: int) -> None:
-        """Tell the kernels numbers by name."""
+        """Set integer parameters by name."""
         for name, x in numbers.items():
             self._integers[_AT[name]] = int(x)
 
     def spec(self, task: str, aligned: bool) -> Spec:
-        """The kernel for a task, with the options of this call."""
+        """Return the specification of the kernel for a task, with the options of this call."""
         p = self.p
         product = tile_shapes.product_of(self.storage, self.device, max(p.E, p.Ev))
         return tile_shapes.for_call(
@@ -124,20 +124,20 @@ class Work:
         )  # fmt: skip
 
     def empty(self, name: str, shape: Any, dtype: Any) -> Array:
-        """Make room on the device, and tell where it is."""
-        made = runtime.empty(shape, dtype, self.stream)
-        self.put(name, made)
-        return made
+        """Allocate an array on the device, and set its address."""
+        array = runtime.empty(shape, dtype, self.stream)
+        self.put(name, array)
+        return array
 
     def mark_rows(self, rows: int) -> None:
-        """Make room for a flag for each row, and before them for whether any is set, which is cleared."""
+        """Allocate a flag for each row and, before them, a cleared header that says whether any flag is set."""
         self.put("flags", runtime.empty(rows + HEAD, np.int32, self.stream, cleared=4 * HEAD))
 
     def upload_sequences(self) -> None:
         self.put("sequences", upload(self.sequences))
 
     def launch_tiles(self, c: Spec, tiles: int, items: int, heads: int, **numbers: int) -> None:
-        """Launch blocks for so many tiles of all sequences, at most `tiles` of each, and heads."""
+        """Launch blocks for `items` tiles of all sequences, at most `tiles` of each, and for `heads` heads."""
         together = tile_shapes.heads_together(heads, tiles, tile_shapes.resident(c, self.device))
         self.launch(c, (items << together, heads >> together, 1), tiles=tiles, together=together, **numbers)
         self.set(together=0)
@@ -148,23 +148,23 @@ class Work:
 
 
 def _hides(p: Problem, sequences: Array) -> bool:
-    """Whether some row may not see some valid key: a NaN there must not reach it."""
+    """Whether a valid key may be hidden from a row: NaN in that key must then not reach the row."""
     if p.left is not None or p.mask is not None or p.bias is not None:
         return True
-    # (A step of decoding is causal, and sees everything.)
+    # Causality alone may hide nothing: in a decoding step the only row sees every key.
     _, stop = keys_of_rows(0, *_span(p, sequences))
     return p.right is not None and bool((stop < sequences["keys"]).any())
 
 
 def _span(p: Problem, sequences: Array) -> list[Array]:
-    """What `intervals` asks of each sequence."""
+    """Return the arguments of the rules in `intervals` for each sequence."""
     low = sequences["offset"] - (FAR if p.left is None else p.left)
     high = sequences["offset"] + (FAR if p.right is None else p.right)
     return [low, high, sequences["queries"], sequences["keys"], sequences["prefix"]]
 
 
 def work_list(p: Problem, sequences: Array, rows: int, of_keys: bool = False) -> Array | None:
-    """Tiles of sequences that differ in length, those with most work first; None where a count will do."""
+    """Return the list of all tiles of packed sequences, those with most work first; None where no list is needed."""
     if len(sequences) < 2 or p.packing is None:
         return None
     tiles = -(-sequences["key_rows" if of_keys else "rows"] // rows)
@@ -180,20 +180,21 @@ def work_list(p: Problem, sequences: Array, rows: int, of_keys: bool = False) ->
 
 
 def reals(p: Problem) -> list[float]:
-    """What scores are multiplied by. Queries get a power of two of at most 1, so that no product exceeds its score."""
-    half = (
-        storage_of(p.query.dtype) == "float16"
-    )  # which has no room for it, and needs none: float32 holds every product
+    """Return the real parameters, among them the scale in two parts.
+
+    Queries are multiplied by a power of two of at most 1, so that no product exceeds its score. float16 has too few
+    exponents for that, and does not need it, because float32 can represent every product of float16 numbers.
+    """
+    half = storage_of(p.query.dtype) == "float16"
     size, lowest = abs(p.scale), -1022 if storage_of(p.query.dtype) == "float64" else -126
     exponent = 0 if half else max(min(math.frexp(size)[1] - 1, 0), lowest)
     prescale = math.ldexp(math.copysign(1.0, p.scale), exponent)
     rest = math.ldexp(size, -exponent)
-    if (
-        rest < 2.0**lowest
-    ):  # 0, or so small that float32 has no number for it: scores are 0, and what is hidden stays so
+    if rest < 2.0**lowest:
+        # The scale is 0 or underflows. Scores are 0 then, and the rest is 1 so that hidden scores stay -inf.
         prescale, rest = 0.0, 1.0
     unit = rest if p.softcap is None and p.alibi_slopes is None and p.bias is None else 1.0
-    made = {"prescale": prescale, "rest": rest, "unit": unit, "per_unit": 1 / unit, "factor": unit * LOG2E}
+    values = {"prescale": prescale, "rest": rest, "unit": unit, "per_unit": 1 / unit, "factor": unit * LOG2E}
     if p.softcap is not None:
-        made |= {"cap_inner": rest / p.softcap, "cap_outer": p.softcap}
-    return [float(made.get(name, 0.0)) for name in REALS]
+        values |= {"cap_inner": rest / p.softcap, "cap_outer": p.softcap}
+    return [float(values.get(name, 0.0)) for name in REALS]

@@ -1,4 +1,4 @@
-"""Sums over axes of arrays on a GPU: gradients of what was broadcast, of the dtype of the input."""
+"""Sums of arrays on a GPU over broadcast axes: a gradient gets the shape and dtype of its input."""
 
 import math
 from typing import Any
@@ -19,13 +19,13 @@ def reduce(x: Array, shape: tuple[int, ...], dtype: np.dtype[Any], empty: Empty)
     """Sum over the axes along which `shape` was broadcast to that of x, and convert to `dtype`."""
     if x.shape == shape and x.dtype == dtype:
         return x
-    made: Array = empty(shape, dtype)
-    add_up(x, made, runtime.current_device().arch, runtime.stream())
-    return made
+    total: Array = empty(shape, dtype)
+    add_up(x, total, runtime.current_device().arch, runtime.stream())
+    return total
 
 
 def add_up(x: Array, target: Array, arch: str, stream: int, terms: bool = True) -> None:
-    """Sum x over the axes that `target` does not have, or has of size 1; without terms, zeros."""
+    """Sum x over the axes that `target` lacks or has with size 1; without `terms`, fill `target` with zeros."""
     if not target.size:
         return
     extra = x.ndim - target.ndim

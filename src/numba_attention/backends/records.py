@@ -1,4 +1,4 @@
-"""From a `Problem` to the records that the kernels read."""
+"""Conversion of a `Problem` to the records that kernels read."""
 
 import math
 from functools import cache
@@ -29,13 +29,13 @@ _ZERO = np.zeros(1, np.int64)
 def address_of(array: Array | None) -> int:
     if array is None:
         return 0
-    if array.dtype.names:  # whose description would be made, field by field: 40 us
+    if array.dtype.names:  # NumPy would describe a record array field by field, in 40 us
         array = array.view(np.int64)
     return int(array.__array_interface__["data"][0])
 
 
 def offsets_of(array: Array, batch: tuple[int, ...]) -> Array:
-    """Byte offset of each sequence of the batch, flattened."""
+    """Return the byte offset of each sequence of the batch, flattened."""
     if math.prod(batch) == 1:
         return _ZERO
     total: Array = np.zeros((1,) * len(batch), np.int64)
@@ -45,22 +45,22 @@ def offsets_of(array: Array, batch: tuple[int, ...]) -> Array:
 
 
 def stored(array: Array) -> Array:
-    """What is in memory of a broadcast array: one element of every axis that only repeats it."""
+    """Return the part of a broadcast array that is in memory: one element of every axis with stride 0."""
     return array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)]
 
 
 def compact(array: Array, dtype: Any) -> Array:
-    """Convert the dtype of a broadcast array without expanding it."""
+    """Convert the dtype of a broadcast array without expanding the array."""
     return np.broadcast_to(stored(array).astype(dtype), array.shape)
 
 
 def room_for(array: Array, dtype: Any) -> Array:
-    """Memory for a result in another dtype, broadcast as `array` is."""
+    """Allocate a result in another dtype, broadcast as `array` is."""
     return np.broadcast_to(np.empty_like(stored(array), dtype), array.shape)
 
 
 def readable_bias(p: Problem) -> Array | None:
-    """The bias as a type that the kernel reads, without expanding what is broadcast; what is finite stays finite."""
+    """Return the bias in a dtype that the kernel reads, without expanding it; finite numbers stay finite."""
     if p.bias is None:
         return None
     names = bias_elements(Spec(storage_of(p.query.dtype), HOST))
@@ -70,11 +70,14 @@ def readable_bias(p: Problem) -> Array | None:
 
 
 def sequences_of(p: Problem, bias: Array | None, **more: Array | None) -> Array:
-    """One record a sequence, for `fill_in`; `more` are arrays of whose sequences the kernel wants the offsets."""
+    """Return the record of each sequence, without what `fill_in` adds.
+
+    `more` are further arrays in which the kernel needs the offset of each sequence.
+    """
     sequences = np.zeros(math.prod(p.batch), SEQUENCE)
     arrays = {"query": p.query, "key": p.key, "value": p.value, "out": p.out, "lse": p.lse, "bias": bias}
     if is_paged(p):
-        del arrays["key"], arrays["value"]  # pages are not a sequence's own
+        del arrays["key"], arrays["value"]  # pages have no offset of a sequence
     for name, array in {**arrays, "mask": p.mask, **more}.items():
         if array is not None:
             sequences[name] = offsets_of(array, p.batch)
@@ -92,7 +95,7 @@ def sequences_of(p: Problem, bias: Array | None, **more: Array | None) -> Array:
 
 
 def _start_of(name: str, array: Array, packing: Packing) -> Array:
-    """Byte offset of the first row of each sequence in an array that holds all of them."""
+    """Return the byte offset of the first row of each sequence in a packed array."""
     if name in ("mask", "bias", "grad_bias"):
         in_rows, in_columns = packing.mask if name == "mask" else packing.bias
         row, column = (
@@ -101,7 +104,7 @@ def _start_of(name: str, array: Array, packing: Packing) -> Array:
         offsets: Array = packing.query_starts * row + packing.key_starts * column
         return offsets
     starts = packing.key_starts if name in ("key", "value", "grad_key", "grad_value") else packing.query_starts
-    offsets = starts * array.strides[2]  # after those of sequences and heads
+    offsets = starts * array.strides[2]  # the axes are sequence, head, row
     return offsets
 
 
@@ -110,12 +113,12 @@ def is_paged(p: Problem) -> bool:
 
 
 def varies(p: Problem) -> bool:
-    """Whether the records of the sequences say more than shapes and strides do."""
+    """Whether the records of the sequences contain more than follows from shapes and strides."""
     return p.cache is not None or any(isinstance(getattr(p, number.problem), np.ndarray) for number in NUMBERS)
 
 
 def fill_in(p: Problem, sequences: Array) -> None:
-    """Write what does not follow from shapes and strides: lengths, positions, where the pages and scales are."""
+    """Write the fields that do not follow from shapes and strides: lengths, positions, addresses of pages, scales."""
     for number in NUMBERS:
         x = getattr(p, number.problem)
         if isinstance(x, np.ndarray):
@@ -133,24 +136,25 @@ def fill_in(p: Problem, sequences: Array) -> None:
 
 
 class Scaling(NamedTuple):
-    """A scale of scores in two parts, prescale * rest, so that nothing overflows that the whole does not take there."""
+    """The scale of scores in two factors, prescale * rest, so that no intermediate overflows unless the result does."""
 
-    prescale: float  # a power of two of at most 1 or its negative, for the queries; or 0
-    rest: float  # positive, for the scores; at least 1 unless tiny
-    tiny: bool  # whether the rest of scores is a pass of its own, and gradients too are scaled in two parts
-    of_gradients: float  # the first of those
+    prescale: float  # multiplies queries: plus or minus a power of two of at most 1, or 0
+    rest: float  # multiplies scores: positive, and at least 1 unless tiny
+    tiny: bool  # whether scores are multiplied by the rest in a pass of its own, and gradients are scaled in two steps
+    of_gradients: float  # the first factor of gradients
 
 
-TINY = -16  # exponent of a scale, below which the pass that costs time buys range
-LOWEST = -140  # exponent that leaves two of the largest float32 numbers a product in range, of up to 2**12 features
-ZERO = -300  # exponent below which every float32 score is 0
+TINY = -16  # exponent of a scale below which its rest is multiplied in a pass of its own, which costs time
+LOWEST = -140  # least exponent of the prescale: with it, products of the largest float32 numbers stay finite, also when
+# 2**12 of them are summed
+ZERO = -300  # exponent of a scale below which every float32 score is 0
 
 
 def scaling_of(scale: float, bits: int) -> Scaling:
-    """Divide a scale in two, for a compute type of so many bits.
+    """Split a scale into two factors, for a compute type of `bits` bits.
 
-    Queries take the power of two, exactly, and never grow; a scale of 1 and more is left to the scores. The rest is
-    never 0, or a hidden score of -inf would become NaN.
+    Queries are multiplied by a power of two, exactly, and never grow: a scale above 1 is left to the scores. The rest
+    is never 0, because a hidden score of -inf would become NaN.
     """
     size, exponent = math.frexp(abs(scale))
     size, exponent = 2 * size, exponent - 1
@@ -160,13 +164,13 @@ def scaling_of(scale: float, bits: int) -> Scaling:
     tiny = single and exponent < TINY
     power = max(min(exponent, 0), LOWEST if single else -1074)
     sign = math.copysign(1.0, scale)
-    # Gradients of scores stay normal numbers when they take the first part, and results when they take the second.
+    # Neither the first factor makes gradients of scores subnormal, nor the second factor the results.
     first = math.ldexp(sign, max(exponent, min(exponent // 2, -70))) if tiny else 1.0
     return Scaling(math.ldexp(sign, power), math.ldexp(size, exponent - power), tiny, first)
 
 
 def values_of(p: Problem, spec: Spec, bias: Array | None) -> dict[str, float]:
-    """The parameters that every kernel has, by name."""
+    """Return the parameters that every kernel has, by name."""
     scaling = scaling_of(p.scale, spec.vector.bits)
     stages = p.softcap, p.alibi_slopes, bias, p.mask
     staged = scaling.tiny or any(stage is not None for stage in stages)
@@ -202,7 +206,7 @@ def values_of(p: Problem, spec: Spec, bias: Array | None) -> dict[str, float]:
 
 
 def stored_of(p: Problem) -> str:
-    """How keys and values are stored, if not as the queries."""
+    """Return how keys and values are stored if they are stored differently from queries, else an empty string."""
     if p.cache is None:
         return ""
     storage = storage_of(p.query.dtype)
@@ -210,20 +214,20 @@ def stored_of(p: Problem) -> str:
 
 
 def strides_of(name: str, array: Array | None, batch: int) -> dict[str, float]:
-    """Strides of the axes after the batch, by the names of the parameters."""
+    """Return the strides of the axes after the batch, by the names of their parameters."""
     if array is None:
         return {}
     return {f"{name}_{axis}": n for axis, n in zip(("head", "row", "column"), array.strides[batch:], strict=False)}
 
 
 def pack(values: dict[str, float], offsets: dict[str, int]) -> bytes:
-    """The PARAMS record after the addresses."""
+    """Return the part of the PARAMS record that follows the addresses."""
     values = values | {f"at_{name}": offset for name, offset in offsets.items()}
     return pack_rest(*(values.pop(name, 0) for name in INTEGERS), *(float(values.pop(name, 0)) for name in REALS))
 
 
 def per_head(p: Problem, chosen: Array, sequences: Array, bias: Array | None) -> Array:
-    """Make every chosen head of every sequence a sequence of its own, so that heads may be any index array."""
+    """Make a record for every chosen head of every sequence, so that heads may be any index array."""
     heads = np.tile(chosen, len(sequences))
     each: Array = np.repeat(sequences, len(chosen))
     each["head"] = heads

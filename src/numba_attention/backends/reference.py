@@ -1,4 +1,4 @@
-"""Attention as the textbook writes it, in NumPy and float64, a head at a time: to be read, and oracle of the tests."""
+"""The reference backend: textbook attention in NumPy and float64, one head at a time. It is the oracle of the tests."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,7 @@ def forward(problem: Problem) -> None:
         key, value = problem.cache.dense()
         problem = replace(problem, key=key, value=value, cache=None)
     rows = np.arange(problem.L)
-    with np.errstate(all="ignore"):  # infinities and NaNs of the caller are results here, and no accident
+    with np.errstate(all="ignore"):  # infinities and NaNs in the input are no error
         for b in np.ndindex(problem.batch):
             for h in range(problem.H):
                 weights, lse, visible = _softmax(problem, b, h, rows)
@@ -50,7 +50,7 @@ def weights(problem: Problem) -> None:
 def backward(problem: BackwardProblem) -> None:
     """Write the gradients: ``dS = P (dP - rowsum(dO * O) + dlse)``, Dao et al., "FlashAttention", 2022, appendix B.2.
 
-    The probabilities P are those that the given lse stands for, so that lse may be that of a larger set of keys.
+    The probabilities P are computed from the lse that was passed, which may be that of a larger set of keys.
     """
     f = problem.forward
     if f.packing is not None:
@@ -70,7 +70,8 @@ def backward(problem: BackwardProblem) -> None:
                 grad_out, out, lse = (_float64(x[(*b, h)]) for x in (problem.grad_out, f.out, f.lse))
                 weights, whole, visible = _softmax(f, b, h, rows)
                 p = np.where(visible, np.exp(_scores(f, b, h, rows) - lse[:, None]), 0)
-                # A large lse cannot hold the log of a denominator. Unless it is that of more keys, it is not needed.
+                # A large lse rounds away the log of the denominator. So P is the softmax of these keys instead, unless
+                # lse is that of more keys than were passed.
                 mantissa = np.finfo(f.lse.dtype).nmant
                 complete = lse <= whole + np.abs(lse) * 2.0 ** (4 - mantissa)
                 p = np.where((complete & (np.abs(lse) > 2.0 ** (mantissa // 2 - 1)))[:, None], weights, p)
@@ -80,7 +81,7 @@ def backward(problem: BackwardProblem) -> None:
                 ds = np.where(visible, p * (grad_out @ value.T - delta[:, None]), 0)
                 _add_to_bias(problem, (*b, h), ds)
                 if problem.sinks is not None and f.sinks is not None:
-                    # A sink is one more key, whose value is 0.
+                    # A sink is one more key whose value is 0.
                     valid = np.isfinite(lse) & (rows < (f.L if f.query_lengths is None else f.query_lengths[b]))
                     problem.sinks[h] -= np.sum(np.where(valid, np.exp(f.sinks[h] - lse) * delta, 0))
                 if f.softcap is not None:
@@ -92,8 +93,8 @@ def backward(problem: BackwardProblem) -> None:
 
 
 def _parts(p: Problem) -> list[tuple[tuple[slice, slice], Problem]]:
-    """Every sequence of a packed problem as one of its own, and the rows and columns where it is."""
-    found = []
+    """Return every sequence of a packed problem as a problem of its own, with its rows and columns."""
+    parts = []
     assert p.packing is not None
     assert p.query_lengths is not None
     assert p.key_lengths is not None
@@ -116,12 +117,12 @@ def _parts(p: Problem) -> list[tuple[tuple[slice, slice], Problem]]:
             alibi_slopes=None if p.alibi_slopes is None else p.alibi_slopes[b],
             mask=cut(p.mask, p.packing.mask), bias=cut(p.bias, p.packing.bias), packing=None,
         )  # fmt: skip
-        found.append(((rows, columns), part))
-    return found
+        parts.append(((rows, columns), part))
+    return parts
 
 
 def _backward_of_parts(g: BackwardProblem) -> None:
-    """`backward` for packed sequences, one after the other."""
+    """Compute `backward` for packed sequences, one after the other."""
     f = g.forward
     assert f.packing is not None
     g.bias = None if g.bias_shape is None else np.zeros(g.bias_shape)
@@ -151,7 +152,7 @@ def _backward_of_parts(g: BackwardProblem) -> None:
 
 
 def _add_to_bias(problem: BackwardProblem, index: Index, ds: Array) -> None:
-    """Add the gradient of the scores of one head to that of the bias, summed where the bias was broadcast."""
+    """Add the gradient of the scores of one head to that of the bias, and sum where the bias was broadcast."""
     if problem.bias is None:
         return
     stretched = tuple(axis for axis in (0, 1) if problem.bias.shape[axis - 2] == 1)
@@ -164,22 +165,22 @@ def _float64(array: Array) -> Array:
 
 
 def _key_head(problem: Problem, h: int) -> int:
-    """The key/value head that query head h reads: consecutive query heads share one."""
+    """Return the key/value head that query head h reads: consecutive query heads share one."""
     return h // (problem.H // problem.Hkv)
 
 
 def _of_sequence(x: Any, b: Index) -> int:
-    """The number of sequence b where x is an array over the batch or one number for all."""
+    """Return the number of sequence b, where x is an array over the batch or one number for all sequences."""
     return int(x[b]) if isinstance(x, np.ndarray) else int(x)
 
 
 def _positions(problem: Problem, b: Index, rows: Array) -> Array:
-    """The key position at which each query row sits."""
+    """Return the key position of each query row."""
     return rows + _of_sequence(problem.offset, b)
 
 
 def _visible(problem: Problem, b: Index, h: int, rows: Array) -> Array:
-    """Bool (rows, S): which keys each row may attend to."""
+    """Return which keys each row may attend to, bool (rows, S)."""
     i, p, j = rows[:, None], _positions(problem, b, rows)[:, None], np.arange(problem.S)
     visible = np.ones((len(rows), problem.S), bool)
     if problem.left is not None:
@@ -199,10 +200,10 @@ def _visible(problem: Problem, b: Index, h: int, rows: Array) -> Array:
 
 
 def _scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
-    """Float64 (rows, S): scale, softcap, ALiBi, bias, in this order."""
+    """Return the scores, float64 (rows, S): scale, softcap, ALiBi and bias, in this order."""
     query, key = problem.query[(*b, h)][rows], problem.key[(*b, _key_head(problem, h))]
     query, scale = _float64(query), problem.scale
-    # Scale before anything can overflow.
+    # The scale is applied first, before anything can overflow.
     scores = (scale * query) @ _float64(key).T if abs(scale) < 1 else scale * (query @ _float64(key).T)
     if problem.softcap is not None:
         scores = problem.softcap * np.tanh(scores / problem.softcap)
@@ -215,15 +216,15 @@ def _scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
 
 
 def _softmax(problem: Problem, b: Index, h: int, rows: Array) -> tuple[Array, Array, Array]:
-    """Weights (rows, S), the log of their denominators (rows,), and which keys are visible."""
+    """Return the weights (rows, S), the log of their denominators (rows,), and which keys are visible."""
     visible = _visible(problem, b, h, rows)
     scores = np.where(visible, _scores(problem, b, h, rows), -np.inf)
-    sink = np.full((len(rows), 1), -np.inf)  # a sink of -inf is no sink
+    sink = np.full((len(rows), 1), -np.inf)  # -inf stands for no sink
     if problem.sinks is not None:
         valid = rows < (problem.L if problem.query_lengths is None else problem.query_lengths[b])
         sink[valid] = problem.sinks[h]
     highest = np.max(np.concatenate([scores, sink], axis=1), axis=1, keepdims=True)
-    highest[highest == -np.inf] = 0  # nothing to attend to: exp(-inf - 0) = 0
+    highest[highest == -np.inf] = 0  # where there is nothing to attend to: exp(-inf - 0) = 0
     exponentials = np.exp(scores - highest)
     denominator = np.sum(exponentials, axis=1, keepdims=True) + np.exp(sink - highest)
     lse = highest + np.log(denominator)
@@ -231,7 +232,7 @@ def _softmax(problem: Problem, b: Index, h: int, rows: Array) -> tuple[Array, Ar
 
 
 def _weighted_sum(weights: Array, value: Array, visible: Array) -> Array:
-    """``weights @ value``, but what a row does not see adds 0 to it even if it is NaN or infinite (0 * NaN is NaN)."""
+    """Return ``weights @ value``, in which values that a row does not see add 0 even if they are NaN or infinite."""
     finite = np.isfinite(value)
     out: Array = weights @ np.where(finite, value, 0)
     for j in np.flatnonzero(~finite.all(axis=1)):

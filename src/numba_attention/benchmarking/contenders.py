@@ -1,4 +1,4 @@
-"""Who takes part: for each library, a function from a `Row` to a call without arguments that returns the result."""
+"""The contenders: for each library, a function from a `Row` to a call without arguments that returns the result."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +13,8 @@ Call = Callable[[], Any]
 
 GEMM_SIZE = 2048
 READ_BYTES = 2**28
-_EINSUM_PAIRS = 2**23  # beyond this, einsum's scores alone take seconds and gigabytes
-_SCORES_BYTES = 2**31  # a peer that would write more scores than this is not asked to
+_EINSUM_PAIRS = 2**23  # above this number of scores, einsum takes seconds and gigabytes, and is left out
+_SCORES_BYTES = 2**31  # a library that would write more bytes of scores than this is left out
 
 
 class Skipped(Exception):
@@ -53,7 +53,7 @@ def ours(row: Row, threads: int) -> Call:
 
 
 def einsum(row: Row, threads: int) -> Call:
-    """Attention as everybody first writes it in NumPy."""
+    """Attention in plain NumPy, with einsum."""
     if row.task != "forward":
         raise Skipped("NumPy einsum is not differentiated here")
     if row.B * row.H * row.L * row.S > _EINSUM_PAIRS:
@@ -116,7 +116,7 @@ def torch(row: Row, threads: int) -> Call:
         return call
     inputs_of_task = [x.requires_grad_() for x in (q, k, v)]
     if row.bias and mask is not None:
-        inputs_of_task.append(mask.requires_grad_())  # ours gives the gradient of the bias too
+        inputs_of_task.append(mask.requires_grad_())  # this package computes the gradient of the bias too
     grad_out = tensor(gradient_of_out(row))
 
     def forward() -> Any:
@@ -151,7 +151,7 @@ def onnxruntime(row: Row, threads: int) -> Call:
     feed = {name: arrays[name] for name in ("query", "key", "value")}
     bias = None if row.is_causal else _bias(row, arrays)
     if bias is not None:
-        # Its kernel asks for all of L: a (B, 1, 1, S) mask has to be spelled out.
+        # The kernel of ONNX Runtime requires the axis L: a (B, 1, 1, S) mask must be expanded.
         feed["mask"] = np.ascontiguousarray(np.broadcast_to(bias, np.broadcast_shapes(bias.shape, (row.L, row.S))))
     declared = [helper.make_tensor_value_info(name, types[str(x.dtype)], x.shape) for name, x in feed.items()]
     result = helper.make_tensor_value_info("out", types[row.dtype], (row.B, row.H, row.L, row.Ev))
@@ -162,13 +162,13 @@ def onnxruntime(row: Row, threads: int) -> Call:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # what it refuses is reported in the table
+    options.log_severity_level = 4  # the table reports what it refuses
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda: session.run(None, feed)[0]
 
 
 def gemm(row: Row, threads: int) -> Call:
-    """NumPy's matrix product: what the cores reach when nothing but multiplication is asked of them."""
+    """NumPy's matrix product: the ceiling for arithmetic on this machine."""
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((GEMM_SIZE, GEMM_SIZE)).astype(row.compute_dtype) for _ in range(2))
     c = np.empty_like(a)
@@ -176,21 +176,21 @@ def gemm(row: Row, threads: int) -> Call:
 
 
 def read(row: Row, threads: int) -> Call:
-    """Reading memory once, each thread its part: NumPy's max releases the interpreter and is bound by memory."""
+    """Read memory once, each thread a part. NumPy's max releases the interpreter lock and is bound by memory."""
     parts = np.array_split(np.ones(READ_BYTES // 4, np.float32), threads)
     pool = ThreadPoolExecutor(threads)
     return lambda: list(pool.map(np.max, parts))
 
 
 def _window(row: Row) -> Array:
-    """Return the window as a boolean (L, S) array, for libraries that know no windows."""
+    """Return the window as a boolean (L, S) array, for libraries without windows."""
     assert row.window is not None
     distance = np.arange(row.S) - np.arange(row.L)[:, None]
     return (distance >= -row.window[0]) & (distance <= row.window[1])
 
 
 def _bias(row: Row, arrays: dict[str, Array]) -> Array | None:
-    """Return all that a row adds to its scores or hides as one additive array, for libraries with nothing finer."""
+    """Return all biases and masks of a row as one additive array, for libraries that take nothing else."""
     dtype = numpy_dtype(row.compute_dtype)
     hidden = dtype.type(-np.inf)
     parts = []
@@ -208,7 +208,7 @@ def _bias(row: Row, arrays: dict[str, Array]) -> Array | None:
     return sum(parts[1:], parts[0]) if parts else None
 
 
-# Which process a contender runs in: one per library, so that no two thread pools share one.
+# The process in which each contender runs: one per library, so that no two thread pools share a process.
 CONTENDERS: dict[str, tuple[str, Callable[[Row, int], Call]]] = {
     "ours": ("numba", ours),
     "own": ("numba", ours),

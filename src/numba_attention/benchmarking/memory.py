@@ -1,7 +1,7 @@
-"""What a call of `attention` or `attention_backward` needs in memory beyond its inputs and its result.
+"""Extra memory: the bytes that `attention` or `attention_backward` needs beyond its inputs and its result.
 
-``python -m numba_attention.benchmarking.memory CASE`` prints that number of bytes for one case, in a process of its
-own: the operating system only tells a process the highest its memory has ever been.
+``python -m numba_attention.benchmarking.memory CASE`` prints that number for one case. Each case needs a process of its
+own, because the operating system only reports the highest memory that a process has ever had.
 """
 
 import ctypes
@@ -122,7 +122,7 @@ def extra_backward(name: str) -> int:
 
 
 def ready(name: str) -> tuple[Arguments, Array]:
-    """Make the arguments of a case, load its kernel, and `level` the memory; keep what is returned."""
+    """Make the arguments of a case, load its kernel, and `level` the memory. The caller must keep both results."""
     length, _, make = CASES[name]
     attention(**make(64))
     arguments = make(length)
@@ -130,10 +130,10 @@ def ready(name: str) -> tuple[Arguments, Array]:
 
 
 def level() -> Array:
-    """Fill memory up to the highest it has ever been, so that whatever more is needed shows as a new peak.
+    """Fill memory up to its peak, so that any further need is a new peak.
 
-    Compiling takes more memory than it leaves behind, and a call could hide in what it once took. The filling lasts as
-    long as the array that is returned.
+    Compiling takes memory and frees it again, and a call could fit into that without raising the peak. Memory stays
+    filled as long as the returned array exists.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -145,7 +145,7 @@ def level() -> Array:
 
 
 def peak() -> int:
-    """Return the most bytes of memory this process has ever had resident."""
+    """Return the largest number of bytes that this process has ever had resident."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

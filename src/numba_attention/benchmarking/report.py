@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from rich.table import Table
 
 from ..atomic import replacing
 from ..show_config import Facts
+from .rows import Row
 from .runner import Result
 
-# metric -> heading, how to print it
+# Metric of `runner.Result`: heading of its column, and format of its figures. Times have a format of their own.
 _COLUMNS: dict[str, tuple[str, str]] = {
     "us": ("time", ""),
     "rate": ("GF/s", ".0f"),
@@ -29,31 +31,46 @@ START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 
 
 def as_table(results: list[Result]) -> Table:
-    """Return the results as a table to print with rich; in parentheses the bar that a figure is held to."""
+    """Return the results as a table to print with rich.
+
+    The bar that a figure is held to follows it in parentheses, and the last column says whether the row meets its bars.
+    """
     table = Table(title="numba-attention bench", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in _headings():
+    for heading in [*_headings(), "verdict"]:
         table.add_column(heading, justify="right" if heading in _NUMBERS else "left", no_wrap=True)
     for result in results:
-        *cells, verdict = _cells(result)
+        verdict = _verdict(result)
         colour = {"pass": "green", "FAIL": "red"}.get(verdict)
-        table.add_row(*cells, f"[{colour}]{verdict}[/{colour}]" if colour else verdict)
+        table.add_row(*_cells(result, bars=True), f"[{colour}]{verdict}[/{colour}]" if colour else verdict)
     return table
 
 
 def as_markdown(results: list[Result], facts: Facts, threads: int, rounds: int) -> str:
-    """Return the results as a Markdown table with the circumstances of the measurement below."""
-    headings = _headings()
-    lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * len(_COLUMNS) + " --- |"]
-    lines += ["| " + " | ".join(_cells(result)) + " |" for result in results]
+    """Return the measured figures as a Markdown table, without bars, and the circumstances of the measurement below."""
+    lines = ["| " + " | ".join(_headings()) + " |", "| --- |" + " ---: |" * len(_COLUMNS)]
+    lines += ["| " + " | ".join(_cells(result, bars=False)) + " |" for result in results]
     versions = ", ".join(f"{name} {version}" for name, version in _versions(facts).items())
     spread = max((result.spread for result in results), default=0.0)
     lines += [
         "",
         f"{_processor()}, {facts['CPU']['SIMD']}; {threads} threads; {versions}; {datetime.date.today()}. "
-        f"Medians of {rounds} rounds; our own times moved by up to ±{spread:.0%} between rounds. % gemm: of a NumPy "
-        "matrix product in the same precision; % read: of the memory's read bandwidth; x: how many times as fast as "
-        "the peer, or (x plain) the rate beside plain float32 attention; in parentheses the bar a figure is held to.",
+        f"Every figure is the median of {rounds} rounds; our own times varied by up to ±{spread:.0%} between rounds. "
+        "GF/s: billions of floating-point operations of the matrix products in a second. % gemm: this rate, relative "
+        "to NumPy's own matrix product in the same precision. % read: bytes of the inputs in a second, relative to the "
+        "read bandwidth of the memory. x: how many times as fast as the other library; x plain: the rate relative to "
+        "the same call in float32 without the option.",
     ]
+    return "\n".join(lines)
+
+
+def bars_as_markdown(rows: Sequence[Row]) -> str:
+    """Return the bars of the rows as a Markdown table, for docs/performance.md."""
+    names = [name for name in _COLUMNS if any(name in row.bars for row in rows)]
+    lines = ["| work | " + " | ".join(_COLUMNS[name][0] for name in names) + " |", "| --- |" + " ---: |" * len(names)]
+    for row in rows:
+        if row.bars:
+            cells = [_format(name, row.bars[name]) if name in row.bars else "-" for name in names]
+            lines.append("| " + " | ".join([row.name, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -73,7 +90,7 @@ def as_json(results: list[Result], facts: Facts, threads: int, rounds: int) -> s
 
 
 def left_out(results: list[Result]) -> list[str]:
-    """Say who did not take part where, and why, one line for each reason."""
+    """Return one line for each library and reason, with the rows in which that library was not measured."""
     rows: dict[tuple[str, str], list[str]] = {}
     for result in results:
         for name, why in result.skipped.items():
@@ -82,7 +99,7 @@ def left_out(results: list[Result]) -> list[str]:
 
 
 def insert(path: Path, text: str) -> None:
-    """Put text between the two markers of a file, in place of what is there."""
+    """Replace what stands between the two markers of a file."""
     before, start, rest = path.read_text(encoding="utf-8").partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
@@ -95,21 +112,23 @@ _NUMBERS = {heading for heading, _ in _COLUMNS.values()}
 
 
 def _headings() -> list[str]:
-    return ["work", *(heading for heading, _ in _COLUMNS.values()), "verdict"]
+    return ["work", *(heading for heading, _ in _COLUMNS.values())]
 
 
-def _cells(result: Result) -> list[str]:
-    metrics, bars = result.metrics, result.row.bars
-    cells = [result.row.name]
-    for name, (_, form) in _COLUMNS.items():
-        if name not in metrics:
-            cells.append("-" if name not in bars else "not measured")
-            continue
-        cell = _duration(metrics[name]) if name == "us" else format(metrics[name], form)
-        if name in bars:
-            cell += f" ({_duration(bars[name]) if name == 'us' else format(bars[name], form)})"
-        cells.append(cell)
-    return [*cells, _verdict(result)]
+def _cells(result: Result, *, bars: bool) -> list[str]:
+    metrics, row = result.metrics, result.row
+    cells = [row.name]
+    for name in _COLUMNS:
+        has_bar = bars and name in row.bars
+        if name in metrics:
+            cells.append(_format(name, metrics[name]) + (f" ({_format(name, row.bars[name])})" if has_bar else ""))
+        else:
+            cells.append("not measured" if has_bar else "-")
+    return cells
+
+
+def _format(name: str, figure: float) -> str:
+    return _duration(figure) if name == "us" else format(figure, _COLUMNS[name][1])
 
 
 def _verdict(result: Result) -> str:
@@ -154,4 +173,4 @@ def _processor() -> str:
     return f"{platform.processor() or platform.machine()} ({os.cpu_count()} CPUs)"
 
 
-__all__ = ["END", "START", "as_json", "as_markdown", "as_table", "insert", "left_out"]
+__all__ = ["END", "START", "as_json", "as_markdown", "as_table", "bars_as_markdown", "insert", "left_out"]

@@ -1,4 +1,4 @@
-"""The work that is timed, and the bars that it is held to."""
+"""The rows of the benchmark: shapes and options of the calls that are timed, and the bars they are held to."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -27,17 +27,17 @@ class Row:
     dtype: str = "float32"
     is_causal: bool = False
     window: tuple[int, int] | None = None
-    mask: bool = False  # (B, 1, 1, S), nine keys in ten visible, scattered so that no tile can be skipped
+    mask: bool = False  # (B, 1, 1, S); nine keys in ten are visible, at random, so that no tile can be skipped
     bias: bool = False  # (H, L, S)
     softcap: float | None = None
     alibi: bool = False
     task: str = "forward"  # or "backward", or "both" one after the other
-    bars: dict[str, float] = field(default_factory=dict)  # metric of `runner.Result` -> at least (us: at most)
-    baseline: "Row | None" = None  # what the metric "own" compares the rate with
+    bars: dict[str, float] = field(default_factory=dict)  # metric of `runner.Result`: its least value (us: its largest)
+    baseline: "Row | None" = None  # the row whose rate the metric "own" is relative to
 
     @property
     def pairs(self) -> float:
-        """Visible query-key pairs of a head; causal counts as half, as everybody counts it."""
+        """Visible query-key pairs of a head; a causal call counts as half of all pairs, as is customary."""
         if self.window is not None:
             left, right = self.window
             i = np.arange(self.L)
@@ -53,13 +53,13 @@ class Row:
 
     @property
     def bytes(self) -> int:
-        """What must be read at least once: query, key, value and bias."""
+        """Bytes that must be read at least once: those of query, key, value and bias."""
         words = self.B * (self.H * self.L * self.E + self.Hkv * self.S * (self.E + self.Ev))
         return _SIZES[self.dtype] * words + (4 * self.H * self.L * self.S if self.bias else 0)
 
     @property
     def compute_dtype(self) -> str:
-        """In which precision the products accumulate: what the ceiling is measured in."""
+        """The precision in which the products accumulate, and in which NumPy's matrix product is measured."""
         return "float64" if self.dtype == "float64" else "float32"
 
 
@@ -99,8 +99,8 @@ def inputs(row: Row) -> dict[str, Array]:
 def gradient_of_out(row: Row) -> Array:
     """Make the gradient that the backward pass of a row begins with."""
     rng = np.random.default_rng(2)
-    made: Array = rng.standard_normal((row.B, row.H, row.L, row.Ev), dtype=np.float32).astype(numpy_dtype(row.dtype))
-    return made
+    gradient = rng.standard_normal((row.B, row.H, row.L, row.Ev), dtype=np.float32)
+    return gradient.astype(numpy_dtype(row.dtype))
 
 
 def _plain(L: int, E: int) -> Row:
@@ -147,7 +147,7 @@ def _rows() -> dict[str, Row]:
         replace(back, name="backward bfloat16 2048 E64", dtype="bfloat16", bars={"own": 1.0}, baseline=back),
         replace(back, name="backward float64 2048 E64", dtype="float64", bars={}),
         replace(back, name="backward bias (H,L,S) 2048 E64", bias=True, bars={"own": 0.75}, baseline=back),
-        Row("decode H32 Hkv8 L1 S8192 E128", 1, 32, 8, 1, 8192, 128, 128),  # no bar: its own kernel is still to come
+        Row("decode H32 Hkv8 L1 S8192 E128", 1, 32, 8, 1, 8192, 128, 128),  # bound by memory: see benchmarks/decode.py
     ]
     return {row.name: row for row in rows}
 
@@ -156,7 +156,7 @@ ROWS = _rows()
 
 
 def scale(row: Row) -> float:
-    """Return the factor of the scores, for libraries that have to be told."""
+    """Return the factor of the scores, for libraries that have no default for it."""
     return 1 / math.sqrt(row.E)
 
 

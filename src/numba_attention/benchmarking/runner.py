@@ -1,4 +1,4 @@
-"""Rounds of turns, and the metrics that come out of them."""
+"""The timing of rows, in rounds of turns, and the metrics that are computed from the times."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ from .contenders import CONTENDERS, GEMM_SIZE, READ_BYTES, Skipped
 from .rows import Row
 from .worker import Worker
 
-_REST = 0.15  # seconds between turns; OpenBLAS and ONNX Runtime were seen to spin for 0.1 after one
+_REST = 0.15  # seconds between turns, because OpenBLAS and ONNX Runtime spin for 0.1 s after one
 _TOLERANCE = {"float32": 1e-4, "float64": 1e-6, "float16": 1e-2, "bfloat16": 6e-2}
 
 
@@ -26,7 +26,7 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What is reported; whatever could not be measured is missing.
+        """The reported figures. A figure that could not be measured is missing.
 
         us: microseconds of one call. rate: GF/s. gemm, read: fraction of the machine's matrix product and read
         bandwidth. einsum, torch, onnxruntime: how many times as long they take. own: rate over the baseline's rate.
@@ -41,14 +41,14 @@ class Result:
         work = {"gemm": (self.row.flops, 2.0 * GEMM_SIZE**3), "read": (float(self.row.bytes), float(READ_BYTES))}
         if self.row.baseline is not None:
             work["own"] = (self.row.flops, self.row.baseline.flops)
-        for name, (here, there) in work.items():
+        for name, (work_of_row, work_of_ceiling) in work.items():
             if name in self.seconds:
-                metrics[name] = _median((here / ours) / (there / np.array(self.seconds[name])))
+                metrics[name] = _median((work_of_row / ours) / (work_of_ceiling / np.array(self.seconds[name])))
         return metrics
 
     @property
     def spread(self) -> float:
-        """Half the range of our times over the rounds, relative to their median: how quiet the machine was."""
+        """Half the range of our times over the rounds, relative to their median: a measure of the machine's noise."""
         ours = self.seconds.get("ours", [math.nan])
         return (max(ours) - min(ours)) / 2 / statistics.median(ours)
 
@@ -85,7 +85,7 @@ def run(
     contenders : iterable of str, default all
         Some of "ours", "own", "einsum", "torch", "onnxruntime", "gemm", "read".
     progress : callable, optional
-        Told the row and the number of rounds done, after preparation (0) and after each round.
+        Called with the row and the number of finished rounds, after preparation (0) and after each round.
 
     Returns
     -------
@@ -124,7 +124,7 @@ def _time_row(
 
 
 def _prepare(result: Result, names: list[str], workers: dict[str, Worker]) -> list[str]:
-    """Set up every contender that can take part and gives our result; note why the others do not."""
+    """Set up every contender whose result agrees with ours; record why the others are left out."""
     ready: list[str] = []
     samples: dict[str, list[float]] = {}
     row = result.row

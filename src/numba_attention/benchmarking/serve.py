@@ -15,7 +15,7 @@ import numpy as np
 from .contenders import CONTENDERS, Call, Skipped
 from .rows import Row
 
-_BATCH = 1e-3  # seconds; shorter calls are timed many at a time, so that reading the clock costs nothing
+_BATCH = 1e-3  # seconds; shorter calls are timed many at a time, so that reading the clock costs little
 
 
 def time_call(call: Call, seconds: float) -> float:
@@ -43,7 +43,7 @@ def _sample(result: Any) -> list[float]:
     """Return some hundred numbers spread over a result of any library."""
     if isinstance(result, list):
         return []
-    if hasattr(result, "detach"):  # a PyTorch tensor, whose bfloat16 NumPy does not know
+    if hasattr(result, "detach"):  # a PyTorch tensor: NumPy cannot read its bfloat16
         result = result.detach().double().numpy()
     flat = np.asarray(result).reshape(-1)
     step = max(1, flat.size // 251)
@@ -58,7 +58,7 @@ def _row(fields: dict[str, Any]) -> Row:
 def serve(threads: int) -> None:
     """Answer the lines on stdin until it is closed."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints must not come between
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of a library must not mix with the answers
     prepared: dict[str, Call] = {}
     for line in sys.stdin:
         request = json.loads(line)

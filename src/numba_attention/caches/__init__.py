@@ -1,4 +1,4 @@
-"""Caches of keys and values for decoding: one array, or pages; filled and cut in NumPy, read by the backends."""
+"""Key/value caches for decoding, in one array or in pages. They are written with NumPy and read by the backends."""
 
 from .contiguous import KVCache
 from .paged import PagedKVCache

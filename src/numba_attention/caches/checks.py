@@ -1,4 +1,4 @@
-"""What both caches ask of their arguments."""
+"""Checks of the arguments of both caches."""
 
 import operator
 from itertools import combinations
@@ -18,7 +18,7 @@ _NATIVE = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16))
 
 
 def check_size(name: str, x: Any, least: int = 1) -> int:
-    """Check a number of things."""
+    """Check an integer argument that is a size."""
     try:
         if isinstance(x, bool | np.bool_):
             raise TypeError
@@ -37,17 +37,17 @@ def check_dtype(dtype: Any) -> np.dtype[Any]:
     if isinstance(dtype, str) and dtype == "bfloat16":
         return ml_dtype(dtype)
     try:
-        # None would be float64 to NumPy, which nobody means here.
-        found: np.dtype[Any] | None = None if dtype is None else np.dtype(dtype)
+        # NumPy reads None as float64, which is not what a caller means here.
+        result: np.dtype[Any] | None = None if dtype is None else np.dtype(dtype)
     except Exception:  # TypeError, and ValueError, KeyError, SyntaxError for what looks like a description of fields
-        found = None
-    if found is None or not found.isnative or not (found in _NATIVE or is_bfloat16(found)):
+        result = None
+    if result is None or not result.isnative or not (result in _NATIVE or is_bfloat16(result)):
         raise TypeError(f"dtype must be float32, float64, float16 or ml_dtypes.bfloat16, got {dtype!r}")
-    return found
+    return result
 
 
 def check_array(name: str, x: Any, axes: int = 4) -> Array:
-    """Check that x is an array of so many axes, without making one of it: the caller wants no copy."""
+    """Check that x is an array with `axes` axes. Nothing is converted, because the caller wants no copy."""
     array = as_ndarray(name, x)
     if array.ndim != axes:
         raise ValueError(f"{name} must have {axes} axes, got shape {array.shape}")
@@ -55,14 +55,14 @@ def check_array(name: str, x: Any, axes: int = 4) -> Array:
 
 
 def check_new(name: str, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Check keys or values to be appended, of shape (n, Hkv, T, E) where T is free: -1."""
+    """Check keys or values to be appended, of shape (n, Hkv, T, E); -1 in `shape` stands for any T."""
     x = check_array(name, x)
     if x.dtype != dtype:
         raise TypeError(
             f"{name} must have the dtype of the cache, {dtype}, got {x.dtype}; "
             f"convert it with {name}.astype(cache.dtype)"
         )
-    if x.shape != tuple(found if wanted < 0 else wanted for found, wanted in zip(x.shape, shape, strict=True)):
+    if x.shape != tuple(size if wanted < 0 else wanted for size, wanted in zip(x.shape, shape, strict=True)):
         said = ", ".join("T" if n < 0 else str(n) for n in shape)
         raise ValueError(f"{name} must have shape ({said}), got {x.shape}")
     array: Array = x
@@ -70,10 +70,10 @@ def check_new(name: str, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -
 
 
 def check_ints(name: str, x: Any) -> Array:
-    """Make an int64 array of integers, always a new one."""
+    """Convert integers to a new int64 array."""
     array = as_array(name, x)
     if array.size == 0 and not isinstance(x, np.ndarray):
-        array = array.astype(np.int64)  # an empty list says nothing of its type
+        array = array.astype(np.int64)  # NumPy makes a float64 array of an empty list
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integer, got {array.dtype}")
     if array.dtype.kind == "u" and array.size and int(array.max()) > np.iinfo(np.int64).max:
@@ -82,7 +82,7 @@ def check_ints(name: str, x: Any) -> Array:
 
 
 def check_lengths(name: str, x: Any, n: int, limit: int | Array, what: str) -> Array:
-    """Check one length for each of n sequences, or one for all, from 0 to `limit`, which is `what`."""
+    """Check one length for each of n sequences, or one for all, from 0 to `limit`, which messages call `what`."""
     lengths = check_ints(name, x)
     if lengths.shape not in ((), (n,)):
         raise ValueError(f"{name} must be an integer or of shape ({n},), one for each sequence, got {lengths.shape}")
@@ -97,21 +97,21 @@ def check_lengths(name: str, x: Any, n: int, limit: int | Array, what: str) -> A
 
 
 class Held(NamedTuple):
-    """What a cache is made of: arrays or headers of them, and what is known of them."""
+    """Checked arrays that a cache is made of, or headers of arrays on a GPU, and their properties."""
 
     arrays: Arrays
     dtype: np.dtype[Any]  # of queries and results
     form: Storage
-    read_only: str | None  # why nothing can be written, if so
-    given: tuple[Any, Any, Any, Any] | None  # the arrays as the caller has them, if on a GPU
+    read_only: str | None  # why the arrays cannot be written to, if they cannot
+    originals: tuple[Any, Any, Any, Any] | None  # the arrays as the caller passed them, if on a GPU
 
 
 def check_held(
     key: Any, value: Any, key_scale: Any, value_scale: Any, dtype: Any, names: tuple[str, str], middle: str
 ) -> Held:
-    """Check the arrays that a cache is to be made of."""
+    """Check the arrays from which a cache is made."""
     named = dict(zip((*names, "key_scale", "value_scale"), (key, value, key_scale, value_scale), strict=True))
-    arrays, given = _taken(named)
+    arrays, originals = _taken(named)
     arrays = tuple(None if x is None else as_ndarray(name, x) for name, x in zip(named, arrays, strict=True))
     kind = _check_pair(arrays[0], arrays[1], names, middle)
     coded = kind.name in SCALED
@@ -134,8 +134,8 @@ def check_held(
     if kind != dtype:
         for name, x in zip(names, arrays[:2], strict=True):
             check_features(name, x)
-    reason = ON_GPU if given is not None else why_read_only(*(x for x in arrays if x is not None))
-    return Held(arrays, dtype, storage_format(kind.name, dtype), reason, given)
+    reason = ON_GPU if originals is not None else why_read_only(*(x for x in arrays if x is not None))
+    return Held(arrays, dtype, storage_format(kind.name, dtype), reason, originals)
 
 
 def _check_pair(key: Any, value: Any, names: tuple[str, str], middle: str) -> np.dtype[Any]:
@@ -173,17 +173,17 @@ def check_features(name: str, x: Array) -> None:
 
 
 def why_read_only(*arrays: Array) -> str | None:
-    """Say why keys, values and scales that a cache was made of cannot be written to; None if they can."""
+    """Return why the arrays of a cache cannot be written to, or None if they can."""
     if not all(x.flags.writeable for x in arrays):
         return "read-only arrays"
     for x in arrays:
         if any(stride == 0 and size > 1 for stride, size in zip(x.strides, x.shape, strict=True)):
             return "arrays that overlap themselves"
-    work: Any = 10_000  # candidate solutions to try, well below a millisecond
+    work: Any = 10_000  # candidate solutions to try, which takes well below a millisecond
     for x, y in combinations(arrays, 2):
         try:
             shared = np.shares_memory(x, y, max_work=work)
-        except np.exceptions.TooHardError:  # undecided in reasonable time: take it as shared
+        except np.exceptions.TooHardError:  # undecided after that work: count it as shared
             shared = True
         if shared:
             return "a key and a value that share memory" if len(arrays) == 2 else "arrays that share memory"
@@ -191,7 +191,7 @@ def why_read_only(*arrays: Array) -> str | None:
 
 
 def _taken(named: dict[str, Any]) -> tuple[Any, tuple[Any, Any, Any, Any] | None]:
-    """Make headers of arrays on a GPU, and say what they are of; None, and the same arrays, if on the host."""
+    """Make headers of arrays on a GPU, and return them with the arrays; on the host, the arrays and None."""
     places = {name: on_device(x) for name, x in named.items() if x is not None}
     arrays = tuple(named.values())
     if not any(places.values()):
@@ -213,7 +213,7 @@ def _taken(named: dict[str, Any]) -> tuple[Any, tuple[Any, Any, Any, Any] | None
 
 
 def check_on_host(reason: str | None) -> None:
-    """Refuse what only caches on the host can do yet."""
+    """Refuse what only caches on the host can do."""
     if reason is ON_GPU:
         raise ValueError(
             f"this cache was made from {reason}, which it only reads: write new tokens to the arrays themselves, and "

@@ -1,4 +1,4 @@
-"""What a backend reads of a cache."""
+"""The contents of a cache, as backends read them."""
 
 from typing import Any, NamedTuple
 
@@ -7,13 +7,13 @@ import numpy as np
 from ..options import Array
 from .storage import decode
 
-_MOST = 2**16  # bytes of a page table that are compared faster than a call is made anew
+_MOST = 2**16  # bytes of a page table up to which comparing it takes less time than planning a call
 
 
 class Contents(NamedTuple):
-    """Arrays of a cache as they are stored, not copied: good until the cache changes.
+    """The arrays of a cache as they are stored, without a copy, so they are valid until the cache changes.
 
-    What lies past the length of a sequence has never been written or is out of date, and must not be read.
+    Numbers past the length of a sequence are uninitialised or out of date, and must not be read.
     """
 
     key: Array  # (n, Hkv, capacity, E), or pages (num_pages, Hkv, page_size, E)
@@ -24,10 +24,10 @@ class Contents(NamedTuple):
     lengths: Array  # int64 (n,)
     storage: str  # "float32", "float64", "float16", "bfloat16", "int8" or "float8_e4m3fn": how numbers are held
     dtype: np.dtype[Any]  # that of queries and results
-    given: tuple[Any, Any, Any, Any] | None = None  # the four arrays as the caller has them, if on a GPU
+    originals: tuple[Any, Any, Any, Any] | None = None  # the four arrays as the caller passed them, if on a GPU
 
     def look(self) -> tuple[Any, ...] | None:
-        """All that a call follows from, beside the arrays of keys and values; None if it is too much to compare."""
+        """Return what determines a call, besides the arrays of keys and values; None if it is too large to compare."""
         if self.table is None:
             return self.storage, self.lengths.tobytes()
         if self.table.nbytes > _MOST:
@@ -45,11 +45,8 @@ class Contents(NamedTuple):
             where: Any = (i, slice(None), slice(length))  # heads, tokens
             if self.table is not None:
                 page, offset = np.divmod(np.arange(length), codes.shape[2])
-                where = (
-                    self.table[i, page],
-                    slice(None),
-                    offset,
-                )  # tokens, heads: indexed axes that are apart go first
+                # The result has axes tokens, heads: NumPy puts index arrays that are separated by a slice first.
+                where = (self.table[i, page], slice(None), offset)
             numbers = decode(codes[where], None if scale is None else scale[where])
             out[i, :, :length] = numbers if self.table is None else numbers.swapaxes(0, 1)
         return out

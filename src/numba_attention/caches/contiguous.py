@@ -1,4 +1,4 @@
-"""KVCache: keys and values of a batch in one array each."""
+"""KVCache: the keys and the values of a batch, in one array each."""
 
 from typing import Any, Self
 
@@ -25,8 +25,8 @@ from .storage import Storage, blocks, each_token, storage_format
 class KVCache:
     """Keys and values of the tokens so far, in one array for a whole batch.
 
-    Room for `capacity` tokens of each sequence is taken at once. Where lengths differ much or sequences come and go,
-    `PagedKVCache` needs less.
+    Memory for `capacity` tokens of each sequence is allocated at once. If lengths differ much, or sequences come and
+    go, `PagedKVCache` needs less memory.
 
     Parameters
     ----------
@@ -35,10 +35,10 @@ class KVCache:
     value_dim : int, optional
         Features of a value, if not `head_dim`.
     dtype : dtype, default numpy.float32
-        float32, float64, float16 or ``ml_dtypes.bfloat16``: that of what is appended, of queries and of results.
+        float32, float64, float16 or ``ml_dtypes.bfloat16``: the dtype of what is appended, of queries and of results.
     storage : {None, "float16", "bfloat16", "int8", "float8"}, optional
-        How numbers are held; None as they are. "int8" and "float8" (e4m3fn) have a float32 scale for each token and
-        head. "bfloat16" and "float8" need the extra ``bfloat16``.
+        How numbers are stored; None means as they are. "int8" and "float8" (e4m3fn) have a float32 scale for each token
+        and head. "bfloat16" and "float8" need the extra ``bfloat16``.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class KVCache:
     dtype : numpy.dtype
         As given.
     storage : str
-        How numbers are held: "float32", "float64", "float16", "bfloat16", "int8" or "float8_e4m3fn".
+        How numbers are stored: "float32", "float64", "float16", "bfloat16", "int8" or "float8_e4m3fn".
 
     Raises
     ------
@@ -62,13 +62,13 @@ class KVCache:
 
     Notes
     -----
-    With "int8" and "float8" the row of one token and head is held as ``round(x / scale)``, where scale is
+    With "int8" and "float8" the row of one token and head is stored as ``round(x / scale)``, where scale is
     ``max|x| / 127`` or ``max|x| / 448``; a row with NaN or infinity reads as NaN. "float16" and "bfloat16" round to
-    nearest, and keep NaN and infinity. Finite numbers saturate: beyond the range of what is stored, 65504 in "float16",
-    3.39e38 in "bfloat16" and that of float32 in "int8" and "float8", they are held as its largest number.
+    nearest, and keep NaN and infinity. Finite numbers saturate: beyond the range of the format (65504 in "float16",
+    3.39e38 in "bfloat16", the range of float32 in "int8" and "float8") they are stored as its largest number.
 
-    Threads may read one cache at the same time. While one changes it, what others read of it is undefined, but nothing
-    outside its arrays is read.
+    Threads may read one cache at the same time. While one thread changes it, what others read is undefined, but they
+    read nothing outside its arrays.
 
     Examples
     --------
@@ -118,7 +118,7 @@ class KVCache:
         self.value_dim = contents.value.shape[-1]
         self.dtype, self.storage = contents.dtype, contents.storage
         self._common: int | None = None
-        self._lengths = contents.lengths  # changed in place, so that `contents` stays true
+        self._lengths = contents.lengths  # changed in place, so that `contents` stays valid
         self._settle()
 
     @classmethod
@@ -132,26 +132,26 @@ class KVCache:
         value_scale: Array | None = None,
         dtype: DTypeLike | None = None,
     ) -> Self:
-        """Make a cache of arrays that exist, without a copy.
+        """Make a cache of existing arrays, without a copy.
 
-        The cache reads, and `append` writes, the arrays themselves.
+        The cache reads the arrays themselves, and `append` writes to them.
 
         Parameters
         ----------
         key : ndarray, shape (batch, Hkv, capacity, E)
-            float32, float64, float16 or ``ml_dtypes.bfloat16``, any strides, or codes of 8 bits with scales. Where it
-            is read-only, or shares memory with `value`, nothing can be appended. An array on a GPU is taken where it
-            is, for `attention_decode` there; the cache cannot append to it.
+            float32, float64, float16 or ``ml_dtypes.bfloat16`` with any strides, or 8-bit codes with scales. If it is
+            read-only, or shares memory with `value`, nothing can be appended. An array on a GPU stays there, and
+            `attention_decode` reads it there; the cache cannot append to it.
         value : ndarray, shape (batch, Hkv, capacity, Ev)
             In the dtype of `key`.
         lengths : int or array of int, shape (batch,), optional
-            How many tokens of each sequence are there; by default all.
+            How many tokens of each sequence are valid; by default all.
         key_scale, value_scale : ndarray, shape (batch, Hkv, capacity), optional
-            float32, tokens contiguous: what the numbers of each token and head are multiplied by, where `key` and
-            `value` are int8 or ``ml_dtypes.float8_e4m3fn``. Those are finite; a row with NaN has a scale of NaN.
+            float32, tokens contiguous: the factor of the numbers of each token and head, if `key` and `value` are int8
+            or ``ml_dtypes.float8_e4m3fn``. The codes are finite; a row with NaN has a scale of NaN.
         dtype : dtype, optional
-            Of queries and results, where `key` and `value` hold fewer bits: float16 or bfloat16, whose features are
-            contiguous then, or 8 bits with scales. By default their own, or float32.
+            The dtype of queries and results, if `key` and `value` have fewer bits: float16 or bfloat16, with contiguous
+            features, or 8 bits with scales. By default it is their own, or float32 if there are scales.
 
         Returns
         -------
@@ -172,17 +172,17 @@ class KVCache:
         1.0
         """
         names = ("key", "value")
-        found = check_held(key, value, key_scale, value_scale, dtype, names, "batch, heads and capacity")
-        n, Hkv, capacity, E = found.arrays[0].shape
-        Ev = found.arrays[1].shape[-1]
+        checked = check_held(key, value, key_scale, value_scale, dtype, names, "batch, heads and capacity")
+        n, Hkv, capacity, E = checked.arrays[0].shape
+        Ev = checked.arrays[1].shape[-1]
         for name, size in (("batch", n), ("num_kv_heads", Hkv), ("head_dim", E), ("value_dim", Ev)):
             check_size(name, size)
         if lengths is None:
             lengths = capacity
         held = check_lengths("lengths", to_host(lengths), n, capacity, "the capacity")
         self = cls.__new__(cls)
-        contents = Contents(*found.arrays, None, held, found.form.name, found.dtype, found.given)
-        self._hold(contents, found.form, found.read_only)
+        contents = Contents(*checked.arrays, None, held, checked.form.name, checked.dtype, checked.originals)
+        self._hold(contents, checked.form, checked.read_only)
         return self
 
     def append(self, key: Array, value: Array, lengths: ArrayLike | None = None) -> None:
@@ -195,19 +195,19 @@ class KVCache:
         value : ndarray, shape (batch, Hkv, T, Ev)
             In the dtype of the cache.
         lengths : int or array of int, shape (batch,), optional
-            How many of the T tokens each sequence gets, from the first; by default all.
+            How many of the T tokens to append to each sequence, from the first on; by default all.
 
         Raises
         ------
         CacheFullError
-            A sequence would outgrow the capacity. The cache is as it was.
+            A sequence would exceed the capacity. The cache is as it was.
         TypeError, ValueError
             An argument has the wrong type, dtype or shape, or is out of range, or the cache was made of arrays that
             cannot be written to. The cache is as it was.
         """
         stored = self._stored
         T = key.shape[2] if type(key) is np.ndarray and key.ndim == 4 else -1
-        if (  # one token is appended in a few microseconds, so what is right is not asked twice
+        if (  # appending a token takes a few microseconds, so arguments that are right are not checked one by one
             T < 0
             or type(value) is not np.ndarray
             or key.dtype is not self.dtype
@@ -262,12 +262,12 @@ class KVCache:
         )
 
     def truncate(self, lengths: ArrayLike) -> None:
-        """Forget the tokens of each sequence past a length.
+        """Remove the tokens of each sequence past a length.
 
         Parameters
         ----------
         lengths : int or array of int, shape (batch,)
-            How many tokens to keep, at most as many as there are.
+            How many tokens to keep, at most the length of the sequence.
 
         Raises
         ------
@@ -306,7 +306,7 @@ class KVCache:
 
     @property
     def lengths(self) -> Array:
-        """How many tokens each sequence has: int64 (batch,), a copy."""
+        """The number of tokens of each sequence: an int64 array (batch,), a copy."""
         return self._lengths.copy()
 
     @property
@@ -323,16 +323,16 @@ class KVCache:
 
     @property
     def key_scale(self) -> Array | None:
-        """What keys are multiplied by, one factor for each token and head: a float32 view (batch, Hkv, max(lengths)).
+        """Factors of the keys, one for each token and head: a float32 view (batch, Hkv, max(lengths)).
 
-        None where numbers are stored as they are.
+        None if numbers are stored as they are.
         """
         scale: Array | None = self._held(2)
         return scale
 
     @property
     def value_scale(self) -> Array | None:
-        """What values are multiplied by, as `key_scale`."""
+        """Factors of the values, as `key_scale`."""
         scale: Array | None = self._held(3)
         return scale
 
@@ -347,9 +347,9 @@ class KVCache:
         return self._stored
 
     def _held(self, n: int) -> Any:
-        """An array of the contents by its number, as the caller has it, up to the longest sequence."""
+        """Return array n of the contents, as the caller passed it, up to the longest sequence."""
         stored: Any = self._stored
-        array = stored[n] if stored.given is None else stored.given[n]
+        array = stored[n] if stored.originals is None else stored.originals[n]
         return None if array is None else array[:, :, : self._longest()]
 
     def _longest(self) -> int:
@@ -361,6 +361,6 @@ class KVCache:
         self._settle()
 
     def _settle(self) -> None:
-        """Find the length that all sequences have, or None: then there is no plain slice to write to."""
+        """Find the length that all sequences have in common, or None: then appending cannot write to a plain slice."""
         first = int(self._lengths[0])
         self._common = first if (self._lengths == first).all() else None

@@ -1,4 +1,4 @@
-"""PagedKVCache: keys and values of sequences that come, go and fork, in pages they may share."""
+"""PagedKVCache: keys and values in pages, which sequences that come, go and fork may share."""
 
 from typing import Any, Self
 
@@ -27,19 +27,19 @@ from .storage import Arrays, Storage, each_token, storage_format
 class PagedKVCache:
     """Keys and values of the tokens so far, in pages of a fixed size.
 
-    A sequence takes a page when it needs one, and gives it back when it ends. Sequences that begin with the same tokens
-    share the pages of those (`fork`); one that is to be written to is copied first.
+    A sequence takes a page when it needs one, and returns its pages when it ends. Sequences that begin with the same
+    tokens can share the pages of these tokens (`fork`). A shared page is copied before it is written to.
 
     Parameters
     ----------
     num_pages, page_size, num_kv_heads, head_dim : int
-        Pages, tokens of a page, key/value heads, features of a key.
+        Number of pages, tokens of a page, key/value heads, features of a key.
     value_dim : int, optional
         Features of a value, if not `head_dim`.
     dtype : dtype, default numpy.float32
-        float32, float64, float16 or ``ml_dtypes.bfloat16``: that of what is appended, of queries and of results.
+        float32, float64, float16 or ``ml_dtypes.bfloat16``: the dtype of what is appended, of queries and of results.
     storage : {None, "float16", "bfloat16", "int8", "float8"}, optional
-        How numbers are held, as in `KVCache`.
+        How numbers are stored, as in `KVCache`.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class PagedKVCache:
     dtype : numpy.dtype
         As given.
     storage : str
-        How numbers are held: "float32", "float64", "float16", "bfloat16", "int8" or "float8_e4m3fn".
+        How numbers are stored: "float32", "float64", "float16", "bfloat16", "int8" or "float8_e4m3fn".
 
     Raises
     ------
@@ -59,17 +59,18 @@ class PagedKVCache:
 
     See Also
     --------
-    KVCache : one array for a batch: simpler, where all sequences have about the same length.
+    KVCache : one array for a batch, which is simpler if all sequences have about the same length.
 
     Notes
     -----
-    Each sequence has a row in a block table, which names its pages in order; each page has a count of the rows that
-    name it, and is free when that is 0. The last page of a fork is shared too, however full.
+    Each sequence has a row in a block table, which lists its pages in order. Each page has a count of the rows that
+    list it, and is free when the count is 0. The last page of a fork is shared too, however full it is.
 
-    Every method either does all that was asked or raises and leaves the cache as it was.
+    A method that raises leaves the cache as it was.
 
-    Threads may read one cache at the same time. While one changes it, a call in another reads the pages that sequences
-    had when it began: what is in them then may be that of another sequence, but nothing outside the pages is read.
+    Threads may read one cache at the same time. While one thread changes it, a call in another thread reads the pages
+    that sequences had when the call began. These may by then contain another sequence, but nothing outside the pages is
+    read.
 
     References
     ----------
@@ -124,9 +125,9 @@ class PagedKVCache:
         dtype: np.dtype[Any],
         form: Storage,
         read_only: str | None = None,
-        given: tuple[Any, Any, Any, Any] | None = None,
+        originals: tuple[Any, Any, Any, Any] | None = None,
     ) -> None:
-        self._arrays, self._given = arrays, given
+        self._arrays, self._originals = arrays, originals
         self._form, self._read_only = form, read_only
         self.num_pages, self.num_kv_heads, self.page_size, self.head_dim = arrays[0].shape
         self.value_dim = arrays[1].shape[-1]
@@ -145,33 +146,33 @@ class PagedKVCache:
         value_scale: Array | None = None,
         dtype: DTypeLike | None = None,
     ) -> Self:
-        """Make a cache of pages that exist, without a copy.
+        """Make a cache of existing pages, without a copy.
 
-        The cache reads, and `append` writes, the arrays themselves; the block table is copied.
+        The cache reads the arrays themselves, and `append` writes to them. The block table is copied.
 
         Parameters
         ----------
         key_pages : ndarray, shape (num_pages, Hkv, page_size, E)
-            float32, float64, float16, ``ml_dtypes.bfloat16``, or codes of 8 bits with scales; features contiguous.
-            Where it is read-only, or shares memory with `value_pages`, nothing can be appended. Arrays on a GPU are
-            taken where they are, for `attention_decode` there; the cache can neither append to them nor fork.
+            float32, float64, float16, ``ml_dtypes.bfloat16``, or 8-bit codes with scales; features contiguous. If it
+            is read-only, or shares memory with `value_pages`, nothing can be appended. Arrays on a GPU stay there, and
+            `attention_decode` reads them there; the cache can neither append to them nor fork.
         value_pages : ndarray, shape (num_pages, Hkv, page_size, Ev)
             In the dtype of `key_pages`, features contiguous.
         block_table : array of int, shape (n, blocks)
-            Pages of each sequence in order. A page that is named several times is shared. What no sequence needs is not
-            looked at.
+            Pages of each sequence in order. A page that is listed several times is shared. Entries past the length of a
+            sequence are ignored.
         lengths : int or array of int, shape (n,)
             Tokens of each sequence.
         key_scale, value_scale : ndarray, shape (num_pages, Hkv, page_size), optional
             float32, tokens contiguous; with pages of int8 or ``ml_dtypes.float8_e4m3fn``, as in `KVCache.from_arrays`.
         dtype : dtype, optional
-            Of queries and results, where the pages hold fewer bits. By default their own, or float32 where there are
-            scales.
+            The dtype of queries and results, if the pages have fewer bits. By default it is their own, or float32 if
+            there are scales.
 
         Returns
         -------
         PagedKVCache
-            Its sequences have the ids 0 to n - 1; pages that none of them needs are free.
+            Its sequences have the ids 0 to n - 1; all other pages are free.
 
         Raises
         ------
@@ -187,11 +188,11 @@ class PagedKVCache:
         5
         """
         names = ("key_pages", "value_pages")
-        found = check_held(key_pages, value_pages, key_scale, value_scale, dtype, names, "pages, heads and page size")
-        sizes = (*found.arrays[0].shape, found.arrays[1].shape[-1])
+        checked = check_held(key_pages, value_pages, key_scale, value_scale, dtype, names, "pages, heads and page size")
+        sizes = (*checked.arrays[0].shape, checked.arrays[1].shape[-1])
         for name, size in zip(("num_pages", "num_kv_heads", "page_size", "head_dim", "value_dim"), sizes, strict=True):
             check_size(name, size)
-        for name, x in zip(names, found.arrays[:2], strict=True):
+        for name, x in zip(names, checked.arrays[:2], strict=True):
             check_features(name, x)
         table = check_ints("block_table", to_host(block_table))
         if table.ndim != 2:
@@ -205,22 +206,22 @@ class PagedKVCache:
             i, j = np.argwhere(wrong)[0]
             raise ValueError(f"block_table must name pages from 0 to {num_pages - 1}, got {table[i, j]} at [{i}, {j}]")
         self = cls.__new__(cls)
-        self._hold(*found)
+        self._hold(*checked)
         self._pages.adopt(held, np.where(used, table, -1))
         return self
 
     def add(self, n: int = 1) -> Array:
-        """Begin n empty sequences.
+        """Add n empty sequences.
 
         Parameters
         ----------
         n : int, default 1
-            How many.
+            How many sequences to add.
 
         Returns
         -------
         ndarray of int64, shape (n,)
-            Their ids. No id is ever given twice.
+            Their ids. No id is ever used again.
 
         Raises
         ------
@@ -242,12 +243,12 @@ class PagedKVCache:
         value : ndarray, shape (n, Hkv, T, Ev)
             In the dtype of the cache.
         lengths : int or array of int, shape (n,), optional
-            How many of the T tokens each sequence gets, from the first; by default all.
+            How many of the T tokens to append to each sequence, from the first on; by default all.
 
         Raises
         ------
         CacheFullError
-            There are fewer free pages than it takes. The cache is as it was, for all ids.
+            There are too few free pages. The cache is as it was, for all ids.
         KeyError
             A sequence was freed, or never added.
         TypeError, ValueError
@@ -276,7 +277,7 @@ class PagedKVCache:
         self._pages.commit(growth)
 
     def fork(self, id: int) -> int:
-        """Begin a sequence with all the tokens of another, which takes no page.
+        """Add a sequence with all the tokens of another. It shares the pages of the other and takes none.
 
         Parameters
         ----------
@@ -300,14 +301,14 @@ class PagedKVCache:
         return int(self._pages.add(lengths, table)[0])
 
     def truncate(self, id: int, length: int) -> None:
-        """Forget the tokens of a sequence past a length; pages that nobody needs then are free.
+        """Remove the tokens of a sequence past a length. Pages that no sequence needs any more become free.
 
         Parameters
         ----------
         id : int
             Which sequence.
         length : int
-            How many tokens to keep, at most as many as there are.
+            How many tokens to keep, at most the length of the sequence.
 
         Raises
         ------
@@ -323,7 +324,7 @@ class PagedKVCache:
         self._pages.truncate(row, int(length))
 
     def free(self, id: int) -> None:
-        """End a sequence; pages that nobody needs then are free.
+        """Remove a sequence. Pages that no sequence needs any more become free.
 
         Parameters
         ----------
@@ -340,16 +341,16 @@ class PagedKVCache:
         self._pages.remove(self._row(id))
 
     def reorder(self, ids: ArrayLike, sources: ArrayLike) -> None:
-        """Let sequence ``ids[i]`` become what ``sources[i]`` is, for all i at once, as in beam search.
+        """Let sequence ``ids[i]`` become a copy of sequence ``sources[i]``, for all i at once, as in beam search.
 
-        Nothing is copied but rows of the block table.
+        Only rows of the block table are copied, and pages are shared.
 
         Parameters
         ----------
         ids : array of int, shape (n,)
             Which sequences, each at most once.
         sources : array of int, shape (n,)
-            Which they become. One may be named several times, and need not be in `ids`.
+            The sequences that they become copies of. One may be listed several times, and need not be in `ids`.
 
         Raises
         ------
@@ -364,7 +365,7 @@ class PagedKVCache:
         self._pages.reorder(rows, froms)
 
     def lengths(self, ids: ArrayLike | None = None) -> Array:
-        """How many tokens sequences have.
+        """Return the number of tokens of sequences.
 
         Parameters
         ----------
@@ -385,7 +386,7 @@ class PagedKVCache:
         return self._contents(ids).lengths.copy()
 
     def block_table(self, ids: ArrayLike | None = None) -> Array:
-        """Which pages hold which sequence.
+        """Return the pages of sequences.
 
         Parameters
         ----------
@@ -414,7 +415,7 @@ class PagedKVCache:
 
     @property
     def free_pages(self) -> int:
-        """How many pages are free."""
+        """The number of free pages."""
         return self._pages.num_free
 
     def __repr__(self) -> str:
@@ -427,7 +428,7 @@ class PagedKVCache:
 
     def _contents(self, ids: ArrayLike | None = None) -> Contents:
         table, lengths = self._pages.look(None if ids is None else self._ids("ids", ids))
-        return Contents(*self._arrays, table, lengths, self.storage, self.dtype, self._given)
+        return Contents(*self._arrays, table, lengths, self.storage, self.dtype, self._originals)
 
     def _rows(self, name: str, ids: ArrayLike, distinct: bool = False) -> Array:
         return self._pages.rows(self._ids(name, ids, distinct))

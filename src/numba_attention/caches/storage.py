@@ -1,4 +1,4 @@
-"""How a cache holds numbers: as they are, rounded to fewer bits, or as 8-bit codes with a scale per token and head."""
+"""Storage formats of a cache: numbers as they are, rounded to fewer bits, or 8-bit codes with a scale for each row."""
 
 import sys
 from collections.abc import Iterator
@@ -17,41 +17,41 @@ _SHORT = ("float16", "bfloat16", *SCALED)
 _TINY = np.finfo(np.float32).tiny
 _MOST = float(np.finfo(np.float32).max) * (1 - 2**-22)
 _LINE = 64  # bytes of a cache line, and of the widest vector
-_BLOCK = 2**16  # numbers encoded at a time: their temporaries stay in the second-level cache
+_BLOCK = 2**16  # numbers that are encoded at a time, so that temporaries stay in the second-level cache
 
 
 @dataclass(frozen=True)
 class Storage:
-    """One storage format."""
+    """A storage format."""
 
     name: str
-    dtype: np.dtype[Any]  # of what is stored
-    limit: float | None  # largest code, where there is a scale per token and head
-    square: float = 0.0  # of the largest number that is stored as it is, 0 where there are scales
+    dtype: np.dtype[Any]  # of stored numbers or codes
+    limit: float | None  # largest code, if each token and head has a scale
+    square: float = 0.0  # square of the largest number of the format; 0 if there are scales
 
     def allocate(self, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
-        """Make room for numbers of `shape`, uninitialised: codes, and their scales or None."""
+        """Allocate uninitialised codes for numbers of `shape`, and their scales or None."""
         codes = aligned_empty(shape, self.dtype)
         return codes, None if self.limit is None else aligned_empty(shape[:-1], np.dtype(np.float32))
 
     def holds(self, x: Array) -> bool:
-        """Whether few numbers of float32 or float64 surely fit as they are, of a format without scales: in 0.6 us."""
-        # NaN, and squares that overflow, compare as false.
+        """Whether a few float32 or float64 numbers are certainly in the range of a format without scales, in 0.6 us."""
+        # Comparisons with NaN, and with squares that overflow, give False.
         return x.dtype.char in "fd" and x.size <= FEW and bool(np.vdot(x, x) < self.square)
 
     def encode(self, x: Array) -> tuple[Array, Array | None]:
-        """Turn numbers (..., E) into codes (..., E) and scales (...).
+        """Encode numbers (..., E) as codes (..., E) and scales (...).
 
         The scale is max|x| / limit, so that ``codes * scale`` is x to within half a step. Rows of zeros have scale 0.
-        A row with NaN or infinity has scale NaN and reads as NaN. Finite numbers beyond the range of what is stored,
-        of float32 where there are scales, are stored as the largest finite ones.
+        A row with NaN or infinity has scale NaN and reads as NaN. Finite numbers beyond the range of the format
+        (of float32 if there are scales) are stored as its largest finite number.
         """
         if self.limit is None:
             return saturated(x, self.dtype), None
         wide = x.astype(np.float64 if x.dtype.itemsize == 8 else np.float32, copy=False)
         with np.errstate(all="ignore"):
             largest = np.maximum(wide.max(-1, initial=0), np.abs(wide.min(-1, initial=0)))  # NaN if there is one
-            # Not subnormal: it would be a coarse multiple of the right scale, and codes would overflow.
+            # The scale must not be subnormal: it would be rounded coarsely, and codes would overflow.
             scale = np.where(largest > 0, np.maximum(largest / self.limit, _TINY), largest)
             lost = ~np.isfinite(scale)
             most = _MOST / self.limit  # limit * scale is then finite in float32, rounded or not
@@ -67,7 +67,7 @@ class Storage:
         return codes, scale
 
     def write(self, codes: Array, scale: Array | None, where: tuple[Any, ...], x: Array) -> None:
-        """Store x in the places `where`, an index of the axes before the features."""
+        """Encode x and store it at `where`, an index of the axes before the features."""
         if scale is not None:
             codes[where], scale[where] = self.encode(x)
         else:
@@ -76,7 +76,7 @@ class Storage:
     def scatter(
         self, arrays: Arrays, key: Array, value: Array, source: tuple[Array, Array], to: tuple[Array, Array]
     ) -> None:
-        """Store tokens one by one: those of sequence and position `source` in row (or page) and position `to`."""
+        """Store single tokens: the token at sequence and position `source` goes to row (or page) and position `to`."""
         for part in blocks(len(to[0]), key[:1, :, :1].size):
             where = to[0][part], slice(None), to[1][part]
             i, t = source[0][part], source[1][part]
@@ -85,13 +85,13 @@ class Storage:
 
 
 def each_token(lengths: Array) -> tuple[Array, Array]:
-    """List the tokens of sequences of these lengths: the sequence of each, and its position there."""
+    """Return the sequence and the position of every token of sequences of these lengths."""
     sequence = np.repeat(np.arange(len(lengths)), lengths)
     return sequence, np.arange(len(sequence)) - (np.cumsum(lengths) - lengths)[sequence]
 
 
 def decode(codes: Array, scale: Array | None) -> Array:
-    """Return the numbers (..., E) that codes (..., E) and scales (...) stand for, as float64."""
+    """Decode codes (..., E) and scales (...) to float64 numbers (..., E)."""
     numbers: Array = codes.astype(np.float64)
     return numbers if scale is None else numbers * scale[..., None]
 
@@ -105,9 +105,7 @@ def storage_format(storage: Any, dtype: np.dtype[Any]) -> Storage:
     else:
         try:
             name = np.dtype(storage).name
-        except (
-            Exception
-        ):  # TypeError, and ValueError, KeyError, SyntaxError for what looks like a description of fields
+        except Exception:  # TypeError, or ValueError, KeyError, SyntaxError if it looks like a description of fields
             raise TypeError(f"storage must be None, a string or a dtype, got {storage!r}") from None
     if name == dtype.name:
         return Storage(name, dtype, None)
@@ -120,17 +118,17 @@ def storage_format(storage: Any, dtype: np.dtype[Any]) -> Storage:
 
 
 def ml_dtype(name: str) -> np.dtype[Any]:
-    """Return a dtype that NumPy itself does not have. Nothing is imported before someone asks for one."""
+    """Return a dtype that NumPy itself does not have; ml_dtypes is imported at the first call only."""
     try:
         import ml_dtypes
     except ImportError:
         raise ImportError(f'{name} needs ml_dtypes: pip install "numba-attention[bfloat16]"') from None
-    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
-    return found
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return dtype
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """numpy.empty, beginning at a cache line, so that rows whose size is a multiple of one do not straddle two."""
+    """Return `numpy.empty` aligned to a cache line, so that rows as long as a line do not straddle two of them."""
     size = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if size > sys.maxsize - _LINE:
         raise MemoryError(f"an array of shape {shape} and {dtype} takes {size:.3g} bytes")
@@ -141,7 +139,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 def blocks(tokens: int, numbers: int) -> Iterator[slice]:
-    """Cut so many tokens into slices that are worth encoding at a time; `numbers` are those of one token."""
+    """Split tokens into slices to be encoded at a time; `numbers` is the count of numbers of one token."""
     step = max(1, _BLOCK // max(1, numbers))
     for start in range(0, tokens, step):
         yield slice(start, min(start + step, tokens))

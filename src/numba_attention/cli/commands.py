@@ -1,4 +1,4 @@
-"""The commands of ``numba-attention``: thin, each hands over to the module that does the work."""
+"""The commands of ``numba-attention``. Each calls the module that does the work."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -18,14 +18,14 @@ app = typer.Typer(
     help="Exact, memory-linear attention for NumPy arrays.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,  # a traceback is for the bug report, in the form everybody knows
+    pretty_exceptions_enable=False,  # plain tracebacks are better for bug reports
 )
 console = Console()
 errors = Console(stderr=True)
 
 
 class Backend(StrEnum):
-    """The backends that work on arrays in files."""
+    """The backends that can be chosen for arrays in files."""
 
     auto = "auto"
     cpu = "cpu"
@@ -102,11 +102,11 @@ def bench(
     from ..benchmarking.contenders import CONTENDERS
     from ..show_config import show_config
 
-    chosen = [row for name, row in benchmarking.ROWS.items() if rows.lower() in name.lower()]
-    if not chosen:
+    selected = [row for name, row in benchmarking.ROWS.items() if rows.lower() in name.lower()]
+    if not selected:
         _fail(f"no row's name contains {rows!r}; --list shows them")
     if names:
-        for row in chosen:
+        for row in selected:
             console.print(row.name, highlight=False)
         return
     if quick:
@@ -114,13 +114,13 @@ def bench(
     threads = threads or numba.get_num_threads()
     contenders = ("ours", "own", "gemm", "read") if alone else tuple(CONTENDERS)
     with Progress(console=errors, transient=True) as progress:
-        task = progress.add_task("", total=len(chosen) * (rounds + 1))
+        task = progress.add_task("", total=len(selected) * (rounds + 1))
 
         def advance(row: benchmarking.Row, done: int) -> None:
             progress.update(task, description=row.name, advance=1)
 
         results = benchmarking.run(
-            chosen, threads=threads, rounds=rounds, seconds=seconds, contenders=contenders, progress=advance
+            selected, threads=threads, rounds=rounds, seconds=seconds, contenders=contenders, progress=advance
         )
     circumstances = (show_config("dicts"), threads, rounds)
     if json is not None:
@@ -132,7 +132,7 @@ def bench(
     if markdown:
         print(table)
     else:
-        wide = console if console.is_terminal else Console(width=140)  # a pipe has no width of its own
+        wide = console if console.is_terminal else Console(width=140)  # a pipe has no width
         wide.print(benchmarking.as_table(results))
         for line in benchmarking.left_out(results):
             console.print(line, highlight=False, soft_wrap=True)

@@ -26,9 +26,9 @@ def attend(inputs: Sequence[Path], out: Path, lse: Path | None, options: dict[st
     inputs : sequence of Path
         Three .npy files, or one .npz with query, key and value.
     out : Path
-        A .npy. It appears, whole, when everything has succeeded, and replaces what was there. It may be an input.
+        A .npy. It replaces an existing file, which may be an input, when everything has succeeded.
     lse : Path or None
-        Where to write the log-sum-exps, if anywhere: another file, which appears at the same time.
+        Another .npy for the log-sum-exps, written likewise.
     options : dict
         Further arguments of `attention`.
 
@@ -40,7 +40,7 @@ def attend(inputs: Sequence[Path], out: Path, lse: Path | None, options: dict[st
     Raises
     ------
     OSError, ValueError, TypeError, BackendUnavailableError
-        Files that cannot be read or written, and what `attention` raises.
+        A file cannot be read or written, or `attention` raises an error.
     """
     if lse is not None and _is_same(out, lse):
         raise ValueError(f"the log-sum-exps must go to another file than the result, got {out} and {lse}")
@@ -59,7 +59,7 @@ def attend(inputs: Sequence[Path], out: Path, lse: Path | None, options: dict[st
             attention(query, key, value, out=_view(result), **options)
         else:
             _, log_sums = attention(query, key, value, out=_view(result), return_lse=True, **options)
-            with unfinished_lse.open("wb") as file:  # by its name, np.save would give it the suffix .npy
+            with unfinished_lse.open("wb") as file:  # given a name, np.save would append the suffix .npy
                 np.save(file, log_sums)
         result.flush()
         del result
@@ -67,7 +67,7 @@ def attend(inputs: Sequence[Path], out: Path, lse: Path | None, options: dict[st
 
 
 def load(path: Path) -> Array:
-    """Map a .npy into memory; bfloat16, which the format writes as two nameless bytes, is recognised."""
+    """Map a .npy into memory. The format stores bfloat16 as two untyped bytes, which are read as bfloat16."""
     array = _load(path, "r")
     if isinstance(array, np.ndarray):
         return _view(array)
@@ -113,27 +113,27 @@ def _arrays(inputs: Sequence[Path]) -> list[Array]:
         except Exception as error:
             raise _damaged(inputs[0], error) from error
         for name, array in zip(_NAMES, arrays, strict=True):
-            if not isinstance(array, np.ndarray):  # the bytes of what is no .npy
+            if not isinstance(array, np.ndarray):  # NumPy returns bytes for a member that is no .npy
                 raise _damaged(inputs[0], f"{name} is no .npy")
         return [_view(array) for array in arrays]
 
 
 def _load(path: Path, mmap_mode: Literal["r"] | None) -> Any:
-    """What is in a .npy or .npz; whatever is wrong with a file that can be read is a ValueError that names it."""
+    """Load a .npy or .npz. A file that can be read but is damaged is a ValueError that names it."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path} must be a regular file")
     size = path.stat().st_size
     try:
         with np.errstate(over="ignore"):
-            found = np.load(path, mmap_mode=mmap_mode)
+            loaded = np.load(path, mmap_mode=mmap_mode)
     except OSError:
         raise
-    except Exception as error:  # EOFError, OverflowError, zipfile.BadZipFile, SyntaxError: by what is in the header
+    except Exception as error:  # EOFError, OverflowError, zipfile.BadZipFile or SyntaxError, depending on the header
         raise _damaged(path, error) from error
-    # NumPy's own count of bytes wraps around.
-    if isinstance(found, np.memmap) and found.offset + math.prod(found.shape) * found.itemsize > size:
-        raise _damaged(path, f"shape {found.shape} takes more than its {size} bytes")
-    return found
+    # NumPy's own check of the size overflows for large shapes.
+    if isinstance(loaded, np.memmap) and loaded.offset + math.prod(loaded.shape) * loaded.itemsize > size:
+        raise _damaged(path, f"shape {loaded.shape} takes more than its {size} bytes")
+    return loaded
 
 
 def _damaged(path: Path, error: Exception | str) -> ValueError:
@@ -141,7 +141,7 @@ def _damaged(path: Path, error: Exception | str) -> ValueError:
 
 
 def _is_same(a: Path, b: Path) -> bool:
-    """Whether two paths, of files that need not exist, are of one file."""
+    """Whether two paths are of the same file. The files need not exist."""
     if os.path.realpath(a) == os.path.realpath(b):
         return True
     return a.exists() and b.exists() and os.path.samefile(a, b)

@@ -1,6 +1,6 @@
-"""Arrays of other libraries on a device: recognised, described by headers, and made anew for results.
+"""Arrays of other libraries on a GPU: recognising them, describing them by headers, and allocating results.
 
-No library is imported for this: an array of one means that its library is there already.
+No library is imported here: whoever passes an array of a library has imported it.
 """
 
 import sys
@@ -19,72 +19,73 @@ _NEVER = (np.ndarray, np.generic, int, float, list, tuple, str)
 
 
 def on_device(x: Any) -> bool:
-    """Whether something is an array on a GPU."""
+    """Whether x is an array on a GPU."""
     if x is None or isinstance(x, _NEVER):
         return False
-    of_torch = getattr(x, "is_cuda", None)  # whose interface costs more, and refuses what requires a gradient
+    # PyTorch's interface is slower than this attribute, and refuses tensors that require gradients.
+    of_torch = getattr(x, "is_cuda", None)
     if isinstance(of_torch, bool):
         return of_torch
     try:
         if hasattr(x, "__cuda_array_interface__"):
             return True
         return x.__dlpack_device__()[0] in (CUDA, MANAGED)
-    except Exception:  # whatever has no device is not on one
+    except Exception:  # x has no device
         return False
 
 
 def take(x: Any, stream: int | None = None) -> Array:
-    """Make the header of an array on a device, for work on `stream` (by default that of the call)."""
+    """Make the header of an array on a GPU, for work on `stream` (by default that of the present call)."""
     return family_of(x).take(x, runtime.stream() if stream is None else stream)
 
 
 def to_host(x: Any) -> Any:
-    """Copy an array on a device to the host, and wait for it; anything else stays as it is."""
+    """Copy an array on a GPU to the host, and wait for it; return anything else as it is."""
     if not on_device(x):
         return x
     family = family_of(x)
     device = family.ordinal(x)
     stream = family.stream(x, device) or DEFAULT_STREAM
     with runtime.using(device, stream):
-        found = family.take(x, stream)
-        out = np.empty(found.shape, found.dtype)
-        runtime.download(found, out, stream)
+        headed = family.take(x, stream)
+        out = np.empty(headed.shape, headed.dtype)
+        runtime.download(headed, out, stream)
     return out
 
 
 class Family:
-    """Arrays of one library. This one is any that says where its memory is by the common protocols.
+    """How to use the arrays of one library. This base class is for any library that supports the common protocols.
 
-    Its results are device arrays of Numba, which understand both.
+    Its results are device arrays of Numba, which support ``__cuda_array_interface__`` and DLPack.
     """
 
     name = "an object with __cuda_array_interface__ or __dlpack__"
-    has_pool = False  # whether memory that `new` takes and gives back costs less than the driver's
-    one_stream = False  # whether all arrays of the library are worked on in one stream at a time
+    has_pool = False  # whether the library has a memory pool, so that `new` is faster than the driver
+    one_stream = False  # whether the library uses one current stream for all of its arrays
 
     def ordinal(self, x: Any) -> int:
-        """The GPU that an array is on."""
+        """Return the number of the GPU that an array is on."""
         try:
             return int(x.__dlpack_device__()[1])
-        except Exception:  # not every one that has the interface has this
+        except Exception:  # not every array with the interface has DLPack
             address = _interface(x)["data"][0]
             return runtime.driver.ordinal_of(address) if address else runtime.driver.current()
 
     def stream(self, x: Any, device: int) -> int | None:
-        """The stream that an array is written on; None where its library says nothing of it."""
+        """Return the stream on which an array is written; None if its library does not tell."""
         try:
             return _interface(x).get("stream") or None
         except Exception:
             return None
 
     def take(self, x: Any, stream: int) -> Array:
-        """Describe an array; work on `stream` finds it written."""
+        """Make the header of an array; work on `stream` waits until the array is written."""
         try:
             interface = _interface(x)
         except Exception:
             interface = {}
         typestr = interface.get("typestr", "V")
-        if "V" in typestr:  # bfloat16 is among those that the interface has no letter for
+        if "V" in typestr:  # dtypes without a letter in the interface, such as bfloat16
             return read(x.__dlpack__(stream=stream), x)
         if interface.get("mask") is not None:
             raise TypeError("a masked array on a GPU cannot be taken; pass what may be attended to as mask=")
@@ -94,36 +95,36 @@ class Family:
         return header(address or 0, shape, strides, np.dtype(typestr), x, self.ordinal(x), readonly)
 
     def look(self, x: Any) -> tuple[Any, int] | None:
-        """All that a call follows from, of an array, as a key, and its address; None where that is not so simple."""
+        """Return the key and the address of an array for `replay`; None if a call with it is not repeated."""
         return None
 
     def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> tuple[Any, int]:
-        """Make an array for a result, and say where it is."""
+        """Allocate an array for a result; return it and its address."""
         from numba import cuda
 
-        # The array then tells whoever takes it next on which stream it is written.
+        # The array stores its stream, so that the next library that takes it can wait for that stream.
         of_numba = 0 if stream == DEFAULT_STREAM else cuda.external_stream(stream)
-        made = cuda.device_array(shape, dtype, stream=of_numba)
-        return made, made.__cuda_array_interface__["data"][0]
+        array = cuda.device_array(shape, dtype, stream=of_numba)
+        return array, array.__cuda_array_interface__["data"][0]
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> Array:
-        """Make room for a result; the header of an array of this library, or of memory of ours."""
-        made, address = self.new(shape, dtype, device, stream)
-        return header(address, shape, None, dtype, made, device)
+        """Allocate a result; return the header of an array of this library, or of memory of this package."""
+        array, address = self.new(shape, dtype, device, stream)
+        return header(address, shape, None, dtype, array, device)
 
     def owns(self, x: Any) -> bool:
-        """Whether `empty` may have made an array."""
+        """Whether x is of the kind that `empty` allocates."""
         return bool(getattr(x, "__cuda_ndarray__", False))
 
     def give(self, array: Array, stream: int) -> Any:
-        """Turn the header of a result into an array of this library."""
-        found = held(array)
-        if found is not None and self.owns(found.owner) and found.owner.size == array.size:
-            return found.owner if tuple(found.owner.shape) == array.shape else found.owner.reshape(array.shape)
+        """Return the array of this library for the header of a result."""
+        memory = held(array)
+        if memory is not None and self.owns(memory.owner) and memory.owner.size == array.size:
+            return memory.owner if tuple(memory.owner.shape) == array.shape else memory.owner.reshape(array.shape)
         return self.adopt(Exported(array), stream)
 
     def adopt(self, exported: Exported, stream: int) -> Any:
-        """Make an array of memory of ours."""
+        """Make an array of this library from memory of this package."""
         from numba import cuda
 
         return cuda.as_cuda_array(exported, sync=False)
@@ -143,7 +144,7 @@ class NumbaFamily(Family):
 
 
 class LibraryFamily(Family):
-    """A library that makes its own results."""
+    """A library that allocates results itself."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -153,7 +154,7 @@ class LibraryFamily(Family):
 
 
 class TorchFamily(LibraryFamily):
-    """Tensors of PyTorch, read without its protocols: those refuse tensors with gradients, and cost more."""
+    """Tensors of PyTorch, read without the protocols, which are slower and refuse tensors that require gradients."""
 
     name = "torch"
     has_pool = one_stream = True
@@ -172,14 +173,14 @@ class TorchFamily(LibraryFamily):
         if x.layout != self.module.strided:
             raise TypeError(f"a tensor of layout {x.layout} cannot be taken; pass x.to_dense()")
         lazy = x.is_conj() or x.is_neg()
-        if lazy:  # what it holds is still to be negated: a copy, to which no result may go
+        if lazy:  # lazily conjugated or negated: reading it makes a copy, which is no place for a result
             x = x.resolve_conj().resolve_neg()
         dtype = self.dtype(x.dtype)
         strides = tuple(n * dtype.itemsize for n in x.stride())
         return header(x.data_ptr(), tuple(x.shape), strides, dtype, x, self.ordinal(x), lazy)
 
     def dtype(self, of_torch: Any) -> np.dtype[Any]:
-        """The same dtype in NumPy."""
+        """Return the same dtype in NumPy."""
         name = str(of_torch).rpartition(".")[2]
         if name in ("bfloat16", "float8_e4m3fn"):
             return of_ml_dtypes(name)
@@ -197,16 +198,16 @@ class TorchFamily(LibraryFamily):
 
     def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> tuple[Any, int]:
         torch = self.module
-        made = torch.empty(shape, dtype=getattr(torch, _name(dtype)), device=torch.device("cuda", device))
-        return made, made.data_ptr()
+        tensor = torch.empty(shape, dtype=getattr(torch, _name(dtype)), device=torch.device("cuda", device))
+        return tensor, tensor.data_ptr()
 
     def owns(self, x: Any) -> bool:
         return isinstance(x, self.module.Tensor)
 
     def give(self, array: Array, stream: int) -> Any:
-        found = held(array)
-        if found is not None and self.owns(found.owner) and found.owner.numel() == array.size:
-            return found.owner.reshape(array.shape)
+        memory = held(array)
+        if memory is not None and self.owns(memory.owner) and memory.owner.numel() == array.size:
+            return memory.owner.reshape(array.shape)
         return self.adopt(Exported(array), stream)
 
 
@@ -229,15 +230,15 @@ class CupyFamily(LibraryFamily):
         return (x.shape, x.strides, x.dtype, x.device.id, None), x.data.ptr
 
     def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> tuple[Any, int]:
-        made = self.module.empty(shape, dtype)
-        return made, made.data.ptr
+        array = self.module.empty(shape, dtype)
+        return array, array.data.ptr
 
     def owns(self, x: Any) -> bool:
         return isinstance(x, self.module.ndarray)
 
 
 class JaxFamily(LibraryFamily):
-    """Arrays of JAX, which runs on streams that it does not show: both sides wait for one another."""
+    """Arrays of JAX, which does not show its streams, so each side waits for the other."""
 
     name = "jax"
 
@@ -247,7 +248,7 @@ class JaxFamily(LibraryFamily):
     def take(self, x: Any, stream: int) -> Array:
         x.block_until_ready()
         array = read(x.__dlpack__(stream=stream), x)
-        array.flags.writeable = False  # as all arrays of JAX
+        array.flags.writeable = False  # like all arrays of JAX
         return array
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> Array:
@@ -262,7 +263,7 @@ class JaxFamily(LibraryFamily):
 
 
 class HostFamily(Family):
-    """Arrays of NumPy, whose results are copied back."""
+    """Arrays of NumPy: inputs are copied to the GPU, and results back."""
 
     name = "numpy"
 
@@ -280,28 +281,28 @@ _LIBRARIES = (("cupy", "ndarray", CupyFamily), ("jax", "Array", JaxFamily))
 
 
 def family_of(x: Any) -> Family:
-    """The family of an array; `HOST` for all that is not an array on a device."""
+    """Return the family of an array; `HOST` for anything that is not an array on a GPU."""
     if isinstance(x, np.ndarray):
         return HOST
     torch: Any = sys.modules.get("torch")
-    tensors: Any = getattr(torch, "Tensor", ())  # without it torch is being imported by another thread
+    tensors: Any = getattr(torch, "Tensor", ())  # missing while another thread imports torch
     if isinstance(x, tensors):
         return TorchFamily(torch) if x.is_cuda else HOST
     if not on_device(x):
         return HOST
     for name, kind, family in _LIBRARIES:
         module = sys.modules.get(name)
-        found = getattr(module, kind, None)
-        if found is not None and isinstance(x, found):
+        array_type = getattr(module, kind, None)
+        if array_type is not None and isinstance(x, array_type):
             return family(module)
     return _NUMBA if getattr(x, "__cuda_ndarray__", False) else _ANY
 
 
-@cache  # 2 us at every look
+@cache  # computing it takes 2 us
 def _name(dtype: np.dtype[Any]) -> str:
     return dtype.name
 
 
 def _interface(x: Any) -> dict[str, Any]:
-    found: dict[str, Any] = x.__cuda_array_interface__
-    return found
+    interface: dict[str, Any] = x.__cuda_array_interface__
+    return interface

@@ -1,7 +1,7 @@
-"""The few numbers that the host tells kernels, such as a record for each sequence: on a device once, by their contents.
+"""Small arrays that the host passes to kernels, such as the record of each sequence, cached on a GPU by their contents.
 
-They lie in slabs that belong to no stream. A stream may be gone when what was copied on it is no longer needed, and
-memory of a stream cannot be freed then.
+They are kept in slabs of memory that belong to no stream: a stream may be destroyed before its memory is freed, which
+would then be impossible.
 """
 
 from functools import lru_cache
@@ -15,30 +15,30 @@ from . import replay, runtime
 from .driver import Driver, identity
 from .headers import header
 
-MOST = 2**16  # bytes of one array that is kept; what is larger is copied anew in every call
+MOST = 2**16  # bytes up to which an array is kept; a larger one is copied in every call
 SLAB = 2**18
 _ALIGNMENT = 256
 
-# Of each driver, by device: memory, its bytes, and how many are taken.
+# For each driver, by device: the slab, its size in bytes, and how many of these are used.
 _slabs: WeakKeyDictionary[Driver, dict[int, tuple[Any, int, int]]] = WeakKeyDictionary()
 
 
 def upload(array: Array) -> Array:
-    """Copy an array to the current device, unless its contents are there."""
+    """Copy an array to the current device, unless an array with these contents is there."""
     stream = runtime.stream()
     data = array.tobytes()
     if len(data) > MOST:
         return runtime.upload(array, stream)
-    made = _kept(data, runtime.driver, runtime.driver.current(), stream, identity(stream))
+    kept = _kept(data, runtime.driver, runtime.driver.current(), stream, identity(stream))
     recorder = replay.current()
     if recorder is not None:
-        recorder.fix(made)
-    return made
+        recorder.fix(kept)
+    return kept
 
 
 @lru_cache(maxsize=256)
 def _kept(data: bytes, driver: Driver, device: int, stream: int, _: Any) -> Array:
-    """A copy, for one stream, whose order makes sure that it is there."""
+    """Return a copy for work on one stream, whose order ensures that the copy is complete."""
     address, slab = _room(driver, device, len(data))
     if data:
         driver.write(address, np.frombuffer(data, np.uint8), stream)
@@ -47,7 +47,7 @@ def _kept(data: bytes, driver: Driver, device: int, stream: int, _: Any) -> Arra
 
 def _room(driver: Driver, device: int, size: int) -> tuple[int, Any]:
     slabs = _slabs.setdefault(driver, {})
-    # Taken out, and put back at the end: another thread, or a call in the middle of this one, begins a slab of its own.
+    # The slab is taken out and put back at the end: another thread, or a reentrant call, starts a slab of its own.
     slab, whole, taken = slabs.pop(device, (None, 0, 0))
     if slab is None or taken + size > whole:
         whole = max(SLAB, size)

@@ -1,4 +1,4 @@
-"""Machine code of kernels on disk, beside the kernels of the CPU: a file each, under a key of all it depends on."""
+"""Machine code of GPU kernels, cached on disk: a file for each, under a key of everything that it depends on."""
 
 import hashlib
 import re
@@ -11,16 +11,16 @@ from pathlib import Path
 from .. import forks
 from ..kernel_cache import entries, path_of, read_checked, warn_unwritten, write_checked
 
-# Those that compile: another version of any may give other code.
+# The packages that compile kernels: another version of any of them may produce other code.
 _COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings", "cuda-toolkit")
 _WHEELS = ("nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12")
 _SUFFIX = ".cubin"
-_lock = forks.renewed()  # one thread compiles, the others find what it made
+_lock = forks.renewed()  # one thread compiles, and others that need the same kernel wait for it
 _made: dict[str, bytes] = {}
 
 
 def cubin(key: str, make: Callable[[], bytes]) -> bytes:
-    """Return the machine code of the kernel `key`, which says all that distinguishes it: from the cache, or made."""
+    """Return the machine code of the kernel with this key, from the cache or from `make`."""
     found = _made.get(key)
     if found is None:
         with _lock:
@@ -62,21 +62,21 @@ def _load_or_make(key: str, make: Callable[[], bytes]) -> bytes:
 
 
 def entry(code: bytes) -> str:
-    """The name of the kernel in a cubin: that of its ``.text`` section."""
+    """Return the name of the kernel in a cubin, from the name of its ``.text`` section."""
     found = re.search(rb"\0\.text\.([\w$]+)\0", code)
     assert found is not None
     return found.group(1).decode()
 
 
 def sources() -> list[Path]:
-    """What decides what kernels compile to: their files, the record whose offsets they hold, the rules of intervals."""
+    """Return the files that determine what kernels compile to: their sources, their record, the rules of intervals."""
     package = Path(__file__).parents[1]
     return [*sorted(package.glob("cuda/*.py")), package / "sequence_record.py", package / "intervals.py"]
 
 
 @cache
 def environment() -> str:
-    """Everything but its key that decides what a kernel compiles to: sources and compilers."""
+    """Return what determines the machine code besides the key: sources and compilers."""
     digest = hashlib.sha256()
     for source in sources():
         digest.update(source.name.encode() + source.read_bytes())

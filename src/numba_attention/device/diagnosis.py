@@ -1,4 +1,4 @@
-"""Whether kernels can run here and, if not, the first reason why, in a sentence that says what to do."""
+"""Diagnosis of the CUDA installation: whether kernels can run here and, if not, what to do about it."""
 
 import re
 from functools import cache
@@ -9,8 +9,8 @@ from typing import Any
 
 from . import cubins
 
-OLDEST = (7, 0)  # the first with independent threads in a warp, which the kernels count on
-_OLDEST_OF = {12: OLDEST, 13: (7, 5)}  # for which the compiler of a CUDA release makes code
+OLDEST = (7, 0)  # first compute capability with independent thread scheduling, which the kernels rely on
+_OLDEST_OF = {12: OLDEST, 13: (7, 5)}  # oldest compute capability that each CUDA release compiles for
 _EXTRAS = 'pip install "numba-attention[cuda13]", or [cuda12] for a driver of CUDA 12'
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _NONE = "the NVIDIA driver finds no GPU; is one there, and does CUDA_VISIBLE_DEVICES hide it?"
@@ -18,11 +18,11 @@ _NONE = "the NVIDIA driver finds no GPU; is one there, and does CUDA_VISIBLE_DEV
 
 @cache
 def unusable() -> str | None:
-    """Say what is missing, or None; the answer is found once."""
+    """Return what is missing, or None. The answer is computed once."""
     for check in (_packages, _driver, _devices, _toolkit):
         try:
             reason = check()
-        except Exception as error:  # whatever the installation is like, this is a question and not a failure
+        except Exception as error:  # a damaged installation is an answer and not an error
             reason = f"looking for a GPU failed: {error!r}"
         if reason is not None:
             return reason
@@ -42,7 +42,7 @@ def _packages() -> str | None:
     return None
 
 
-# By module: the package, and its first release that these kernels were compiled or launched with.
+# For each module its package, and the first release with which these kernels were compiled or launched.
 _NEEDED = {
     "numba_cuda": ("numba-cuda", (0, 24)),
     "cuda.core": ("cuda-core", (0, 7)),
@@ -60,7 +60,7 @@ def _version(package: str) -> str | None:
 def _has(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it is in
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
@@ -68,7 +68,7 @@ def _driver() -> str | None:
     try:
         driver = api()
         (error,) = driver.cuInit(0)
-    except Exception:  # the kind differs from version to version of cuda.bindings
+    except Exception:  # versions of cuda.bindings raise different exceptions
         return "no NVIDIA driver library (libcuda) was found; install the driver, or start the container with --gpus"
     if int(error) == _NO_DEVICE:
         return _NONE

@@ -1,7 +1,7 @@
-"""DLPack, read and written: how libraries hand arrays to one another, and the only way that knows bfloat16.
+"""Reading and writing DLPack, the protocol by which libraries exchange arrays, and the only one with bfloat16.
 
-A few ctypes structures, and not the reader of cuda.core (`StridedMemoryView`): that takes a third of a second to
-import, needs the driver for arrays that it only describes, and is not there where only a message is wanted.
+This uses a few ctypes structures and not the reader of cuda.core (`StridedMemoryView`), which takes a third of a second
+to import, needs the driver even to describe an array, and is not installed where only an error message is needed.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ import numpy as np
 from ..options import Array
 from .headers import address_of, header, held
 
-CUDA, MANAGED = 2, 13  # kDLCUDA, kDLCUDAManaged: the kinds of memory that are on a device
+CUDA, MANAGED = 2, 13  # kDLCUDA, kDLCUDAManaged: the kinds of GPU memory
 _KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}
 _OF_ML_DTYPES = {(4, 16): "bfloat16", (10, 8): "float8_e4m3fn"}  # by code and bits
 
@@ -41,7 +41,7 @@ class _Managed(ctypes.Structure):
     _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
 
 
-_NAME = b"dltensor"  # of a capsule that nobody has taken
+_NAME = b"dltensor"  # name of a capsule that no library has consumed
 _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
@@ -50,7 +50,7 @@ _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char
 def read(capsule: Any, owner: Any) -> Array:
     """Make the header of what ``owner.__dlpack__()`` returned.
 
-    The capsule is kept and never marked as used: when the header goes, it calls the producer's deleter itself.
+    The capsule is kept and not marked as consumed: when the header is deleted, it calls the producer's deleter.
     """
     tensor = _Managed.from_address(_pointer_of(capsule, _NAME)).tensor
     dtype = _dtype_of(tensor.type)
@@ -78,7 +78,7 @@ def _dtype_of(found: _Type) -> np.dtype[Any]:
 
 
 def of_ml_dtypes(name: str) -> np.dtype[Any]:
-    """The dtype of a name that NumPy itself does not know."""
+    """Return the dtype of ml_dtypes with a name that NumPy does not have."""
     try:
         import ml_dtypes
     except ImportError:
@@ -90,7 +90,7 @@ def of_ml_dtypes(name: str) -> np.dtype[Any]:
 
 
 class Exported:
-    """Memory of a header, for other libraries: ``from_dlpack`` and ``__cuda_array_interface__`` both take it."""
+    """The memory of a header, exported to other libraries by DLPack and ``__cuda_array_interface__``."""
 
     def __init__(self, array: Array) -> None:
         self._array = array
@@ -106,14 +106,14 @@ class Exported:
             "typestr": array.dtype.str,
             "data": (address_of(array) if array.size else 0, False),
             "strides": None if array.flags.c_contiguous else array.strides,
-            "stream": None,  # whoever gets this has the stream that it was written on
+            "stream": None,  # it is used on the stream on which it was written
         }
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return CUDA, self._device
 
     def __dlpack__(self, **_: Any) -> Any:
-        """Hand the memory over, in the oldest form of the protocol, which every library still takes."""
+        """Export the memory in the oldest form of the protocol, which every library accepts."""
         array = self._array
         sizes = (ctypes.c_int64 * (2 * array.ndim))(*array.shape, *(n // array.itemsize for n in array.strides))
         first = ctypes.addressof(sizes)
@@ -134,11 +134,11 @@ def _type_of(dtype: np.dtype[Any]) -> _Type:
     return _Type(codes.get(dtype.name) or codes[dtype.kind], 8 * dtype.itemsize, 1)
 
 
-_lent: dict[int, Any] = {}  # what others hold, by the address of its description
+_lent: dict[int, Any] = {}  # exported memory, by the address of its description
 _new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi)
 )
-# A capsule that is being destroyed is passed as an address: as an object it would be counted again.
+# A capsule that is being destroyed is passed as an address, because ctypes would change its reference count.
 _is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
 _pointer_at = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
@@ -152,5 +152,5 @@ def _delete(address: int) -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 def _destroy(capsule: int) -> None:
-    if _is_valid(capsule, _NAME):  # else somebody took it, and calls the deleter
+    if _is_valid(capsule, _NAME):  # otherwise a library consumed it, and calls the deleter
         _lent.pop(_pointer_at(capsule, _NAME), None)

@@ -1,7 +1,7 @@
-"""The CUDA driver, through the public interfaces of cuda.core and cuda.bindings alone: memory, streams, launches.
+"""The CUDA driver: memory, streams and launches, through the public interfaces of cuda.core and cuda.bindings.
 
-Both are imported when a `Driver` is first asked for something, never with this module. Tests put another object with
-these methods in the place of `runtime.driver`, and so run all but the kernels without a GPU.
+Both packages are imported when a `Driver` is first used, not with this module. Tests replace `runtime.driver` by
+another object with these methods, and so run everything but the kernels without a GPU.
 """
 
 import ctypes
@@ -22,39 +22,39 @@ from . import diagnosis
 
 DEFAULT_STREAM = 1  # the legacy default stream, as CUDA Array Interface and DLPack write it
 PER_THREAD_STREAM = 2  # the default stream of each thread, another one for every thread
-_CHUNK = 2**23  # bytes of a staging buffer: enough to keep the bus busy, little enough to be pinned for ever
-_STATIC_SHARED = 48 * 1024  # bytes of shared memory that a block may have without being asked
+_CHUNK = 2**23  # bytes of a staging buffer: large enough to keep the bus busy, small enough to stay pinned
+_STATIC_SHARED = 48 * 1024  # bytes of shared memory that a block may have without a request
 
 
 @dataclass(frozen=True)
 class Device:
-    """What kernels are chosen by."""
+    """The properties of a GPU by which kernels are chosen."""
 
     ordinal: int
     compute_capability: tuple[int, int]
     arch: str  # what to compile for: "sm_80", "sm_90a"
     multiprocessors: int
-    shared_memory: int  # bytes that a block can have if it asks
+    shared_memory: int  # bytes that a block can have on request
     name: str = ""
 
 
 @dataclass(eq=False)
 class Kernel:
-    """Machine code of one kernel, and how it is launched."""
+    """The machine code of a kernel, and how to launch it."""
 
     name: str
     cubin: bytes
     threads: int
     shared: int  # bytes of dynamic shared memory
-    addresses: tuple[int, ...]  # which of its integers are addresses of memory
-    loaded: dict[int, Any] = field(default_factory=dict, repr=False)  # of a driver, by device
-    functions: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)  # with a stream, by both
+    addresses: tuple[int, ...]  # which of its integer parameters are addresses
+    loaded: dict[int, Any] = field(default_factory=dict, repr=False)  # loaded kernel, by device
+    functions: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)  # by device and stream
 
 
 class Again:
-    """A launch that is made more than once: its parameters as the driver takes them, of which addresses are changed.
+    """A launch that is repeated: its parameters in the form that the driver takes, in which addresses are replaced.
 
-    ``numbers`` are those of the kernel, integers first and then the bits of the reals.
+    ``numbers`` are the parameters of the kernel, integers first and then the bits of the reals.
     """
 
     def __init__(self, kernel: Kernel, grid: tuple[int, int, int], integers: Sequence[int], reals: Sequence[float]):
@@ -67,17 +67,17 @@ class Again:
 
 
 class Memory:
-    """Memory of a device, freed in the order of its stream when nobody holds it."""
+    """Memory of a device. When it is no longer referenced, it is freed in the order of its stream."""
 
     __slots__ = ("_buffer", "address")
 
     def __init__(self, buffer: Any) -> None:
-        self._buffer = buffer  # of cuda.core, which frees itself
+        self._buffer = buffer  # a buffer of cuda.core, which frees itself
         self.address = int(buffer.handle)
 
 
 class Slab:
-    """Memory of a device that belongs to no stream: freed when nobody holds it and the device is done with it."""
+    """Memory of a device that belongs to no stream. It is freed when it is not referenced and the device is done."""
 
     def __init__(self, driver: "Driver", address: int) -> None:
         self.address = address
@@ -88,13 +88,13 @@ _thread = threading.local()
 
 
 def identity(stream: int) -> Any:
-    """What two calls have in common that are put on the same stream, beside its handle."""
+    """Return what identifies a stream besides its handle, which may be the same in different threads."""
     if stream != PER_THREAD_STREAM:
         return None
     try:
         return _thread.identity
     except AttributeError:
-        _thread.identity = object()  # the numbers of threads are used again
+        _thread.identity = object()  # a new object, because identifiers of threads are reused
         return _thread.identity
 
 
@@ -102,24 +102,24 @@ class Driver:
     """One process's access to its GPUs. A stream is an integer: the handle of a CUstream, 1 for the default stream."""
 
     def unusable(self) -> str | None:
-        """Why nothing can run here, or None."""
+        """Return why nothing can run here, or None."""
         return diagnosis.unusable()
 
     def count(self) -> int:
-        """How many GPUs there are."""
+        """Return the number of GPUs."""
         return int(self._call(self._api.cuDeviceGetCount))
 
     def device(self, ordinal: int) -> Device:
         return _device(ordinal)
 
     def current(self) -> int:
-        """The GPU of the calling thread, the first one if it has none."""
+        """Return the GPU of the calling thread, the first one if the thread has none."""
         error, ordinal = self._api.cuCtxGetDevice()
         return 0 if error else int(ordinal)
 
     @contextmanager
     def on(self, ordinal: int) -> Iterator[None]:
-        """Make a GPU that of the calling thread, for a block."""
+        """Make a GPU the current one of the calling thread, within a block."""
         error, found = self._api.cuCtxGetDevice()
         if not error and int(found) == ordinal:
             yield
@@ -129,17 +129,17 @@ class Driver:
         try:
             yield
         finally:
-            # (A thread without a GPU keeps the first, which is what all take who ask for none.)
+            # A thread that had no current GPU keeps this one; libraries use the first GPU if there is none.
             if int(previous) or ordinal:
                 self._call(self._api.cuCtxSetCurrent, previous)
 
     def ordinal_of(self, address: int) -> int:
-        """The GPU that an address belongs to."""
+        """Return the GPU that an address belongs to."""
         attribute = self._api.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
         return int(self._call(self._api.cuPointerGetAttribute, attribute, address))
 
     def allocate(self, size: int, stream: int) -> Memory:
-        """Take `size` bytes, more than 0, of the current GPU."""
+        """Allocate `size` bytes, more than 0, on the current GPU, in the order of a stream."""
         device = self._core.Device()
         try:
             return Memory(device.memory_resource.allocate(size, stream=self._stream(stream)))
@@ -147,7 +147,7 @@ class Driver:
             raise _translated(error, f"{size:,} bytes could not be had on GPU {device.device_id}") from error
 
     def keep(self, size: int) -> Slab:
-        """Take `size` bytes, more than 0, of the current GPU, for work on any stream."""
+        """Allocate `size` bytes, more than 0, on the current GPU, for work on any stream."""
         return Slab(self, int(self._call(self._api.cuMemAlloc, size)))
 
     def _free(self, address: int, ordinal: int) -> None:
@@ -156,11 +156,11 @@ class Driver:
             self._call(self._api.cuMemFree, address)
 
     def clear(self, address: int, size: int, stream: int) -> None:
-        """Set bytes of a GPU to 0."""
+        """Set bytes of GPU memory to 0."""
         self._call(self._api.cuMemsetD8Async, address, 0, size, stream)
 
     def write(self, address: int, array: Array, stream: int) -> None:
-        """Copy an array of the host, in C order, to a GPU."""
+        """Copy an array on the host, in C order, to a GPU."""
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         with self._staging() as staging:
             for start in range(0, data.size, _CHUNK):
@@ -171,7 +171,7 @@ class Driver:
                 slot.used_on(stream)
 
     def read(self, array: Array, address: int, stream: int) -> None:
-        """Copy memory of a GPU to a contiguous array of the host, and wait for it."""
+        """Copy GPU memory to a contiguous array on the host, and wait for it."""
         data = array.reshape(-1).view(np.uint8)
         with self._staging() as staging:
             for start in range(0, data.size, _CHUNK):
@@ -184,20 +184,20 @@ class Driver:
             self.synchronize(stream)
 
     def wait(self, stream: int, before: int) -> None:
-        """Let what is put on `stream` from now on wait for all that is on the stream `before` now."""
+        """Let later work on `stream` wait for the work that is now on the stream `before`."""
         event = self._call(self._api.cuEventCreate, self._api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
         try:
             self._call(self._api.cuEventRecord, event, before)
             self._call(self._api.cuStreamWaitEvent, stream, event, 0)
         finally:
-            self._call(self._api.cuEventDestroy, event)  # which waits until it has happened
+            self._call(self._api.cuEventDestroy, event)  # the driver defers this until the event has happened
 
     def is_capturing(self, stream: int) -> bool:
-        """Whether what is put on a stream becomes part of a CUDA graph."""
+        """Whether a stream is being captured into a CUDA graph."""
         return stream != DEFAULT_STREAM and bool(int(self._call(self._api.cuStreamIsCapturing, stream)))
 
     def synchronize(self, stream: int) -> None:
-        """Wait until all that is on a stream is done."""
+        """Wait until all work on a stream is done."""
         self._call(self._api.cuStreamSynchronize, stream)
 
     def launch(
@@ -205,8 +205,8 @@ class Driver:
     ) -> None:
         """Run a kernel whose parameters are int64, as many as there are integers, and then float64.
 
-        They are of Python's own types: cuda.core passes an int as 64 bits, a float as a double, and a NumPy scalar as
-        what it is.
+        They must be Python's own types: cuda.core passes an int as 64 bits and a float as a double, but a NumPy scalar
+        by its own size.
         """
         ordinal = self.current()
         code = self._loaded(kernel, ordinal)
@@ -217,7 +217,7 @@ class Driver:
             raise _not_launched(error, kernel, ordinal) from error
 
     def launch_again(self, again: Again, stream: int) -> None:
-        """Make a launch with the numbers that it has now; some 2 us quicker than `launch`."""
+        """Repeat a launch with its present numbers, which takes some 2 us less than `launch`."""
         kernel, ordinal = again.kernel, self.current()
         found = kernel.functions.get((ordinal, stream))
         if found is None:
@@ -243,7 +243,7 @@ class Driver:
             wanted = []
             if kernel.shared > _STATIC_SHARED:
                 wanted.append((attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, kernel.shared))
-            if kernel.shared:  # all that the level 1 cache can spare: room for as many blocks as registers allow
+            if kernel.shared:  # prefer shared memory to level 1 cache, for as many blocks as registers allow
                 wanted.append((attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100))
             for attribute, value in wanted:
                 self._call(self._api.cuKernelSetAttribute, attribute, value, code.handle, ordinal)
@@ -270,9 +270,9 @@ class Driver:
 
     @contextmanager
     def _staging(self) -> Iterator["_Staging"]:
-        """Take out buffers of the current GPU, so that other threads, and calls in the middle of this one, have others.
+        """Take staging buffers of the current GPU, so that other threads and reentrant calls use others.
 
-        They are not put back after an exception, as a copy may be under way.
+        They are not put back after an exception, because a copy may still be running.
         """
         ordinal = self.current()
         free = self._free_staging.setdefault(ordinal, [])
@@ -288,7 +288,7 @@ class Driver:
         return {}
 
     def _stream(self, handle: int) -> Any:
-        """What cuda.core knows a stream of the current GPU by; it takes 10 us to make."""
+        """Return the object of cuda.core for a stream of the current GPU, which takes 10 us to make."""
         key = handle, self.current()
         found = self._streams.get(key)
         if found is None:
@@ -296,7 +296,7 @@ class Driver:
         return found
 
     def _call(self, function: Any, *arguments: Any) -> Any:
-        """Call a function of the driver, which returns an error code and what it is to return."""
+        """Call a function of the driver, which returns an error code and its result; return the result."""
         error, *result = function(*arguments)
         if error:
             raise _translated(RuntimeError(error.name), f"{function.__name__} failed")
@@ -304,7 +304,7 @@ class Driver:
 
 
 class _Slot:
-    """A piece of pinned memory, and when the GPU is done with it."""
+    """A piece of pinned memory, and the event after which the GPU does not use it."""
 
     def __init__(self, driver: Driver, ordinal: int) -> None:
         self._driver = driver
@@ -321,13 +321,13 @@ class _Slot:
 
 
 class _Staging:
-    """Two pinned buffers of a GPU, in turn."""
+    """Two pinned buffers of a GPU, which are used in turn."""
 
     def __init__(self, driver: Driver, ordinal: int) -> None:
         self._slots = [_Slot(driver, ordinal) for _ in range(2)]
 
     def next(self) -> _Slot:
-        """Return the buffer that was used longest ago, once the GPU has read it."""
+        """Return the buffer that was used longest ago, when the GPU is done with it."""
         self._slots.reverse()
         self._slots[0].free()
         return self._slots[0]
@@ -350,7 +350,7 @@ def _device(ordinal: int) -> Device:
 
 
 def arch_of(major: int, minor: int) -> str:
-    """What to compile for; on Hopper the variant with wgmma, whose code no other GPU can run."""
+    """Return the target to compile for. On Hopper it is the variant with wgmma, whose code no other GPU can run."""
     return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
 
 
@@ -359,10 +359,10 @@ def _not_launched(error: Exception, kernel: Kernel, ordinal: int) -> Exception:
 
 
 def _translated(error: Exception, what: str) -> Exception:
-    """An error of CUDA as one that callers know."""
+    """Return a CUDA error as an exception that callers know."""
     if isinstance(error, MemoryError | BackendUnavailableError):
         return error
-    # (cuda.core before 1.0 does not say why an allocation fails.)
+    # cuda.core before 1.0 does not say why an allocation fails.
     said = str(error)
     of_memory = "OUT_OF_MEMORY" in said or "Failed to allocate memory" in said
     kind = MemoryError if of_memory else BackendUnavailableError

@@ -1,8 +1,8 @@
-"""Device memory, described as NumPy describes memory: shape, strides, dtype and address, and nobody may look inside.
+"""Headers: NumPy arrays that describe GPU memory by shape, strides, dtype and address, and must not be read.
 
-The rest of the package asks an array for nothing else until a backend runs, and slices, transposes and broadcasts it
-with NumPy's own functions. So an array on a device is an `ndarray` whose address is one of the device: a *header*. To
-read or write its elements on the host would end the process.
+Until a backend runs, the package uses no other properties of an array, and slices, transposes and broadcasts it with
+NumPy's own functions. So an array on a GPU is represented by an `ndarray` whose address is one of the GPU, a *header*.
+Reading or writing its elements on the host would end the process.
 """
 
 import math
@@ -12,11 +12,11 @@ import numpy as np
 
 from ..options import Array
 
-_NOWHERE = 256  # an array without elements needs an address that is not 0, for which NumPy would take memory itself
+_NOWHERE = 256  # address of arrays without elements: for 0, NumPy would allocate memory itself
 
 
 class Held:
-    """What a header stands on: keeps the owner of the memory alive, and knows the device that it is on."""
+    """The base of a header, which keeps the owner of the memory alive and stores its device."""
 
     __slots__ = ("__array_interface__", "__weakref__", "device", "owner")
 
@@ -35,7 +35,7 @@ def header(
     device: int,
     readonly: bool = False,
 ) -> Array:
-    """Describe memory of a device; `strides` are in bytes, None if the array is contiguous."""
+    """Make the header of GPU memory; `strides` are in bytes, or None if the array is contiguous."""
     interface = {
         "version": 3,
         "shape": shape,
@@ -44,11 +44,11 @@ def header(
         "strides": strides,
     }
     array = np.asarray(Held(interface, owner, device))
-    return array if array.dtype == dtype else array.view(dtype)  # bfloat16, which the interface has no letter for
+    return array if array.dtype == dtype else array.view(dtype)  # bfloat16 has no letter in the interface
 
 
 def held(array: Any) -> Held | None:
-    """What a header, or any view of one, stands on; None for memory of the host."""
+    """Return the base of a header or of a view of one; None for an array on the host."""
     base = array.base
     while isinstance(base, np.ndarray):
         base = base.base
@@ -60,13 +60,13 @@ def address_of(array: Array) -> int:
 
 
 def stored(array: Array) -> Array:
-    """What is in memory of a broadcast array: one element of every axis that only repeats it."""
-    # (The ellipsis: without it an array that has no axes would be read, to make a scalar.)
+    """Return the part of a broadcast array that is in memory: one element of every axis with stride 0."""
+    # The ellipsis keeps an array without axes an array. NumPy would otherwise read its element to make a scalar.
     return array[(*(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides), ...)]
 
 
 def extent(array: Array) -> tuple[int, int]:
-    """The first byte that an array has elements in, relative to its address, and the byte after the last."""
+    """Return the first byte that an array occupies, relative to its address, and the byte after the last."""
     if not array.size:
         return 0, 0
     spans = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]

@@ -1,8 +1,8 @@
-"""Calls that were made before: the same launches again, with the addresses of now, in a tenth of the time.
+"""Replay of GPU calls: a call like an earlier one repeats its launches with new addresses, in a tenth of the time.
 
-What a call launches follows from the layout of its arrays and from its options, not from what is in the arrays. So the
-first call of a kind is made by the code that checks, plans and allocates, with a `Recorder` looking on, and `Recorded`
-repeats what it saw: the same allocations, the same launches, other addresses.
+The launches of a call depend on the layout of its arrays and on its options, not on the contents of the arrays. The
+first call of a kind runs the code that checks, plans and allocates, while a `Recorder` records it. `Recorded` then
+repeats the same allocations and the same launches with other addresses.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +19,15 @@ from .headers import address_of, held
 
 New = Callable[[tuple[int, ...], Any], tuple[Any, int]]
 _BYTES = np.dtype(np.uint8)
-SMALL = 8192  # bytes of a kind of call beside the memory that it keeps
+SMALL = 8192  # bytes of a recorded call, without the memory that it keeps
 
 _current: ContextVar["Recorder | None"] = ContextVar("numba_attention_recorder", default=None)
 _recorded: "BoundedCache[Recorded]" = BoundedCache()
-_captured: list[Any] = []  # what CUDA graphs may use again, at any time
+_captured: list[Any] = []  # memory that captured CUDA graphs may use at any time
 
 
 class Launch(NamedTuple):
-    """One kernel: its integers, and which of them are addresses of what array of the call."""
+    """The launch of a kernel: its integers, and which of them are addresses of which array of the call."""
 
     kernel: Kernel
     grid: tuple[int, int, int]
@@ -37,7 +37,7 @@ class Launch(NamedTuple):
 
 
 class Made(NamedTuple):
-    """Memory that a call takes: a result, with its shape and dtype, or scratch, with its bytes and those cleared."""
+    """An allocation of a call: a result, with shape and dtype, or scratch memory, with its size and cleared bytes."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -46,12 +46,12 @@ class Made(NamedTuple):
 
 
 class Recorder:
-    """Sees what one call does. `give_up` where it does what cannot be repeated, such as to copy from the host.
+    """Records one call. `give_up` is called if it does what cannot be repeated, such as a copy from the host.
 
     Parameters
     ----------
     addresses : list of int
-        Where the arrays of the call are.
+        Addresses of the arrays of the call.
     """
 
     def __init__(self, addresses: Sequence[int]) -> None:
@@ -60,15 +60,15 @@ class Recorder:
         self._fixed: dict[int, Array] = {}
         self.made: list[Made] = []
         self.launches: list[Launch] = []
-        self._owners: dict[int, int] = {}  # which of `made` a result is
-        self._alive: list[Any] = []  # until the call is over: addresses must not be used again meanwhile
+        self._owners: dict[int, int] = {}  # index in `made` of each result, by its owner
+        self._alive: list[Any] = []  # kept until the call ends, so that no address is used twice
         self.possible = True
 
     def give_up(self) -> None:
         self.possible = False
 
     def make(self, array: Array, is_result: bool, cleared: int = 0) -> None:
-        """Take note of an allocation."""
+        """Record an allocation."""
         found = held(array)
         if found is None or not array.size:
             return self.give_up()
@@ -79,7 +79,7 @@ class Recorder:
         self.made.append(Made(array.shape, array.dtype, 0 if is_result else array.nbytes, cleared))
 
     def fix(self, array: Array) -> None:
-        """Take note of memory whose contents follow from the kind of call, and which stays where it is."""
+        """Record memory whose contents and address are the same in every call of this kind."""
         self._fixed[address_of(array)] = array
 
     def launch(
@@ -95,19 +95,19 @@ class Recorder:
         self.launches.append(Launch(kernel, grid, list(integers), patches, list(reals)))
 
     def keep(self, key: Any, result: Any) -> None:
-        """Remember the call under a key that says all it follows from."""
+        """Store the recorded call under a key of everything that it depends on."""
         if not self.possible or not self.launches:
             return
         try:
             built = _pattern(result, self._owners)
-        except KeyError:  # a result that is not what `make` saw
+        except KeyError:  # a result that `make` did not record
             return
         fixed = list(self._fixed.values())
         _recorded.add(key, Recorded(self.made, self.launches, built, fixed), SMALL + sum(x.nbytes for x in fixed))
 
 
 def _pattern(result: Any, owners: dict[int, int]) -> Any:
-    """A result with the number of an allocation and a shape in the place of each array."""
+    """Return the result with each array replaced by the number of its allocation and its shape."""
     if result is None:
         return None
     if isinstance(result, tuple):
@@ -131,14 +131,14 @@ def _built(pattern: Any, arrays: list[Any]) -> Any:
 
 
 class Recorded:
-    """A kind of call."""
+    """A recorded call, which can be repeated."""
 
     def __init__(self, made: list[Made], launches: list[Launch], pattern: Any, fixed: list[Array]) -> None:
         self._made, self._launches, self._pattern, self._fixed = made, launches, pattern, fixed
-        self._free: list[list[Again]] = []  # those that no thread is about to launch
+        self._free: list[list[Again]] = []  # launches that no thread is using
 
     def repeat(self, driver: Any, addresses: list[int], new: New, scratch: New | None, stream: int) -> Any:
-        """Make the call again; `new` makes an array of the caller's kind, and says where it is; so may `scratch`."""
+        """Repeat the call. `new` and, if not None, `scratch` allocate an array and return it with its address."""
         addresses, arrays = list(addresses), []
         for made in self._made:
             if made.size:
@@ -172,13 +172,13 @@ def find(key: Any) -> Recorded | None:
 
 
 def current() -> Recorder | None:
-    """What looks on at the call that is being made."""
+    """Return the recorder of the present call, or None."""
     return _current.get()
 
 
 @contextmanager
 def nobody() -> Iterator[None]:
-    """Let nobody look on at a block."""
+    """Record nothing within a block."""
     token = _current.set(None)
     try:
         yield
@@ -188,7 +188,7 @@ def nobody() -> Iterator[None]:
 
 @contextmanager
 def recording(addresses: Sequence[int]) -> Iterator[Recorder]:
-    """Look on at what is done in a block."""
+    """Record what is done within a block."""
     recorder = Recorder(addresses)
     token = _current.set(recorder)
     try:

@@ -1,6 +1,6 @@
-"""The device, for kernels and for the rest of the package: memory, streams, launches, and code that is kept.
+"""The device as the rest of the package uses it: memory, streams and launches of the present call.
 
-All of it goes through `driver`, in whose place tests put one of their own.
+Everything goes through `driver`, which tests replace by their own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,18 +22,18 @@ _stream: ContextVar[int] = ContextVar("numba_attention_stream", default=DEFAULT_
 
 
 def unusable() -> str | None:
-    """Why nothing can run on a GPU here, or None; quick, and never raises."""
+    """Return why nothing can run on a GPU here, or None. It is quick and raises nothing."""
     return driver.unusable()
 
 
 def stream() -> int:
-    """The stream of the call that is being made."""
+    """Return the stream of the present call."""
     return _stream.get()
 
 
 @contextmanager
 def using(device: int, stream: int) -> Iterator[None]:
-    """Let a block run on a device and a stream."""
+    """Run a block on a device and a stream."""
     token = _stream.set(stream)
     try:
         with driver.on(device):
@@ -43,12 +43,12 @@ def using(device: int, stream: int) -> Iterator[None]:
 
 
 def current_device() -> Device:
-    """The device that a call runs on, while it does."""
+    """Return the device of the present call."""
     return driver.device(driver.current())
 
 
 def device_of(array: Array) -> Device:
-    """The device that a header describes memory of."""
+    """Return the device of the memory that a header describes."""
     found = held(array)
     if found is None:
         raise TypeError("this array is in memory of the host, and has no device")
@@ -56,9 +56,9 @@ def device_of(array: Array) -> Device:
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any, stream: int, cleared: int = 0) -> Array:
-    """Take memory of the current device, which is freed in the order of `stream` when nobody holds it; its header.
+    """Allocate memory on the current device, to be freed in the order of `stream`; return its header.
 
-    So many bytes at its beginning are `cleared`.
+    The first `cleared` bytes are set to 0.
     """
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     dtype = np.dtype(dtype)
@@ -78,7 +78,7 @@ def empty(shape: int | tuple[int, ...], dtype: Any, stream: int, cleared: int = 
 
 
 def upload(array: Array, stream: int) -> Array:
-    """Copy an array of the host to the device; what it repeats along an axis is copied once."""
+    """Copy an array on the host to the device. Of an axis with stride 0, one element is copied."""
     recorder = replay.current()
     if recorder is not None:
         recorder.give_up()
@@ -90,7 +90,7 @@ def upload(array: Array, stream: int) -> Array:
 
 
 def download(array: Array, out: Array, stream: int) -> None:
-    """Copy what a header describes to an array of the host, of its shape and dtype, and wait for it."""
+    """Copy the memory of a header to an array on the host, of its shape and dtype, and wait for it."""
     if array.shape != out.shape or array.dtype != out.dtype:
         raise ValueError(f"cannot copy {array.dtype} of shape {array.shape} to {out.dtype} of shape {out.shape}")
     once = stored(array)
@@ -99,7 +99,7 @@ def download(array: Array, out: Array, stream: int) -> None:
     if once.flags.c_contiguous and out.flags.c_contiguous and once.shape == out.shape:
         driver.read(out, address_of(once), stream)
         return
-    # All bytes from the first element to the last, in one copy; what lies between them is not used.
+    # One copy takes all bytes from the first element to the last, also those between elements.
     start, stop = extent(once)
     data = np.empty(stop - start, np.uint8)
     driver.read(data, address_of(once) + start, stream)

@@ -1,1 +1,1 @@
-"""Multi-head attention as a layer: its parameters, its projections, what a call is given, its use with caches."""
+"""The multi-head attention layer: its parameters, projections, inputs, and its use with caches."""

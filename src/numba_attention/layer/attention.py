@@ -1,4 +1,4 @@
-"""Multi-head attention as a layer: the learned projections around `attention`, there and back."""
+"""`MultiHeadAttention`: attention between learned projections, forward and backward."""
 
 from __future__ import annotations  # short types in help()
 
@@ -20,7 +20,7 @@ from .inputs import check_inputs, hide_padding, query_offset
 from .parameters import INPUTS, Weights
 from .projection import linear, linear_backward
 
-# By whether key is query, and whether value is key: which input projections one product can do, as (first, last + 1).
+# The input projections that one product can compute, as (first, last + 1), by whether key is query and value is key.
 _RUNS = {
     (True, True): ((0, 3),),
     (True, False): ((0, 2), (2, 3)),
@@ -31,16 +31,16 @@ _RUNS = {
 
 @dataclass(slots=True, eq=False, repr=False)
 class Context:
-    """What `MultiHeadAttention.backward` needs of one call of `forward`; of no use for anything else."""
+    """What `MultiHeadAttention.backward` needs from one call of `forward`."""
 
     layer: MultiHeadAttention
-    inputs: tuple[Array, Array | None, Array | None]  # as given
+    inputs: tuple[Array, Array | None, Array | None]  # query, key and value as the caller passed them
     q: Array  # (..., H, L, E)
     k: Array  # (..., Hkv, S, E)
     v: Array  # (..., Hkv, S, E)
-    turns: tuple[Turn, Turn] | None  # how far q and k were rotated
-    heads: Array  # (..., L, H, E), what attention gave
-    lse: Array | None  # (..., H, L); None where nothing will be differentiated
+    turns: tuple[Turn, Turn] | None  # the rotations of q and k
+    heads: Array  # (..., L, H, E), the output of attention
+    lse: Array | None  # (..., H, L); None if nothing will be differentiated
     options: dict[str, Any]  # those of `attention`
 
 
@@ -64,12 +64,12 @@ class MultiHeadAttention(Weights):
         Whether the projections add a bias.
     rotary : bool or dict, optional
         True or the options of `apply_rotary` (base, dim, interleaved, scaling) for a rotary position embedding: the
-        projected queries and keys are rotated to their positions, key j to j and query i to ``i + query_offset``, or
-        as ``is_causal="bottom-right"`` aligns it. True is short for no option, ``{}``.
+        projected queries and keys are rotated to their positions: key j to j, and query i to ``i + query_offset`` or
+        to its position under ``is_causal="bottom-right"``. True means the default options.
     dtype : {numpy.float32, numpy.float64}
         dtype of the parameters, the inputs and the outputs.
     rng : numpy.random.Generator or int, optional
-        Where the initial weights come from. They are distributed as those of ``torch.nn.MultiheadAttention``:
+        Generator or seed of the initial weights. They are distributed as those of ``torch.nn.MultiheadAttention``:
         Xavier uniform for the inputs, uniform in ``+-1/sqrt(H * E)`` for the output, biases 0.
     backend : {"auto", "cpu", "reference"}, optional
         Backend of every call of this layer, as in `attention`.
@@ -77,7 +77,7 @@ class MultiHeadAttention(Weights):
     Attributes
     ----------
     grads : dict of ndarray
-        Gradients with respect to the parameters, by name, as the last `backward` found them; empty before.
+        Gradients with respect to the parameters, by name, from the last call of `backward`; empty before.
 
     Raises
     ------
@@ -86,7 +86,7 @@ class MultiHeadAttention(Weights):
 
     See Also
     --------
-    attention : what the layer wraps, and where its options are explained.
+    attention : the function that the layer wraps, with its options explained.
     apply_rotary : the rotary position embedding.
 
     Notes
@@ -94,8 +94,8 @@ class MultiHeadAttention(Weights):
     Parameters are called "q_proj.weight" (H * E, embed_dim), "k_proj.weight" (Hkv * E, kdim), "v_proj.weight"
     (Hkv * E, vdim) and "out_proj.weight" (embed_dim, H * E), each (out_features, in_features) as in PyTorch, and
     "q_proj.bias", "k_proj.bias", "v_proj.bias" and "out_proj.bias". Projections run on the
-    threads and in the kernels of attention itself (`projection`): the same bits for any number of threads, and for a
-    sequence alone or in a batch. Gradients of parameters are sums over the batch.
+    threads and in kernels of this package (`projection`), so results have the same bits for any number of threads, and
+    for a sequence alone or in a batch. Gradients of parameters are sums over the batch.
 
     References
     ----------
@@ -170,35 +170,34 @@ class MultiHeadAttention(Weights):
             **True where a query may attend to a key**, as in `attention` and ``scaled_dot_product_attention``; the
             `attn_mask` of ``torch.nn.MultiheadAttention`` means the opposite.
         bias : array of float, broadcastable to (..., H, L, S), optional
-            Added to the scaled scores: what PyTorch takes as a `attn_mask` of floats.
+            Added to the scaled scores, as an `attn_mask` of floats in PyTorch.
         key_padding_mask : array of bool, shape (..., S), optional
-            **True where a key is padding and must be ignored**: the name is PyTorch's, and so is the meaning, which is
-            the opposite of `mask`.
+            **True where a key is padding and must be ignored**, as in PyTorch. That is the opposite of `mask`.
         **options
-            The others as in `attention`. Where padding is at the end, `key_lengths` says so in fewer words.
+            Other options as in `attention`. For padding at the end, `key_lengths` is simpler.
         cache : KVCache or PagedKVCache, optional
-            Keys and values of earlier calls, one cache for each layer. Those of `key` (by default `query`), of shape
+            Keys and values of earlier calls, one cache for each layer. The rows of `key` (by default `query`), of shape
             (batch, L, features), are projected, rotated and appended, as many as `key_lengths` says, and the queries
-            attend to all that is cached then. Positions go on from there: query i sits at its sequence's length before
-            the call plus i, for `is_causal`, `window`, ALiBi and rotary embeddings, unless `query_offset` says
-            otherwise. A `mask` or `bias` is about all cached keys or the L newest, as in `attention_decode`. With a key
-            of length 0 nothing is appended: how to use a memory that was cached before. Inference only; where anything
-            is refused, the cache stays as it was.
+            attend to everything in the cache. Positions continue from the cache: query i sits at the length of its
+            sequence before the call plus i, for `is_causal`, `window`, ALiBi and rotary embeddings, unless
+            `query_offset` is passed. A `mask` or `bias` refers to all cached keys or to the L newest, as in
+            `attention_decode`. With a key of length 0 nothing is appended, as for a memory that was cached before.
+            Inference only. If an argument is refused, the cache is as it was.
         ids : array of int, shape (batch,), optional
-            Which sequences of a `PagedKVCache`; by default all there are.
+            Which sequences of a `PagedKVCache`; by default all of them.
         cu_seqlens : array of int, shape (n + 1,), optional
-            `query`, of shape (T, embed_dim), is n sequences laid end to end, of which sequence b has the rows
-            ``cu_seqlens[b] : cu_seqlens[b + 1]`` and attends to itself: `attention_varlen`, whose options apply.
+            `query`, of shape (T, embed_dim), is n sequences laid end to end. Sequence b has the rows
+            ``cu_seqlens[b] : cu_seqlens[b + 1]`` and attends to itself, as in `attention_varlen`, whose options apply.
             Inference only.
         need_weights : bool, default False
             Also return the attention probabilities. Not with a cache or `cu_seqlens`.
         average_weights : bool, default True
-            Whether these are the mean over the heads, or those of every head.
+            Whether to return the mean of the probabilities over the heads, or those of every head.
 
         Returns
         -------
         out : ndarray, shape (..., L, embed_dim)
-            A position that may attend to nothing holds the bias of the output projection.
+            The result of a position that may attend to nothing is the bias of the output projection.
         weights : ndarray, shape (..., L, S), or (..., H, L, S) unless `average_weights`
             Only if `need_weights`.
 
@@ -262,7 +261,7 @@ class MultiHeadAttention(Weights):
         average_weights: bool = True,
         **options: Unpack[OptionArguments],
     ) -> tuple[Array | tuple[Array, Array], Context]:
-        """Do what a call of the layer does, and keep what `backward` needs.
+        """Call the layer, and also return what `backward` needs.
 
         Parameters
         ----------
@@ -272,11 +271,11 @@ class MultiHeadAttention(Weights):
         Returns
         -------
         out : ndarray, shape (..., L, embed_dim), or (out, weights)
-            What the call returns.
+            As returned by a call of the layer.
         ctx : object
-            For `backward`. It refers to the inputs and to the array options and does not copy them: leave them as they
-            are until then. Besides, it holds the projected queries, keys and values, the output of the attention and a
-            number for each query and head: memory is linear in the lengths.
+            The context for `backward`. It refers to the inputs and to the options that are arrays without copying them:
+            do not change them until then. It also contains the projected queries, keys and values, the output of the
+            attention and a number for each query and head, so memory is linear in the lengths.
 
         Raises
         ------
@@ -310,15 +309,15 @@ class MultiHeadAttention(Weights):
         grad_out : ndarray, shape (..., L, embed_dim)
             Gradient of the loss with respect to `out`, of its shape and dtype.
         ctx : object
-            What `forward` of this layer returned, with whatever options. It may be used again, and in any order
-            with others.
+            The context that `forward` of this layer returned. It may be used several times, and contexts may be used in
+            any order.
 
         Returns
         -------
         Gradients
-            Named tuple (query, key, value, bias, sinks) of arrays of the shape and dtype of what they belong to. An
-            input that was not passed has None, and its gradient is part of that of the input that was taken instead:
-            for self-attention, `query` has all. `bias` and `sinks` are None unless those options were given.
+            Named tuple (query, key, value, bias, sinks), each of the shape and dtype of its input. The gradient of an
+            input that was not passed is None, and is part of the gradient of the input that was used in its place: in
+            self-attention, that of `query` is the sum of all. `bias` and `sinks` are None unless these were passed.
 
         Raises
         ------
@@ -327,20 +326,20 @@ class MultiHeadAttention(Weights):
 
         See Also
         --------
-        attention_backward : the part in the middle.
+        attention_backward : the gradients of the attention without projections.
 
         Notes
         -----
-        Afterwards `grads` is a new dict: name, shape and dtype as in `parameters`. It is not added to the last one,
-        which stays as it is; to accumulate over several calls, add them up.
+        Each call sets `grads` to a new dict, with names, shapes and dtypes as in `parameters`. To accumulate gradients
+        over several calls, add up the dicts.
 
-        Parameters must not change between `forward` and `backward`: attention is differentiated at what `forward`
-        kept, and the projections at the parameters that the layer has now. Weights returned on `need_weights` are
-        not differentiated.
+        Parameters must not change between `forward` and `backward`: attention is differentiated at the values that
+        `forward` kept, but the projections at the present parameters. Weights returned on `need_weights` are not
+        differentiated.
 
-        What is hidden by lengths, padding or masks gets the gradient 0 and gives none, even where it is NaN. That is
-        so for keys; a query that is padding attends to keys like any other, unless `query_lengths` ends before it, and
-        if it is NaN, so will the gradients of these keys be. The output projection sees every row of `grad_out`.
+        Keys that are hidden by lengths, padding or masks have the gradient 0 and contribute none, even if they are NaN.
+        A query that is padding attends to keys like any other unless `query_lengths` excludes it, and if it is NaN, so
+        are the gradients of these keys. The output projection uses every row of `grad_out`.
 
         Examples
         --------
@@ -362,7 +361,7 @@ class MultiHeadAttention(Weights):
         grad_out, lse = self._check(grad_out, ctx)
         weight, bias = self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias")
         grad, grad_weight, grad_bias = _gradients(grad_out, _features(ctx.heads), weight, bias is not None)
-        found: dict[str, Array | None] = {"out_proj.weight": grad_weight, "out_proj.bias": grad_bias}
+        grads_by_name: dict[str, Array | None] = {"out_proj.weight": grad_weight, "out_proj.bias": grad_bias}
         of_heads = attention_backward(
             self._heads(grad), ctx.q, ctx.k, ctx.v, ctx.heads.swapaxes(-3, -2), lse, **ctx.options
         )
@@ -380,18 +379,18 @@ class MultiHeadAttention(Weights):
             for n in range(first, last):
                 heads = self._place(n, first)
                 rows = slice(heads.start * self.head_dim, heads.stop * self.head_dim)
-                found[f"{INPUTS[n]}.weight"] = grad_weight[rows]
-                found[f"{INPUTS[n]}.bias"] = None if grad_bias is None else grad_bias[rows]
+                grads_by_name[f"{INPUTS[n]}.weight"] = grad_weight[rows]
+                grads_by_name[f"{INPUTS[n]}.bias"] = None if grad_bias is None else grad_bias[rows]
             so_far = of_inputs[source]
             of_inputs[source] = grad if so_far is None else np.add(so_far, grad, out=so_far)
-        self.grads = {name: array for name in self._parameters if (array := found[name]) is not None}
+        self.grads = {name: array for name in self._parameters if (array := grads_by_name[name]) is not None}
         return Gradients(of_inputs[0], of_inputs[1], of_inputs[2], of_heads.bias, of_heads.sinks)
 
     def _attend(
         self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None, options: dict[str, Any],
         return_lse: bool,
     ) -> Context:  # fmt: skip
-        """Project and attend, up to the output of the heads."""
+        """Project the inputs and attend, up to the output of the heads."""
         is_given = key is not None, value is not None
         features = self.embed_dim, self.kdim, self.vdim
         query, key, value, batch = check_inputs(query, key, value, features, self.dtype)
@@ -402,7 +401,7 @@ class MultiHeadAttention(Weights):
         turns = None
         if self._rotation is not None:
             q, turns = self._rotate(q, k, self._rotation, batch, options)
-        # As rows of features, so that the heads end up side by side for the last projection without a copy.
+        # The memory layout is (..., L, H, E), so that the last projection reads the heads side by side without a copy.
         heads = np.empty((*batch, query.shape[-2], self.num_heads, self.head_dim), self.dtype)
         lse = None
         if return_lse:
@@ -416,7 +415,7 @@ class MultiHeadAttention(Weights):
         self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None, cache: Cache, ids: Any,
         options: dict[str, Any],
     ) -> Array:  # fmt: skip
-        """Project, append, attend to the cache, project back."""
+        """Project the inputs, append to the cache, attend to it, and project the result."""
         query, key, value, _ = check_inputs(query, key, value, (self.embed_dim, self.kdim, self.vdim), self.dtype)
         if padding is not None:
             raise ValueError(
@@ -434,7 +433,7 @@ class MultiHeadAttention(Weights):
     def _attend_packed(
         self, query: Array, padding: ArrayLike | None, cu_seqlens: ArrayLike, options: dict[str, Any]
     ) -> Array:
-        """Self-attention of sequences laid end to end."""
+        """Self-attention of packed sequences, laid end to end."""
         query, key, value, _ = check_inputs(query, None, None, (self.embed_dim, self.kdim, self.vdim), self.dtype)
         if query.ndim != 2:
             raise ValueError(f"query must have shape (tokens, {self.embed_dim}) with cu_seqlens, got {query.shape}")
@@ -445,7 +444,7 @@ class MultiHeadAttention(Weights):
         if self._rotation is not None:
             if options["query_offset"] is not None:
                 raise ValueError("query_offset must be None with cu_seqlens and rotary positions")
-            # Whatever is wrong with the offsets, `attention_varlen` says.
+            # `attention_varlen` checks the offsets, and its errors name them.
             own = starts[:-1] if starts.ndim == 1 else np.zeros(0, np.int64)
             first = own[np.searchsorted(own, np.arange(len(query)), side="right") - 1] if own.size else 0
             turn = self._rotation.turn(np.arange(len(query)) - first, self.dtype)
@@ -457,7 +456,7 @@ class MultiHeadAttention(Weights):
         return linear(_features(heads), self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias"))
 
     def _result(self, ctx: Context, need_weights: bool, average_weights: bool) -> Any:
-        """Join the heads to what the caller gets."""
+        """Project the joined heads to the result that the caller gets."""
         out = linear(_features(ctx.heads), self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias"))
         if not need_weights:
             return out
@@ -466,7 +465,7 @@ class MultiHeadAttention(Weights):
         return out, attention_weights(ctx.q, ctx.k, **ctx.options)
 
     def _check(self, grad_out: Any, ctx: Any) -> tuple[Array, Array]:
-        """Check what `backward` was given; return the gradient, and the lse, which `forward` keeps."""
+        """Check the arguments of `backward`; return the gradient, and the lse of the context."""
         if not isinstance(ctx, Context) or ctx.lse is None:
             raise TypeError(f"ctx must be what forward returned, got {type(ctx).__module__}.{type(ctx).__qualname__}")
         if ctx.layer is not self:
@@ -475,11 +474,14 @@ class MultiHeadAttention(Weights):
         return check_like("grad_out", grad_out, shape, self.dtype), ctx.lse
 
     def _runs(self, key_too: bool, value_too: bool) -> tuple[tuple[int, int], ...]:
-        """The products to do: input projections first .. last - 1 each, if key is (value is) the array before it."""
+        """Return the products of the input, each of the projections first .. last - 1.
+
+        `key_too` says that key is the array query, and `value_too` that value is the array key.
+        """
         return _RUNS[False, False] if self._packed is None else _RUNS[key_too, value_too]
 
     def _project(self, query: Array, key: Array, value: Array) -> list[Array]:
-        """Queries (..., H, L, E), keys and values (..., Hkv, S, E), as views of products with the features last."""
+        """Return queries (..., H, L, E), keys and values (..., Hkv, S, E), as views of products with features last."""
         inputs, projected = (query, key, value), []
         for first, last in self._runs(key is query, value is key):
             heads = self._heads(linear(inputs[first], *self._joined(first, last)))
@@ -489,9 +491,9 @@ class MultiHeadAttention(Weights):
     def _joined_gradient(
         self, grads: Sequence[Array | None], turns: tuple[Turn, Turn] | None, first: int, rows: tuple[int, ...]
     ) -> Array:
-        """Gradients of heads (..., heads, n, E), side by side as that of the product (*rows, features) they came from.
+        """Join gradients of heads (..., heads, n, E) to that of the product (*rows, features) they are views of.
 
-        This is the one copy of them, which bringing the features of a row together takes in any case.
+        The copy cannot be avoided, because the features of a row must be contiguous.
         """
         count = self._place(first + len(grads) - 1, first).stop
         joined = np.empty((*rows, count * self.head_dim), self.dtype)
@@ -503,7 +505,7 @@ class MultiHeadAttention(Weights):
                 own[...] = grad
             elif grad.shape == own.shape:
                 rotate(grad, turns[n].back(), own)
-            else:  # queries that sit at other positions in every sequence: see `_rotate`
+            else:  # queries whose positions differ between sequences: see `_rotate`
                 rotate(grad, turns[n].back(), grad)
                 own[...] = sum_to(grad, own.shape)
         return joined
@@ -511,7 +513,10 @@ class MultiHeadAttention(Weights):
     def _rotate(
         self, q: Array, k: Array, rotation: Rotation, batch: tuple[int, ...], options: dict[str, Any]
     ) -> tuple[Array, tuple[Turn, Turn]]:
-        """Rotate queries and keys to their positions, in place; queries that have too few sequences for it, as new."""
+        """Rotate queries and keys to their positions, in place if possible.
+
+        Queries become a new array if they have fewer sequences than there are positions.
+        """
         L, S = q.shape[-2], k.shape[-2]
         of_keys = rotation.turn(np.arange(S), self.dtype)
         rotate(k, of_keys, k)
@@ -540,9 +545,9 @@ def _features(heads: Array) -> Array:
 
 
 def _gradients(grad: Array, x: Array, weight: Array, need_bias: bool) -> tuple[Array, Array, Array | None]:
-    """Gradients of a projection, in which a row with the gradient 0 takes no part, not even as 0 * NaN.
+    """Return the gradients of a projection. A row whose gradient is 0 contributes nothing, not even 0 * NaN.
 
-    Rows that are padding have that gradient and may hold anything.
+    Rows of padding have the gradient 0 and may contain anything.
     """
     if not np.isfinite(x).all():
         x = np.where(grad.any(axis=-1, keepdims=True), x, 0)
@@ -552,7 +557,7 @@ def _gradients(grad: Array, x: Array, weight: Array, need_bias: bool) -> tuple[A
 
 
 def _averaged(query: Array, key: Array, options: dict[str, Any]) -> Array:
-    """Mean of the probabilities over the heads, one head at a time: memory for two maps and not for H."""
+    """Return the mean of the probabilities over the heads, one head at a time: memory for two maps and not for H."""
     H = query.shape[-3]
     total = attention_weights(query, key, heads=[0], **options)
     for h in range(1, H):

@@ -1,4 +1,4 @@
-"""What `MultiHeadAttention` does with a cache: new keys and values are appended, and new queries attend to all."""
+"""`MultiHeadAttention` with a cache: new keys and values are appended, and new queries attend to the whole cache."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +18,9 @@ Cache = KVCache | PagedKVCache
 def attend(
     cache: Cache, ids: Any, q: Array, k: Array, v: Array, rotation: Rotation | None, options: dict[str, Any]
 ) -> Array:
-    """Append k and v, (batch, Hkv, T, E), and return what q, (batch, H, L, E), sees in the cache, (batch, L, H, E).
+    """Append k and v, (batch, Hkv, T, E), and return the attention of q, (batch, H, L, E), as (batch, L, H, E).
 
-    New positions follow those that are cached already. If anything is refused the cache is as it was before.
+    New positions follow those in the cache. If an argument is refused, the cache is as it was.
     """
     before = _lengths(cache, ids)
     if q.ndim != 4 or len(before) != len(q) or len(k) != len(q):
@@ -45,7 +45,7 @@ def attend(
     undo = _append(cache, ids, k, v, lengths, before)
     try:
         attention_decode(q, cache, ids=ids, out=heads.swapaxes(1, 2), **options)
-    except BaseException:  # an interrupt too
+    except BaseException:  # also KeyboardInterrupt
         undo()
         raise
     return heads
@@ -69,7 +69,7 @@ def _lengths(cache: Cache, ids: Any) -> Array:
 
 
 def _append(cache: Cache, ids: Any, k: Array, v: Array, lengths: Any, before: Array) -> Callable[[], None]:
-    """Append to the cache; returns what takes it back."""
+    """Append to the cache; return a function that undoes it."""
     if isinstance(cache, KVCache):
         cache.append(k, v, lengths)
         return lambda: cache.truncate(before)
@@ -83,7 +83,7 @@ def _append(cache: Cache, ids: Any, k: Array, v: Array, lengths: Any, before: Ar
 
 
 def _rotate(x: Array, first: Array, rotation: Rotation) -> None:
-    """Rotate rows to their positions, which begin at `first` in every sequence, in place."""
+    """Rotate rows in place to their positions, which begin at `first` in every sequence."""
     if len(set(first.tolist())) == 1:
         positions = first[0] + np.arange(x.shape[-2])
     else:

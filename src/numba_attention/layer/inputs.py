@@ -1,4 +1,4 @@
-"""What a call of the layer is given: its inputs checked, padding as `attention` takes it, positions."""
+"""Inputs of a call of the layer: checks, padding as an option of `attention`, positions."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ from ..validation import as_array, as_bools, as_ints, as_ndarray, broadcast_to, 
 def check_inputs(
     query: Array, key: Array | None, value: Array | None, features: tuple[int, int, int], dtype: np.dtype[Any]
 ) -> tuple[Array, Array, Array, tuple[int, ...]]:
-    """Check the inputs; return query, key and value with their defaults, and the leading dimensions of all.
+    """Check the inputs; return query, key and value with their defaults, and their broadcast leading dimensions.
 
-    What is one array stays one: a product may then do several projections at once.
+    Inputs that are the same array are returned as the same array, so that one product can do several projections.
     """
     if key is None and value is not None:
         raise ValueError("key must be given where value is")
-    given = query, key, value
+    args = query, key, value
     query = as_ndarray("query", query)
-    key = query if key is None or key is given[0] else as_ndarray("key", key)
-    value = key if value is None or value is given[1] else query if value is given[0] else as_ndarray("value", value)
+    key = query if key is None or key is args[0] else as_ndarray("key", key)
+    value = key if value is None or value is args[1] else query if value is args[0] else as_ndarray("value", value)
     for name, array, size in zip(("query", "key", "value"), (query, key, value), features, strict=True):
         if array.dtype != dtype:
             raise TypeError(
@@ -42,7 +42,7 @@ def check_inputs(
 
 
 def hide_padding(options: dict[str, Any], padding: ArrayLike, S: int) -> None:
-    """Turn PyTorch's key_padding_mask into key_lengths if padding is at the end, and into a mask otherwise."""
+    """Convert PyTorch's key_padding_mask to key_lengths if padding is at the end, and to a mask otherwise."""
     ignored = as_array("key_padding_mask", padding)
     if ignored.dtype != np.bool_:
         raise TypeError(
@@ -51,8 +51,8 @@ def hide_padding(options: dict[str, Any], padding: ArrayLike, S: int) -> None:
         )
     if ignored.ndim < 1 or ignored.shape[-1] != S:
         raise ValueError(f"key_padding_mask must have shape (..., {S}), got {ignored.shape}")
-    # Lengths let whole tiles be skipped. Not where positions are counted from the end of the keys, though: a mask says
-    # nothing about where the sequence ends.
+    # Lengths let kernels skip whole tiles. But with alignment at the end they would change the positions, which a mask
+    # does not, so padding stays a mask there.
     at_end = bool((ignored[..., :-1] <= ignored[..., 1:]).all())
     if at_end and options.get("key_lengths") is None and not is_bottom_right(options.get("is_causal")):
         options["key_lengths"] = S - np.count_nonzero(ignored, axis=-1)
@@ -72,7 +72,7 @@ def hide_padding(options: dict[str, Any], padding: ArrayLike, S: int) -> None:
 
 
 def query_offset(options: dict[str, Any], L: int, S: int, batch: tuple[int, ...]) -> int | Array:
-    """At which key position the first query of each sequence sits, by the rules of `attention`."""
+    """Return the key position of the first query of each sequence, by the rules of `attention`."""
     if options.get("query_offset") is not None:
         return _per_sequence("query_offset", options, 0, batch)
     if is_bottom_right(options.get("is_causal")):
@@ -81,7 +81,7 @@ def query_offset(options: dict[str, Any], L: int, S: int, batch: tuple[int, ...]
 
 
 def _per_sequence(name: str, options: dict[str, Any], default: int, batch: tuple[int, ...]) -> int | Array:
-    """An option that is one integer, or one for each sequence; `attention` checks which lengths are possible."""
+    """Return an option that is one integer, or one for each sequence. `attention` checks the range of lengths."""
     if options.get(name) is None:
         return default
     array = as_ints(name, options[name])

@@ -21,10 +21,10 @@ INPUTS = ("q_proj", "k_proj", "v_proj")
 
 
 class Weights:
-    """What `MultiHeadAttention` is made of; what it computes is in `layer`.
+    """The parameters of `MultiHeadAttention`, its base class.
 
-    Where query, key and value have the same features, the weights of their projections are views into one matrix,
-    `_packed`: one product for all three projections of self-attention is faster than three narrow ones.
+    If query, key and value have the same number of features, the weights of their projections are views into one
+    matrix, `_packed`: one product for all three projections of self-attention is faster than three narrow ones.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Weights:
         Returns
         -------
         dict of ndarray
-            The layer's own arrays: what is written into them changes the layer.
+            The layer's own arrays: writing into them changes the layer.
 
         Examples
         --------
@@ -96,15 +96,15 @@ class Weights:
         Parameters
         ----------
         parameters : mapping of str to array of float
-            Every name of `parameters` and no other, each of that shape.
+            Exactly the names and shapes of `parameters`.
 
         Raises
         ------
         TypeError
             A parameter is not floating point.
         ValueError
-            A name is missing or unknown, a shape differs, or a number is finite but not in the dtype of the layer. The
-            layer is then as it was.
+            A name is missing or unknown, a shape differs, or a finite number would be infinite in the dtype of the
+            layer. The layer is then as it was.
         """
         arrays = {name: _floats(name, array) for name, array in _mapping("parameters", parameters).items()}
         if missing := self._parameters.keys() - arrays:
@@ -133,9 +133,9 @@ class Weights:
         ----------
         state_dict : mapping of str to tensor or array
             What its ``state_dict()`` returns, in the packed form ("in_proj_weight") or, with `kdim` or `vdim`,
-            the separate one ("q_proj_weight", ...). PyTorch itself is not needed for arrays.
+            the separate one ("q_proj_weight", ...). If the values are arrays, PyTorch is not needed.
         num_heads : int
-            The state dict does not tell.
+            Query heads, which the state dict does not contain.
         rotary, backend : optional
             As in `MultiHeadAttention`.
 
@@ -149,24 +149,24 @@ class Weights:
         TypeError
             A parameter is not an array of floating point.
         ValueError
-            Names or shapes are not those of the module, or it was made with ``add_bias_kv=True``, which adds
-            a learned key that this layer does not have.
+            Names or shapes are not those of the module, or the module has ``add_bias_kv=True``, which adds a learned
+            key that this layer does not have.
         """
-        given = {name: _from_tensor(name, x) for name, x in _mapping("state_dict", state_dict).items()}
-        if given.keys() & {"bias_k", "bias_v"}:
+        parameters = {name: _from_tensor(name, x) for name, x in _mapping("state_dict", state_dict).items()}
+        if parameters.keys() & {"bias_k", "bias_v"}:
             raise ValueError("state_dict has bias_k and bias_v (add_bias_kv=True), which this layer does not support")
         for kind in ("weight", "bias"):
-            packed = given.pop(f"in_proj_{kind}", None)
-            parts = [given.pop(f"{name}_{kind}", None) for name in INPUTS]
+            packed = parameters.pop(f"in_proj_{kind}", None)
+            parts = [parameters.pop(f"{name}_{kind}", None) for name in INPUTS]
             if packed is not None:
                 if not packed.ndim or len(packed) % 3:
                     raise ValueError(f"in_proj_{kind} must hold three equal parts, got shape {packed.shape}")
                 parts = list(np.split(packed, 3))
-            given |= {f"{name}.{kind}": part for name, part in zip(INPUTS, parts, strict=True) if part is not None}
-        return cls._from_parameters(given, num_heads, rotary=rotary, backend=backend)
+            parameters |= {f"{name}.{kind}": part for name, part in zip(INPUTS, parts, strict=True) if part is not None}
+        return cls._from_parameters(parameters, num_heads, rotary=rotary, backend=backend)
 
     def to_torch(self) -> dict[str, Any]:
-        """Return the parameters as ``torch.nn.MultiheadAttention.load_state_dict`` takes them.
+        """Return the parameters in the form that ``torch.nn.MultiheadAttention.load_state_dict`` takes.
 
         Returns
         -------
@@ -179,7 +179,7 @@ class Weights:
             PyTorch is not installed.
         ValueError
             The layer has fewer key/value heads than heads, heads that do not add up to `embed_dim`, or a rotary
-            embedding: that module cannot hold them.
+            embedding, none of which that module has.
         """
         fits = self.num_kv_heads == self.num_heads and self.num_heads * self.head_dim == self.embed_dim
         if not fits or self.rotary is not None:
@@ -218,17 +218,17 @@ class Weights:
         path : str or path-like
             The file.
         prefix : str, default ""
-            What stands before the names of the parameters, with its last dot: "encoder.0.self_attn.".
+            The beginning of the names of the parameters, with its last dot, such as "encoder.0.self_attn.".
         num_heads : int
-            The file does not tell.
+            Query heads, which the file does not contain.
         rotary, backend : optional
-            As in `MultiHeadAttention`; the file does not tell either.
+            As in `MultiHeadAttention`. The file does not contain these either.
 
         Returns
         -------
         MultiHeadAttention
-            Sizes follow from the shapes; float64 if the parameters are, else float32. If some of the projections
-            have a bias, those of the others are 0.
+            Its sizes follow from the shapes. It is float64 if the parameters are, else float32. If only some of the
+            projections have a bias, the biases of the others are 0.
 
         Raises
         ------
@@ -237,20 +237,20 @@ class Weights:
         FileNotFoundError
             There is no such file.
         ValueError
-            The file is damaged or holds no such layer behind that prefix: neither "q_proj.weight" and its companions as
-            `save_safetensors` writes them, nor the names of ``torch.nn.MultiheadAttention``.
+            The file is damaged, or has no layer with that prefix: neither the names that `save_safetensors` writes
+            ("q_proj.weight", ...) nor those of ``torch.nn.MultiheadAttention``.
         """
         _check_file(path, prefix)
         library = _safetensors()
         try:
             with library.safe_open(path, "np") as file:
                 names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
-                given = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+                parameters = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
         except library.SafetensorError as error:
             raise ValueError(f"{os.fspath(path)} is no whole safetensors file: {error}") from None
-        if given.keys() & {"in_proj_weight", "q_proj_weight"}:
-            return cls.from_torch(given, num_heads, rotary=rotary, backend=backend)
-        return cls._from_parameters(given, num_heads, rotary=rotary, backend=backend)
+        if parameters.keys() & {"in_proj_weight", "q_proj_weight"}:
+            return cls.from_torch(parameters, num_heads, rotary=rotary, backend=backend)
+        return cls._from_parameters(parameters, num_heads, rotary=rotary, backend=backend)
 
     def save_safetensors(self, path: str | PathLike[str], prefix: str = "") -> None:
         """Write the parameters to a safetensors file; needs the safetensors library.
@@ -258,9 +258,9 @@ class Weights:
         Parameters
         ----------
         path : str or path-like
-            The file, replaced if it exists, once all has been written.
+            The file. If it exists, it is replaced when the new one is complete.
         prefix : str, default ""
-            What to put before the names of the parameters.
+            The beginning of the names of the parameters.
 
         Raises
         ------
@@ -274,9 +274,9 @@ class Weights:
             save(arrays, unfinished)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the views into packed storage, which would come back as arrays of their own, and gradients."""
-        made = ("_edges", "_packed", "_packed_bias", "_parameters", "grads")
-        state = {name: x for name, x in vars(self).items() if name not in made}
+        """Return the state without gradients and without views, which pickle would turn into arrays of their own."""
+        derived = ("_edges", "_packed", "_packed_bias", "_parameters", "grads")
+        state = {name: x for name, x in vars(self).items() if name not in derived}
         return state | {"parameters": self.parameters()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -286,9 +286,9 @@ class Weights:
         self.load_parameters(parameters)
 
     def _allocate(self) -> None:
-        """Make room for the parameters; where the inputs have the same features, as views into one matrix."""
+        """Allocate the parameters, as views into one matrix if the inputs have the same number of features."""
         H, Hkv = self.num_heads, self.num_kv_heads
-        self._edges = (0, H, H + Hkv, H + 2 * Hkv)  # of queries, keys and values, in heads
+        self._edges = (0, H, H + Hkv, H + 2 * Hkv)  # where the heads of queries, keys and values begin and end
         width, narrow = H * self.head_dim, Hkv * self.head_dim
         rows = dict(zip(INPUTS, (width, narrow, narrow), strict=True))
         columns = dict(zip(INPUTS, (self.embed_dim, self.kdim, self.vdim), strict=True))
@@ -314,14 +314,14 @@ class Weights:
     def _initialise(self, rng: np.random.Generator) -> None:
         inputs = [self._parameters[f"{name}.weight"] for name in INPUTS] if self._packed is None else [self._packed]
         for weight in inputs:
-            limit = math.sqrt(6 / sum(weight.shape))  # Xavier; of the packed matrix as a whole, as PyTorch does
+            limit = math.sqrt(6 / sum(weight.shape))  # Xavier, for the packed matrix as a whole, as in PyTorch
             weight[...] = rng.uniform(-limit, limit, weight.shape)
         weight = self._parameters["out_proj.weight"]
         limit = 1 / math.sqrt(weight.shape[1])
         weight[...] = rng.uniform(-limit, limit, weight.shape)
 
     def _joined(self, first: int, last: int) -> tuple[Array, Array | None]:
-        """Weight and bias of the input projections first .. last - 1, as one; only if packed, more than one."""
+        """Return weight and bias of the input projections first .. last - 1; several projections must be packed."""
         if last - first == 1:
             return self._parameters[f"{INPUTS[first]}.weight"], self._parameters.get(f"{INPUTS[first]}.bias")
         assert self._packed is not None
@@ -329,14 +329,14 @@ class Weights:
         return self._packed[rows], None if self._packed_bias is None else self._packed_bias[rows]
 
     def _place(self, n: int, first: int = 0) -> slice:
-        """Which heads are those of input projection n, where all from projection `first` on are side by side."""
+        """Return the heads of input projection n, if those of the projections from `first` on are side by side."""
         edges = self._edges
         return slice(edges[n] - edges[first], edges[n + 1] - edges[first])
 
     @classmethod
-    def _from_parameters(cls, given: Mapping[str, Array], num_heads: int, **settings: Any) -> Self:
-        """Build the layer that has these parameters, whose shapes tell its sizes."""
-        arrays = {name: _floats(name, array) for name, array in given.items()}
+    def _from_parameters(cls, parameters: Mapping[str, Array], num_heads: int, **settings: Any) -> Self:
+        """Build a layer with these parameters, whose shapes give its sizes."""
+        arrays = {name: _floats(name, array) for name, array in parameters.items()}
         weights = [arrays.get(f"{name}.weight") for name in (*INPUTS, "out_proj")]
         missing = [name for name, w in zip((*INPUTS, "out_proj"), weights, strict=True) if w is None]
         if missing:
@@ -379,7 +379,7 @@ def _positive(name: str, x: Any) -> int:
 
 
 def _rotary(rotary: Any) -> bool | dict[str, Any] | None:
-    """Return what was said, so that a layer can show it: None, True, or a dict of its own."""
+    """Check `rotary`; return it for the representation of the layer: None, True, or a copy of the dict."""
     if rotary is None or isinstance(rotary, bool | np.bool_):
         return True if rotary else None
     if not isinstance(rotary, Mapping):
@@ -400,13 +400,13 @@ def _resolved(rotary: bool | dict[str, Any], head_dim: int) -> Rotation:
 
 def _real_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     try:
-        found = None if dtype is None else np.dtype(dtype)
+        result = None if dtype is None else np.dtype(dtype)
     except Exception:  # TypeError, and ValueError, KeyError, SyntaxError for what looks like a description of fields
-        found = None
-    # None by identity: to NumPy it is equal to float64.
-    if found is None or found not in (np.dtype(np.float32), np.dtype(np.float64)):
+        result = None
+    # None is compared by identity, because NumPy considers it equal to float64.
+    if result is None or result not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise TypeError(f"dtype must be float32 or float64, got {dtype!r}")
-    return found
+    return result
 
 
 def _generator(rng: np.random.Generator | int | None) -> np.random.Generator:
@@ -434,7 +434,7 @@ def _check_file(path: Any, prefix: Any) -> None:
 
 
 def _check_range(name: str, array: Array, dtype: np.dtype[Any]) -> None:
-    """Refuse finite parameters that would become infinite: a model with others would be another model."""
+    """Refuse finite parameters that would become infinite. Clamping them would make another model."""
     if array.dtype.itemsize > dtype.itemsize and array.size:
         with np.errstate(invalid="ignore"):
             too_large = (np.abs(array) > largest(dtype)) & np.isfinite(array)
@@ -453,7 +453,7 @@ def _from_tensor(name: str, x: Any) -> Array:
     """View a tensor as an array, without importing PyTorch."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
-        if "bfloat16" in str(x.dtype):  # which PyTorch cannot give to NumPy
+        if "bfloat16" in str(x.dtype):  # PyTorch cannot convert bfloat16 to NumPy
             x = x.float()
     return _floats(name, x)
 

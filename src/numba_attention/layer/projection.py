@@ -1,7 +1,7 @@
-"""The projections of a layer, there and back, on the threads that attention itself runs on.
+"""The projections of a layer, forward and backward, on the threads that attention runs on.
 
-NumPy's products are as fast, but the threads of its BLAS go on spinning for 0.1 s after each, on the cores that the
-next parallel kernel needs: attention right after a projection takes up to twice its time.
+NumPy's products are as fast, but the threads of its BLAS keep spinning for 0.1 s after each product, on the cores that
+the next parallel kernel needs: attention right after a NumPy product takes up to twice as long.
 """
 
 import math
@@ -13,13 +13,13 @@ import numpy as np
 from ..bounded import BoundedCache
 from ..options import Array
 
-ITEMS = 16  # worth having, so that many threads find work and finish together
-SLAB = 512  # rows of the numbers that an item takes at most: its tile of outputs, 128 KiB, is to stay in L2
-SHORT_SLAB = 128  # and at least, unless there are fewer: packing then costs 8 % of the item
-PANELS = 4  # tiles of lanes that share one reading of the numbers, in sums over many rows
-DEPTH = 1024  # terms that are worth a partial sum of their own: adding it to the others costs 3 %
+ITEMS = 16  # work items to aim for, so that many threads have work and finish together
+SLAB = 512  # largest number of rows of an item, so that its tile of outputs, 128 KiB, stays in the L2 cache
+SHORT_SLAB = 128  # smallest number of rows of an item, if there are so many: packing then costs 8 % of the item
+PANELS = 4  # tiles of lanes that share one pass over the rows, in sums over many rows
+DEPTH = 1024  # terms of a partial sum: adding it to the others costs 3 %
 
-_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)  # native; a dtype of the other byte order is not equal
+_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)  # native; dtypes of the other byte order compare as different
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None, out: Array | None = None) -> Array:
@@ -31,7 +31,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None, out: Array | None
     weight : ndarray, shape (N, K)
     bias : ndarray, shape (N,), optional
     out : ndarray, shape (..., N), optional
-        Where to write the result.
+        Array for the result.
 
     Returns
     -------
@@ -43,8 +43,8 @@ def linear(x: Array, weight: Array, bias: Array | None = None, out: Array | None
 
     Notes
     -----
-    A row of the result is the same, bit for bit, whatever other rows are in the call and whatever the threads. That
-    holds for float32 and float64; everything else is left to NumPy, and so are its error messages.
+    A row of the result has the same bits whatever other rows are in the call, and for any number of threads. That holds
+    for float32 and float64; NumPy computes everything else, and raises its own errors.
 
     Examples
     --------
@@ -82,7 +82,7 @@ def linear_backward(
     x : ndarray, shape (..., K)
     weight : ndarray, shape (N, K)
     need_bias, need_input : bool, default True
-        Whether to make the gradients of the bias and of x.
+        Whether to compute the gradients of the bias and of x.
 
     Returns
     -------
@@ -114,7 +114,7 @@ def linear_backward(
 
 
 def _usable(*arrays: Array | None) -> bool:
-    """Whether the kernel knows such arrays, and there is one."""
+    """Whether the kernel can read these arrays, and at least one is not None."""
     first = arrays[0]
     if type(first) is not np.ndarray or first.dtype not in (_F32, _F64):
         return False
@@ -123,7 +123,7 @@ def _usable(*arrays: Array | None) -> bool:
 
 
 def _can_be_written(out: Array, *others: Array | None) -> bool:
-    """Whether the kernel may write to `out` directly: as a matrix, and without changing what it still has to read."""
+    """Whether the kernel may write to `out` directly: it is a matrix in memory and does not overlap an input."""
     matrix = out.flags.writeable and (out.ndim == 2 or out.flags.c_contiguous)
     return matrix and not any(np.may_share_memory(out, other) for other in others if other is not None)
 
@@ -152,7 +152,7 @@ def _matrix(x: Array) -> Array:
 
 @cache
 def _modules() -> Any:
-    """The modules that need Numba, imported when first used: the reference backend does without."""
+    """Import the modules that need Numba at their first use, because the reference backend works without Numba."""
     try:
         from numba.core import config
 
@@ -164,11 +164,11 @@ def _modules() -> Any:
 
 
 class _Plan(NamedTuple):
-    """All of a product that follows from shapes and strides, and not from where the arrays are."""
+    """Everything about a product that depends on shapes and strides only, and not on addresses."""
 
     kernel: Any
     swapped: bool  # whether the second operand is in the lanes
-    rest: bytes  # the record of the kernel after the addresses
+    rest: bytes  # the part of the kernel's record that follows the addresses
     items: int
     flops: float
     scratch_size: int
@@ -176,7 +176,7 @@ class _Plan(NamedTuple):
 
 
 _plans: BoundedCache[_Plan] = BoundedCache()
-SMALL_PLAN = 4096  # bytes of a plan and its key
+SMALL_PLAN = 4096  # bytes of a plan and its key, roughly
 
 
 def _multiply(
@@ -184,7 +184,7 @@ def _multiply(
 ) -> None:
     """Write ``out[i, j] = sum_k a[i, k] b[j, k] + bias[j]`` and ``sums[i] = sum_k a[i, k]``.
 
-    In a `long` sum the k are rows of a batch, and no order of them is promised to be the same in another batch.
+    In a `long` sum, k counts the rows of a batch, and the order of summation may differ from that in another batch.
     """
     if not out.size:
         if sums is not None:
@@ -277,18 +277,18 @@ def _make_plan(a: Array, b: Array, out: Array, bias: Array | None, sums: Array |
 
 
 class _Cut(NamedTuple):
-    """How a product is cut into work items."""
+    """The division of a product into work items."""
 
     panels: int
     blocks: int
     slab: int
     slabs: int
     groups: int
-    cost: float  # cycles for each k, roughly
+    cost: float  # approximate number of cycles for each k
 
 
 def _cut(spec: Any, lanes: Array, numbers: Array, long: bool) -> _Cut:
-    """Cut a product so that there are items for many threads; the shape alone decides."""
+    """Divide a product into items for many threads. The division depends on the shape alone."""
     (P, K), Q = lanes.shape, len(numbers)
     BM, MR, W = spec.query_tile, spec.block[0], spec.vector.width
     tiles, slabs = -(-P // BM), -(-Q // SLAB)
@@ -301,7 +301,7 @@ def _cut(spec: Any, lanes: Array, numbers: Array, long: bool) -> _Cut:
         slabs = max(slabs, min(-(-ITEMS // blocks), Q // SHORT_SLAB))
     slab = -(-Q // (slabs * MR)) * MR
     slabs = -(-Q // slab)
-    # Of packing one number; those of a vector that lies along the lanes need not be transposed.
+    # Cycles for packing one number. Numbers that are contiguous along the lanes need not be transposed.
     pack = 0.6 if lanes.strides[1] == lanes.itemsize else 0.15 if lanes.strides[0] == lanes.itemsize else 2.0
     padded = Q if Q == 1 else -(-Q // MR) * MR
     return _Cut(panels, blocks, slab, slabs, groups, tiles * BM * (padded / W + pack * slabs))

@@ -1,4 +1,4 @@
-"""What other models call the parameters of attention, for messages that say how to rename them."""
+"""Names of attention's parameters in other models, for messages that say how to rename them."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ _KINDS = ("weight", "bias")
 
 
 def how_to_rename(names: Iterable[str]) -> str:
-    """Say which of these names are probably which parameters, as the end of a message."""
+    """Return the end of a message that says which of these names are probably which parameters."""
     names = sorted(names)
     said = []
     for kind in _KINDS:
@@ -26,10 +26,10 @@ def how_to_rename(names: Iterable[str]) -> str:
                 break
     for own, aliases in _ALIASES.items():
         for kind in _KINDS:
-            found = [name for alias in aliases for name in names if _ends_with(name, f"{alias}.{kind}")]
-            if found:
-                transposed = ".T" if kind == "weight" and _ends_with(found[0], "c_proj.weight") else ""
-                said.append(f"'{own}.{kind}': state_dict['{found[0]}']{transposed}")
+            matches = [name for alias in aliases for name in names if _ends_with(name, f"{alias}.{kind}")]
+            if matches:
+                transposed = ".T" if kind == "weight" and _ends_with(matches[0], "c_proj.weight") else ""
+                said.append(f"'{own}.{kind}': state_dict['{matches[0]}']{transposed}")
     if said:
         return f"; to rename them, pass from_torch {{{', '.join(said)}}}"
     own_names = ", ".join(f"{own}.weight" for own in _ALIASES)

@@ -1,1 +1,1 @@
-"""What a call asks for, checked and resolved: one `Problem` for dense arrays, packed sequences and caches."""
+"""Validation: arrays and options become a `Problem`, for dense arrays, packed sequences and caches."""

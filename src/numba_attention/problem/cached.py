@@ -1,4 +1,4 @@
-"""New queries, the contents of a cache and `Options` in, a checked `Problem` out."""
+"""Validation of `attention_decode`: new queries, the contents of a cache and `Options` become a `Problem`."""
 
 from operator import itemgetter
 from typing import Any
@@ -29,10 +29,10 @@ def build(
     """Validate one `attention_decode` call and allocate its results."""
     q = as_tensor("query", query)
     lengths = contents.lengths
-    plain = is_bottom_right(options.is_causal) and _is_plain(options)  # what nearly every call asks for
+    plain = is_bottom_right(options.is_causal) and _is_plain(options)  # true of nearly every call
     if contents.table is None and (len(lengths) > 1 or not plain or contents.key_scale is not None):
-        # Lengths of a cache in one piece change in place, and the kernel would read past the columns of a mask. What is
-        # left is the step of one sequence, of which backends read only the number S.
+        # The lengths of a `KVCache` change in place: if another thread appends, a kernel could read past the columns of
+        # a mask. So they are copied, except for a plain step of one sequence, of which backends read only the number S.
         lengths = lengths.copy()
     flat = query.ndim == 3 and len(lengths) == 1
     if flat:
@@ -90,7 +90,7 @@ def _sizes(q: Array, query: Any, contents: Contents) -> tuple[int, int, int, int
 
 
 def _over_cache(options: Options, lengths: Array, H: int, L: int, S: int) -> Options:
-    """Options as `attention` takes them: lengths of the cache, masks over all of its keys."""
+    """Return options as for `attention`: with the lengths of the cache, and masks over all of its keys."""
     n, keys = len(lengths), lengths
     if options.key_lengths is not None:
         keys = broadcast_to("key_lengths", as_ints("key_lengths", options.key_lengths), (n,))
@@ -105,14 +105,14 @@ def _over_cache(options: Options, lengths: Array, H: int, L: int, S: int) -> Opt
 
 
 def is_of_newest(array: Array, L: int, S: int) -> bool:
-    """Whether a mask or bias says something of the L newest keys of every sequence only."""
+    """Whether a mask or bias has a column only for each of the L newest keys of every sequence."""
     return array.ndim >= 2 and array.shape[-1] not in (1, S) and array.shape[-1] == L
 
 
 def over_newest(name: str, array: Array, lengths: Array, H: int, L: int, S: int) -> Array:
-    """Extend what says something of the L newest keys of every sequence only to all keys, and check its shape.
+    """Extend a mask or bias about the L newest keys of every sequence to all keys, and check its shape.
 
-    Three axes are (H, L, keys), as broadcasting has it, and where they cannot be, (sequences, L, keys).
+    Three axes are (H, L, keys) as in broadcasting, or (sequences, L, keys) if the first axis cannot be H.
     """
     n, shape = len(lengths), array.shape
     if array.ndim == 3 and shape[0] not in (1, H) and shape[0] == n:
@@ -133,7 +133,7 @@ def over_newest(name: str, array: Array, lengths: Array, H: int, L: int, S: int)
         raise ValueError(f"{name} over the {L} newest keys needs so many in every sequence, got lengths {lengths}")
     array = array[(None,) * (4 - array.ndim)]
     array = np.broadcast_to(array, (n, *array.shape[1:3], L))
-    full = np.full((*array.shape[:-1], S), name == "mask", array.dtype)  # a key may be attended to, with a bias of 0
+    full = np.full((*array.shape[:-1], S), name == "mask", array.dtype)  # earlier keys are visible, with a bias of 0
     for b, length in enumerate(lengths):
         full[b, ..., length - L : length] = array[b]
     return full

@@ -1,4 +1,4 @@
-"""Arrays and `Options` in, a checked `Problem` out; what is wrong with them, `validation` says."""
+"""Validation of dense calls: arrays and `Options` become a `Problem`. The checks themselves are in `validation`."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -33,37 +33,37 @@ _F32, _F64, _F16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float
 
 
 class Empty(Protocol):
-    """What makes room for results: `numpy.empty`, or that of a device."""
+    """A function that allocates results: `numpy.empty`, or that of a device."""
 
     def __call__(self, shape: tuple[int, ...], dtype: Any, /) -> Array:
-        """Make an array, uninitialised."""
+        """Allocate an uninitialised array."""
 
 
 class Reduce(Protocol):
-    """What sums gradients: `sum_to`, or that of a device."""
+    """A function that sums gradients over broadcast axes: `sum_to`, or that of a device."""
 
     def __call__(self, x: Array, shape: tuple[int, ...], dtype: Any, empty: Empty, /) -> Array:
         """Sum over the axes along which `shape` was broadcast to that of x, and convert to `dtype`."""
 
 
 class Packing(NamedTuple):
-    """Where the sequences of a packed problem are, whose arrays hold all of them on the row axis."""
+    """The places of the sequences of a packed problem, whose arrays contain all sequences along the row axis."""
 
     query_starts: Array  # int64 (n,)
     query_rows: Array
     key_starts: Array
     key_rows: Array
-    # Whether rows and columns of mask and bias are those of the packed arrays, and not of each sequence.
+    # Whether the rows and the columns of mask and bias are those of the packed arrays, or else of each sequence.
     mask: tuple[bool, bool] = (False, False)
     bias: tuple[bool, bool] = (False, False)
 
 
 class Number(NamedTuple):
-    """A number that each sequence has: its field in the record that kernels read, and of `Problem`."""
+    """A number of each sequence: its field in the record that kernels read, and its field in `Problem`."""
 
     record: str
     problem: str
-    default: str | int  # where it is None: a number for all sequences, or the field of `Problem` that has it
+    default: str | int  # if it is None: a number for all sequences, or the name of a field of `Problem`
 
 
 NUMBERS = (
@@ -130,16 +130,16 @@ class BackwardProblem:
     query: Array  # gradients, to be written
     key: Array
     value: Array
-    bias_shape: tuple[int, ...] | None  # of the bias as given, with axes of size 1 in front up to (*batch, H, L, S)
-    inputs: tuple[Array, Array, Array]  # query, key, value as given
+    bias_shape: tuple[int, ...] | None  # shape of the caller's bias, with axes of size 1 in front
+    inputs: tuple[Array, Array, Array]  # query, key, value as the caller passed them
     options: Options
-    bias: Array | None = None  # to be made by the backend: of bias_shape, in its precision
-    sinks: Array | None = None  # to be made by the backend if the problem has sinks: (H,), in its precision
-    empty: Empty = np.empty  # makes room for what is returned
+    bias: Array | None = None  # gradient, allocated by the backend: of bias_shape, in its precision
+    sinks: Array | None = None  # gradient, allocated by the backend if the problem has sinks: (H,), in its precision
+    empty: Empty = np.empty  # allocates results
 
 
 def _operands(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array, bool]:
-    """Check query, key and value together; return them on one batch, and whether each was a matrix."""
+    """Check query, key and value together; return them broadcast to one batch, and whether all were matrices."""
     q, k, v = as_tensor("query", query), as_tensor("key", key), as_tensor("value", value)
     if not (q.dtype is k.dtype is v.dtype or q.dtype == k.dtype == v.dtype):
         raise TypeError(f"query, key and value must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
@@ -202,12 +202,12 @@ def build_backward(
     """Validate one `attention_backward` call and allocate the gradients of query, key and value."""
     q, k, v, flat = _operands(query, key, value)
     shape = (*q.shape[:-1], v.shape[-1])
-    given = shape[1:] if flat else shape
-    out = check_like("out", out, given, q.dtype)
-    grad_out = check_like("grad_out", grad_out, given, q.dtype)
-    lse = check_like("lse", lse, given[:-1], lse_dtype_of(q))
+    expected = shape[1:] if flat else shape
+    out = check_like("out", out, expected, q.dtype)
+    grad_out = check_like("grad_out", grad_out, expected, q.dtype)
+    lse = check_like("lse", lse, expected[:-1], lse_dtype_of(q))
     if grad_lse is not None:
-        grad_lse = check_like("grad_lse", grad_lse, given[:-1], lse_dtype_of(q))
+        grad_lse = check_like("grad_lse", grad_lse, expected[:-1], lse_dtype_of(q))
     full_out, full_lse, full_grad = (x[None] if flat else x for x in (out, lse, grad_out))
     full_grad_lse = grad_lse[None] if flat and grad_lse is not None else grad_lse
     problem = _resolve(q, k, v, options, full_out, full_lse, out, lse)
@@ -221,13 +221,13 @@ def build_backward(
 
 
 def spread_bias(array: Array, p: Problem) -> Array:
-    """A bias (n or 1, H or 1, rows or 1, columns or 1) over every sequence, head, row and column, not copied."""
+    """Broadcast a bias (n or 1, H or 1, rows or 1, columns or 1) over sequences, heads, rows and columns."""
     rows, columns = array.shape[-2:]
     return np.broadcast_to(array, (*p.batch, p.H, p.L if rows == 1 else rows, p.S if columns == 1 else columns))
 
 
 def finish(p: BackwardProblem, reduce: Reduce) -> Gradients:
-    """Sum what was broadcast, and give each gradient the shape and dtype of its input."""
+    """Sum over broadcast axes, and give each gradient the shape and dtype of its input."""
     q, k, v = (
         reduce(grad, x.shape, grad.dtype, p.empty) for grad, x in zip((p.query, p.key, p.value), p.inputs, strict=True)
     )
@@ -235,18 +235,18 @@ def finish(p: BackwardProblem, reduce: Reduce) -> Gradients:
 
 
 def of_options(p: BackwardProblem, reduce: Reduce) -> tuple[Array | None, Array | None]:
-    """Give the gradients of bias and sinks, None without, the shape and dtype of what they are of."""
+    """Return the gradients of bias and sinks, in the shape and dtype of their inputs, or None without these."""
     bias = sinks = None
     if p.bias is not None:
-        given = np.asarray(p.options.bias)
-        bias = reduce(p.bias.reshape(given.shape), given.shape, given.dtype, p.empty)
+        bias_of_caller = np.asarray(p.options.bias)
+        bias = reduce(p.bias.reshape(bias_of_caller.shape), bias_of_caller.shape, bias_of_caller.dtype, p.empty)
     if p.sinks is not None:
         sinks = reduce(p.sinks, p.sinks.shape, np.asarray(p.options.sinks).dtype, p.empty)
     return bias, sinks
 
 
 def sum_to(x: Array, shape: tuple[int, ...], dtype: Any = None, empty: Empty = np.empty) -> Array:
-    """Sum over the axes along which `shape` was broadcast to that of x; halves are summed as float32."""
+    """Sum over the axes along which `shape` was broadcast to that of x; half types are summed in float32."""
     if dtype is not None:
         x = x.astype(dtype, copy=False)
     if x.shape == shape:
@@ -295,7 +295,7 @@ def _apply(p: Problem, o: Options) -> None:
         softcap = as_real("softcap", o.softcap)
         if softcap <= 0:
             raise ValueError(f"softcap must be positive, got {softcap}")
-        # Within what keeps both softcap * log2(e) and its inverse finite in the compute type.
+        # Clamped so that both softcap * log2(e) and its inverse are finite in the compute type.
         limit = largest_computed(p.query.dtype) / 4
         p.softcap = min(max(softcap, 1 / limit), limit)
     if o.query_lengths is not None:

@@ -1,4 +1,4 @@
-"""Sequences laid end to end, their offsets and `Options` in, a checked `Problem` out."""
+"""Validation of packed calls: sequences laid end to end, their offsets and `Options` become a `Problem`."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ def build_backward(
     bias_shape = None if options.bias is None else _four(np.asarray(options.bias).shape)
     over_lse = None if grad_lse is None else _over(grad_lse, n)
     over_out = _over(grad_out.swapaxes(0, 1), n)
-    # The gradients stand where the inputs do otherwise: they have their shapes already, and nothing is to be summed.
+    # The gradients take the place of `inputs`: they have these shapes already, and no axis was broadcast.
     return BackwardProblem(problem, over_out, over_lse, dq, dk, dv, bias_shape, grads, options, empty=empty)
 
 
@@ -67,7 +67,7 @@ def finish(p: BackwardProblem, reduce: Reduce) -> Gradients:
 
 
 def _packed_operands(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:
-    """Check query, key and value, (T, heads, features); return them as (heads, T, features)."""
+    """Check query, key and value of shape (T, heads, features); return them as (heads, T, features)."""
     arrays = []
     for name, x in (("query", query), ("key", key), ("value", value)):
         array = as_ndarray(name, x)
@@ -102,7 +102,7 @@ def _starts(name: str, offsets: Any, total: int) -> Array:
 
 
 def _over(array: Array, n: int) -> Array:
-    """The array for each of n sequences, not copied."""
+    """Return a view with a first axis of n sequences, which all see the whole array."""
     return as_strided(array.view(np.ndarray), (n, *array.shape), (0, *array.strides))
 
 
@@ -132,7 +132,7 @@ def _problem(
 
 
 def lengths_within(name: str, lengths: Any, rows: Array) -> Array:
-    """The valid prefix of each sequence, all of it by default."""
+    """Check the valid length of each sequence; by default it is the number of its rows."""
     if lengths is None:
         return rows
     array = broadcast_to(name, as_ints(name, lengths), rows.shape)
@@ -150,17 +150,17 @@ def _four(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _over_tokens(name: str, array: Array, p: Problem) -> tuple[Array, tuple[bool, bool]]:
-    """A mask or bias over every sequence and head, and whether its rows and columns are those of the packed arrays."""
+    """Broadcast a mask or bias over sequences and heads; also return whether its rows and columns are packed."""
     tokens = p.query.shape[-2], p.key.shape[-2]
     longest = p.L, p.S
     if array.ndim <= 4:
         array = array.reshape(_four(array.shape))
-        given = array.shape[-2:]
-        packed = tuple(n not in (1, most) for n, most in zip(given, longest, strict=True))
-        fits = all(n in (1, most, total) for n, most, total in zip(given, longest, tokens, strict=True))
+        last_axes = array.shape[-2:]
+        packed = tuple(n not in (1, most) for n, most in zip(last_axes, longest, strict=True))
+        fits = all(n in (1, most, total) for n, most, total in zip(last_axes, longest, tokens, strict=True))
         if fits and all(n in (1, most) for n, most in zip(array.shape[:2], (*p.batch, p.H), strict=True)):
-            shape = (*p.batch, p.H, *(n if n != 1 else most for n, most in zip(given, longest, strict=True)))
-            # (With as many tokens in all as in the longest sequence, that one has them all, and both readings agree.)
+            shape = (*p.batch, p.H, *(n if n != 1 else most for n, most in zip(last_axes, longest, strict=True)))
+            # If one sequence has all tokens, the size of an axis fits both readings, and they mean the same.
             return np.broadcast_to(array, shape), (packed[0], packed[1])
     raise ValueError(
         f"{name} of shape {array.shape} broadcasts neither to {(*p.batch, p.H, *longest)}, "
