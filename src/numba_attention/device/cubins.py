@@ -21,37 +21,37 @@ _made: dict[str, bytes] = {}
 
 def cubin(key: str, make: Callable[[], bytes]) -> bytes:
     """Return the machine code of the kernel with this key, from the cache or from `make`."""
-    found = _made.get(key)
-    if found is None:
+    code = _made.get(key)
+    if code is None:
         with _lock:
-            found = _made.get(key)
-            if found is None:
-                found = _made[key] = _load_or_make(key, make)
-    return found
+            code = _made.get(key)
+            if code is None:
+                code = _made[key] = _load_or_make(key, make)
+    return code
 
 
 def place(key: str) -> tuple[Path | None, str]:
-    """Where the machine code of a kernel is kept, None if there is no cache, and the key that its checksum covers."""
+    """Return the path of a kernel's machine code, None if there is no cache, and the key that its checksum covers."""
     full_key = f"{key} {environment()}"
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", key)[:80]
     return path_of(f"{name}-{_mark()}", full_key, _SUFFIX), full_key
 
 
 def are_kept() -> bool:
-    """Whether the cache has kernels that these sources and compilers made."""
+    """Whether the cache has kernels from these sources and compilers."""
     return any(path.suffix == _SUFFIX and f"-{_mark()}-" in path.name for path in entries())
 
 
 def _mark() -> str:
-    """What names of files tell of the environment."""
+    """Return the part of file names that identifies sources and compilers."""
     return environment()[:8]
 
 
 def _load_or_make(key: str, make: Callable[[], bytes]) -> bytes:
     path, full_key = place(key)
-    found = read_checked(path, full_key) if path else None
-    if found is not None:
-        return found
+    cached = read_checked(path, full_key) if path else None
+    if cached is not None:
+        return cached
     code = make()
     if path is not None:
         try:
@@ -63,9 +63,9 @@ def _load_or_make(key: str, make: Callable[[], bytes]) -> bytes:
 
 def entry(code: bytes) -> str:
     """Return the name of the kernel in a cubin, from the name of its ``.text`` section."""
-    found = re.search(rb"\0\.text\.([\w$]+)\0", code)
-    assert found is not None
-    return found.group(1).decode()
+    section = re.search(rb"\0\.text\.([\w$]+)\0", code)
+    assert section is not None
+    return section.group(1).decode()
 
 
 def sources() -> list[Path]:

@@ -35,10 +35,10 @@ def _packages() -> str | None:
         verb = "are" if len(missing) > 1 else "is"
         return f"{' and '.join(missing)} {verb} not installed; install them with {_EXTRAS}"
     for name, oldest in _NEEDED.values():
-        found = _version(name)
-        if found is not None and tuple(map(int, re.findall(r"\d+", found)[:2])) < oldest:
+        version = _version(name)
+        if version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < oldest:
             wanted = ".".join(map(str, oldest))
-            return f"{name} {found} is too old, {wanted} or newer is needed; update it with {_EXTRAS}"
+            return f"{name} {version} is too old, {wanted} or newer is needed; update it with {_EXTRAS}"
     return None
 
 
@@ -77,9 +77,9 @@ def _driver() -> str | None:
     _, number = driver.cuDriverGetVersion()
     built_for = toolkit_major()
     if number // 1000 < built_for:
-        found = f"{number // 1000}.{number % 1000 // 10}"
+        newest = f"{number // 1000}.{number % 1000 // 10}"
         return (
-            f"the NVIDIA driver is too old: it supports CUDA {found}, and the packages installed are for {built_for}; "
+            f"the NVIDIA driver is too old: it supports CUDA {newest}, and the packages installed are for {built_for}; "
             f"update the driver, or install {_matching(number // 1000)}"
         )
     return None
@@ -95,13 +95,13 @@ def _devices() -> str | None:
     if not count:
         return _NONE
     attribute = driver.CUdevice_attribute
-    found = []
+    capabilities = []
     for ordinal in range(count):
         _, device = driver.cuDeviceGet(ordinal)
         _, major = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
         _, minor = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
-        found.append((int(major), int(minor)))
-    best = max(found)
+        capabilities.append((int(major), int(minor)))
+    best = max(capabilities)
     if best < OLDEST:
         return (
             f"the GPU has compute capability {best[0]}.{best[1]}, and the kernels need {OLDEST[0]}.{OLDEST[1]} (Volta)"
@@ -143,5 +143,5 @@ def api() -> Any:
 
 
 def toolkit_major() -> int:
-    found: str = import_module("cuda.bindings").__version__
-    return int(found.partition(".")[0])
+    version: str = import_module("cuda.bindings").__version__
+    return int(version.partition(".")[0])

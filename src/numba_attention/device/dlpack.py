@@ -60,20 +60,20 @@ def read(capsule: Any, owner: Any) -> Array:
     return header(address, shape, strides, dtype, (owner, capsule), tensor.device.ordinal)
 
 
-def _dtype_of(found: _Type) -> np.dtype[Any]:
-    if found.lanes == 1:
-        if (found.code, found.bits) in _OF_ML_DTYPES:
-            return of_ml_dtypes(_OF_ML_DTYPES[found.code, found.bits])
-        kind = _KINDS.get(found.code)
-        if kind == "b" and found.bits == 8:
+def _dtype_of(element: _Type) -> np.dtype[Any]:
+    if element.lanes == 1:
+        if (element.code, element.bits) in _OF_ML_DTYPES:
+            return of_ml_dtypes(_OF_ML_DTYPES[element.code, element.bits])
+        kind = _KINDS.get(element.code)
+        if kind == "b" and element.bits == 8:
             return np.dtype(np.bool_)
-        if kind is not None and found.bits in (8, 16, 32, 64, 128):
+        if kind is not None and element.bits in (8, 16, 32, 64, 128):
             try:
-                return np.dtype(f"{kind}{found.bits // 8}")
+                return np.dtype(f"{kind}{element.bits // 8}")
             except TypeError:
                 pass
     raise TypeError(
-        f"an array of DLPack type code {found.code}, {found.bits} bits, {found.lanes} lanes cannot be taken"
+        f"an array of DLPack type code {element.code}, {element.bits} bits, {element.lanes} lanes cannot be taken"
     )
 
 
@@ -94,8 +94,8 @@ class Exported:
 
     def __init__(self, array: Array) -> None:
         self._array = array
-        found = held(array)
-        self._device = 0 if found is None else found.device
+        base = held(array)
+        self._device = 0 if base is None else base.device
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:

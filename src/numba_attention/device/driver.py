@@ -120,8 +120,8 @@ class Driver:
     @contextmanager
     def on(self, ordinal: int) -> Iterator[None]:
         """Make a GPU the current one of the calling thread, within a block."""
-        error, found = self._api.cuCtxGetDevice()
-        if not error and int(found) == ordinal:
+        error, current = self._api.cuCtxGetDevice()
+        if not error and int(current) == ordinal:
             yield
             return
         previous = self._call(self._api.cuCtxGetCurrent)
@@ -219,11 +219,11 @@ class Driver:
     def launch_again(self, again: Again, stream: int) -> None:
         """Repeat a launch with its present numbers, which takes some 2 us less than `launch`."""
         kernel, ordinal = again.kernel, self.current()
-        found = kernel.functions.get((ordinal, stream))
-        if found is None:
+        handles = kernel.functions.get((ordinal, stream))
+        if handles is None:
             function = self._api.CUfunction(int(self._loaded(kernel, ordinal).handle))
-            found = kernel.functions[ordinal, stream] = function, self._api.CUstream(stream)
-        function, on = found
+            handles = kernel.functions[ordinal, stream] = function, self._api.CUstream(stream)
+        function, on = handles
         (error,) = self._api.cuLaunchKernel(
             function, *again.grid, kernel.threads, 1, 1, kernel.shared, on, again.parameters, 0
         )
@@ -290,10 +290,10 @@ class Driver:
     def _stream(self, handle: int) -> Any:
         """Return the object of cuda.core for a stream of the current GPU, which takes 10 us to make."""
         key = handle, self.current()
-        found = self._streams.get(key)
-        if found is None:
-            found = self._streams[key] = self._core.Stream.from_handle(handle)
-        return found
+        stream = self._streams.get(key)
+        if stream is None:
+            stream = self._streams[key] = self._core.Stream.from_handle(handle)
+        return stream
 
     def _call(self, function: Any, *arguments: Any) -> Any:
         """Call a function of the driver, which returns an error code and its result; return the result."""
@@ -337,15 +337,15 @@ class _Staging:
 def _device(ordinal: int) -> Device:
     import cuda.core
 
-    found = cuda.core.Device(ordinal)
-    major, minor = found.compute_capability
+    gpu = cuda.core.Device(ordinal)
+    major, minor = gpu.compute_capability
     return Device(
         ordinal,
         (int(major), int(minor)),
         arch_of(int(major), int(minor)),
-        int(found.properties.multiprocessor_count),
-        int(found.properties.max_shared_memory_per_block_optin),
-        str(found.name),
+        int(gpu.properties.multiprocessor_count),
+        int(gpu.properties.max_shared_memory_per_block_optin),
+        str(gpu.name),
     )
 
 

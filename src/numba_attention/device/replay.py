@@ -69,13 +69,13 @@ class Recorder:
 
     def make(self, array: Array, is_result: bool, cleared: int = 0) -> None:
         """Record an allocation."""
-        found = held(array)
-        if found is None or not array.size:
+        base = held(array)
+        if base is None or not array.size:
             return self.give_up()
         self._sources[address_of(array)] = self._number + len(self.made)
         if is_result:
-            self._owners[id(found.owner)] = len(self.made)
-        self._alive.append(found.owner)
+            self._owners[id(base.owner)] = len(self.made)
+        self._alive.append(base.owner)
         self.made.append(Made(array.shape, array.dtype, 0 if is_result else array.nbytes, cleared))
 
     def fix(self, array: Array) -> None:
@@ -99,11 +99,11 @@ class Recorder:
         if not self.possible or not self.launches:
             return
         try:
-            built = _pattern(result, self._owners)
+            pattern = _pattern(result, self._owners)
         except KeyError:  # a result that `make` did not record
             return
         fixed = list(self._fixed.values())
-        _recorded.add(key, Recorded(self.made, self.launches, built, fixed), SMALL + sum(x.nbytes for x in fixed))
+        _recorded.add(key, Recorded(self.made, self.launches, pattern, fixed), SMALL + sum(x.nbytes for x in fixed))
 
 
 def _pattern(result: Any, owners: dict[int, int]) -> Any:
@@ -113,10 +113,10 @@ def _pattern(result: Any, owners: dict[int, int]) -> Any:
     if isinstance(result, tuple):
         parts = [_pattern(x, owners) for x in result]
         return type(result), parts
-    found = held(result)
-    if found is None or not result.flags.c_contiguous:
+    base = held(result)
+    if base is None or not result.flags.c_contiguous:
         raise KeyError(result)
-    return owners[id(found.owner)], result.shape
+    return owners[id(base.owner)], result.shape
 
 
 def _built(pattern: Any, arrays: list[Any]) -> Any:

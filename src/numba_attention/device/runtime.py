@@ -49,10 +49,10 @@ def current_device() -> Device:
 
 def device_of(array: Array) -> Device:
     """Return the device of the memory that a header describes."""
-    found = held(array)
-    if found is None:
+    base = held(array)
+    if base is None:
         raise TypeError("this array is in memory of the host, and has no device")
-    return driver.device(found.device)
+    return driver.device(base.device)
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any, stream: int, cleared: int = 0) -> Array:
@@ -70,11 +70,11 @@ def empty(shape: int | tuple[int, ...], dtype: Any, stream: int, cleared: int = 
     memory = driver.allocate(size, stream)
     if cleared:
         driver.clear(memory.address, cleared, stream)
-    made = header(memory.address, shape, None, dtype, memory, driver.current())
+    array = header(memory.address, shape, None, dtype, memory, driver.current())
     recorder = replay.current()
     if recorder is not None:
-        recorder.make(made, is_result=False, cleared=cleared)
-    return made
+        recorder.make(array, is_result=False, cleared=cleared)
+    return array
 
 
 def upload(array: Array, stream: int) -> Array:
@@ -83,10 +83,10 @@ def upload(array: Array, stream: int) -> Array:
     if recorder is not None:
         recorder.give_up()
     once = stored(array)
-    made = empty(once.shape, once.dtype, stream)
+    copy = empty(once.shape, once.dtype, stream)
     if once.size:
-        driver.write(address_of(made), once, stream)
-    return made if made.shape == array.shape else np.broadcast_to(made, array.shape)
+        driver.write(address_of(copy), once, stream)
+    return copy if copy.shape == array.shape else np.broadcast_to(copy, array.shape)
 
 
 def download(array: Array, out: Array, stream: int) -> None:
