@@ -1,6 +1,7 @@
-"""What every test file shares: one profile for hypothesis, and backends left as they were found."""
+"""What every test file shares: a profile for hypothesis, backends left as they were found, what rounds leave out."""
 
 import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -14,6 +15,21 @@ backends = sys.modules["numba_attention.backends"]
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
 hypothesis.settings.load_profile("default")
+
+
+HERE = Path(__file__).parent
+# Kernels in the emulator and the compiler for GPUs; processes that fail, one a case; two minutes of random calls.
+WHOLE_GRID_ONLY = {HERE / folder for folder in ("cuda", "faults", "fuzz")}
+WITH_PEERS = {HERE / "device", *(HERE / f"test_{name}.py" for name in ("torch_bridge", "jax_bridge", "benchmarking"))}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        where = {item.path, *item.path.parents}
+        if where & WHOLE_GRID_ONLY:
+            item.add_marker(pytest.mark.slow)
+        if where & WITH_PEERS or "torch" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.peer)
 
 
 @pytest.fixture(autouse=True)

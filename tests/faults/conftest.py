@@ -10,12 +10,9 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(config, items):
-    cases = [item for item in items if HERE in item.path.parents]
     if "faults" in config.option.markexpr:
         return
-    for item in cases:
-        item.add_marker(pytest.mark.slow)
-    long = [item for item in cases if item.get_closest_marker("faults")]
+    long = [item for item in items if HERE in item.path.parents and item.get_closest_marker("faults")]
     if long:
         items[:] = [item for item in items if item not in long]
         config.hook.pytest_deselected(items=long)
