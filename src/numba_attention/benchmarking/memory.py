@@ -67,8 +67,9 @@ def _with(option: Callable[[int], Arguments]) -> Callable[[int], Arguments]:
 
 def _all_together(L: int) -> Arguments:
     options: Arguments = {}
-    for add in _OPTIONS.values():
-        options |= add(L)
+    for name, add in _OPTIONS.items():
+        if name != "prefix_lengths":  # which a window with a left end excludes
+            options |= add(L)
     return _plain(1, L, Ev=96) | options | {"mask": _mask(L), "bias": _bias(L), "is_causal": "bottom-right"}
 
 

@@ -42,7 +42,9 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     real: Any = vector.dtype
     infinity = math.inf
 
-    state_of, scores_of, hidden_of, out_of, extra_of = views(areas_of(spec), "state scores hidden out extra")
+    state_of, scores_of, hidden_of, out_of, extra_of, saved_of = views(
+        areas_of(spec), "state scores hidden out extra saved"
+    )
     starts_of, stops_of, out_rows_of, lse_rows_of, lane_counts_of = views(
         areas_of(spec), "starts stops out_rows lse_rows lane_counts"
     )
@@ -117,9 +119,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
     @spec.jit
     def fold_keys(
-        p: Any, s: Any, at: int, head: int, start: int, stop: int, all_start: int, all_stop: int, nan_safe: bool
-    ) -> None:
-        """Fold every visible tile of keys into the state; if `nan_safe`, maxima and denominators are final."""
+        p: Any, s: Any, at: int, head: int, start: int, stop: int, all_start: int, all_stop: int, nan_safe: bool,
+        normalized: bool,
+    ) -> None:  # fmt: skip
+        """Fold every visible tile of keys into the state; if `normalized`, maxima and denominators are final."""
         for j0 in range(start, stop, BN):
             n = min(BN, stop - j0)
             if p.mask != 0 and hides_all(p, s, at, j0, n):
@@ -128,6 +131,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
             if nan_safe:
                 mark_hidden(p, at, n)
+            if normalized:
                 weigh(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_scores)
             else:
                 step_softmax(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_scores)
@@ -141,9 +145,9 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         lanes = lane_counts_of(p, at)[0]
         state = state_of(p, at)
         out = out_of(p, at)
-        extra = extra_of(p, at)
+        extra, saved = extra_of(p, at), saved_of(p, at)
         scores_of(p, at)[:] = 0  # lanes without a query row are never written, and must not hold NaN
-        nan_safe = False
+        nan_safe, normalized = False, False
         start, stop, all_start, all_stop = place_rows(p, s, at, head, first_row, lanes)
         # Reproducibility: key tiles begin at multiples of BN, so that no bit of a row depends on the intervals of other
         # rows in its tile.
@@ -155,20 +159,37 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             out[: lanes * pitch_of(p)] = 0
             if nan_safe:
                 extra[: lanes * pitch_of(p)] = 0
-            fold_keys(p, s, at, head, start, stop, all_start, all_stop, nan_safe)
+            fold_keys(p, s, at, head, start, stop, all_start, all_stop, nan_safe, normalized)
             if nan_safe:
                 for x in range(lanes * pitch_of(p)):
                     out[x] += extra[x]
-            # NaN-safe retry, as in `forward.attend`: an output that is NaN is recomputed with normalized weights.
-            if nan_safe or not has_nan(at + p.at_out, lanes * pitch_of(p) // W):
+            # NaN-safe retry, and normalized weights for rows whose sums overflow: see `forward.attend`.
+            if normalized or not has_nan(at + p.at_out, lanes * pitch_of(p) // W):
                 break
-            nan_safe = True
-            for lane in range(W):
-                state[INVERSE, lane], state[RESCALE, lane] = power_below(state[SUM, lane]), 1
+            if not nan_safe:
+                nan_safe = True
+                place_rows(p, s, at, head, first_row, lanes)
+                if split > 0:
+                    state[MAX], state[SUM] = -infinity, 0
+            else:
+                normalized = True
+                for x in range(lanes * pitch_of(p)):
+                    saved[x] = out[x]
+                for lane in range(W):
+                    state[INVERSE, lane], state[RESCALE, lane] = power_below(state[SUM, lane]), 1
+        if normalized:
+            for lane in range(lanes):
+                row, finite = lane * pitch_of(p), True
+                for x in range(row, row + pitch_of(p)):
+                    finite = finite and math.isfinite(saved[x])
+                if finite:
+                    state[INVERSE, lane] = 1
+                    for x in range(row, row + pitch_of(p)):
+                        out[x] = saved[x]
         for lane in range(W):
             total = state[SUM, lane]
             state[RESCALE, lane] = real(1) / total if total != 0 else real(0)
-            if nan_safe and total != 0:
+            if normalized and total != 0:
                 state[RESCALE, lane] /= state[INVERSE, lane]
 
     @spec.jit

@@ -54,8 +54,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     infinity = math.inf
     with_output, quantized = spec.task == "forward", spec.quantized
 
-    state_of, scores_of, hidden_of, values_of, out_of, extra_of, high_of, low_of = views(
-        areas_of(spec), "state scores hidden values out extra high low"
+    state_of, scores_of, hidden_of, values_of, out_of, extra_of, saved_of, high_of, low_of = views(
+        areas_of(spec), "state scores hidden values out extra saved high low"
     )
     starts_of, stops_of, lse_rows_of = views(areas_of(spec), "starts stops lse_rows")
     place_rows, pack_rows, _, hides_all, score_tile, sources = make_scoring(spec)
@@ -140,8 +140,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         carry(at + p.at_out, rows, at + p.at_high, at + p.at_low, at + p.at_state, factor)
 
     @spec.jit
-    def fold_keys(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int], nan_safe: bool) -> None:
-        """Fold every visible tile of keys into the state; if `nan_safe`, maxima and denominators are final."""
+    def fold_keys(
+        p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int], nan_safe: bool, normalized: bool
+    ) -> None:
+        """Fold every visible tile of keys into the state; if `normalized`, maxima and denominators are final."""
         start, stop, all_start, all_stop = seen
         factor, visited = real(p.unit * LOG2E), 0
         for j0 in range(start, stop, BN):
@@ -158,6 +160,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 for j in range(n):
                     for lane in range(BM):
                         hidden[j, lane] = scores[j, lane] == -infinity
+            if normalized:
                 weigh(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
             else:
                 step_softmax(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
@@ -218,33 +221,63 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         write_zeros(p, at, stop, p.Ev)
 
     @spec.jit
+    def save_outputs(p: Any, at: int) -> None:
+        """Keep the outputs, and prepare weights that are divided by a power of two below their sum."""
+        lanes, out, saved = state_of(p, at), out_of(p, at), saved_of(p, at)
+        for e in range(p.Ev):
+            for lane in range(BM):
+                saved[e, lane] = out[e, lane]
+        for lane in range(BM):
+            lanes[INVERSE, lane], lanes[RESCALE, lane] = power_below(lanes[SUM, lane]), 1
+
+    @spec.jit
+    def restore_finite(p: Any, at: int) -> None:
+        """Take the outputs back of the rows that were finite without normalized weights: they keep their bits."""
+        lanes, out, saved = state_of(p, at), out_of(p, at), saved_of(p, at)
+        for lane in range(BM):
+            finite = True
+            for e in range(p.Ev):
+                finite = finite and math.isfinite(saved[e, lane])
+            if finite:
+                lanes[INVERSE, lane] = 1
+                for e in range(p.Ev):
+                    out[e, lane] = saved[e, lane]
+
+    @spec.jit
     def attend(p: Any, s: Any, at: int, head: int, first_row: int) -> None:
         """One work item: fold the keys into the rows' states, then write what is asked for."""
         lanes = state_of(p, at)
         out = out_of(p, at)
         extra = extra_of(p, at)
-        nan_safe = False
-        seen = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
+        nan_safe, normalized = False, False
+        count = min(BM, s.rows * p.group - first_row)
+        seen = place_rows(p, s, at, head, first_row, count)
         pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
         while True:
             if with_output:
                 out[: p.out_depth] = 0
             if nan_safe:
                 extra[: p.Ev] = 0
-            fold_keys(p, s, at, head, seen, nan_safe)
+            fold_keys(p, s, at, head, seen, nan_safe, normalized)
             if nan_safe:
                 for e in range(p.Ev):
                     for lane in range(BM):
                         out[e, lane] += extra[e, lane]
-            # NaN-safe retry: 0 * NaN and 0 * infinity are NaN, so that a value behind a mask, or with a weight that
-            # underflowed, would spoil its rows; and a sum of large values may overflow before it is divided by the
-            # denominator. Guarding every product would slow down every call. A tile with NaN or infinity in its output
-            # is recomputed instead, without such values, and with weights that sum to at most 1.
-            if not with_output or nan_safe or not has_nan(at + p.at_out, p.Ev):
+            if not with_output or normalized or not has_nan(at + p.at_out, p.Ev):
                 break
-            nan_safe = True
-            for lane in range(BM):
-                lanes[INVERSE, lane], lanes[RESCALE, lane] = power_below(lanes[SUM, lane]), 1
+            if not nan_safe:
+                # NaN-safe retry: 0 * NaN and 0 * infinity are NaN, so that a value behind a mask, or with a weight that
+                # underflowed, would spoil its rows. Guarding every product would slow down every call. A tile with NaN
+                # or infinity in its output is recomputed instead, without such values: finite rows have the same bits.
+                nan_safe = True
+                seen = place_rows(p, s, at, head, first_row, count)
+            else:
+                # A sum of large values may overflow before it is divided by the denominator. Rows that are not finite
+                # yet are recomputed with weights that sum to at most 1.
+                normalized = True
+                save_outputs(p, at)
+        if normalized:
+            restore_finite(p, at)
         starts, stops = starts_of(p, at), stops_of(p, at)
         for lane in range(BM):
             total = lanes[SUM, lane]
@@ -253,7 +286,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 inverse = real(1) / total
             elif starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0:
                 inverse = real(math.nan)  # keys were visible, and every score was -inf, which only infinite inputs give
-            lanes[RESCALE, lane] = inverse / lanes[INVERSE, lane] if nan_safe and total != 0 else inverse
+            lanes[RESCALE, lane] = inverse / lanes[INVERSE, lane] if normalized and total != 0 else inverse
             lanes[INVERSE, lane] = inverse
         if not with_output:
             write_weights(p, s, at, head, seen)

@@ -84,6 +84,7 @@ def _of_forward(spec: Spec, E: int, Ev: int) -> dict[str, Area]:
         "values": Area((BN * Ev,), np.uint16 if spec.bf16_dot else real),
         "raw_values": Area((BN * Ev * spec.kv_element.size,), np.uint8),
         "extra": Area((Ev, BM), real),
+        "saved": Area((Ev, BM), real),  # the outputs before those of normalized weights
     }
 
 
@@ -92,6 +93,7 @@ def _of_decode(spec: Spec, E: int, Ev: int) -> dict[str, Area]:
     return _of_scoring(spec, E) | {
         "out": Area((W * padded(spec, Ev),), real),
         "extra": Area((W * padded(spec, Ev),), real),
+        "saved": Area((W * padded(spec, Ev),), real),  # the outputs before those of normalized weights
         "lane_counts": Area((2,), np.int64),  # of a tile, and of each head in it
         "raw_values": Area((BN * Ev * spec.kv_element.size,), np.uint8),
         "raw_rows": Area((BN,), np.int64),
