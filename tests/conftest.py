@@ -1,6 +1,8 @@
 """What every test file shares: a profile for hypothesis, backends left as they were found, what rounds leave out."""
 
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import hypothesis
@@ -16,6 +18,10 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=50, 
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
 hypothesis.settings.load_profile("default")
 
+
+# A shell starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = Path(__file__).parent
 # Kernels in the emulator and the compiler for GPUs; processes that fail, one a case; two minutes of random calls.

@@ -9,6 +9,7 @@ import pytest
 
 import numba_attention as na
 from caching import TOLERANCE, arrays, filled
+from numba_attention.cpu.decode import SPLIT
 from numba_attention.options import Options
 from numba_attention.problem.cached import build
 
@@ -395,3 +396,16 @@ def test_layer_leaves_the_cache_alone_where_it_refuses():
     with pytest.raises(na.CacheFullError):
         layer(x[:, :13], cache=paged)
     assert paged.lengths().tolist() == [10, 10]
+
+
+def test_a_sink_counts_once_however_many_splits_there_are():
+    """Against a textbook of one query: keys are dealt out to four splits."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((2, n, 16), dtype=np.float32) for n in (1, 3 * SPLIT + 5, 3 * SPLIT + 5))
+    sinks = np.array([7.0, 9.0])
+    out, lse = na.attention(query, key, value, sinks=sinks, return_lse=True)
+    scores = (query.astype(np.float64) @ key.swapaxes(-1, -2) / 4)[:, 0]
+    denominator = np.exp(scores).sum(-1) + np.exp(sinks)
+    np.testing.assert_allclose(lse[:, 0], np.log(denominator), rtol=1e-6)
+    want = np.einsum("hj,hje->he", np.exp(scores) / denominator[:, None], value)
+    np.testing.assert_allclose(out[:, 0], want, atol=1e-6)
