@@ -19,7 +19,6 @@ from pathlib import Path
 from .errors import NumbaAttentionWarning
 
 ENVIRONMENT = "NUMBA_ATTENTION_CACHE_DIR"
-SUFFIXES = (".kernel", ".cubin")
 _NAME = re.compile(r".*-[0-9a-f]{32}\.(kernel|cubin)")
 # A version of the package has some 30 kernels of 50 KB for a CPU and some hundred of 100 KB for a GPU.
 LARGEST = 256 * 2**20  # bytes of all files, above which the oldest are removed
@@ -150,7 +149,7 @@ def _touch(path: Path) -> None:
 def entries() -> list[Path]:
     """The files in the cache."""
     folder = directory()
-    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES) if folder else []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name)) if folder else []
 
 
 def _prune_once(folder: Path) -> None:

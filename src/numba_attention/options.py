@@ -67,7 +67,6 @@ PER_SCORE = ("mask", "bias")
 PER_HEAD = ("alibi_slopes",)
 PER_SEQUENCE = ("query_offset", "query_lengths", "key_lengths", "prefix_lengths")
 PER_CALL = ("sinks",)
-DIFFERENTIABLE = ("bias", "sinks")
 
 # Names of these options in other libraries: PyTorch, flash-attn, xFormers, JAX, ONNX, Hugging Face's transformers.
 _ELSEWHERE = {
