@@ -63,7 +63,7 @@ class Sequence:
             finite = np.where(np.isinf(self.lse.mid), 0, np.abs(self.lse.mid))
             loose = (self.scores.rad + (self.lse.rad + 4 * t.u * (1 + finite))[..., None]) * self.visible
             p = self.weights
-            W = np.maximum(p.rad, np.minimum(p.mid * np.expm1(np.minimum(loose, 700)), 1 + p.mid))
+            W = np.maximum(p.rad, np.minimum(p.mid * np.expm1(np.minimum(loose, 700)), 1.02 + p.mid))
             p = Ball(p.mid, np.where(np.isnan(W), np.inf, W))
             sink = self.of_sink
             loose = self.lse.rad + 8 * t.u * (1 + finite)
@@ -85,18 +85,18 @@ class Sequence:
             dS = Ball(np.where(self.visible, dS.mid, 0), np.where(self.visible, dS.rad, 0))
         p = Ball(p.mid, np.where(self.visible, p.rad + rounding * p.size, 0))
         dQ = matmul(dS, self.k, t, self.scale, first=False)
-        dK = self._of_group(matmul(dS.T, self.query, t, self.scale, first=False))
-        dV = self._of_group(matmul(p.T, grad_out, t))
+        dK = matmul(self._by_key_head(dS).T, self._by_key_head(self.query), t, self.scale, first=False)
+        dV = matmul(self._by_key_head(p).T, self._by_key_head(grad_out), t)
         of_sink = None
         if self.sinks is not None:
             each = multiply(sink, D, t)
             of_sink = total(Ball(-each.mid, np.where(sink.mid > 0, each.rad, 0)), -1, t)
         return dQ, dK, dV, of_bias, of_sink
 
-    def _of_group(self, x):
-        """Sum what query heads give to the key/value head that they share."""
+    def _by_key_head(self, x):
+        """The rows of the query heads that share a key/value head, one after another: their sums are one sum."""
         Hkv = len(self.key.mid)
-        return total(x.reshape(Hkv, len(x.mid) // Hkv, *x.mid.shape[1:]), 1, self.t)
+        return x.reshape(Hkv, len(x.mid) // Hkv * x.mid.shape[1], x.mid.shape[2])
 
 
 def _rounded(x, t):

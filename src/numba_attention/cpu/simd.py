@@ -96,6 +96,10 @@ class Vector:
         """The larger; y where either is NaN (this operand order is one maxps)."""
         return b.select(b.fcmp_ordered(">", x, y), x, y)
 
+    def min(self, b: Builder, x: Value, y: Value) -> Value:
+        """The smaller; y where either is NaN (this operand order is one minps)."""
+        return b.select(b.fcmp_ordered("<", x, y), x, y)
+
     def abs(self, b: Builder, x: Value) -> Value:
         return call(b, f"llvm.fabs.v{self.width}f{self.bits}", self.type, x)
 

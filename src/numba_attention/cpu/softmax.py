@@ -25,6 +25,7 @@ from .spec import Spec
 # Rows of the state scratch, each one vector block of query_tile values.
 TILE_MAX, MAX, SUM, RESCALE, INVERSE, SLOPE, POSITION, FIRST, SPAN, BEFORE, SUM_HIGH, SUM_LOW, ROWS = range(13)
 LEVEL = 64  # tiles of keys whose sum is then added to a second, compensated level
+SLACK = 2.0**-6  # binary logarithm of how far a recomputed weight may exceed 1, before its rounding
 SUM_ROWS = 8  # rows of a tile that a micro-kernel of role "sum" takes at once, at most
 
 Weigh = Callable[[Value, int], Value]
@@ -271,6 +272,9 @@ def softmax_gradient(spec: Spec) -> Any:
     Scores become P = 2**((s - m) * factor) * inverse and the gradients dP of P become dS; m, inverse and delta are the
     state rows MAX, INVERSE and SUM. A weight of exactly 0 has no gradient, whatever dP is. Rows up to the next multiple
     of `SUM_ROWS` become 0.
+
+    No weight exceeds 1 by more than `SLACK` allows: where a score is the small difference of large products, summed in
+    another order than in the forward pass, it may lie above m by any amount.
     """
     vector = spec.vector
     NV = spec.block[1]
@@ -281,6 +285,7 @@ def softmax_gradient(spec: Spec) -> Any:
     def build(b: Builder, scores: Value, grads: Value, n: Value, state: Value, factor: Value) -> None:
         px = pointer(b, state)
         exponential = _exponential(spec, b, factor, False)
+        slack = vector.splat(b, b.fdiv(ir.Constant(vector.element, SLACK), factor))
         highest, inverse, delta = (
             [vector.load(b, px, row * row_bytes + v * width) for v in range(NV)] for row in (MAX, INVERSE, SUM)
         )
@@ -288,7 +293,8 @@ def softmax_gradient(spec: Spec) -> Any:
         def body(i: Value, carried: list[Value]) -> list[Value]:
             row, grad = carried
             for v in range(NV):
-                p = b.fmul(exponential(b.fsub(vector.load(b, row, v * width), highest[v])), inverse[v])
+                difference = vector.min(b, slack, b.fsub(vector.load(b, row, v * width), highest[v]))
+                p = b.fmul(exponential(difference), inverse[v])
                 vector.store(b, p, row, v * width)
                 ds = b.fmul(p, b.fsub(vector.load(b, grad, v * width), delta[v]))
                 vector.store(b, b.select(b.fcmp_ordered("==", p, zero), zero, ds), grad, v * width)
