@@ -68,7 +68,7 @@ def exact(x):
 
 def _ball(mid, rad, size, t):
     """Join midpoint and radius; `size` bounds what was met on the way."""
-    rad = np.where(np.isnan(rad) | (size > Real(t.largest) * (1 + 4 * t.u)), np.inf, rad)
+    rad = np.where(np.isnan(rad) | (size + rad > Real(t.largest)), np.inf, rad)
     return Ball(mid, rad)
 
 
@@ -98,7 +98,8 @@ def matmul(a, b, t, scale=1.0, first=True):
     rad = rad + tiny * (n + a.size.sum(-1)[..., :, None] + b.size.sum(-2)[..., None, :])
     met = size
     if not first:
-        met = np.maximum(size, 4 * np.maximum(a.size @ b.size, a.size.max(-1, keepdims=True, initial=0)))
+        most = a.size + a.rad
+        met = np.maximum(size, 4 * np.maximum(most @ b.size, most.max(-1, keepdims=True, initial=0)))
     return _ball(Real(scale) * (a.mid @ b.mid), rad, met, t)
 
 
@@ -124,12 +125,9 @@ def softmax(scores, visible, sink, t):
         D = D + 8 * t.u * (1 + np.where(x == -np.inf, 0, np.abs(x)))
         unknown = ~np.isfinite(D).all(-1, keepdims=True)
         D = np.where(unknown, 0, D)
-        shift = (x + D).max(-1, keepdims=True)
-        shift = np.where(empty, 0, shift)
-        up, down = np.exp(x + D - shift), np.exp(x - D - shift)
-        of_up, of_down = up.sum(-1, keepdims=True), down.sum(-1, keepdims=True)
-        upper = np.where(up > 0, up / (up + np.maximum(of_down - down, 0)), 0)
-        lower = np.where(down > 0, down / (down + np.maximum(of_up - up, 0)), 0)
+        high, low = x + D, x - D
+        upper, lower = 1 / (1 + np.exp(_log_of_others(low) - high)), 1 / (1 + np.exp(_log_of_others(high) - low))
+        upper, lower = np.where(high > -np.inf, upper, 0), np.where(low > -np.inf, lower, 0)
         e = np.exp(x)
         denominator = e.sum(-1, keepdims=True)
         p = np.where(empty, 0, e / denominator)
@@ -137,11 +135,26 @@ def softmax(scores, visible, sink, t):
         W = np.maximum(upper - p, p - lower) + (8 + s.shape[-1]) * t.u * p + 8 * t.normal
         W = np.where(unknown, np.inf, np.where(empty, 0, W))
         lse = np.where(empty, -np.inf, highest + np.log(denominator))[..., 0]
-        spread = np.maximum(np.log(of_up / denominator) + shift, -(np.log(of_down / denominator) + shift))
+        spread = np.maximum(_log_sum(high) - np.log(denominator), np.log(denominator) - _log_sum(low))
         rad = spread[..., 0] + (8 + s.shape[-1]) * t.u * (1 + np.abs(lse))
         rad = np.where(unknown[..., 0], np.inf, np.where(empty[..., 0], 0, rad))
     weights = Ball(np.where(visible, p[..., :-1], 0), np.where(visible, W[..., :-1], 0))
     return weights, Ball(p[..., -1], np.where(sink.mid == -np.inf, 0, W[..., -1])), Ball(lse, rad)
+
+
+def _log_sum(x):
+    """Over the last axis."""
+    top = x.max(-1, keepdims=True)
+    top = np.where(top == -np.inf, 0, top)
+    return top + np.log(np.exp(x - top).sum(-1, keepdims=True))
+
+
+def _log_of_others(x):
+    """The log of the sum of the exponentials of all numbers along the last axis but one, for each."""
+    top = x.max(-1, keepdims=True)
+    top = np.where(top == -np.inf, 0, top)
+    e = np.exp(x - top)
+    return top + np.log(np.maximum(e.sum(-1, keepdims=True) - e, 0))
 
 
 def average(weights, values, t, rounding=0.0):
