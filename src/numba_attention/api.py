@@ -82,7 +82,8 @@ def attention(
     alibi_slopes : array of float, shape (H,) or (..., H), optional
         Adds ``-slope * |position(i) - j|``.
     sinks : array of float, shape (H,), optional
-        One extra logit per head that takes part in the softmax denominator only.
+        One extra logit per head that takes part in the softmax denominator only. Finite slopes and sinks beyond ln(2)
+        times the largest number of the compute type, 2.36e38 in float32, count as that number.
     query_lengths, key_lengths : int or array of int, shape (...,), optional
         Valid prefix of each sequence; rows past the query length are 0 with lse = -inf.
     prefix_lengths : int or array of int, shape (...,), optional

@@ -151,10 +151,15 @@ def _log_sum(x):
 
 def _log_of_others(x):
     """The log of the sum of the exponentials of all numbers along the last axis but one, for each."""
-    top = x.max(-1, keepdims=True)
+    at = x.argmax(-1)[..., None]
+    top = np.take_along_axis(x, at, -1)
     top = np.where(top == -np.inf, 0, top)
     e = np.exp(x - top)
-    return top + np.log(np.maximum(e.sum(-1, keepdims=True) - e, 0))
+    others = top + np.log(np.maximum(e.sum(-1, keepdims=True) - e, 0))
+    without = x.copy()
+    np.put_along_axis(without, at, -np.inf, -1)  # a difference would lose all that is much less than the largest
+    np.put_along_axis(others, at, _log_sum(without), -1)
+    return others
 
 
 def average(weights, values, t, rounding=0.0):

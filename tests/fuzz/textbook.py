@@ -39,13 +39,14 @@ class Sequence:
                 mid, np.minimum(s.rad, np.where(np.isinf(s.rad), np.inf, 2 * cap)) + 8 * t.u * np.abs(mid) + t.tiny
             )
         if self.slopes is not None:
-            s = add(s, multiply(_rounded(self.slopes[:, None, None], t), exact(self.distance), t), t, -1)
+            slopes = _held(self.slopes, t)[:, None, None]
+            s = add(s, multiply(_rounded(slopes, t), exact(self.distance), t), t, -1)
         if self.bias is not None:
             bias = np.clip(self.bias.astype(np.float64), -t.largest, t.largest)
             s = add(s, _rounded(np.where(np.isneginf(self.bias), 0, bias), t), t)
         sink = np.full(s.mid.shape[:2], -np.inf)
         if self.sinks is not None:
-            sink[:] = self.sinks.astype(np.float64)[:, None]
+            sink[:] = _held(self.sinks, t)[:, None]
         if self.rows is not None:
             sink[:, ~self.rows] = -np.inf
         seen = sink > -np.inf
@@ -97,6 +98,11 @@ class Sequence:
         """The rows of the query heads that share a key/value head, one after another: their sums are one sum."""
         Hkv = len(self.key.mid)
         return x.reshape(Hkv, len(x.mid) // Hkv * x.mid.shape[1], x.mid.shape[2])
+
+
+def _held(x, t):
+    """Slopes and sinks: numbers beyond ln(2) of the largest count as that."""
+    return np.clip(x.astype(np.float64), -0.693 * t.largest, 0.693 * t.largest)
 
 
 def _rounded(x, t):
