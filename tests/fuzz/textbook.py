@@ -69,7 +69,8 @@ class Sequence:
             sink = self.of_sink
             loose = self.lse.rad + 8 * t.u * (1 + finite)
             sink = Ball(sink.mid, np.maximum(sink.rad, np.minimum(sink.mid * np.expm1(np.minimum(loose, 700)), 1)))
-        out = Ball(self.out.mid, self.out.rad + own.u * self.out.size + own.tiny)
+        rad = self.out.rad + own.u * self.out.size + own.tiny
+        out = Ball(self.out.mid, np.where(self.out.size + rad > own.largest, np.inf, rad))  # it may be infinite
         dP = matmul(grad_out, self.v.T, t)
         D = total(multiply(grad_out, out, t), -1, t)
         if grad_lse is not None:
