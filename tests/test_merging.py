@@ -238,3 +238,39 @@ def test_gradients_are_checked():
         na.merge_attention_backward(good, [1.0] * 5, outs, lses)
     with pytest.raises(ValueError, match="outs and lses"):
         na.merge_attention_backward(good, None, outs, lses[:1])
+
+
+@pytest.mark.parametrize("H", [3, 7])
+def test_packed_results(H):
+    """Two parts of the keys of each of three packed sequences; with 7 heads there are as many heads as tokens."""
+    rng = np.random.default_rng(0)
+    starts, q = [0, 2, 2, 7], rng.standard_normal((7, H, 8))
+    k, v = rng.standard_normal((2, 12, H, 8))
+    ends = [0, 5, 8, 12]
+    want, want_lse = na.attention_varlen(q, k, v, starts, ends, return_lse=True)
+    parts = [
+        na.attention_varlen(q, k, v, starts, ends, return_lse=True, mask=np.tile(half, (H, 7, 1)))
+        for half in (np.arange(12) % 2 == 0, np.arange(12) % 2 == 1)
+    ]
+    outs, lses = zip(*parts, strict=True)
+    named = {"packed": True} if H == 7 else {}
+    for form in ((outs, lses), (np.stack(outs), np.stack(lses))):
+        out, lse = na.merge_attention(*form, **named)
+        np.testing.assert_allclose(out, want, atol=1e-14)
+        np.testing.assert_allclose(lse, want_lse, atol=1e-14)
+    # Gradients as those of the same numbers with heads first.
+    grad_out, grad_lse = rng.standard_normal(out.shape), rng.standard_normal(lse.shape)
+    got = na.merge_attention_backward(grad_out, grad_lse, outs, lses, **named)
+    dense = na.merge_attention_backward(grad_out.swapaxes(0, 1), grad_lse, [x.swapaxes(0, 1) for x in outs], lses)
+    for n in range(2):
+        np.testing.assert_allclose(got[0][n], dense[0][n].swapaxes(0, 1), atol=1e-14)
+        np.testing.assert_allclose(got[1][n], dense[1][n], atol=1e-14)
+
+
+def test_packed_is_checked():
+    with pytest.raises(ValueError, match=r"\(T, H, Ev\) and \(H, T\)"):
+        na.merge_attention(np.zeros((2, 3, 4, 5)), np.zeros((2, 3, 4)), packed=True)
+    with pytest.raises(ValueError, match="lses must hold"):
+        na.merge_attention(np.zeros((2, 3, 4, 5)), np.zeros((2, 4, 3)), packed=False)
+    with pytest.raises(TypeError, match="packed"):
+        na.merge_attention(np.zeros((2, 3, 4, 5)), np.zeros((2, 4, 3)), packed="yes")

@@ -319,7 +319,9 @@ def _attention_weights(
     return problem.result
 
 
-def merge_attention(outs: Sequence[Array] | Array, lses: Sequence[Array] | Array) -> tuple[Array, Array]:
+def merge_attention(
+    outs: Sequence[Array] | Array, lses: Sequence[Array] | Array, *, packed: bool | None = None
+) -> tuple[Array, Array]:
     """Join attention results over disjoint sets of keys into the result over their union, exactly.
 
     Parameters
@@ -328,6 +330,9 @@ def merge_attention(outs: Sequence[Array] | Array, lses: Sequence[Array] | Array
         Outputs of `attention` for the same queries.
     lses : sequence of n arrays, or one stacked array, each shape (..., L)
         Their log-sum-exps, as `return_lse` gives them.
+    packed : bool, optional
+        Whether these are results of `attention_varlen`, each of shape (T, H, Ev) and (H, T). By default the shapes
+        tell. Pass True if there are as many tokens as heads, where both readings fit and (L, Ev) of each head is meant.
 
     Returns
     -------
@@ -360,11 +365,16 @@ def merge_attention(outs: Sequence[Array] | Array, lses: Sequence[Array] | Array
     >>> bool(np.allclose(out, na.attention(q, k, v)))
     True
     """
-    return _merge(outs, lses)
+    return _merge(outs, lses, packed)
 
 
 def merge_attention_backward(
-    grad_out: Array, grad_lse: Array | None, outs: Sequence[Array] | Array, lses: Sequence[Array] | Array
+    grad_out: Array,
+    grad_lse: Array | None,
+    outs: Sequence[Array] | Array,
+    lses: Sequence[Array] | Array,
+    *,
+    packed: bool | None = None,
 ) -> tuple[list[Array], list[Array]]:
     """Gradients of `merge_attention` with respect to its parts.
 
@@ -374,7 +384,7 @@ def merge_attention_backward(
         Gradient of some loss with respect to the merged output, in the dtype of `outs`.
     grad_lse : ndarray, shape (..., L), or None
         Gradient with respect to the merged lse, in the dtype of `lses`; None where that was not used.
-    outs, lses : sequence of n arrays, or one stacked array
+    outs, lses, packed
         What `merge_attention` was called with.
 
     Returns
@@ -406,7 +416,7 @@ def merge_attention_backward(
     >>> bool(np.allclose(sum(grad_outs), 1)), bool(np.allclose(sum(grad_lses), 0))
     (True, True)
     """
-    return _merge_backward(grad_out, grad_lse, outs, lses)
+    return _merge_backward(grad_out, grad_lse, outs, lses, packed)
 
 
 __all__ = ["attention", "attention_backward", "attention_weights", "merge_attention", "merge_attention_backward"]

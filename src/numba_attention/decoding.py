@@ -12,9 +12,12 @@ from .backends import Backend, select
 from .caches import KVCache, PagedKVCache
 from .caches.contents import Contents
 from .device import runtime
+from .merging import merge
 from .options import Array, OptionArguments, Options, gather, takes_options
 from .problem.cached import build, is_of_newest, over_newest
 from .problem.dense import Empty
+from .problem.rolling import over_gap
+from .validation import as_flag
 
 
 @takes_options(is_causal="bottom-right")
@@ -41,7 +44,8 @@ def attention_decode(
     ids : int or array of int, shape (batch,), optional
         Which sequences of a `PagedKVCache`; by default all of them, in the order of their ids.
     mask : array of bool, broadcastable to (batch, H, L, S), optional
-        True where a query may attend to a key; S is the length of the longest sequence. With L columns instead of S, it
+        True where a query may attend to a key; S is the length of the longest sequence, in a rolling cache the number
+        of its kept keys, which are in order of position. With L columns instead of S, it
         refers to the L newest keys of each sequence, and all keys before them are visible: a tree of guesses. Three
         axes mean (H, L, keys), or (batch, L, keys) if batch is not H; (batch, 1, L, keys) is never ambiguous.
     bias : array of float, broadcastable to (batch, H, L, S), optional
@@ -53,7 +57,8 @@ def attention_decode(
         As in `attention`. `query_lengths` says how many of the L queries of each sequence are valid; these are then
         its last positions.
     key_lengths : int or array of int, shape (batch,), optional
-        How many keys of each sequence to use, at most its length; by default all.
+        How many keys of each sequence to use, at most its length; by default all. Of a rolling cache, up to which
+        position.
     return_lse : bool, default False
         Also return the natural log of the softmax denominator of each row.
     out : ndarray, shape (batch, H, L, Ev), optional
@@ -116,6 +121,14 @@ def attention_decode(
         raise TypeError(
             f"cache must be a KVCache or a PagedKVCache, got {type(cache).__module__}.{type(cache).__qualname__}"
         )
+    if contents.gap is not None:
+        return _over_gap(query, contents, settings, return_lse, out, backend)
+    return _attend(query, contents, settings, return_lse, out, backend)
+
+
+def _attend(
+    query: Array, contents: Contents, settings: Options, return_lse: bool, out: Array | None, backend: str | None
+) -> Array | tuple[Array, Array]:
     originals = contents.originals
     chosen = select(backend, query) if originals is None else select(backend, query, *originals[:2])
     if chosen.on_device:
@@ -128,6 +141,24 @@ def attention_decode(
     if originals is not None:
         raise TypeError("the cache is on a GPU, and this call runs on the host: pass backend='cuda'")
     return _decode(chosen, query, contents, settings, return_lse, out)
+
+
+def _over_gap(
+    query: Array, contents: Contents, settings: Options, return_lse: bool, out: Array | None, backend: str | None
+) -> Array | tuple[Array, Array]:
+    """Attend to what a rolling cache keeps: in one call, or in one for the first keys and one for the newest."""
+    parts = over_gap(query, contents, settings)
+    if select(backend, query).on_device:
+        parts = [(contents.gathered(), options) for contents, options in parts]
+    if len(parts) == 1:
+        return _attend(query, *parts[0], return_lse, out, backend)
+    results = [_attend(query, *part, True, out if n else None, backend) for n, part in enumerate(parts)]
+    outs, lses = zip(*results, strict=True)
+    merged, lse = merge(outs, lses)
+    if out is not None:
+        out[...] = merged
+        merged = out
+    return (merged, lse) if as_flag("return_lse", return_lse) else merged
 
 
 def _decode(

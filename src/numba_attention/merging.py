@@ -7,32 +7,35 @@ import numpy as np
 from . import device_call
 from .device.arrays import on_device
 from .options import Array
-from .validation import as_ndarray, check_like, is_supported
+from .validation import as_flag, as_ndarray, check_like, is_supported
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def merge(outs: Any, lses: Any) -> tuple[Any, Any]:
+def merge(outs: Any, lses: Any, packed: bool | None = None) -> tuple[Any, Any]:
     """Merge n results; see `numba_attention.merge_attention`."""
     if _on_device(outs) or _on_device(lses):
-        return cast(tuple[Any, Any], device_call.through_host(merge, outs=outs, lses=lses))
-    parts, logs = _arrays("outs", outs), _arrays("lses", lses)
-    _check(parts, logs)
+        return cast(tuple[Any, Any], device_call.through_host(merge, outs=outs, lses=lses, packed=packed))
+    parts, logs, packed = _checked(outs, lses, packed)
     with np.errstate(all="ignore"):  # as in `attention`, infinities and NaNs are results
         out, lse, _ = _merge(parts, logs)
-    return out.astype(parts[0].dtype), lse.astype(logs[0].dtype)
+    lse = lse.astype(logs[0].dtype)
+    return out.astype(parts[0].dtype), np.ascontiguousarray(lse.T) if packed else lse
 
 
-def merge_backward(grad_out: Any, grad_lse: Any, outs: Any, lses: Any) -> tuple[list[Any], list[Any]]:
+def merge_backward(
+    grad_out: Any, grad_lse: Any, outs: Any, lses: Any, packed: bool | None = None
+) -> tuple[list[Any], list[Any]]:
     """Differentiate `merge`; see `numba_attention.merge_attention_backward`."""
     if _on_device(outs) or _on_device(lses) or on_device(grad_out):
-        arguments = {"outs": outs, "lses": lses, "grad_out": grad_out, "grad_lse": grad_lse}
+        arguments = {"outs": outs, "lses": lses, "grad_out": grad_out, "grad_lse": grad_lse, "packed": packed}
         return cast(tuple[list[Any], list[Any]], device_call.through_host(merge_backward, **arguments))
-    parts, logs = _arrays("outs", outs), _arrays("lses", lses)
-    _check(parts, logs)
+    parts, logs, packed = _checked(outs, lses, packed)
     grad_out = check_like("grad_out", grad_out, parts[0].shape, parts[0].dtype)
     if grad_lse is not None:
-        grad_lse = check_like("grad_lse", grad_lse, logs[0].shape, logs[0].dtype)
+        shape = logs[0].shape[::-1] if packed else logs[0].shape
+        grad_lse = check_like("grad_lse", grad_lse, shape, logs[0].dtype)
+        grad_lse = grad_lse.T if packed else grad_lse
     grad_outs, grad_lses = [], []
     with np.errstate(all="ignore"):
         out, _, weights = _merge(parts, logs)
@@ -41,7 +44,8 @@ def merge_backward(grad_out: Any, grad_lse: Any, outs: Any, lses: Any) -> tuple[
             empty = log == -np.inf
             inner = np.sum(grad * (part - out), axis=-1) + (0 if grad_lse is None else grad_lse)
             grad_outs.append(np.where(empty[..., None], 0, weight[..., None] * grad).astype(part.dtype))
-            grad_lses.append(np.where(empty, 0, weight * inner).astype(log.dtype))
+            grad_of_log = np.where(empty, 0, weight * inner).astype(log.dtype)
+            grad_lses.append(np.ascontiguousarray(grad_of_log.T) if packed else grad_of_log)
     return grad_outs, grad_lses
 
 
@@ -85,6 +89,22 @@ def _arrays(name: str, stack: Any) -> list[Array]:
         if array.shape != arrays[0].shape:
             raise ValueError(f"{name} must share one shape, got {arrays[0].shape} and {array.shape}")
     return arrays
+
+
+def _checked(outs: Any, lses: Any, packed: Any) -> tuple[list[Array], list[Array], bool]:
+    """Return the parts, their lses with the axes of the rows of the parts, and whether they were packed."""
+    parts, logs = _arrays("outs", outs), _arrays("lses", lses)
+    rows = parts[0].shape[:-1]
+    if packed is None:
+        packed = len(rows) == 2 and logs[0].shape == rows[::-1] != rows
+    elif as_flag("packed", packed) and (len(rows) != 2 or logs[0].shape != rows[::-1]):
+        raise ValueError(
+            "outs and lses must hold arrays of shape (T, H, Ev) and (H, T), as attention_varlen returns them, got "
+            f"{parts[0].shape} and {logs[0].shape}"
+        )
+    logs = [log.T for log in logs] if packed else logs
+    _check(parts, logs)
+    return parts, logs, bool(packed)
 
 
 def _check(outs: list[Array], lses: list[Array]) -> None:

@@ -202,7 +202,18 @@ def is_bottom_right(causal: Any) -> bool:
     return isinstance(causal, str) and causal == "bottom-right"
 
 
-def as_reach(x: Any) -> int | None:
+def as_window(window: Any) -> tuple[int | None, int | None]:
+    """Check a window; return how far it reaches to the left and to the right, None for without bound."""
+    if window is None:
+        return None, None
+    try:
+        left, right = window
+    except (TypeError, ValueError):
+        raise TypeError(f"window must be a pair (left, right) of int or None, got {window!r}") from None
+    return _reach(left), _reach(right)
+
+
+def _reach(x: Any) -> int | None:
     if x is None:
         return None
     try:

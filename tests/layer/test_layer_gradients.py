@@ -1,5 +1,7 @@
 """`forward` and `backward` of the layer: against torch.nn.MultiheadAttention, a formula in PyTorch, and differences."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -522,3 +524,49 @@ def test_slope_along_a_random_direction(call):
     want = sum((grad * direction).sum() for grad, direction in zip(grads, directions, strict=True))
     size = sum(np.abs(grad * direction).sum() for grad, direction in zip(grads, directions, strict=True))
     assert abs(slope - want) < 1e-7 * (1 + size)
+
+
+# Packed sequences.
+
+
+@pytest.mark.parametrize("rotary", [None, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"is_causal": "bottom-right", "window": (3, 0)}, {"sinks": normal(H), "softcap": 3.0}],
+    ids=lambda o: "-".join(o) or "plain",
+)
+def test_packed_sequences_as_one_after_the_other(rotary, options):
+    """Each sequence alone is checked against PyTorch above."""
+    starts = [0, 5, 5, 6, 17]
+    packed = layer_with_biases(D, H, num_kv_heads=2, rotary=rotary)
+    x, grad_out = frozen(normal(17, D), normal(17, D, seed=1))
+    out, ctx = packed.forward(x, cu_seqlens=starts, **options)
+    np.testing.assert_array_equal(out, packed(x, cu_seqlens=starts, **options))
+    grads = packed.backward(grad_out, ctx)
+    assert_grads_are_like_parameters(packed)
+    of_parameters, sinks = packed.grads, 0
+    sums = {name: np.zeros_like(grad) for name, grad in of_parameters.items()}
+    for start, stop in itertools.pairwise(starts):
+        one, ctx = packed.forward(x[start:stop], **options)
+        assert_near(out[start:stop], one)
+        own = packed.backward(grad_out[start:stop], ctx)
+        assert_near(grads.query[start:stop], own.query)
+        for name, grad in packed.grads.items():
+            sums[name] += grad
+        sinks = sinks + (0 if own.sinks is None else own.sinks)
+    for name, grad in of_parameters.items():
+        assert_near(grad, sums[name])
+    assert grads.key is grads.value is grads.bias is None
+    if "sinks" in options:
+        assert_near(grads.sinks, sinks)
+
+
+def test_packed_sequences_are_refused():
+    layer, x = layer_with_biases(D, H), normal(6, D)
+    with pytest.raises(ValueError, match="cu_seqlens is for self-attention"):
+        layer.forward(x, x, cu_seqlens=[0, 6])
+    with pytest.raises(ValueError, match="cu_seqlens_q must go from 0 to 6"):
+        layer.forward(x, cu_seqlens=[0, 5])
+    _, ctx = layer.forward(x, cu_seqlens=[0, 2, 6])
+    with pytest.raises(ValueError, match="grad_out must have shape"):
+        layer.backward(x[:5], ctx)

@@ -37,24 +37,27 @@ def state(cache):
     """All that a caller could see of a cache now or later, as nested lists: equal if and only if nothing changed."""
     contents = cache._contents()
     arrays = [*contents.dense(), contents.lengths]
-    if contents.table is not None:
-        pages = cache._pages
-        ids, _, table = pages.sequences
+    if isinstance(cache, na.PagedKVCache):
+        pages, used = cache._pages, cache.block_table().shape[1]
+        ids, _, table, dropped = pages.sequences
         arrays += [
             ids,
-            table[:, : contents.table.shape[1]],
+            table[:, :used],
             pages.counts,
+            dropped,
             np.sort(pages.free[: pages.num_free]),
         ]
         arrays.append(np.array([pages.num_free, pages.next_id]))
-        assert (table[:, contents.table.shape[1] :] == -1).all()
+        assert (table[:, used:] == -1).all()
+    elif cache.window is not None:
+        arrays += [cache.lengths, cache.positions]
     return [x.tobytes() for x in arrays]
 
 
 def check_pages(cache):
     """Reference counts, block tables and the free list of a PagedKVCache agree."""
     pages, table = cache._pages, cache.block_table()
-    used = np.arange(table.shape[1]) * cache.page_size < cache.lengths()[:, None]
+    used = np.arange(table.shape[1]) * cache.page_size < (cache.lengths() - pages.sequences.dropped)[:, None]
     np.testing.assert_array_equal(table >= 0, used)
     named = np.bincount(table[used], minlength=cache.num_pages)
     np.testing.assert_array_equal(pages.counts, named)

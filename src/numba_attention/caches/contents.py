@@ -10,6 +10,17 @@ from .storage import decode
 _MOST = 2**16  # bytes of a page table up to which comparing it takes less time than planning a call
 
 
+class Gap(NamedTuple):
+    """The positions that a rolling cache has dropped: those of each sequence between its first and its newest tokens.
+
+    The keys of the contents are numbered without them: key j is at position j if ``j < first``, else at
+    ``j + dropped``.
+    """
+
+    first: int
+    dropped: Array  # int64 (n,)
+
+
 class Contents(NamedTuple):
     """The arrays of a cache as they are stored, without a copy, so they are valid until the cache changes.
 
@@ -25,6 +36,7 @@ class Contents(NamedTuple):
     storage: str  # "float32", "float64", "float16", "bfloat16", "int8" or "float8_e4m3fn": how numbers are held
     dtype: np.dtype[Any]  # that of queries and results
     originals: tuple[Any, Any, Any, Any] | None = None  # the four arrays as the caller passed them, if on a GPU
+    gap: Gap | None = None  # of a rolling cache that has dropped tokens; there `lengths` counts the kept ones
 
     def look(self) -> tuple[Any, ...] | None:
         """Return what determines a call, besides the arrays of keys and values; None if it is too large to compare."""
@@ -33,6 +45,16 @@ class Contents(NamedTuple):
         if self.table.nbytes > _MOST:
             return None
         return self.storage, self.lengths.tobytes(), self.table.shape, self.table.tobytes()
+
+    def gathered(self) -> "Contents":
+        """Return a copy of what a rolling cache keeps, in one array, in order of position."""
+        assert self.table is not None
+        table = np.where(np.arange(self.table.shape[1]) < self.lengths[:, None], self.table, self.table[:, :1])
+        copies: dict[str, Any] = {
+            name: None if x is None else x[table, :, 0].swapaxes(1, 2).copy()
+            for name, x in zip(self._fields[:4], self[:4], strict=True)
+        }
+        return self._replace(**copies, table=None)
 
     def dense(self) -> tuple[Array, Array]:
         """Return key and value as float64 (n, Hkv, max(lengths), E), zero past each length."""

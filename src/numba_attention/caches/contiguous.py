@@ -1,5 +1,6 @@
 """KVCache: the keys and the values of a batch, in one array each."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -19,7 +20,8 @@ from .checks import (
     check_writeable,
 )
 from .contents import Contents
-from .storage import Storage, blocks, each_token, storage_format
+from .rolling import check_truncated, check_window, kept, token_pages
+from .storage import Arrays, Storage, blocks, each_token, storage_format
 
 
 class KVCache:
@@ -39,10 +41,17 @@ class KVCache:
     storage : {None, "float16", "bfloat16", "int8", "float8"}, optional
         How numbers are stored; None means as they are. "int8" and "float8" (e4m3fn) have a float32 scale for each token
         and head. "bfloat16" and "float8" need the extra ``bfloat16``.
+    window : int, optional
+        Let the cache roll: each sequence keeps its newest `window` tokens and its first `keep_first`, and every other
+        token drops out when it is too old. Such a cache is never full. `capacity` must be at least
+        ``window + keep_first``; `truncate` can take back as many tokens as there is room beyond that without losing
+        any of the window.
+    keep_first : int, default 0
+        The number of first tokens that never drop out, as the attention sinks of StreamingLLM [1]_.
 
     Attributes
     ----------
-    batch, num_kv_heads, capacity, head_dim, value_dim : int
+    batch, num_kv_heads, capacity, head_dim, value_dim, window, keep_first : int
         As given.
     dtype : numpy.dtype
         As given.
@@ -70,6 +79,15 @@ class KVCache:
     Threads may read one cache at the same time. While one thread changes it, what others read is undefined, but they
     read nothing outside its arrays.
 
+    A rolling cache is a ring buffer: a new token overwrites the one that dropped out, and nothing is moved. Positions
+    stay true: `lengths` counts all tokens that were appended, and `attention_decode` and layers use the position that
+    each key had when it was appended for causality, windows, ALiBi and rotary embeddings.
+
+    References
+    ----------
+    .. [1] Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024, section 3.2. There, positions
+       are those within the cache; here they are those in the text.
+
     Examples
     --------
     >>> import numpy as np, numba_attention as na
@@ -83,6 +101,13 @@ class KVCache:
     >>> cache
     KVCache(batch=2, num_kv_heads=4, capacity=100, head_dim=8, value_dim=8, dtype=float32, storage=float32),
     lengths 5 to 11
+
+    A cache that keeps the first two and the newest five tokens:
+
+    >>> rolling = na.KVCache(batch=1, num_kv_heads=4, capacity=7, head_dim=8, window=5, keep_first=2)
+    >>> rolling.append(key[:1], value[:1])
+    >>> rolling.positions
+    array([[0, 1, 7, 8, 9, 5, 6]])
     """
 
     def __init__(
@@ -94,6 +119,9 @@ class KVCache:
         value_dim: int | None = None,
         dtype: DTypeLike = np.float32,
         storage: DTypeLike | str | None = None,
+        *,
+        window: int | None = None,
+        keep_first: int = 0,
     ) -> None:
         shape = (
             check_size("batch", batch),
@@ -104,13 +132,24 @@ class KVCache:
         Ev = E if value_dim is None else check_size("value_dim", value_dim)
         kind = check_dtype(dtype)
         form = storage_format(storage, kind)
+        span, first = check_window(window, keep_first)
+        if span is not None and shape[2] < span + first:
+            raise ValueError(f"capacity must be at least window + keep_first, {span + first}, got {shape[2]}")
         key, key_scale = form.allocate((*shape, E))
         value, value_scale = form.allocate((*shape, Ev))
         self._hold(
-            Contents(key, value, key_scale, value_scale, None, np.zeros(shape[0], np.int64), form.name, kind), form
-        )
+            Contents(key, value, key_scale, value_scale, None, np.zeros(shape[0], np.int64), form.name, kind), form,
+            window=span, keep_first=first,
+        )  # fmt: skip
 
-    def _hold(self, contents: Contents, form: Storage, read_only: str | None = None) -> None:
+    def _hold(
+        self,
+        contents: Contents,
+        form: Storage,
+        read_only: str | None = None,
+        window: int | None = None,
+        keep_first: int = 0,
+    ) -> None:
         self._stored = contents
         self._form = form
         self._read_only = read_only
@@ -119,6 +158,10 @@ class KVCache:
         self.dtype, self.storage = contents.dtype, contents.storage
         self._common: int | None = None
         self._lengths = contents.lengths  # changed in place, so that `contents` stays valid
+        self.window, self.keep_first = window, keep_first
+        # Of a rolling cache: the oldest position of each sequence, past the first tokens, that is still stored.
+        self._oldest = np.full(self.batch, keep_first)
+        self._tokens: Arrays | None = None
         self._settle()
 
     @classmethod
@@ -221,13 +264,19 @@ class KVCache:
             value = check_new("value", value, (self.batch, self.num_kv_heads, T, self.value_dim), self.dtype)
         if self._read_only is not None:
             check_writeable(self._read_only)
-        start = self._common
-        if lengths is not None or start is None:
+        length = self._common
+        if lengths is not None or length is None:
             self._append_ragged(key, value, T, T if lengths is None else lengths)
             return
+        start = length if self.window is None else self._slot(length)
         stop = start + T
         if stop > self.capacity:
-            raise CacheFullError(self._full(0, T))
+            if self.window is None:
+                raise CacheFullError(self._full(0, T))
+            self._append_ragged(key, value, T, T)
+            return
+        if self.window is not None:
+            self._drop(self._lengths + T)
         form = self._form
         if form.dtype is self.dtype:
             stored.key[:, :, start:stop] = key
@@ -241,18 +290,50 @@ class KVCache:
                 form.write(stored.key, stored.key_scale, where, key[:, :, part])
                 form.write(stored.value, stored.value_scale, where, value[:, :, part])
         self._common = None  # until it is true again: a signal handler may end this call between any two lines
-        self._lengths.fill(stop)
-        self._common = stop
+        self._lengths.fill(length + T)
+        self._common = length + T
 
     def _append_ragged(self, key: Array, value: Array, T: int, lengths: ArrayLike) -> None:
         stored, old = self._stored, self._lengths
         added = check_lengths("lengths", lengths, self.batch, T, "the number of tokens given")
         over = np.flatnonzero(old + added > self.capacity)
-        if over.size:
+        if over.size and self.window is None:
             raise CacheFullError(self._full(int(over[0]), int(added[over[0]])))
         sequence, token = each_token(added)
-        self._form.scatter(stored[:4], key, value, (sequence, token), (sequence, old[sequence] + token))
+        place = old[sequence] + token
+        if over.size:
+            self._drop(old + added)
+            stays = (place < self.keep_first) | (place >= self._oldest[sequence])
+            sequence, token, place = sequence[stays], token[stays], self._slot(place[stays])
+        self._form.scatter(stored[:4], key, value, (sequence, token), (sequence, place))
         self._change_lengths(old + added)
+
+    def _slot(self, position: Any) -> Any:
+        """Return the place of a position in a rolling cache: the ring lies after the first tokens."""
+        first = self.keep_first
+        if isinstance(position, int):
+            return position if position < self.capacity else first + (position - first) % (self.capacity - first)
+        return np.where(position < first, position, first + (position - first) % (self.capacity - first))
+
+    def _drop(self, lengths: Array) -> None:
+        """Forget the positions that will be overwritten when sequences grow to these lengths."""
+        np.maximum(self._oldest, lengths - (self.capacity - self.keep_first), out=self._oldest)
+
+    def _saved(self, added: int) -> Callable[[], None]:
+        """Return a function that undoes the next `append` of at most so many tokens."""
+        lengths, oldest = self._lengths.copy(), self._oldest.copy()
+        rows = np.arange(self.batch)[:, None]
+        places = self._slot(lengths[:, None] + np.arange(added)) if self.window is not None else None
+        old = [] if places is None else [None if x is None else x[rows, :, places] for x in self._stored[:4]]
+
+        def undo() -> None:
+            for x, numbers in zip(self._stored[:4], old, strict=False):
+                if x is not None:
+                    x[rows, :, places] = numbers
+            self._oldest[:] = oldest
+            self._change_lengths(lengths)
+
+        return undo
 
     def _full(self, i: int, T: int) -> str:
         length = int(self._lengths[i])
@@ -272,9 +353,14 @@ class KVCache:
         Raises
         ------
         TypeError, ValueError
-            `lengths` has the wrong type or shape, or is out of range. The cache is as it was.
+            `lengths` has the wrong type or shape, or is out of range: of a rolling cache, also if the tokens before it
+            have dropped out already. The cache is as it was.
         """
-        self._change_lengths(check_lengths("lengths", lengths, self.batch, self._lengths, "the current length"))
+        changed = check_lengths("lengths", lengths, self.batch, self._lengths, "the current length")
+        if self.window is not None:
+            check_truncated(changed, self._oldest, self.keep_first)
+            self._oldest[changed <= self.keep_first] = self.keep_first
+        self._change_lengths(changed)
 
     def reorder(self, index: ArrayLike) -> None:
         """Let sequence i become a copy of sequence ``index[i]``, for all i at once, as in beam search.
@@ -297,21 +383,36 @@ class KVCache:
             raise ValueError(f"index must lie between 0 and {self.batch - 1}, got {source.min()} to {source.max()}")
         check_writeable(self._read_only)
         moved = np.flatnonzero(source != np.arange(self.batch))
-        longest = int(self._lengths[source[moved]].max(initial=0))
+        longest = min(int(self._lengths[source[moved]].max(initial=0)), self.capacity)
         for x in self._stored[:4]:
             if x is not None:
                 for part in blocks(longest, x[moved, :, :1].size):
                     x[moved, :, part] = x[source[moved], :, part]
+        self._oldest[:] = self._oldest[source]
         self._change_lengths(self._lengths[source])
 
     @property
     def lengths(self) -> Array:
-        """The number of tokens of each sequence: an int64 array (batch,), a copy."""
+        """The number of tokens of each sequence, those that have dropped out included: int64 (batch,), a copy."""
         return self._lengths.copy()
 
     @property
+    def positions(self) -> Array:
+        """The position of each token of `key` and `value`: int64 (batch, tokens), -1 for those that are not there."""
+        place, first, lengths = np.arange(self._longest()), self.keep_first, self._lengths[:, None]
+        if self.window is None:
+            return np.where(place < lengths, place, -1)
+        newest = lengths - 1 - (lengths - 1 - place) % (self.capacity - first)  # of the positions with this place
+        begin = np.maximum(np.maximum(self._oldest, self._lengths - self.window), first)[:, None]
+        kept_newest = np.where((newest >= begin) & (newest < lengths), newest, -1)
+        return np.where(place < first, np.where(place < lengths, place, -1), kept_newest)
+
+    @property
     def key(self) -> Array:
-        """Keys as they are stored: a view (batch, Hkv, max(lengths), E), undefined past each length."""
+        """Keys as they are stored: a view (batch, Hkv, max(lengths), E), undefined past each length.
+
+        A rolling cache has at most `capacity` of them, and `positions` tells which is where.
+        """
         key: Array = self._held(0)
         return key
 
@@ -337,14 +438,34 @@ class KVCache:
         return scale
 
     def __repr__(self) -> str:
+        rolls = "" if self.window is None else f", window={self.window}, keep_first={self.keep_first}"
         return (
             f"KVCache(batch={self.batch}, num_kv_heads={self.num_kv_heads}, capacity={self.capacity}, "
-            f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self.dtype}, storage={self.storage}), "
-            f"lengths {self._lengths.min()} to {self._lengths.max()}"
+            f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self.dtype}, storage={self.storage}"
+            f"{rolls}), lengths {self._lengths.min()} to {self._lengths.max()}"
         )
 
     def _contents(self) -> Contents:
-        return self._stored
+        if self.window is None:
+            return self._stored
+        stored, lengths = self._stored, self._lengths.copy()
+        counts, gap = kept(lengths, self._oldest, self.window, self.keep_first)
+        if not gap.dropped.any():
+            return stored
+        if self._tokens is None:
+            self._tokens = token_pages(stored[:4])
+        first, ring = self.keep_first, self.capacity - self.keep_first
+        twice = np.concatenate([np.arange(first, self.capacity)] * 2)
+        longest = int(counts.max()) - first
+        table = np.empty((self.batch, first + longest), np.int64)
+        table[:, :first] = np.arange(first)
+        for i, start in enumerate((gap.dropped % ring).tolist()):
+            table[i, first:] = twice[start : start + longest]
+        table += np.arange(self.batch)[:, None] * (self.num_kv_heads * self.capacity)
+        return Contents(*self._tokens, table, counts, stored.storage, stored.dtype, None, gap)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tokens": None}  # views of the arrays, which a copy must make of its own
 
     def _held(self, n: int) -> Any:
         """Return array n of the contents, as the caller passed it, up to the longest sequence."""
@@ -353,7 +474,8 @@ class KVCache:
         return None if array is None else array[:, :, : self._longest()]
 
     def _longest(self) -> int:
-        return int(self._lengths.max())
+        capacity: int = self.capacity
+        return min(int(self._lengths.max()), capacity)
 
     def _change_lengths(self, lengths: Array) -> None:
         self._common = None  # until it is true again: a signal handler may end this call between any two lines

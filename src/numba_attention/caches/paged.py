@@ -1,11 +1,13 @@
 """PagedKVCache: keys and values in pages, which sequences that come, go and fork may share."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from ..device.arrays import to_host
+from ..errors import CacheFullError
 from ..options import Array
 from .checks import (
     check_array,
@@ -19,8 +21,9 @@ from .checks import (
     check_size,
     check_writeable,
 )
-from .contents import Contents
+from .contents import Contents, Gap
 from .pages import PageTable
+from .rolling import check_truncated, check_window, kept, token_pages
 from .storage import Arrays, Storage, each_token, storage_format
 
 
@@ -40,10 +43,16 @@ class PagedKVCache:
         float32, float64, float16 or ``ml_dtypes.bfloat16``: the dtype of what is appended, of queries and of results.
     storage : {None, "float16", "bfloat16", "int8", "float8"}, optional
         How numbers are stored, as in `KVCache`.
+    window : int, optional
+        Let sequences roll, as in `KVCache`: each keeps its newest `window` tokens and its first `keep_first`, and
+        returns a page when all tokens of the page have dropped out. A sequence needs at most
+        ``ceil(keep_first / page_size) + ceil(window / page_size) + 1`` pages.
+    keep_first : int, default 0
+        The number of first tokens that never drop out.
 
     Attributes
     ----------
-    num_pages, page_size, num_kv_heads, head_dim, value_dim : int
+    num_pages, page_size, num_kv_heads, head_dim, value_dim, window, keep_first : int
         As given.
     dtype : numpy.dtype
         As given.
@@ -107,6 +116,9 @@ class PagedKVCache:
         value_dim: int | None = None,
         dtype: DTypeLike = np.float32,
         storage: DTypeLike | str | None = None,
+        *,
+        window: int | None = None,
+        keep_first: int = 0,
     ) -> None:
         num_pages = check_size("num_pages", num_pages)
         page_size = check_size("page_size", page_size)
@@ -115,9 +127,10 @@ class PagedKVCache:
         Ev = E if value_dim is None else check_size("value_dim", value_dim)
         kind = check_dtype(dtype)
         form = storage_format(storage, kind)
+        span, first = check_window(window, keep_first)
         key, key_scale = form.allocate((*shape, E))
         value, value_scale = form.allocate((*shape, Ev))
-        self._hold((key, value, key_scale, value_scale), kind, form)
+        self._hold((key, value, key_scale, value_scale), kind, form, window=span, keep_first=first)
 
     def _hold(
         self,
@@ -126,12 +139,16 @@ class PagedKVCache:
         form: Storage,
         read_only: str | None = None,
         originals: tuple[Any, Any, Any, Any] | None = None,
+        window: int | None = None,
+        keep_first: int = 0,
     ) -> None:
         self._arrays, self._originals = arrays, originals
         self._form, self._read_only = form, read_only
         self.num_pages, self.num_kv_heads, self.page_size, self.head_dim = arrays[0].shape
         self.value_dim = arrays[1].shape[-1]
         self.dtype, self.storage = dtype, form.name
+        self.window, self.keep_first = window, keep_first
+        self._tokens: Arrays | None = None
         self._pages = PageTable(self.num_pages, self.page_size)
 
     @classmethod
@@ -266,14 +283,59 @@ class PagedKVCache:
             added = np.full(n, T)
         else:
             added = check_lengths("lengths", lengths, n, T, "the number of tokens given")
+        if self.window is None:
+            self._write(rows, added, key, value, *each_token(added))
+            return
+        # A page is dropped only when another append follows, so that `truncate` can take back what was appended last;
+        # unless the new tokens fill the window, or there are several and pages are few.
+        try:
+            self._append_rolling(rows, added, key, value, self._pages.sequences.lengths[rows])
+        except CacheFullError:
+            if added.max(initial=0) < 2:
+                raise
+            self._append_rolling(rows, added, key, value, self._pages.sequences.lengths[rows] + added)
+
+    def _append_rolling(self, rows: Array, added: Array, key: Array, value: Array, newest: Array) -> None:
+        """Append to sequences and drop pages that are out of the window, as it is when they hold `newest` tokens.
+
+        Tokens that would drop out at once are left out.
+        """
+        assert self.window is not None
+        held, old = self._pages.sequences.lengths[rows], self._pages.sequences.dropped[rows]
+        lengths, first = held + old, self._first()
+        end = lengths + added
+        begin = np.where(end - self.window >= lengths, end, newest + old) - self.window
+        dropped = np.maximum(old, (begin - first) // self.page_size * self.page_size)
+        stays = lengths >= first + dropped  # some of the newest tokens, beside the first ones
+        in_first = np.where(stays, 0, np.clip(first - lengths, 0, added))
+        skipped = np.where(stays, 0, first + dropped - np.maximum(lengths, first))
+        undo = None
+        if (dropped > old).any():
+            held = np.where(stays, lengths - dropped, np.minimum(lengths, first))
+            undo = self._pages.drop(rows, first // self.page_size, dropped, held)
+        try:
+            sequence, token = each_token(added - skipped)
+            source = token + np.where(token < in_first[sequence], 0, skipped[sequence])
+            self._write(rows, added - skipped, key, value, sequence, source)
+        except BaseException:  # also KeyboardInterrupt
+            if undo is not None:
+                undo()
+            raise
+
+    def _first(self) -> int:
+        """Return how many tokens the pages have that never drop out: the first ones, in whole pages."""
+        size: int = self.page_size
+        return -(-self.keep_first // size) * size
+
+    def _write(self, rows: Array, added: Array, key: Array, value: Array, sequence: Array, source: Array) -> None:
+        """Append tokens of which `sequence` and `source` say where they are in key and value."""
         growth = self._pages.grow(rows, added)
         if len(growth.copies):
             for x in self._arrays:
                 if x is not None:
                     x[growth.copies] = x[growth.shared]
-        sequence, token = each_token(added)
-        block, place = np.divmod(growth.filled[sequence] + token, self.page_size)
-        self._form.scatter(self._arrays, key, value, (sequence, token), (growth.pages[sequence, block], place))
+        block, place = np.divmod(growth.filled[sequence] + each_token(added)[1], self.page_size)
+        self._form.scatter(self._arrays, key, value, (sequence, source), (growth.pages[sequence, block], place))
         self._pages.commit(growth)
 
     def fork(self, id: int) -> int:
@@ -297,8 +359,8 @@ class PagedKVCache:
             `id` is no integer.
         """
         check_on_host(self._read_only)
-        table, lengths = self._pages.look(self._ids("id", [self._one(id)]))
-        return int(self._pages.add(lengths, table)[0])
+        table, lengths, dropped = self._pages.look(self._ids("id", [self._one(id)]))
+        return int(self._pages.add(lengths, table, dropped)[0])
 
     def truncate(self, id: int, length: int) -> None:
         """Remove the tokens of a sequence past a length. Pages that no sequence needs any more become free.
@@ -315,13 +377,19 @@ class PagedKVCache:
         KeyError
             The sequence was freed, or never added.
         TypeError, ValueError
-            An argument is no integer, or `length` is out of range.
+            An argument is no integer, or `length` is out of range: of a rolling cache, also if the tokens before it
+            have dropped out already.
         """
         row = self._row(id)
-        now = int(self._pages.sequences.lengths[row])
+        dropped = int(self._pages.sequences.dropped[row])
+        now = int(self._pages.sequences.lengths[row]) + dropped
         if not check_size("length", length, 0) <= now:
             raise ValueError(f"length must lie between 0 and the current length, {now}, got {length}")
-        self._pages.truncate(row, int(length))
+        if dropped:
+            check_truncated(np.array([length]), np.array([self._first() + dropped]), self.keep_first, "length")
+            if length <= self.keep_first:
+                dropped = 0
+        self._pages.truncate(row, int(length) - dropped, dropped)
 
     def free(self, id: int) -> None:
         """Remove a sequence. Pages that no sequence needs any more become free.
@@ -365,7 +433,7 @@ class PagedKVCache:
         self._pages.reorder(rows, froms)
 
     def lengths(self, ids: ArrayLike | None = None) -> Array:
-        """Return the number of tokens of sequences.
+        """Return the number of tokens of sequences, those that have dropped out included.
 
         Parameters
         ----------
@@ -383,7 +451,8 @@ class PagedKVCache:
         TypeError, ValueError
             `ids` has the wrong type or shape.
         """
-        return self._contents(ids).lengths.copy()
+        _, lengths, dropped = self._look(ids)
+        return lengths + dropped
 
     def block_table(self, ids: ArrayLike | None = None) -> Array:
         """Return the pages of sequences.
@@ -396,7 +465,8 @@ class PagedKVCache:
         Returns
         -------
         ndarray of int64, shape (n, blocks)
-            Entry [i, j] is the page of the tokens from ``j * page_size`` of sequence i, or -1 past its end.
+            Entry [i, j] is the page of the tokens from ``j * page_size`` of sequence i, or -1 past its end. Pages that
+            a rolling cache has dropped are left out.
 
         Raises
         ------
@@ -405,8 +475,7 @@ class PagedKVCache:
         TypeError, ValueError
             `ids` has the wrong type or shape.
         """
-        table: Any = self._contents(ids).table
-        return np.array(table)
+        return self._look(ids)[0].copy()
 
     @property
     def ids(self) -> Array:
@@ -420,15 +489,51 @@ class PagedKVCache:
 
     def __repr__(self) -> str:
         n = len(self._pages.sequences.ids)
+        rolls = "" if self.window is None else f", window={self.window}, keep_first={self.keep_first}"
         return (
             f"PagedKVCache(num_pages={self.num_pages}, page_size={self.page_size}, num_kv_heads={self.num_kv_heads}, "
-            f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self.dtype}, storage={self.storage}), "
-            f"{n} sequence{'' if n == 1 else 's'}, {self.free_pages} pages free"
+            f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self.dtype}, storage={self.storage}"
+            f"{rolls}), {n} sequence{'' if n == 1 else 's'}, {self.free_pages} pages free"
         )
 
     def _contents(self, ids: ArrayLike | None = None) -> Contents:
-        table, lengths = self._pages.look(None if ids is None else self._ids("ids", ids))
+        table, lengths, dropped = self._look(ids)
+        if self.window is not None:
+            oldest = np.where(dropped > 0, self._first() + dropped, self.keep_first)
+            counts, gap = kept(lengths + dropped, oldest, self.window, self.keep_first)
+            if gap.dropped.any():
+                return self._rolled(table, dropped, counts, gap)
         return Contents(*self._arrays, table, lengths, self.storage, self.dtype, self._originals)
+
+    def _rolled(self, table: Array, dropped: Array, counts: Array, gap: Gap) -> Contents:
+        """Return what sequences keep, in pages of one token: what has dropped out is inside of pages."""
+        if self._tokens is None:
+            self._tokens = token_pages(self._arrays)
+        size, first = self.page_size, gap.first
+        tokens = np.zeros((len(table), int(counts.max(initial=0))), np.int64)
+        inside = np.arange(size)
+        for i, (before, left_out, count) in enumerate(zip(dropped, gap.dropped, counts, strict=True)):
+            all_tokens = (table[i, :, None] * (self.num_kv_heads * size) + inside).ravel()
+            tokens[i, : min(count, first)] = all_tokens[: min(count, first)]
+            start = first + left_out - before
+            tokens[i, first:count] = all_tokens[start : start + max(count - first, 0)]
+        return Contents(*self._tokens, tokens, counts, self.storage, self.dtype, self._originals, gap)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tokens": None}  # views of the arrays, which a copy must make of its own
+
+    def _saved(self, ids: Array) -> Callable[[], None]:
+        """Return a function that undoes the next `append` of a token to these sequences."""
+        lengths = self.lengths(ids).tolist()
+
+        def undo() -> None:
+            for one, length in zip(ids.tolist(), lengths, strict=True):
+                self.truncate(one, length)
+
+        return undo
+
+    def _look(self, ids: ArrayLike | None) -> tuple[Array, Array, Array]:
+        return self._pages.look(None if ids is None else self._ids("ids", ids))
 
     def _rows(self, name: str, ids: ArrayLike, distinct: bool = False) -> Array:
         return self._pages.rows(self._ids(name, ids, distinct))

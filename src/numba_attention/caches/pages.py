@@ -1,5 +1,6 @@
 """The page table of a paged cache: block tables, reference counts and the free list, without keys and values."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +26,9 @@ class Sequences(NamedTuple):
     """The live sequences, a row for each, in arrays that belong together."""
 
     ids: Array  # int64 (n,), ascending
-    lengths: Array  # int64 (n,)
+    lengths: Array  # int64 (n,): tokens that pages hold, those that were dropped not counted
     table: Array  # int64 (n, at least as many as blocks in use), unused entries -1
+    dropped: Array  # int64 (n,): tokens in the pages that the sequence has dropped, a multiple of the page size
 
     def rows(self, ids: Array) -> Array:
         """Return the rows of ids."""
@@ -54,21 +56,23 @@ class PageTable:
             ::-1
         ].copy()  # a stack: its first num_free entries are free, and the last of them is taken first
         self.num_free = num_pages
-        self.sequences = Sequences(np.zeros(0, np.int64), np.zeros(0, np.int64), np.full((0, 1), -1))
+        none = np.zeros(0, np.int64)
+        self.sequences = Sequences(none, none, np.full((0, 1), -1), none)
         self.next_id = 0
 
     def rows(self, ids: Array) -> Array:
         """Find the rows of ids."""
         return self.sequences.rows(ids)
 
-    def look(self, ids: Array | None) -> tuple[Array, Array]:
-        """Return the block table and the lengths of sequences, by default all, as they are at one moment."""
+    def look(self, ids: Array | None) -> tuple[Array, Array, Array]:
+        """Return block table, lengths and dropped tokens of sequences, by default all, as they are at one moment."""
         sequences = self.sequences
         rows = slice(None) if ids is None else sequences.rows(ids)
         lengths = sequences.lengths[rows]
-        return sequences.table[rows, : -(-int(lengths.max(initial=0)) // self.page_size)], lengths
+        table = sequences.table[rows, : -(-int(lengths.max(initial=0)) // self.page_size)]
+        return table, lengths, sequences.dropped[rows]
 
-    def add(self, lengths: Array, table: Array) -> Array:
+    def add(self, lengths: Array, table: Array, dropped: Array | None = None) -> Array:
         """Add sequences that list only pages which other sequences list already; `adopt` has no such limit."""
         ids = np.arange(self.next_id, self.next_id + len(lengths))
         self._widen(table.shape[1])
@@ -78,7 +82,10 @@ class PageTable:
         np.add.at(self.counts, wide[wide >= 0], 1)
         self.next_id += len(lengths)
         self.sequences = Sequences(
-            np.concatenate([now.ids, ids]), np.concatenate([now.lengths, lengths]), np.concatenate([now.table, wide])
+            np.concatenate([now.ids, ids]),
+            np.concatenate([now.lengths, lengths]),
+            np.concatenate([now.table, wide]),
+            np.concatenate([now.dropped, np.zeros(len(ids), np.int64) if dropped is None else dropped]),
         )
         return ids
 
@@ -91,7 +98,7 @@ class PageTable:
 
     def grow(self, rows: Array, added: Array) -> Growth:
         """Plan the pages for `added` more tokens of each row, without changing anything."""
-        _, lengths, table = self.sequences
+        _, lengths, table, _ = self.sequences
         old = lengths[rows]
         first, filled = np.divmod(old, self.page_size)
         begun = filled > 0
@@ -136,44 +143,78 @@ class PageTable:
         self.num_free -= len(growth.taken)
         self.counts[growth.taken] = 1
         np.subtract.at(self.counts, growth.shared, 1)  # a count never becomes 0 here: see _must_copy
-        ids, lengths, table = self.sequences
+        ids, lengths, table, dropped = self.sequences
         if len(growth.taken):
             i, j = np.nonzero(growth.pages >= 0)
             table = table.copy()
             table[growth.rows[i], growth.first[i] + j] = growth.pages[i, j]
         lengths = lengths.copy()
         lengths[growth.rows] += growth.added
-        self.sequences = Sequences(ids, lengths, table)
+        self.sequences = Sequences(ids, lengths, table, dropped)
 
-    def truncate(self, row: int, length: int) -> None:
-        """Shorten a sequence."""
-        ids, lengths, table = self.sequences
+    def drop(self, rows: Array, first: int, dropped: Array, lengths: Array) -> Callable[[], None]:
+        """Release the oldest pages of rows, those after their first blocks; return a function that undoes it.
+
+        Parameters
+        ----------
+        rows : ndarray, shape (n,)
+        first : int
+            Blocks that stay.
+        dropped, lengths : ndarray, shape (n,)
+            The new values of these fields.
+        """
+        before, num_free = self.sequences, self.num_free
+        ids, all_lengths, table, all_dropped = before
+        blocks = (dropped - all_dropped[rows]) // self.page_size
+        changed, all_lengths, all_dropped = table.copy(), all_lengths.copy(), all_dropped.copy()
+        released = []
+        for row, count in zip(rows.tolist(), blocks.tolist(), strict=True):
+            if count:
+                released.append(table[row, first : first + count])
+                rest = table[row, first + count :]
+                changed[row, first : first + len(rest)] = rest
+                changed[row, first + len(rest) :] = -1
+        all_lengths[rows], all_dropped[rows] = lengths, dropped
+        unused = np.concatenate([*released, np.zeros(0, np.int64)])
+        unused = unused[unused >= 0]
+        self.sequences = Sequences(ids, all_lengths, changed, all_dropped)
+        self._release(unused)
+
+        def undo() -> None:
+            self.sequences, self.num_free = before, num_free  # released pages lie above it in the stack
+            np.add.at(self.counts, unused, 1)
+
+        return undo
+
+    def truncate(self, row: int, length: int, dropped: int = 0) -> None:
+        """Shorten a sequence to so many tokens in pages."""
+        ids, lengths, table, all_dropped = self.sequences
         first = -(-length // self.page_size)
         unused = table[row, first:]
         released = unused[unused >= 0]
         if len(released):
             table = table.copy()
             table[row, first:] = -1
-        lengths = lengths.copy()
-        lengths[row] = length
-        self.sequences = Sequences(ids, lengths, table)
+        lengths, all_dropped = lengths.copy(), all_dropped.copy()
+        lengths[row], all_dropped[row] = length, dropped
+        self.sequences = Sequences(ids, lengths, table, all_dropped)
         self._release(released)
 
     def remove(self, row: int) -> None:
         """Remove a sequence."""
-        ids, lengths, table = self.sequences
-        pages = table[row]
-        self.sequences = Sequences(np.delete(ids, row), np.delete(lengths, row), np.delete(table, row, axis=0))
+        now = self.sequences
+        pages = now.table[row]
+        self.sequences = Sequences(*(np.delete(x, row, axis=0) for x in now))
         self._release(pages[pages >= 0])
 
     def reorder(self, rows: Array, sources: Array) -> None:
         """Let each row list the pages that its source lists, for all rows at once."""
-        ids, lengths, table = self.sequences
+        ids, lengths, table, dropped = self.sequences
         released, taken = table[rows], table[sources]
         np.add.at(self.counts, taken[taken >= 0], 1)
-        changed, changed_lengths = table.copy(), lengths.copy()
-        changed[rows], changed_lengths[rows] = taken, lengths[sources]
-        self.sequences = Sequences(ids, changed_lengths, changed)
+        changed, changed_lengths, changed_dropped = table.copy(), lengths.copy(), dropped.copy()
+        changed[rows], changed_lengths[rows], changed_dropped[rows] = taken, lengths[sources], dropped[sources]
+        self.sequences = Sequences(ids, changed_lengths, changed, changed_dropped)
         self._release(released[released >= 0])
 
     def _release(self, pages: Array) -> None:
@@ -183,8 +224,9 @@ class PageTable:
         self.num_free += len(released)
 
     def _widen(self, blocks: int) -> None:
-        ids, lengths, table = self.sequences
+        ids, lengths, table, dropped = self.sequences
         width = table.shape[1]
         if blocks > width:
             more = max(blocks, 2 * width) - width  # doubling makes appending a token cheap on average
-            self.sequences = Sequences(ids, lengths, np.pad(table, ((0, 0), (0, more)), constant_values=-1))
+            table = np.pad(table, ((0, 0), (0, more)), constant_values=-1)
+            self.sequences = Sequences(ids, lengths, table, dropped)

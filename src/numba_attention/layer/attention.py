@@ -14,7 +14,7 @@ from ..options import Array, Gradients, OptionArguments, gather, takes_options
 from ..problem.dense import sum_to
 from ..rotary import Rotation, Turn, rotate
 from ..validation import as_flag, as_ints, check_like
-from ..varlen import attention_varlen
+from ..varlen import attention_varlen, attention_varlen_backward
 from .cached import Cache, attend
 from .inputs import check_inputs, hide_padding, query_offset
 from .parameters import INPUTS, Weights
@@ -42,6 +42,7 @@ class Context:
     heads: Array  # (..., L, H, E), the output of attention
     lse: Array | None  # (..., H, L); None if nothing will be differentiated
     options: dict[str, Any]  # those of `attention`
+    starts: Array | None = None  # cu_seqlens of packed sequences: q, k, v are (T, heads, E) then, heads (T, H, E)
 
 
 class MultiHeadAttention(Weights):
@@ -188,7 +189,6 @@ class MultiHeadAttention(Weights):
         cu_seqlens : array of int, shape (n + 1,), optional
             `query`, of shape (T, embed_dim), is n sequences laid end to end. Sequence b has the rows
             ``cu_seqlens[b] : cu_seqlens[b + 1]`` and attends to itself, as in `attention_varlen`, whose options apply.
-            Inference only.
         need_weights : bool, default False
             Also return the attention probabilities. Not with a cache or `cu_seqlens`.
         average_weights : bool, default True
@@ -217,11 +217,7 @@ class MultiHeadAttention(Weights):
             return self._attend_cache(query, key, value, key_padding_mask, cache, ids, settings)
         if ids is not None:
             raise ValueError("ids must be None without a cache")
-        if cu_seqlens is not None:
-            if need_weights or key is not None or value is not None:
-                raise ValueError("cu_seqlens is for self-attention without need_weights: key and value must be None")
-            return self._attend_packed(query, key_padding_mask, cu_seqlens, settings)
-        ctx = self._attend(query, key, value, key_padding_mask, settings, return_lse=False)
+        ctx = self._attend_any(query, key, value, key_padding_mask, cu_seqlens, need_weights, settings, False)
         result: Array | tuple[Array, Array] = self._result(ctx, need_weights, average_weights)
         return result
 
@@ -233,6 +229,7 @@ class MultiHeadAttention(Weights):
         value: Array | None = ...,
         *,
         key_padding_mask: ArrayLike | None = ...,
+        cu_seqlens: ArrayLike | None = ...,
         need_weights: Literal[False] = ...,
         average_weights: bool = ...,
         **options: Unpack[OptionArguments],
@@ -257,6 +254,7 @@ class MultiHeadAttention(Weights):
         value: Array | None = None,
         *,
         key_padding_mask: ArrayLike | None = None,
+        cu_seqlens: ArrayLike | None = None,
         need_weights: bool = False,
         average_weights: bool = True,
         **options: Unpack[OptionArguments],
@@ -265,7 +263,7 @@ class MultiHeadAttention(Weights):
 
         Parameters
         ----------
-        query, key, value, need_weights, average_weights, **options
+        query, key, value, key_padding_mask, cu_seqlens, need_weights, average_weights, **options
             As for a call: ``layer(query, key, value, ...)``.
 
         Returns
@@ -298,7 +296,7 @@ class MultiHeadAttention(Weights):
         settings = gather(self.forward, options)._asdict()
         need_weights = as_flag("need_weights", need_weights)
         average_weights = as_flag("average_weights", average_weights)
-        ctx = self._attend(query, key, value, key_padding_mask, settings, return_lse=True)
+        ctx = self._attend_any(query, key, value, key_padding_mask, cu_seqlens, need_weights, settings, True)
         return self._result(ctx, need_weights, average_weights), ctx
 
     def backward(self, grad_out: Array, ctx: Context) -> Gradients:
@@ -362,9 +360,12 @@ class MultiHeadAttention(Weights):
         weight, bias = self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias")
         grad, grad_weight, grad_bias = _gradients(grad_out, _features(ctx.heads), weight, bias is not None)
         grads_by_name: dict[str, Array | None] = {"out_proj.weight": grad_weight, "out_proj.bias": grad_bias}
-        of_heads = attention_backward(
-            self._heads(grad), ctx.q, ctx.k, ctx.v, ctx.heads.swapaxes(-3, -2), lse, **ctx.options
-        )
+        if ctx.starts is None:
+            of_heads = attention_backward(
+                self._heads(grad), ctx.q, ctx.k, ctx.v, ctx.heads.swapaxes(-3, -2), lse, **ctx.options
+            )
+        else:
+            of_heads = self._packed_gradients(self._heads(grad).swapaxes(0, 1), ctx, lse)
         of_inputs: list[Array | None] = [None, None, None]
         no_key, no_value = ctx.inputs[1] is None, ctx.inputs[2] is None
         source_of_key = 0 if no_key else 1
@@ -385,6 +386,16 @@ class MultiHeadAttention(Weights):
             of_inputs[source] = grad if so_far is None else np.add(so_far, grad, out=so_far)
         self.grads = {name: array for name in self._parameters if (array := grads_by_name[name]) is not None}
         return Gradients(of_inputs[0], of_inputs[1], of_inputs[2], of_heads.bias, of_heads.sinks)
+
+    def _attend_any(
+        self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None,
+        cu_seqlens: ArrayLike | None, need_weights: bool, options: dict[str, Any], return_lse: bool,
+    ) -> Context:  # fmt: skip
+        if cu_seqlens is None:
+            return self._attend(query, key, value, padding, options, return_lse)
+        if need_weights or key is not None or value is not None:
+            raise ValueError("cu_seqlens is for self-attention without need_weights: key and value must be None")
+        return self._attend_packed(query, padding, cu_seqlens, options, return_lse)
 
     def _attend(
         self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None, options: dict[str, Any],
@@ -431,9 +442,11 @@ class MultiHeadAttention(Weights):
         return out[0] if flat else out
 
     def _attend_packed(
-        self, query: Array, padding: ArrayLike | None, cu_seqlens: ArrayLike, options: dict[str, Any]
-    ) -> Array:
-        """Self-attention of packed sequences, laid end to end."""
+        self, query: Array, padding: ArrayLike | None, cu_seqlens: ArrayLike, options: dict[str, Any], return_lse: bool
+    ) -> Context:
+        """Self-attention of packed sequences, laid end to end, up to the output of the heads."""
+        inputs = query, None, None
+        options["backend"] = self.backend
         query, key, value, _ = check_inputs(query, None, None, (self.embed_dim, self.kdim, self.vdim), self.dtype)
         if query.ndim != 2:
             raise ValueError(f"query must have shape (tokens, {self.embed_dim}) with cu_seqlens, got {query.shape}")
@@ -441,6 +454,7 @@ class MultiHeadAttention(Weights):
             raise ValueError("key_padding_mask must be None with cu_seqlens, where there is no padding")
         q, k, v = self._project(query, key, value)
         starts = as_ints("cu_seqlens", cu_seqlens)
+        turns = None
         if self._rotation is not None:
             if options["query_offset"] is not None:
                 raise ValueError("query_offset must be None with cu_seqlens and rotary positions")
@@ -450,10 +464,24 @@ class MultiHeadAttention(Weights):
             turn = self._rotation.turn(np.arange(len(query)) - first, self.dtype)
             for x in (q, k):
                 rotate(x, turn, x)
+            turns = turn, turn
         heads = np.empty((len(query), self.num_heads, self.head_dim), self.dtype)
         q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))
-        attention_varlen(q, k, v, starts, starts, out=heads, backend=self.backend, **options)
-        return linear(_features(heads), self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias"))
+        lse = None
+        if return_lse:
+            _, lse = attention_varlen(q, k, v, starts, starts, out=heads, return_lse=True, **options)
+        else:
+            attention_varlen(q, k, v, starts, starts, out=heads, **options)
+        return Context(self, inputs, q, k, v, turns, heads, lse, options, starts)
+
+    def _packed_gradients(self, grad: Array, ctx: Context, lse: Array) -> Gradients:
+        """Return the gradients of the heads of packed sequences, as (heads, T, E)."""
+        assert ctx.starts is not None
+        grads = attention_varlen_backward(
+            grad, ctx.q, ctx.k, ctx.v, ctx.heads, lse, ctx.starts, ctx.starts, **ctx.options
+        )
+        q, k, v = (None if x is None else x.swapaxes(0, 1) for x in grads[:3])
+        return grads._replace(query=q, key=k, value=v)
 
     def _result(self, ctx: Context, need_weights: bool, average_weights: bool) -> Any:
         """Project the joined heads to the result that the caller gets."""

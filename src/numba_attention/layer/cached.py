@@ -1,16 +1,16 @@
 """`MultiHeadAttention` with a cache: new keys and values are appended, and new queries attend to the whole cache."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from ..api import attention, merge_attention
 from ..caches import KVCache, PagedKVCache
 from ..caches.checks import check_ints, check_lengths
 from ..decoding import attention_decode
 from ..options import Array
 from ..rotary import Rotation, rotate
-from ..validation import as_ints, broadcast_to
+from ..validation import as_ints, as_window, broadcast_to
 
 Cache = KVCache | PagedKVCache
 
@@ -42,7 +42,14 @@ def attend(
         lengths = check_lengths("key_lengths", lengths, len(k), k.shape[2], "the number of new keys")
     heads = np.empty((len(q), q.shape[2], q.shape[1], v.shape[-1]), q.dtype)
     ids = _ids(cache, ids)
-    undo = _append(cache, ids, k, v, lengths, before)
+    if cache.window is not None and k.shape[2] > 1:
+        added = np.full(len(k), k.shape[2]) if lengths is None else lengths
+        if (before + added > cache.window + cache.keep_first).any():
+            heads.swapaxes(1, 2)[...] = _attend_rolling(cache, ids, q, k, v, before, added, options)
+            _append(cache, ids, k, v, lengths)
+            return heads
+    undo = cache._saved(k.shape[2]) if isinstance(cache, KVCache) else cache._saved(ids)
+    _append(cache, ids, k, v, lengths)
     try:
         attention_decode(q, cache, ids=ids, out=heads.swapaxes(1, 2), **options)
     except BaseException:  # also KeyboardInterrupt
@@ -68,18 +75,61 @@ def _lengths(cache: Cache, ids: Any) -> Array:
     return lengths
 
 
-def _append(cache: Cache, ids: Any, k: Array, v: Array, lengths: Any, before: Array) -> Callable[[], None]:
-    """Append to the cache; return a function that undoes it."""
+def _append(cache: Cache, ids: Any, k: Array, v: Array, lengths: Any) -> None:
     if isinstance(cache, KVCache):
         cache.append(k, v, lengths)
-        return lambda: cache.truncate(before)
-    cache.append(ids, k, v, lengths)
+    else:
+        cache.append(ids, k, v, lengths)
 
-    def undo() -> None:
-        for one, length in zip(ids, before, strict=True):
-            cache.truncate(int(one), int(length))
 
-    return undo
+def _attend_rolling(
+    cache: Cache, ids: Any, q: Array, k: Array, v: Array, before: Array, added: Array, options: dict[str, Any]
+) -> Array:
+    """Attend to a rolling cache and to several tokens that will be appended to it, as if they came one by one.
+
+    A query at position p sees what the cache would keep once p was the newest: the first tokens, and of all others
+    those after ``p - window``. Each of the four parts of these keys is one interval for each query, and their results
+    are merged: the cache's first tokens, its newest, the new tokens in the window, and among the new tokens those first
+    ones that are further back.
+    """
+    n, first = cache.window, cache.keep_first
+    assert n is not None
+    refused = [name for name in ("mask", "bias", "prefix_lengths") if options.get(name) is not None]
+    if refused:
+        raise ValueError(
+            f"{refused[0]} must be None where several tokens are appended to a rolling cache and others drop out; "
+            "append one at a time, or attend before the window is full"
+        )
+    position, slopes = options["query_offset"], options.get("alibi_slopes")
+    left, right = as_window(options.get("window"))
+    near = n - 1 if left is None else min(left, n - 1)
+    contents = cache._contents() if isinstance(cache, KVCache) else cache._contents(ids)
+    backend, results = options.pop("backend"), []
+    if contents.lengths.any():
+        dropped = np.zeros_like(before) if contents.gap is None else contents.gap.dropped
+        key, value = (x.astype(q.dtype) for x in contents.dense())
+        kept = contents.lengths
+        of_first = options | {"query_offset": position, "key_lengths": np.minimum(kept, first)}
+        newest = options | {
+            "query_offset": position - first - dropped, "key_lengths": np.maximum(kept - first, 0), "sinks": None,
+            "window": (near, right),
+        }  # fmt: skip
+        for part, where in ((of_first, slice(0, first)), (newest, slice(first, None))):
+            results.append(attention(q, key[:, :, where], value[:, :, where], return_lse=True, backend=backend, **part))
+        options["sinks"] = None
+    new = options | {"query_offset": position - before, "key_lengths": added, "window": (near, right)}
+    results.append(attention(q, k, v, return_lse=True, backend=backend, **new))
+    if (before < first).any() and (left is None or left >= n):
+        # Keys at least n before the query: causal, with queries n further back.
+        far = options | {
+            "query_offset": position - before - n, "key_lengths": np.clip(first - before, 0, added), "sinks": None,
+            "is_causal": True, "window": None if left is None else (left - n, None),
+        }  # fmt: skip
+        out, lse = attention(q, k, v, return_lse=True, backend=backend, **far)
+        if slopes is not None:  # these distances are n too small
+            lse -= (np.broadcast_to(slopes, (len(q), q.shape[1])) * n)[..., None].astype(lse.dtype)
+        results.append((out, lse))
+    return merge_attention(*zip(*results, strict=True))[0]
 
 
 def _rotate(x: Array, first: Array, rotation: Rotation) -> None:

@@ -29,7 +29,7 @@ def build(
     """Validate one `attention_decode` call and allocate its results."""
     q = as_tensor("query", query)
     lengths = contents.lengths
-    plain = is_bottom_right(options.is_causal) and _is_plain(options)  # true of nearly every call
+    plain = is_bottom_right(options.is_causal) and is_plain(options)  # true of nearly every call
     if contents.table is None and (len(lengths) > 1 or not plain or contents.key_scale is not None):
         # The lengths of a `KVCache` change in place: if another thread appends, a kernel could read past the columns of
         # a mask. So they are copied, except for a plain step of one sequence, of which backends read only the number S.
@@ -67,7 +67,7 @@ def build(
 _others = itemgetter(*(n for n, name in enumerate(Options._fields) if name not in ("scale", "is_causal")))
 
 
-def _is_plain(options: Options) -> bool:
+def is_plain(options: Options) -> bool:
     """Whether every option but scale and is_causal is None."""
     return all(option is None for option in _others(options))
 
@@ -91,17 +91,23 @@ def _sizes(q: Array, query: Any, contents: Contents) -> tuple[int, int, int, int
 
 def _over_cache(options: Options, lengths: Array, H: int, L: int, S: int) -> Options:
     """Return options as for `attention`: with the lengths of the cache, and masks over all of its keys."""
-    n, keys = len(lengths), lengths
+    keys = lengths
     if options.key_lengths is not None:
-        keys = broadcast_to("key_lengths", as_ints("key_lengths", options.key_lengths), (n,))
-        if (keys < 0).any() or (keys > lengths).any():
-            raise ValueError(f"key_lengths must lie between 0 and the lengths of the cache, {lengths}, got {keys}")
+        keys = check_key_lengths(options.key_lengths, lengths)
     mask, bias = options.mask, options.bias
     if mask is not None:
         mask = over_newest("mask", as_bools("mask", mask), lengths, H, L, S)
     if bias is not None:
         bias = over_newest("bias", as_floats("bias", bias), lengths, H, L, S)
     return options._replace(mask=mask, bias=bias, key_lengths=keys)
+
+
+def check_key_lengths(keys: Any, lengths: Array, name: str = "key_lengths") -> Array:
+    """Check a number of keys for each sequence of a cache."""
+    array = broadcast_to(name, as_ints(name, keys), lengths.shape)
+    if (array < 0).any() or (array > lengths).any():
+        raise ValueError(f"{name} must lie between 0 and the lengths of the cache, {lengths}, got {array}")
+    return array
 
 
 def is_of_newest(array: Array, L: int, S: int) -> bool:

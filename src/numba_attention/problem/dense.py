@@ -16,9 +16,9 @@ from ..validation import (
     as_floats,
     as_index,
     as_ints,
-    as_reach,
     as_real,
     as_tensor,
+    as_window,
     broadcast_batch,
     broadcast_to,
     check_like,
@@ -335,11 +335,7 @@ def _positions(p: Problem, o: Options) -> None:
         kind = ValueError if isinstance(causal, str) else TypeError
         raise kind(f"is_causal must be a bool, 'top-left' or 'bottom-right', got {causal!r}")
     if o.window is not None:
-        try:
-            left, right = o.window
-        except (TypeError, ValueError):
-            raise TypeError(f"window must be a pair (left, right) of int or None, got {o.window!r}") from None
-        p.left, p.right = as_reach(left), as_reach(right)
+        p.left, p.right = as_window(o.window)
     if causal:
         p.right = 0
     if o.query_offset is not None:
