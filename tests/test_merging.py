@@ -272,5 +272,3 @@ def test_packed_is_checked():
         na.merge_attention(np.zeros((2, 3, 4, 5)), np.zeros((2, 3, 4)), packed=True)
     with pytest.raises(ValueError, match="lses must hold"):
         na.merge_attention(np.zeros((2, 3, 4, 5)), np.zeros((2, 4, 3)), packed=False)
-    with pytest.raises(TypeError, match="packed"):
-        na.merge_attention(np.zeros((2, 3, 4, 5)), np.zeros((2, 4, 3)), packed="yes")

@@ -37,7 +37,7 @@ ENTRY_POINTS = {
     ),
     "layer.forward": (
         lambda: LAYER.forward,
-        {"query", "key", "value", "key_padding_mask", "need_weights", "average_weights"},
+        {"query", "key", "value", "key_padding_mask", "cu_seqlens", "need_weights", "average_weights"},
     ),
     "torch": (lambda: _bridge("torch"), {"query", "key", "value", "return_lse", "backend"}),
     "jax": (lambda: _bridge("jax"), {"query", "key", "value", "return_lse", "backend"}),
