@@ -35,12 +35,21 @@ def await_before_fork(lock: Any) -> None:
     _awaited.append(lock)
 
 
-def broken() -> bool:
-    """Whether this is a forked child in which the data of the awaited locks may be inconsistent.
+def require_consistent_compiler(what: str) -> None:
+    """Raise a RuntimeError in a forked child in which the data of the awaited locks may be inconsistent.
 
-    That is so if the fork gave up waiting after `PATIENCE` seconds.
+    That is so if the fork gave up waiting after `PATIENCE` seconds. `what` is what cannot be loaded or compiled then.
     """
-    return _broken
+    if _broken:
+        raise RuntimeError(
+            f"{what} cannot be loaded: this process was forked while another thread compiled, for more than "
+            f"{PATIENCE:.0f} s; call what children need before forking, or start them by spawn"
+        )
+
+
+def holds_locks() -> bool:
+    """Whether a fork is about to happen, or has just happened, and its thread holds the awaited locks."""
+    return bool(_held)
 
 
 def openmp_is_lost() -> bool:

@@ -49,7 +49,7 @@ def kernel(name="add"):
 
         return add
 
-    return cache.Function(name, make, "int64(int64, int64)")
+    return cache.Function(name, make, objects=0, integers=2)
 
 
 def test_second_process_compiles_nothing(tmp_path):
@@ -188,7 +188,7 @@ def test_file_under_another_name_is_a_miss(folder):
 
     kernel().call(1, 2)
     (add,) = kernel_cache.entries()
-    subtract = cache.Function("subtract", make, "int64(int64, int64)")
+    subtract = cache.Function("subtract", make, objects=0, integers=2)
     os.replace(add, kernel_cache.path_of(subtract.name, subtract._key, ".kernel"))
     assert subtract.call(1, 2) == -1
     assert subtract.origin == "compiled"
@@ -241,7 +241,7 @@ def test_processes_race_for_one_empty_cache(tmp_path, rounds):
             return a + b
         return add
     for i in range({rounds}):
-        kernel = Function(f"race{{i}}", make, "int64(int64, int64)")
+        kernel = Function(f"race{{i}}", make, objects=0, integers=2)
         assert kernel.call(i, 1) == i + 1
     """
     env = {**os.environ, kernel_cache.ENVIRONMENT: str(tmp_path)}

@@ -55,7 +55,7 @@ def test_a_view_is_the_memory_at_its_offset():
     for name, offset in offsets.items():
         record[f"at_{name}"] = offset
     memory = np.zeros(total // 4 + 1, np.float32)
-    shape = Function("fill", make, "int64(int64, int64)").call(record.ctypes.data, memory.ctypes.data)
+    shape = Function("fill", make, objects=0, integers=2).call(record.ctypes.data, memory.ctypes.data)
     BM = spec.query_tile
     assert shape == areas["state"].shape[0] * 1000 + BM
     want = np.zeros_like(memory)

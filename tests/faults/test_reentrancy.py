@@ -6,16 +6,22 @@ Python runs such code between any two bytecodes of a call, in the thread of that
 import gc
 import itertools
 import multiprocessing.synchronize  # noqa: F401 - as Numba does; an interrupted import cannot be entered again
+import os
 import signal
 import sys
 import weakref
 
+import numba
 import numpy as np
 import pytest
 import work
 from isolation import isolated
+from numba.core.compiler_lock import global_compiler_lock
 
 import numba_attention as na
+from numba_attention import kernel_cache
+from numba_attention.backends.cpu_resources import addresses, worker
+from numba_attention.cpu import cache, launch
 
 SHAPES = [(1, 1, 2, 5, 8), (2, 2, 40, 33, 16), (1, 2, 120, 130, 32)]
 
@@ -150,7 +156,7 @@ def test_from_a_finalizer_of_an_array_that_is_passed():
 @pytest.mark.parametrize("moment", range(5))
 @isolated(seconds=20)
 def test_signal_while_a_kernel_loads(moment):
-    """The handler needs the kernel whose lock the interrupted code of the same thread holds."""
+    """The handler needs the kernel that the interrupted code of the same thread is loading."""
     work.textbook()
     empty = np.empty((1, 0, 32), np.float32)
     na.attention(empty, empty, empty)  # imports the backend
@@ -166,3 +172,187 @@ def test_signal_while_a_kernel_loads(moment):
     while not calls:
         signal.pause()
     work.check(["forward"])
+
+
+@pytest.mark.parametrize("hook", ["setprofile", "settrace"])
+@pytest.mark.parametrize("step", [29, pytest.param(3, marks=pytest.mark.faults)])
+@isolated(seconds=300)
+def test_at_events_of_loading(step, hook):
+    """A call that needs the kernels at an event of a call that loads them, for every event after so many others."""
+    work.textbook()
+    numba.set_num_threads(2)
+    want = work.forward()
+    busy = inner = 0
+
+    def call():
+        nonlocal busy, inner
+        busy = 1
+        try:
+            work.same(work.forward(), want)
+        finally:
+            busy = 0
+        inner += 1
+
+    at, install = 0, getattr(sys, hook)
+    while inner == at // step:
+        events = itertools.count()
+
+        def trace(frame, event, argument, at=at, events=events):
+            if not busy and next(events) == at:
+                call()
+            return trace if install is sys.settrace else None
+
+        forget_kernels()
+        install(trace)
+        try:
+            got = work.forward()
+        finally:
+            install(None)
+        work.same(got, want)
+        at += step
+    assert inner > 200 // step
+
+
+def forget_kernels():
+    """Let the next call load what `work.forward` needs, as a new process does."""
+    for kernel in (launch._launcher, launch._caller, addresses, worker("float32", "forward")):
+        kernel._address = None
+        for name in kernel._uses:
+            kernel.__dict__.pop(name, None)
+
+
+class Adders:
+    """Small kernels, which compile in some 50 ms; each number is a new one."""
+
+    def __init__(self):
+        self._kernels = {}
+
+    def __getitem__(self, n):
+        def make():
+            def add(a, b):
+                return a + b + n
+
+            return add
+
+        return self._kernels.setdefault(n, cache.Function(f"add-{n}", make, objects=0, integers=2))
+
+    def check(self, n):
+        assert self[n].call(1, 2) == 3 + n
+
+
+@isolated(seconds=120)
+def test_signals_while_kernels_compile(tmp_path):
+    """Handlers compile the kernel that is being compiled, and others."""
+    compile_into(tmp_path)
+    adders, numbers, calls = Adders(), itertools.count(1000), []
+
+    def handler(number, frame):
+        if len(calls) < 60:
+            calls.append(number)
+            adders.check(current)
+            if len(calls) % 3 == 0:
+                adders.check(next(numbers))
+
+    signal.signal(signal.SIGALRM, handler)
+    current = 0
+    adders.check(0)
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.0113)
+    while len(calls) < 60:
+        current += 1
+        adders.check(current)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert adders[current].origin == "compiled"
+    work.check(["forward"])
+
+
+@isolated(seconds=120)
+def test_first_call_interrupted_again_and_again(tmp_path):
+    """Nothing is compiled yet, not even what Numba sets up at its first compilation."""
+    work.textbook()
+    compile_into(tmp_path)
+    calls, inside = [], False
+
+    def handler(number, frame):
+        nonlocal inside
+        if not inside:
+            inside = True
+            calls.append(number)
+            work.check(["forward"] if len(calls) % 2 else ["forward", "decode"])
+            inside = False
+
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.05)
+    work.check(["forward"])
+    while len(calls) < 5:
+        signal.pause()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@isolated(seconds=120)
+def test_finalizers_while_kernels_compile(tmp_path):
+    """Garbage is collected at every allocation; its finalizers compile."""
+    compile_into(tmp_path)
+    adders, numbers, errors = Adders(), itertools.count(1000), []
+
+    class Garbage:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            try:
+                adders.check(next(numbers))
+            except BaseException as error:
+                errors.append(error)
+
+    gc.set_threshold(1, 1, 1)
+    for n in range(15):
+        Garbage()
+        adders.check(n)
+        assert gc.isenabled()
+    gc.collect()
+    assert not errors, errors[0]
+    assert next(numbers) == 1015
+
+
+@isolated
+def test_handler_that_interrupts_the_compiler_of_the_user(tmp_path):
+    """Kernels that are loaded work there; others are refused with a reason, and the call succeeds later."""
+    work.check(["forward"])
+    compile_into(tmp_path)
+    with global_compiler_lock:
+        work.check(["forward"])
+        with pytest.raises(RuntimeError, match="kernel add-1 cannot be compiled in a signal handler"):
+            Adders().check(1)
+    Adders().check(1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@isolated
+def test_handler_that_forks_while_a_kernel_compiles(tmp_path):
+    """The child lacks the thread that compiles: it does so itself."""
+    compile_into(tmp_path)
+    adders, child = Adders(), None
+
+    def handler(number, frame):
+        nonlocal child
+        child = os.fork()
+
+    signal.signal(signal.SIGALRM, handler)
+    for n in range(12):
+        child = None
+        signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.003 * n)
+        adders.check(n)
+        while child is None:
+            signal.pause()
+        if child == 0:
+            signal.alarm(20)
+            adders.check(n)
+            adders.check(100 + n)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def compile_into(folder):
+    """Begin with an empty kernel cache."""
+    os.environ[kernel_cache.ENVIRONMENT] = str(folder)
+    kernel_cache.directory.cache_clear()

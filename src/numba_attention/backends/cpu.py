@@ -12,6 +12,7 @@ from ..bounded import BoundedCache
 from ..cpu import decode, launch
 from ..cpu import forward as kernels
 from ..cpu.cache import Kernel
+from ..cpu.objects import headers_are_known
 from ..cpu.params import ARRAYS, REST, pack_addresses
 from ..cpu.simd import HOST
 from ..cpu.spec import Spec
@@ -43,6 +44,8 @@ on_device = False
 def unusable() -> str | None:
     if config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set; unset it, or use backend='reference'"
+    if not headers_are_known():
+        return "NumPy's arrays have another header than PyArrayObject_fields of its C API; use backend='reference'"
     return None
 
 
@@ -52,7 +55,7 @@ def warmup_jobs() -> list[tuple[str, Callable[[], None]]]:
     def job(kernel: Kernel) -> Callable[[], None]:
         return lambda: (kernel.address, None)[1]
 
-    jobs = [(kernel.name, job(kernel)) for kernel in (launch._launcher, launch._caller, *addresses.values())]
+    jobs = [(kernel.name, job(kernel)) for kernel in (launch._launcher, launch._caller, addresses)]
     storages = ("float32", "float64", "float16", "bfloat16")
     jobs += [(f"attention, {storage}", job(worker(storage, "forward"))) for storage in storages]
     jobs += [("attention, float32, few queries", job(worker("float32", "decode")))]
@@ -162,13 +165,7 @@ def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few
     own.counter.value = 0
     # A contiguous copy, which must live until the kernel is done, because the kernel reads it by its address.
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
-    first = (0,) * len(p.batch) + (0,)
-    query, out = p.query[first], p.out[first]
-    if p.cache is None or (p.key.itemsize == p.query.itemsize and len(first) == 2):
-        addresses[p.query.itemsize].call(query, p.key[first], p.value[first], out, own.params_address)
-    else:
-        addresses[p.query.itemsize].call(query, query, query, out, own.params_address)
-        pack_two(own.params, 8, address_of(p.key), address_of(p.value))
+    addresses.call(p.query, p.key, p.value, p.out, own.params_address)
     pack_addresses(
         own.params, ARRAYS, own.counter_address, scratch_address, sequences_address,
         *[0 if x is None else address_of(x) for x in (p.lse, bias, p.mask, slopes, p.sinks, p.rows)],
@@ -180,7 +177,7 @@ def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few
 
 
 NO_GRADIENTS = (0,) * 8  # the addresses that only the backward pass has
-pack_one, pack_two = struct.Struct("=q").pack_into, struct.Struct("=2q").pack_into
+pack_one = struct.Struct("=q").pack_into
 
 
 def _find_plan(p: Problem, few: bool) -> _Plan:

@@ -118,9 +118,7 @@ def _run_waves(
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
     sinks = None if p.sinks is None else np.ascontiguousarray(p.sinks)
     if p.H and has_items:
-        first = (0,) * len(p.batch) + (0,)
-        four = p.query[first], p.key[first], p.value[first], p.out[first]
-        addresses[p.query.itemsize].call(*four, own.params_address)
+        addresses.call(p.query, p.key, p.value, p.out, own.params_address)
     own.params[REST:] = plan.rest
     for wave in plan.waves:
         counts, partial = np.zeros(wave.counters, np.int64), np.empty(wave.partial_size, np.uint8)

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-from numba import carray, types
 
 from ..cpu import backward, decode, forward, launch
 from ..cpu.cache import Function, Kernel
+from ..cpu.objects import data_of
 from ..cpu.params import PARAMS, STOPPED
 from ..cpu.simd import HOST, void_pointer
 from ..cpu.spec import Spec
+from ..cpu.views import carray
 from ..options import Array
 from ..sequence_record import SEQUENCE
 
@@ -83,21 +84,16 @@ def put_back(buffers: Buffers) -> None:
 
 
 def _make_addresses() -> Callable[..., int]:
-    def addresses(a: Array, b: Array, c: Array, d: Array, target: int) -> int:
+    def addresses(a: int, b: int, c: int, d: int, target: int) -> int:
         numbers = carray(void_pointer(target), 4, np.int64)
-        numbers[0], numbers[1], numbers[2], numbers[3] = a.ctypes.data, b.ctypes.data, c.ctypes.data, d.ctypes.data
+        numbers[0], numbers[1], numbers[2], numbers[3] = data_of(a), data_of(b), data_of(c), data_of(d)
         return 0
 
     return addresses
 
 
-def _addresses_of(size: int) -> Function:
-    """Make a function that writes the addresses of four matrices, in a tenth of the time of ``array.ctypes.data``."""
-    matrix = types.Array(types.Integer.from_bitwidth(8 * size, signed=False), 2, "A", readonly=True)
-    return Function(f"addresses-{size}", _make_addresses, types.int64(matrix, matrix, matrix, matrix, types.int64))
-
-
-addresses = {size: _addresses_of(size) for size in (2, 4, 8)}
+# Writes the addresses of four arrays, of any dtypes and layouts: 0.1 us, and 4 by ``array.ctypes.data``.
+addresses = Function("addresses", _make_addresses, objects=4, integers=1, nogil=False)
 
 
 def worker(storage: str, task: str, kv_storage: str = "") -> Kernel:

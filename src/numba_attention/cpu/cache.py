@@ -7,7 +7,6 @@ is a miss.
 """
 
 import hashlib
-import pickle
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -17,20 +16,20 @@ from typing import Any
 import llvmlite
 import llvmlite.binding
 import numba
-from numba import njit
-from numba.core import config, serialize
-from numba.core.compiler import CompileResult
+from numba import types
+from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
-from numba.core.runtime import rtsys
 from numba.np.ufunc import parallel
 
 from .. import forks
 from ..kernel_cache import path_of, read_checked, warn_unwritten, write_checked
-from .machine_code import MachineCode, compile_kernel, load
+from . import builtin, compiler_thread, machine_code
+from .builtin import Arguments
+from .machine_code import MachineCode, compile_kernel
 
-# Locks across fork(): a fork waits until no thread compiles or loads, in Numba or in LLVM. Kernels share the lock of
-# Numba's compiler: a lock of their own would stay locked in a child forked while another thread reads a kernel's file.
+# Locks across fork(): a fork waits until no thread compiles or loads, in Numba or in LLVM. Kernels have no lock of
+# their own, which would stay locked in a child forked while another thread reads a kernel's file.
 for _lock in (
     global_compiler_lock._lock,
     getattr(parallel, "_backend_init_thread_lock", None),
@@ -83,7 +82,8 @@ class Kernel:
         self.origin = ""  # "compiled" or "loaded", once the machine code is in memory
         self._make = make
         self._signature = signature
-        self._loaded: Any = None
+        self._address: int | None = None
+        self._unwritten: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Load at first use what calls then find as plain attributes: a property would cost 0.1 us more each time."""
@@ -94,52 +94,62 @@ class Kernel:
         return value
 
     def _find_address(self) -> int:
-        return int(self._get())
+        return self._get()
 
     def assembly(self) -> str:
         """Machine code as text; compiles afresh, because a loaded kernel has none."""
-        library, _ = compile_kernel(self._function(), self._signature)
-        return str(library.assembly())
+        text: str = compiler_thread.run(lambda: machine_code.assembly(self._function(), self._signature), self._title)
+        return text
 
-    def _get(self) -> Any:
-        if self._loaded is None:
-            if forks.broken():
-                raise RuntimeError(
-                    f"kernel {self.name} cannot be loaded: this process was forked while another thread compiled, for "
-                    f"more than {forks.PATIENCE:.0f} s; call what children need before forking, or start them by spawn"
-                )
-            with global_compiler_lock:
-                if self._loaded is None:
-                    self._loaded = self._load() or self._compile_and_save()
-        return self._loaded
+    @property
+    def _title(self) -> str:
+        return f"kernel {self.name}"
+
+    def _get(self) -> int:
+        # Loading needs no lock: a thread, or a handler that interrupts this one, may load the same file for itself.
+        if self._address is None:
+            forks.require_consistent_compiler(self._title)
+            self._address = self._load() or compiler_thread.run(self._compile_once, self._title)
+        if self._unwritten is not None:
+            error, self._unwritten = self._unwritten, None
+            warn_unwritten(error)
+        return self._address
+
+    def _compile_once(self) -> int:
+        """Compile, unless another thread or process has done so meanwhile."""
+        if self._address is None:
+            self._address = self._load() or self._compile_and_save()
+        return self._address
 
     @property
     def _key(self) -> str:
         """Everything that decides what this compiles to."""
         return f"{self.name} {self._signature} {_environment()}"
 
-    def _load(self) -> Any:
+    def _load(self) -> int | None:
         path = path_of(self.name, self._key, ".kernel")
         payload = None if path is None else read_checked(path, self._key)
         if payload is None:
             return None
+        symbol, _, code = payload.partition(b"\0")
         try:
-            loaded = self._from_bytes(payload)
+            address = machine_code.load(MachineCode(code, symbol.decode()))
         except Exception:  # every error counts as a cache miss: a damaged file must not stop a call that can compile
             return None
         self.origin = "loaded"
-        return loaded
+        return address
 
-    def _compile_and_save(self) -> Any:
-        loaded, payload = self._compile()
+    def _compile_and_save(self) -> int:
+        code = self._compile()
+        address = machine_code.load(code)
         self.origin = "compiled"
         path = path_of(self.name, self._key, ".kernel")
         if path is not None:
             try:
-                write_checked(path, self._key, payload())
+                write_checked(path, self._key, code.symbol.encode() + b"\0" + code.object)
             except Exception as error:
-                warn_unwritten(error)
-        return loaded
+                self._unwritten = error
+        return address
 
     def _function(self) -> Callable[..., int]:
         function = self._make()
@@ -147,56 +157,45 @@ class Kernel:
         function.__qualname__ = function.__name__ = self.name.replace("-", "_")
         return function
 
-    def _compile(self) -> tuple[Any, Callable[[], bytes]]:
-        """What `_get` returns, and its form in a file."""
-        library, symbol = compile_kernel(self._function(), self._signature)
-        code = library.machine_code(symbol)
-        return load(code), lambda: code.symbol.encode() + b"\0" + code.object
-
-    def _from_bytes(self, payload: bytes) -> Any:
-        symbol, _, machine_code = payload.partition(b"\0")
-        return load(MachineCode(machine_code, symbol.decode()))
+    def _compile(self) -> MachineCode:
+        return compile_kernel(self._function(), self._signature)
 
 
 class Function(Kernel):
-    """A kernel that Python calls, with Numba's wrapper.
+    """A kernel that Python calls, as a built-in function.
 
     Parameters
     ----------
-    name, make, signature
-        As of `Kernel`.
-    parallel : bool
-        Whether the function has a `prange`.
+    name, make
+        As of `Kernel`. All arguments of the compiled function are int64, and so is its result.
+    objects : int
+        Number of arguments, the first ones, that are addresses of objects. They are not checked: see `objects`.
+    integers : int
+        Number of arguments after these.
+    nogil : bool
+        Whether other threads of Python may run meanwhile.
 
     Attributes
     ----------
     call : callable
-        The compiled function, called without Numba's dispatcher; arguments must have the very types.
+        The built-in function. It takes positional arguments only.
     """
 
     call: Callable[..., int]
     _uses = ("address", "call")
 
     def __init__(
-        self, name: str, make: Callable[[], Callable[..., int]], signature: Any, parallel: bool = False
+        self, name: str, make: Callable[[], Callable[..., int]], objects: int, integers: int, nogil: bool = True
     ) -> None:
-        super().__init__(name, make, signature)
-        self._parallel = parallel
+        self._arguments = Arguments(objects, integers, nogil)
+        super().__init__(name, make, types.int64(*[types.int64] * (objects + integers)))
 
     def _find_call(self) -> Callable[..., int]:
-        return self._get().entry_point  # type: ignore[no-any-return]
+        return builtin.make(self.address, self.name)  # type: ignore[no-any-return]
 
-    def _find_address(self) -> int:
-        result = self._get()
-        return int(result.library.get_pointer_to_function(result.fndesc.llvm_func_name))
+    def _compile(self) -> MachineCode:
+        return compile_kernel(self._function(), self._signature, self._arguments)
 
-    def _compile(self) -> tuple[Any, Callable[[], bytes]]:
-        dispatcher = njit(parallel=self._parallel, nogil=True, error_model="numpy")(self._function())
-        dispatcher.compile(self._signature)
-        (result,) = dispatcher.overloads.values()
-        return result, lambda: serialize.dumps(result._reduce())
-
-    def _from_bytes(self, payload: bytes) -> Any:
-        context = cpu_target.target_context
-        rtsys.initialize(context)  # registers the symbols of Numba's runtime that the object code refers to
-        return CompileResult._rebuild(context, *pickle.loads(payload))
+    @property
+    def _key(self) -> str:
+        return f"{super()._key} {self._arguments}"

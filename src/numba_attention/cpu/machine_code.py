@@ -15,7 +15,9 @@ import llvmlite.binding as llvm
 from numba import njit
 from numba.core import config
 from numba.core.registry import cpu_target
-from numba.core.runtime import rtsys
+
+from . import builtin
+from .builtin import Arguments
 
 
 class MachineCode(NamedTuple):
@@ -96,14 +98,6 @@ def _by_parts() -> tuple[Any, Any]:
             module.verify()
             self._finalized = True
 
-        def machine_code(self, symbol: str) -> MachineCode:
-            self._ensure_finalized()
-            return MachineCode(self._codegen._tm.emit_object(self._final_module), symbol)
-
-        def assembly(self) -> str:
-            self._ensure_finalized()
-            return str(self._codegen._tm.emit_assembly(self._final_module))
-
     class Codegen(codegen.JITCPUCodegen):
         def set_env(self, name: str, env: Any) -> None:
             """Do nothing: kernels have no use for Python objects, and are in no engine of Numba's."""
@@ -155,29 +149,36 @@ def part(function: Callable[..., Any]) -> Any:
     return _part(function, targetoptions=_OPTIONS) if _part else njit(error_model="numpy")(function)
 
 
-class _ByNumba:
-    """The library of a function that `njit` compiled, with the interface of `Whole`."""
-
-    def __init__(self, library: Any) -> None:
-        self._library = library
-
-    def machine_code(self, symbol: str) -> MachineCode:
-        module = llvm.parse_assembly(self._library.get_llvm_str())
-        triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
-        machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
-        return MachineCode(machine.emit_object(module), symbol)
-
-    def assembly(self) -> str:
-        return str(self._library.get_asm_str())
-
-
-def compile_kernel(function: Callable[..., int], signature: Any) -> tuple[Any, str]:
-    """Compile a kernel; return its library (``machine_code(symbol)``, ``assembly()``) and its symbol."""
-    rtsys.initialize(cpu_target.target_context)
+def _compile(function: Callable[..., int], signature: Any) -> tuple[Any, Any, str]:
+    """The optimised module of a kernel, a machine to emit it, and the kernel's symbol."""
     if _whole:
         dispatcher = _whole(function, targetoptions=_OPTIONS)
     else:
         dispatcher = njit(nogil=True, error_model="numpy")(function)
     dispatcher.compile(signature)
     (result,) = dispatcher.overloads.values()
-    return result.library if _whole else _ByNumba(result.library), result.fndesc.llvm_func_name
+    library, symbol = result.library, result.fndesc.llvm_func_name
+    if _whole:
+        library._ensure_finalized()
+        return library._final_module, library._codegen._tm, symbol
+    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
+    return llvm.parse_assembly(library.get_llvm_str()), machine, symbol
+
+
+def compile_kernel(function: Callable[..., int], signature: Any, arguments: Arguments | None = None) -> MachineCode:
+    """Compile a kernel; with `arguments`, as a built-in function that passes these.
+
+    Numba's compiler must not be interrupted by what calls it again: see `compiler_thread`.
+    """
+    module, machine, symbol = _compile(function, signature)
+    if arguments is not None:
+        module.link_in(builtin.build(symbol, arguments))
+        symbol = builtin.symbol_of(symbol)
+    return MachineCode(machine.emit_object(module), symbol)
+
+
+def assembly(function: Callable[..., int], signature: Any) -> str:
+    """The machine code of a kernel as text."""
+    module, machine, _ = _compile(function, signature)
+    return str(machine.emit_assembly(module))

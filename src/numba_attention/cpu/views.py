@@ -13,7 +13,6 @@ from numba import types
 from numba.core import cgutils
 from numba.core.typing.npydecl import parse_dtype
 from numba.extending import intrinsic
-from numba.np.arrayobj import make_array, populate_array
 from numba.np.numpy_support import from_dtype
 
 from .simd import I64, Builder, Value
@@ -23,6 +22,8 @@ UNBOUNDED = 2**62  # the length of an array of which only the beginning is known
 
 def _array(context: Any, builder: Builder, ty: Any, data: Value, shape: list[Value]) -> Value:
     """A C-contiguous array value that owns nothing."""
+    from numba.np.arrayobj import make_array, populate_array  # 15 ms, which loaded kernels do without
+
     array = make_array(ty)(context, builder)
     itemsize = I64(context.get_abi_sizeof(context.get_data_type(ty.dtype)))
     strides = [itemsize]

@@ -211,9 +211,7 @@ def _multiply(
     try:
         scratch, scratch_address = own.reserve(number * plan.scratch_size)
         own.counter.value = 0
-        cpu_resources.addresses[out.itemsize].call(
-            *four, first if extra is None else np.atleast_2d(extra), own.params_address
-        )
+        cpu_resources.addresses.call(*four, first if extra is None else extra, own.params_address)
         kernels.pack_own(own.params, kernels.OWN, own.counter_address, scratch_address)
         own.params[kernels.REST : kernels.REST + len(plan.rest)] = plan.rest
         own.run(plan.kernel, number, plan.flops, four, extra, scratch)
