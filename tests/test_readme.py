@@ -22,7 +22,7 @@ def test_python_examples_run(page):
         if 'device="cuda"' in code and not na.backends()["cuda"]:
             compile(code, page.name, "exec")  # what needs a GPU is at least Python
             continue
-        for library in re.findall(r"^import (torch|jax)\b", code, re.M):
+        for library in re.findall(r"^import (torch|jax|onnx)\b", code, re.M):
             pytest.importorskip(library)
         exec(code, scope)
 
