@@ -9,12 +9,13 @@ import hashlib
 import os
 import re
 import stat
-import sys
 import tempfile
 import time
 import warnings
 from functools import cache
 from pathlib import Path
+
+import platformdirs
 
 from .errors import NumbaAttentionWarning
 
@@ -53,13 +54,7 @@ def _chosen() -> Path:
     named = os.environ.get(ENVIRONMENT)
     if named:
         return Path(named).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "numba-attention"
+    return platformdirs.user_cache_path("numba-attention", appauthor=False).expanduser()  # raises without a home
 
 
 def _distrust(status: os.stat_result) -> str:
