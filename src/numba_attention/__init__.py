@@ -1,5 +1,8 @@
 """Exact multi-head attention for NumPy pipelines, compiled by Numba. See `attention` to begin."""
 
+from importlib import import_module
+from typing import Any
+
 from .api import attention, attention_backward, attention_weights, merge_attention, merge_attention_backward
 from .backends import backends, set_backend, use_backend
 from .caches import KVCache, PagedKVCache
@@ -11,7 +14,8 @@ from .rotary import apply_rotary
 from .show_config import show_config
 from .varlen import attention_varlen, attention_varlen_backward
 
-__version__ = "0.1.0"
+__version__: str
+_RIMS = {"plot"}  # imported when first asked for
 
 __all__ = [
     "BackendUnavailableError",
@@ -35,3 +39,16 @@ __all__ = [
     "show_config",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":  # looked up when asked for: finding the installed files takes some milliseconds
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("numba-attention")
+        except PackageNotFoundError:  # the sources alone, on the path
+            return "0+unknown"
+    if name in _RIMS:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
