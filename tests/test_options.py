@@ -33,11 +33,14 @@ ENTRY_POINTS = {
     "attention_decode": (lambda: na.attention_decode, {"query", "cache", "ids", "return_lse", "out", "backend"}),
     "layer": (
         lambda: LAYER.__call__,
-        {"query", "key", "value", "key_padding_mask", "cache", "ids", "cu_seqlens", "need_weights", "average_weights"},
+        {"query", "key", "value", "key_padding_mask", "cache", "ids", "cu_seqlens", "need_weights", "average_weights",
+         "training"},
     ),
     "layer.forward": (
         lambda: LAYER.forward,
-        {"query", "key", "value", "key_padding_mask", "cu_seqlens", "need_weights", "average_weights"},
+        {
+            "query", "key", "value", "key_padding_mask", "cu_seqlens", "need_weights", "average_weights", "training",
+        },
     ),
     "torch": (lambda: _bridge("torch"), {"query", "key", "value", "return_lse", "backend"}),
     "jax": (lambda: _bridge("jax"), {"query", "key", "value", "return_lse", "backend"}),
@@ -70,7 +73,7 @@ def test_every_array_option_says_what_its_axes_are():
     kinds = [options.PER_SCORE, options.PER_HEAD, options.PER_SEQUENCE, options.PER_CALL]
     listed = [name for kind in kinds for name in kind]
     assert len(set(listed)) == len(listed)
-    assert set(listed) | {"is_causal", "window", "scale", "softcap"} == set(Options._fields)
+    assert set(listed) | {"is_causal", "window", "scale", "softcap", "dropout_p", "seed"} == set(Options._fields)
 
 
 def test_the_command_line_has_every_option():

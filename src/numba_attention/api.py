@@ -89,6 +89,14 @@ def attention(
     prefix_lengths : int or array of int, shape (...,), optional
         So many first keys of each sequence are seen by all of its rows, however `is_causal` or a window is bounded on
         the right: a prefix language model. Not beside a window that is bounded on the left.
+    dropout_p : float, default 0.0
+        Each weight becomes 0 with this probability, at least 0 and less than 1, in steps of 2**-16; the others are
+        divided by the probability of being kept. `lse` and the denominator of the softmax are those without dropout.
+    seed : int, optional
+        Chooses which weights are dropped, 0 <= seed < 2**64; needed where `dropout_p` is positive. The same seed drops
+        the same weights in every function, dtype and backend: they follow from the seed, the sequence (its row-major
+        index over the leading dimensions, or its number in a packed batch), the query head, the position of the query
+        (its row plus `query_offset` or what `is_causal` says) and the key.
     return_lse : bool, default False
         Also return the natural log of the softmax denominator of each row.
     out : ndarray, shape (..., H, L, Ev), optional
@@ -131,6 +139,7 @@ def attention(
     .. [3] Press et al., "Train Short, Test Long" (ALiBi), 2022, section 3.
     .. [4] Ainslie et al., "GQA", 2023, section 2.2.
     .. [5] Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024, section 3.
+    .. [6] Srivastava et al., "Dropout", 2014, and Salmon et al., "Parallel random numbers" (Philox), 2011.
 
     Examples
     --------

@@ -28,7 +28,7 @@ from .options import (
     takes_options,
 )
 from .problem.dense import Problem, build
-from .validation import as_flag
+from .validation import as_flag, as_seed
 
 try:
     import jax
@@ -41,6 +41,8 @@ JaxArray: TypeAlias = jax.Array
 
 # Options that are arrays, which XLA passes at each call. The others are fixed when a function is traced.
 _ARRAYS = (*PER_SCORE, *PER_HEAD, *PER_SEQUENCE, *PER_CALL)
+# What is the same for all elements of a call, so that `jax.vmap` makes a call for each of its own.
+_OF_CALL = (*PER_CALL, "seed")
 
 
 class _Static(NamedTuple):
@@ -55,7 +57,7 @@ class _Static(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """Return the options that are not arrays, and the backend."""
-        fixed = {name: x for name, x in self.settings._asdict().items() if name not in _ARRAYS}
+        fixed = {name: x for name, x in self.settings._asdict().items() if name not in (*_ARRAYS, "seed")}
         return fixed | {"backend": self.backend}
 
 
@@ -109,6 +111,9 @@ def attention(
         are fixed when a function is traced.
     sinks : array of float, shape (H,), optional
         One extra logit per head in the softmax denominator; differentiable.
+    seed : int or array of int, optional
+        As in `numba_attention.attention`. It may be traced, so that a jitted training step is compiled once for all
+        seeds: an integer of 32 bits, or two of them, as ``jax.random.key_data(key)`` has.
     return_lse : bool, default False
         Also return the natural log of the softmax denominator of each row; differentiable too.
     backend : {"auto", "cpu", "reference"}, optional
@@ -135,8 +140,8 @@ def attention(
 
     Notes
     -----
-    Axes that `jax.vmap` adds become leading dimensions of one call. With `sinks` there is a call for each
-    element instead, as sinks are one per head for a whole call.
+    Axes that `jax.vmap` adds become leading dimensions of one call. With `sinks` or `seed` there is a call for each
+    element instead, as sinks are one per head for a whole call, and elements with the same seed have the same mask.
 
     Arrays must be on a CPU device. The number of threads is ``NUMBA_NUM_THREADS``: `numba.set_num_threads` counts
     for the thread that calls it, and XLA calls from threads of its own.
@@ -159,20 +164,39 @@ def attention(
     settings = gather(attention, options)
     arguments = {"query": query, "key": key, "value": value} | {name: getattr(settings, name) for name in _ARRAYS}
     arrays = {name: jnp.asarray(_as_wide_as_jax(x)) for name, x in arguments.items() if x is not None}
-    fixed: dict[str, Any] = dict.fromkeys(_ARRAYS)
+    seed = None if settings.seed is None else _words_of_seed(settings.seed)
+    fixed: dict[str, Any] = dict.fromkeys(_ARRAYS) | {"seed": None if seed is None else 0}
     settings = settings._replace(**fixed)
     problem, chosen = _check(arguments, arrays, settings, backend)
+    if seed is not None:
+        arrays["seed"] = seed
     ndim = problem.out.ndim
     ranks = dict.fromkeys(PER_SEQUENCE, ndim - 3) | dict.fromkeys(PER_HEAD, ndim - 2)
     # Arrays get all their axes here, so that they still broadcast correctly when vmap adds one in front.
     for name, x in arrays.items():
-        if name not in PER_CALL:
+        if name not in _OF_CALL:
             arrays[name] = jnp.expand_dims(x, tuple(range(ranks.get(name, ndim) - x.ndim)))
     window = None if settings.window is None else tuple(None if x is None else int(x) for x in settings.window)
     settings = settings._replace(window=window, scale=problem.scale, softcap=problem.softcap)
     static = _Static(ndim, problem.out.shape, str(problem.out.dtype), settings, chosen)
     out, lse = (x[0] if problem.result.ndim < ndim else x for x in _attention(static, arrays))
     return (out, lse) if as_flag("return_lse", return_lse) else out
+
+
+def _words_of_seed(seed: Any) -> JaxArray:
+    """Return the low and the high 32 bits of a seed. JAX has no integers of 64 bits unless it is set to."""
+    if not isinstance(seed, jax.Array):
+        number = as_seed(seed)
+        return jnp.asarray(np.array([number % 2**32, number >> 32], np.uint32))
+    if not jnp.issubdtype(seed.dtype, jnp.integer) or seed.shape not in ((), (2,)):
+        raise TypeError(
+            f"seed must be an integer, or two of 32 bits as jax.random.key_data returns, got {seed.dtype} of shape "
+            f"{seed.shape}"
+        )
+    if seed.ndim:
+        return seed.astype(jnp.uint32)
+    high = seed >> 32 if seed.dtype.itemsize == 8 else jnp.zeros_like(seed)
+    return jnp.stack([seed, high]).astype(jnp.uint32)
 
 
 def _as_wide_as_jax(x: Any) -> Any:
@@ -283,8 +307,19 @@ def _calls(static: _Static, *buffers: dict[str, Any]) -> Iterator[tuple[dict[str
         # Such an axis has size 1 if the input is the same for all calls, yet each call has a gradient of its own.
         lead = np.broadcast_shapes(*(x.shape[:added] for x in arrays.values()))
         arrays = {name: np.broadcast_to(x, lead + x.shape[added:]) for name, x in arrays.items()}
-    if added and not arrays.keys().isdisjoint(PER_CALL):
+    if added and not arrays.keys().isdisjoint(_OF_CALL):
         for index in np.ndindex(lead):
-            yield {name: x[index] for name, x in results.items()}, {name: x[index] for name, x in arrays.items()}
+            yield (
+                {name: x[index] for name, x in results.items()},
+                _one_call({name: x[index] for name, x in arrays.items()}),
+            )
     else:
-        yield results, arrays
+        yield results, _one_call(arrays)
+
+
+def _one_call(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of one call, with the seed as one number."""
+    if "seed" in arrays:
+        low, high = (int(word) for word in arrays["seed"])
+        arrays["seed"] = low | high << 32
+    return arrays

@@ -36,6 +36,8 @@ class OptionArguments(TypedDict, total=False):
     query_lengths: ArrayLike | None
     key_lengths: ArrayLike | None
     prefix_lengths: ArrayLike | None
+    dropout_p: float
+    seed: int | None
 
 
 class Options(NamedTuple):
@@ -57,6 +59,8 @@ class Options(NamedTuple):
     query_lengths: ArrayLike | None = None
     key_lengths: ArrayLike | None = None
     prefix_lengths: ArrayLike | None = None
+    dropout_p: float = 0.0
+    seed: int | None = None
 
 
 NO_OPTIONS = Options()
@@ -83,6 +87,10 @@ _ELSEWHERE = {
     "local_window_size": "window",
     "logits_soft_cap": "softcap",
     "s_aux": "sinks",
+    "dropout": "dropout_p",
+    "dropout_rate": "dropout_p",
+    "p_dropout": "dropout_p",
+    "philox_seed": "seed",
     "key_padding_mask": "mask, where True = may attend, or key_lengths",
     "query_seq_lengths": "query_lengths",
     "key_value_seq_lengths": "key_lengths",

@@ -168,6 +168,18 @@ def as_real(name: str, x: Any) -> float:
     return float(x)
 
 
+def as_seed(x: Any) -> int:
+    try:
+        if isinstance(x, bool | np.bool_):
+            raise TypeError
+        seed = operator.index(x)
+    except TypeError:
+        raise TypeError(f"seed must be an integer, got {_shown(x)}") from None
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer of 64 bits, from 0 to 2**64 - 1, got {seed}")
+    return seed
+
+
 def _is_number(x: Any) -> bool:
     """Whether x can be used as one real number: it is neither a truth value nor complex, and has no axes.
 

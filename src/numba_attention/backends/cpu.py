@@ -169,7 +169,7 @@ def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few
     pack_addresses(
         own.params, ARRAYS, own.counter_address, scratch_address, sequences_address,
         *[0 if x is None else address_of(x) for x in (p.lse, bias, p.mask, slopes, p.sinks, p.rows)],
-        *NO_GRADIENTS, 0 if counts is None else address_of(counts), 0 if partial is None else address_of(partial),
+        p.seed, *NO_GRADIENTS, *[0 if x is None else address_of(x) for x in (counts, partial)],
     )  # fmt: skip
     own.params[REST:] = plan.rest
     pack_one(own.params, REST, items)
@@ -186,6 +186,7 @@ def _find_plan(p: Problem, few: bool) -> _Plan:
     key = (
         q.dtype, q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, out.strides, p.lse is None,
         p.scale, p.softcap, p.alibi_slopes is None, p.left, p.right, p.offset if type(p.offset) is int else None, few,
+        p.dropout,
         None if cache is None else (cache.storage, cache.table is None),
     )  # fmt: skip
     plan = _plans.get(key)

@@ -126,7 +126,7 @@ def _run_waves(
         _pack_one(own.params, REST, len(wave.members))
         pack_addresses(
             own.params, ARRAYS, own.counter_address, scratch_address, plan.sequences_address,
-            address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), address_of(sinks), 0,
+            address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), address_of(sinks), 0, p.seed,
             *(address_of(array) for array in arrays.values()),
             address_of(wave.members), address_of(counts), address_of(partial),
         )  # fmt: skip
@@ -144,6 +144,7 @@ def _find_plan(
     key = (
         p.query.dtype, p.query.shape, p.value.shape, *(None if x is None else x.strides for x in all_arrays),
         p.alibi_slopes is None, p.sinks is None, p.scale, p.softcap, p.left, p.right, p.offset,
+        p.dropout,
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:

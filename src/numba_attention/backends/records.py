@@ -184,6 +184,8 @@ def values_of(p: Problem, spec: Spec, bias: Array | None) -> dict[str, float]:
         "bias_kind": 0 if bias is None else 1 + bias_elements(spec).index(storage_of(bias.dtype)),
         "staged": staged,
         "tiny": scaling.tiny,
+        "dropout": p.dropout,
+        "dropout_scale": 2**16 / (2**16 - p.dropout),
         "prescale": scaling.prescale,
         "rest": scaling.rest,
         "unit": 1 if staged else scaling.rest,

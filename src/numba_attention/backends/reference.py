@@ -31,6 +31,7 @@ def forward(problem: Problem) -> None:
         for b in np.ndindex(problem.batch):
             for h in range(problem.H):
                 weights, lse, visible = _softmax(problem, b, h, rows)
+                weights = weights * _kept(problem, b, h, rows)
                 value = _float64(problem.value[(*b, _key_head(problem, h))])
                 problem.out[(*b, h)] = _weighted_sum(weights, value, visible)
                 if problem.lse is not None:
@@ -44,7 +45,7 @@ def weights(problem: Problem) -> None:
     with np.errstate(all="ignore"):
         for b in np.ndindex(problem.batch):
             for n, h in enumerate(heads):
-                problem.out[(*b, n)] = _softmax(problem, b, int(h), rows)[0]
+                problem.out[(*b, n)] = _softmax(problem, b, int(h), rows)[0] * _kept(problem, b, int(h), rows)
 
 
 def backward(problem: BackwardProblem) -> None:
@@ -78,7 +79,8 @@ def backward(problem: BackwardProblem) -> None:
                 delta = np.sum(grad_out * out, axis=1)
                 if problem.grad_lse is not None:
                     delta -= problem.grad_lse[(*b, h)]
-                ds = np.where(visible, p * (grad_out @ value.T - delta[:, None]), 0)
+                kept = _kept(f, b, h, rows)
+                ds = np.where(visible, p * (grad_out @ value.T * kept - delta[:, None]), 0)
                 _add_to_bias(problem, (*b, h), ds)
                 if problem.sinks is not None and f.sinks is not None:
                     # A sink is one more key whose value is 0.
@@ -88,7 +90,7 @@ def backward(problem: BackwardProblem) -> None:
                     ds = np.where(visible, ds * (1 - np.tanh(f.scale * (query @ key.T) / f.softcap) ** 2), 0)
                 problem.query[(*b, h)] = f.scale * _weighted_sum(ds, key, visible)
                 sums[0][n] += f.scale * _weighted_sum(ds.T, query, visible.T)
-                sums[1][n] += _weighted_sum(p.T, grad_out, visible.T)
+                sums[1][n] += _weighted_sum((p * kept).T, grad_out, (visible & (kept > 0)).T)
             problem.key[b], problem.value[b] = sums
 
 
@@ -115,7 +117,7 @@ def _parts(p: Problem) -> list[tuple[tuple[slice, slice], Problem]]:
             out=p.out[b, :, rows], lse=None if p.lse is None else p.lse[b, :, rows], batch=(), L=int(L), S=int(S),
             **{number.problem: x[b] for number in NUMBERS if isinstance(x := getattr(p, number.problem), np.ndarray)},
             alibi_slopes=None if p.alibi_slopes is None else p.alibi_slopes[b],
-            mask=cut(p.mask, p.packing.mask), bias=cut(p.bias, p.packing.bias), packing=None,
+            mask=cut(p.mask, p.packing.mask), bias=cut(p.bias, p.packing.bias), packing=None, first_sequence=b,
         )  # fmt: skip
         parts.append(((rows, columns), part))
     return parts
@@ -213,6 +215,38 @@ def _scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
     if problem.bias is not None:
         scores = scores + _float64(problem.bias[(*b, h)][rows])
     return scores
+
+
+def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> Array:
+    """Philox-4x32-10 of counters, arrays of words that broadcast; uint64 (4, ...), each below 2**32.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
+    """
+    word, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    x = [np.asarray(c).astype(np.uint64) & word for c in counter]
+    for n in range(10):
+        k0, k1 = (np.uint64((k + n * step) % 2**32) for k, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True))
+        first, second = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
+        x = [(second >> shift) ^ x[1] ^ k0, second & word, (first >> shift) ^ x[3] ^ k1, first & word]
+    return np.stack(np.broadcast_arrays(*x))
+
+
+def _kept(problem: Problem, b: Index, h: int, rows: Array) -> Array:
+    """Return what dropout multiplies weights with, (rows, S): 0, or the inverse of the probability of being kept.
+
+    Weight (i, j) has the half j % 2 of word j // 8 % 4 of the random words of its counter (position of i, group of j,
+    head, sequence), where the group is j // 32 * 4 + j // 2 % 4.
+    """
+    if not problem.dropout:
+        return np.ones((len(rows), problem.S))
+    sequence = problem.first_sequence + (int(np.ravel_multi_index(b, problem.batch)) if b else 0)
+    j, seed = np.arange(problem.S), problem.seed % 2**64
+    groups = np.arange(-(-problem.S // 32) * 4)
+    positions = _positions(problem, b, rows)[:, None] & 0xFFFFFFFF
+    words = philox((positions, groups, h, sequence), (seed % 2**32, seed >> 32))
+    of_key = words[j // 8 % 4, :, j // 32 * 4 + j // 2 % 4].T
+    bits = of_key >> (j % 2 * 16).astype(np.uint64) & np.uint64(0xFFFF)
+    return np.where(bits >= problem.dropout, 2**16 / (2**16 - problem.dropout), 0)
 
 
 def _softmax(problem: Problem, b: Index, h: int, rows: Array) -> tuple[Array, Array, Array]:

@@ -161,6 +161,8 @@ def run(
     softcap: Annotated[float | None, typer.Option(help="Scores become cap * tanh(score / cap).")] = None,
     alibi_slopes: Annotated[str | None, typer.Option(help="Numbers or .npy, one per head.")] = None,
     sinks: Annotated[str | None, typer.Option(help="Numbers or .npy, one per head.")] = None,
+    dropout_p: Annotated[float, typer.Option(help="Drop weights with this probability.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Which weights are dropped, 0 to 2**64 - 1.")] = None,
     lse: Annotated[Path | None, typer.Option(help="Also write the log-sum-exp of each row, a .npy.")] = None,
     backend: Annotated[Backend | None, typer.Option(help="Which backend computes it.")] = None,
 ) -> None:
@@ -174,6 +176,8 @@ def run(
         "is_causal": "bottom-right" if bottom_right else causal,
         "scale": scale,
         "softcap": softcap,
+        "dropout_p": dropout_p,
+        "seed": seed,
         "backend": backend and backend.value,
     }
     try:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..sequence_record import SEQUENCE
 from . import stages, tiles
+from .dropout import drop_gradients
 from .gemm import micro_kernel
 from .params import PARAMS, STOPPED
 from .scoring import LOG2E, make_scoring
@@ -102,6 +103,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     carry_denominator, carry, add_tiles = second_level(spec), second_level(spec, online=False), add_two_tiles(spec)
     copy, add, add_to_bias = copy_rows(spec), add_products(spec), add_transposed(spec)
     add_sums, write = sums_adder(spec), write_sums(spec)
+    drop = drop_gradients(spec)
 
     @spec.jit
     def bytes_of(p: Any, s: Any) -> int:
@@ -169,6 +171,9 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 if lse <= recomputed_lse + abs(np.float64(lse)) * tolerance:
                     highest, inverse = state[MAX, lane], 1 / np.float64(state[SUM, lane])
             state[MAX, lane], state[INVERSE, lane] = highest, inverse
+            # Dropout: P is multiplied by the scale of kept weights here, and delta divided by it in `write_delta`, so
+            # that dS = P (dP - delta) holds for kept weights, and dV = P^T dO.
+            state[INVERSE, lane] *= real(p.dropout_scale)
             state[RESCALE, lane] = 1
             # A maximum of infinity makes every weight 0: for rows that see no key, and for the copies of the last row
             # in the unused lanes of a partial tile.
@@ -196,6 +201,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             if p.delta != 0:
                 address = p.delta + s.delta + h * p.delta_head + i * p.delta_row
                 carray(void_pointer(address), 1, real)[0] = state[DELTA, lane]
+            state[DELTA, lane] /= real(p.dropout_scale)
 
     @spec.jit
     def load_rows(p: Any, s: Any, at: int, first_row: int) -> bool:
@@ -270,6 +276,9 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         differentiate_softmax(weights, grad_scores, n, state, real(p.unit * LOG2E))
         if dirty:
             spread_nan(p, at, n)
+        if p.dropout != 0:
+            positions, heads = at + p.at_positions, at + p.at_lane_heads
+            drop(weights, grad_scores, state, n, j0, positions, heads, s.head, s.batch, p.seed, p.dropout)
         if p.grad_bias != 0 and not nan_safe:
             column = p.grad_bias_column
             add_to_bias(grad_scores, at + p.at_grad_bias_rows, j0 * column, column, n, at + p.at_spare)

@@ -40,9 +40,10 @@ for _lock in (
 
 
 def sources() -> list[Path]:
-    """The files that decide what kernels compile to: theirs, the rule of intervals, the record they read."""
+    """The files that decide what kernels compile to: theirs, the rules of intervals and dropout, the record they read."""
     package = Path(__file__).parents[1]
-    return [*sorted(package.glob("cpu/*.py")), package / "intervals.py", package / "sequence_record.py"]
+    shared = [package / f"{name}.py" for name in ("intervals", "philox", "sequence_record")]
+    return [*sorted(package.glob("cpu/*.py")), *shared]
 
 
 @cache

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..sequence_record import SEQUENCE
 from . import features, tiles
+from .dropout import make_drop
 from .params import PARAMS
 from .scoring import LOG2E, make_scoring
 from .scratch import areas_of, layout_of, views
@@ -52,7 +53,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     locate, scale = sources.locate, sources.scale
     pack, add, gather = features.pack_queries(spec), features.add_values(spec), features.copy_strided(spec)
     step_softmax, weigh, power_below = softmax_step(spec, pairs=False), normalised_weights(spec), power_below_of(spec)
-    add_scaled = add_scaled_of(spec)
+    add_scaled, drop = add_scaled_of(spec), make_drop(spec)
     value_at, write, has_nan = tiles.load_value(spec), features.write_row(spec), tiles.has_nan(spec)
 
     @spec.jit
@@ -135,6 +136,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 weigh(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_scores)
             else:
                 step_softmax(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_scores)
+            if p.dropout != 0:
+                drop(p, s, at, at + p.at_scores, n, j0)
             if quantized:
                 scale_weights(p, s, at, j0, n, nan_safe)
             add_values(p, at, head, n, nan_safe)
@@ -188,7 +191,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                         out[x] = saved[x]
         for lane in range(W):
             total = state[SUM, lane]
-            state[RESCALE, lane] = real(1) / total if total != 0 else real(0)
+            state[RESCALE, lane] = real(p.dropout_scale) / total if total != 0 else real(0)
             if normalized and total != 0:
                 state[RESCALE, lane] /= state[INVERSE, lane]
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..sequence_record import SEQUENCE
 from . import pairs, tiles
+from .dropout import make_drop
 from .gemm import micro_kernel
 from .params import PARAMS, STOPPED
 from .scoring import LOG2E, make_scoring
@@ -67,6 +68,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     pack_values = pairs.pair_rows(spec) if bf16_dot else tiles.widen_tile(spec)
     write_tile, power_below = tiles.scatter_tile(spec), power_below_of(spec)
     has_nan = tiles.has_nan(spec)
+    drop = make_drop(spec, pairs=bf16_dot and with_output)
     value_at = tiles.load_value(spec)
 
     @spec.jit
@@ -164,6 +166,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 weigh(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
             else:
                 step_softmax(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
+            if p.dropout != 0 and with_output:
+                drop(p, s, at, at + (p.at_weights if bf16_dot else p.at_scores), n, j0)
             if quantized:
                 scale_weights(p, s, at, j0, n, nan_safe)
             if with_output:
@@ -217,6 +221,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 continue
             score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
             weigh(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_weights)
+            if p.dropout != 0:
+                drop(p, s, at, at + p.at_scores, n, j0)
             write_scores(p, at, j0, n)
         write_zeros(p, at, stop, p.Ev)
 
@@ -283,7 +289,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             total = lanes[SUM, lane]
             inverse = real(0)
             if total != 0:
-                inverse = real(1) / total
+                inverse = real(p.dropout_scale) / total
             elif starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0:
                 inverse = real(math.nan)  # keys were visible, and every score was -inf, which only infinite inputs give
             lanes[RESCALE, lane] = inverse / lanes[INVERSE, lane] if normalized and total != 0 else inverse

@@ -13,7 +13,7 @@ from . import scratch
 # Fields that change with every call come first, so that a plan can store the others as bytes (see backends/cpu.py).
 ADDRESSES = (
     "query", "key", "value", "out",
-    "counter", "scratch", "sequences", "lse", "bias", "mask", "slopes", "sinks", "chosen",
+    "counter", "scratch", "sequences", "lse", "bias", "mask", "slopes", "sinks", "chosen", "seed",
     "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias", "delta",
     "members", "counts", "partial",
 )  # fmt: skip
@@ -26,7 +26,7 @@ INTEGERS = (
     *(f"at_{name}" for name in scratch.NAMES),
     # KV caches: keys in a page, and strides
     "page_size", "key_page", "value_page", "key_scale_head", "key_scale_page", "value_scale_head", "value_scale_page",
-    "partial_size", "staged", "tiny",
+    "partial_size", "staged", "tiny", "dropout",
     # backward pass
     "kv_heads", "E_padded", "Ev_padded",
     "grad_out_head", "grad_out_row", "grad_out_column", "grad_lse_head", "grad_lse_row",
@@ -35,7 +35,7 @@ INTEGERS = (
 )  # fmt: skip
 # Queries are multiplied by `prescale`, and their products with keys by `rest` to give natural scores. The softmax sees
 # scores in units of `unit`: products, or natural scores where a stage has converted them. See `records.scaling_of`.
-REALS = ("prescale", "rest", "unit", "cap_inner", "cap_outer", "gradient_prescale", "gradient_scale")
+REALS = ("prescale", "rest", "unit", "cap_inner", "cap_outer", "gradient_prescale", "gradient_scale", "dropout_scale")
 
 STOPPED = 2**62  # value of the work counter that cancels a call: no item is left, and those begun are abandoned
 NEVER = 2**62  # a position beyond every other

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..intervals import bind, select
 from ..intervals import keys_of_row as rule_of_row
+from ..philox import BLOCK
 from . import features, pairs, stages, tiles
 from .elements import ELEMENTS
 from .gemm import micro_kernel
@@ -136,6 +137,8 @@ def make_scoring(spec: Spec) -> Scoring:
                     if row == s.rows:
                         row = 0
                         head += 1
+        if p.dropout != 0:  # tiles of keys consist of whole groups of random numbers
+            any_start = any_start // BLOCK * BLOCK
         return any_start, any_stop, all_start, all_stop
 
     @spec.jit

@@ -69,9 +69,10 @@ def entry(code: bytes) -> str:
 
 
 def sources() -> list[Path]:
-    """Return the files that determine what kernels compile to: their sources, their record, the rules of intervals."""
+    """Return the files that determine what kernels compile to: their sources, their record, rules of intervals and dropout."""
     package = Path(__file__).parents[1]
-    return [*sorted(package.glob("cuda/*.py")), package / "sequence_record.py", package / "intervals.py"]
+    shared = [package / f"{name}.py" for name in ("intervals", "philox", "sequence_record")]
+    return [*sorted(package.glob("cuda/*.py")), *shared]
 
 
 @cache

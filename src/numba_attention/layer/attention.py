@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # short types in help()
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack, overload
 
@@ -67,11 +67,15 @@ class MultiHeadAttention(Weights):
         True or the options of `apply_rotary` (base, dim, interleaved, scaling) for a rotary position embedding: the
         projected queries and keys are rotated to their positions: key j to j, and query i to ``i + query_offset`` or
         to its position under ``is_causal="bottom-right"``. True means the default options.
+    dropout : float, default 0.0
+        Probability with which an attention weight is dropped in training, at least 0 and less than 1: `dropout_p` of
+        the calls with ``training=True``.
     dtype : {numpy.float32, numpy.float64}
         dtype of the parameters, the inputs and the outputs.
     rng : numpy.random.Generator or int, optional
-        Generator or seed of the initial weights. They are distributed as those of ``torch.nn.MultiheadAttention``:
-        Xavier uniform for the inputs, uniform in ``+-1/sqrt(H * E)`` for the output, biases 0.
+        Generator or seed of the initial weights, and then of the seeds of dropout. The initial weights are distributed
+        as those of ``torch.nn.MultiheadAttention``: Xavier uniform for the inputs, uniform in ``+-1/sqrt(H * E)`` for
+        the output, biases 0.
     backend : {"auto", "cpu", "reference"}, optional
         Backend of every call of this layer, as in `attention`.
 
@@ -128,6 +132,7 @@ class MultiHeadAttention(Weights):
         cu_seqlens: ArrayLike | None = ...,
         need_weights: Literal[False] = ...,
         average_weights: bool = ...,
+        training: bool = ...,
         **options: Unpack[OptionArguments],
     ) -> Array: ...
     @overload
@@ -140,6 +145,7 @@ class MultiHeadAttention(Weights):
         key_padding_mask: ArrayLike | None = ...,
         need_weights: Literal[True],
         average_weights: bool = ...,
+        training: bool = ...,
         **options: Unpack[OptionArguments],
     ) -> tuple[Array, Array]: ...
     @takes_options()
@@ -155,6 +161,7 @@ class MultiHeadAttention(Weights):
         cu_seqlens: ArrayLike | None = None,
         need_weights: bool = False,
         average_weights: bool = True,
+        training: bool = False,
         **options: Unpack[OptionArguments],
     ) -> Array | tuple[Array, Array]:
         """Attend from every position of `query` to those of `key`.
@@ -193,6 +200,9 @@ class MultiHeadAttention(Weights):
             Also return the attention probabilities. Not with a cache or `cu_seqlens`.
         average_weights : bool, default True
             Whether to return the mean of the probabilities over the heads, or those of every head.
+        training : bool, default False
+            Whether to drop attention weights with the probability `dropout` of the layer, or that of `dropout_p` if it
+            is passed. Without `seed`, each such call draws one from the generator of the layer.
 
         Returns
         -------
@@ -206,7 +216,7 @@ class MultiHeadAttention(Weights):
         TypeError, ValueError
             As in `attention`; the message names the argument.
         """
-        settings = gather(self.__call__, options)._asdict()
+        settings = self._settings(gather(self.__call__, options)._asdict(), options, training)
         need_weights = as_flag("need_weights", need_weights)
         average_weights = as_flag("average_weights", average_weights)
         if cache is not None:
@@ -232,6 +242,7 @@ class MultiHeadAttention(Weights):
         cu_seqlens: ArrayLike | None = ...,
         need_weights: Literal[False] = ...,
         average_weights: bool = ...,
+        training: bool = ...,
         **options: Unpack[OptionArguments],
     ) -> tuple[Array, Context]: ...
     @overload
@@ -244,6 +255,7 @@ class MultiHeadAttention(Weights):
         key_padding_mask: ArrayLike | None = ...,
         need_weights: Literal[True],
         average_weights: bool = ...,
+        training: bool = ...,
         **options: Unpack[OptionArguments],
     ) -> tuple[tuple[Array, Array], Context]: ...
     @takes_options()
@@ -257,13 +269,14 @@ class MultiHeadAttention(Weights):
         cu_seqlens: ArrayLike | None = None,
         need_weights: bool = False,
         average_weights: bool = True,
+        training: bool = False,
         **options: Unpack[OptionArguments],
     ) -> tuple[Array | tuple[Array, Array], Context]:
         """Call the layer, and also return what `backward` needs.
 
         Parameters
         ----------
-        query, key, value, key_padding_mask, cu_seqlens, need_weights, average_weights, **options
+        query, key, value, key_padding_mask, cu_seqlens, need_weights, average_weights, training, **options
             As for a call: ``layer(query, key, value, ...)``.
 
         Returns
@@ -273,7 +286,8 @@ class MultiHeadAttention(Weights):
         ctx : object
             The context for `backward`. It refers to the inputs and to the options that are arrays without copying them:
             do not change them until then. It also contains the projected queries, keys and values, the output of the
-            attention and a number for each query and head, so memory is linear in the lengths.
+            attention and a number for each query and head, so memory is linear in the lengths. It has the seed of
+            dropout too, so that `backward` repeats the mask.
 
         Raises
         ------
@@ -293,7 +307,7 @@ class MultiHeadAttention(Weights):
         >>> bool((out == layer(x, is_causal=True)).all())
         True
         """
-        settings = gather(self.forward, options)._asdict()
+        settings = self._settings(gather(self.forward, options)._asdict(), options, training)
         need_weights = as_flag("need_weights", need_weights)
         average_weights = as_flag("average_weights", average_weights)
         ctx = self._attend_any(query, key, value, key_padding_mask, cu_seqlens, need_weights, settings, True)
@@ -396,6 +410,15 @@ class MultiHeadAttention(Weights):
         if need_weights or key is not None or value is not None:
             raise ValueError("cu_seqlens is for self-attention without need_weights: key and value must be None")
         return self._attend_packed(query, padding, cu_seqlens, options, return_lse)
+
+    def _settings(self, settings: dict[str, Any], given: Mapping[str, Any], training: bool) -> dict[str, Any]:
+        """Add dropout to the options of a call in training."""
+        if as_flag("training", training):
+            if "dropout_p" not in given:
+                settings["dropout_p"] = self.dropout
+            if settings["seed"] is None:
+                settings["seed"] = int(self._rng.integers(2**64, dtype=np.uint64))
+        return settings
 
     def _attend(
         self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None, options: dict[str, Any],

@@ -14,7 +14,7 @@ from ..backends import check_name
 from ..narrowing import largest
 from ..options import Array
 from ..rotary import Rotation, rotation
-from ..validation import FAR, as_array
+from ..validation import FAR, as_array, as_real
 from .renaming import how_to_rename
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -38,6 +38,7 @@ class Weights:
         vdim: int | None = None,
         bias: bool = True,
         rotary: bool | Mapping[str, Any] | None = None,
+        dropout: float = 0.0,
         dtype: DTypeLike = np.float32,
         rng: np.random.Generator | int | None = None,
         backend: str | None = None,
@@ -62,11 +63,26 @@ class Weights:
         self.rotary = _rotary(rotary)
         self._rotation = None if self.rotary is None else _resolved(self.rotary, self.head_dim)
         self.backend = None if backend is None else check_name(backend, "backend")
+        self.dropout = as_real("dropout", dropout)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}")
         self._allocate()
-        self._initialise(_generator(rng))
+        self._rng = _generator(rng)
+        self._initialise(self._rng)
 
     def __repr__(self) -> str:
-        names = ("embed_dim", "num_heads", "num_kv_heads", "head_dim", "kdim", "vdim", "bias", "rotary", "backend")
+        names = (
+            "embed_dim",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "kdim",
+            "vdim",
+            "bias",
+            "rotary",
+            "dropout",
+            "backend",
+        )
         said = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{type(self).__name__}({said}, dtype={self.dtype})"
 
@@ -125,6 +141,8 @@ class Weights:
         num_heads: int,
         *,
         rotary: bool | Mapping[str, Any] | None = None,
+        dropout: float = 0.0,
+        rng: np.random.Generator | int | None = None,
         backend: str | None = None,
     ) -> Self:
         """Build a layer from the parameters of a ``torch.nn.MultiheadAttention``.
@@ -136,7 +154,7 @@ class Weights:
             the separate one ("q_proj_weight", ...). If the values are arrays, PyTorch is not needed.
         num_heads : int
             Query heads, which the state dict does not contain.
-        rotary, backend : optional
+        rotary, dropout, rng, backend : optional
             As in `MultiHeadAttention`.
 
         Returns
@@ -163,7 +181,7 @@ class Weights:
                     raise ValueError(f"in_proj_{kind} must hold three equal parts, got shape {packed.shape}")
                 parts = list(np.split(packed, 3))
             parameters |= {f"{name}.{kind}": part for name, part in zip(INPUTS, parts, strict=True) if part is not None}
-        return cls._from_parameters(parameters, num_heads, rotary=rotary, backend=backend)
+        return cls._from_parameters(parameters, num_heads, rotary=rotary, dropout=dropout, rng=rng, backend=backend)
 
     def to_torch(self) -> dict[str, Any]:
         """Return the parameters in the form that ``torch.nn.MultiheadAttention.load_state_dict`` takes.
@@ -209,6 +227,8 @@ class Weights:
         *,
         num_heads: int,
         rotary: bool | Mapping[str, Any] | None = None,
+        dropout: float = 0.0,
+        rng: np.random.Generator | int | None = None,
         backend: str | None = None,
     ) -> Self:
         """Build a layer from a safetensors file; needs the safetensors library.
@@ -221,7 +241,7 @@ class Weights:
             The beginning of the names of the parameters, with its last dot, such as "encoder.0.self_attn.".
         num_heads : int
             Query heads, which the file does not contain.
-        rotary, backend : optional
+        rotary, dropout, rng, backend : optional
             As in `MultiHeadAttention`. The file does not contain these either.
 
         Returns
@@ -249,8 +269,8 @@ class Weights:
         except library.SafetensorError as error:
             raise ValueError(f"{os.fspath(path)} is no whole safetensors file: {error}") from None
         if parameters.keys() & {"in_proj_weight", "q_proj_weight"}:
-            return cls.from_torch(parameters, num_heads, rotary=rotary, backend=backend)
-        return cls._from_parameters(parameters, num_heads, rotary=rotary, backend=backend)
+            return cls.from_torch(parameters, num_heads, rotary=rotary, dropout=dropout, rng=rng, backend=backend)
+        return cls._from_parameters(parameters, num_heads, rotary=rotary, dropout=dropout, rng=rng, backend=backend)
 
     def save_safetensors(self, path: str | PathLike[str], prefix: str = "") -> None:
         """Write the parameters to a safetensors file; needs the safetensors library.
@@ -360,7 +380,6 @@ class Weights:
             vdim=v.shape[1],
             bias=any(name.endswith(".bias") for name in arrays),
             dtype=np.float64 if all(array.dtype.itemsize >= 8 for array in arrays.values()) else np.float32,
-            rng=0,
             **settings,
         )
         zeros = {name: own for name, own in layer._parameters.items() if name.endswith(".bias")}

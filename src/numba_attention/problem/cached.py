@@ -1,12 +1,12 @@
 """Validation of `attention_decode`: new queries, the contents of a cache and `Options` become a `Problem`."""
 
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import numpy as np
 
 from ..caches.contents import Contents
-from ..options import Array, Options
+from ..options import NO_OPTIONS, Array, Options
 from ..validation import (
     arrays_among,
     as_bools,
@@ -65,11 +65,12 @@ def build(
 
 
 _others = itemgetter(*(n for n, name in enumerate(Options._fields) if name not in ("scale", "is_causal")))
+_DEFAULTS = _others(NO_OPTIONS)
 
 
 def is_plain(options: Options) -> bool:
-    """Whether every option but scale and is_causal is None."""
-    return all(option is None for option in _others(options))
+    """Whether every option but scale and is_causal is at its default."""
+    return all(map(is_, _others(options), _DEFAULTS))
 
 
 def _sizes(q: Array, query: Any, contents: Contents) -> tuple[int, int, int, int, int]:

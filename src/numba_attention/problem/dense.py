@@ -17,6 +17,7 @@ from ..validation import (
     as_index,
     as_ints,
     as_real,
+    as_seed,
     as_tensor,
     as_window,
     broadcast_batch,
@@ -109,6 +110,9 @@ class Problem:
     sinks: Array | None = None  # float64 (H,)
     bias: Array | None = None  # (*batch, H, L, S), any supported float dtype, -inf hides
     mask: Array | None = None  # bool (*batch, H, L, S), True = may attend
+    dropout: int = 0  # weights whose 16 random bits are below it are dropped: see `philox`
+    seed: int = 0  # the key of the random bits, as a signed number of 64 bits
+    first_sequence: int = 0  # number of the first sequence of the batch, if this is a part of a packed problem
     # attention_weights only: out is (*batch, len(heads), len(rows), S) and value is key, unused.
     heads: Array | None = None  # int64, chosen query heads
     rows: Array | None = None  # int64, chosen query rows
@@ -324,6 +328,21 @@ def _apply(p: Problem, o: Options) -> None:
     if o.bias is not None:
         bias = as_floats("bias", o.bias)
         p.bias = broadcast_to("bias", bias, (*p.batch, p.H, p.L, p.S))
+    if o.seed is not None or type(o.dropout_p) is not float or o.dropout_p != 0:
+        _drop(p, o)
+
+
+def _drop(p: Problem, o: Options) -> None:
+    """Resolve dropout_p and seed: a weight is dropped where a random number of 16 bits is below p.dropout."""
+    probability = as_real("dropout_p", o.dropout_p)
+    if not 0 <= probability < 1:
+        raise ValueError(f"dropout_p must be at least 0 and less than 1, got {probability}")
+    seed = 0 if o.seed is None else as_seed(o.seed)
+    p.dropout = min(round(probability * 2**16), 2**16 - 1)
+    if probability > 0 and o.seed is None:
+        raise ValueError("seed must be an integer where dropout_p is positive: the backward pass repeats its mask")
+    if p.dropout:
+        p.seed = seed - 2**64 if seed >= 2**63 else seed
 
 
 def _positions(p: Problem, o: Options) -> None:
