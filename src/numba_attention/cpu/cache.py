@@ -40,7 +40,7 @@ for _lock in (
 
 
 def sources() -> list[Path]:
-    """The files that decide what kernels compile to: theirs, the rules of intervals and dropout, the record they read."""
+    """The files that decide what kernels compile to: theirs, shared rules, the record they read."""
     package = Path(__file__).parents[1]
     shared = [package / f"{name}.py" for name in ("intervals", "philox", "sequence_record")]
     return [*sorted(package.glob("cpu/*.py")), *shared]

@@ -69,7 +69,7 @@ def entry(code: bytes) -> str:
 
 
 def sources() -> list[Path]:
-    """Return the files that determine what kernels compile to: their sources, their record, rules of intervals and dropout."""
+    """Return the files that determine what kernels compile to: their sources, shared rules, their record."""
     package = Path(__file__).parents[1]
     shared = [package / f"{name}.py" for name in ("intervals", "philox", "sequence_record")]
     return [*sorted(package.glob("cuda/*.py")), *shared]
