@@ -73,6 +73,7 @@ OPTIONS = {
     "lengths": (["--key-lengths", "5,11", "--query-lengths", "9"], {"key_lengths": [5, 11], "query_lengths": 9}),
     "prefix": (["--causal", "--prefix-lengths", "3,7"], {"is_causal": True, "prefix_lengths": [3, 7]}),
     "scale": (["--scale", "0.5", "--softcap", "3"], {"scale": 0.5, "softcap": 3.0}),
+    "dropout": (["--dropout-p", "0.25", "--seed", "18446744073709551615"], {"dropout_p": 0.25, "seed": 2**64 - 1}),
     "slopes": (["--alibi-slopes", "1,.5,.25,0"], {"alibi_slopes": [1, 0.5, 0.25, 0]}),
     "sinks": (["--sinks", "1,-2,0,3"], {"sinks": [1.0, -2.0, 0.0, 3.0]}),
     "reference": (["--backend", "reference"], {"backend": "reference"}),

@@ -258,6 +258,21 @@ OPTIONS = {
         (np.ones((3, 4)), ValueError, r"\(4,\)"),
         (np.ones(4, bool), TypeError, ""),
     ],
+    "dropout_p": [(x, kind, "") for x, kind in NO_NUMBER if x is not None] + [
+        (None, TypeError, "real number"),
+        (1, ValueError, "less than 1"),
+        (-1e-9, ValueError, "at least 0"),
+        (0.5, ValueError, "positive"),  # without a seed
+    ],
+    "seed": [
+        (-1, ValueError, "64 bits"),
+        (2**64, ValueError, "64 bits"),
+        (1.0, TypeError, "integer"),
+        (True, TypeError, "integer"),
+        ("1", TypeError, "integer"),
+        (np.arange(2), TypeError, "integer"),
+        (np.ones(1, np.float32), TypeError, "integer"),
+    ],
 }  # fmt: skip
 MISUSES = [
     pytest.param(name, *misuse, id=f"{name}-{n}")

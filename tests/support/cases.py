@@ -337,6 +337,8 @@ OPTIONS: dict[str, Callable[[np.random.Generator, Case], dict[str, Any]]] = {
     "bias transposed": lambda rng, c: {"bias": _hide(rng, _normal(rng, (c.H, c.S, c.L))).swapaxes(-1, -2)},
     "bias reversed": lambda rng, c: {"bias": np.flip(_normal(rng, (c.L, c.S)))},
     "bias strided": lambda rng, c: {"bias": _normal(rng, (2 * c.L, 3 * c.S))[::2, ::3]},
+    "dropout": lambda rng, c: {"dropout_p": 0.4, "seed": int(rng.integers(2**64, dtype=np.uint64))},
+    "dropout few": lambda rng, c: {"dropout_p": 0.03, "seed": 7},
     "bias of lists": lambda rng, c: {"bias": rng.standard_normal((c.L, c.S)).tolist()},
 }
 
@@ -412,7 +414,7 @@ def _together_cases() -> list[Case]:
         for (L, S), layout in zip(sizes, layouts, strict=True)
         for more in [
             (),
-            ("bottom-right", "mask of keys", "bias transposed"),
+            ("bottom-right", "mask of keys", "bias transposed", "dropout"),
             ("window of all", "mask transposed", "bias"),
         ]
     ]
