@@ -24,6 +24,8 @@ HEADS = 65535  # CUDA's limit for the second dimension of a grid
 
 
 def check_size(p: Problem) -> None:
+    if p.dropout:
+        raise NotImplementedError("dropout_p must be 0 on the CUDA backend, which has no dropout; use backend='cpu'")
     if max(p.L, p.S) * max(p.H // max(p.Hkv, 1), 1) > MOST:
         raise ValueError(f"the CUDA backend takes up to {MOST} rows of a key head, got {p.L} queries and {p.S} keys")
     if p.H > HEADS:

@@ -37,6 +37,8 @@ def ours(row: Row, threads: int) -> Call:
         options["window"] = row.window
     if row.softcap is not None:
         options["softcap"] = row.softcap
+    if row.dropout:
+        options |= {"dropout_p": row.dropout, "seed": 1}
     if row.task == "forward":
         return lambda: attention(q, k, v, **options)
     out, lse = attention(q, k, v, return_lse=True, **options)
@@ -56,6 +58,8 @@ def einsum(row: Row, threads: int) -> Call:
     """Attention in plain NumPy, with einsum."""
     if row.task != "forward":
         raise Skipped("NumPy einsum is not differentiated here")
+    if row.dropout:
+        raise Skipped("NumPy's generators would take most of the time")
     if row.B * row.H * row.L * row.S > _EINSUM_PAIRS:
         raise Skipped("too large for NumPy einsum")
     if row.dtype not in ("float32", "float64"):
@@ -107,6 +111,8 @@ def torch(row: Row, threads: int) -> Call:
         bias = None if row.is_causal else _bias(row, arrays)
         mask = None if bias is None else torch.from_numpy(bias)
     options: dict[str, Any] = {"attn_mask": mask, "is_causal": row.is_causal, "enable_gqa": row.H != row.Hkv}
+    if row.dropout:
+        options["dropout_p"] = row.dropout
 
     def call() -> Any:
         with torch.inference_mode():

@@ -57,6 +57,7 @@ _OPTIONS: dict[str, Callable[[int], Arguments]] = {
     "alibi_slopes": lambda L: {"alibi_slopes": [0.125]},
     "sinks": lambda L: {"sinks": [1.0]},
     "scale": lambda L: {"scale": 0.1},
+    "dropout": lambda L: {"dropout_p": 0.1, "seed": 1},
     "return_lse": lambda L: {"return_lse": True},
 }
 

@@ -31,6 +31,7 @@ class Row:
     bias: bool = False  # (H, L, S)
     softcap: float | None = None
     alibi: bool = False
+    dropout: float = 0.0
     task: str = "forward"  # or "backward", or "both" one after the other
     bars: dict[str, float] = field(default_factory=dict)  # metric of `runner.Result`: its least value (us: its largest)
     baseline: "Row | None" = None  # the row whose rate the metric "own" is relative to
@@ -114,6 +115,8 @@ def _rows() -> dict[str, Row]:
     option = replace(medium, bars={"own": 0.85}, baseline=medium)
     encoder = {"torch": 1.3, "onnxruntime": 1.1}
     back = replace(medium, name="backward 2048 E64", task="backward", bars={"torch": 1.5, "gemm": 0.95})
+    long_back = replace(back, name="backward 4096 E64", L=4096, S=4096)
+    dropped = {"dropout": 0.1, "bars": {"own": 1 / 1.25}, "baseline": long_back}
     causal_back = replace(back, name="backward causal 2048 E64", is_causal=True, bars={"torch": 1.7, "gemm": 0.95})
     wide_bars = {"torch": 1.25, "gemm": 0.95}
     rows = [
@@ -135,10 +138,11 @@ def _rows() -> dict[str, Row]:
         replace(option, name="mask (B,1,1,S) 2048 E64", mask=True),
         replace(option, name="softcap 2048 E64", softcap=30.0),
         replace(option, name="ALiBi 2048 E64", alibi=True),
+        replace(dense, name="dropout 4096 E64", dropout=0.1, bars={"own": 1 / 1.15}, baseline=dense),
         replace(_plain(64, 64), name="tiny H8 64 E64", bars={"torch": 1.5}),
         replace(_plain(1, 64), name="smallest 1x1x1x64", H=1, Hkv=1, bars={"us": 15.0}),
         back,
-        replace(back, name="backward 4096 E64", L=4096, S=4096),
+        long_back,
         causal_back,
         replace(causal_back, name="backward causal 4096 E64", L=4096, S=4096),
         replace(back, name="backward 2048 E128", E=128, Ev=128, bars=wide_bars),
@@ -147,6 +151,7 @@ def _rows() -> dict[str, Row]:
         replace(back, name="backward bfloat16 2048 E64", dtype="bfloat16", bars={"own": 1.0}, baseline=back),
         replace(back, name="backward float64 2048 E64", dtype="float64", bars={}),
         replace(back, name="backward bias (H,L,S) 2048 E64", bias=True, bars={"own": 0.75}, baseline=back),
+        replace(long_back, name="backward dropout 4096 E64", **dropped),
         Row("decode H32 Hkv8 L1 S8192 E128", 1, 32, 8, 1, 8192, 128, 128),  # bound by memory: see benchmarks/decode.py
     ]
     return {row.name: row for row in rows}
