@@ -143,6 +143,8 @@ def onnxruntime(row: Row, threads: int) -> Call:
     """ONNX Runtime's CPU kernel for the standard's Attention operator (opset 23)."""
     if row.task != "forward":
         raise Skipped("ONNX Runtime does not differentiate Attention")
+    if row.dropout:
+        raise Skipped("the standard's Attention has no dropout")
     try:
         import onnxruntime
         from onnx import TensorProto, helper
