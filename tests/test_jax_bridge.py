@@ -53,6 +53,7 @@ GRADIENTS = {
     "bias of keys": (((2, 2, 3, 2), (2, 1, 4, 2), (2, 1, 4, 2)), {}, {"bias": (2, 1, 1, 4)}),
     "bias of one": (SMALL, {"softcap": 2}, {"bias": ()}),
     "sinks": (SMALL, {}, {"sinks": (2,)}),
+    "dropout": (SMALL, {"dropout_p": 0.4, "seed": 2**63 + 5}, {}),
     "all": (GROUPED, {"is_causal": "bottom-right", "softcap": 2}, {"bias": (3, 4), "sinks": (4,)}),
 }
 
@@ -73,6 +74,58 @@ def test_gradients_by_finite_differences(jax, naj, x64, name):
 
     function(*inputs)
     check_grads(jax.jit(function), inputs, order=1, modes=["rev"])
+
+
+def test_seeds_of_dropout_may_be_traced(jax, naj):
+    """One compilation for all seeds; numbers of 32 and 64 bits, arrays, and what a key of JAX holds."""
+    x, traces = normal(2, 20, 8, dtype=np.float32), []
+
+    def loss(x, seed):
+        traces.append(seed)
+        return naj.attention(x, x, x, dropout_p=0.3, seed=seed).sum()
+
+    step = jax.jit(jax.value_and_grad(loss))
+    key = jax.random.key(7)
+    for seed, number in (
+        (3, 3),
+        (4, 4),
+        (jax.random.key_data(key), None),
+        (np.array([5, 6], np.uint32), 5 + (6 << 32)),
+    ):
+        if number is None:
+            low, high = (int(word) for word in jax.random.key_data(key))
+            number = low | high << 32
+        out, lse = na.attention(x, x, x, dropout_p=0.3, seed=number, return_lse=True)
+        want = na.attention_backward(np.ones_like(out), x, x, x, out, lse, dropout_p=0.3, seed=number)
+        got = step(x, jax.numpy.asarray(seed))
+        np.testing.assert_allclose(got[0], out.sum(), rtol=1e-5)
+        np.testing.assert_allclose(got[1], sum(want[:3]), rtol=1e-4, atol=1e-5)
+    assert len(traces) == 2  # an integer, and two words
+    out = naj.attention(x, x, x, dropout_p=0.3, seed=2**64 - 1)
+    np.testing.assert_array_equal(out, na.attention(x, x, x, dropout_p=0.3, seed=2**64 - 1))
+
+
+def test_vmap_over_seeds_and_with_one_seed(jax, naj):
+    x, seeds = normal(3, 2, 20, 8, dtype=np.float32), jax.numpy.arange(3)
+
+    def one(x, seed):
+        return naj.attention(x, x, x, dropout_p=0.3, seed=seed)
+
+    got = jax.vmap(one)(x, seeds)
+    same = jax.vmap(one, (0, None))(x, 5)
+    for n in range(3):
+        np.testing.assert_array_equal(got[n], na.attention(x[n], x[n], x[n], dropout_p=0.3, seed=n))
+        np.testing.assert_array_equal(same[n], na.attention(x[n], x[n], x[n], dropout_p=0.3, seed=5))
+
+
+def test_wrong_seeds(jax, naj):
+    x = normal(2, 5, 8, dtype=np.float32)
+    with pytest.raises(TypeError, match="seed must be an integer, or two of 32 bits"):
+        naj.attention(x, x, x, dropout_p=0.3, seed=jax.numpy.ones(3, int))
+    with pytest.raises(ValueError, match="seed must be an integer of 64 bits"):
+        naj.attention(x, x, x, dropout_p=0.3, seed=-1)
+    with pytest.raises(ValueError, match="seed must be an integer where dropout_p is positive"):
+        naj.attention(x, x, x, dropout_p=0.3)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -52,6 +52,7 @@ GRADIENTS = {
     "bias of heads": (SMALL, {"is_causal": "bottom-right"}, {"bias": (2, 1, 1)}),
     "bias of one": (SMALL, {"softcap": 2}, {"bias": ()}),
     "sinks": (SMALL, {}, {"sinks": (2,)}),
+    "dropout": (SMALL, {"dropout_p": 0.4, "seed": 2**63 + 5}, {}),
     "all": (GROUPED, {"is_causal": "bottom-right", "softcap": 2}, {"bias": (3, 4), "sinks": (4,)}),
 }
 
