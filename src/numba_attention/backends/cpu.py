@@ -169,7 +169,8 @@ def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few
     pack_addresses(
         own.params, ARRAYS, own.counter_address, scratch_address, sequences_address,
         *[0 if x is None else address_of(x) for x in (p.lse, bias, p.mask, slopes, p.sinks, p.rows)],
-        p.seed, *NO_GRADIENTS, *[0 if x is None else address_of(x) for x in (counts, partial)],
+        p.seed, *NO_GRADIENTS,
+        0 if counts is None else address_of(counts), 0 if partial is None else address_of(partial),
     )  # fmt: skip
     own.params[REST:] = plan.rest
     pack_one(own.params, REST, items)
