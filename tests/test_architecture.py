@@ -173,6 +173,7 @@ def run(code):
 def test_import_loads_nothing_optional():
     optional = [
         "torch",
+        "transformers",
         "jax",
         "matplotlib",
         "rich",

@@ -156,9 +156,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(names: tuple[str, ...], constants: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        arrays: dict[str, Any] = dict(zip(names, map(_to_array, tensors), strict=True))
+        arrays: dict[str, Any] = dict(zip(names, map(to_array, tensors), strict=True))
         out, lse = api.attention(**arrays, **constants, return_lse=True)
-        return _to_tensor(out), _to_tensor(lse)
+        return to_tensor(out), to_tensor(lse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -189,18 +189,18 @@ class _Gradients(torch.autograd.Function):
         grad_lse: Tensor | None,
         *saved: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        *inputs, out, lse = map(_to_array, saved)
+        *inputs, out, lse = map(to_array, saved)
         arrays: dict[str, Any] = dict(zip(names, inputs, strict=True))
         grads = api.attention_backward(
-            np.broadcast_to(np.zeros((), out.dtype), out.shape) if grad_out is None else _to_array(grad_out),
+            np.broadcast_to(np.zeros((), out.dtype), out.shape) if grad_out is None else to_array(grad_out),
             **arrays,
             out=out,
             lse=lse,
-            grad_lse=None if grad_lse is None else _to_array(grad_lse),
+            grad_lse=None if grad_lse is None else to_array(grad_lse),
             **constants,
         )
         wanted = zip((None, None, *names), needed, strict=True)
-        return tuple(_to_tensor(getattr(grads, name)) if name and need else None for name, need in wanted)
+        return tuple(to_tensor(getattr(grads, name)) if name and need else None for name, need in wanted)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -211,7 +211,7 @@ class _Gradients(torch.autograd.Function):
         raise RuntimeError("numba_attention.torch.attention can be differentiated once, not twice")
 
 
-def _to_array(tensor: Tensor) -> Array:
+def to_array(tensor: Tensor) -> Array:
     """View a tensor as an array."""
     if tensor.dtype != torch.bfloat16:
         array: Array = tensor.numpy(force=True)
@@ -227,7 +227,7 @@ def _to_array(tensor: Tensor) -> Array:
     return bits.view(bfloat16)
 
 
-def _to_tensor(array: Array) -> Tensor:
+def to_tensor(array: Array) -> Tensor:
     """View an array of this package as a tensor."""
     if array.dtype.name == "bfloat16":
         tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
