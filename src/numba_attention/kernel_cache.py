@@ -82,7 +82,23 @@ def warn_unwritten(error: Exception) -> None:
 def path_of(name: str, key: str, suffix: str) -> Path | None:
     """Return the path of the file for a key, whose name begins with a readable one; None if there is no cache."""
     folder = directory()
-    return folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}{suffix}" if folder else None
+    return folder / file_name(name, key, suffix) if folder else None
+
+
+def file_name(name: str, key: str, suffix: str) -> str:
+    """Return the name of the file for a key."""
+    return f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}{suffix}"
+
+
+def is_trusted(folder: Path) -> bool:
+    """Whether a folder exists and only this user and root can have written it; otherwise a warning says why not."""
+    try:
+        reason = _distrust(os.stat(folder))
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    if reason:
+        _warn(f"the kernels in {folder} are not used: the folder {reason}")
+    return not reason
 
 
 def read_checked(path: Path, key: str) -> bytes | None:
@@ -105,17 +121,20 @@ def read_checked(path: Path, key: str) -> bytes | None:
     return payload
 
 
-def write_checked(path: Path, key: str, payload: bytes) -> None:
-    """Write a file atomically: other processes see the complete file or none."""
+def write_checked(path: Path, key: str, payload: bytes, shared: bool = False) -> None:
+    """Write a file atomically: other processes see the complete file or none. One that is `shared` all may read."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=_UNFINISHED)
     try:
         with open(descriptor, "wb") as file:
             file.write(_checksum(key, payload) + payload)
+        if shared:
+            os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
-    _prune_once(path.parent)
+    if not shared:
+        _prune_once(path.parent)
 
 
 def _checksum(key: str, payload: bytes) -> bytes:

@@ -82,6 +82,29 @@ def warmup() -> None:
     console.print(", ".join(cache.values()), soft_wrap=True)
 
 
+kernels = typer.Typer(help="Kernels for other machines.", no_args_is_help=True)
+app.add_typer(kernels, name="kernels")
+
+
+@kernels.command()
+def build(
+    folder: Annotated[Path, typer.Argument(help="Where to write them; made if it does not exist.")],
+    level: Annotated[list[str] | None, typer.Option(help="A level of CPUs; repeat for several. Default: all.")] = None,
+    only: Annotated[str, typer.Option(help="Parts of names of kernels, separated by commas. Default: all.")] = "",
+) -> None:
+    """Compile the kernels for levels of CPUs into a folder, from which NUMBA_ATTENTION_KERNELS lets processes load."""
+    from .. import shipping
+    from ..cpu.target import LEVELS
+
+    for name in level or []:
+        if name not in LEVELS:
+            _fail(f"unknown level {name!r}, expected some of {', '.join(LEVELS)}")
+    try:
+        shipping.build(folder, level or list(LEVELS), only, lambda line: console.print(line, soft_wrap=True))
+    except (OSError, RuntimeError) as error:
+        _fail(error)
+
+
 @app.command()
 def bench(
     rows: Annotated[str, typer.Option(help="Only rows whose name contains this.")] = "",

@@ -19,14 +19,14 @@ import numba
 from numba import types
 from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
-from numba.core.registry import cpu_target
 from numba.np.ufunc import parallel
 
 from .. import forks
-from ..kernel_cache import path_of, read_checked, warn_unwritten, write_checked
-from . import builtin, compiler_thread, machine_code
+from ..kernel_cache import directory, file_name, path_of, read_checked, warn_unwritten, write_checked
+from . import builtin, compiler_thread, machine_code, shipped
 from .builtin import Arguments
 from .machine_code import MachineCode, compile_kernel
+from .target import target
 
 # Locks across fork(): a fork waits until no thread compiles or loads, in Numba or in LLVM. Kernels have no lock of
 # their own, which would stay locked in a child forked while another thread reads a kernel's file.
@@ -47,14 +47,21 @@ def sources() -> list[Path]:
 
 
 @cache
-def _environment() -> str:
-    """Everything but its name and signature that decides what a kernel compiles to."""
+def _sources() -> str:
+    """A digest of the sources."""
     digest = hashlib.sha256()
     for source in sources():
         digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _environment() -> str:
+    """Everything but its name and signature that decides what a kernel compiles to."""
+    digest = hashlib.sha256(_sources().encode())
     settings = (config.OPT, config.BOUNDSCHECK, config.LOOP_VECTORIZE, config.SLP_VECTORIZE, config.DEBUGINFO_DEFAULT)
     versions = (numba.__version__, llvmlite.__version__, sys.version_info[:3])
-    digest.update(repr((versions, settings, cpu_target.target_context.codegen().magic_tuple())).encode())
+    digest.update(repr((versions, settings, *target())).encode())
     return digest.hexdigest()
 
 
@@ -123,13 +130,25 @@ class Kernel:
         return self._address
 
     @property
+    def _kind(self) -> str:
+        return f"{self.name} {self._signature}"
+
+    @property
     def _key(self) -> str:
         """Everything that decides what this compiles to."""
-        return f"{self.name} {self._signature} {_environment()}"
+        return f"{self._kind} {_environment()}"
 
     def _load(self) -> int | None:
-        path = path_of(self.name, self._key, ".kernel")
-        payload = None if path is None else read_checked(path, self._key)
+        folder = directory()
+        address = None if folder is None else self._load_from(folder, self._key)
+        if address is None:
+            key = shipped.key_of(self._kind, _sources())
+            found = (self._load_from(folder, key) for folder in shipped.folders())
+            address = next((address for address in found if address is not None), None)
+        return address
+
+    def _load_from(self, folder: Path, key: str) -> int | None:
+        payload = read_checked(folder / file_name(self.name, key, ".kernel"), key)
         if payload is None:
             return None
         symbol, _, code = payload.partition(b"\0")
@@ -140,6 +159,14 @@ class Kernel:
         self.origin = "loaded"
         return address
 
+    def ship(self, folder: Path) -> Path:
+        """Compile for the level of CPUs that this process builds for, and write a file for other machines."""
+        code = compiler_thread.run(self._compile, self._title)
+        key = shipped.key_of(self._kind, _sources())
+        path = folder / file_name(self.name, key, ".kernel")
+        write_checked(path, key, code.content, shared=True)
+        return path
+
     def _compile_and_save(self) -> int:
         code = self._compile()
         address = machine_code.load(code)
@@ -147,7 +174,7 @@ class Kernel:
         path = path_of(self.name, self._key, ".kernel")
         if path is not None:
             try:
-                write_checked(path, self._key, code.symbol.encode() + b"\0" + code.object)
+                write_checked(path, self._key, code.content)
             except Exception as error:
                 self._unwritten = error
         return address
@@ -198,5 +225,5 @@ class Function(Kernel):
         return compile_kernel(self._function(), self._signature, self._arguments)
 
     @property
-    def _key(self) -> str:
-        return f"{super()._key} {self._arguments}"
+    def _kind(self) -> str:
+        return f"{super()._kind} {self._arguments}"

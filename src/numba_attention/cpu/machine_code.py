@@ -8,6 +8,7 @@ them kernels compile by `njit`.
 """
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,9 +16,11 @@ import llvmlite.binding as llvm
 from numba import njit
 from numba.core import config
 from numba.core.registry import cpu_target
+from numba.core.runtime import rtsys
 
 from . import builtin
 from .builtin import Arguments
+from .target import BUILD, machine, target
 
 
 class MachineCode(NamedTuple):
@@ -25,6 +28,11 @@ class MachineCode(NamedTuple):
 
     object: bytes
     symbol: str
+
+    @property
+    def content(self) -> bytes:
+        """Of a file."""
+        return self.symbol.encode() + b"\0" + self.object
 
 
 # Execution engines are never freed: threads may still run their machine code when the interpreter shuts down.
@@ -83,7 +91,7 @@ def _by_parts() -> tuple[Any, Any]:
             def link(library: Any) -> None:
                 # Callers before callees: a `linkonce_odr` function that nobody calls yet would be dropped.
                 for other in library._linking_libraries:
-                    if other not in linked:
+                    if other not in linked and other is not rtsys._library:  # nothing needs Numba's runtime
                         linked.add(other)
                         module.link_in(other._get_module_for_linking(), preserve=True)
                         link(other)
@@ -102,6 +110,11 @@ def _by_parts() -> tuple[Any, Any]:
         def set_env(self, name: str, env: Any) -> None:
             """Do nothing: kernels have no use for Python objects, and are in no engine of Numba's."""
 
+        def _create_empty_module(self, name: str) -> Any:
+            module = super()._create_empty_module(name)
+            module.triple = target().triple
+            return module
+
     class Target(CPUTarget):
         """Numba's CPU target, with other code libraries."""
 
@@ -115,6 +128,10 @@ def _by_parts() -> tuple[Any, Any]:
                 context = cpu_target.target_context
                 own = copy.copy(context.codegen())
                 own.__class__, own._library_class = Codegen, self._library
+                if BUILD in os.environ:
+                    own._tm = machine()
+                    own._target_data = own._tm.target_data
+                    own._data_layout = str(own._target_data)
                 self._context = context.subtarget(_internal_codegen=own)
             return self._context
 
@@ -161,9 +178,7 @@ def _compile(function: Callable[..., int], signature: Any) -> tuple[Any, Any, st
     if _whole:
         library._ensure_finalized()
         return library._final_module, library._codegen._tm, symbol
-    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
-    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
-    return llvm.parse_assembly(library.get_llvm_str()), machine, symbol
+    return llvm.parse_assembly(library.get_llvm_str()), machine(), symbol
 
 
 def compile_kernel(function: Callable[..., int], signature: Any, arguments: Arguments | None = None) -> MachineCode:
@@ -171,14 +186,14 @@ def compile_kernel(function: Callable[..., int], signature: Any, arguments: Argu
 
     Numba's compiler must not be interrupted by what calls it again: see `compiler_thread`.
     """
-    module, machine, symbol = _compile(function, signature)
+    module, emitter, symbol = _compile(function, signature)
     if arguments is not None:
         module.link_in(builtin.build(symbol, arguments))
         symbol = builtin.symbol_of(symbol)
-    return MachineCode(machine.emit_object(module), symbol)
+    return MachineCode(emitter.emit_object(module), symbol)
 
 
 def assembly(function: Callable[..., int], signature: Any) -> str:
     """The machine code of a kernel as text."""
-    module, machine, _ = _compile(function, signature)
-    return str(machine.emit_assembly(module))
+    module, emitter, _ = _compile(function, signature)
+    return str(emitter.emit_assembly(module))

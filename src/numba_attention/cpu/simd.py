@@ -13,8 +13,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+
+from .target import target
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -47,6 +48,8 @@ def detect(triple: str, cpu: str, features: str) -> Host:
     function = ir.Function(module, ir.FunctionType(ir.VectorType(F32, 8), [half]), "widen")
     b = ir.IRBuilder(function.append_basic_block())
     b.ret(b.fpext(function.args[0], ir.VectorType(F32, 8)))
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
     assembly = machine.emit_assembly(llvm.parse_assembly(str(module)))
     bits = 512 if "zmm" in assembly else 256 if "ymm" in assembly else 128
@@ -264,4 +267,4 @@ def fetch(typing_context: Any, address: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-HOST = detect(*cpu_target.target_context.codegen().magic_tuple())
+HOST = detect(*target())

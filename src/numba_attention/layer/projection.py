@@ -224,7 +224,8 @@ def _multiply(
 
 
 @cache
-def _kernel(storage: str) -> Any:
+def kernel_of(storage: str) -> Any:
+    """Return the kernel of the products of numbers in `storage`, and what it is compiled for."""
     from ..cpu import launch
     from ..cpu.cache import Kernel
     from ..cpu.linear import make_worker
@@ -237,7 +238,7 @@ def _kernel(storage: str) -> Any:
 
 def _make_plan(a: Array, b: Array, out: Array, bias: Array | None, sums: Array | None, long: bool) -> _Plan:
     _, kernels = _modules()
-    kernel, spec = _kernel(out.dtype.name)
+    kernel, spec = kernel_of(out.dtype.name)
     straight, crossed = (_cut(spec, *operands, long) for operands in ((a, b), (b, a)))
     swapped = crossed.cost < straight.cost
     cut = crossed if swapped else straight

@@ -1,0 +1,155 @@
+"""Folders with kernels for levels of CPUs: a process that has one compiles nothing."""
+
+import os
+import struct
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from numba_attention import kernel_cache, shipping
+from numba_attention.cpu import cache, shipped
+from numba_attention.cpu.target import LEVELS, level
+from numba_attention.errors import NumbaAttentionWarning
+
+ENTRIES = "launch,call,addresses"
+HAS_LEVEL = pytest.mark.skipif(not level(), reason="this CPU has no level for which kernels are shipped")
+
+ATTEND = """
+    import numpy as np, numba, numba_attention as na
+    from numba_attention.backends.cpu_resources import addresses, worker
+    from numba_attention.cpu import launch
+    numba.set_num_threads(2)
+    q, k, v = np.random.default_rng(0).standard_normal((3, 4, 300, 32), dtype=np.float32)
+    scores = q.astype(float) @ k.astype(float).swapaxes(-1, -2) / np.sqrt(32)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    want = weights / weights.sum(-1, keepdims=True) @ v
+    np.testing.assert_allclose(na.attention(q, k, v), want, atol=1e-5)
+    np.testing.assert_allclose(na.attention(q[:1, :100], k[:1], v[:1]), want[:1, :100], atol=1e-5)
+    print(*(x.origin for x in (worker("float32", "forward"), launch._launcher, launch._caller, addresses)))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kernels")
+    shipping.build(folder, [level()], f"{ENTRIES},forward-float32-{shipped.HOST.name}")
+    return folder
+
+
+def attend(cache_folder, **environment):
+    """Call in a fresh process; return where its kernels came from."""
+    base = {name: value for name, value in os.environ.items() if name != shipped.ENVIRONMENT}
+    env = base | {kernel_cache.ENVIRONMENT: str(cache_folder)} | environment
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(ATTEND)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@HAS_LEVEL
+def test_a_process_with_a_folder_compiles_nothing(folder, tmp_path):
+    for path in folder.iterdir():
+        path.chmod(0o444)
+    folder.chmod(0o555)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert attend(tmp_path / "cache", NUMBA_ATTENTION_KERNELS=str(folder)) == {"loaded"}
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@HAS_LEVEL
+def test_an_installed_package_is_found(folder, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / shipped.PACKAGE).symlink_to(folder)
+    path = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    assert attend(tmp_path / "cache", PYTHONPATH=path) == {"loaded"}
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@HAS_LEVEL
+def test_other_settings_compile(folder, tmp_path):
+    """Machine code with bounds checks, or for another CPU, is not in the folder."""
+    assert attend(tmp_path, NUMBA_ATTENTION_KERNELS=str(folder), NUMBA_BOUNDSCHECK="1") == {"compiled"}
+
+
+@HAS_LEVEL
+def test_other_sources_are_a_miss(folder, monkeypatch):
+    monkeypatch.setattr(shipped, "folders", lambda: [folder])
+    monkeypatch.setattr(kernel_cache, "directory", lambda: None)
+    monkeypatch.setattr(cache, "directory", lambda: None)
+
+    def caller():
+        from numba_attention.cpu.launch import _make_caller
+
+        return cache.Function("call", _make_caller, objects=0, integers=2)
+
+    assert caller()._load() is not None
+    monkeypatch.setattr(cache, "_sources", lambda: "another version")
+    assert caller()._load() is None
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners of files")
+def test_a_folder_that_others_may_write_is_refused(tmp_path, monkeypatch):
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv(shipped.ENVIRONMENT, str(tmp_path))
+    monkeypatch.setattr(kernel_cache, "_warned", False)
+    shipped.folders.cache_clear()
+    try:
+        with pytest.warns(NumbaAttentionWarning, match="are not used: the folder can be written by others"):
+            assert shipped.folders() == []
+    finally:
+        shipped.folders.cache_clear()
+
+
+@pytest.mark.skipif(not level().startswith("x86"), reason="a level of x86-64 on x86-64")
+def test_a_lower_level(tmp_path):
+    """This CPU as one that has AVX2 only."""
+    shipping.build(tmp_path / "kernels", ["x86-64-v3"], f"{ENTRIES},forward-float32-AVX2")
+    features = ",".join(f"+{name}" for name in LEVELS["x86-64-v3"].needs.split(","))
+    of_cpu = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
+    kernels = {"NUMBA_ATTENTION_KERNELS": str(tmp_path / "kernels")}
+    assert attend(tmp_path / "cache", **of_cpu, **kernels) == {"loaded"}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_object_files_of_every_level(tmp_path, name):
+    """They are of the right architecture, and need nothing but the C library, Python's stable ABI and Numba's maths."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads ELF files")
+    machine = {"x86_64": 62, "aarch64": 183}[LEVELS[name].architecture]
+    shipping.build(tmp_path, [name], "launch,addresses")
+    paths = list(tmp_path.iterdir())
+    assert len(paths) == 2
+    for path in paths:
+        code = path.read_bytes()[32:].partition(b"\0")[2]
+        assert code[:4] == b"\x7fELF"
+        assert struct.unpack_from("<H", code, 18) == (machine,)
+        assert external_symbols(code) <= ALLOWED
+
+
+ALLOWED = {
+    "PyErr_Occurred", "PyErr_SetString", "PyEval_RestoreThread", "PyEval_SaveThread", "PyExc_IndexError",
+    "PyExc_TypeError", "PyLong_AsLongLong", "PyLong_FromLongLong", "memset", "memcpy",
+}  # fmt: skip
+
+
+def external_symbols(code):
+    """Names of the undefined symbols of a 64-bit ELF file."""
+    offset, size, count = *struct.unpack_from("<Q", code, 40), *struct.unpack_from("<HH", code, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", code, offset + n * size) for n in range(count)]
+    (symbols,) = (section for section in sections if section[1] == 2)
+    names = code[sections[symbols[6]][4] :]
+    found = set()
+    for at in range(symbols[4], symbols[4] + symbols[5], 24):
+        name, _, _, section = struct.unpack_from("<IBBH", code, at)
+        if section == 0 and name:
+            found.add(names[name : names.index(b"\0", name)].decode())
+    return found
+
+
+def test_command_knows_levels(tmp_path):
+    command = [sys.executable, "-m", "numba_attention", "kernels", "build", str(tmp_path), "--level", "x86-64-v9"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "unknown level 'x86-64-v9', expected some of x86-64-v4-bf16" in " ".join((done.stdout + done.stderr).split())
