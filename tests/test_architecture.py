@@ -152,6 +152,7 @@ def test_caches_know_nothing_of_who_reads_them():
             "caches",
             "device",
             "errors",
+            "markup",
             "narrowing",
             "options",
             "validation",

@@ -49,6 +49,17 @@ def test_info(cli):
         assert word in output
 
 
+def test_info_shows_what_looks_like_markup(cli, monkeypatch):
+    """Rich would take the name of an extra in brackets for a style."""
+    facts = {"Backends": {"cuda": "not usable: pip install 'numba-attention[cuda13]'"}}
+    monkeypatch.setattr(sys.modules["numba_attention.show_config"], "show_config", lambda mode: facts)
+    assert "pip install 'numba-attention[cuda13]'" in cli("info")
+
+
+def test_version(cli):
+    assert cli("--version") == f"{na.__version__}\n"
+
+
 def test_show_config(capsys):
     facts = na.show_config("dicts")
     na.show_config()

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import io
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -137,3 +138,21 @@ def test_example_searches_a_file(tmp_path):
     command = [sys.executable, str(example), str(tmp_path / "notes.txt"), "groceries"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[0].endswith("Buy oat milk and bread.")
+
+
+def test_page_of_all_heads(model, tmp_path):
+    printed = io.StringIO()
+    run("a <small> question", None, None, Console(file=printed, width=80), tmp_path / "heads.html")
+    assert str(tmp_path / "heads.html") in printed.getvalue().replace("\n", "")
+    page = (tmp_path / "heads.html").read_text(encoding="utf-8")
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    data = json.loads(text)
+    assert data["queries"] == ["[CLS]", "a", "<", "small", ">", "question", "[SEP]"]
+    assert [layer["heads"] for layer in data["layers"]] == [12] * 6
+
+
+def test_what_a_picture_needs_is_said_before_anything_is_computed(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"numba-attention\[plot\]"):
+        run(None, "no such folder", tmp_path / "heads.png", Console(file=io.StringIO()))

@@ -6,6 +6,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from .. import markup
 from ..device.arrays import to_host
 from ..errors import CacheFullError
 from ..options import Array
@@ -21,7 +22,9 @@ from .checks import (
 )
 from .contents import Contents
 from .rolling import check_truncated, check_window, kept, token_pages
-from .storage import Arrays, Storage, blocks, each_token, storage_format
+from .storage import Arrays, Storage, blocks, each_token, megabytes, storage_format
+
+SHOWN = 16  # sequences in the picture of a cache
 
 
 class KVCache:
@@ -444,6 +447,23 @@ class KVCache:
             f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self.dtype}, storage={self.storage}"
             f"{rolls}), lengths {self._lengths.min()} to {self._lengths.max()}"
         )
+
+    def _repr_html_(self) -> str:
+        held = np.minimum(self._lengths, self.capacity).tolist()
+        shares = [
+            (count / max(self.capacity, 1), f"sequence {n}: {length} tokens, {count} of {self.capacity} places")
+            for n, (count, length) in enumerate(zip(held, self._lengths.tolist(), strict=True))
+        ]
+        left_out = f"<p>and {self.batch - SHOWN} more sequences</p>" if self.batch > SHOWN else ""
+        return markup.table("KVCache", self._facts()) + markup.bars(shares[:SHOWN]) + left_out
+
+    def _facts(self) -> list[tuple[str, object]]:
+        """Return what a table about the cache says, row by row."""
+        names = ("batch", "num_kv_heads", "capacity", "head_dim", "value_dim", "dtype", "storage")
+        rolling = ("window", "keep_first") if self.window is not None else ()
+        rows = [(name, getattr(self, name)) for name in (*names, *rolling)]
+        lengths = f"{self._lengths.min()} to {self._lengths.max()}"
+        return [*rows, ("lengths", lengths), ("memory", megabytes(self._stored[:4]))]
 
     def _contents(self) -> Contents:
         if self.window is None:

@@ -6,6 +6,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from .. import markup
 from ..device.arrays import to_host
 from ..errors import CacheFullError
 from ..options import Array
@@ -24,7 +25,9 @@ from .checks import (
 from .contents import Contents, Gap
 from .pages import PageTable
 from .rolling import check_truncated, check_window, kept, token_pages
-from .storage import Arrays, Storage, each_token, storage_format
+from .storage import Arrays, Storage, each_token, megabytes, storage_format
+
+SHOWN = 1024  # pages in the picture of a cache
 
 
 class PagedKVCache:
@@ -495,6 +498,21 @@ class PagedKVCache:
             f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self.dtype}, storage={self.storage}"
             f"{rolls}), {n} sequence{'' if n == 1 else 's'}, {self.free_pages} pages free"
         )
+
+    def _repr_html_(self) -> str:
+        names = ("num_pages", "page_size", "num_kv_heads", "head_dim", "value_dim", "dtype", "storage")
+        rolling = ("window", "keep_first") if self.window is not None else ()
+        rows: list[tuple[str, object]] = [(name, getattr(self, name)) for name in (*names, *rolling)]
+        rows += [("sequences", len(self._pages.sequences.ids)), ("free pages", self.free_pages)]
+        rows.append(("memory", megabytes(self._arrays)))
+        colours = {0: ("none", "free"), 1: (markup.BLUE, "of one sequence")}
+        pages = (
+            (colour, f"page {n}: {text}")
+            for n, count in enumerate(self._pages.counts[:SHOWN].tolist())
+            for colour, text in [colours.get(count, (markup.ORANGE, f"shared by {count} sequences"))]
+        )
+        left_out = f"<p>and {self.num_pages - SHOWN} more pages</p>" if self.num_pages > SHOWN else ""
+        return markup.table("PagedKVCache", rows) + markup.squares(pages) + left_out
 
     def _contents(self, ids: ArrayLike | None = None) -> Contents:
         table, lengths, dropped = self._look(ids)

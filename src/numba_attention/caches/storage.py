@@ -138,6 +138,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return result
 
 
+def megabytes(arrays: Arrays) -> str:
+    """Say how much memory arrays take."""
+    return f"{sum(x.nbytes for x in arrays if x is not None) / 2**20:.1f} MiB"
+
+
 def blocks(tokens: int, numbers: int) -> Iterator[slice]:
     """Split tokens into slices to be encoded at a time; `numbers` is the count of numbers of one token."""
     step = max(1, _BLOCK // max(1, numbers))

