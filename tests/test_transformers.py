@@ -269,7 +269,7 @@ def test_vmap(name):
     query = torch.randn(3, 2, 4, 5, 8, generator=generator)
     key, value = torch.randn(2, 2, 2, 6, 8, generator=generator)
     mask = torch.rand(2, 1, 5, 6, generator=generator) < 0.7
-    arguments = (key, value, mask, None, None, None, None, False)
+    arguments = (key, value, mask, None, None, None, None, None, False, 0.0)
     together = torch.vmap(lambda q: attend(q, *arguments)[0])(query)
     alone = torch.stack([attend(q, *arguments)[0] for q in query])
     torch.testing.assert_close(together, alone)
@@ -277,10 +277,47 @@ def test_vmap(name):
     torch.testing.assert_close(together[1], alone[0])
 
 
-def test_dropout_is_refused(name):
-    own = model("llama", name, attention_dropout=0.5).train()
-    with pytest.raises(NotImplementedError, match=r"attention_dropout.*model\.eval"):
-        own(**inputs("llama", None)[0])
+def test_dropout_is_that_of_the_weights(name):
+    """Output and gradients beside autograd of the formula, with the mask that the returned weights show."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 6, 8, generator=generator, requires_grad=True)
+    key, value = (torch.randn(2, 2, 9, 8, generator=generator, requires_grad=True) for _ in range(2))
+    mask = masks.attention_mask(2, 6, 9, 3, mask_function=OF_MASKS.sliding_window_causal_mask_function(4))
+    module = torch.nn.Identity()
+
+    def call(dropout):
+        torch.manual_seed(5)
+        return bridge.attention_forward(module, query, key, value, mask, dropout=dropout, output_attentions=True)
+
+    (out, dropped), (_, weights) = call(0.4), call(0.0)
+    kept = dropped > 0
+    assert 0.4 < kept.sum() / (weights > 0).sum() < 0.8
+    seen = torch.from_numpy(calls.dense(mask.numpy(), 6, 9))
+    scores = (query @ key.repeat_interleave(2, 1).mT / 8**0.5).masked_fill(~seen, -torch.inf)
+    expected = (scores.softmax(-1) * kept / 0.6 @ value.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)  # 0.4 is 26214 / 2**16
+    direction = torch.randn(out.shape, generator=generator)
+    ours, theirs = (torch.autograd.grad(x, (query, key, value), direction) for x in (out, expected))
+    for actual, grad in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, grad, atol=1e-4, rtol=1e-4)
+    assert torch.equal(call(0.4)[0], out)
+    assert not torch.equal(bridge.attention_forward(module, query, key, value, mask, dropout=0.4)[0], out)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_with_dropout_and_checkpointing(packed, name):
+    given, _ = inputs("llama", None)
+    if packed:
+        given["position_ids"] = torch.tensor([[*range(6), *range(8)]] * 2)
+    grads = []
+    for checkpointing in (False, True):
+        own = model("llama", name, attention_dropout=0.3).train()
+        if checkpointing:
+            own.gradient_checkpointing_enable()
+        torch.manual_seed(3)
+        own(**given, use_cache=False).logits.square().mean().backward()
+        grads.append(own.model.layers[0].self_attn.q_proj.weight.grad)
+    close(grads[1], grads[0], 1e-6)
 
 
 def test_other_devices_are_refused(name):

@@ -97,7 +97,7 @@ def attention_forward(
         What the registered mask function returned; or truth values, or numbers that are added to the scores, of
         shape (batch or 1, H or 1, L, S).
     dropout : float, default 0
-        Probability with which a weight is dropped. Only 0 is supported.
+        Probability with which a weight is dropped. The seed is drawn from PyTorch's generator (`torch.manual_seed`).
     scaling : float, optional
         By default ``1 / sqrt(E)``.
     is_causal : bool, optional
@@ -121,17 +121,9 @@ def attention_forward(
 
     Raises
     ------
-    NotImplementedError
-        `dropout` is not 0.
     ValueError
         A tensor is not on the CPU.
     """
-    if dropout:
-        raise NotImplementedError(
-            f"numba_attention has no dropout of attention weights, and the model asks for {dropout}; set it to 0 in "
-            "the config (attention_dropout, attention_probs_dropout_prob, attn_pdrop, dropout_rate or dropout), "
-            "or call model.eval()"
-        )
     if query.device.type != "cpu":
         raise ValueError(f"query must be on the CPU, got device {query.device}; move the model with model.cpu()")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -141,7 +133,8 @@ def attention_forward(
         mask = mask[..., : key.shape[2]]
         if mask.is_floating_point() and (bias is not None or mask.requires_grad):
             mask, bias = None, mask if bias is None else bias + mask
-    options = (mask, bias, s_aux, scaling, softcap, causal)
+    seed = torch.randint(2**62, ()) if dropout else None
+    options = (mask, bias, s_aux, seed, scaling, softcap, causal, float(dropout))
     out, _ = attend(query, key, value, *options)
     return out, attend_weights(query.detach(), key.detach(), *options) if output_attentions else None
 

@@ -150,11 +150,12 @@ def _whole(grad: Array, shape: tuple[int, ...], at: tuple[Any, ...]) -> Array:
 
 def weights(mask: Array | None, query: Array, key: Array, causal: bool, options: dict[str, Any]) -> Array:
     """Return the probabilities (batch, H, L, S)."""
-    B, _, L, _ = query.shape
+    B, H, L, _ = query.shape
     S = key.shape[-2]
-    if mask is not None and mask.dtype != np.bool_:
-        mask = dense(mask, L, S)  # the result is as large
-    return attention_weights(query, key, **options | call_of(mask, B, L, S, causal=causal, packable=False).options)
+    call = call_of(mask, B, L, S, causal=causal, packable=False)
+    # The same keys as in `forward`, because the number of a key decides which weights are dropped.
+    some, _, of_keys = _shown(call, key, key, options | call.options)
+    return _whole(attention_weights(query, some, **of_keys), (B, H, L, S), (call.keys,))
 
 
 def _band(left: int, right: int, offset: int, L: int, S: int) -> dict[str, Any]:
