@@ -9,6 +9,7 @@ from .caches import KVCache, PagedKVCache
 from .decoding import attention_decode
 from .errors import BackendUnavailableError, CacheFullError, NumbaAttentionWarning
 from .layer.attention import MultiHeadAttention
+from .masks.blockmask import BlockMask
 from .options import Gradients
 from .rotary import apply_rotary
 from .show_config import show_config
@@ -19,6 +20,7 @@ _RIMS = {"plot"}  # imported when first asked for
 
 __all__ = [
     "BackendUnavailableError",
+    "BlockMask",
     "CacheFullError",
     "Gradients",
     "KVCache",

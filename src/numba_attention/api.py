@@ -64,8 +64,8 @@ def attention(
         between: grouped-query attention; query head h reads key head ``h // (H // Hkv)``).
     value : ndarray, shape (..., Hkv, S, Ev)
         dtype of `query`; Ev may differ from E.
-    mask : array of bool, broadcastable to (..., H, L, S), optional
-        True where a query may attend to a key.
+    mask : array of bool, broadcastable to (..., H, L, S), or BlockMask, optional
+        True where a query may attend to a key. A `BlockMask` is stored by tiles, and hidden ones take no time.
     bias : array of float, broadcastable to (..., H, L, S), optional
         Added to the scaled scores. -inf hides a key exactly as a False in `mask` does.
     is_causal : bool or {"top-left", "bottom-right"}, default False

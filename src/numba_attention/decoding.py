@@ -43,7 +43,7 @@ def attention_decode(
         H must be a multiple of its number of key/value heads.
     ids : int or array of int, shape (batch,), optional
         Which sequences of a `PagedKVCache`; by default all of them, in the order of their ids.
-    mask : array of bool, broadcastable to (batch, H, L, S), optional
+    mask : array of bool, broadcastable to (batch, H, L, S), or BlockMask, optional
         True where a query may attend to a key; S is the length of the longest sequence, in a rolling cache the number
         of its kept keys, which are in order of position. With L columns instead of S, it
         refers to the L newest keys of each sequence, and all keys before them are visible: a tree of guesses. Three

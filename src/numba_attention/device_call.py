@@ -13,6 +13,7 @@ from .cuda import tile_shapes
 from .device import arrays, replay, runtime
 from .device.driver import identity
 from .device.headers import address_of, held
+from .masks.blockmask import BlockMask
 from .options import PER_SCORE, Array, Options
 from .validation import as_array, as_bools, as_floats, check_out, kind_of
 
@@ -87,6 +88,8 @@ class Call:
         changed: dict[str, Any] = {}
         for name, check in (("mask", as_bools), ("bias", as_floats)):
             x = getattr(settings, name)
+            if isinstance(x, BlockMask):
+                raise TypeError(f"{name} must be an array on a GPU, got a BlockMask; pass {name}.to_dense()")
             if x is not None:
                 is_on_device = arrays.family_of(x) is not arrays.HOST
                 changed[name] = self.device_array(name, x if is_on_device else check(name, as_array(name, x)))

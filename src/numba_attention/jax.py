@@ -15,6 +15,7 @@ import numpy as np
 
 from . import api
 from .backends import select
+from .masks.blockmask import BlockMask
 from .narrowing import saturated
 from .options import (
     PER_CALL,
@@ -51,13 +52,14 @@ class _Static(NamedTuple):
     ndim: int  # of query, key, value, mask and bias before `jax.vmap` adds axes in front
     out_shape: tuple[int, ...]
     dtype: str
-    settings: Options  # the options that are not arrays
+    settings: Options  # the options that are not arrays, and a `BlockMask`
     backend: str
 
     @property
     def options(self) -> dict[str, Any]:
         """Return the options that are not arrays, and the backend."""
-        fixed = {name: x for name, x in self.settings._asdict().items() if name not in (*_ARRAYS, "seed")}
+        fixed = {name: x for name, x in self.settings._asdict().items() if name not in _ARRAYS or x is not None}
+        del fixed["seed"]
         return fixed | {"backend": self.backend}
 
 
@@ -102,8 +104,8 @@ def attention(
         dtype of `query`; H must be a multiple of Hkv. Leading dimensions broadcast.
     value : Array, shape (..., Hkv, S, Ev)
         dtype of `query`; Ev may differ from E.
-    mask : array of bool, broadcastable to (..., H, L, S), optional
-        True where a query may attend to a key.
+    mask : array of bool, broadcastable to (..., H, L, S), or BlockMask, optional
+        True where a query may attend to a key. A `BlockMask` is fixed when a function is traced.
     bias : array of float, broadcastable to (..., H, L, S), optional
         Added to the scaled scores; differentiable.
     **options
@@ -163,9 +165,11 @@ def attention(
     """
     settings = gather(attention, options)
     arguments = {"query": query, "key": key, "value": value} | {name: getattr(settings, name) for name in _ARRAYS}
-    arrays = {name: jnp.asarray(_as_wide_as_jax(x)) for name, x in arguments.items() if x is not None}
     seed = None if settings.seed is None else _words_of_seed(settings.seed)
     fixed: dict[str, Any] = dict.fromkeys(_ARRAYS) | {"seed": None if seed is None else 0}
+    if isinstance(settings.mask, BlockMask):
+        fixed["mask"] = arguments.pop("mask")
+    arrays = {name: jnp.asarray(_as_wide_as_jax(x)) for name, x in arguments.items() if x is not None}
     settings = settings._replace(**fixed)
     problem, chosen = _check(arguments, arrays, settings, backend)
     if seed is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations  # short types in help()
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,10 +21,21 @@ Window = tuple[int | None, int | None]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+class Blocks(Protocol):
+    """A mask that is stored by blocks: `BlockMask`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(batch or 1, heads or 1, L, S)."""
+
+    def to_dense(self) -> Array:
+        """Return the mask as an array of bool."""
+
+
 class OptionArguments(TypedDict, total=False):
     """The options by name, for type checkers."""
 
-    mask: ArrayLike | None
+    mask: ArrayLike | Blocks | None
     bias: ArrayLike | None
     is_causal: Causal
     window: Window | Sequence[int | None] | None
@@ -47,7 +58,7 @@ class Options(NamedTuple):
     and the whole of a small call about 12.
     """
 
-    mask: ArrayLike | None = None
+    mask: ArrayLike | Blocks | None = None
     bias: ArrayLike | None = None
     is_causal: Causal = False
     window: Window | Sequence[int | None] | None = None

@@ -13,6 +13,7 @@ SEQUENCE = np.dtype([
         "prefix",  # keys that all queries see
         "batch", "head",  # number of the sequence and of its first head, for slopes and sinks
         "first",  # work item
+        "lists",  # of a block mask: where those of its heads begin, see cpu/visible.py
         "pages", "key_scale", "value_scale",  # addresses: of the numbers of the pages, of the first scales
         # of the backward pass: byte offsets, and all rows of key and value
         "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias", "delta", "key_rows", "groups",

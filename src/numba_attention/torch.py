@@ -64,7 +64,7 @@ def attention(
         dtype of `query`; H must be a multiple of Hkv. Leading dimensions broadcast.
     value : Tensor, shape (..., Hkv, S, Ev)
         dtype of `query`; Ev may differ from E.
-    mask : Tensor or array of bool, broadcastable to (..., H, L, S), optional
+    mask : Tensor or array of bool, broadcastable to (..., H, L, S), or BlockMask, optional
         True where a query may attend to a key.
     bias : Tensor or array of float, broadcastable to (..., H, L, S), optional
         Added to the scaled scores. A tensor that requires a gradient gets one.

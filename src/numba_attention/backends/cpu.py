@@ -26,6 +26,7 @@ from .records import (
     address_of,
     compact,
     fill_in,
+    lists_of,
     pack,
     per_head,
     readable_bias,
@@ -121,7 +122,9 @@ def _run(p: Problem, weights: bool) -> None:
     bias = readable_bias(p)
     # The choice of kernel depends on the sizes of the sequence alone: its result then has the same bits in any batch.
     width = HOST.bits // 8 // (8 if p.query.itemsize == 8 else 4)
-    rows = 0 if weights or p.E < width or p.Ev < width else FEW * p.Hkv // p.H
+    # Packed sequences with a block mask would each need lists of their own for it.
+    unfit = weights or p.E < width or p.Ev < width or (p.blocks is not None and p.packing is not None)
+    rows = 0 if unfit else FEW * p.Hkv // p.H
     own = take()
     try:
         if p.query_lengths is None:
@@ -136,8 +139,19 @@ def _run(p: Problem, weights: bool) -> None:
 
 
 def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few: bool, which: Array | None) -> None:
-    if weights or p.mask is not None or bias is not None or p.packing is not None or which is not None:
+    lists = None if p.blocks is None else lists_of(p, _spec_of(p, few), few)
+    shown = 1.0 if lists is None else lists.share
+    if (
+        weights
+        or p.mask is not None
+        or lists is not None
+        or bias is not None
+        or p.packing is not None
+        or which is not None
+    ):
         sequences = sequences_of(p, bias)
+        if lists is not None:
+            sequences["lists"] = np.arange(len(sequences)) * lists.per_sequence
         fill_in(p, sequences)
         if which is not None:
             sequences = sequences[which]
@@ -160,7 +174,7 @@ def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few
         items, most = _split(plan, p, sequences)
         if most > 1:
             counts, partial = np.zeros(items, np.int64), np.empty(items * plan.partial_size, np.uint8)
-    number = threads_for(items, plan.flops * p.S)
+    number = threads_for(items, plan.flops * p.S * shown)
     scratch, scratch_address = own.reserve(number * plan.scratch_size)
     own.counter.value = 0
     # A contiguous copy, which must live until the kernel is done, because the kernel reads it by its address.
@@ -169,12 +183,14 @@ def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few
     pack_addresses(
         own.params, ARRAYS, own.counter_address, scratch_address, sequences_address,
         *[0 if x is None else address_of(x) for x in (p.lse, bias, p.mask, slopes, p.sinks, p.rows)],
-        p.seed, *NO_GRADIENTS,
+        0 if lists is None else address_of(lists.record), p.seed, *NO_GRADIENTS,
         0 if counts is None else address_of(counts), 0 if partial is None else address_of(partial),
     )  # fmt: skip
     own.params[REST:] = plan.rest
     pack_one(own.params, REST, items)
-    own.run(plan.kernel, number, plan.work * p.S, p, bias, plan, scratch, slopes, sequences, counts, partial)
+    own.run(
+        plan.kernel, number, plan.work * p.S * shown, p, lists, bias, plan, scratch, slopes, sequences, counts, partial
+    )
 
 
 NO_GRADIENTS = (0,) * 8  # the addresses that only the backward pass has
@@ -200,11 +216,14 @@ def _find_plan(p: Problem, few: bool) -> _Plan:
 FEW = 2 * HOST.bits // 32  # query rows of a key/value head up to which the kernel with features in the lanes is used
 
 
+def _spec_of(p: Problem, few: bool) -> Spec:
+    return Spec(storage_of(p.query.dtype), HOST, "decode" if few else "forward", stored_of(p))
+
+
 def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, few: bool) -> _Plan:
     if few:
         return _make_decode_plan(p, sequences, bias)
-    storage, kv_storage = storage_of(p.query.dtype), stored_of(p)
-    spec = Spec(storage, HOST, kv_storage=kv_storage)
+    spec = _spec_of(p, few)
     offsets, scratch_size, depth = kernels.scratch(spec, p.E, 0 if weights else p.Ev)
     heads, group = p.Hkv, p.H // p.Hkv
     if p.heads is not None and p.rows is not None:
@@ -221,13 +240,13 @@ def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, 
     rest = pack(values_of(p, spec, bias) | sizes | {"scratch_size": scratch_size, "out_depth": depth}, offsets)
     scores = heads * float(rows.sum())
     flops, work = 2.0 * scores * (p.E + p.Ev), 2.0 * scores * (p.E + p.Ev + SCORE)
-    kernel = worker(storage, "weights" if weights else "forward", kv_storage)
+    kernel = worker(spec.storage, "weights" if weights else "forward", spec.kv_storage)
     numbers = sequences.view(np.int64)
     return _Plan(kernel, sequences, numbers, address_of(numbers), rest, items, flops, work, scratch_size)
 
 
 def _make_decode_plan(p: Problem, sequences: Array, bias: Array | None) -> _Plan:
-    spec = Spec(storage_of(p.query.dtype), HOST, "decode", stored_of(p))
+    spec = _spec_of(p, True)
     offsets, scratch_size, partial_size = decode.scratch(spec, p.E, p.Ev)
     sizes = {"number": len(sequences), "Ev": p.Ev, "scratch_size": scratch_size, "partial_size": partial_size}
     flops = 2.0 * p.H * float(sequences["rows"].sum()) * (p.E + p.Ev)

@@ -15,6 +15,7 @@ from ..cpu.scratch import padded
 from ..cpu.simd import HOST
 from ..cpu.softmax import SUM_ROWS
 from ..cpu.spec import Spec
+from ..masks.lists import Lists
 from ..options import Array
 from ..problem.dense import BackwardProblem, spread_bias
 from .cpu_resources import Buffers, addresses, put_back, take, threads_for, worker
@@ -22,6 +23,7 @@ from .records import (
     address_of,
     compact,
     fill_in,
+    lists_of,
     pack,
     readable_bias,
     room_for,
@@ -88,12 +90,13 @@ def run(g: BackwardProblem) -> None:
         "grad_bias": None if of_bias is None else spread_bias(of_bias[0], p),
         "delta": None if delta is None else np.broadcast_to(delta, p.out.shape[:-1]),
     }
-    plan = _find_plan(g, spec, groups, bias, arrays, of_bias)
+    lists = lists_of(p, spec)
+    plan = _find_plan(g, spec, groups, bias, arrays, of_bias, lists)
     most_items = max((len(wave.members) for wave in plan.waves), default=0)
     number = threads_for(most_items, plan.flops)
     own = take()
     try:
-        _run_waves(own, g, plan, bias, arrays, number, most_items > 0)
+        _run_waves(own, g, plan, bias, arrays, lists, number, most_items > 0)
     finally:
         put_back(own)
     if of_bias is not None:
@@ -109,6 +112,7 @@ def _run_waves(
     plan: _Plan,
     bias: Array | None,
     arrays: dict[str, Array | None],
+    lists: Lists | None,
     number: int,
     has_items: bool,
 ) -> None:
@@ -126,20 +130,22 @@ def _run_waves(
         _pack_one(own.params, REST, len(wave.members))
         pack_addresses(
             own.params, ARRAYS, own.counter_address, scratch_address, plan.sequences_address,
-            address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), address_of(sinks), 0, p.seed,
+            address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), address_of(sinks), 0,
+            0 if lists is None else address_of(lists.record), p.seed,
             *(address_of(array) for array in arrays.values()),
             address_of(wave.members), address_of(counts), address_of(partial),
         )  # fmt: skip
         work = plan.flops / len(plan.waves)
-        own.run(plan.kernel, number, work, g, plan, bias, arrays, scratch, slopes, sinks, counts, partial)
+        own.run(plan.kernel, number, work, g, plan, bias, lists, arrays, scratch, slopes, sinks, counts, partial)
 
 
 def _find_plan(
-    g: BackwardProblem, spec: Spec, groups: Array, bias: Array | None, arrays: dict[str, Any], of_bias: Array | None
-) -> _Plan:
+    g: BackwardProblem, spec: Spec, groups: Array, bias: Array | None, arrays: dict[str, Any], of_bias: Array | None,
+    lists: Lists | None,
+) -> _Plan:  # fmt: skip
     p = g.forward
-    if varies(p) or bias is not None or p.mask is not None:
-        return _make_plan(g, spec, groups, bias, arrays, of_bias)
+    if varies(p) or bias is not None or p.mask is not None or lists is not None:
+        return _make_plan(g, spec, groups, bias, arrays, of_bias, lists)
     all_arrays = p.query, p.key, p.value, p.out, p.lse, g.grad_out, g.grad_lse
     key = (
         p.query.dtype, p.query.shape, p.value.shape, *(None if x is None else x.strides for x in all_arrays),
@@ -148,22 +154,27 @@ def _find_plan(
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
-        plan = _make_plan(g, spec, groups, bias, arrays, of_bias)
+        plan = _make_plan(g, spec, groups, bias, arrays, of_bias, lists)
         size = plan.sequences.nbytes + sum(wave.members.nbytes for wave in plan.waves)
         _plans.add(key, plan, size + SMALL_PLAN)
     return plan
 
 
 def _make_plan(
-    g: BackwardProblem, spec: Spec, groups: Array, bias: Array | None, arrays: dict[str, Any], of_bias: Array | None
-) -> _Plan:
+    g: BackwardProblem, spec: Spec, groups: Array, bias: Array | None, arrays: dict[str, Any], of_bias: Array | None,
+    lists: Lists | None,
+) -> _Plan:  # fmt: skip
     p = g.forward
     E, Ev = padded(spec, p.E), padded(spec, p.Ev)
     sequences = sequences_of(p, bias, **arrays)
+    if lists is not None:
+        sequences["lists"] = np.arange(len(sequences)) * lists.per_sequence
     fill_in(p, sequences)
     sequences["groups"] = groups
     head_bytes = (sequences["key_rows"] + SUM_ROWS) * (E + Ev) * spec.vector.bytes
-    work = sequences["rows"] * sequences["key_rows"]
+    work = np.repeat(sequences["rows"] * sequences["key_rows"], p.Hkv)  # of each key/value head
+    if lists is not None:
+        work = work * lists.density.ravel()
     waves = [_share_out(heads, p.Hkv, groups, head_bytes, work) for heads in _waves(g)]
     kept = max((wave.kept for wave in waves), default=0)
     offsets, scratch_size, depth = kernels.scratch(spec, p.E, p.Ev, kept)
@@ -178,7 +189,7 @@ def _make_plan(
     }
     for name, array in arrays.items():
         values |= strides_of(name, array, len(p.batch))
-    flops = 5.0 * float(work.sum()) * (p.E + p.Ev) * p.H
+    flops = 5.0 * float(work.sum()) * (p.E + p.Ev) * (p.H // p.Hkv if p.Hkv else 0)
     kernel = worker(spec.storage, "backward")
     return _Plan(kernel, sequences, address_of(sequences), waves, pack(values, offsets), flops, scratch_size)
 
@@ -186,17 +197,17 @@ def _make_plan(
 def _share_out(heads: Array, Hkv: int, groups: Array, head_bytes: Array, work: Array) -> _Wave:
     """Divide heads into work items, one for each head or for each group of a long head.
 
-    Heads are numbered sequence * Hkv + head.
+    Heads are numbered sequence * Hkv + head, and so is their `work`.
     """
     if Hkv == 0:
         return _Wave(np.zeros((0, 4), np.int64), 0, 0, 0)
     index = heads // Hkv
     # The longest items come first, or one thread may still work on a long one when all others are done.
-    order = np.argsort(-work[index], kind="stable")
+    order = np.argsort(-work[heads], kind="stable")
     heads, index = heads[order], index[order]
     of_head, size = groups[index], head_bytes[index]
     # A head with more than a thread's share of the work is split into its groups: other threads would wait for it.
-    split = (of_head > 1) & (work[index] * ITEMS > work[index].sum())
+    split = (of_head > 1) & (work[heads] * ITEMS > work[heads].sum())
     if (size * of_head)[split].sum() > BUFFERS:
         split[:] = False
     items = np.where(split, of_head, 1)

@@ -11,6 +11,7 @@ from ..cpu.scoring import bias_elements
 from ..cpu.simd import HOST
 from ..cpu.spec import Spec
 from ..intervals import FAR
+from ..masks.lists import Geometry, Lists, lists_for
 from ..narrowing import saturated
 from ..options import Array
 from ..problem.dense import NUMBERS, Packing, Problem
@@ -92,6 +93,16 @@ def sequences_of(p: Problem, bias: Array | None, **more: Array | None) -> Array:
     if p.packing is not None:
         sequences["rows"], sequences["key_rows"] = p.packing.query_rows, p.packing.key_rows
     return sequences
+
+
+def lists_of(p: Problem, spec: Spec, few: bool = False) -> Lists | None:
+    """Return the lists of visible tiles that the kernels of a block mask read."""
+    if p.blocks is None:
+        return None
+    geometry = Geometry(spec.query_tile, spec.vector.width)
+    rows = p.L if p.packing is None else p.packing.query_rows
+    chosen = None if p.heads is None or p.rows is None else (p.heads, p.rows)
+    return lists_for(p.blocks, p.batch, p.H, p.Hkv, geometry, rows, chosen, few)
 
 
 def _start_of(name: str, array: Array, packing: Packing) -> Array:
@@ -232,7 +243,7 @@ def per_head(p: Problem, chosen: Array, sequences: Array, bias: Array | None) ->
     """Make a record for every chosen head of every sequence, so that heads may be any index array."""
     heads = np.tile(chosen, len(sequences))
     each: Array = np.repeat(sequences, len(chosen))
-    each["head"] = heads
+    each["head"], each["lists"] = heads, np.arange(len(heads))
     each["query"] += heads * p.query.strides[-3]
     each["key"] += heads // (p.H // p.Hkv) * p.key.strides[-3]
     each["out"] += np.tile(np.arange(len(chosen)), len(sequences)) * p.out.strides[-3]

@@ -19,6 +19,7 @@ def unusable() -> str | None:
 
 def forward(problem: Problem) -> None:
     """Write ``problem.out`` and ``problem.lse``: softmax of the scores, times the values."""
+    problem = _with_dense_mask(problem)
     if problem.packing is not None:
         for _, part in _parts(problem):
             forward(part)
@@ -40,6 +41,7 @@ def forward(problem: Problem) -> None:
 
 def weights(problem: Problem) -> None:
     """Write the probabilities of the chosen heads and rows to ``problem.out``."""
+    problem = _with_dense_mask(problem)
     heads = np.arange(problem.H) if problem.heads is None else problem.heads
     rows = np.arange(problem.L) if problem.rows is None else problem.rows
     with np.errstate(all="ignore"):
@@ -53,9 +55,9 @@ def backward(problem: BackwardProblem) -> None:
 
     The probabilities P are computed from the lse that was passed, which may be that of a larger set of keys.
     """
-    f = problem.forward
+    f = _with_dense_mask(problem.forward)
     if f.packing is not None:
-        return _backward_of_parts(problem)
+        return _backward_of_parts(replace(problem, forward=f))
     assert f.lse is not None
     rows = np.arange(f.L)
     if problem.bias_shape is not None:
@@ -92,6 +94,16 @@ def backward(problem: BackwardProblem) -> None:
                 sums[0][n] += f.scale * _weighted_sum(ds.T, query, visible.T)
                 sums[1][n] += _weighted_sum((p * kept).T, grad_out, (visible & (kept > 0)).T)
             problem.key[b], problem.value[b] = sums
+
+
+def _with_dense_mask(p: Problem) -> Problem:
+    """Expand a block mask to one element for each pair."""
+    if p.blocks is None:
+        return p
+    mask = p.blocks.to_dense()
+    extra = max(0, mask.ndim - len(p.batch) - 3)
+    mask = np.broadcast_to(mask.reshape(mask.shape[extra:]), (*p.batch, p.H, p.L, p.S))
+    return replace(p, mask=mask, blocks=None)
 
 
 def _parts(p: Problem) -> list[tuple[tuple[slice, slice], Problem]]:

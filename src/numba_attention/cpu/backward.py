@@ -46,6 +46,7 @@ from .spec import Spec
 from .sums import CLEAN, LOST, add_products, add_transposed, copy_rows, write_sums
 from .sums import add_sums as sums_adder
 from .views import UNBOUNDED, carray
+from .visible import make_visible
 
 DELTA = SUM  # the row of the state that holds rowsum(dO * O) - dlse once denominators are no longer needed
 # Cancellation: sums of a long sequence are cleared, added and written in parts, and the counter is polled (`STOPPED`)
@@ -92,6 +93,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         areas_of(spec), "grad_rows grad_query_rows grad_bias_rows dirty"
     )
     place_rows, pack_rows, products, hides_all, score_tile, _ = make_scoring(spec)
+    list_of, tile_of, runs_of, clip = make_visible(spec)
     mm_query = micro_kernel(spec, "output", bf16_dot=False)
     gather = tiles.gather_tile(spec, element)
     widen = tiles.widen_tile(spec)
@@ -122,22 +124,25 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         return False
 
     @spec.jit
-    def find_denominators(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int]) -> None:
+    def find_denominators(p: Any, s: Any, at: int, head: int, listed: int, seen: tuple[int, int, int, int]) -> None:
         """Maxima and denominators of the rows from their scores, to MAX and SUM: what a large lse has lost."""
         start, stop, all_start, all_stop = seen
         scores, state, factor, visited = at + p.at_scores, at + p.at_state, real(p.unit * LOG2E), 0
-        for j0 in range(start, stop, BN):
-            if fetch(p.counter) >= STOPPED:
-                return
-            n = min(BN, stop - j0)
-            if p.mask != 0 and hides_all(p, s, at, j0, n):
-                continue
-            score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
-            tile_max(scores, n, state)
-            step_softmax(scores, n, state, factor, scores)
-            visited += 1
-            if visited % LEVEL == 0:
-                carry_denominator(scores, 0, scores, scores, state, factor)
+        first_run, last_run = runs_of(p, listed, start)
+        for run in range(first_run, last_run):
+            low, high, bits = clip(p, run, start, stop)
+            for j0 in range(low, high, BN):
+                if fetch(p.counter) >= STOPPED:
+                    return
+                n = min(BN, high - j0)
+                if p.mask != 0 and hides_all(p, s, at, j0, n):
+                    continue
+                score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop, bits)
+                tile_max(scores, n, state)
+                step_softmax(scores, n, state, factor, scores)
+                visited += 1
+                if visited % LEVEL == 0:
+                    carry_denominator(scores, 0, scores, scores, state, factor)
         carry_denominator(scores, 0, scores, scores, state, factor)
         add_tiles(state + SUM * row_bytes, state + SUM_HIGH * row_bytes, state + SUM_LOW * row_bytes, 1)
 
@@ -262,11 +267,12 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
     @spec.jit
     def visit_keys(
-        p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, sums: int, dirty: bool, nan_safe: bool
-    ) -> None:
+        p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, bits: int, sums: int, dirty: bool,
+        nan_safe: bool,
+    ) -> None:  # fmt: skip
         """One tile of keys: the weights, their gradients, and what follows from both."""
         weights, grad_scores = at + p.at_scores, at + p.at_grad_scores
-        score_tile(p, s, at, head, j0, n, edge)
+        score_tile(p, s, at, head, j0, n, edge, bits)
         values = p.value + s.value + head * p.value_head + j0 * p.value_row
         state = at + p.at_state
         grads = at + p.at_grads
@@ -306,26 +312,31 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         """One tile of queries: dQ of its rows, and their part of dK and dV."""
         grad_query = grad_query_of(p, at)
         state = state_of(p, at)
+        listed = list_of(p, s, head, first_row // BM)
         seen = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
         start, stop, all_start, all_stop = seen
         pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
         if has_large_lse(p, at):
-            find_denominators(p, s, at, head, seen)
+            find_denominators(p, s, at, head, listed, seen)
         dirty = place_gradients(p, s, at, head, first_row, group)
         dirty = load_rows(p, s, at, first_row) or dirty
         nan_safe = False
         while True:
             grad_query[: p.out_depth] = 0
             visited = 0
-            for j0 in range(start, stop, BN):
-                if fetch(p.counter) >= STOPPED:
-                    return
-                n = min(BN, stop - j0)
-                if p.mask == 0 or not hides_all(p, s, at, j0, n):
-                    visit_keys(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop, sums, dirty, nan_safe)
-                    visited += 1
-                    if visited % LEVEL == 0:
-                        carry_gradient(p, at, visited == LEVEL)
+            first_run, last_run = runs_of(p, listed, start)
+            for run in range(first_run, last_run):
+                low, high, bits = clip(p, run, start, stop)
+                for j0 in range(low, high, BN):
+                    if fetch(p.counter) >= STOPPED:
+                        return
+                    n = min(BN, high - j0)
+                    if p.mask == 0 or not hides_all(p, s, at, j0, n):
+                        edge = j0 < all_start or j0 + n > all_stop
+                        visit_keys(p, s, at, head, j0, n, edge, bits, sums, dirty, nan_safe)
+                        visited += 1
+                        if visited % LEVEL == 0:
+                            carry_gradient(p, at, visited == LEVEL)
             if visited >= LEVEL:
                 carry_gradient(p, at, False)
                 add_tiles(at + p.at_out, at + p.at_high, at + p.at_low, p.E)
@@ -354,13 +365,13 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def visit_group(p: Any, s: Any, at: int, head: int, group: int, sums: int) -> None:
         """DQ of the rows of one group, and their dK and dV."""
         clear_sums(p, sums, bytes_of(p, s))
-        last = (s.rows * p.group + BM - 1) // BM - 1
-        # Longest first, as in the forward pass. Tiles are dealt to groups round robin: under a causal mask each group
-        # then has long rows and short ones.
-        for tile in range(last - group, -1, -s.groups):
+        tiles = (s.rows * p.group + BM - 1) // BM
+        # Longest first, as in the forward pass. Tiles are dealt to groups round robin: each group then has long rows
+        # and short ones.
+        for place in range(group, tiles, s.groups):
             if fetch(p.counter) >= STOPPED:
                 return
-            visit_rows(p, s, at, head, tile * BM, group, sums)
+            visit_rows(p, s, at, head, tile_of(p, s, head, place, tiles) * BM, group, sums)
 
     @spec.jit
     def write_rows(

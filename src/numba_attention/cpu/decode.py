@@ -24,6 +24,7 @@ from .softmax import add_scaled as add_scaled_of
 from .softmax import power_below as power_below_of
 from .spec import Spec
 from .views import UNBOUNDED, carray
+from .visible import make_visible
 
 SPLIT = 512  # keys of one split (split-K)
 
@@ -50,6 +51,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         areas_of(spec), "starts stops out_rows lse_rows lane_counts"
     )
     place_rows, _, _, hides_all, score_tile, sources = make_scoring(spec)
+    list_of, _, runs_of, clip = make_visible(spec)
     locate, scale = sources.locate, sources.scale
     pack, add, gather = features.pack_queries(spec), features.add_values(spec), features.copy_strided(spec)
     step_softmax, weigh, power_below = softmax_step(spec, pairs=False), normalised_weights(spec), power_below_of(spec)
@@ -120,30 +122,35 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
     @spec.jit
     def fold_keys(
-        p: Any, s: Any, at: int, head: int, start: int, stop: int, all_start: int, all_stop: int, nan_safe: bool,
-        normalized: bool,
+        p: Any, s: Any, at: int, head: int, listed: int, start: int, stop: int, all_start: int, all_stop: int,
+        nan_safe: bool, normalized: bool,
     ) -> None:  # fmt: skip
         """Fold every visible tile of keys into the state; if `normalized`, maxima and denominators are final."""
-        for j0 in range(start, stop, BN):
-            n = min(BN, stop - j0)
-            if p.mask != 0 and hides_all(p, s, at, j0, n):
-                continue
-            locate(p, s, at, j0, n)
-            score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
-            if nan_safe:
-                mark_hidden(p, at, n)
-            if normalized:
-                weigh(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_scores)
-            else:
-                step_softmax(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_scores)
-            if p.dropout != 0:
-                drop(p, s, at, at + p.at_scores, n, j0)
-            if quantized:
-                scale_weights(p, s, at, j0, n, nan_safe)
-            add_values(p, at, head, n, nan_safe)
+        first_run, last_run = runs_of(p, listed, start)
+        for run in range(first_run, last_run):
+            low, high, bits = clip(p, run, start, stop)
+            if low >= stop:
+                return
+            for j0 in range(low, high, BN):
+                n = min(BN, high - j0)
+                if p.mask != 0 and hides_all(p, s, at, j0, n):
+                    continue
+                locate(p, s, at, j0, n)
+                score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop, bits)
+                if nan_safe:
+                    mark_hidden(p, at, n)
+                if normalized:
+                    weigh(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_scores)
+                else:
+                    step_softmax(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_scores)
+                if p.dropout != 0:
+                    drop(p, s, at, at + p.at_scores, n, j0)
+                if quantized:
+                    scale_weights(p, s, at, j0, n, nan_safe)
+                add_values(p, at, head, n, nan_safe)
 
     @spec.jit
-    def attend(p: Any, s: Any, at: int, head: int, first_row: int, split: int) -> None:
+    def attend(p: Any, s: Any, at: int, head: int, first_row: int, split: int, listed: int) -> None:
         """Fold the keys of one split into the rows' states; what takes their sums to outputs is in RESCALE."""
         lanes = lane_counts_of(p, at)[0]
         state = state_of(p, at)
@@ -162,7 +169,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             out[: lanes * pitch_of(p)] = 0
             if nan_safe:
                 extra[: lanes * pitch_of(p)] = 0
-            fold_keys(p, s, at, head, start, stop, all_start, all_stop, nan_safe, normalized)
+            fold_keys(p, s, at, head, listed, start, stop, all_start, all_stop, nan_safe, normalized)
             if nan_safe:
                 for x in range(lanes * pitch_of(p)):
                     out[x] += extra[x]
@@ -258,7 +265,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 lse = m * p.unit + math.log(total) if total != 0 else -infinity
                 carray(void_pointer(lse_rows[lane]), 1, real)[0] = lse
             factor = state[RESCALE, lane]
-            if total == 0 and starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0:
+            if total == 0 and starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0 and p.visible == 0:
                 factor = real(math.nan)  # keys were visible, and every score was -inf, which only infinite inputs give
             row = at + p.at_out + lane * pitch * size
             write(out_rows[lane], p.out_column, whole, row, factor)
@@ -287,13 +294,13 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             rows_per_head = s.rows * p.group  # query rows of a key/value head
             if rows_per_head >= W:
                 head, part = divmod(tile, (rows_per_head + W - 1) // W)
-                first_row = part * W
+                first_row, listed = part * W, list_of(p, s, head, part)
                 lane_counts[0] = lane_counts[1] = min(W, rows_per_head - first_row)
             else:
-                head, first_row = tile * (W // rows_per_head), 0
+                head, first_row, listed = tile * (W // rows_per_head), 0, list_of(p, s, tile, 0)
                 heads = min(W // rows_per_head, p.kv_heads - head)
                 lane_counts[0], lane_counts[1] = heads * rows_per_head, rows_per_head
-            attend(p, s, at, head, first_row, split)
+            attend(p, s, at, head, first_row, split, listed)
             if splits > 1:
                 store_state(p, at, item)
                 if fetch_add(p.counts + 8 * (item - split), 1) < splits - 1:

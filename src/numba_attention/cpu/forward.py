@@ -34,6 +34,7 @@ from .softmax import add_tiles as add_two_tiles
 from .softmax import power_below as power_below_of
 from .spec import Spec
 from .views import carray
+from .visible import make_visible
 
 
 def scratch(spec: Spec, E: int, Ev: int) -> tuple[dict[str, int], int, int]:
@@ -60,6 +61,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     )
     starts_of, stops_of, lse_rows_of = views(areas_of(spec), "starts stops lse_rows")
     place_rows, pack_rows, _, hides_all, score_tile, sources = make_scoring(spec)
+    list_of, tile_of, runs_of, clip = make_visible(spec)
     find_values, scale = sources.find_values, sources.scale
     mm_output = micro_kernel(spec, "output")
     step_softmax = softmax_step(spec, pairs=bf16_dot and with_output)
@@ -143,38 +145,42 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
     @spec.jit
     def fold_keys(
-        p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int], nan_safe: bool, normalized: bool
-    ) -> None:
+        p: Any, s: Any, at: int, head: int, listed: int, seen: tuple[int, int, int, int], nan_safe: bool,
+        normalized: bool,
+    ) -> None:  # fmt: skip
         """Fold every visible tile of keys into the state; if `normalized`, maxima and denominators are final."""
         start, stop, all_start, all_stop = seen
         factor, visited = real(p.unit * LOG2E), 0
-        for j0 in range(start, stop, BN):
-            if fetch(p.counter) >= STOPPED:
-                return
-            n = min(BN, stop - j0)
-            edge = j0 < all_start or j0 + n > all_stop
-            if p.mask != 0 and hides_all(p, s, at, j0, n):
-                continue
-            score_tile(p, s, at, head, j0, n, edge)
-            if nan_safe:
-                scores = scores_of(p, at)
-                hidden = hidden_of(p, at)
-                for j in range(n):
-                    for lane in range(BM):
-                        hidden[j, lane] = scores[j, lane] == -infinity
-            if normalized:
-                weigh(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
-            else:
-                step_softmax(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
-            if p.dropout != 0 and with_output:
-                drop(p, s, at, at + (p.at_weights if bf16_dot else p.at_scores), n, j0)
-            if quantized:
-                scale_weights(p, s, at, j0, n, nan_safe)
-            if with_output:
-                output_tile(p, s, at, head, j0, n, nan_safe)
-            visited += 1
-            if visited % LEVEL == 0:
-                carry_sums(p, at, visited == LEVEL, factor)
+        first_run, last_run = runs_of(p, listed, start)
+        for run in range(first_run, last_run):
+            low, high, bits = clip(p, run, start, stop)
+            for j0 in range(low, high, BN):
+                if fetch(p.counter) >= STOPPED:
+                    return
+                n = min(BN, high - j0)
+                edge = j0 < all_start or j0 + n > all_stop
+                if p.mask != 0 and hides_all(p, s, at, j0, n):
+                    continue
+                score_tile(p, s, at, head, j0, n, edge, bits)
+                if nan_safe:
+                    scores = scores_of(p, at)
+                    hidden = hidden_of(p, at)
+                    for j in range(n):
+                        for lane in range(BM):
+                            hidden[j, lane] = scores[j, lane] == -infinity
+                if normalized:
+                    weigh(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
+                else:
+                    step_softmax(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
+                if p.dropout != 0 and with_output:
+                    drop(p, s, at, at + (p.at_weights if bf16_dot else p.at_scores), n, j0)
+                if quantized:
+                    scale_weights(p, s, at, j0, n, nan_safe)
+                if with_output:
+                    output_tile(p, s, at, head, j0, n, nan_safe)
+                visited += 1
+                if visited % LEVEL == 0:
+                    carry_sums(p, at, visited == LEVEL, factor)
         if visited >= LEVEL:
             carry_sums(p, at, False, factor)
             state = at + p.at_state
@@ -206,25 +212,32 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             write_scores(p, at, j0, min(BN, stop - j0))
 
     @spec.jit
-    def write_weights(p: Any, s: Any, at: int, head: int, seen: tuple[int, int, int, int]) -> None:
+    def write_weights(p: Any, s: Any, at: int, head: int, listed: int, seen: tuple[int, int, int, int]) -> None:
         """Second pass of `attention_weights`: the probabilities themselves, 0 outside what the rows see."""
         start, stop, all_start, all_stop = seen
         if start > stop:  # no row sees a key
             start, stop = 0, 0
-        write_zeros(p, at, 0, start)
-        for j0 in range(start, stop, BN):
-            if fetch(p.counter) >= STOPPED:
-                return
-            n = min(BN, stop - j0)
-            if p.mask != 0 and hides_all(p, s, at, j0, n):
-                write_zeros(p, at, j0, j0 + n)
+        written = 0
+        first_run, last_run = runs_of(p, listed, start)
+        for run in range(first_run, last_run):
+            low, high, bits = clip(p, run, start, stop)
+            if low >= high:
                 continue
-            score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop)
-            weigh(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_weights)
-            if p.dropout != 0:
-                drop(p, s, at, at + p.at_scores, n, j0)
-            write_scores(p, at, j0, n)
-        write_zeros(p, at, stop, p.Ev)
+            write_zeros(p, at, written, low)
+            for j0 in range(low, high, BN):
+                if fetch(p.counter) >= STOPPED:
+                    return
+                n = min(BN, high - j0)
+                if p.mask != 0 and hides_all(p, s, at, j0, n):
+                    write_zeros(p, at, j0, j0 + n)
+                    continue
+                score_tile(p, s, at, head, j0, n, j0 < all_start or j0 + n > all_stop, bits)
+                weigh(at + p.at_scores, n, at + p.at_state, real(p.unit * LOG2E), at + p.at_weights)
+                if p.dropout != 0:
+                    drop(p, s, at, at + p.at_scores, n, j0)
+                write_scores(p, at, j0, n)
+            written = high
+        write_zeros(p, at, written, p.Ev)
 
     @spec.jit
     def save_outputs(p: Any, at: int) -> None:
@@ -256,6 +269,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         out = out_of(p, at)
         extra = extra_of(p, at)
         nan_safe, normalized = False, False
+        listed = list_of(p, s, head, first_row // BM)
         count = min(BM, s.rows * p.group - first_row)
         seen = place_rows(p, s, at, head, first_row, count)
         pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
@@ -264,7 +278,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 out[: p.out_depth] = 0
             if nan_safe:
                 extra[: p.Ev] = 0
-            fold_keys(p, s, at, head, seen, nan_safe, normalized)
+            fold_keys(p, s, at, head, listed, seen, nan_safe, normalized)
             if nan_safe:
                 for e in range(p.Ev):
                     for lane in range(BM):
@@ -290,12 +304,12 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             inverse = real(0)
             if total != 0:
                 inverse = real(p.dropout_scale) / total
-            elif starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0:
+            elif starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0 and p.visible == 0:
                 inverse = real(math.nan)  # keys were visible, and every score was -inf, which only infinite inputs give
             lanes[RESCALE, lane] = inverse / lanes[INVERSE, lane] if normalized and total != 0 else inverse
             lanes[INVERSE, lane] = inverse
         if not with_output:
-            write_weights(p, s, at, head, seen)
+            write_weights(p, s, at, head, listed, seen)
             return
         write_tile(at + p.at_out, at + p.at_out_rows, 0, p.out_column, p.Ev, at + p.at_state + RESCALE * row_bytes)
         if p.lse != 0:
@@ -318,9 +332,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                     high = middle
             s = sequences[low]
             tiles_per_head = (s.rows * p.group + BM - 1) // BM
-            head, tile = divmod(item - s.first, tiles_per_head)
-            # Load balance: longest work items first. Under a causal mask the last rows see the most keys; items of the
-            # first rows, the shortest, then fill the gaps at the end.
-            attend(p, s, at, head, (tiles_per_head - 1 - tile) * BM)
+            head, place = divmod(item - s.first, tiles_per_head)
+            attend(p, s, at, head, tile_of(p, s, head, place, tiles_per_head) * BM)
 
     return worker

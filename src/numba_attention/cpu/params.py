@@ -13,7 +13,7 @@ from . import scratch
 # Fields that change with every call come first, so that a plan can store the others as bytes (see backends/cpu.py).
 ADDRESSES = (
     "query", "key", "value", "out",
-    "counter", "scratch", "sequences", "lse", "bias", "mask", "slopes", "sinks", "chosen", "seed",
+    "counter", "scratch", "sequences", "lse", "bias", "mask", "slopes", "sinks", "chosen", "visible", "seed",
     "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias", "delta",
     "members", "counts", "partial",
 )  # fmt: skip
@@ -36,6 +36,9 @@ INTEGERS = (
 # Queries are multiplied by `prescale`, and their products with keys by `rest` to give natural scores. The softmax sees
 # scores in units of `unit`: products, or natural scores where a stage has converted them. See `records.scaling_of`.
 REALS = ("prescale", "rest", "unit", "cap_inner", "cap_outer", "gradient_prescale", "gradient_scale", "dropout_scale")
+
+# Addresses of the arrays of lists of visible tiles, for calls with a block mask: see `masks.lists`.
+LISTS = np.dtype([(name, np.int64) for name in ("first", "starts", "runs", "words", "order")])
 
 STOPPED = 2**62  # value of the work counter that cancels a call: no item is left, and those begun are abandoned
 NEVER = 2**62  # a position beyond every other

@@ -69,7 +69,7 @@ def make_scoring(spec: Spec) -> Scoring:
     has_visible = tiles.has_visible(spec)
     softcap, cap_slope = stages.softcap(spec), stages.cap_slope(spec)
     multiply, alibi = stages.multiply(spec), stages.alibi(spec)
-    add_bias, hide = stages.add_bias(spec), stages.hide(spec)
+    add_bias, hide, hide_bits = stages.add_bias(spec), stages.hide(spec), stages.hide_bits(spec)
     clip_interval, tile_max = stages.clip_interval(spec), stages.tile_max(spec)
     by_features = spec.task == "decode"
     sources = make_sources(spec)
@@ -201,8 +201,11 @@ def make_scoring(spec: Spec) -> Scoring:
         return not has_visible(at + p.at_mask, n)
 
     @spec.jit
-    def score_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool) -> None:
-        """Scores of the tile's rows with keys j0 .. j0 + n; p.unit * LOG2E takes them to powers of 2."""
+    def score_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, bits: int) -> None:
+        """Scores of the tile's rows with keys j0 .. j0 + n; p.unit * LOG2E takes them to powers of 2.
+
+        At `bits`, unless it is 0, are the words of a block mask.
+        """
         scores, state = at + p.at_scores, at + p.at_state
         lanes = state_of(p, at)
         multiply_keys(p, s, at, head, j0, n)
@@ -233,6 +236,8 @@ def make_scoring(spec: Spec) -> Scoring:
             factor = natural
         if p.mask != 0:
             hide(scores, n, at + p.at_mask, factor)
+        if bits != 0:
+            hide_bits(scores, n, bits)
         if edge:
             starts, stops = starts_of(p, at), stops_of(p, at)
             relative = relative_of(p, at)
@@ -241,7 +246,7 @@ def make_scoring(spec: Spec) -> Scoring:
                 relative[FIRST, lane] = first
                 relative[SPAN, lane] = max(min(stops[lane] - j0, n), first) - first
             clip_interval(scores, n, state)
-        if quantized or by_features or (not differentiates and (edge or p.staged != 0 or p.E > chain)):
+        if quantized or by_features or (not differentiates and (edge or bits != 0 or p.staged != 0 or p.E > chain)):
             tile_max(scores, n, state)
 
     return Scoring(place_rows, pack_rows, products, hides_all, score_tile, sources)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 
 from .exp import EXP2_F32, EXP2_F64, clamp, tanh
 from .simd import I64, Builder, Value, at, load, loop, pointer, routine, splat, store
@@ -149,6 +150,30 @@ def hide(spec: Spec) -> Any:
         _with_tile(spec, b, scores, n, mask, body)
 
     return routine(f"scores n mask factor:{_real(spec)}", build)
+
+
+def hide_bits(spec: Spec) -> Any:
+    """Make ``hide(scores, n, words)``: s = -inf where the bit of the lane is 0 in the word of the key.
+
+    A word has the bits of each vector in bytes of their own.
+    """
+
+    def build(b: Builder, scores: Value, n: Value, words: Value) -> None:
+        vector = spec.vector
+        W, NV = vector.width, spec.block[1]
+        size = max(1, W // 8)
+        base, hidden = pointer(b, words), vector.const(float("-inf"))
+        flags = ir.VectorType(ir.IntType(1), W)
+
+        def body(b: Builder, j: Value, v: int, s: Value) -> Value:
+            bits = load(b, ir.IntType(8 * size), base, b.add(b.mul(j, I64(NV * size)), I64(v * size)))
+            if W < 8:
+                bits = b.trunc(bits, ir.IntType(W))
+            return b.select(b.bitcast(bits, flags), s, hidden)
+
+        _tile_pass(spec, b, scores, n, body)
+
+    return routine("scores n words", build)
 
 
 def clip_interval(spec: Spec) -> Any:

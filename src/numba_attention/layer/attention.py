@@ -175,7 +175,7 @@ class MultiHeadAttention(Weights):
             By default `query`: self-attention.
         value : ndarray, shape (..., S, vdim), optional
             By default `key`.
-        mask : array of bool, broadcastable to (..., H, L, S), optional
+        mask : array of bool, broadcastable to (..., H, L, S), or BlockMask, optional
             **True where a query may attend to a key**, as in `attention` and ``scaled_dot_product_attention``; the
             `attn_mask` of ``torch.nn.MultiheadAttention`` means the opposite.
         bias : array of float, broadcastable to (..., H, L, S), optional

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..masks.blockmask import BlockMask
 from ..options import Array
 from ..validation import as_array, as_bools, as_ints, as_ndarray, broadcast_to, is_bottom_right
 
@@ -61,6 +62,10 @@ def hide_padding(options: dict[str, Any], padding: ArrayLike, S: int) -> None:
     mask = options.get("mask")
     if mask is None:
         options["mask"] = seen
+        return
+    if isinstance(mask, BlockMask):
+        L = mask.shape[-2]
+        options["mask"] = mask & BlockMask.from_array(np.broadcast_to(seen, (*seen.shape[:-2], L, S)))
         return
     shown = as_bools("mask", mask)
     try:

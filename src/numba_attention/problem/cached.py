@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..caches.contents import Contents
+from ..masks.blockmask import BlockMask
 from ..options import NO_OPTIONS, Array, Options
 from ..validation import (
     arrays_among,
@@ -96,7 +97,9 @@ def _over_cache(options: Options, lengths: Array, H: int, L: int, S: int) -> Opt
     if options.key_lengths is not None:
         keys = check_key_lengths(options.key_lengths, lengths)
     mask, bias = options.mask, options.bias
-    if mask is not None:
+    if isinstance(mask, BlockMask) and L != S and mask.shape[-2:] == (L, L):
+        mask = mask.to_dense()  # the newest keys, which it is about, may begin inside of a tile
+    if mask is not None and not isinstance(mask, BlockMask):
         mask = over_newest("mask", as_bools("mask", mask), lengths, H, L, S)
     if bias is not None:
         bias = over_newest("bias", as_floats("bias", bias), lengths, H, L, S)

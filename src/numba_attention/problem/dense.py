@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..caches.contents import Contents
+from ..masks.blockmask import BlockMask
 from ..narrowing import largest_computed
 from ..options import NO_OPTIONS, Array, Gradients, Options
 from ..validation import (
@@ -80,8 +81,8 @@ class Problem:
     """One validated attention call. Every array is broadcast to the full batch and strided, never copied.
 
     Query row i of a sequence sits at key position p = i + offset. It may attend to key j when
-    p - left <= j <= p + right (None: unbounded) or j < prefix length, i < query length, j < key length, and mask and
-    bias allow it.
+    p - left <= j <= p + right (None: unbounded) or j < prefix length, i < query length, j < key length, and mask,
+    blocks and bias allow it.
     """
 
     query: Array  # (*batch, H, L, E)
@@ -110,6 +111,7 @@ class Problem:
     sinks: Array | None = None  # float64 (H,)
     bias: Array | None = None  # (*batch, H, L, S), any supported float dtype, -inf hides
     mask: Array | None = None  # bool (*batch, H, L, S), True = may attend
+    blocks: BlockMask | None = None  # the same by blocks, of a shape that broadcasts to (*batch, H, L, S)
     dropout: int = 0  # weights whose 16 random bits are below it are dropped: see `philox`
     seed: int = 0  # the key of the random bits, as a signed number of 64 bits
     first_sequence: int = 0  # number of the first sequence of the batch, if this is a part of a packed problem
@@ -323,7 +325,9 @@ def _apply(p: Problem, o: Options) -> None:
         if sinks.shape != (p.H,):
             raise ValueError(f"sinks must have shape ({p.H},), one per query head, got {sinks.shape}")
         p.sinks = sinks
-    if o.mask is not None:
+    if isinstance(o.mask, BlockMask):
+        p.blocks = o.mask.fitting((*p.batch, p.H, p.L, p.S))
+    elif o.mask is not None:
         p.mask = broadcast_to("mask", as_bools("mask", o.mask), (*p.batch, p.H, p.L, p.S))
     if o.bias is not None:
         bias = as_floats("bias", o.bias)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from ..masks.blockmask import BlockMask
 from ..options import Array, Gradients, Options
 from ..validation import (
     arrays_among,
@@ -121,7 +122,9 @@ def _problem(
         else lengths_within("prefix_lengths", options.prefix_lengths, packing.key_rows),
     )
     p = _resolve(q, k, v, lengths, full, None if lse is None else _over(lse, n), result, lse, L, S)
-    if options.mask is not None:
+    if isinstance(options.mask, BlockMask):
+        p.blocks = _blocks_of_sequences(options.mask, p, packing)
+    elif options.mask is not None:
         p.mask, in_mask = _over_tokens("mask", as_bools("mask", options.mask), p)
         packing = packing._replace(mask=in_mask)
     if options.bias is not None:
@@ -129,6 +132,17 @@ def _problem(
         packing = packing._replace(bias=in_bias)
     p.packing = packing
     return p
+
+
+def _blocks_of_sequences(mask: BlockMask, p: Problem, packing: Packing) -> BlockMask:
+    """Return a block mask over sequences and heads, also of one over packed tokens."""
+    tokens = p.H, p.query.shape[-2], p.key.shape[-2]
+    longest = *p.batch, p.H, p.L, p.S
+    if mask.fits(longest) or not mask.fits(tokens):
+        return mask.fitting(
+            longest, f", (sequences, heads, longest, longest), nor to {tokens}, (heads, tokens, tokens)"
+        )
+    return mask.of_sequences(packing.query_starts, packing.query_rows, packing.key_starts, packing.key_rows)
 
 
 def lengths_within(name: str, lengths: Any, rows: Array) -> Array:

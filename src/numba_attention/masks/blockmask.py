@@ -1,0 +1,659 @@
+"""`BlockMask`: a mask over long sequences that is stored by tiles, of which kernels visit those that show something."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import operator
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..options import Array
+from ..validation import as_array, as_bools, as_ints, kind_of
+from . import picture, runs
+from .runs import TILE, Runs
+
+BAND = 2**24  # elements of a matrix that are held as bool at once
+KINDS = 8  # of calls, for which a mask keeps what was made of it
+
+
+class BlockMask:
+    """Which query may attend to which key, stored by tiles of 64 x 64 positions: passed as ``mask=``.
+
+    Kernels visit only tiles in which something is visible, and test single pairs only in tiles in which something is
+    hidden, so that a mask of which a tenth of the tiles is visible takes about a tenth of the time, forward and
+    backward. Equal tiles are stored once, and runs of them take a few bytes.
+
+    Parameters
+    ----------
+    mask_mod : callable
+        ``mask_mod(batch, head, i, j, *mod_args) -> bool``: whether query i may attend to key j.
+    shape : (L, S)
+        Numbers of queries and of keys.
+    batch, heads : int, optional
+        Numbers of sequences and of query heads; None means that all have the same mask, an axis of length 1.
+    mod_args : tuple of array or number
+        Handed to `mask_mod` after j.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (batch or 1, heads or 1, L, S), or more leading dimensions where `from_array` was given them.
+    density : float
+        Share of the tiles in which something is visible, from 0 to 1: of the work of dense attention, so much is done.
+    nbytes : int
+        Bytes that the mask takes.
+    T : BlockMask
+        Its transpose, from keys to queries.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The message names the argument, and says what was expected.
+
+    See Also
+    --------
+    BlockMask.from_array, BlockMask.from_sparse, BlockMask.causal, BlockMask.window, BlockMask.documents
+
+    Notes
+    -----
+    Masks combine with ``&``, ``|`` and ``~``, compare with ``==``, are hashable and pickle. Indexing is that of an
+    array of shape `shape`: ``mask[b, h, rows, columns]``. Query i and key j of a mask are row i of `query` and row j of
+    `key`, whatever `query_offset` says of positions. A mask and options that hide keys, as `is_causal` and
+    `key_lengths`, both apply.
+
+    References
+    ----------
+    .. [1] Child et al., "Generating Long Sequences with Sparse Transformers", 2019.
+    .. [2] Dong et al., "Flex Attention: A Programming Model for Generating Optimized Attention Kernels", 2024,
+       section 4.1 (block masks).
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention as na
+    >>> mask = na.BlockMask.documents([200, 312]) & na.BlockMask.causal(512, 512)
+    >>> mask
+    BlockMask(shape=(1, 1, 512, 512), density=37.5 %, 9 full + 15 partial of 64 tiles, 3.3 KiB)
+    ▒
+    █▒
+    ██▒
+    ▒▒▒▒
+       ▒▒
+       ▒█▒
+       ▒██▒
+       ▒███▒
+    >>> q = np.random.default_rng(0).standard_normal((1, 8, 512, 64), dtype=np.float32)
+    >>> out = na.attention(q, q, q, mask=mask)
+    >>> bool(np.allclose(out, na.attention(q, q, q, mask=mask.to_dense()), atol=1e-6))
+    True
+    """
+
+    # `_planes` (batch, heads) says which of the distinct matrices in `_runs` each head of each sequence has.
+    _planes: Array
+    _runs: Runs
+    _size: tuple[int, int]
+
+    def __init__(
+        self,
+        mask_mod: Callable[..., Any],
+        shape: tuple[int, int],
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+        mod_args: tuple[Any, ...] = (),
+    ) -> None:
+        if not callable(mask_mod):
+            raise TypeError(
+                f"mask_mod must be a function, got {kind_of(mask_mod)}; arrays are for BlockMask.from_array"
+            )
+        L, S = _sizes(shape)
+        lead = tuple(1 if n is None else _count(name, n) for name, n in (("batch", batch), ("heads", heads)))
+        given = set(range(4, 4 + len(mod_args)))
+        visible = np.vectorize(getattr(mask_mod, "py_func", mask_mod), otypes=[bool], excluded=given)
+        rows = runs.tiles_over(L) if S else 0
+
+        def bands() -> Iterator[tuple[int, Array]]:
+            for plane, (b, h) in enumerate(np.ndindex(lead)):
+                for first, last in _bands(rows, S):
+                    i = np.minimum(np.arange(first * TILE, last * TILE), L - 1)[:, None]
+                    yield plane * rows + first, visible(b, h, i, np.arange(S), *mod_args)
+
+        planes = np.arange(math.prod(lead)).reshape(lead)
+        self._set(planes, runs.from_bands(bands(), planes.size * runs.tiles_over(L), S), (L, S))
+
+    # Constructors.
+
+    @classmethod
+    def from_array(cls, mask: ArrayLike) -> BlockMask:
+        """Make the mask of an array of bool, True where a query may attend to a key.
+
+        Parameters
+        ----------
+        mask : array of bool, shape (..., L, S)
+            Of any strides; axes along which it was broadcast are not expanded.
+
+        Returns
+        -------
+        BlockMask
+            Of the shape of `mask`, with axes of length 1 in front of two or three dimensions.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `mask` is not boolean, or has fewer than two axes.
+
+        Examples
+        --------
+        >>> import numpy as np, numba_attention as na
+        >>> na.BlockMask.from_array(np.tri(128, dtype=bool)).shape
+        (1, 1, 128, 128)
+        """
+        array = as_bools("mask", mask)
+        if array.ndim < 2:
+            raise ValueError(f"mask must have shape (..., L, S), got {array.shape}")
+        array = array[(None,) * (4 - array.ndim)]
+        lead, (L, S) = array.shape[:-2], array.shape[-2:]
+        stored = array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides[:-2])]
+        planes = np.arange(math.prod(stored.shape[:-2])).reshape(stored.shape[:-2])
+        rows = runs.tiles_over(L)
+
+        def bands() -> Iterator[tuple[int, Array]]:
+            for plane, index in enumerate(np.ndindex(stored.shape[:-2])):
+                for first, last in _bands(rows, S):
+                    i = np.minimum(np.arange(first * TILE, last * TILE), L - 1)
+                    part = stored[index]
+                    yield plane * rows + first, part[first * TILE : L] if len(i) == L - first * TILE else part[i]
+
+        return cls._of(np.broadcast_to(planes, lead), runs.from_bands(bands(), planes.size * rows, S), (L, S))
+
+    @classmethod
+    def from_sparse(
+        cls,
+        matrix: Any,
+        shape: tuple[int, int] | None = None,
+        block_size: int | tuple[int, int] | None = None,
+    ) -> BlockMask:
+        """Make the mask of a sparse matrix of SciPy: a query may attend to the keys that are not 0 in its row.
+
+        Parameters
+        ----------
+        matrix : scipy.sparse array or matrix
+            In any format; from BSR, CSR, CSC and COO the conversion is quickest.
+        shape : (L, S), optional
+            Numbers of queries and keys, by default those of the matrix. With `block_size` they may end inside of the
+            last blocks.
+        block_size : int or (int, int), optional
+            If given, each entry of the matrix stands for a block of so many queries and keys.
+
+        Returns
+        -------
+        BlockMask
+            Of shape (1, 1, L, S).
+
+        Raises
+        ------
+        TypeError, ValueError
+            `matrix` is no sparse matrix of two axes, or a size does not fit it.
+
+        Examples
+        --------
+        >>> import numpy as np, scipy.sparse as sp, numba_attention as na
+        >>> blocks = sp.csr_array(np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]]))
+        >>> na.BlockMask.from_sparse(blocks, block_size=128)
+        BlockMask(shape=(1, 1, 384, 384), density=55.6 %, 20 full + 0 partial of 36 tiles, 1.2 KiB)
+        ██
+        ██
+        ████
+        ████
+        ██  ██
+        ██  ██
+        """
+        from . import sparse
+
+        (L, S), result = sparse.runs_of(matrix, shape, block_size)
+        return cls._of(np.zeros((1, 1), np.int64), result, (L, S))
+
+    @classmethod
+    def causal(cls, L: int, S: int, offset: int = 0) -> BlockMask:
+        """Make the causal mask: query i may attend to keys up to ``i + offset``.
+
+        Parameters
+        ----------
+        L, S : int
+            Numbers of queries and of keys.
+        offset : int
+            Position of the first query among the keys; ``S - L`` aligns the ends.
+
+        Returns
+        -------
+        BlockMask
+            Of shape (1, 1, L, S).
+
+        Examples
+        --------
+        >>> import numba_attention as na
+        >>> na.BlockMask.causal(8192, 8192)
+        BlockMask(shape=(1, 1, 8192, 8192), density=50.4 %, 8128 full + 128 partial of 16384 tiles, 5.5 KiB)
+        ▒░
+        ██▒░
+        ████▒░
+        ██████▒░
+        ████████▒░
+        ██████████▒░
+        ████████████▒░
+        ██████████████▒░
+        ████████████████▒░
+        ██████████████████▒░
+        ████████████████████▒░
+        ██████████████████████▒░
+        ████████████████████████▒░
+        ██████████████████████████▒░
+        ████████████████████████████▒░
+        ██████████████████████████████▒░
+        """
+        L, S = _sizes((L, S))
+        i = np.arange(L) + _integer("offset", offset)
+        return cls._of_intervals(np.zeros(L, np.int64), i + 1, S)
+
+    @classmethod
+    def window(cls, L: int, S: int, left: int | None, right: int | None) -> BlockMask:
+        """Make the mask of a sliding window: query i may attend to keys ``i - left`` to ``i + right``.
+
+        Parameters
+        ----------
+        L, S : int
+            Numbers of queries and of keys.
+        left, right : int or None
+            None is unbounded.
+
+        Returns
+        -------
+        BlockMask
+            Of shape (1, 1, L, S).
+
+        Examples
+        --------
+        >>> import numba_attention as na
+        >>> na.BlockMask.window(8192, 8192, 512, 0).density < 0.08
+        True
+        """
+        L, S = _sizes((L, S))
+        for name, reach in (("left", left), ("right", right)):
+            if reach is not None and _integer(name, reach) < 0:
+                raise ValueError(f"{name} must not be negative, got {reach}")
+        i = np.arange(L)
+        start = np.zeros(L, np.int64) if left is None else i - min(left, L)
+        return cls._of_intervals(start, np.full(L, S) if right is None else i + min(right, S) + 1, S)
+
+    @classmethod
+    def documents(cls, lengths: ArrayLike) -> BlockMask:
+        """Make the mask of documents laid end to end: each query may attend to the keys of its own document.
+
+        Parameters
+        ----------
+        lengths : array of int, shape (n,)
+            Of the documents; their sum is the number of queries and of keys.
+
+        Returns
+        -------
+        BlockMask
+            Of shape (1, 1, L, L).
+
+        See Also
+        --------
+        numba_attention.attention_varlen : takes such sequences without a mask, and reads offsets instead.
+
+        Examples
+        --------
+        >>> import numba_attention as na
+        >>> mask = na.BlockMask.documents([3, 5]) & na.BlockMask.causal(8, 8)
+        >>> mask.to_dense()[0, 0, :5].astype(int)
+        array([[1, 0, 0, 0, 0, 0, 0, 0],
+               [1, 1, 0, 0, 0, 0, 0, 0],
+               [1, 1, 1, 0, 0, 0, 0, 0],
+               [0, 0, 0, 1, 0, 0, 0, 0],
+               [0, 0, 0, 1, 1, 0, 0, 0]])
+        """
+        count = as_ints("lengths", lengths)
+        if count.ndim != 1 or (count < 0).any():
+            raise ValueError(f"lengths must be one axis of numbers that are not negative, got shape {count.shape}")
+        stops = np.repeat(np.cumsum(count), count)
+        return cls._of_intervals(stops - np.repeat(count, count), stops, len(stops))
+
+    @classmethod
+    def _of_intervals(cls, starts: Array, stops: Array, S: int) -> BlockMask:
+        starts, stops = np.clip(starts, 0, S), np.clip(stops, 0, S)
+        return cls._of(np.zeros((1, 1), np.int64), runs.from_intervals(starts, stops, S), (len(starts), S))
+
+    @classmethod
+    def _of(cls, planes: Array, all_runs: Runs, size: tuple[int, int]) -> BlockMask:
+        mask = object.__new__(cls)
+        mask._set(planes, all_runs, size)
+        return mask
+
+    def _set(self, planes: Array, all_runs: Runs, size: tuple[int, int]) -> None:
+        """Keep each distinct matrix once, in the order in which the heads of all sequences name them."""
+        rows, columns = (runs.tiles_over(n) for n in size)
+        used, first, where = np.unique(planes.ravel(), return_index=True, return_inverse=True)
+        seen: dict[Any, int] = {}
+        kept: list[int] = []
+        number = np.zeros(len(used), np.int64)
+        for n in np.argsort(first):
+            of_rows = slice(used[n] * rows, (used[n] + 1) * rows + 1)
+            starts = all_runs.starts[of_rows]
+            part = slice(starts[0], starts[-1])
+            key = (starts - starts[0]).tobytes(), all_runs.ends[part].tobytes(), all_runs.ids[part].tobytes()
+            if key not in seen:
+                seen[key] = len(kept)
+                kept.append(int(used[n]))
+            number[n] = seen[key]
+        if kept != list(range((len(all_runs.starts) - 1) // max(rows, 1))):
+            which = np.array(kept, np.int64).reshape(-1, 1) * rows + np.arange(rows)
+            all_runs = runs.take(all_runs, which.ravel(), 0, columns)
+        self._planes, self._runs, self._size = number[where].reshape(planes.shape), all_runs, size
+        for array in (self._planes, *all_runs):
+            array.flags.writeable = False
+
+    # What it is.
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self._planes.shape, *self._size)
+
+    @property
+    def ndim(self) -> int:
+        return self._planes.ndim + 2
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._planes.nbytes + sum(array.nbytes for array in self._runs))
+
+    @property
+    def density(self) -> float:
+        full, partial = self._counts
+        return (full + partial) / max(1, self._planes.size * self._tiles[0] * self._tiles[1])
+
+    @property
+    def T(self) -> BlockMask:
+        (rows, columns), (L, S) = self._tiles, self._size
+        return self._of(self._planes, runs.transpose(self._runs, self._distinct, rows, columns), (S, L))
+
+    @property
+    def _tiles(self) -> tuple[int, int]:
+        L, S = self._size
+        return runs.tiles_over(L), runs.tiles_over(S)
+
+    @property
+    def _distinct(self) -> int:
+        """How many distinct matrices there are."""
+        return int(self._planes.max(initial=-1)) + 1
+
+    @cached_property
+    def _counts(self) -> tuple[int, int]:
+        """Full and partial tiles of all heads of all sequences."""
+        full, partial = (
+            int(count[self._planes].sum()) for count in runs.counts(self._runs, self._distinct, self._tiles[0])
+        )
+        return full, partial
+
+    @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What was made of this mask for calls, by what it depends on. See `keep`."""
+        return {}
+
+    def keep(self, key: Any, value: Any) -> None:
+        """Keep what was made of this mask for the next calls; only that of the last few kinds of calls is kept."""
+        self.kept[key] = value
+        for oldest in list(self.kept)[:-KINDS]:  # a list, as other threads may change the dictionary
+            self.kept.pop(oldest, None)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """A digest of the content: equal masks have equal ones, in every process."""
+        digest = hashlib.sha256(repr(self.shape).encode())
+        for array in (self._planes, *self._runs):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        pairs = zip((self._planes, *self._runs), (other._planes, *other._runs), strict=True)
+        return self.shape == other.shape and all(np.array_equal(x, y) for x, y in pairs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (self._planes, tuple(self._runs), self._size)
+
+    def __repr__(self) -> str:
+        return "\n".join([self._line(), *picture.text(self)])
+
+    def _line(self) -> str:
+        full, partial = self._counts
+        tiles = self._planes.size * self._tiles[0] * self._tiles[1]
+        return (
+            f"BlockMask(shape={self.shape}, density={100 * self.density:.1f} %, {full} full + {partial} partial "
+            f"of {tiles} tiles, {_bytes(self.nbytes)})"
+        )
+
+    def _repr_html_(self) -> str:
+        return picture.svg(self)
+
+    # In a call.
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it broadcasts to (..., heads, L, S)."""
+        lead = self._planes.shape
+        extra = len(lead) - (len(shape) - 2)
+        pairs = zip(lead[::-1], shape[-3::-1], strict=False)
+        return self._size == shape[-2:] and set(lead[: max(extra, 0)]) <= {1} and all(n in (1, m) for n, m in pairs)
+
+    def fitting(self, shape: tuple[int, ...], more: str = "") -> BlockMask:
+        """Return it if it broadcasts to (..., heads, L, S); the error says both shapes."""
+        if not self.fits(shape):
+            either = "neither" if more else "not"
+            raise ValueError(f"mask, a BlockMask of shape {self.shape}, does {either} broadcast to {shape}{more}")
+        return self
+
+    def planes_over(self, shape: tuple[int, ...]) -> Array:
+        """Return which of the distinct matrices each head of a call has, of shape (..., heads)."""
+        extra = max(0, self._planes.ndim - len(shape))
+        return np.broadcast_to(self._planes.reshape(self._planes.shape[extra:]), shape)
+
+    def of_sequences(self, query_starts: Array, query_rows: Array, key_starts: Array, key_rows: Array) -> BlockMask:
+        """Return the parts of the sequences of a packed call, one after another, all of the longest shape."""
+        places = query_starts, query_rows, key_starts, key_rows
+        key = "sequences", *(x.tobytes() for x in places)
+        result: BlockMask | None = self.kept.get(key)
+        if result is None:
+            size = int(query_rows.max(initial=0)), int(key_rows.max(initial=0))
+            parts = []
+            for row, n, column, m in zip(*places, strict=True):
+                i = row + np.minimum(np.arange(size[0]), max(n - 1, 0))
+                j = column + np.minimum(np.arange(size[1]), max(m - 1, 0))
+                shown = n > 0 and m > 0
+                parts.append(self._by_bits(i if shown else np.zeros_like(i), j if shown else np.zeros_like(j)))
+            planes = np.arange(len(parts))[:, None] * self._distinct + self._planes.reshape(1, -1)
+            result = self._of(planes, runs.joined_rows(parts), size)
+            self.keep(key, result)
+        return result
+
+    # Operations.
+
+    __array_ufunc__ = None  # an operation with an array is a TypeError, and not one for each of its elements
+
+    def __and__(self, other: BlockMask) -> BlockMask:
+        return self._combined(other, "&", np.bitwise_and)
+
+    def __or__(self, other: BlockMask) -> BlockMask:
+        return self._combined(other, "|", np.bitwise_or)
+
+    def __invert__(self) -> BlockMask:
+        return self._of(self._planes, runs.complement(self._runs), self._size)
+
+    def _combined(self, other: BlockMask, sign: str, operation: Any) -> BlockMask:
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        try:
+            lead = np.broadcast_shapes(self._planes.shape, other._planes.shape)
+        except ValueError:
+            lead = None
+        if self._size != other._size or lead is None:
+            raise ValueError(f"shapes of {sign} do not broadcast: {self.shape} and {other.shape}")
+        both = [np.broadcast_to(mask._planes, lead).ravel() for mask in (self, other)]
+        pairs, where = np.unique(np.stack(both, axis=1), axis=0, return_inverse=True)
+        rows, columns = self._tiles
+        result = runs.combine(self._runs, other._runs, pairs, rows, columns, operation)
+        return self._of(where.reshape(lead), result, self._size)
+
+    def __getitem__(self, index: Any) -> BlockMask:
+        """Index as an array of shape `shape`, with slices or integer arrays for queries and keys.
+
+        Axes of length 1 are put in front where fewer than four are left. Slices of queries and keys that begin and end
+        at multiples of 64 (or at the end) take whole tiles; others are taken bit by bit.
+        """
+        index = index if isinstance(index, tuple) else (index,)
+        if any(x is None or isinstance(x, bool | np.bool_) for x in index) or sum(x is Ellipsis for x in index) > 1:
+            raise IndexError("a BlockMask takes integers, slices, arrays and one ... as an index")
+        where = next((n for n, x in enumerate(index) if x is Ellipsis), len(index))
+        given = [x for x in index if x is not Ellipsis]
+        index = *given[:where], *(slice(None),) * (self.ndim - len(given)), *given[where:]
+        if len(index) > self.ndim:
+            raise IndexError(f"too many indices: a BlockMask of shape {self.shape} has {self.ndim} axes")
+        planes = self._planes[index[:-2]]
+        planes = planes.reshape((1,) * (2 - planes.ndim) + planes.shape)
+        chosen = [
+            _positions(name, x, n) for name, x, n in zip(("queries", "keys"), index[-2:], self._size, strict=True)
+        ]
+        size = len(chosen[0]), len(chosen[1])
+        spans = [_whole_tiles(x, n) for x, n in zip(chosen, self._size, strict=True)]
+        rows = self._tiles[0]
+        if spans[0] is not None and spans[1] is not None:
+            which = (np.arange(self._distinct)[:, None] * rows + np.arange(*spans[0])).ravel()
+            return self._of(planes, runs.take(self._runs, which, *spans[1]), size)
+        return self._of(planes, self._by_bits(*chosen), size)
+
+    def _by_bits(self, i: Array, j: Array) -> Runs:
+        rows, new_rows = self._tiles[0], runs.tiles_over(len(i))
+
+        def bands() -> Iterator[tuple[int, Array]]:
+            for plane in range(self._distinct):
+                for first, last in _bands(new_rows, max(len(j), self._size[1])):
+                    row = i[np.minimum(np.arange(first * TILE, last * TILE), len(i) - 1)]
+                    tiles, where = np.unique(row // TILE, return_inverse=True)
+                    part = runs.take(self._runs, plane * rows + tiles, 0, self._tiles[1])
+                    shown = runs.dense(part, 0, len(tiles), self._tiles[1])
+                    yield plane * new_rows + first, shown[where * TILE + row % TILE][:, j].astype(bool)
+
+        return runs.from_bands(bands(), self._distinct * new_rows, len(j))
+
+    # Other forms.
+
+    def to_dense(self) -> Array:
+        """Return the mask as an array of bool.
+
+        Returns
+        -------
+        ndarray of bool, shape `shape`
+            True where a query may attend to a key.
+        """
+        (rows, columns), (L, S) = self._tiles, self._size
+        planes = np.empty((self._distinct, L, S), bool)
+        for plane in range(self._distinct):
+            for first, last in _bands(rows, S):
+                band = runs.dense(self._runs, plane * rows + first, plane * rows + last, columns)
+                planes[plane, first * TILE : last * TILE] = band[: L - first * TILE, :S]
+        return planes[self._planes]
+
+    def to_sparse(self) -> Any:
+        """Return the mask of one head as a sparse array of SciPy.
+
+        Returns
+        -------
+        scipy.sparse.csr_array of bool, shape (L, S)
+            It has an element for each visible pair.
+
+        Raises
+        ------
+        ValueError
+            There is more than one mask: choose one with ``mask[b, h]``.
+        """
+        from . import sparse
+
+        if self._planes.size != 1:
+            raise ValueError(f"a mask of shape {self.shape} is no matrix: choose one with mask[b, h]")
+        return sparse.matrix_of(self._runs, self._size)
+
+
+def _rebuilt(planes: Array, parts: tuple[Array, ...], size: tuple[int, int]) -> BlockMask:
+    return BlockMask._of(planes, Runs(*parts), size)
+
+
+def _bands(rows: int, S: int) -> Iterator[tuple[int, int]]:
+    """Parts of the rows of tiles."""
+    step = max(1, BAND // max(1, TILE * S))
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
+
+
+def _bytes(n: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1000:
+            return f"{n:.1f} {unit}" if unit != "B" and n < 100 else f"{n:.0f} {unit}"
+        n = n / 1024  # type: ignore[assignment]
+    return f"{n:.1f} GiB"
+
+
+def _integer(name: str, x: Any) -> int:
+    try:
+        if isinstance(x, bool | np.bool_):
+            raise TypeError
+        return operator.index(x)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {x!r}") from None
+
+
+def _count(name: str, n: Any) -> int:
+    count = _integer(name, n)
+    if count < 1:
+        raise ValueError(f"{name} must be positive, got {count}")
+    return count
+
+
+def _sizes(shape: Any) -> tuple[int, int]:
+    """Check numbers of queries and keys."""
+    try:
+        L, S = shape
+    except (TypeError, ValueError):
+        raise TypeError(f"shape must be a pair (L, S), got {shape!r}") from None
+    sizes = _integer("L", L), _integer("S", S)
+    if min(sizes) < 0 or max(sizes) > 2**31:
+        raise ValueError(f"L and S must lie between 0 and 2**31, got {sizes}")
+    return sizes
+
+
+def _positions(name: str, index: Any, n: int) -> Array:
+    """The positions that a slice or an array chooses."""
+    if isinstance(index, slice):
+        return np.arange(n)[index]
+    array = as_array(name, index)
+    if array.ndim != 1 or array.dtype.kind not in "iub":
+        raise IndexError(f"{name} of a BlockMask are chosen by a slice or a 1-D array of int or bool, got {index!r}")
+    return np.arange(n)[array]
+
+
+def _whole_tiles(positions: Array, n: int) -> tuple[int, int] | None:
+    """The tiles that these positions are, or None."""
+    if not len(positions):
+        return (0, 0)
+    first, last = int(positions[0]), int(positions[-1]) + 1
+    in_order = last - first == len(positions) and bool((np.diff(positions) == 1).all())
+    if not in_order or first % TILE or (last % TILE and last != n):
+        return None
+    return first // TILE, runs.tiles_over(last)
