@@ -324,6 +324,23 @@ def test_jax():
     close(stacked[0], np.asarray(results[1][0]), 1e-6)
 
 
+def test_rolling_cache():
+    """The columns are the kept keys, in order of position."""
+    rng = np.random.default_rng(0)
+    query, key, value, _ = arrays(rng, (1, 4, 2, 1, 200), "float32")
+    caches = [na.PagedKVCache(200, 16, 2, 16, 19, window=100, keep_first=5) for _ in range(2)]
+    array = rng.random((1, 4, 1, 105)) < 0.3
+    results = []
+    for cache, mask in zip(caches, (array, BlockMask.from_array(array)), strict=True):
+        ids = cache.add(1)
+        for n in range(200):
+            cache.append(ids, key[:, :, n : n + 1], value[:, :, n : n + 1])
+        results.append(na.attention_decode(query, cache, mask=mask))
+        results.append(na.attention_decode(query, cache, mask=mask, alibi_slopes=np.full(4, 0.1)))
+    close(results[2], results[0], 1e-5)
+    close(results[3], results[1], 1e-5)
+
+
 # Misuse.
 
 
@@ -351,6 +368,14 @@ def test_as_a_bias_it_is_refused():
     query, key, value, _ = arrays(np.random.default_rng(0), SIZES[1], "float32")
     with pytest.raises(TypeError, match="bias must be floating point"):
         na.attention(query, key, value, bias=BlockMask.causal(130, 70))
+
+
+def test_gpus_refuse_it():
+    from numba_attention.device_call import Call
+    from numba_attention.options import Options
+
+    with pytest.raises(TypeError, match=r"mask must be an array on a GPU, got a BlockMask; pass mask.to_dense\(\)"):
+        Call.options(None, Options(mask=BlockMask.causal(5, 5)))
 
 
 def test_empty_arrays():

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..api import attention, attention_backward
+from ..masks.blockmask import BlockMask
 from ..options import Array
 from .rows import numpy_dtype
 
@@ -50,6 +51,7 @@ _OPTIONS: dict[str, Callable[[int], Arguments]] = {
     "query_lengths": lambda L: {"query_lengths": L - 3},
     "prefix_lengths": lambda L: {"is_causal": True, "prefix_lengths": L // 3},
     "mask": lambda L: {"mask": _mask(L)},
+    "block_mask": lambda L: {"mask": BlockMask.from_array(_mask(L)[: L // 64].repeat(64, 0)) & BlockMask.causal(L, L)},
     "mask_of_keys": lambda L: {"mask": _mask(L)[:1]},
     "bias": lambda L: {"bias": _bias(L)},
     "bias_of_keys": lambda L: {"bias": _bias(L)[:1]},

@@ -96,14 +96,21 @@ def _over_cache(options: Options, lengths: Array, H: int, L: int, S: int) -> Opt
     keys = lengths
     if options.key_lengths is not None:
         keys = check_key_lengths(options.key_lengths, lengths)
+    return options._replace(key_lengths=keys, **over_keys(options, lengths, H, L, S))
+
+
+def over_keys(options: Options, lengths: Array, H: int, L: int, S: int) -> dict[str, Any]:
+    """Return those of mask and bias that are there, over all keys of the cache."""
     mask, bias = options.mask, options.bias
-    if isinstance(mask, BlockMask) and L != S and mask.shape[-2:] == (L, L):
-        mask = mask.to_dense()  # the newest keys, which it is about, may begin inside of a tile
-    if mask is not None and not isinstance(mask, BlockMask):
-        mask = over_newest("mask", as_bools("mask", mask), lengths, H, L, S)
+    given: dict[str, Any] = {}
+    if isinstance(mask, BlockMask) and (L == S or mask.shape[-2:] != (L, L)):
+        given["mask"] = mask.fitting((len(lengths), H, L, S))
+    elif mask is not None:  # a block mask over the newest keys is expanded, as they may begin inside of a tile
+        array = mask.to_dense() if isinstance(mask, BlockMask) else as_bools("mask", mask)
+        given["mask"] = over_newest("mask", array, lengths, H, L, S)
     if bias is not None:
-        bias = over_newest("bias", as_floats("bias", bias), lengths, H, L, S)
-    return options._replace(mask=mask, bias=bias, key_lengths=keys)
+        given["bias"] = over_newest("bias", as_floats("bias", bias), lengths, H, L, S)
+    return given
 
 
 def check_key_lengths(keys: Any, lengths: Array, name: str = "key_lengths") -> Array:

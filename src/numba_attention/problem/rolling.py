@@ -6,8 +6,8 @@ import numpy as np
 
 from ..caches.contents import Contents
 from ..options import Array, Options
-from ..validation import as_bools, as_floats, as_ints, broadcast_to, is_bottom_right
-from .cached import check_key_lengths, is_plain, over_newest
+from ..validation import as_ints, broadcast_to, is_bottom_right
+from .cached import check_key_lengths, is_plain, over_keys
 
 Part = tuple[Contents, Options]
 # Options whose meaning over a gap is decided here; others would read the numbers of keys as positions.
@@ -61,11 +61,7 @@ def over_gap(query: Any, contents: Contents, options: Options) -> list[Part]:
         one = options._replace(query_offset=offset - dropped, key_lengths=keys, prefix_lengths=prefix)
         return [(contents._replace(gap=None), one)]
     S = int(contents.lengths.max(initial=0))
-    masks: dict[str, Any] = {}
-    for name, check in (("mask", as_bools), ("bias", as_floats)):
-        x = getattr(options, name)
-        if x is not None:
-            masks[name] = over_newest(name, check(name, x), contents.lengths, shape[-3] if len(shape) > 2 else 1, L, S)
+    masks = over_keys(options, contents.lengths, shape[-3] if len(shape) > 2 else 1, L, S)
     assert contents.table is not None
     parts = []
     for start, stop, ahead in ((0, first, 0), (first, S, first + dropped)):
