@@ -432,7 +432,7 @@ class BlockMask:
         return _rebuilt, (self._planes, tuple(self._runs), self._size)
 
     def __repr__(self) -> str:
-        return "\n".join([self._line(), *picture.text(self)])
+        return "\n".join([self._line(), *picture.text(self._runs, self._tiles)])
 
     def _line(self) -> str:
         full, partial = self._counts
@@ -443,7 +443,7 @@ class BlockMask:
         )
 
     def _repr_html_(self) -> str:
-        return picture.svg(self)
+        return picture.svg(self._runs, self._tiles, self._line())
 
     # In a call.
 

@@ -1,35 +1,28 @@
 """Pictures of a `BlockMask`: of characters for `repr`, as an SVG for notebooks."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from ..options import Array
 from . import runs
-from .runs import FULL
-
-if TYPE_CHECKING:
-    from .blockmask import BlockMask
+from .runs import FULL, Runs
 
 WIDTH, HEIGHT = 32, 16  # characters of the picture of repr
 CELLS = 64  # cells of each side of the SVG
 SHADES = " ░▒█"  # nothing, less than half, half or more, everything
 
 
-def shares(mask: BlockMask, height: int, width: int) -> Array:
-    """Which share of a grid of at most height x width cells of the first matrix is visible, by whole tiles.
+def shares(all_runs: Runs, tiles: tuple[int, int], height: int, width: int) -> Array:
+    """Which share of each cell of a grid of at most height x width is visible, in the first of the matrices.
 
     A partial tile counts as half.
     """
-    rows, columns = mask._tiles
-    if not rows or not columns or not mask._planes.size:
+    rows, columns = tiles
+    if not rows or not columns or len(all_runs.starts) == 1:
         return np.zeros((0, 0))
     height, width = min(height, rows), min(width, columns)
-    row_edges, column_edges = (np.arange(n + 1) * tiles // n for n, tiles in ((height, rows), (width, columns)))
-    ids, ends, starts = mask._runs.ids, mask._runs.ends, mask._runs.starts
-    begins = runs.begins_of(mask._runs)
+    row_edges, column_edges = (np.arange(n + 1) * m // n for n, m in ((height, rows), (width, columns)))
+    ids, ends, starts = all_runs.ids, all_runs.ends, all_runs.starts
+    begins = runs.begins_of(all_runs)
     weight = np.where(ids > FULL, 0.5, ids)
     total = np.zeros((height, width))
     for cell in range(height):
@@ -42,25 +35,24 @@ def shares(mask: BlockMask, height: int, width: int) -> Array:
     return result
 
 
-def text(mask: BlockMask) -> list[str]:
+def text(all_runs: Runs, tiles: tuple[int, int]) -> list[str]:
     """Lines of at most 32 characters, at most 16 of them: empty, light, half and full cells."""
-    share = shares(mask, HEIGHT, WIDTH)
+    share = shares(all_runs, tiles, HEIGHT, WIDTH)
     level = np.where(share == 0, 0, np.where(share == 1, 3, np.where(share < 0.5, 1, 2)))
     return ["".join(SHADES[n] for n in line).rstrip() for line in level]
 
 
-def svg(mask: BlockMask) -> str:
-    """The same picture, finer, as an SVG with the text of `repr` below it."""
-    share = shares(mask, CELLS, CELLS)
+def svg(all_runs: Runs, tiles: tuple[int, int], caption: str) -> str:
+    """The same picture, finer, as an SVG with a caption."""
+    share = shares(all_runs, tiles, CELLS, CELLS)
     height, width = share.shape
     side = 4
     cells = "".join(
         f'<rect x="{x * side}" y="{y * side}" width="{side}" height="{side}" fill-opacity="{share[y, x]:.2f}"/>'
         for y, x in zip(*np.nonzero(share), strict=True)
     )
-    line = mask._line().replace("<", "&lt;")
     return (
         f'<figure><svg xmlns="http://www.w3.org/2000/svg" width="{width * side}" height="{height * side}" '
         f'fill="currentColor"><rect width="100%" height="100%" fill="none" stroke="currentColor"/>{cells}</svg>'
-        f"<figcaption>{line}</figcaption></figure>"
+        f"<figcaption>{caption}</figcaption></figure>"
     )
