@@ -119,7 +119,7 @@ def test_against_autograd(torch, options, Hkv, backend):
     grad_out, grad_lse = rng.standard_normal((2, 4, 9, 5)), rng.standard_normal((2, 4, 9))
     out, lse = na.attention(q, k, v, **options, return_lse=True, backend=backend)
     got = na.attention_backward(grad_out, q, k, v, out, lse, grad_lse=grad_lse, **options, backend=backend)
-    for a, b in zip(got, by_autograd(torch, grad_out, grad_lse, q, k, v, **options), strict=True):
+    for a, b in zip(got[:5], by_autograd(torch, grad_out, grad_lse, q, k, v, **options), strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             assert_close(a, b, 1e-13, offset=1)

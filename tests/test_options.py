@@ -17,7 +17,7 @@ ENTRY_POINTS = {
     "attention": (lambda: na.attention, {"query", "key", "value", "return_lse", "out", "backend"}),
     "attention_backward": (
         lambda: na.attention_backward,
-        {"grad_out", "query", "key", "value", "out", "lse", "grad_lse", "backend"},
+        {"grad_out", "query", "key", "value", "out", "lse", "grad_lse", "mod_grads", "backend"},
     ),
     "attention_weights": (lambda: na.attention_weights, {"query", "key", "heads", "rows", "backend"}),
     "attention_varlen": (
@@ -27,7 +27,8 @@ ENTRY_POINTS = {
     "attention_varlen_backward": (
         lambda: na.attention_varlen_backward,
         {
-            "grad_out", "query", "key", "value", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "grad_lse", "backend",
+            "grad_out", "query", "key", "value", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "grad_lse", "mod_grads",
+            "backend",
         },
     ),
     "attention_decode": (lambda: na.attention_decode, {"query", "cache", "ids", "return_lse", "out", "backend"}),
@@ -73,7 +74,8 @@ def test_every_array_option_says_what_its_axes_are():
     kinds = [options.PER_SCORE, options.PER_HEAD, options.PER_SEQUENCE, options.PER_CALL]
     listed = [name for kind in kinds for name in kind]
     assert len(set(listed)) == len(listed)
-    assert set(listed) | {"is_causal", "window", "scale", "softcap", "dropout_p", "seed"} == set(Options._fields)
+    others = {"is_causal", "window", "scale", "softcap", "dropout_p", "seed", *options.IN_PYTHON}
+    assert set(listed) | others == set(Options._fields)
 
 
 def test_the_command_line_has_every_option():
@@ -81,7 +83,8 @@ def test_the_command_line_has_every_option():
     from numba_attention.cli.commands import app
 
     command = typer.main.get_command(app).commands["run"]
-    assert {p.name for p in command.params} >= {*Options._fields} - {"is_causal"} | {"causal", "bottom_right"}
+    files_and_numbers = {*Options._fields} - {"is_causal", *options.IN_PYTHON}
+    assert {p.name for p in command.params} >= files_and_numbers | {"causal", "bottom_right"}
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)

@@ -194,7 +194,7 @@ def check(arrays, offsets, options, dtype):
     # What cancels in one gradient does so by parts of the size of the others.
     offset = max((np.abs(x).max() for x in want_grads[:3] if x.size), default=0)
     given = [*arrays[:3], options.get("bias"), options.get("sinks")]
-    for x, got, expected in zip(given, grads, want_grads, strict=True):
+    for x, got, expected in zip(given, grads[:5], want_grads[:5], strict=True):
         assert (got is None) == (x is None)
         if x is not None:
             assert got.shape == x.shape

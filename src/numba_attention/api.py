@@ -89,6 +89,16 @@ def attention(
     prefix_lengths : int or array of int, shape (...,), optional
         So many first keys of each sequence are seen by all of its rows, however `is_causal` or a window is bounded on
         the right: a prefix language model. Not beside a window that is bounded on the left.
+    score_mod : function, optional
+        ``score_mod(score, batch, head, i, j, *mod_args)`` returns what takes the place of a score: a Python function,
+        plain or compiled by `numba.njit`, that is read from its source and runs as vector code. i is the position of
+        the query (its row and the offset, within its sequence when packed), j that of the key, and batch the number of
+        the sequence, row by row over the leading dimensions. -inf hides the key. The page "Mods" says what such
+        functions may contain, and `numba_attention.mods` has some.
+    mask_mod : function, optional
+        ``mask_mod(batch, head, i, j, *mod_args)`` returns whether a query may attend to a key.
+    mod_args : tuple of arrays and numbers, optional
+        What both functions are called with after j: arrays of bool, int32, int64, float32 or float64.
     dropout_p : float, default 0.0
         Each weight becomes 0 with this probability, at least 0 and less than 1, in steps of 2**-16; the others are
         divided by the probability of being kept. `lse` and the denominator of the softmax are those without dropout.
@@ -119,6 +129,8 @@ def attention(
         A shape, length or option is out of range; the message names the argument and what was expected.
     BackendUnavailableError
         The backend that was asked for cannot run here.
+    NotImplementedError
+        The backend "cuda" has no `score_mod` and `mask_mod`.
 
     See Also
     --------
@@ -127,10 +139,10 @@ def attention(
 
     Notes
     -----
-    Scores pass through scale, softcap, ALiBi, bias and mask in this order. Time is O(H L S (E + Ev)) for the visible
-    pairs only, and extra memory is O(threads x tile). Half types accumulate in float32. The result has the same bits
-    for any number of threads and for a sequence alone or in a batch. NaN or infinity in a key or value reaches the rows
-    that attend to it and no other.
+    Scores pass through scale, softcap, `score_mod`, ALiBi, bias, mask and `mask_mod` in this order. Time is
+    O(H L S (E + Ev)) for the visible pairs only, and extra memory is O(threads x tile). Half types accumulate in
+    float32. The result has the same bits for any number of threads and for a sequence alone or in a batch. NaN or
+    infinity in a key or value reaches the rows that attend to it and no other.
 
     References
     ----------
@@ -181,6 +193,7 @@ def attention_backward(
     lse: Array,
     *,
     grad_lse: Array | None = None,
+    mod_grads: ArrayLike | Literal["all"] | None = None,
     backend: str | None = None,
     **options: Unpack[OptionArguments],
 ) -> Gradients:
@@ -196,6 +209,8 @@ def attention_backward(
         What it returned, with ``return_lse=True``.
     grad_lse : ndarray, shape (..., H, L), optional
         Gradient of the loss with respect to `lse`, where `lse` was used too (`merge_attention`, a z-loss).
+    mod_grads : "all" or int or sequence of int, optional
+        Which arrays in `mod_args` get a gradient: those that their indices say, or all of floating point.
     **options
         What `attention` was called with.
     backend : {"auto", "cpu", "cuda", "reference"}, optional
@@ -204,9 +219,10 @@ def attention_backward(
     Returns
     -------
     Gradients
-        Named tuple (query, key, value, bias, sinks), each of the shape and dtype of its input, summed over the axes
-        along which it was broadcast and over query heads that share a key/value head. `bias` and `sinks` are None if
-        they were not given. A row that may attend to nothing has, and gives, the gradient 0.
+        Named tuple (query, key, value, bias, sinks, mod_args), each of the shape and dtype of its input, summed over
+        the axes along which it was broadcast and over query heads that share a key/value head. `bias` and `sinks` are
+        None if they were not given, and `mod_args` without `mod_grads`: else it is a tuple, with None for what has no
+        gradient. A row that may attend to nothing has, and gives, the gradient 0.
 
     Raises
     ------
@@ -252,15 +268,15 @@ def attention_backward(
             "query": query, "key": key, "value": value, "out": out, "lse": lse, "grad_out": grad_out,
             "grad_lse": grad_lse,
         }  # fmt: skip
-        return device_call.run(_attention_backward, chosen, operands, settings)
-    return _attention_backward(chosen, query, key, value, out, lse, grad_out, grad_lse, settings)
+        return device_call.run(_attention_backward, chosen, operands, settings, mod_grads=mod_grads)
+    return _attention_backward(chosen, query, key, value, out, lse, grad_out, grad_lse, mod_grads, settings)
 
 
 def _attention_backward(
     chosen: backends.Backend, query: Array, key: Array, value: Array, out: Array, lse: Array, grad_out: Array,
-    grad_lse: Array | None, options: Options, empty: Empty = np.empty,
+    grad_lse: Array | None, mod_grads: Any, options: Options, empty: Empty = np.empty,
 ) -> Gradients:  # fmt: skip
-    problem = build_backward(grad_out, query, key, value, out, lse, grad_lse, options, empty)
+    problem = build_backward(grad_out, query, key, value, out, lse, grad_lse, mod_grads, options, empty)
     chosen.backward(problem)
     return finish(problem, chosen.reduce)
 

@@ -26,6 +26,10 @@ from .options import (
     OptionArguments,
     Options,
     gather,
+    is_mod_arg,
+    join_mod_args,
+    place_of,
+    split_mod_args,
     takes_options,
 )
 from .problem.dense import Problem, build
@@ -61,6 +65,10 @@ class _Static(NamedTuple):
         fixed = {name: x for name, x in self.settings._asdict().items() if name not in _ARRAYS or x is not None}
         del fixed["seed"]
         return fixed | {"backend": self.backend}
+
+    def arguments(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """Return all arguments of a call with these arrays."""
+        return join_mod_args(arrays | self.options)
 
 
 @overload
@@ -116,6 +124,9 @@ def attention(
     seed : int or array of int, optional
         As in `numba_attention.attention`. It may be traced, so that a jitted training step is compiled once for all
         seeds: an integer of 32 bits, or two of them, as ``jax.random.key_data(key)`` has.
+    mod_args : tuple of arrays and numbers, optional
+        What `score_mod` and `mask_mod` are called with; arrays of floating point are differentiable, numbers are fixed
+        when a function is traced.
     return_lse : bool, default False
         Also return the natural log of the softmax denominator of each row; differentiable too.
     backend : {"auto", "cpu", "reference"}, optional
@@ -142,8 +153,9 @@ def attention(
 
     Notes
     -----
-    Axes that `jax.vmap` adds become leading dimensions of one call. With `sinks` or `seed` there is a call for each
-    element instead, as sinks are one per head for a whole call, and elements with the same seed have the same mask.
+    Axes that `jax.vmap` adds become leading dimensions of one call. With `sinks`, `seed` or arrays in `mod_args` there
+    is a call for each element instead: sinks are one per head for a whole call, arrays of mods are the same for it, and
+    elements with the same seed have the same mask.
 
     Arrays must be on a CPU device. The number of threads is ``NUMBA_NUM_THREADS``: `numba.set_num_threads` counts
     for the thread that calls it, and XLA calls from threads of its own.
@@ -163,8 +175,10 @@ def attention(
     >>> jax.jit(jax.grad(loss))(query).shape
     (2, 8, 100, 64)
     """
-    settings = gather(attention, options)
+    fixed_options, of_mods = split_mod_args(options, _is_array)
+    settings = gather(attention, fixed_options)
     arguments = {"query": query, "key": key, "value": value} | {name: getattr(settings, name) for name in _ARRAYS}
+    arguments |= of_mods
     seed = None if settings.seed is None else _words_of_seed(settings.seed)
     fixed: dict[str, Any] = dict.fromkeys(_ARRAYS) | {"seed": None if seed is None else 0}
     if isinstance(settings.mask, BlockMask):
@@ -178,10 +192,12 @@ def attention(
     ranks = dict.fromkeys(PER_SEQUENCE, ndim - 3) | dict.fromkeys(PER_HEAD, ndim - 2)
     # Arrays get all their axes here, so that they still broadcast correctly when vmap adds one in front.
     for name, x in arrays.items():
-        if name not in _OF_CALL:
+        if name not in _OF_CALL and name not in of_mods:
             arrays[name] = jnp.expand_dims(x, tuple(range(ranks.get(name, ndim) - x.ndim)))
     window = None if settings.window is None else tuple(None if x is None else int(x) for x in settings.window)
-    settings = settings._replace(window=window, scale=problem.scale, softcap=problem.softcap)
+    settings = settings._replace(
+        window=window, scale=problem.scale, softcap=problem.softcap, mod_args=tuple(settings.mod_args)
+    )
     static = _Static(ndim, problem.out.shape, str(problem.out.dtype), settings, chosen)
     out, lse = (x[0] if problem.result.ndim < ndim else x for x in _attention(static, arrays))
     return (out, lse) if as_flag("return_lse", return_lse) else out
@@ -201,6 +217,10 @@ def _words_of_seed(seed: Any) -> JaxArray:
         return seed.astype(jnp.uint32)
     high = seed >> 32 if seed.dtype.itemsize == 8 else jnp.zeros_like(seed)
     return jnp.stack([seed, high]).astype(jnp.uint32)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array) or (isinstance(x, np.ndarray) and x.ndim > 0)
 
 
 def _as_wide_as_jax(x: Any) -> Any:
@@ -224,7 +244,7 @@ def _check(
         for name, x in arrays.items()
     }
     query, key, value = (examples.pop(name) for name in ("query", "key", "value"))
-    problem = build(query, key, value, options._replace(**examples), None, True)
+    problem = build(query, key, value, Options(**join_mod_args(options._asdict() | examples)), None, True)
     # The backend is returned by name, because the callback may run in a thread in which `use_backend` has no effect.
     return problem, vars(select(backend, query, key, value))["__name__"].rpartition(".")[2]
 
@@ -248,7 +268,8 @@ def _forward(static: _Static, arrays: dict[str, Any]) -> tuple[tuple[Any, Any], 
     values = {name: x.value for name, x in arrays.items()}
     result = _attention(static, values)
     # A residual is a pytree, whose structure says which gradients are wanted: a dict with names and without arrays.
-    return result, (values, *result, dict.fromkeys(perturbed.intersection(Gradients._fields)))
+    wanted = [name for name in arrays if name in perturbed and (name in Gradients._fields or is_mod_arg(name))]
+    return result, (values, *result, dict.fromkeys(wanted))
 
 
 def _backward(static: _Static, residual: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[dict[str, Any]]:
@@ -285,7 +306,7 @@ class _Forward(NamedTuple):
 
     def __call__(self, context: Any, results: Any, **buffers: Any) -> None:
         for targets, arrays in _calls(self.static, results, buffers):
-            _, lse = api.attention(**arrays, **self.static.options, out=targets["out"], return_lse=True)
+            _, lse = api.attention(**self.static.arguments(arrays), out=targets["out"], return_lse=True)
             targets["lse"][...] = lse
 
 
@@ -298,9 +319,10 @@ class _Backward(NamedTuple):
         for targets, arrays in _calls(self.static, results, buffers):
             if "grad_out" not in arrays:
                 arrays["grad_out"] = np.broadcast_to(np.zeros((), arrays["out"].dtype), arrays["out"].shape)
-            grads = api.attention_backward(**arrays, **self.static.options)
+            places = [place_of(name) for name in targets if is_mod_arg(name)]
+            grads = api.attention_backward(**self.static.arguments(arrays), mod_grads=places or None)
             for name, target in targets.items():
-                target[...] = getattr(grads, name)
+                target[...] = grads.of(name)
 
 
 def _calls(static: _Static, *buffers: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -311,7 +333,7 @@ def _calls(static: _Static, *buffers: dict[str, Any]) -> Iterator[tuple[dict[str
         # Such an axis has size 1 if the input is the same for all calls, yet each call has a gradient of its own.
         lead = np.broadcast_shapes(*(x.shape[:added] for x in arrays.values()))
         arrays = {name: np.broadcast_to(x, lead + x.shape[added:]) for name, x in arrays.items()}
-    if added and not arrays.keys().isdisjoint(_OF_CALL):
+    if added and any(name in _OF_CALL or is_mod_arg(name) for name in arrays):
         for index in np.ndindex(lead):
             yield (
                 {name: x[index] for name, x in results.items()},

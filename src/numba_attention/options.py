@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 Array = np.ndarray[Any, Any]
 Causal = bool | Literal["top-left", "bottom-right"]
 Window = tuple[int | None, int | None]
+Mod = Callable[..., Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -47,6 +48,9 @@ class OptionArguments(TypedDict, total=False):
     query_lengths: ArrayLike | None
     key_lengths: ArrayLike | None
     prefix_lengths: ArrayLike | None
+    score_mod: Mod | None
+    mask_mod: Mod | None
+    mod_args: Sequence[Any]
     dropout_p: float
     seed: int | None
 
@@ -70,6 +74,9 @@ class Options(NamedTuple):
     query_lengths: ArrayLike | None = None
     key_lengths: ArrayLike | None = None
     prefix_lengths: ArrayLike | None = None
+    score_mod: Mod | None = None
+    mask_mod: Mod | None = None
+    mod_args: Sequence[Any] = ()
     dropout_p: float = 0.0
     seed: int | None = None
 
@@ -82,6 +89,8 @@ PER_SCORE = ("mask", "bias")
 PER_HEAD = ("alibi_slopes",)
 PER_SEQUENCE = ("query_offset", "query_lengths", "key_lengths", "prefix_lengths")
 PER_CALL = ("sinks",)
+# Python functions and what they are called with: the command line, whose options are files and numbers, has none.
+IN_PYTHON = ("score_mod", "mask_mod", "mod_args")
 
 # Names of these options in other libraries: PyTorch, flash-attn, xFormers, JAX, ONNX, Hugging Face's transformers.
 _ELSEWHERE = {
@@ -110,6 +119,41 @@ _ELSEWHERE = {
 }
 
 
+# Bridges hand each array in `mod_args` on by a name of its own.
+
+
+def is_mod_arg(name: str) -> bool:
+    """Whether `split_mod_args` gave this name."""
+    return name.startswith("mod_args[")
+
+
+def place_of(name: str) -> int:
+    """The place in `mod_args` of what `split_mod_args` named."""
+    return int(name.removeprefix("mod_args[").removesuffix("]"))
+
+
+def split_mod_args(
+    options: Mapping[str, Any], is_array: Callable[[Any], bool]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take the arrays out of the option `mod_args`; return the options without them, and them by name."""
+    mod_args = options.get("mod_args", ())
+    if not isinstance(mod_args, tuple | list):
+        return dict(options), {}  # refused later
+    arrays = {f"mod_args[{n}]": x for n, x in enumerate(mod_args) if is_array(x)}
+    if not arrays:
+        return dict(options), {}
+    return {**options, "mod_args": tuple(None if is_array(x) else x for x in mod_args)}, arrays
+
+
+def join_mod_args(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the arrays back that `split_mod_args` took out."""
+    arrays = {place_of(name): x for name, x in options.items() if is_mod_arg(name)}
+    rest = {name: x for name, x in options.items() if not is_mod_arg(name)}
+    if arrays:
+        rest["mod_args"] = tuple(arrays.get(n, x) for n, x in enumerate(rest["mod_args"]))
+    return rest
+
+
 class Gradients(NamedTuple):
     """Gradients with respect to each input, of its shape and dtype; None for an input that was not passed.
 
@@ -121,6 +165,13 @@ class Gradients(NamedTuple):
     value: Array | None
     bias: Array | None = None
     sinks: Array | None = None
+    mod_args: tuple[Array | None, ...] | None = None
+
+    def of(self, name: str | None) -> Array | None:
+        """Return the gradient of an argument, or of an array in `mod_args` as `split_mod_args` names it."""
+        if name is not None and is_mod_arg(name):
+            return None if self.mod_args is None else self.mod_args[place_of(name)]
+        return None if name is None else getattr(self, name)
 
 
 def gather(entry: Callable[..., Any], arguments: Mapping[str, Any]) -> Options:

@@ -10,7 +10,17 @@ from typing import Any, Literal, TypeAlias, Unpack, overload
 import numpy as np
 
 from . import api
-from .options import Array, Gradients, OptionArguments, gather, takes_options
+from .options import (
+    Array,
+    Gradients,
+    OptionArguments,
+    gather,
+    is_mod_arg,
+    join_mod_args,
+    place_of,
+    split_mod_args,
+    takes_options,
+)
 from .validation import as_flag
 
 try:
@@ -70,6 +80,8 @@ def attention(
         Added to the scaled scores. A tensor that requires a gradient gets one.
     **options
         Other options as in `numba_attention.attention`, as tensors or arrays. They have no gradients.
+    mod_args : tuple of tensors, arrays and numbers, optional
+        What `score_mod` and `mask_mod` are called with. A tensor that requires a gradient gets one.
     sinks : Tensor or array of float, shape (H,), optional
         One extra logit per head in the softmax denominator. A tensor that requires a gradient gets one.
     return_lse : bool, default False
@@ -133,8 +145,9 @@ def attention(
                 f"convert it with {name}.to(torch.float32)"
             )
     gather(attention, options)
-    tensors = {**operands, **{name: x for name, x in options.items() if torch.is_tensor(x)}}
-    constants: dict[str, Any] = {name: x for name, x in options.items() if name not in tensors} | {"backend": backend}
+    fixed, of_mods = split_mod_args(options, torch.is_tensor)
+    tensors = {**operands, **{name: x for name, x in fixed.items() if torch.is_tensor(x)}, **of_mods}
+    constants: dict[str, Any] = {name: x for name, x in fixed.items() if name not in tensors} | {"backend": backend}
     for name, x in tensors.items():
         if x.device.type != "cpu":
             raise ValueError(f"{name} must be on the CPU, got device {x.device}; move it with {name}.cpu()")
@@ -142,7 +155,7 @@ def attention(
             raise TypeError(
                 f"{name} must be a strided tensor, got layout {x.layout}; convert it with {name}.to_dense()"
             )
-        if x.requires_grad and name not in Gradients._fields and torch.is_grad_enabled():
+        if x.requires_grad and name not in (*Gradients._fields, *of_mods) and torch.is_grad_enabled():
             raise ValueError(f"{name} requires a gradient, but has none here; pass {name}.detach()")
     apply = _Attention.apply
     if torch.compiler.is_dynamo_compiling():
@@ -157,7 +170,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(names: tuple[str, ...], constants: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, Tensor]:
         arrays: dict[str, Any] = dict(zip(names, map(to_array, tensors), strict=True))
-        out, lse = api.attention(**arrays, **constants, return_lse=True)
+        out, lse = api.attention(**join_mod_args(arrays | constants), return_lse=True)
         return to_tensor(out), to_tensor(lse)
 
     @staticmethod
@@ -190,17 +203,19 @@ class _Gradients(torch.autograd.Function):
         *saved: Tensor,
     ) -> tuple[Tensor | None, ...]:
         *inputs, out, lse = map(to_array, saved)
-        arrays: dict[str, Any] = dict(zip(names, inputs, strict=True))
+        arrays: dict[str, Any] = dict(zip(names, inputs, strict=True)) | constants
+        wanted = [name for name, need in zip((None, None, *names), needed, strict=True) if name and need]
+        of_mods = [place_of(name) for name in wanted if is_mod_arg(name)]
         grads = api.attention_backward(
             np.broadcast_to(np.zeros((), out.dtype), out.shape) if grad_out is None else to_array(grad_out),
-            **arrays,
+            **join_mod_args(arrays),
             out=out,
             lse=lse,
             grad_lse=None if grad_lse is None else to_array(grad_lse),
-            **constants,
+            mod_grads=of_mods or None,
         )
-        wanted = zip((None, None, *names), needed, strict=True)
-        return tuple(to_tensor(getattr(grads, name)) if name and need else None for name, need in wanted)
+        results = (grads.of(name) if name in wanted else None for name in (None, None, *names))
+        return tuple(None if x is None else to_tensor(x) for x in results)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:

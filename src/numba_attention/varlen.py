@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # short types in help()
 
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -151,6 +151,7 @@ def attention_varlen_backward(
     cu_seqlens_k: ArrayLike,
     *,
     grad_lse: Array | None = None,
+    mod_grads: ArrayLike | Literal["all"] | None = None,
     backend: str | None = None,
     **options: Unpack[OptionArguments],
 ) -> Gradients:
@@ -166,6 +167,8 @@ def attention_varlen_backward(
         What it returned, with ``return_lse=True``.
     grad_lse : ndarray, shape (H, T_q), optional
         Gradient of the loss with respect to `lse`.
+    mod_grads : "all" or int or sequence of int, optional
+        As in `attention_backward`.
     **options
         What `attention_varlen` was called with.
     backend : {"auto", "cpu", "cuda", "reference"}, optional
@@ -174,8 +177,8 @@ def attention_varlen_backward(
     Returns
     -------
     Gradients
-        Named tuple (query, key, value, bias, sinks), each of the shape and dtype of its input; `bias` and `sinks` are
-        None if they were not given.
+        Named tuple (query, key, value, bias, sinks, mod_args), each of the shape and dtype of its input, as of
+        `attention_backward`.
 
     Raises
     ------
@@ -208,19 +211,19 @@ def attention_varlen_backward(
             "grad_lse": grad_lse,
         }  # fmt: skip
         small = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-        return device_call.run(_attention_varlen_backward, chosen, operands, settings, small=small)
+        return device_call.run(_attention_varlen_backward, chosen, operands, settings, small=small, mod_grads=mod_grads)
     return _attention_varlen_backward(
-        chosen, query, key, value, out, lse, grad_out, grad_lse, cu_seqlens_q, cu_seqlens_k, settings
+        chosen, query, key, value, out, lse, grad_out, grad_lse, cu_seqlens_q, cu_seqlens_k, mod_grads, settings
     )
 
 
 def _attention_varlen_backward(
     chosen: Backend, query: Array, key: Array, value: Array, out: Array, lse: Array, grad_out: Array,
-    grad_lse: Array | None, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike, options: Options,
-    empty: Empty = np.empty,
+    grad_lse: Array | None, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike, mod_grads: Any,
+    options: Options, empty: Empty = np.empty,
 ) -> Gradients:  # fmt: skip
     problem = build_backward(
-        grad_out, query, key, value, out, lse, grad_lse, cu_seqlens_q, cu_seqlens_k, options, empty
+        grad_out, query, key, value, out, lse, grad_lse, cu_seqlens_q, cu_seqlens_k, mod_grads, options, empty
     )
     chosen.backward(problem)
     return finish(problem, chosen.reduce)

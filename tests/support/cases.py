@@ -167,7 +167,7 @@ def check_backward(case, dtype, backend="cpu") -> None:
     grad_lse = rng.standard_normal(lse.shape).astype(lse.dtype)
     got = na.attention_backward(grad_out, *arrays, out, lse, grad_lse=grad_lse, **kwargs, backend=backend)
     want = oracle_backward(grad_out, *arrays, grad_lse, **kwargs)
-    inputs = [*arrays, *(None if kwargs.get(n) is None else np.asarray(kwargs[n]) for n in ("bias", "sinks"))]
+    inputs = [*arrays, *(None if kwargs.get(n) is None else np.asarray(kwargs[n]) for n in ("bias", "sinks")), None]
     # What cancels in one gradient does so by parts of the size of the others.
     offset = max((np.abs(w).max() for w in want[:3] if w.size), default=0)
     for name, given, a, b in zip(na.Gradients._fields, inputs, got, want, strict=True):

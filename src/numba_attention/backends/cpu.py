@@ -22,6 +22,7 @@ from ..problem.dense import sum_to as reduce  # noqa: F401
 from ..sequence_record import SEQUENCE
 from . import cpu_backward
 from .cpu_resources import Buffers, addresses, put_back, take, threads_for, worker
+from .cpu_rules import Rules, compiled_rules
 from .records import (
     address_of,
     compact,
@@ -180,20 +181,23 @@ def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few
     # A contiguous copy, which must live until the kernel is done, because the kernel reads it by its address.
     slopes = None if p.alibi_slopes is None else np.ascontiguousarray(p.alibi_slopes)
     addresses.call(p.query, p.key, p.value, p.out, own.params_address)
+    rules = NO_RULES if p.score_mod is p.mask_mod is None else compiled_rules(p, "score", few)
     pack_addresses(
         own.params, ARRAYS, own.counter_address, scratch_address, sequences_address,
         *[0 if x is None else address_of(x) for x in (p.lse, bias, p.mask, slopes, p.sinks, p.rows)],
-        0 if lists is None else address_of(lists.record), p.seed, *NO_GRADIENTS,
+        0 if lists is None else address_of(lists.record), p.seed, *rules[:3], *NO_GRADIENTS,
         0 if counts is None else address_of(counts), 0 if partial is None else address_of(partial),
     )  # fmt: skip
     own.params[REST:] = plan.rest
     pack_one(own.params, REST, items)
     own.run(
-        plan.kernel, number, plan.work * p.S * shown, p, lists, bias, plan, scratch, slopes, sequences, counts, partial
-    )
+        plan.kernel, number, plan.work * p.S * shown, p, lists, bias, plan, scratch, slopes, sequences, counts, partial,
+        rules,
+    )  # fmt: skip
 
 
-NO_GRADIENTS = (0,) * 8  # the addresses that only the backward pass has
+NO_RULES = Rules(0, 0, 0, ())
+NO_GRADIENTS = (0,) * 10  # the addresses that only the backward pass has
 pack_one = struct.Struct("=q").pack_into
 
 
@@ -203,7 +207,7 @@ def _find_plan(p: Problem, few: bool) -> _Plan:
     key = (
         q.dtype, q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, out.strides, p.lse is None,
         p.scale, p.softcap, p.alibi_slopes is None, p.left, p.right, p.offset if type(p.offset) is int else None, few,
-        p.dropout,
+        p.dropout, p.score_mod is None and p.mask_mod is None,
         None if cache is None else (cache.storage, cache.table is None),
     )  # fmt: skip
     plan = _plans.get(key)

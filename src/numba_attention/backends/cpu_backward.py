@@ -19,6 +19,7 @@ from ..masks.lists import Lists
 from ..options import Array
 from ..problem.dense import BackwardProblem, spread_bias
 from .cpu_resources import Buffers, addresses, put_back, take, threads_for, worker
+from .cpu_rules import Rules, compiled_rules
 from .records import (
     address_of,
     compact,
@@ -59,6 +60,7 @@ class _Plan(NamedTuple):
     rest: bytes  # the PARAMS record after the addresses
     flops: float
     scratch_size: int
+    most_groups: int
 
 
 _plans: BoundedCache[_Plan] = BoundedCache()
@@ -90,13 +92,16 @@ def run(g: BackwardProblem) -> None:
         "grad_bias": None if of_bias is None else spread_bias(of_bias[0], p),
         "delta": None if delta is None else np.broadcast_to(delta, p.out.shape[:-1]),
     }
+    rules = Rules(0, 0, 0, ())
+    if p.score_mod is not None or p.mask_mod is not None:
+        rules = compiled_rules(p, "kept" if g.mod_grads else "slope", False, g.mod_grads or ())
     lists = lists_of(p, spec)
     plan = _find_plan(g, spec, groups, bias, arrays, of_bias, lists)
     most_items = max((len(wave.members) for wave in plan.waves), default=0)
     number = threads_for(most_items, plan.flops)
     own = take()
     try:
-        _run_waves(own, g, plan, bias, arrays, lists, number, most_items > 0)
+        _run_waves(own, g, plan, bias, arrays, lists, rules, number, most_items > 0)
     finally:
         put_back(own)
     if of_bias is not None:
@@ -113,6 +118,7 @@ def _run_waves(
     bias: Array | None,
     arrays: dict[str, Array | None],
     lists: Lists | None,
+    rules: Rules,
     number: int,
     has_items: bool,
 ) -> None:
@@ -124,19 +130,29 @@ def _run_waves(
     if p.H and has_items:
         addresses.call(p.query, p.key, p.value, p.out, own.params_address)
     own.params[REST:] = plan.rest
+    total = np.zeros(_mod_size(g))
     for wave in plan.waves:
         counts, partial = np.zeros(wave.counters, np.int64), np.empty(wave.partial_size, np.uint8)
+        mod_sums = np.zeros((wave.counters, plan.most_groups, len(total)) if len(total) else 0)
         own.counter.value = 0
         _pack_one(own.params, REST, len(wave.members))
         pack_addresses(
             own.params, ARRAYS, own.counter_address, scratch_address, plan.sequences_address,
             address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), address_of(sinks), 0,
-            0 if lists is None else address_of(lists.record), p.seed,
-            *(address_of(array) for array in arrays.values()),
+            0 if lists is None else address_of(lists.record), p.seed, *rules[:3],
+            *(address_of(array) for array in arrays.values()), rules.gradient, address_of(mod_sums),
             address_of(wave.members), address_of(counts), address_of(partial),
         )  # fmt: skip
         work = plan.flops / len(plan.waves)
-        own.run(plan.kernel, number, work, g, plan, bias, lists, arrays, scratch, slopes, sinks, counts, partial)
+        own.run(
+            plan.kernel, number, work, g, plan, bias, lists, arrays, scratch, slopes, sinks, counts, partial, rules,
+            mod_sums,
+        )  # fmt: skip
+        if len(total):
+            for of_group in mod_sums.reshape(-1, len(total)):  # one after the other: the bits are those of any threads
+                total += of_group
+    if g.mod_grads:
+        g.mod_args = _split_sums(g, total)
 
 
 def _find_plan(
@@ -144,13 +160,13 @@ def _find_plan(
     lists: Lists | None,
 ) -> _Plan:  # fmt: skip
     p = g.forward
-    if varies(p) or bias is not None or p.mask is not None or lists is not None:
+    if varies(p) or bias is not None or p.mask is not None or lists is not None or g.mod_grads:
         return _make_plan(g, spec, groups, bias, arrays, of_bias, lists)
     all_arrays = p.query, p.key, p.value, p.out, p.lse, g.grad_out, g.grad_lse
     key = (
         p.query.dtype, p.query.shape, p.value.shape, *(None if x is None else x.strides for x in all_arrays),
         p.alibi_slopes is None, p.sinks is None, p.scale, p.softcap, p.left, p.right, p.offset,
-        p.dropout,
+        p.dropout, p.score_mod is None and p.mask_mod is None,
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -175,7 +191,10 @@ def _make_plan(
     work = np.repeat(sequences["rows"] * sequences["key_rows"], p.Hkv)  # of each key/value head
     if lists is not None:
         work = work * lists.density.ravel()
-    waves = [_share_out(heads, p.Hkv, groups, head_bytes, work) for heads in _waves(g)]
+    most_groups = int(groups.max(initial=1))
+    size = 8 * _mod_size(g)
+    shared = [part for heads in _waves(g) for part in _parts_of_wave(heads, size * most_groups)]
+    waves = [_share_out(heads, p.Hkv, groups, head_bytes, work) for heads in shared]
     kept = max((wave.kept for wave in waves), default=0)
     offsets, scratch_size, depth = kernels.scratch(spec, p.E, p.Ev, kept)
     values = values_of(p, spec, bias) | {
@@ -185,13 +204,33 @@ def _make_plan(
         "Ev_padded": Ev,
         "scratch_size": scratch_size,
         "out_depth": depth,
+        "mod_sums_head": size * most_groups,
+        "mod_sums_group": size,
         "grad_bias_group": of_bias.strides[0] if of_bias is not None and len(of_bias) > 1 else 0,
     }
     for name, array in arrays.items():
         values |= strides_of(name, array, len(p.batch))
     flops = 5.0 * float(work.sum()) * (p.E + p.Ev) * (p.H // p.Hkv if p.Hkv else 0)
     kernel = worker(spec.storage, "backward")
-    return _Plan(kernel, sequences, address_of(sequences), waves, pack(values, offsets), flops, scratch_size)
+    rest = pack(values, offsets)
+    return _Plan(kernel, sequences, address_of(sequences), waves, rest, flops, scratch_size, most_groups)
+
+
+def _mod_size(g: BackwardProblem) -> int:
+    """Elements of the arrays in `mod_args` of which gradients are wanted."""
+    return sum(g.forward.mod_args[place].size for place in g.mod_grads or ())
+
+
+def _split_sums(g: BackwardProblem, total: Array) -> list[Array]:
+    shapes = [g.forward.mod_args[place].shape for place in g.mod_grads or ()]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    return [part.reshape(shape) for part, shape in zip(np.split(total, ends[:-1]), shapes, strict=True)]
+
+
+def _parts_of_wave(heads: Array, size: int) -> list[Array]:
+    """Divide a wave whose heads need so many bytes each for gradients of `mod_args`: each head has its own."""
+    most = max(1, BUFFERS // size) if size else len(heads)
+    return [heads[n : n + most] for n in range(0, len(heads), most)] if len(heads) else [heads]
 
 
 def _share_out(heads: Array, Hkv: int, groups: Array, head_bytes: Array, work: Array) -> _Wave:
@@ -279,4 +318,4 @@ def _run_widened(g: BackwardProblem) -> None:
     run(single)
     for grad, single_grad in zip((g.query, g.key, g.value), grads, strict=True):
         stored(grad)[...] = stored(single_grad)
-    g.bias, g.sinks = single.bias, single.sinks
+    g.bias, g.sinks, g.mod_args = single.bias, single.sinks, single.mod_args

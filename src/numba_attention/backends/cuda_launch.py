@@ -24,6 +24,12 @@ HEADS = 65535  # CUDA's limit for the second dimension of a grid
 
 
 def check_size(p: Problem) -> None:
+    for name in ("score_mod", "mask_mod"):
+        if getattr(p, name) is not None:
+            raise NotImplementedError(
+                f"{name} is not available on the backend 'cuda'; use backend='cpu' with arrays on the host, or pass "
+                "what it computes as bias= or mask="
+            )
     if p.dropout:
         raise NotImplementedError("dropout_p must be 0 on the CUDA backend, which has no dropout; use backend='cpu'")
     if max(p.L, p.S) * max(p.H // max(p.Hkv, 1), 1) > MOST:

@@ -183,7 +183,7 @@ def scaling_of(scale: float, bits: int) -> Scaling:
 def values_of(p: Problem, spec: Spec, bias: Array | None) -> dict[str, float]:
     """Return the parameters that every kernel has, by name."""
     scaling = scaling_of(p.scale, spec.vector.bits)
-    stages = p.softcap, p.alibi_slopes, bias, p.mask
+    stages = p.softcap, p.score_mod, p.alibi_slopes, bias, p.mask, p.mask_mod
     staged = scaling.tiny or any(stage is not None for stage in stages)
     values: dict[str, float] = {
         "heads": p.H,

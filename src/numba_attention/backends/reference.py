@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from ..mods.evaluate import Evaluation
+from ..mods.rules import Rule, describe, find, plain
 from ..options import Array
 from ..problem.dense import NUMBERS, BackwardProblem, Problem
 from ..problem.dense import sum_to as reduce  # noqa: F401
 
 Index = tuple[int, ...]
+_WIDE = {"b": np.bool_, "i": np.int64, "f": np.float64}  # what arrays of mod_args are read as
 on_device = False
 
 
@@ -64,6 +67,9 @@ def backward(problem: BackwardProblem) -> None:
         problem.bias = np.zeros(problem.bias_shape)
     if f.sinks is not None:
         problem.sinks = np.zeros(f.H)
+    if problem.mod_grads is not None:
+        problem.mod_args = [np.zeros(f.mod_args[place].shape) for place in problem.mod_grads]
+    rule = None if f.score_mod is None else find("score_mod", f.score_mod, describe(f.mod_args), f.mod_args)
     with np.errstate(all="ignore"):
         for b in np.ndindex(f.batch):
             sums = [np.zeros(x.shape[len(f.batch) :]) for x in (f.key, f.value)]
@@ -88,6 +94,8 @@ def backward(problem: BackwardProblem) -> None:
                     # A sink is one more key whose value is 0.
                     valid = np.isfinite(lse) & (rows < (f.L if f.query_lengths is None else f.query_lengths[b]))
                     problem.sinks[h] -= np.sum(np.where(valid, np.exp(f.sinks[h] - lse) * delta, 0))
+                if rule is not None:
+                    ds = _through_mod(problem, rule, b, h, rows, ds)
                 if f.softcap is not None:
                     ds = np.where(visible, ds * (1 - np.tanh(f.scale * (query @ key.T) / f.softcap) ** 2), 0)
                 problem.query[(*b, h)] = f.scale * _weighted_sum(ds, key, visible)
@@ -141,6 +149,8 @@ def _backward_of_parts(g: BackwardProblem) -> None:
     assert f.packing is not None
     g.bias = None if g.bias_shape is None else np.zeros(g.bias_shape)
     g.sinks = None if f.sinks is None else np.zeros(f.H)
+    if g.mod_grads is not None:
+        g.mod_args = [np.zeros(f.mod_args[place].shape) for place in g.mod_grads]
     for b, ((rows, columns), part) in enumerate(_parts(f)):
         grad_lse = None if g.grad_lse is None else g.grad_lse[b, :, rows]
         one = replace(
@@ -163,6 +173,42 @@ def _backward_of_parts(g: BackwardProblem) -> None:
             g.bias[where] += one.bias
         if g.sinks is not None and one.sinks is not None:
             g.sinks += one.sinks
+        for total, part_of_it in zip(g.mod_args or (), one.mod_args or (), strict=True):
+            total += part_of_it
+
+
+def _mod(problem: Problem, name: str, b: Index, h: int, rows: Array, *scores: Array) -> Array:
+    """Call the plain Python function for every query row and key."""
+    function, batch = plain(getattr(problem, name), name), _number(problem, b)
+    mod_args = [x.astype(_WIDE[x.dtype.kind]) if isinstance(x, np.ndarray) else x for x in problem.mod_args]
+
+    def one(i: int, j: int, *score: float) -> Any:
+        return function(*score, batch, h, i, j, *mod_args)
+
+    i, j = _positions(problem, b, rows)[:, None], np.arange(problem.S)
+    result: Array = np.vectorize(one, otypes=[float if scores else bool])(i, j, *scores)
+    return result
+
+
+def _number(problem: Problem, b: Index) -> int:
+    """The number of a sequence, row by row over the leading dimensions."""
+    return problem.first_sequence + (int(np.ravel_multi_index(b, problem.batch)) if b else 0)
+
+
+def _through_mod(g: BackwardProblem, rule: Rule, b: Index, h: int, rows: Array, ds: Array) -> Array:
+    """Differentiate the score_mod: add to the gradients of mod_args, and return the gradient of its score."""
+    f = g.forward
+    i, j = _positions(f, b, rows)[:, None], np.arange(f.S)
+    arguments = {"score": _natural_scores(f, b, h, rows), "batch": _number(f, b), "head": h, "i": i, "j": j}
+    if g.mod_args:
+        program = rule.gradients(g.mod_grads or ())
+        evaluation = Evaluation(program, f.mod_args, **arguments)
+        for site, derivative in zip(program.sites, evaluation.outputs, strict=True):
+            place, indices = evaluation.place(site)
+            assert g.mod_grads is not None
+            np.add.at(g.mod_args[g.mod_grads.index(place)], indices, np.where(ds == 0, 0, ds * derivative))
+    _, slope = Evaluation(rule.with_slope, f.mod_args, **arguments).outputs
+    return np.where(ds == 0, 0, ds * slope)
 
 
 def _add_to_bias(problem: BackwardProblem, index: Index, ds: Array) -> None:
@@ -210,17 +256,27 @@ def _visible(problem: Problem, b: Index, h: int, rows: Array) -> Array:
         visible &= problem.mask[(*b, h)][rows]
     if problem.bias is not None:
         visible &= _float64(problem.bias[(*b, h)][rows]) != -np.inf
+    if problem.mask_mod is not None:
+        visible &= _mod(problem, "mask_mod", b, h, rows)
     return visible
 
 
-def _scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
-    """Return the scores, float64 (rows, S): scale, softcap, ALiBi and bias, in this order."""
+def _natural_scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
+    """Return the scores after scale and softcap, float64 (rows, S)."""
     query, key = problem.query[(*b, h)][rows], problem.key[(*b, _key_head(problem, h))]
     query, scale = _float64(query), problem.scale
     # The scale is applied first, before anything can overflow.
     scores = (scale * query) @ _float64(key).T if abs(scale) < 1 else scale * (query @ _float64(key).T)
     if problem.softcap is not None:
         scores = problem.softcap * np.tanh(scores / problem.softcap)
+    return scores
+
+
+def _scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
+    """Return the scores, float64 (rows, S): scale, softcap, score_mod, ALiBi and bias, in this order."""
+    scores = _natural_scores(problem, b, h, rows)
+    if problem.score_mod is not None:
+        scores = _mod(problem, "score_mod", b, h, rows, scores)
     if problem.alibi_slopes is not None:
         distance = np.abs(_positions(problem, b, rows)[:, None] - np.arange(problem.S))
         scores = scores - problem.alibi_slopes[(*b, h)] * distance
@@ -251,7 +307,7 @@ def _kept(problem: Problem, b: Index, h: int, rows: Array) -> Array:
     """
     if not problem.dropout:
         return np.ones((len(rows), problem.S))
-    sequence = problem.first_sequence + (int(np.ravel_multi_index(b, problem.batch)) if b else 0)
+    sequence = _number(problem, b)
     j, seed = np.arange(problem.S), problem.seed % 2**64
     groups = np.arange(-(-problem.S // 32) * 4)
     positions = _positions(problem, b, rows)[:, None] & 0xFFFFFFFF
@@ -264,7 +320,10 @@ def _kept(problem: Problem, b: Index, h: int, rows: Array) -> Array:
 def _softmax(problem: Problem, b: Index, h: int, rows: Array) -> tuple[Array, Array, Array]:
     """Return the weights (rows, S), the log of their denominators (rows,), and which keys are visible."""
     visible = _visible(problem, b, h, rows)
-    scores = np.where(visible, _scores(problem, b, h, rows), -np.inf)
+    scores = _scores(problem, b, h, rows)
+    if problem.score_mod is not None:
+        visible &= scores != -np.inf  # a score_mod may hide keys
+    scores = np.where(visible, scores, -np.inf)
     sink = np.full((len(rows), 1), -np.inf)  # -inf stands for no sink
     if problem.sinks is not None:
         valid = rows < (problem.L if problem.query_lengths is None else problem.query_lengths[b])

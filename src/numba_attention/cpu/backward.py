@@ -21,6 +21,7 @@ from ..sequence_record import SEQUENCE
 from . import stages, tiles
 from .dropout import drop_gradients
 from .gemm import micro_kernel
+from .mods import call_tile
 from .params import PARAMS, STOPPED
 from .scoring import LOG2E, make_scoring
 from .scratch import areas_of, layout_of, views
@@ -92,7 +93,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     grad_rows_of, grad_query_rows_of, grad_bias_rows_of, dirty_of = views(
         areas_of(spec), "grad_rows grad_query_rows grad_bias_rows dirty"
     )
-    place_rows, pack_rows, products, hides_all, score_tile, _ = make_scoring(spec)
+    place_rows, pack_rows, products, hides_all, _, score_tile, _ = make_scoring(spec)
     list_of, tile_of, runs_of, clip = make_visible(spec)
     mm_query = micro_kernel(spec, "output", bf16_dot=False)
     gather = tiles.gather_tile(spec, element)
@@ -100,7 +101,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     write_tile = tiles.scatter_tile(spec)
     has_nan, drop_nonfinite = tiles.has_nan(spec), tiles.drop_nonfinite(spec)
     differentiate_softmax, multiply, row_sums = softmax_gradient(spec), multiply_tile(spec), row_products(spec)
-    scale_scores = stages.multiply(spec)
+    scale_scores, multiply_kept = stages.multiply(spec), multiply_tile(spec, keeps_zero=True)
     tile_max, step_softmax = stages.tile_max(spec), softmax_step(spec, pairs=False)
     carry_denominator, carry, add_tiles = second_level(spec), second_level(spec, online=False), add_two_tiles(spec)
     copy, add, add_to_bias = copy_rows(spec), add_products(spec), add_transposed(spec)
@@ -267,7 +268,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
     @spec.jit
     def visit_keys(
-        p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, bits: int, sums: int, dirty: bool,
+        p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, bits: int, sums: int, mod_sums: int, dirty: bool,
         nan_safe: bool,
     ) -> None:  # fmt: skip
         """One tile of keys: the weights, their gradients, and what follows from both."""
@@ -288,6 +289,13 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         if p.grad_bias != 0 and not nan_safe:
             column = p.grad_bias_column
             add_to_bias(grad_scores, at + p.at_grad_bias_rows, j0 * column, column, n, at + p.at_spare)
+        if p.score_mod != 0:
+            if p.mod_gradient != 0 and not nan_safe:
+                call_tile(
+                    p.mod_gradient, p.mod_data, grad_scores, n, j0, s.batch, s.head, at + p.at_positions,
+                    at + p.at_lane_heads, at + p.at_mod_scores, mod_sums, 1.0,
+                )  # fmt: skip
+            multiply_kept(grad_scores, n, at + p.at_mod_slopes)
         if p.tiny != 0:
             scale_scores(grad_scores, n, real(p.gradient_prescale))
         if p.cap_outer != 0:
@@ -308,7 +316,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         carry(at + p.at_out, p.E, at + p.at_high, at + p.at_low, at + p.at_state, real(1))
 
     @spec.jit
-    def visit_rows(p: Any, s: Any, at: int, head: int, first_row: int, group: int, sums: int) -> None:
+    def visit_rows(p: Any, s: Any, at: int, head: int, first_row: int, group: int, sums: int, mod_sums: int) -> None:
         """One tile of queries: dQ of its rows, and their part of dK and dV."""
         grad_query = grad_query_of(p, at)
         state = state_of(p, at)
@@ -333,7 +341,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                     n = min(BN, high - j0)
                     if p.mask == 0 or not hides_all(p, s, at, j0, n):
                         edge = j0 < all_start or j0 + n > all_stop
-                        visit_keys(p, s, at, head, j0, n, edge, bits, sums, dirty, nan_safe)
+                        visit_keys(p, s, at, head, j0, n, edge, bits, sums, mod_sums, dirty, nan_safe)
                         visited += 1
                         if visited % LEVEL == 0:
                             carry_gradient(p, at, visited == LEVEL)
@@ -362,7 +370,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             add_sums(sums + start, others + start, min(PART, count - start))
 
     @spec.jit
-    def visit_group(p: Any, s: Any, at: int, head: int, group: int, sums: int) -> None:
+    def visit_group(p: Any, s: Any, at: int, head: int, group: int, sums: int, mod_sums: int) -> None:
         """DQ of the rows of one group, and their dK and dV."""
         clear_sums(p, sums, bytes_of(p, s))
         tiles = (s.rows * p.group + BM - 1) // BM
@@ -371,7 +379,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         for place in range(group, tiles, s.groups):
             if fetch(p.counter) >= STOPPED:
                 return
-            visit_rows(p, s, at, head, tile_of(p, s, head, place, tiles) * BM, group, sums)
+            first_row = tile_of(p, s, head, place, tiles) * BM
+            visit_rows(p, s, at, head, first_row, group, sums, mod_sums + group * p.mod_sums_group)
 
     @spec.jit
     def write_rows(
@@ -403,19 +412,19 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             number, group, offset, slot = members[item]
             index, head = divmod(number, p.kv_heads)
             s = sequences[index]
-            each = bytes_of(p, s)
+            each, mod_sums = bytes_of(p, s), p.mod_sums + slot * p.mod_sums_head
             if group >= 0:
                 first = p.partial + offset
-                visit_group(p, s, at, head, group, first + group * each)
+                visit_group(p, s, at, head, group, first + group * each, mod_sums)
                 if fetch_add(p.counts + 8 * slot, 1) < s.groups - 1:
                     continue
                 for other in range(1, s.groups):
                     add_group(p, first, first + other * each, each)
             else:
                 first = at + p.at_sums
-                visit_group(p, s, at, head, 0, first)
+                visit_group(p, s, at, head, 0, first, mod_sums)
                 for other in range(1, s.groups):
-                    visit_group(p, s, at, head, other, first + each)
+                    visit_group(p, s, at, head, other, first + each, mod_sums)
                     add_group(p, first, first + each, each)
             write_keys(p, s, head, first)
 

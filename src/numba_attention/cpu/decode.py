@@ -50,7 +50,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     starts_of, stops_of, out_rows_of, lse_rows_of, lane_counts_of = views(
         areas_of(spec), "starts stops out_rows lse_rows lane_counts"
     )
-    place_rows, _, _, hides_all, score_tile, sources = make_scoring(spec)
+    place_rows, _, _, hides_all, may_hide, score_tile, sources = make_scoring(spec)
     list_of, _, runs_of, clip = make_visible(spec)
     locate, scale = sources.locate, sources.scale
     pack, add, gather = features.pack_queries(spec), features.add_values(spec), features.copy_strided(spec)
@@ -265,7 +265,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 lse = m * p.unit + math.log(total) if total != 0 else -infinity
                 carray(void_pointer(lse_rows[lane]), 1, real)[0] = lse
             factor = state[RESCALE, lane]
-            if total == 0 and starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0 and p.visible == 0:
+            if total == 0 and starts[lane] < stops[lane] and not may_hide(p):
                 factor = real(math.nan)  # keys were visible, and every score was -inf, which only infinite inputs give
             row = at + p.at_out + lane * pitch * size
             write(out_rows[lane], p.out_column, whole, row, factor)

@@ -1,8 +1,8 @@
-"""exp2 and tanh on vectors, by minimax polynomials."""
+"""exp2, tanh, logarithms, powers, sine and cosine on vectors, by polynomials."""
 
 from llvmlite import ir
 
-from .simd import Builder, Value, Vector
+from .simd import Builder, Value, Vector, call
 
 # Minimax polynomials of 2**x on [-0.5, 0.5], in relative error with p(0) = 1, highest degree first. Degree 6 is within
 # 0.93 ulp in float32; degree 5, within 2 ulp, is enough where weights are rounded to bfloat16 anyway; degree 11, by
@@ -70,3 +70,139 @@ def tanh(vector: Vector, b: Builder, x: Value, coefficients: tuple[float, ...]) 
     magnitude = b.fdiv(b.fneg(u), b.fadd(vector.const(2.0), u))
     sign = b.and_(vector.bits_of(b, x), vector.iconst(-(2 ** (vector.bits - 1))))
     return vector.from_bits(b, b.or_(vector.bits_of(b, magnitude), sign))
+
+
+def split_constant(vector: Vector, x: float) -> tuple[float, float]:
+    """A constant as a number of the compute type and the rest of it."""
+    high = float(vector.dtype(x))
+    return high, float(vector.dtype(x - high))
+
+
+def exp2_sum(vector: Vector, b: Builder, x: Value, low: Value, factor: float) -> Value:
+    """2**(x * factor + low) over the whole range: 0 below the normal numbers, infinity above; `low` is small.
+
+    As `exp2_product`, whose results are at most 1. The largest power is 2 * 2**(exponent bias), infinity.
+    """
+    table = EXP2_F64 if vector.bits == 64 else EXP2_F32
+    high, rest_of_factor = split_constant(vector, factor)
+    bias = vector.exponent_bias
+    x = clamp(vector, b, x, vector.const((1.0 - bias) / factor))
+    highest = vector.const((bias + 1.0) / factor)
+    x = b.select(b.fcmp_ordered(">", x, highest), highest, x)  # NaN stays NaN
+    magic = vector.const(1.5 * 2.0**vector.mantissa + bias - 1)
+    t = vector.fma(b, x, vector.const(high), magic)
+    rest = vector.fma(b, x, vector.const(high), b.fsub(magic, t))
+    rest = (
+        b.fadd(rest, low) if rest_of_factor == 0 else b.fadd(vector.fma(b, x, vector.const(rest_of_factor), rest), low)
+    )
+    p = horner(vector, b, rest, tuple(2 * c for c in table))
+    return b.fmul(p, vector.from_bits(b, b.shl(vector.bits_of(b, t), vector.iconst(vector.mantissa))))
+
+
+def log_parts(vector: Vector, b: Builder, x: Value) -> tuple[Value, Value]:
+    """K and log(m) with x = 2**k m, m within sqrt(2) of 1, for positive x.
+
+    log(m) = f - (h - s (h + R)) with f = m - 1, s = f / (2 + f), h = f**2 / 2 and R the rest of the series of
+    2 atanh(s) / s, as in fdlibm's e_log.c.
+    """
+    small = vector.const(2.0 ** (1 - vector.exponent_bias))
+    shift = vector.mantissa + 1
+    is_small = b.fcmp_ordered("<", x, small)  # subnormal numbers
+    x = b.select(is_small, b.fmul(x, vector.const(2.0**shift)), x)
+    bits = vector.bits_of(b, x)
+    middle = int(vector.dtype(2.0**-0.5).view(f"i{vector.bytes}"))
+    k = b.ashr(b.sub(bits, vector.iconst(middle)), vector.iconst(vector.mantissa))
+    m = vector.from_bits(b, b.sub(bits, b.shl(k, vector.iconst(vector.mantissa))))
+    f = b.fsub(m, vector.const(1.0))
+    s = b.fdiv(f, b.fadd(f, vector.const(2.0)))
+    z = b.fmul(s, s)
+    terms = 11 if vector.bits == 64 else 5
+    series = b.fmul(z, horner(vector, b, z, tuple(2.0 / (2 * n + 1) for n in range(terms, 0, -1))))
+    half = b.fmul(b.fmul(f, f), vector.const(0.5))
+    log = b.fsub(f, b.fsub(half, b.fmul(s, b.fadd(half, series))))
+    power = b.fadd(b.sitofp(k, vector.type), b.select(is_small, vector.const(-shift), vector.const(0.0)))
+    return power, log
+
+
+def _beyond(vector: Vector, b: Builder, x: Value, log: Value) -> Value:
+    """The logarithm also of 0, infinity, NaN and negative numbers."""
+    infinity, zero = vector.const(float("inf")), vector.const(0.0)
+    log = b.select(b.fcmp_ordered("==", x, infinity), infinity, log)
+    log = b.select(b.fcmp_ordered("==", x, zero), vector.const(float("-inf")), log)
+    return b.select(b.fcmp_unordered("<", x, zero), vector.const(float("nan")), log)
+
+
+def log(vector: Vector, b: Builder, x: Value) -> Value:
+    """The natural logarithm, within 1 ulp."""
+    power, rest = log_parts(vector, b, x)
+    high = 0.693359375 if vector.bits == 32 else 6.93147180369123816490e-01  # of few bits: its multiples are exact
+    low = 0.6931471805599453094172321 - high if vector.bits == 32 else 1.90821492927058770002e-10
+    rest = vector.fma(b, power, vector.const(low), rest)
+    return _beyond(vector, b, x, vector.fma(b, power, vector.const(high), rest))
+
+
+def log2(vector: Vector, b: Builder, x: Value) -> Value:
+    """The logarithm to base 2."""
+    power, rest = log_parts(vector, b, x)
+    return _beyond(vector, b, x, vector.fma(b, rest, vector.const(1.4426950408889634), power))
+
+
+def power(vector: Vector, b: Builder, x: Value, y: Value) -> Value:
+    """x**y, as in IEEE 754: NaN for negative x and a y that is no integer.
+
+    Its relative error is that of log2(x) times y log(2): 1e-6 for results up to 2**8 in float32.
+    """
+    zero, one = vector.const(0.0), vector.const(1.0)
+    size = vector.abs(b, x)
+    exponent = log2(vector, b, size)
+    product = b.fmul(exponent, y)
+    lost = b.select(
+        b.fcmp_ordered("<", vector.abs(b, product), vector.const(2.0**12)),
+        vector.fma(b, exponent, y, b.fneg(product)) if vector.host.fma else zero,
+        zero,
+    )
+    result = exp2_sum(vector, b, product, lost, 1.0)
+    half = b.fmul(y, vector.const(0.5))
+    whole = b.fcmp_ordered("==", rounded(vector, b, "floor", y), y)
+    odd = b.and_(whole, b.fcmp_unordered("!=", rounded(vector, b, "floor", half), half))
+    signed = b.select(odd, b.fneg(result), b.select(whole, result, vector.const(float("nan"))))
+    result = b.select(b.fcmp_ordered("<", x, zero), signed, result)
+    is_one = b.or_(b.fcmp_ordered("==", y, zero), b.fcmp_ordered("==", x, one))
+    return b.select(is_one, one, result)
+
+
+def rounded(vector: Vector, b: Builder, how: str, x: Value) -> Value:
+    """`how` is floor, ceil, trunc, or rint, to even."""
+    return call(b, f"llvm.{how}.v{vector.width}f{vector.bits}", vector.type, x)
+
+
+def sin(vector: Vector, b: Builder, x: Value, cosine: bool = False) -> Value:
+    """sin(x), or cos(x): a multiple of pi/2 is taken off in three parts, and the rest goes into Taylor's series.
+
+    The absolute error is some 1e-7 (1e-15 in float64) up to |x| = 1e4, and grows with |x| beyond.
+    """
+    quarter = rounded(vector, b, "rint", b.fmul(x, vector.const(2 / 3.141592653589793)))
+    # Of few bits each (Cody and Waite): multiples of the first two are exact.
+    parts = (1.5703125, 4.837512969970703e-4, 7.549789948768648e-8) if vector.bits == 32 else (
+        1.57079632673412561417e00, 6.07710050630396597660e-11, 2.02226624879595063154e-21
+    )  # fmt: skip
+    for part in parts:
+        x = vector.fma(b, quarter, vector.const(-part), x)
+    z = b.fmul(x, x)
+    count = 9 if vector.bits == 64 else 6
+    of_sin, of_cos = [1.0], [1.0]
+    for n in range(1, count):
+        of_sin.append(-of_sin[-1] / (2 * n * (2 * n + 1)))
+        of_cos.append(-of_cos[-1] / (2 * n * (2 * n - 1)))
+    sine = b.fmul(x, horner(vector, b, z, tuple(reversed(of_sin))))
+    cosine_of = horner(vector, b, z, tuple(reversed(of_cos)))
+    # fptosi of a number beyond the integers is undefined, so only the rest of the division by 4 is converted.
+    rest = b.fsub(quarter, b.fmul(vector.const(4.0), rounded(vector, b, "floor", b.fmul(quarter, vector.const(0.25)))))
+    rest = b.select(b.fcmp_ordered("<=", rest, vector.const(4.0)), rest, vector.const(0.0))
+    turn = b.add(b.fptosi(rest, vector.int_type), vector.iconst(1 if cosine else 0))
+    zero = vector.iconst(0)
+    swap = b.icmp_signed("!=", b.and_(turn, vector.iconst(1)), zero)
+    negative = b.icmp_signed("!=", b.and_(turn, vector.iconst(2)), zero)
+    result = b.select(swap, cosine_of, sine)
+    result = b.select(negative, b.fneg(result), result)
+    return result

@@ -60,7 +60,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         areas_of(spec), "state scores hidden values out extra saved high low"
     )
     starts_of, stops_of, lse_rows_of = views(areas_of(spec), "starts stops lse_rows")
-    place_rows, pack_rows, _, hides_all, score_tile, sources = make_scoring(spec)
+    place_rows, pack_rows, _, hides_all, may_hide, score_tile, sources = make_scoring(spec)
     list_of, tile_of, runs_of, clip = make_visible(spec)
     find_values, scale = sources.find_values, sources.scale
     mm_output = micro_kernel(spec, "output")
@@ -304,7 +304,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             inverse = real(0)
             if total != 0:
                 inverse = real(p.dropout_scale) / total
-            elif starts[lane] < stops[lane] and p.mask == 0 and p.bias_kind == 0 and p.visible == 0:
+            elif starts[lane] < stops[lane] and not may_hide(p):
                 inverse = real(math.nan)  # keys were visible, and every score was -inf, which only infinite inputs give
             lanes[RESCALE, lane] = inverse / lanes[INVERSE, lane] if normalized and total != 0 else inverse
             lanes[INVERSE, lane] = inverse

@@ -14,7 +14,9 @@ from . import scratch
 ADDRESSES = (
     "query", "key", "value", "out",
     "counter", "scratch", "sequences", "lse", "bias", "mask", "slopes", "sinks", "chosen", "visible", "seed",
+    "score_mod", "mask_mod", "mod_data",
     "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias", "delta",
+    "mod_gradient", "mod_sums",
     "members", "counts", "partial",
 )  # fmt: skip
 INTEGERS = (
@@ -32,6 +34,7 @@ INTEGERS = (
     "grad_out_head", "grad_out_row", "grad_out_column", "grad_lse_head", "grad_lse_row",
     "grad_query_head", "grad_query_row", "grad_key_head", "grad_key_row", "grad_value_head", "grad_value_row",
     "grad_bias_head", "grad_bias_row", "grad_bias_column", "grad_bias_group", "delta_head", "delta_row",
+    "mod_sums_head", "mod_sums_group",
 )  # fmt: skip
 # Queries are multiplied by `prescale`, and their products with keys by `rest` to give natural scores. The softmax sees
 # scores in units of `unit`: products, or natural scores where a stage has converted them. See `records.scaling_of`.

@@ -16,6 +16,7 @@ from ..philox import BLOCK
 from . import features, pairs, stages, tiles
 from .elements import ELEMENTS
 from .gemm import micro_kernel
+from .mods import call_tile
 from .params import NEVER
 from .scratch import areas_of, views
 from .simd import void_pointer
@@ -43,6 +44,7 @@ class Scoring(NamedTuple):
     pack_rows: Any
     products: Any
     hides_all: Any
+    may_hide: Any
     score_tile: Any
     sources: Sources
 
@@ -71,7 +73,7 @@ def make_scoring(spec: Spec) -> Scoring:
     multiply, alibi = stages.multiply(spec), stages.alibi(spec)
     add_bias, hide, hide_bits = stages.add_bias(spec), stages.hide(spec), stages.hide_bits(spec)
     clip_interval, tile_max = stages.clip_interval(spec), stages.tile_max(spec)
-    by_features = spec.task == "decode"
+    by_features, no_tile = spec.task == "decode", np.int64(0)
     sources = make_sources(spec)
     find_keys, scale = sources.find_keys, sources.scale
     choose = spec.jit(bind(select, min, max, None))
@@ -201,6 +203,12 @@ def make_scoring(spec: Spec) -> Scoring:
         return not has_visible(at + p.at_mask, n)
 
     @spec.jit
+    def may_hide(p: Any) -> bool:
+        """Whether scores of -inf are hidden keys; else they come from infinite inputs only."""
+        hides: bool = p.mask != 0 or p.bias_kind != 0 or p.visible != 0 or p.score_mod != 0 or p.mask_mod != 0
+        return hides
+
+    @spec.jit
     def score_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, bits: int) -> None:
         """Scores of the tile's rows with keys j0 .. j0 + n; p.unit * LOG2E takes them to powers of 2.
 
@@ -220,6 +228,12 @@ def make_scoring(spec: Spec) -> Scoring:
             if differentiates:
                 cap_slope(scores, n, real(1 / p.cap_outer), at + p.at_cap_slopes)
             factor = natural
+        if p.score_mod != 0:
+            call_tile(
+                p.score_mod, p.mod_data, scores, n, j0, s.batch, s.head, at + p.at_positions, at + p.at_lane_heads,
+                at + p.at_mod_slopes, at + p.at_mod_scores, np.float64(factor),
+            )  # fmt: skip
+            factor = natural
         if p.slopes != 0:
             positions = positions_of(p, at)
             for lane in range(BM):
@@ -236,6 +250,12 @@ def make_scoring(spec: Spec) -> Scoring:
             factor = natural
         if p.mask != 0:
             hide(scores, n, at + p.at_mask, factor)
+            factor = natural
+        if p.mask_mod != 0:
+            call_tile(
+                p.mask_mod, p.mod_data, scores, n, j0, s.batch, s.head, at + p.at_positions, at + p.at_lane_heads,
+                no_tile, no_tile, np.float64(factor),
+            )  # fmt: skip
         if bits != 0:
             hide_bits(scores, n, bits)
         if edge:
@@ -249,4 +269,4 @@ def make_scoring(spec: Spec) -> Scoring:
         if quantized or by_features or (not differentiates and (edge or bits != 0 or p.staged != 0 or p.E > chain)):
             tile_max(scores, n, state)
 
-    return Scoring(place_rows, pack_rows, products, hides_all, score_tile, sources)
+    return Scoring(place_rows, pack_rows, products, hides_all, may_hide, score_tile, sources)

@@ -109,6 +109,8 @@ def _of_backward(spec: Spec, E: int, Ev: int, sums: int) -> dict[str, Area]:
         "values": Area((BN * words,), np.int32) if spec.bf16_dot else Area((BN * Ev if spec.widens_kv else 0,), real),
         "grad_scores": tile,
         "cap_slopes": tile,
+        "mod_slopes": tile,
+        "mod_scores": tile,  # scores before the rule
         "out": Area((max(-(-E // MR) * MR, Ev), BM), real),  # the outputs, then dQ
         "high": Area((E, BM), real),
         "low": Area((E, BM), real),

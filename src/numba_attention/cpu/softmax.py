@@ -335,8 +335,8 @@ def row_products(spec: Spec) -> Any:
     return routine("first second n target", build)
 
 
-def multiply_tile(spec: Spec) -> Any:
-    """Make ``multiply(tile, n, other)``: tile *= other, over n rows."""
+def multiply_tile(spec: Spec, keeps_zero: bool = False) -> Any:
+    """Make ``multiply(tile, n, other)``: tile *= other, over n rows; if `keeps_zero`, 0 also times infinity or NaN."""
     vector = spec.vector
     NV = spec.block[1]
     width = vector.bytes * vector.width
@@ -345,7 +345,11 @@ def multiply_tile(spec: Spec) -> Any:
         def body(i: Value, carried: list[Value]) -> list[Value]:
             p, q = carried
             for v in range(NV):
-                vector.store(b, b.fmul(vector.load(b, p, v * width), vector.load(b, q, v * width)), p, v * width)
+                x = vector.load(b, p, v * width)
+                product = b.fmul(x, vector.load(b, q, v * width))
+                if keeps_zero:
+                    product = b.select(b.fcmp_ordered("==", x, vector.const(0.0)), x, product)
+                vector.store(b, product, p, v * width)
             return [at(b, p, NV * width), at(b, q, NV * width)]
 
         loop(b, n, [pointer(b, tile), pointer(b, other)], body)

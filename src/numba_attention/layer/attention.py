@@ -314,7 +314,9 @@ class MultiHeadAttention(Weights):
         ctx = self._attend_any(query, key, value, key_padding_mask, cu_seqlens, need_weights, settings, True)
         return self._result(ctx, need_weights, average_weights), ctx
 
-    def backward(self, grad_out: Array, ctx: Context) -> Gradients:
+    def backward(
+        self, grad_out: Array, ctx: Context, *, mod_grads: ArrayLike | Literal["all"] | None = None
+    ) -> Gradients:
         """Gradients of a loss with respect to the inputs of `forward` and, in `grads`, to the parameters.
 
         Parameters
@@ -324,13 +326,16 @@ class MultiHeadAttention(Weights):
         ctx : object
             The context that `forward` of this layer returned. It may be used several times, and contexts may be used in
             any order.
+        mod_grads : "all" or int or sequence of int, optional
+            Which arrays in `mod_args` get a gradient, as in `attention_backward`.
 
         Returns
         -------
         Gradients
-            Named tuple (query, key, value, bias, sinks), each of the shape and dtype of its input. The gradient of an
-            input that was not passed is None, and is part of the gradient of the input that was used in its place: in
-            self-attention, that of `query` is the sum of all. `bias` and `sinks` are None unless these were passed.
+            Named tuple (query, key, value, bias, sinks, mod_args), each of the shape and dtype of its input. The
+            gradient of an input that was not passed is None, and is part of the gradient of the input that was used in
+            its place: in self-attention, that of `query` is the sum of all. `bias` and `sinks` are None unless these
+            were passed, and `mod_args` without `mod_grads`.
 
         Raises
         ------
@@ -377,10 +382,11 @@ class MultiHeadAttention(Weights):
         grads_by_name: dict[str, Array | None] = {"out_proj.weight": grad_weight, "out_proj.bias": grad_bias}
         if ctx.starts is None:
             of_heads = attention_backward(
-                self._heads(grad), ctx.q, ctx.k, ctx.v, ctx.heads.swapaxes(-3, -2), lse, **ctx.options
-            )
+                self._heads(grad), ctx.q, ctx.k, ctx.v, ctx.heads.swapaxes(-3, -2), lse, mod_grads=mod_grads,
+                **ctx.options,
+            )  # fmt: skip
         else:
-            of_heads = self._packed_gradients(self._heads(grad).swapaxes(0, 1), ctx, lse)
+            of_heads = self._packed_gradients(self._heads(grad).swapaxes(0, 1), ctx, lse, mod_grads)
         of_inputs: list[Array | None] = [None, None, None]
         no_key, no_value = ctx.inputs[1] is None, ctx.inputs[2] is None
         source_of_key = 0 if no_key else 1
@@ -389,7 +395,7 @@ class MultiHeadAttention(Weights):
             source = sources[first]
             x = ctx.inputs[source]
             assert x is not None
-            grad = self._joined_gradient(of_heads[first:last], ctx.turns, first, x.shape[:-1])
+            grad = self._joined_gradient(of_heads[:3][first:last], ctx.turns, first, x.shape[:-1])
             weight, bias = self._joined(first, last)
             grad, grad_weight, grad_bias = _gradients(grad, x, weight, bias is not None)
             for n in range(first, last):
@@ -400,7 +406,7 @@ class MultiHeadAttention(Weights):
             so_far = of_inputs[source]
             of_inputs[source] = grad if so_far is None else np.add(so_far, grad, out=so_far)
         self.grads = {name: array for name in self._parameters if (array := grads_by_name[name]) is not None}
-        return Gradients(of_inputs[0], of_inputs[1], of_inputs[2], of_heads.bias, of_heads.sinks)
+        return Gradients(of_inputs[0], of_inputs[1], of_inputs[2], *of_heads[3:])
 
     def _repr_html_(self) -> str:
         rows = [(name, " x ".join(map(str, x.shape)), f"{x.size:,}") for name, x in self.parameters().items()]
@@ -503,11 +509,11 @@ class MultiHeadAttention(Weights):
             attention_varlen(q, k, v, starts, starts, out=heads, **options)
         return Context(self, inputs, q, k, v, turns, heads, lse, options, starts)
 
-    def _packed_gradients(self, grad: Array, ctx: Context, lse: Array) -> Gradients:
+    def _packed_gradients(self, grad: Array, ctx: Context, lse: Array, mod_grads: Any) -> Gradients:
         """Return the gradients of the heads of packed sequences, as (heads, T, E)."""
         assert ctx.starts is not None
         grads = attention_varlen_backward(
-            grad, ctx.q, ctx.k, ctx.v, ctx.heads, lse, ctx.starts, ctx.starts, **ctx.options
+            grad, ctx.q, ctx.k, ctx.v, ctx.heads, lse, ctx.starts, ctx.starts, mod_grads=mod_grads, **ctx.options
         )
         q, k, v = (None if x is None else x.swapaxes(0, 1) for x in grads[:3])
         return grads._replace(query=q, key=k, value=v)

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..caches.contents import Contents
 from ..masks.blockmask import BlockMask
+from ..mods.rules import as_arguments, plain
 from ..narrowing import largest_computed
 from ..options import NO_OPTIONS, Array, Gradients, Options
 from ..validation import (
@@ -112,6 +113,9 @@ class Problem:
     bias: Array | None = None  # (*batch, H, L, S), any supported float dtype, -inf hides
     mask: Array | None = None  # bool (*batch, H, L, S), True = may attend
     blocks: BlockMask | None = None  # the same by blocks, of a shape that broadcasts to (*batch, H, L, S)
+    score_mod: Any = None  # functions as the caller passed them
+    mask_mod: Any = None
+    mod_args: tuple[Any, ...] = ()  # contiguous arrays and Python numbers
     dropout: int = 0  # weights whose 16 random bits are below it are dropped: see `philox`
     seed: int = 0  # the key of the random bits, as a signed number of 64 bits
     first_sequence: int = 0  # number of the first sequence of the batch, if this is a part of a packed problem
@@ -139,6 +143,8 @@ class BackwardProblem:
     bias_shape: tuple[int, ...] | None  # shape of the caller's bias, with axes of size 1 in front
     inputs: tuple[Array, Array, Array]  # query, key, value as the caller passed them
     options: Options
+    mod_grads: tuple[int, ...] | None = None  # which of mod_args gradients are wanted of
+    mod_args: list[Array] | None = None  # these gradients, made by the backend: of their shapes, in float64
     bias: Array | None = None  # gradient, allocated by the backend: of bias_shape, in its precision
     sinks: Array | None = None  # gradient, allocated by the backend if the problem has sinks: (H,), in its precision
     empty: Empty = np.empty  # allocates results
@@ -202,8 +208,8 @@ def build(
 
 
 def build_backward(
-    grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, grad_lse: Any, options: Options,
-    empty: Empty = np.empty,
+    grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, grad_lse: Any, mod_grads: Any,
+    options: Options, empty: Empty = np.empty,
 ) -> BackwardProblem:  # fmt: skip
     """Validate one `attention_backward` call and allocate the gradients of query, key and value."""
     q, k, v, flat = _operands(query, key, value)
@@ -223,7 +229,32 @@ def build_backward(
         bias_shape = (1,) * (q.ndim - len(bias_shape)) + bias_shape
     dq, dk, dv = (empty(x.shape, x.dtype) for x in (q, k, v))
     inputs = (query, key, value)
-    return BackwardProblem(problem, full_grad, full_grad_lse, dq, dk, dv, bias_shape, inputs, options, empty=empty)
+    places = as_mod_grads(mod_grads, problem)
+    return BackwardProblem(
+        problem, full_grad, full_grad_lse, dq, dk, dv, bias_shape, inputs, options, places, empty=empty
+    )
+
+
+def as_mod_grads(mod_grads: Any, p: Problem) -> tuple[int, ...] | None:
+    """Check which of `mod_args` gradients are wanted of; return their places, in order."""
+    if mod_grads is None:
+        return None
+    if p.score_mod is None:
+        raise ValueError("mod_grads must be None without a score_mod")
+    are_reals = [isinstance(x, np.ndarray) and x.dtype.kind == "f" for x in p.mod_args]
+    if isinstance(mod_grads, str):
+        if mod_grads != "all":
+            raise ValueError(f"mod_grads must be 'all', or say which of mod_args by their indices, got {mod_grads!r}")
+        return tuple(np.flatnonzero(are_reals).tolist())
+    places = np.atleast_1d(as_ints("mod_grads", mod_grads if np.size(mod_grads) else np.zeros(0, np.int64)))
+    for place in places.ravel().tolist():
+        if not 0 <= place < len(p.mod_args):
+            raise ValueError(f"mod_grads must lie between 0 and {len(p.mod_args) - 1}, got {place}")
+        if not are_reals[place]:
+            x = p.mod_args[place]
+            kind = f"an array of {x.dtype}" if isinstance(x, np.ndarray) else f"the number {x!r}"
+            raise TypeError(f"mod_args[{place}] must be an array of float32 or float64 to have a gradient, got {kind}")
+    return tuple(sorted(set(places.ravel().tolist())))
 
 
 def spread_bias(array: Array, p: Problem) -> Array:
@@ -240,15 +271,23 @@ def finish(p: BackwardProblem, reduce: Reduce) -> Gradients:
     return Gradients(q, k, v, *of_options(p, reduce))
 
 
-def of_options(p: BackwardProblem, reduce: Reduce) -> tuple[Array | None, Array | None]:
-    """Return the gradients of bias and sinks, in the shape and dtype of their inputs, or None without these."""
-    bias = sinks = None
+def of_options(
+    p: BackwardProblem, reduce: Reduce
+) -> tuple[Array | None, Array | None, tuple[Array | None, ...] | None]:
+    """Return the gradients of bias, sinks and mod_args, in the shape and dtype of their inputs, or None."""
+    bias = sinks = mod_args = None
     if p.bias is not None:
         bias_of_caller = np.asarray(p.options.bias)
         bias = reduce(p.bias.reshape(bias_of_caller.shape), bias_of_caller.shape, bias_of_caller.dtype, p.empty)
     if p.sinks is not None:
         sinks = reduce(p.sinks, p.sinks.shape, np.asarray(p.options.sinks).dtype, p.empty)
-    return bias, sinks
+    if p.mod_grads is not None:
+        grads: list[Array | None] = [None] * len(p.forward.mod_args)
+        made = p.mod_args or [np.zeros(p.forward.mod_args[place].shape) for place in p.mod_grads]
+        for place, grad in zip(p.mod_grads, made, strict=True):
+            grads[place] = grad.astype(p.forward.mod_args[place].dtype, copy=False)
+        mod_args = tuple(grads)
+    return bias, sinks, mod_args
 
 
 def sum_to(x: Array, shape: tuple[int, ...], dtype: Any = None, empty: Empty = np.empty) -> Array:
@@ -332,6 +371,13 @@ def _apply(p: Problem, o: Options) -> None:
     if o.bias is not None:
         bias = as_floats("bias", o.bias)
         p.bias = broadcast_to("bias", bias, (*p.batch, p.H, p.L, p.S))
+    if o.score_mod is not None or o.mask_mod is not None:
+        for name in ("score_mod", "mask_mod"):
+            if getattr(o, name) is not None:
+                plain(getattr(o, name), name)
+        p.score_mod, p.mask_mod, p.mod_args = o.score_mod, o.mask_mod, as_arguments(o.mod_args)
+    elif o.mod_args is not NO_OPTIONS.mod_args and as_arguments(o.mod_args):
+        raise ValueError("mod_args must be empty without a score_mod or mask_mod that takes them")
     if o.seed is not None or type(o.dropout_p) is not float or o.dropout_p != 0:
         _drop(p, o)
 

@@ -19,7 +19,7 @@ from ..validation import (
     check_out,
     lse_dtype_of,
 )
-from .dense import BackwardProblem, Empty, Packing, Problem, Reduce, _operands, _resolve, of_options
+from .dense import BackwardProblem, Empty, Packing, Problem, Reduce, _operands, _resolve, as_mod_grads, of_options
 
 
 def build(
@@ -40,7 +40,7 @@ def build(
 
 def build_backward(
     grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, grad_lse: Any, cu_q: Any, cu_k: Any,
-    options: Options, empty: Empty = np.empty,
+    mod_grads: Any, options: Options, empty: Empty = np.empty,
 ) -> BackwardProblem:  # fmt: skip
     """Validate one `attention_varlen_backward` call and allocate the gradients of query, key and value."""
     q, k, v = _packed_operands(query, key, value)
@@ -59,7 +59,8 @@ def build_backward(
     over_lse = None if grad_lse is None else _over(grad_lse, n)
     over_out = _over(grad_out.swapaxes(0, 1), n)
     # The gradients take the place of `inputs`: they have these shapes already, and no axis was broadcast.
-    return BackwardProblem(problem, over_out, over_lse, dq, dk, dv, bias_shape, grads, options, empty=empty)
+    places = as_mod_grads(mod_grads, problem)
+    return BackwardProblem(problem, over_out, over_lse, dq, dk, dv, bias_shape, grads, options, places, empty=empty)
 
 
 def finish(p: BackwardProblem, reduce: Reduce) -> Gradients:

@@ -1,0 +1,436 @@
+"""What a mod may say: passes over a tile against plain Python, slopes against differences, and what is refused."""
+
+import ctypes
+import math
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import numba_attention as na
+from numba_attention.backends.cpu_rules import compiled_bits
+from passes import function_of, lanes_of, plainly, run
+
+CAP = 20.0
+TABLE = np.linspace(-1, 1, 65).astype(np.float32)
+GRID = np.random.default_rng(5).standard_normal((2, 90)).astype(np.float32)
+DOCS = np.repeat(np.arange(9), 12).astype(np.int32)
+WIDE = DOCS.astype(np.int64) * 2**40
+FLAGS = np.random.default_rng(6).random((100, 100)) < 0.5
+
+
+def helper(x, low=-1.0):
+    """A helper with a default, which returns early."""
+    if x < low:
+        return low
+    y = x * 0.5
+    return y
+
+
+@numba.njit
+def compiled(x):
+    return 1 + abs(x) / 2
+
+
+def identity(score, batch, head, i, j):
+    return score
+
+
+def alibi(score, batch, head, i, j):
+    return score - abs(i - j) * 2.0 ** (-8 * (head + 1) / 2)
+
+
+def cap(score, batch, head, i, j):
+    return CAP * math.tanh(score / CAP)
+
+
+def relative(score, batch, head, i, j, table):
+    return score + table[min(max(i - j + 32, 0), 64)]
+
+
+def wraps_and_clamps(score, batch, head, i, j, table):
+    return score + table[i - j] + table[i * 5]
+
+
+def of_head(score, batch, head, i, j, grid):
+    return score + grid[head, j] * grid[head][i]
+
+
+def early(score, batch, head, i, j):
+    if i < j:
+        return score - 1
+    if i == j:
+        return 2 * score
+    score = score + 3
+    return score
+
+
+def nested(score, batch, head, i, j):
+    x = 0
+    if score > 0:
+        if i > 5:
+            x = 1.5
+        elif j > 3:
+            x = -score
+        else:
+            return score * 3
+    return score + x
+
+
+def loops(score, batch, head, i, j):
+    total = 0.0
+    for k in range(5):
+        if k == i % 3:
+            continue
+        if k > j:
+            break
+        total += k * score
+    for scale in (0.5, 0.25):
+        total -= scale
+    return total
+
+
+def shapes(score, batch, head, i, j, grid):
+    total = score
+    for k in range(grid.shape[0]):
+        total += grid[k, j % len(grid)]
+    return total + grid.size
+
+
+def helpers(score, batch, head, i, j):
+    return helper(score) + helper(score, low=-0.5) + compiled(score)
+
+
+def math_of_all(score, batch, head, i, j):
+    x = np.exp(-abs(score)) + math.log(1 + score * score) + np.sqrt(0.5 + abs(score)) + math.exp2(score / 3)
+    return x + math.sin(score) - np.cos(score * 2) + np.log2(2 + abs(score)) + np.tanh(score)
+
+
+def powers(score, batch, head, i, j):
+    return (
+        score**2 - score**3 + abs(score) ** 1.5 + (1 + abs(score)) ** (0.1 * (i - j)) + 2**-head + (score - 9.0) ** -2
+    )
+
+
+def integers(score, batch, head, i, j):
+    return score + (i - j) // 3 - (i - j) % 4 + (i * 7 - 40) // (j + 1) + (j - 60) % (i + 2) + ((i & 5) | (j ^ 3))
+
+
+def shifts(score, batch, head, i, j):
+    return score + (i << 2) - (j >> 1) + ~i + -j
+
+
+def rounding(score, batch, head, i, j):
+    return math.floor(score) + math.ceil(score / 2) + int(score * 3) + round(score) + np.floor(score) - np.trunc(score)
+
+
+def chosen(score, batch, head, i, j):
+    inside = 0 <= i - j < 5 and not (i == 7 or j == 9)
+    return np.where(inside, score, -score) + (1 if i > j else 0.5) + (score or 2.0) * (i > 3)
+
+
+def hides(score, batch, head, i, j, docs):
+    return score if docs[i] == docs[j] else float("-inf")
+
+
+def of_int64(score, batch, head, i, j, docs):
+    return score + (docs[i] == docs[j]) + docs[j % 7] / 2**41
+
+
+def of_flags(score, batch, head, i, j, flags):
+    return score if flags[i, j] and not flags[j][i] else -score
+
+
+def of_numbers(score, batch, head, i, j, scale, steps, on):
+    return score * scale + steps * i if on else score
+
+
+def clipped(score, batch, head, i, j):
+    a, b = min(score, 1.0, 2), max(score, -1, -2.0)
+    return np.clip(score, -0.5, 0.5) + a * b + np.minimum(score, i) + np.maximum(score, j)
+
+
+def flex_style(score, batch, head, i, j, docs):
+    return np.where((i >= j) & (docs[i] == docs[j]) | (j < 2), score, -np.inf)
+
+
+def of_batch(score, batch, head, i, j, slopes):
+    return score * slopes[batch] - batch
+
+
+FUNCTIONS = [
+    (identity, ()), (alibi, ()), (cap, ()), (relative, (TABLE,)), (wraps_and_clamps, (TABLE,)), (of_head, (GRID,)),
+    (early, ()), (nested, ()), (loops, ()), (shapes, (GRID,)), (helpers, ()), (math_of_all, ()), (powers, ()),
+    (integers, ()), (shifts, ()), (rounding, ()), (chosen, ()), (hides, (DOCS,)), (of_int64, (WIDE,)),
+    (of_flags, (FLAGS,)), (of_numbers, (0.25, 3, True)), (clipped, ()), (flex_style, (DOCS,)),
+    (of_batch, (np.array([1.0, 0.5, -2.0]),)), (lambda score, batch, head, i, j: score * 2 - head, ()),
+]  # fmt: skip
+SMOOTH = [x for x in FUNCTIONS if x[0] not in (rounding,)]
+names = [function.__name__ for function, _ in FUNCTIONS]
+
+
+class Clamped(np.ndarray):
+    """An array with the index rules of a mod: negative ones count from the end, others stay within."""
+
+    def __getitem__(self, index):
+        index = index if isinstance(index, tuple) else (index,)
+        bounded = [min(max(k + n if k < 0 else k, 0), n - 1) for k, n in zip(index, self.shape, strict=False)]
+        return np.asarray(self)[tuple(bounded)].item() if len(bounded) == self.ndim else super().__getitem__(index)
+
+
+def plain_arguments(mod_args):
+    return tuple(x.view(Clamped) if isinstance(x, np.ndarray) else x for x in mod_args)
+
+
+def tile(dtype, in_a_row, keys=40):
+    rng = np.random.default_rng(1)
+    lanes = lanes_of(dtype)
+    scores = (3 * rng.standard_normal((keys, lanes))).astype(dtype)
+    positions = np.arange(lanes) + 11 if in_a_row else rng.integers(0, 75, lanes)
+    heads = np.full(lanes, 1) if in_a_row else rng.integers(0, 2, lanes)
+    return scores, positions, heads
+
+
+@pytest.mark.parametrize("in_a_row", [True, False], ids=["run", "any rows"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("function", "mod_args"), FUNCTIONS, ids=names)
+def test_pass_against_plain_python(function, mod_args, dtype, in_a_row):
+    scores, positions, heads = tile(dtype, in_a_row)
+    got, _, _ = run("score", function, scores, positions, heads, mod_args, batch=2, j0=4)
+    want = plainly(function, scores, positions, heads, plain_arguments(mod_args), batch=2, j0=4)
+    tolerance = 4e-6 if dtype == "float32" else 1e-13
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize("in_a_row", [True, False], ids=["run", "any rows"])
+@pytest.mark.parametrize(("function", "mod_args"), SMOOTH, ids=[function.__name__ for function, _ in SMOOTH])
+def test_slopes_against_differences(function, mod_args, in_a_row):
+    scores, positions, heads = tile("float64", in_a_row)
+    value, slopes, kept = run("kept", function, scores, positions, heads, mod_args, batch=1)
+    np.testing.assert_array_equal(kept, scores)
+    np.testing.assert_array_equal(value, run("score", function, scores, positions, heads, mod_args, batch=1)[0])
+    step = 1e-6
+    above, below = (
+        plainly(function, scores + x, positions, heads, plain_arguments(mod_args), batch=1) for x in (step, -step)
+    )
+    with np.errstate(invalid="ignore"):
+        want = np.where(above == below, 0, (above - below) / (2 * step))
+    np.testing.assert_allclose(slopes, want, rtol=2e-7, atol=2e-6)
+
+
+def test_derivative_of_the_users_own():
+    def rough(score, batch, head, i, j):
+        return math.floor(score)
+
+    def straight_through(score, batch, head, i, j):
+        return 1.0 + 0 * head
+
+    rough.derivative = straight_through
+    value, slopes, _ = run("slope", rough, *tile("float32", True))
+    assert (slopes == 1).all()
+    assert (value == np.floor(tile("float32", True)[0])).all()
+
+
+def test_kinks():
+    scores = np.zeros_like(tile("float64", True)[0])
+    _, slopes, _ = run("slope", lambda score, batch, head, i, j: abs(score), scores, *tile("float64", True)[1:])
+    assert (slopes == 1).all()
+    _, slopes, _ = run("slope", lambda s, batch, head, i, j: max(s, 3 * s), scores, *tile("float64", True)[1:])
+    assert (slopes == 1).all()
+
+
+# Random rules
+
+
+def numbers_():
+    return st.sampled_from(["score", "i", "j", "head", "batch", "2", "3", "0.5", "1.25", "x", "table[i]", "docs[j]"])
+
+
+def _joined(parts):
+    binary = st.builds(
+        lambda op, x, y: f"({x} {op} {y})", st.sampled_from(["+", "-", "*", "/ 7 -", "// 3 +", "% 5 -"]), parts, parts
+    )
+    function = st.builds(lambda f, x: f"{f}({x})", st.sampled_from(["abs", "math.tanh", "np.sin", "float"]), parts)
+    pair = st.builds(lambda f, x, y: f"{f}({x}, {y})", st.sampled_from(["min", "max"]), parts, parts)
+    choice = st.builds(
+        lambda x, y, op, p, q: f"({x} if {p} {op} {q} else {y})",
+        parts, parts, st.sampled_from(["<", "<=", "==", "!="]), parts, parts,
+    )  # fmt: skip
+    looked_up = st.builds(lambda x: f"table[int({x}) % 65]", parts)
+    return st.one_of(binary, function, pair, choice, looked_up)
+
+
+EXPRESSIONS = st.recursive(numbers_(), _joined, max_leaves=8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(first=EXPRESSIONS, second=EXPRESSIONS, third=EXPRESSIONS, test=EXPRESSIONS)
+def test_random_rules_agree_with_plain_python(first, second, third, test):
+    text = f"""
+def mod(score, batch, head, i, j, table, docs):
+    x = {first.replace("x", "1")}
+    if {test} > 1:
+        x = {second}
+        if i > j:
+            return x + {third}
+    return x - score
+"""
+    function = function_of(text, math=math, np=np)
+    scores, positions, heads = tile("float64", True, keys=5)
+    arguments = TABLE, DOCS
+    got, _, _ = run("score", function, scores, positions, heads, arguments, batch=1)
+    want = plainly(function, scores, positions, heads, plain_arguments(arguments), batch=1)
+    np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9, err_msg=text)
+
+
+# Refusals
+
+
+def asserts(score, batch, head, i, j):
+    assert i > j
+    return score
+
+
+def falls_off(score, batch, head, i, j):
+    if i > j:
+        return score
+
+
+def maybe(score, batch, head, i, j):
+    if i > j:
+        x = 1
+    return score + x
+
+
+def frozen(score, batch, head, i, j):
+    return score + TABLE[i]
+
+
+def norm(score, batch, head, i, j):
+    return np.linalg.norm(score)
+
+
+def writes(score, batch, head, i, j, table):
+    table[i] = score
+    return score
+
+
+def endless(score, batch, head, i, j):
+    while score > 0:
+        score -= 1
+    return score
+
+
+def depends(score, batch, head, i, j):
+    for _ in range(i):
+        score += 1
+    return score
+
+
+def unknown(score, batch, head, i, j):
+    return score + nowhere  # noqa: F821
+
+
+def slices(score, batch, head, i, j, table):
+    return score + table[i:]
+
+
+def real_index(score, batch, head, i, j, table):
+    return table[score]
+
+
+def recursive(score, batch, head, i, j):
+    return recursive(score, batch, head, i, j)
+
+
+def of_text(score, batch, head, i, j):
+    return score + "a"
+
+
+def not_a_number(score, batch, head, i, j):
+    return 1j * score
+
+
+def too_many(score, batch, head, i, j):
+    for _ in range(10):
+        for _ in range(10000):
+            score = score * 1.5 + i
+    return score
+
+
+def inverts(score, batch, head, i, j):
+    return score * ~(i > j)
+
+
+REFUSED = [
+    (asserts, (), "assert is not available", "assert i > j"),
+    (falls_off, (), "may end without a return", "if i > j:"),
+    (maybe, (), "x may have no value here", "return score + x"),
+    (frozen, (), "pass it in mod_args", "return score + TABLE[i]"),
+    (norm, (), r"np.linalg.norm is not available in a mod; use one of", "return np.linalg.norm(score)"),
+    (writes, (TABLE,), "arrays cannot be written", "table[i] = score"),
+    (endless, (), "while is not available", "while score > 0:"),
+    (depends, (), "the length of a loop must be known", "for _ in range(i):"),
+    (unknown, (), "name 'nowhere' is not defined", "return score + nowhere"),
+    (slices, (TABLE,), "slices are not available", "return score + table[i:]"),
+    (real_index, (TABLE,), "an index must be an integer", "return table[score]"),
+    (recursive, (), "recursion is not available", "return recursive"),
+    (of_text, (), "only numbers are available in a mod, got str", 'return score + "a"'),
+    (not_a_number, (), "complex", "return 1j"),
+    (too_many, (), "more than 20000 operations", "score = score * 1.5 + i"),
+    (inverts, (), "the opposite of a truth value is `not x`", "return score * ~(i > j)"),
+    (cap, (TABLE,), r"called as score_mod\(score, batch, head, i, j, \*mod_args\)", "def cap"),
+    (lambda score, i, j: score, (), "this function takes 3", "lambda score, i, j"),
+]
+
+
+@pytest.mark.parametrize(("function", "mod_args", "why", "line"), REFUSED, ids=[case[0].__name__ for case in REFUSED])
+def test_refused_with_the_users_line(function, mod_args, why, line):
+    query = np.zeros((2, 66, 8), np.float32)
+    with pytest.raises(TypeError, match=why) as caught:
+        na.attention(query, query, query, score_mod=function, mod_args=mod_args)
+    message = str(caught.value)
+    assert line in message
+    assert f'File "{__file__}", line ' in message
+    number = int(message.rsplit(", line ", 1)[1].split()[0])
+    assert function.__code__.co_firstlineno <= number < function.__code__.co_firstlineno + 8
+    caret = message.splitlines()[-1]
+    assert set(caret.strip()) == {"^"}
+
+
+def test_a_mask_returns_a_truth_value():
+    query = np.zeros((2, 6, 8), np.float32)
+    with pytest.raises(TypeError, match="a mask_mod must return a truth value"):
+        na.attention(query, query, query, mask_mod=lambda batch, head, i, j: 0.5 * i)
+
+
+def test_a_function_without_source():
+    scope = {}
+    exec("def mod(score, batch, head, i, j):\n    return score", scope)
+    query = np.zeros((2, 6, 8), np.float32)
+    with pytest.raises(TypeError, match="its source cannot be read"):
+        na.attention(query, query, query, score_mod=scope["mod"])
+
+
+def of_all(batch, head, i, j, docs):
+    return (docs[i] == docs[j] or i % 7 == head) and j <= i + batch
+
+
+@pytest.mark.parametrize("rows", [64, 1, 37])
+@pytest.mark.parametrize("function", [of_all, lambda batch, head, i, j, docs: docs[j] != head], ids=["all", "keys"])
+def test_bits_of_a_tile(function, rows):
+    first, n, j0 = 30, 50, 20
+    docs = np.repeat(np.arange(20), 5).astype(np.int32)[: first + rows]
+    docs = np.concatenate([docs, np.zeros(max(0, j0 + n - len(docs)), np.int32)])
+    bits = compiled_bits(function, (docs,), (first + rows, j0 + n), batch=3, heads=4)
+    words = np.full(64, 2**63 - 1, np.uint64)
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 10, ctypes.c_double)
+    result, error = ctypes.c_int64(), ctypes.c_void_p()
+    where = ctypes.addressof(result), ctypes.addressof(error)
+    kind(bits.address)(*where, bits.data, words.ctypes.data, n, j0, 2, 3, first, rows, 0, 0, 1.0)
+    got = (words[:n, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    want = np.array([[r < rows and function(2, 3, first + r, j0 + j, docs) for r in range(64)] for j in range(n)])
+    np.testing.assert_array_equal(got, want)
+    assert (words[n:] == 2**63 - 1).all()
