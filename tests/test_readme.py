@@ -1,5 +1,6 @@
 """What the README and the docs tell people to type."""
 
+import linecache
 import re
 from pathlib import Path
 
@@ -18,13 +19,15 @@ def blocks(page, language):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_examples_run(page):
     scope = {}
-    for code in blocks(page, "python"):
+    for n, code in enumerate(blocks(page, "python")):
         if 'device="cuda"' in code and not na.backends()["cuda"]:
             compile(code, page.name, "exec")  # what needs a GPU is at least Python
             continue
         for library in re.findall(r"^import (torch|jax|onnx)\b", code, re.M):
             pytest.importorskip(library)
-        exec(code, scope)
+        name = f"<block {n} of {page.name}>"
+        linecache.cache[name] = len(code), None, code.splitlines(keepends=True), name  # functions have a source
+        exec(compile(code, name, "exec"), scope)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
