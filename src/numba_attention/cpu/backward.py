@@ -268,8 +268,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
 
     @spec.jit
     def visit_keys(
-        p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, bits: int, sums: int, mod_sums: int, dirty: bool,
-        nan_safe: bool,
+        p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, bits: int, sums: int, mod_sums: int,
+        dirty: bool, nan_safe: bool,
     ) -> None:  # fmt: skip
         """One tile of keys: the weights, their gradients, and what follows from both."""
         weights, grad_scores = at + p.at_scores, at + p.at_grad_scores
