@@ -1,8 +1,8 @@
 """The parameters of multi-head attention: construction, access by name, pickling, exchange with PyTorch and files."""
 
 import math
-import os
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from os import PathLike
 from typing import Any, Self
 
@@ -15,9 +15,9 @@ from ..narrowing import largest
 from ..options import Array
 from ..rotary import Rotation, rotation
 from ..validation import FAR, as_array, as_real
-from .renaming import how_to_rename
-
-INPUTS = ("q_proj", "k_proj", "v_proj")
+from . import checkpoints
+from .checkpoints import INPUTS, Names, Recognised
+from .files import Tensors, library
 
 
 class Weights:
@@ -63,6 +63,7 @@ class Weights:
         self.rotary = _rotary(rotary)
         self._rotation = None if self.rotary is None else _resolved(self.rotary, self.head_dim)
         self.backend = None if backend is None else check_name(backend, "backend")
+        self.loaded: Recognised | None = None
         self.dropout = as_real("dropout", dropout)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}")
@@ -106,13 +107,17 @@ class Weights:
         """
         return dict(self._parameters)
 
-    def load_parameters(self, parameters: Mapping[str, ArrayLike]) -> None:
+    def load_parameters(
+        self, parameters: Mapping[str, ArrayLike], *, prefix: str = "", names: Names | str | None = None
+    ) -> None:
         """Copy parameters into the layer, converted to its dtype.
 
         Parameters
         ----------
         parameters : mapping of str to array of float
-            Exactly the names and shapes of `parameters`.
+            Exactly the names and shapes of `parameters`; or those of another library, as in `from_torch`.
+        prefix, names : optional
+            As in `from_torch`.
 
         Raises
         ------
@@ -122,7 +127,12 @@ class Weights:
             A name is missing or unknown, a shape differs, or a finite number would be infinite in the dtype of the
             layer. The layer is then as it was.
         """
-        arrays = {name: _floats(name, array) for name, array in _mapping("parameters", parameters).items()}
+        arrays = _arrays("parameters", parameters)
+        layers = checkpoints.find(arrays) if prefix or names is None else []
+        if prefix or names is not None or (layers and layers[0] != ("", checkpoints.FAMILIES[0])):
+            arrays, self.loaded = checkpoints.read(arrays, self.num_heads, _text("prefix", prefix), names)
+            zeros = {name: np.zeros_like(x) for name, x in self._parameters.items() if name.endswith(".bias")}
+            arrays = zeros | arrays
         if missing := self._parameters.keys() - arrays:
             raise ValueError(f"parameters lack {', '.join(sorted(missing))}")
         if unknown := arrays.keys() - self._parameters:
@@ -140,48 +150,67 @@ class Weights:
         state_dict: Mapping[str, Any],
         num_heads: int,
         *,
+        prefix: str = "",
+        names: Names | str | None = None,
         rotary: bool | Mapping[str, Any] | None = None,
         dropout: float = 0.0,
         rng: np.random.Generator | int | None = None,
         backend: str | None = None,
     ) -> Self:
-        """Build a layer from the parameters of a ``torch.nn.MultiheadAttention``.
+        """Build a layer from the parameters of a ``torch.nn.MultiheadAttention``, or of attention in another library.
 
         Parameters
         ----------
         state_dict : mapping of str to tensor or array
-            What its ``state_dict()`` returns, in the packed form ("in_proj_weight") or, with `kdim` or `vdim`,
-            the separate one ("q_proj_weight", ...). If the values are arrays, PyTorch is not needed.
+            What ``state_dict()`` of a module returns, or names and arrays from elsewhere, nested as Flax has them if
+            need be. If the values are arrays, PyTorch is not needed. Known are the names of PyTorch, of this package,
+            of BART, BERT, DistilBERT, GPT-2, Llama, ModernBERT, Phi-3, T5, ViT and Whisper in Transformers and of
+            models that are named like them, of timm and Diffusers, of Meta's own Llama, of Keras
+            (``{weight.path: weight.numpy() for weight in layer.weights}``) and of Flax. `loaded` says what was
+            recognised.
         num_heads : int
             Query heads, which the state dict does not contain.
+        prefix : str, default ""
+            The beginning of the names of the parameters, with its last dot. It may be left out where there is only one
+            layer.
+        names : mapping of str to str, or str, optional
+            Where the names are of no known family: "q_proj", "k_proj", "v_proj" and "out_proj" (or "in_proj" for the
+            first three in one array, or single parameters such as "q_proj.bias"), each with its name in `state_dict`,
+            or with a pair of that and a function of the array, such as ``("attn.w_out", numpy.transpose)``. Weights are
+            (out_features, in_features). Names that are not mentioned are ignored. Or the name of a family, as `loaded`
+            says it.
         rotary, dropout, rng, backend : optional
-            As in `MultiHeadAttention`.
+            As in `MultiHeadAttention`. T5 needs ``scale=1`` in each call.
 
         Returns
         -------
         MultiHeadAttention
-            With copies of the parameters; float64 if they are, else float32.
+            With copies of the parameters; float64 if they are, else float32. If only some of the projections have a
+            bias, as in Whisper, the biases of the others are 0.
 
         Raises
         ------
         TypeError
             A parameter is not an array of floating point.
         ValueError
-            Names or shapes are not those of the module, or the module has ``add_bias_kv=True``, which adds a learned
-            key that this layer does not have.
+            There is no layer, more than one, or one with parameters that this layer does not have and that change what
+            attention computes, such as those of normalised queries and keys. The message says how to go on.
+
+        Examples
+        --------
+        >>> import numpy as np, numba_attention as na
+        >>> rng = np.random.default_rng(0)
+        >>> gpt2 = {"h.0.attn.c_attn.weight": rng.standard_normal((8, 24)), "h.0.attn.c_attn.bias": np.zeros(24),
+        ...         "h.0.attn.c_proj.weight": rng.standard_normal((8, 8)), "h.0.attn.c_proj.bias": np.zeros(8)}
+        >>> layer = na.MultiHeadAttention.from_torch(gpt2, num_heads=2)
+        >>> layer.loaded.family, layer.loaded.prefix, layer.loaded.names["v_proj.weight"]
+        ('GPT-2', 'h.0.attn.', 'h.0.attn.c_attn.weight')
         """
-        parameters = {name: _from_tensor(name, x) for name, x in _mapping("state_dict", state_dict).items()}
-        if parameters.keys() & {"bias_k", "bias_v"}:
-            raise ValueError("state_dict has bias_k and bias_v (add_bias_kv=True), which this layer does not support")
-        for kind in ("weight", "bias"):
-            packed = parameters.pop(f"in_proj_{kind}", None)
-            parts = [parameters.pop(f"{name}_{kind}", None) for name in INPUTS]
-            if packed is not None:
-                if not packed.ndim or len(packed) % 3:
-                    raise ValueError(f"in_proj_{kind} must hold three equal parts, got shape {packed.shape}")
-                parts = list(np.split(packed, 3))
-            parameters |= {f"{name}.{kind}": part for name, part in zip(INPUTS, parts, strict=True) if part is not None}
-        return cls._from_parameters(parameters, num_heads, rotary=rotary, dropout=dropout, rng=rng, backend=backend)
+        arrays = _arrays("state_dict", state_dict)
+        parameters, loaded = checkpoints.read(arrays, _positive("num_heads", num_heads), _text("prefix", prefix), names)
+        return cls._from_parameters(
+            parameters, num_heads, loaded, rotary=rotary, dropout=dropout, rng=rng, backend=backend
+        )
 
     def to_torch(self) -> dict[str, Any]:
         """Return the parameters in the form that ``torch.nn.MultiheadAttention.load_state_dict`` takes.
@@ -226,6 +255,7 @@ class Weights:
         prefix: str = "",
         *,
         num_heads: int,
+        names: Names | str | None = None,
         rotary: bool | Mapping[str, Any] | None = None,
         dropout: float = 0.0,
         rng: np.random.Generator | int | None = None,
@@ -236,11 +266,13 @@ class Weights:
         Parameters
         ----------
         path : str or path-like
-            The file.
+            The file, or the index of a model in several files (``model.safetensors.index.json``).
         prefix : str, default ""
             The beginning of the names of the parameters, with its last dot, such as "encoder.0.self_attn.".
         num_heads : int
             Query heads, which the file does not contain.
+        names : optional
+            As in `from_torch`, which lists the names that are known.
         rotary, dropout, rng, backend : optional
             As in `MultiHeadAttention`. The file does not contain these either.
 
@@ -257,20 +289,81 @@ class Weights:
         FileNotFoundError
             There is no such file.
         ValueError
-            The file is damaged, or has no layer with that prefix: neither the names that `save_safetensors` writes
-            ("q_proj.weight", ...) nor those of ``torch.nn.MultiheadAttention``.
+            The file is damaged, or has no layer with that prefix whose names are known, or several.
+
+        See Also
+        --------
+        load_layers : all layers of a file.
         """
-        _check_file(path, prefix)
-        library = _safetensors()
-        try:
-            with library.safe_open(path, "np") as file:
-                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
-                parameters = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-        except library.SafetensorError as error:
-            raise ValueError(f"{os.fspath(path)} is no whole safetensors file: {error}") from None
-        if parameters.keys() & {"in_proj_weight", "q_proj_weight"}:
-            return cls.from_torch(parameters, num_heads, rotary=rotary, dropout=dropout, rng=rng, backend=backend)
-        return cls._from_parameters(parameters, num_heads, rotary=rotary, dropout=dropout, rng=rng, backend=backend)
+        file = Tensors(path)
+        begin = _text("prefix", prefix)
+        arrays = file.read(name for name in file.names if name.startswith(begin))
+        parameters, loaded = checkpoints.read(arrays, _positive("num_heads", num_heads), begin, names)
+        return cls._from_parameters(
+            parameters, num_heads, loaded, rotary=rotary, dropout=dropout, rng=rng, backend=backend
+        )
+
+    @classmethod
+    def load_layers(
+        cls,
+        path: str | PathLike[str],
+        pattern: str = "*",
+        *,
+        num_heads: int,
+        names: Names | str | None = None,
+        rotary: bool | Mapping[str, Any] | None = None,
+        dropout: float = 0.0,
+        rng: np.random.Generator | int | None = None,
+        backend: str | None = None,
+    ) -> dict[str, Self]:
+        """Build all attention layers of a safetensors file; needs the safetensors library.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file, or the index of a model in several files (``model.safetensors.index.json``).
+        pattern : str, default "*"
+            Which layers, by what their names begin with, such as ``"encoder.layer.*.attention"``, with the wildcards of
+            `fnmatch`.
+        num_heads : int
+            Query heads of each layer, which the file does not contain.
+        names : optional
+            As in `from_torch`, without what the names begin with.
+        rotary, dropout, rng, backend : optional
+            As in `MultiHeadAttention`.
+
+        Returns
+        -------
+        dict of str to MultiHeadAttention
+            By what the names of their parameters begin with, without its last dot, in the order of layers.
+
+        Raises
+        ------
+        ImportError, FileNotFoundError, ValueError
+            As in `load_safetensors`; ValueError if no layer fits the pattern, which lists those that there are.
+
+        Examples
+        --------
+        >>> import tempfile, numba_attention as na
+        >>> from pathlib import Path
+        >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+        >>> na.MultiHeadAttention(8, 2, rng=0).save_safetensors(path, prefix="encoder.0.self_attn.")
+        >>> na.MultiHeadAttention.load_layers(path, "encoder.*", num_heads=2).keys()
+        dict_keys(['encoder.0.self_attn'])
+        """
+        file = Tensors(path)
+        places = checkpoints.places(file.names, names)
+        chosen = [place for place in places if fnmatchcase(place.removesuffix("."), _text("pattern", pattern))]
+        if not chosen:
+            there = ", ".join(places[:6]) + (", ..." if len(places) > 6 else "")
+            hint = checkpoints.how_to_map(file.names) if not places else ""
+            raise ValueError(f"no attention layer is named like {pattern!r}; there are: {there or 'none'}{hint}")
+        return {
+            place.removesuffix("."): cls.load_safetensors(
+                path, place, num_heads=num_heads, names=names, rotary=rotary, dropout=dropout, rng=rng, backend=backend
+            )
+            for place in chosen
+        }
 
     def save_safetensors(self, path: str | PathLike[str], prefix: str = "") -> None:
         """Write the parameters to a safetensors file; needs the safetensors library.
@@ -287,9 +380,11 @@ class Weights:
         ImportError
             The safetensors library is not installed.
         """
-        _check_file(path, prefix)
+        if not isinstance(path, str | PathLike):
+            raise TypeError(f"path must be a string or path-like, got {path!r}")
+        _text("prefix", prefix)
         arrays = {prefix + name: np.ascontiguousarray(array) for name, array in self._parameters.items()}
-        save = _safetensors().numpy.save_file
+        save = library().numpy.save_file
         with replacing(path) as unfinished:
             save(arrays, unfinished)
 
@@ -354,15 +449,12 @@ class Weights:
         return slice(edges[n] - edges[first], edges[n + 1] - edges[first])
 
     @classmethod
-    def _from_parameters(cls, parameters: Mapping[str, Array], num_heads: int, **settings: Any) -> Self:
+    def _from_parameters(
+        cls, parameters: Mapping[str, Array], num_heads: int, loaded: Recognised, **settings: Any
+    ) -> Self:
         """Build a layer with these parameters, whose shapes give its sizes."""
         arrays = {name: _floats(name, array) for name, array in parameters.items()}
         weights = [arrays.get(f"{name}.weight") for name in (*INPUTS, "out_proj")]
-        missing = [name for name, w in zip((*INPUTS, "out_proj"), weights, strict=True) if w is None]
-        if missing:
-            raise ValueError(
-                f"no weight for {', '.join(missing)} among {sorted(arrays) or 'no parameters'}{how_to_rename(arrays)}"
-            )
         q, k, v, out = (w for w in weights if w is not None)
         if any(w.ndim != 2 for w in (q, k, v, out)):
             raise ValueError(f"weights must be matrices, got {q.shape}, {k.shape}, {v.shape} and {out.shape}")
@@ -384,6 +476,7 @@ class Weights:
         )
         zeros = {name: own for name, own in layer._parameters.items() if name.endswith(".bias")}
         layer.load_parameters(zeros | arrays)
+        layer.loaded = loaded
         return layer
 
 
@@ -445,11 +538,16 @@ def _mapping(name: str, x: Any) -> Mapping[str, Any]:
     return x
 
 
-def _check_file(path: Any, prefix: Any) -> None:
-    if not isinstance(path, str | PathLike):
-        raise TypeError(f"path must be a string or path-like, got {path!r}")
-    if not isinstance(prefix, str):
-        raise TypeError(f"prefix must be a string, got {prefix!r}")
+def _text(name: str, x: Any) -> str:
+    if not isinstance(x, str):
+        raise TypeError(f"{name} must be a string, got {x!r}")
+    return x
+
+
+def _arrays(name: str, parameters: Any) -> dict[str, Array]:
+    """Check a mapping, nested or not, of names to tensors or arrays of floating point."""
+    leaves = dict(checkpoints.flatten(_mapping(name, parameters)))
+    return {key: x for key, leaf in leaves.items() if (x := _from_tensor(key, leaf)) is not None}
 
 
 def _check_range(name: str, array: Array, dtype: np.dtype[Any]) -> None:
@@ -475,14 +573,6 @@ def _from_tensor(name: str, x: Any) -> Array:
         if "bfloat16" in str(x.dtype):  # PyTorch cannot convert bfloat16 to NumPy
             x = x.float()
     return _floats(name, x)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError("safetensors files need that library: pip install 'numba-attention[demo]'") from error
-    return safetensors
 
 
 __all__ = ["INPUTS", "Weights"]
