@@ -288,6 +288,19 @@ def test_too_few_pages_change_nothing():
     assert state(cache) == before
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_refused_where_keys_have_dropped_out(kind):
+    cache, ids = make(kind, 5, 2)
+    append(cache, ids, *tokens(1, 9))
+    with pytest.raises(ValueError, match="dropout_p must not be passed with a cache that has dropped keys"):
+        na.attention_decode(np.zeros((1, H, 1, E), np.float32), cache, dropout_p=0.5, seed=1)
+    layer, x = na.MultiHeadAttention(32, 2, dropout=0.5, rng=0), np.zeros((1, 9, 32), np.float32)
+    cache = na.KVCache(1, 2, 7, 16, window=5, keep_first=2)
+    with pytest.raises(ValueError, match="dropout_p must not be passed with a cache that has dropped keys"):
+        layer(x, cache=cache, training=True)
+    assert cache.lengths == 0
+
+
 # The layer.
 
 

@@ -561,6 +561,17 @@ def test_packed_sequences_as_one_after_the_other(rotary, options):
         assert_near(grads.sinks, sinks)
 
 
+def test_packed_sequences_with_dropout():
+    """The same mask forward and backward: the gradients are the slope of the loss."""
+    layer, x, grad_out = layer_with_biases(D, H, dropout=0.4), normal(9, D), normal(9, D, seed=1)
+    options = {"cu_seqlens": [0, 4, 9], "training": True, "seed": 7}
+    out, ctx = layer.forward(x, **options)
+    assert not np.allclose(out, layer(x, cu_seqlens=[0, 4, 9]))
+    grad, step = layer.backward(grad_out, ctx).query, normal(9, D, seed=2)
+    slope = [np.sum(layer(x + e * step, **options) * grad_out) for e in (1e-6, -1e-6)]
+    np.testing.assert_allclose(np.sum(grad * step), (slope[0] - slope[1]) / 2e-6, rtol=1e-6)
+
+
 def test_packed_sequences_are_refused():
     layer, x = layer_with_biases(D, H), normal(6, D)
     with pytest.raises(ValueError, match="cu_seqlens is for self-attention"):

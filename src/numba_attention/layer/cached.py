@@ -9,6 +9,7 @@ from ..caches import KVCache, PagedKVCache
 from ..caches.checks import check_ints, check_lengths
 from ..decoding import attention_decode
 from ..options import Array
+from ..problem.rolling import refuse_positional
 from ..rotary import Rotation, rotate
 from ..validation import as_ints, as_window, broadcast_to
 
@@ -100,6 +101,7 @@ def _attend_rolling(
             f"{refused[0]} must be None where several tokens are appended to a rolling cache and others drop out; "
             "append one at a time, or attend before the window is full"
         )
+    refuse_positional(options)
     position, slopes = options["query_offset"], options.get("alibi_slopes")
     left, right = as_window(options.get("window"))
     near = n - 1 if left is None else min(left, n - 1)

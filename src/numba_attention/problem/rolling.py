@@ -1,5 +1,6 @@
 """Calls over the contents of a rolling cache, whose keys are numbered without the positions that have dropped out."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ Part = tuple[Contents, Options]
 # Options whose meaning over a gap is decided here; others would read the numbers of keys as positions.
 _KNOWN = frozenset((
     "mask", "bias", "is_causal", "window", "query_offset", "scale", "softcap", "alibi_slopes", "sinks",
-    "query_lengths", "key_lengths", "prefix_lengths",
+    "query_lengths", "key_lengths", "prefix_lengths", "seed",
 ))  # fmt: skip
 
 
@@ -31,12 +32,7 @@ def over_gap(query: Any, contents: Contents, options: Options) -> list[Part]:
     L = shape[-2]
     if is_plain(options) and is_bottom_right(options.is_causal) and (contents.lengths >= gap.first + L).all():
         return [(contents._replace(gap=None), options)]  # nearly every call: the newest keys are the last numbers
-    refused = [
-        name for name, x in zip(Options._fields, options, strict=True)
-        if name not in _KNOWN and x is not None and x != Options._field_defaults[name]
-    ]  # fmt: skip
-    if refused:
-        raise ValueError(f"{refused[0]} must not be passed with a cache that has dropped keys out of its window")
+    refuse_positional(options._asdict())
     first, dropped = gap
     n = len(dropped)
     lengths = contents.lengths + dropped
@@ -76,6 +72,14 @@ def over_gap(query: Any, contents: Contents, options: Options) -> list[Part]:
         )
         parts.append((contents._replace(table=contents.table[:, start:stop], lengths=held, gap=None), part))
     return parts
+
+
+def refuse_positional(options: Mapping[str, Any]) -> None:
+    """Refuse options that would read the number of a key as its position, as dropout does, which hashes it."""
+    for name, default in Options._field_defaults.items():
+        x = options.get(name)
+        if name not in _KNOWN and x is not None and x != default:
+            raise ValueError(f"{name} must not be passed with a cache that has dropped keys out of its window")
 
 
 def _number(positions: Array, first: int, dropped: Array) -> Array:
