@@ -23,11 +23,11 @@ BATCHES = (8, 16, 32, 64, 128)  # sentences, tried by PyTorch
 def ours(threads):
     import numba
 
-    from numba_attention.demo.minilm import MiniLM
+    from numba_attention.models import SentenceEncoder
 
     numba.set_num_threads(threads)
-    model = MiniLM()
-    return lambda sequences, _: model.embed_tokens(sequences)
+    model = SentenceEncoder()
+    return lambda sequences, _: model.encode_tokens(sequences)
 
 
 def torch_sdpa(threads):
@@ -51,9 +51,9 @@ CONTENDERS = {"ours": ours, "PyTorch SDPA": torch_sdpa, "TransformerEncoder": to
 def works():
     """Name to lists of token ids."""
     from numba_attention.demo import sentences
-    from numba_attention.demo.minilm import MiniLM
+    from numba_attention.models import SentenceEncoder
 
-    encodings = MiniLM().tokenize(sentences())
+    encodings = SentenceEncoder().tokenize(sentences())
     rng = np.random.default_rng(0)
     return {
         "the demo's 300 sentences": [encoding.ids for encoding in encodings],

@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from nn import Adam, LayerNorm, Linear, Module, TransformerBlock, cross_entropy, warmup_cosine
 from sklearn.datasets import load_digits
+
+from numba_attention.nn import Adam, LayerNorm, Linear, Module, TransformerBlock, cross_entropy, warmup_cosine
 
 SIDE, PATCH = 8, 2
 GRID = SIDE // PATCH
@@ -86,9 +87,6 @@ class VisionTransformer(Module):
         self.blocks = [TransformerBlock(features, heads, rng=rng, dtype=dtype) for _ in range(blocks)]
         self.norm = LayerNorm(features, dtype)
         self.classify = Linear(features, 10, rng, dtype)
-
-    def parts(self):
-        return super().parts() | {f"block{n}": block for n, block in enumerate(self.blocks)}
 
     def forward(self, images):
         """Scores (n, 10) of the ten digits."""

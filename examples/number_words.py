@@ -20,9 +20,18 @@ import time
 from pathlib import Path
 
 import numpy as np
-from nn import Adam, Embedding, LayerNorm, Linear, Module, TransformerBlock, cross_entropy, warmup_cosine
 
 import numba_attention as na
+from numba_attention.nn import (
+    Adam,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Module,
+    TransformerBlock,
+    cross_entropy,
+    warmup_cosine,
+)
 
 ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 ONES += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
@@ -102,10 +111,6 @@ class Translator(Module):
         self.decoder = [TransformerBlock(features, heads, cross=True, **options) for _ in range(blocks)]
         self.decoder_norm = LayerNorm(features, dtype)
         self.classify = Linear(features, len(DIGITS), rng, dtype)
-
-    def parts(self):
-        blocks = {f"encoder{n}": block for n, block in enumerate(self.encoder)}
-        return super().parts() | blocks | {f"decoder{n}": block for n, block in enumerate(self.decoder)}
 
     def encode(self, words, lengths):
         """Make a memory (B, S, features) of words (B, S), of which the first `lengths` of each row count."""

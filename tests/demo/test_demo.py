@@ -21,7 +21,7 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from numba_attention.demo import run, sentences
-from numba_attention.demo.minilm import BATCH, MiniLM, _batches
+from numba_attention.models.sentence import BATCH, SentenceEncoder, _batches
 
 pytestmark = [
     pytest.mark.model,
@@ -34,7 +34,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def model():
-    return MiniLM()
+    return SentenceEncoder().fit()
 
 
 def test_embeddings_are_those_of_torch(torch, model):
@@ -42,7 +42,7 @@ def test_embeddings_are_those_of_torch(torch, model):
 
     texts = sentences()
     sequences = [encoding.ids for encoding in model.tokenize(texts)]
-    ours = model.embed_tokens(sequences)
+    ours = model.encode_tokens(sequences)
     theirs = Encoder().embed_tokens(sequences)
     exact = Encoder(torch.float64).embed_tokens(sequences[:40])
     assert len(texts) >= 300
@@ -53,8 +53,8 @@ def test_embeddings_are_those_of_torch(torch, model):
 
 def test_a_sentence_does_not_depend_on_its_batch(model):
     texts = ["short", "a sentence of some more words than that one has", "what it costs"]
-    together = model.embed(texts)
-    alone = np.concatenate([model.embed([text]) for text in texts])
+    together = model.encode(texts)
+    alone = np.concatenate([model.encode([text]) for text in texts])
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
@@ -62,12 +62,12 @@ def test_packed_sequences_of_all_lengths(model):
     """Batches that end in the middle of the order, one token alone, and the longest sequence there may be."""
     rng = np.random.default_rng(0)
     sequences = [rng.integers(1000, 30000, n).tolist() for n in (3, 256, 1, 200, 57, 256, 2, 130, 9)]
-    together = model.embed_tokens(sequences)
+    together = model.encode_tokens(sequences)
     for embedding, sequence in zip(together, sequences, strict=True):
-        np.testing.assert_allclose(embedding, model.embed_tokens([sequence])[0], atol=1e-6)
+        np.testing.assert_allclose(embedding, model.encode_tokens([sequence])[0], atol=1e-6)
     with pytest.raises(ValueError, match=r"sequences\[1\] is empty"):
-        model.embed_tokens([[101, 102], [], [101]])
-    assert model.embed_tokens([]).shape == (0, 384)
+        model.encode_tokens([[101, 102], [], [101]])
+    assert model.encode_tokens([]).shape == (0, 384)
 
 
 def test_batches_are_of_limited_size():
@@ -81,7 +81,7 @@ def test_batches_are_of_limited_size():
 
 def test_meaning_is_found(model):
     texts = ["The cat sleeps on the sofa.", "Stock prices fell sharply today.", "A kitten naps on the couch."]
-    similarity = model.embed(texts) @ model.embed(texts).T
+    similarity = model.encode(texts) @ model.encode(texts).T
     assert similarity[0, 2] > 0.6 > similarity[0, 1]
 
 
@@ -107,8 +107,8 @@ def test_torch_is_not_needed():
     code = """
 import sys
 sys.modules["torch"] = sys.modules["sentence_transformers"] = None  # any import of them fails
-from numba_attention.demo.minilm import MiniLM
-assert MiniLM().embed(["no framework"]).shape == (1, 384)
+from numba_attention.models import SentenceEncoder
+assert SentenceEncoder().encode(["no framework"]).shape == (1, 384)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -118,8 +118,11 @@ def test_the_extra_installs_what_the_demo_imports():
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     named = [*extras["dependencies"], *(x for e in ("cli", "demo", "plot") for x in extras["optional-dependencies"][e])]
     installed = {re.match(r"[\w-]+", x)[0].replace("-", "_") for x in named} | {"numba_attention"}
-    for source in (root / "src" / "numba_attention" / "demo").glob("*.py"):
+    sources = [path for folder in ("demo", "models") for path in (root / "src/numba_attention" / folder).glob("*.py")]
+    for source in sources:
         for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sklearn"):
+                continue  # only scikit-learn itself asks for what needs it
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 modules = [node.module]
@@ -129,7 +132,7 @@ def test_the_extra_installs_what_the_demo_imports():
 
 def test_missing_model_says_what_to_install(tmp_path):
     with pytest.raises(FileNotFoundError):
-        MiniLM(tmp_path)
+        SentenceEncoder(tmp_path).fit()
 
 
 def test_example_searches_a_file(tmp_path):
@@ -156,3 +159,80 @@ def test_what_a_picture_needs_is_said_before_anything_is_computed(monkeypatch, t
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"numba-attention\[plot\]"):
         run(None, "no such folder", tmp_path / "heads.png", Console(file=io.StringIO()))
+
+
+def test_own_sentences(tmp_path):
+    (tmp_path / "notes.txt").write_text(
+        "The boiler was serviced in May.\n\n  Buy oat milk and bread.\n", encoding="utf-8"
+    )
+    printed = io.StringIO()
+    run("groceries", None, None, Console(file=printed, width=200), sentences_file=tmp_path / "notes.txt")
+    assert "2 sentences" in printed.getvalue()
+    found = [line for line in printed.getvalue().splitlines() if "Buy oat" in line or "boiler" in line]
+    assert "Buy oat milk" in found[0]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty.txt has no line of text"):
+        run("x", None, None, Console(file=printed), sentences_file=tmp_path / "empty.txt")
+
+
+def test_encode_takes_a_file_and_refuses_one_string(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    np.testing.assert_allclose(model.encode(tmp_path / "notes.txt"), model.encode(["one", "two"]), atol=1e-6)
+    with pytest.raises(TypeError, match="got one str"):
+        model.encode("notes.txt")
+    with pytest.raises(TypeError, match="got int at 1"):
+        model.encode(["one", 2])
+    with pytest.raises(OSError, match="none.txt"):
+        model.encode(tmp_path / "none.txt")
+
+
+def test_progress(capsys):
+    calls = []
+    encoder = SentenceEncoder(progress=lambda done, total: calls.append((done, total)))
+    vectors = encoder.encode(sentences()[:60])
+    assert calls[-1][0] == calls[-1][1] > 0
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert len(calls) > 1
+    np.testing.assert_array_equal(SentenceEncoder(progress=True).encode(sentences()[:60]), vectors)
+    assert not capsys.readouterr().out
+
+
+def test_all_maps_at_once(model):
+    tokens, maps = model.attention_maps("What each head looks at.")
+    assert maps.shape == (6, 12, len(tokens), len(tokens))
+    for n in (0, 3, 5):
+        np.testing.assert_array_equal(model.attention_maps("What each head looks at.", n)[1], maps[n])
+
+
+def test_scikit_learn_takes_it(model):
+    sklearn = pytest.importorskip("sklearn")
+    import pickle
+
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    about_cats = ["The cat sleeps.", "A kitten plays.", "Cats purr.", "My cat is hungry."]
+    about_money = ["Stocks fell today.", "The bank raised rates.", "Prices rise.", "He paid his taxes."]
+    pipeline = make_pipeline(SentenceEncoder(longest=64), LogisticRegression())
+    pipeline.fit(about_cats + about_money, [0] * 4 + [1] * 4)
+    assert pipeline.predict(["Two kittens sleep on a sofa.", "Interest rates went up."]).tolist() == [0, 1]
+    pipeline.set_params(sentenceencoder__longest=32)
+    copy = sklearn.base.clone(pipeline)
+    assert copy[0].get_params() == {"path": None, "longest": 32, "progress": False, "backend": None}
+    assert repr(copy[0]) == "SentenceEncoder(longest=32)"
+    again = pickle.loads(pickle.dumps(pipeline))
+    np.testing.assert_array_equal(again.predict(about_cats), [0] * 4)
+    assert len(pickle.dumps(pipeline[0])) < 1000  # the weights stay in their file
+    encoder = SentenceEncoder()
+    vectors = encoder.fit_transform(about_cats)
+    np.testing.assert_array_equal(vectors, encoder.transform(about_cats))
+    assert len(encoder.get_feature_names_out()) == encoder.n_features_out_ == vectors.shape[1]
+    with pytest.raises(ValueError, match="'depth' is no parameter"):
+        encoder.set_params(depth=3)
+    assert "SentenceEncoder" in repr(encoder)
+
+
+def test_longer_sentences_are_cut(model):
+    long = " ".join(["word"] * 500)
+    assert len(model.tokenize([long])[0].ids) == 256
+    assert len(SentenceEncoder(longest=10).tokenize([long])[0].ids) == 10

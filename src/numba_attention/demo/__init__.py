@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..models import SentenceEncoder, read_lines
 from ..options import Array
 from ..plot import explore
 from .heads import draw_heads
-from .minilm import MiniLM
 
 QUERIES = (
     "How can I sleep better?",
@@ -38,6 +38,7 @@ def run(
     heads_png: str | PathLike[str] | None,
     console: Console,
     html: str | PathLike[str] | None = None,
+    sentences_file: str | PathLike[str] | None = None,
 ) -> None:
     """Embed the sentences, search them and print what is found; draw attention maps if asked.
 
@@ -53,6 +54,8 @@ def run(
         Where to print.
     html : str or path-like, optional
         Where to write a page that shows all heads and layers for the (first) query.
+    sentences_file : str or path-like, optional
+        A text file with a sentence on each line to search instead of the demo's.
 
     Raises
     ------
@@ -64,20 +67,22 @@ def run(
     if heads_png is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("drawing needs Matplotlib: pip install 'numba-attention[plot]'; --html needs nothing")
     start = time.perf_counter()
-    model = MiniLM(model_dir)
+    model = SentenceEncoder(model_dir, progress=console.is_terminal).fit()
     console.print(
-        f"[bold]all-MiniLM-L6-v2[/bold], {model.size / 1e6:.1f} million parameters, "
-        f"read in {time.perf_counter() - start:.1f} s from {escape(str(model.folder))}",
+        f"[bold]all-MiniLM-L6-v2[/bold], {model.size_ / 1e6:.1f} million parameters, "
+        f"read in {time.perf_counter() - start:.1f} s from {escape(str(model.folder_))}",
         highlight=False,
         soft_wrap=True,
     )
     start = time.perf_counter()
-    model.embed(["Compile or load the kernel, so that the throughput below is that of the model."])
+    model.encode(["Compile or load the kernel, so that the throughput below is that of the model."])
     console.print(f"kernel ready in {time.perf_counter() - start:.1f} s", highlight=False)
-    texts = sentences()
+    texts = sentences() if sentences_file is None else read_lines(sentences_file)
+    if not texts:
+        raise ValueError(f"{sentences_file} has no line of text")
     start = time.perf_counter()
     sequences = [encoding.ids for encoding in model.tokenize(texts)]
-    embeddings = model.embed_tokens(sequences)
+    embeddings = model.encode_tokens(sequences)
     seconds = time.perf_counter() - start
     tokens = sum(len(sequence) for sequence in sequences)
     console.print(
@@ -86,15 +91,14 @@ def run(
         highlight=False,
     )
     queries = QUERIES if query is None else (query,)
-    for text, scores in zip(queries, model.embed(queries) @ embeddings.T, strict=True):
+    for text, scores in zip(queries, model.encode(queries) @ embeddings.T, strict=True):
         console.print(_found(text, texts, scores))
     if heads_png is not None:
         names, maps = model.attention_maps(queries[0], DRAWN_BLOCK)
-        draw_heads(names, maps, f"all-MiniLM-L6-v2, block {DRAWN_BLOCK + 1} of {len(model.blocks)}", heads_png)
+        draw_heads(names, maps, f"all-MiniLM-L6-v2, block {DRAWN_BLOCK + 1} of 6", heads_png)
         console.print(f"what each head attends to: {escape(str(heads_png))}", highlight=False, soft_wrap=True)
     if html is not None:
-        words = model.attention_maps(queries[0], 0)[0]
-        layers = [model.attention_maps(queries[0], n)[1] for n in range(len(model.blocks))]
+        words, layers = model.attention_maps(queries[0])
         explore(layers, words, html, title=f"all-MiniLM-L6-v2: {queries[0]}")
         console.print(f"all heads and layers, for a browser: {escape(str(html))}", highlight=False, soft_wrap=True)
 

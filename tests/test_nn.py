@@ -1,0 +1,205 @@
+"""The layers beside attention: their formulas in float64, finite differences, and PyTorch's."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.optimize import check_grad
+
+from numba_attention import nn
+
+F = np.float64
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((2, 5, 8))
+LAYERS = {
+    "Linear": nn.Linear(8, 6, 0, F),
+    "Linear without bias": nn.Linear(8, 6, 0, F, bias=False),
+    "LayerNorm": nn.LayerNorm(8, F),
+    "RMSNorm": nn.RMSNorm(8, F),
+    "GELU": nn.GELU(),
+    "GELU with tanh": nn.GELU(approximate=True),
+    "SiLU": nn.SiLU(),
+    "MLP": nn.MLP(8, 0, F),
+    "gated MLP": nn.MLP(8, 0, F, hidden=5, activation="silu", gated=True, bias=False),
+    "TransformerBlock": nn.TransformerBlock(8, 2, rotary=True, rng=0, dtype=F),
+    "as in LLaMA": nn.TransformerBlock(
+        8, 4, rotary=True, rms=True, num_kv_heads=2, rng=0, dtype=F, activation="silu", gated=True
+    ),
+}
+
+
+def erf(x):
+    return np.vectorize(math.erf)(x)
+
+
+def test_formulas():
+    x = RNG.standard_normal((4, 50)) * 5
+    centred = x - x.mean(-1, keepdims=True)
+    want = {
+        nn.GELU(): x * (1 + erf(x / np.sqrt(2))) / 2,
+        nn.GELU(approximate=True): x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+        nn.SiLU(): x / (1 + np.exp(-x)),
+        nn.LayerNorm(50, F): centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5),
+        nn.RMSNorm(50, F): x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6),
+    }
+    for layer, y in want.items():
+        np.testing.assert_allclose(layer(x), y, rtol=1e-12, atol=1e-12)
+    mlp = nn.MLP(50, 0, F, hidden=7, activation="silu", gated=True)
+    p = mlp.parameters()
+    gate, wide = (x @ p[f"{name}.weight"].T + p[f"{name}.bias"] for name in ("gate", "wide"))
+    want = (gate / (1 + np.exp(-gate)) * wide) @ p["narrow.weight"].T + p["narrow.bias"]
+    np.testing.assert_allclose(mlp(x), want, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_gelu_and_layer_norm_in_place(order):
+    x = np.linspace(-12, 12, 30_000, dtype=np.float32).reshape(100, 300)
+    want = x.astype(F) * (1 + erf(x.astype(F) / np.sqrt(2))) / 2
+    np.testing.assert_allclose(nn.gelu(x), want, atol=1e-6)
+    y = np.array(x, order=order)
+    assert nn.gelu(y, out=y) is y
+    np.testing.assert_array_equal(y, nn.gelu(x))
+    x = RNG.standard_normal((100, 300)).astype(np.float32)
+    weight, bias = RNG.standard_normal((2, 300)).astype(np.float32)
+    want = nn.layer_norm(x.astype(F), weight.astype(F), bias.astype(F))
+    z = np.array(x, order=order)
+    assert nn.layer_norm(z, weight, bias, out=z) is z
+    np.testing.assert_allclose(z, want, atol=1e-5)
+    assert z.dtype == nn.layer_norm(x, weight, None).dtype == np.float32
+
+
+def test_layers_in_lists_have_names():
+    class Model(nn.Module):
+        def __init__(self):
+            self.first, self.blocks = nn.Linear(4, 4, 0), [nn.LayerNorm(4), nn.MLP(4, 0)]
+
+    names = list(Model().parameters())
+    assert names[:4] == ["first.weight", "first.bias", "blocks.0.weight", "blocks.0.bias"]
+    assert "blocks.1.wide.weight" in names
+
+
+def test_misuse():
+    with pytest.raises(ValueError, match="activation must be one of gelu, gelu_tanh, silu, got 'relu'"):
+        nn.MLP(4, activation="relu")
+
+
+@pytest.mark.torch
+def test_gradients_are_those_of_torch(torch):
+    """A block with norms, attention and MLP, from the same numbers."""
+    from torch.nn import functional
+
+    block = nn.TransformerBlock(8, 2, rng=0, dtype=F)
+    for parameter in block.parameters().values():
+        parameter += 0.1 * RNG.standard_normal(parameter.shape)
+    p = {name: torch.tensor(x, requires_grad=True) for name, x in block.parameters().items()}
+    x = torch.tensor(X, requires_grad=True)
+
+    def heads(y, name):
+        y = functional.linear(y, p[f"attention.{name}_proj.weight"], p[f"attention.{name}_proj.bias"])
+        return y.reshape(2, 5, 2, 4).swapaxes(1, 2)
+
+    y = functional.layer_norm(x, (8,), p["norm.weight"], p["norm.bias"])
+    y = functional.scaled_dot_product_attention(*(heads(y, n) for n in "qkv"), is_causal=True)
+    y = y.swapaxes(1, 2).reshape(2, 5, 8)
+    y = x + functional.linear(y, p["attention.out_proj.weight"], p["attention.out_proj.bias"])
+    z = functional.layer_norm(y, (8,), p["mlp_norm.weight"], p["mlp_norm.bias"])
+    z = functional.gelu(functional.linear(z, p["mlp.wide.weight"], p["mlp.wide.bias"]))
+    out = y + functional.linear(z, p["mlp.narrow.weight"], p["mlp.narrow.bias"])
+    got, ctx = block.forward(X, is_causal=True)
+    np.testing.assert_allclose(got, out.detach().numpy(), atol=1e-13)
+    grad = RNG.standard_normal(got.shape)
+    out.backward(torch.tensor(grad))
+    of_x, _ = block.backward(grad, ctx)
+    np.testing.assert_allclose(of_x, x.grad.numpy(), atol=1e-12)
+    for name, x in block.grads.items():
+        np.testing.assert_allclose(x, p[name].grad.numpy(), atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_gradients(layer):
+    for parameter in layer.parameters().values():
+        parameter += 0.1 * RNG.standard_normal(parameter.shape)  # biases too
+    y, _ = layer.forward(X)
+    grad = RNG.standard_normal(y.shape)
+
+    def loss(x):
+        return np.sum(grad * layer.forward(x.reshape(X.shape))[0])
+
+    def gradient(x):
+        found = layer.backward(grad, layer.forward(x.reshape(X.shape))[1])
+        return (found[0] if isinstance(found, tuple) else found).ravel()
+
+    assert check_grad(loss, gradient, X.ravel()) < 1e-5
+    gradient(X)
+    assert layer.grads.keys() == layer.parameters().keys()
+    for name, parameter in layer.parameters().items():
+        old = parameter.copy()
+
+        def moved(values, parameter=parameter, old=old):
+            parameter[...] = values.reshape(old.shape)
+            value = loss(X)
+            parameter[...] = old
+            return value
+
+        assert check_grad(moved, lambda _, name=name: layer.grads[name].ravel(), old.ravel()) < 1e-5, name
+
+
+def test_gradients_of_memory():
+    block = nn.TransformerBlock(8, 2, cross=True, rng=0, dtype=F)
+    memory, grad = RNG.standard_normal((2, 7, 8)), RNG.standard_normal(X.shape)
+    lengths = np.array([7, 3])
+
+    def loss(values):
+        return np.sum(grad * block.forward(X, values.reshape(memory.shape), memory_lengths=lengths, is_causal=True)[0])
+
+    def gradient(values):
+        _, ctx = block.forward(X, values.reshape(memory.shape), memory_lengths=lengths, is_causal=True)
+        return block.backward(grad, ctx)[1].ravel()
+
+    assert check_grad(loss, gradient, memory.ravel()) < 1e-5
+    assert not gradient(memory).reshape(memory.shape)[1, 3:].any()
+
+
+def test_embedding():
+    layer = nn.Embedding(5, 3, 0, F)
+    tokens = np.array([[0, 4, 4], [1, 0, 0]])
+    y, ctx = layer.forward(tokens)
+    np.testing.assert_array_equal(y, layer.weight[tokens])
+    grad = RNG.standard_normal(y.shape)
+    layer.backward(grad, ctx)
+    want = np.zeros((5, 3))
+    np.add.at(want, tokens, grad)
+    np.testing.assert_allclose(layer.grads["weight"], want)
+
+
+def test_cross_entropy():
+    scores, target = RNG.standard_normal((2, 4, 6)), RNG.integers(0, 6, (2, 4))
+    mask = np.array([[True, True, False, True], [True, False, False, False]])
+
+    def loss(x):
+        return nn.cross_entropy(x.reshape(scores.shape), target, mask)[0]
+
+    def gradient(x):
+        return nn.cross_entropy(x.reshape(scores.shape), target, mask)[1].ravel()
+
+    assert check_grad(loss, gradient, scores.ravel()) < 1e-6
+    assert not gradient(scores).reshape(scores.shape)[~mask].any()
+    probabilities = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    want = -np.log(np.take_along_axis(probabilities, target[..., None], -1)[..., 0])[mask].mean()
+    assert loss(scores) == pytest.approx(want)
+
+
+def test_adam_finds_a_minimum():
+    x = {"x": np.array([3.0, -2.0])}
+    adam = nn.Adam(x, rate=0.1)
+    for step in range(300):
+        adam.step({"x": 2 * (x["x"] - 1)}, nn.warmup_cosine(step, 300, 10))
+    np.testing.assert_allclose(x["x"], 1, atol=1e-2)
+
+
+def test_schedule():
+    factors = [nn.warmup_cosine(step, 100, 10) for step in range(101)]
+    assert factors[0] == 0.1
+    assert max(factors) == factors[9] == 1
+    assert factors[-1] == pytest.approx(0)
+    assert np.all(np.diff(factors[10:]) < 0)
