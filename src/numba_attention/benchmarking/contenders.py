@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..options import Array
-from .rows import Row, gradient_of_out, inputs, numpy_dtype, scale
+from .rows import Row, block_mask, gradient_of_out, inputs, numpy_dtype, scale
 
 Call = Callable[[], Any]
 
@@ -31,6 +31,8 @@ def ours(row: Row, threads: int) -> Call:
     arrays = inputs(row)
     q, k, v = (arrays.pop(name) for name in ("query", "key", "value"))
     options: dict[str, Any] = dict(arrays)
+    if row.blocks:
+        options["mask"] = block_mask(row)
     if row.is_causal:
         options["is_causal"] = True
     if row.window is not None:
@@ -58,6 +60,8 @@ def einsum(row: Row, threads: int) -> Call:
     """Attention in plain NumPy, with einsum."""
     if row.task != "forward":
         raise Skipped("NumPy einsum is not differentiated here")
+    if row.blocks:
+        raise Skipped("NumPy einsum has no masks by blocks")
     if row.dropout:
         raise Skipped("NumPy's generators would take most of the time")
     if row.B * row.H * row.L * row.S > _EINSUM_PAIRS:
@@ -103,7 +107,9 @@ def torch(row: Row, threads: int) -> Call:
         return torch.from_numpy(x)
 
     q, k, v = (tensor(arrays[name]) for name in ("query", "key", "value"))
-    if row.mask and not (row.bias or row.alibi or row.window):
+    if row.blocks:
+        mask = torch.from_numpy(block_mask(row).to_dense())
+    elif row.mask and not (row.bias or row.alibi or row.window):
         mask = torch.from_numpy(arrays["mask"])
     elif row.window and not (row.bias or row.alibi):
         mask = torch.from_numpy(_window(row))
@@ -143,6 +149,8 @@ def onnxruntime(row: Row, threads: int) -> Call:
     """ONNX Runtime's CPU kernel for the standard's Attention operator (opset 23)."""
     if row.task != "forward":
         raise Skipped("ONNX Runtime does not differentiate Attention")
+    if row.blocks:
+        raise Skipped("the standard's Attention has no masks by blocks")
     if row.dropout:
         raise Skipped("the standard's Attention has no dropout")
     try:

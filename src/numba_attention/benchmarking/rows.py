@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from ..masks.blockmask import BlockMask
 from ..options import Array
 
+_SHARES = {"": 1, "tenth": 0.1, "causal": 0.5, "all": 1}
 _SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 
@@ -28,6 +30,7 @@ class Row:
     is_causal: bool = False
     window: tuple[int, int] | None = None
     mask: bool = False  # (B, 1, 1, S); nine keys in ten are visible, at random, so that no tile can be skipped
+    blocks: str = ""  # a `BlockMask`: a "tenth" of the blocks of 128 x 128, "causal", or "all"
     bias: bool = False  # (H, L, S)
     softcap: float | None = None
     alibi: bool = False
@@ -43,7 +46,7 @@ class Row:
             left, right = self.window
             i = np.arange(self.L)
             return float((np.minimum(i + right + 1, self.S) - np.maximum(i - left, 0)).clip(0).sum())
-        return self.L * self.S / (2 if self.is_causal else 1)
+        return self.L * self.S * (_SHARES[self.blocks] / 2 if self.is_causal else _SHARES[self.blocks])
 
     @property
     def flops(self) -> float:
@@ -97,6 +100,15 @@ def inputs(row: Row) -> dict[str, Array]:
     return arrays
 
 
+def block_mask(row: Row) -> BlockMask:
+    """Make the block mask of a row."""
+    if row.blocks == "causal":
+        return BlockMask.causal(row.L, row.S)
+    height, width = row.L // 128, row.S // 128
+    shown = np.random.default_rng(1).permutation(height * width) < _SHARES[row.blocks] * height * width
+    return BlockMask.from_array(shown.reshape(height, width).repeat(128, 0).repeat(128, 1))
+
+
 def gradient_of_out(row: Row) -> Array:
     """Make the gradient that the backward pass of a row begins with."""
     rng = np.random.default_rng(2)
@@ -117,6 +129,11 @@ def _rows() -> dict[str, Row]:
     back = replace(medium, name="backward 2048 E64", task="backward", bars={"torch": 1.5, "gemm": 0.95})
     long_back = replace(back, name="backward 4096 E64", L=4096, S=4096)
     causal_back = replace(back, name="backward causal 2048 E64", is_causal=True, bars={"torch": 1.7, "gemm": 0.95})
+    blocks = replace(_plain(8192, 64), baseline=_plain(8192, 64))
+    blocks_back = replace(blocks, task="backward", baseline=replace(_plain(8192, 64), task="backward"))
+    causal, causal_8192_back = (
+        replace(row, is_causal=True) for row in (_plain(8192, 64), blocks_back.baseline or back)
+    )
     wide_bars = {"torch": 1.25, "gemm": 0.95}
     rows = [
         replace(dense, bars={"torch": 1.4, "gemm": 1.0}),
@@ -137,6 +154,9 @@ def _rows() -> dict[str, Row]:
         replace(option, name="mask (B,1,1,S) 2048 E64", mask=True),
         replace(option, name="softcap 2048 E64", softcap=30.0),
         replace(option, name="ALiBi 2048 E64", alibi=True),
+        replace(blocks, name="tenth of blocks 8192 E64", blocks="tenth", bars={"own": 0.9}),
+        replace(blocks, name="causal blocks 8192 E64", blocks="causal", bars={"own": 1 / 1.02}, baseline=causal),
+        replace(blocks, name="all blocks 8192 E64", blocks="all", bars={"own": 0.98}),
         replace(dense, name="dropout 4096 E64", dropout=0.1, bars={"own": 1 / 1.15}, baseline=dense),
         replace(_plain(64, 64), name="tiny H8 64 E64", bars={"torch": 1.5}),
         replace(_plain(1, 64), name="smallest 1x1x1x64", H=1, Hkv=1, bars={"us": 15.0}),
@@ -151,6 +171,14 @@ def _rows() -> dict[str, Row]:
         replace(back, name="backward float64 2048 E64", dtype="float64", bars={}),
         replace(back, name="backward bias (H,L,S) 2048 E64", bias=True, bars={"own": 0.75}, baseline=back),
         replace(long_back, name="backward dropout 4096 E64", dropout=0.1, bars={"own": 1 / 1.25}, baseline=long_back),
+        replace(blocks_back, name="backward tenth of blocks 8192 E64", blocks="tenth", bars={"own": 0.8}),
+        replace(
+            blocks_back,
+            name="backward causal blocks 8192 E64",
+            blocks="causal",
+            bars={"own": 1 / 1.1},
+            baseline=causal_8192_back,
+        ),
         Row("decode H32 Hkv8 L1 S8192 E128", 1, 32, 8, 1, 8192, 128, 128),  # bound by memory: see benchmarks/decode.py
     ]
     return {row.name: row for row in rows}
@@ -164,4 +192,4 @@ def scale(row: Row) -> float:
     return 1 / math.sqrt(row.E)
 
 
-__all__ = ["ROWS", "Row", "gradient_of_out", "inputs", "numpy_dtype", "scale"]
+__all__ = ["ROWS", "Row", "block_mask", "gradient_of_out", "inputs", "numpy_dtype", "scale"]
