@@ -24,6 +24,10 @@ SPECIAL = np.array([[0] * TILE, [2**64 - 1] * TILE], np.uint64)
 _BITS = np.dtype("<u8")  # packed bits, lowest first, in this byte order
 
 
+class TooManyTiles(Exception):
+    """Distinct tiles take more room than they may."""
+
+
 class Runs(NamedTuple):
     """Rows of tiles. Consecutive runs of a row differ, and tiles have numbers in the order in which runs name them."""
 
@@ -60,7 +64,7 @@ def collect(pieces: Iterable[Pieces], rows: int, room: int | None = None) -> Run
 
     Raises
     ------
-    MemoryError
+    TooManyTiles
         They take more.
     """
     numbers: dict[bytes, int] = {tile.tobytes(): n for n, tile in enumerate(SPECIAL)}
@@ -69,7 +73,7 @@ def collect(pieces: Iterable[Pieces], rows: int, room: int | None = None) -> Run
         distinct, where = _distinct(words)
         known = [numbers.setdefault(tile.tobytes(), len(numbers)) for tile in distinct]
         if room is not None and len(numbers) * TILE * 8 > room:
-            raise MemoryError
+            raise TooManyTiles
         parts.append(joined(row, end, np.array(known, np.int32)[where] if known else where.astype(np.int32)))
     row, end, ids = (np.concatenate(x) for x in zip(*parts, strict=True)) if parts else (np.zeros(0, np.int32),) * 3
     tiles = np.frombuffer(b"".join(numbers), np.uint64).reshape(-1, TILE)
