@@ -2,6 +2,9 @@
 
 import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,6 +128,45 @@ def parity(batch, head, i, j, docs, n):
     return (i + j + head) % n == 0 or (batch == 1 and i >= j)
 
 
+def test_of_a_function_without_numba():
+    """The same masks where nothing can be compiled."""
+    code = """
+import sys
+sys.modules["numba"] = None
+sys.path.insert(0, {folder!r})
+import numpy as np
+from test_blockmask import test_of_a_function
+test_of_a_function()
+print("same")
+"""
+    code = code.format(folder=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "same", done.stderr
+
+
+def test_a_function_is_evaluated_on_any_number_of_threads():
+    import numba
+
+    docs, before = np.repeat(np.arange(30), 100).astype(np.int32), numba.get_num_threads()
+    whole = BlockMask(parity, (3000, 2999), heads=2, mod_args=(docs, 3))
+    try:
+        numba.set_num_threads(1)
+        assert BlockMask(parity, (3000, 2999), heads=2, mod_args=(docs, 3)) == whole
+    finally:
+        numba.set_num_threads(before)
+
+
+def noise(batch, head, i, j):
+    return ((i * 7919 + j * 104729) ^ (i * j * 31)) % 17 < 8
+
+
+def test_a_function_that_makes_no_blocks_is_refused():
+    with pytest.raises(
+        ValueError, match=r"over 64 MiB of distinct partial tiles .* over 40000 x 40000.*mask_mod=.*mask="
+    ):
+        BlockMask(noise, (40000, 40000))
+
+
 def test_of_a_function():
     docs = np.repeat([4, 7, 9], [40, 50, 65]).astype(np.int32)
     mask = BlockMask(parity, (155, 155), batch=2, heads=3, mod_args=(docs, 3))
@@ -235,7 +277,12 @@ def test_masks_are_keys_and_do_not_change():
 @pytest.mark.parametrize(
     ("call", "kind", "words"),
     [
-        (lambda: BlockMask(np.ones((3, 3), bool), (3, 3)), TypeError, "mask_mod must be a function.*from_array"),
+        (lambda: BlockMask(np.ones((3, 3), bool), (3, 3)), TypeError, "mask_mod must be a Python function"),
+        (lambda: BlockMask(lambda b, h, i: i > 3, (3, 3)), TypeError, "mask_mod"),
+        (lambda: BlockMask(lambda b, h, i, j: i + 1.5, (3, 3)), TypeError, "truth value"),
+        (lambda: BlockMask(lambda b, h, i, j, x: x[i], (5, 3), mod_args=(np.ones(4),)), TypeError, "truth value"),
+        (lambda: BlockMask(lambda b, h, i, j, x: x[i] > 0, (5, 3), mod_args=(np.ones(4),)), ValueError, "4 elements"),
+        (lambda: BlockMask(lambda b, h, i, j, x: x[i] > 0, (5, 3), mod_args=np.ones(5)), TypeError, "mod_args must be"),
         (lambda: BlockMask(parity, 3), TypeError, r"shape must be a pair \(L, S\)"),
         (lambda: BlockMask(parity, (3, 3), heads=0), ValueError, "heads must be positive"),
         (lambda: BlockMask(parity, (3, 3), batch=1.5), TypeError, "batch must be an integer"),
@@ -270,9 +317,6 @@ def test_misuse(call, kind, words):
 
 def test_scipy_is_imported_when_used():
     """By `from_sparse` and `to_sparse` alone."""
-    import subprocess
-    import sys
-
     code = "import sys, numba_attention as na; na.BlockMask.causal(9, 9); print('scipy.sparse' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 

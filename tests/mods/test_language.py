@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import numba_attention as na
-from numba_attention.backends.cpu_rules import compiled_bits
+from numba_attention.mods.compiled import compiled_bits
 from passes import function_of, lanes_of, plainly, run
 
 CAP = 20.0

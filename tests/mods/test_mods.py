@@ -466,7 +466,7 @@ def test_found_on_disk_by_another_process(tmp_path):
     code = """
 import math, time, sys
 import numpy as np, numba_attention as na
-from numba_attention.backends.cpu_rules import kernel_of
+from numba_attention.mods.compiled import kernel_of
 from numba_attention.mods.rules import describe, find
 
 def mod(score, batch, head, i, j, table):

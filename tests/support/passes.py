@@ -6,8 +6,8 @@ import linecache
 
 import numpy as np
 
-from numba_attention.backends.cpu_rules import kernel_of, record_of
 from numba_attention.cpu.simd import HOST, Vector
+from numba_attention.mods.compiled import kernel_of, record_of
 from numba_attention.mods.rules import as_arguments, describe, find
 
 _numbers = itertools.count()

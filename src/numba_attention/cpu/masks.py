@@ -1,7 +1,6 @@
-"""Masks that a function says, evaluated tile by tile on all threads: runs of equal tiles, as `masks.runs` keeps them."""
+"""Masks that a function says, evaluated tile by tile on all threads, to runs of equal tiles (`masks.runs`)."""
 
 from collections.abc import Callable
-
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,8 @@ def _differ(words: int, others: int) -> bool:
     difference = np.int64(0)
     for j in range(TILE):
         difference |= tile[j] ^ other[j]
-    return difference != 0
+    differ: bool = difference != 0
+    return differ
 
 
 @part

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..mods.language import MASK
+from ..mods.rules import as_arguments, plain, vectorized
 from ..options import Array
-from ..validation import as_array, as_bools, as_ints, kind_of
+from ..validation import as_array, as_bools, as_ints
 from . import picture, runs
 from .runs import TILE, Runs
 
@@ -106,24 +108,16 @@ class BlockMask:
         heads: int | None = None,
         mod_args: tuple[Any, ...] = (),
     ) -> None:
-        if not callable(mask_mod):
-            raise TypeError(
-                f"mask_mod must be a function, got {kind_of(mask_mod)}; arrays are for BlockMask.from_array"
-            )
         L, S = _sizes(shape)
         lead = tuple(1 if n is None else _count(name, n) for name, n in (("batch", batch), ("heads", heads)))
-        given = set(range(4, 4 + len(mod_args)))
-        visible = np.vectorize(getattr(mask_mod, "py_func", mask_mod), otypes=[bool], excluded=given)
-        rows = runs.tiles_over(L) if S else 0
-
-        def bands() -> Iterator[tuple[int, Array]]:
-            for plane, (b, h) in enumerate(np.ndindex(lead)):
-                for first, last in _bands(rows, S):
-                    i = np.minimum(np.arange(first * TILE, last * TILE), L - 1)[:, None]
-                    yield plane * rows + first, visible(b, h, i, np.arange(S), *mod_args)
-
-        planes = np.arange(math.prod(lead)).reshape(lead)
-        self._set(planes, runs.from_bands(bands(), planes.size * runs.tiles_over(L), S), (L, S))
+        function, values = plain(mask_mod, MASK), as_arguments(mod_args)
+        try:
+            from .evaluate import runs_of
+        except ImportError:  # nothing can be compiled without Numba
+            result = _runs_in_numpy(function, values, (L, S), lead)
+        else:
+            result = runs_of(function, values, (L, S), *lead)
+        self._set(np.arange(math.prod(lead)).reshape(lead), result, (L, S))
 
     # Constructors.
 
@@ -589,6 +583,20 @@ class BlockMask:
         if self._planes.size != 1:
             raise ValueError(f"a mask of shape {self.shape} is no matrix: choose one with mask[b, h]")
         return sparse.matrix_of(self._runs, self._size)
+
+
+def _runs_in_numpy(function: Any, values: tuple[Any, ...], size: tuple[int, int], lead: tuple[int, ...]) -> Runs:
+    """The runs of a `mask_mod`, element by element."""
+    visible, (L, S) = vectorized(MASK, function, values), size
+    rows = runs.tiles_over(L)
+
+    def bands() -> Iterator[tuple[int, Array]]:
+        for plane, (b, h) in enumerate(np.ndindex(lead)):
+            for first, last in _bands(rows, S):
+                i = np.minimum(np.arange(first * TILE, last * TILE), L - 1)[:, None]
+                yield plane * rows + first, visible(b, h, i, np.arange(S))
+
+    return runs.from_bands(bands() if S else [], math.prod(lead) * rows, S)
 
 
 def _rebuilt(planes: Array, parts: tuple[Array, ...], size: tuple[int, int]) -> BlockMask:

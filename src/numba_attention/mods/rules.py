@@ -170,9 +170,10 @@ def _describe(x: Any) -> Argument:
 _NAMES = {c: np.dtype(c).name for c in np.typecodes["All"] if np.dtype(c).name in ELEMENTS}
 
 
-def vectorized(role: str, function: Any) -> Callable[..., Any]:
-    """The plain function over arrays, for the reference."""
-    return np.vectorize(plain(function, role), otypes=[float if role == SCORE else bool])
+def vectorized(role: str, function: Any, values: tuple[Any, ...]) -> Callable[..., Any]:
+    """The plain function over arrays of its first arguments; `values` follow as they are."""
+    one = plain(function, role)
+    return np.vectorize(lambda *first: one(*first, *values), otypes=[float if role == SCORE else bool])
 
 
 __all__ = ["PARAMETERS", "Rule", "as_arguments", "describe", "find", "plain", "vectorized"]
