@@ -238,6 +238,23 @@ def test_packed_sequences(over, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_gradients_of_bias_and_sinks(backend):
+    rng = np.random.default_rng(0)
+    cu = np.array([0, 70, 75])
+    query, key, value, grad = (rng.standard_normal((75, 2, 8), dtype=np.float32) for _ in range(4))
+    array = rng.random((1, 2, 70, 70)) < 0.4
+    options = {"bias": rng.standard_normal((2, 70, 70)).astype(np.float32), "sinks": np.ones(2), "backend": backend}
+    both = []
+    for mask in (array, BlockMask.from_array(array)):
+        result = na.attention_varlen(query, key, value, cu, cu, mask=mask, return_lse=True, **options)
+        both.append(na.attention_varlen_backward(grad, query, key, value, *result, cu, cu, mask=mask, **options))
+    for name in ("query", "key", "value", "bias", "sinks"):
+        x, y = (getattr(grads, name) for grads in both)
+        assert x.any()
+        close(y, x, 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("storage", [None, "int8"])
 @pytest.mark.parametrize("L", [1, 3, 40])
 def test_decoding(L, storage, backend):

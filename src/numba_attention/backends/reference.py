@@ -60,7 +60,7 @@ def backward(problem: BackwardProblem) -> None:
     """
     f = _with_dense_mask(problem.forward)
     if f.packing is not None:
-        return _backward_of_parts(replace(problem, forward=f))
+        return _backward_of_parts(problem, f)
     assert f.lse is not None
     rows = np.arange(f.L)
     if problem.bias_shape is not None:
@@ -143,9 +143,8 @@ def _parts(p: Problem) -> list[tuple[tuple[slice, slice], Problem]]:
     return parts
 
 
-def _backward_of_parts(g: BackwardProblem) -> None:
-    """Compute `backward` for packed sequences, one after the other."""
-    f = g.forward
+def _backward_of_parts(g: BackwardProblem, f: Problem) -> None:
+    """Compute `backward` for packed sequences, one after the other; f is the forward problem, without a block mask."""
     assert f.packing is not None
     g.bias = None if g.bias_shape is None else np.zeros(g.bias_shape)
     g.sinks = None if f.sinks is None else np.zeros(f.H)
