@@ -34,13 +34,14 @@ ENTRY_POINTS = {
     "attention_decode": (lambda: na.attention_decode, {"query", "cache", "ids", "return_lse", "out", "backend"}),
     "layer": (
         lambda: LAYER.__call__,
-        {"query", "key", "value", "key_padding_mask", "cache", "ids", "cu_seqlens", "need_weights", "average_weights",
-         "training"},
+        {"query", "key", "value", "key_padding_mask", "cache", "ids", "cu_seqlens", "positions", "need_weights",
+         "average_weights", "training"},
     ),
     "layer.forward": (
         lambda: LAYER.forward,
         {
-            "query", "key", "value", "key_padding_mask", "cu_seqlens", "need_weights", "average_weights", "training",
+            "query", "key", "value", "key_padding_mask", "cu_seqlens", "positions", "need_weights", "average_weights",
+            "training",
         },
     ),
     "torch": (lambda: _bridge("torch"), {"query", "key", "value", "return_lse", "backend"}),

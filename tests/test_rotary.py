@@ -214,7 +214,12 @@ P = np.arange(5)
         ((X, P), {"interleaved": 1}, TypeError, "interleaved"),
         ((X, P), {"scaling": -1.0}, ValueError, "scaling must be positive"),
         ((X, P), {"scaling": "ntk"}, TypeError, "scaling must be a real number"),
-        ((X, P), {"scaling": {"type": "yarn", "factor": 2.0}}, ValueError, "scaling must be of type"),
+        (
+            (X, P),
+            {"scaling": {"type": "yarn", "factor": 2.0}},
+            ValueError,
+            "scaling must have the keys type, original_max",
+        ),
         ((X, P), {"scaling": {"type": "ntk"}}, ValueError, "scaling must have the keys"),
         ((X, P), {"scaling": {"type": "ntk", "factor": 0}}, ValueError, "factor of scaling"),
         ((X, P), {"scaling": {"type": "ntk", "factor": 2}, "dim": 2}, ValueError, "scaling of type 'ntk' needs dim"),

@@ -1,31 +1,48 @@
 """Rotary position embeddings: pairs of features are rotated by an angle that is proportional to the position."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .frequencies import Frequencies, Scaling, scaled
 from .options import Array
 from .validation import as_array, as_ndarray, as_real, check_out, is_supported
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 
-Scaling = float | Mapping[str, Any]
-
 
 class Rotation(NamedTuple):
-    """The angle between neighbouring positions for each pair of features, and which features are pairs."""
+    """How much each pair of features turns with the position, and which features are pairs."""
 
-    frequencies: Array  # float64 (dim / 2,), radians
+    frequencies: Frequencies
     interleaved: bool
 
-    def turn(self, positions: Array, dtype: np.dtype[Any]) -> "Turn":
-        """Return the turn at each position (...), for arrays of this dtype."""
+    def of_length(self, *positions: Array) -> "Rotation":
+        """Return the rotation for sequences that reach to the last of these positions."""
+        own = self.frequencies
+        if own.beyond is None:
+            return self
+        length = max((float(x.max()) + 1 for x in positions if x.size), default=0.0)
+        return self._replace(frequencies=own._replace(frequencies=own.of_length(length), beyond=None))
+
+    def turn(self, positions: Array, dtype: np.dtype[Any], along_axes: bool = False) -> "Turn":
+        """Return the turn at each position (...), for arrays of this dtype.
+
+        With `along_axes`, positions are (3, ...), and each pair turns with that of its axis.
+        """
+        own = self.of_length(positions).frequencies
+        frequencies, positions = own.frequencies, positions.astype(np.float64, copy=False)
         # Angles are float64 for all arrays: at position 100,000 a float32 angle is off by up to 0.004.
-        angles = positions.astype(np.float64, copy=False)[..., None] * self.frequencies
-        return Turn.of_pairs(np.cos(angles), np.sin(angles), self.interleaved, dtype)
+        if along_axes:
+            angles = np.moveaxis(positions[own.axes], 0, -1) * frequencies
+        else:
+            angles = positions[..., None] * frequencies
+        cos, sin = np.cos(angles), np.sin(angles)
+        if own.attention_factor != 1:
+            cos, sin = cos * own.attention_factor, sin * own.attention_factor
+        return Turn.of_pairs(cos, sin, self.interleaved, dtype)
 
 
 class Turn(NamedTuple):
@@ -46,7 +63,7 @@ class Turn(NamedTuple):
         return cls(table[0], table[1], interleaved)
 
     def back(self) -> "Turn":
-        """Return the inverse rotation which, as rotations are orthogonal, is also that of gradients."""
+        """Return the rotation of gradients: the transposed one, which is the inverse but for the attention factor."""
         return self._replace(sin=-self.sin)
 
 
@@ -68,7 +85,8 @@ def apply_rotary(
         Queries or keys, in float32, float64, float16 or ``ml_dtypes.bfloat16``. Any strides.
     positions : array of int or float, broadcastable to (..., L)
         Position of each row: typically ``numpy.arange(L)``, plus the number of keys in a cache if there is one. For
-        x of shape (B, H, L, E), positions that differ between sequences have shape (B, 1, L).
+        x of shape (B, H, L, E), positions that differ between sequences have shape (B, 1, L). With a scaling that has
+        ``mrope_section``, also (3, ..., L), with as many axes behind the first as `x` has rows: time, height and width.
     base : float, default 10000
         Pair i is rotated by ``base ** (-2 * i / dim)`` radians from one position to the next.
     dim : int, optional
@@ -77,9 +95,10 @@ def apply_rotary(
         Which features are pairs: i and ``i + dim // 2`` as in GPT-NeoX and Llama checkpoints converted for
         Transformers, or with True ``2 * i`` and ``2 * i + 1`` as in the paper, GPT-J and Meta's own checkpoints.
     scaling : float or dict, optional
-        For sequences that are longer than those of the training. A factor, or ``{"type": "linear", "factor": factor}``,
-        divides the positions by it. ``{"type": "ntk", "factor": factor}`` multiplies `base` by
-        ``factor ** (dim / (dim - 2))`` instead, which leaves the fastest pair as it is and slows the slowest by factor.
+        For sequences that are longer than those of the training. A factor divides the positions; a dict is what configs
+        of models have as ``rope_scaling`` or ``rope_parameters``, with its ``type`` or ``rope_type``: "linear", "ntk",
+        "dynamic", "llama3", "yarn", "longrope", "mrope" or "default", with the keys that the kind needs (a message says
+        which). ``{"frequencies": ..., "attention_factor": 1.0}`` has the angles themselves, one for each pair.
     out : ndarray, shape (..., L, E), optional
         Array for the result, in the dtype of `x`. It may be `x` itself.
 
@@ -111,6 +130,9 @@ def apply_rotary(
     .. [2] Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation", 2023,
        section 2.2 (linear scaling).
     .. [3] bloc97, "NTK-Aware Scaled RoPE", r/LocalLLaMA, 2023.
+    .. [4] Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models", 2023.
+    .. [5] Ding et al., "LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens", 2024.
+    .. [6] Wang et al., "Qwen2-VL", 2024, section 2.1 (multimodal rotary embedding, mrope).
 
     Examples
     --------
@@ -127,9 +149,8 @@ def apply_rotary(
     True
     """
     x = _features(x)
-    turn = rotation(x.shape[-1], base=base, dim=dim, interleaved=interleaved, scaling=scaling).turn(
-        _positions(positions, x.shape[:-1]), x.dtype
-    )
+    resolved = rotation(x.shape[-1], base=base, dim=dim, interleaved=interleaved, scaling=scaling)
+    turn = resolved.turn(*check_positions(positions, x.shape[:-1], resolved, x.dtype))
     if out is None:
         out = np.empty_like(x)  # same memory layout as x, so that rows are read and written in the same order
         rotate(x, turn, out)
@@ -161,17 +182,7 @@ def rotation(
         raise ValueError(f"dim must be even and between 2 and the number of features, {features}, got {dim}")
     if not isinstance(interleaved, bool | np.bool_):
         raise TypeError(f"interleaved must be True or False, got {interleaved!r}")
-    kind, factor = _scaling(scaling)
-    if kind == "ntk" and dim == 2:
-        raise ValueError("scaling of type 'ntk' needs dim > 2: a single pair has no slower one to stretch")
-    with np.errstate(all="ignore"):
-        stretch = np.float64(factor) ** (dim / (dim - 2)) if kind == "ntk" else 1.0
-        frequencies = (base * stretch) ** (-np.arange(0, dim, 2) / dim)
-        if kind == "linear":
-            frequencies /= factor
-    if not ((frequencies > 0) & (frequencies < np.inf)).all():
-        raise ValueError(f"base and scaling must leave every pair a finite frequency, got {base} and {scaling!r}")
-    return Rotation(frequencies, bool(interleaved))
+    return Rotation(scaled(scaling, base, dim), bool(interleaved))
 
 
 def rotate(x: Array, turn: Turn, out: Array) -> None:
@@ -219,35 +230,26 @@ def _features(x: Any) -> Array:
     return result
 
 
-def _positions(positions: Any, rows: tuple[int, ...]) -> Array:
+def check_positions(
+    positions: Any, rows: tuple[int, ...], of: Rotation, dtype: np.dtype[Any]
+) -> tuple[Array, np.dtype[Any], bool]:
+    """Check positions of rows; return what `Rotation.turn` takes: positions, the dtype, and whether they are three."""
     array = as_array("positions", positions)
     if array.dtype.kind not in "iuf":
         raise TypeError(f"positions must be integers or floating point, got {array.dtype}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ValueError("positions must be finite")
+    along_axes = of.frequencies.axes is not None and array.ndim == len(rows) + 1 and array.shape[0] == 3
     try:
-        np.broadcast_to(array, rows)
+        np.broadcast_to(array[0] if along_axes else array, rows)
     except ValueError:
         raise ValueError(f"positions of shape {array.shape} does not broadcast to {rows}, the rows of x") from None
-    return array
+    return array, dtype, along_axes
 
 
 def _same_elements(a: Array, b: Array) -> bool:
     """Whether two arrays of one shape and dtype occupy the same memory."""
     return a.strides == b.strides and a.ctypes.data == b.ctypes.data
-
-
-def _scaling(scaling: Any) -> tuple[str, float]:
-    if scaling is None:
-        return "linear", 1.0
-    if not isinstance(scaling, Mapping):
-        return "linear", _positive("scaling", scaling)
-    if scaling.keys() != {"type", "factor"}:
-        raise ValueError(f"scaling must have the keys 'type' and 'factor', got {sorted(map(str, scaling))}")
-    kind = scaling["type"]
-    if not isinstance(kind, str) or kind not in ("linear", "ntk"):
-        raise ValueError(f"scaling must be of type 'linear' or 'ntk', got {kind!r}")
-    return kind, _positive("factor of scaling", scaling["factor"])
 
 
 def _positive(name: str, x: Any) -> float:

@@ -13,13 +13,16 @@ from .. import markup
 from ..api import attention, attention_backward, attention_weights
 from ..options import Array, Gradients, OptionArguments, gather, takes_options
 from ..problem.dense import sum_to
-from ..rotary import Rotation, Turn, rotate
+from ..rotary import Turn, rotate
 from ..validation import as_flag, as_ints, check_like
 from ..varlen import attention_varlen, attention_varlen_backward
 from .cached import Cache, attend
-from .inputs import check_inputs, hide_padding, query_offset
+from .inputs import check_inputs, hide_padding
 from .parameters import INPUTS, Weights
+from .positions import Turns, default_turns, turned, turns_of
 from .projection import linear, linear_backward
+
+Positions = ArrayLike | tuple[ArrayLike, ArrayLike]
 
 # The input projections that one product can compute, as (first, last + 1), by whether key is query and value is key.
 _RUNS = {
@@ -64,10 +67,11 @@ class MultiHeadAttention(Weights):
         Features of key and value, by default `embed_dim`.
     bias : bool, default True
         Whether the projections add a bias.
-    rotary : bool or dict, optional
+    rotary : bool, dict or config, optional
         True or the options of `apply_rotary` (base, dim, interleaved, scaling) for a rotary position embedding: the
         projected queries and keys are rotated to their positions: key j to j, and query i to ``i + query_offset`` or
-        to its position under ``is_causal="bottom-right"``. True means the default options.
+        to its position under ``is_causal="bottom-right"``, or both to ``positions=``. True means the default options.
+        A model's config, or its ``rope_parameters`` or ``rope_scaling``, is read: base, scaling and rotated part.
     dropout : float, default 0.0
         Probability with which an attention weight is dropped in training, at least 0 and less than 1: `dropout_p` of
         the calls with ``training=True``.
@@ -131,6 +135,7 @@ class MultiHeadAttention(Weights):
         cache: Cache | None = ...,
         ids: ArrayLike | None = ...,
         cu_seqlens: ArrayLike | None = ...,
+        positions: Positions | None = ...,
         need_weights: Literal[False] = ...,
         average_weights: bool = ...,
         training: bool = ...,
@@ -144,6 +149,7 @@ class MultiHeadAttention(Weights):
         value: Array | None = ...,
         *,
         key_padding_mask: ArrayLike | None = ...,
+        positions: Positions | None = ...,
         need_weights: Literal[True],
         average_weights: bool = ...,
         training: bool = ...,
@@ -160,6 +166,7 @@ class MultiHeadAttention(Weights):
         cache: Cache | None = None,
         ids: ArrayLike | None = None,
         cu_seqlens: ArrayLike | None = None,
+        positions: Positions | None = None,
         need_weights: bool = False,
         average_weights: bool = True,
         training: bool = False,
@@ -197,6 +204,10 @@ class MultiHeadAttention(Weights):
         cu_seqlens : array of int, shape (n + 1,), optional
             `query`, of shape (T, embed_dim), is n sequences laid end to end. Sequence b has the rows
             ``cu_seqlens[b] : cu_seqlens[b + 1]`` and attends to itself, as in `attention_varlen`, whose options apply.
+        positions : array of int or float, broadcastable to (..., L), or a pair of them, optional
+            Where the rotary embedding places the rows, such as ``position_ids`` of shape (batch, L); a pair, of queries
+            and of keys, where `key` is passed. By default key j sits at j and queries where `attention` places them.
+            With a scaling that has ``mrope_section``, also (3, ..., L). Masks and windows do not depend on it.
         need_weights : bool, default False
             Also return the attention probabilities. Not with a cache or `cu_seqlens`.
         average_weights : bool, default True
@@ -225,10 +236,12 @@ class MultiHeadAttention(Weights):
                 raise ValueError("cu_seqlens must be None with a cache")
             if need_weights:
                 raise ValueError("need_weights must be False with a cache; see attention_weights")
-            return self._attend_cache(query, key, value, key_padding_mask, cache, ids, settings)
+            return self._attend_cache(query, key, value, key_padding_mask, cache, ids, positions, settings)
         if ids is not None:
             raise ValueError("ids must be None without a cache")
-        ctx = self._attend_any(query, key, value, key_padding_mask, cu_seqlens, need_weights, settings, False)
+        ctx = self._attend_any(
+            query, key, value, key_padding_mask, cu_seqlens, positions, need_weights, settings, False
+        )
         result: Array | tuple[Array, Array] = self._result(ctx, need_weights, average_weights)
         return result
 
@@ -241,6 +254,7 @@ class MultiHeadAttention(Weights):
         *,
         key_padding_mask: ArrayLike | None = ...,
         cu_seqlens: ArrayLike | None = ...,
+        positions: Positions | None = ...,
         need_weights: Literal[False] = ...,
         average_weights: bool = ...,
         training: bool = ...,
@@ -254,6 +268,7 @@ class MultiHeadAttention(Weights):
         value: Array | None = ...,
         *,
         key_padding_mask: ArrayLike | None = ...,
+        positions: Positions | None = ...,
         need_weights: Literal[True],
         average_weights: bool = ...,
         training: bool = ...,
@@ -268,6 +283,7 @@ class MultiHeadAttention(Weights):
         *,
         key_padding_mask: ArrayLike | None = None,
         cu_seqlens: ArrayLike | None = None,
+        positions: Positions | None = None,
         need_weights: bool = False,
         average_weights: bool = True,
         training: bool = False,
@@ -277,7 +293,7 @@ class MultiHeadAttention(Weights):
 
         Parameters
         ----------
-        query, key, value, key_padding_mask, cu_seqlens, need_weights, average_weights, training, **options
+        query, key, value, key_padding_mask, cu_seqlens, positions, need_weights, average_weights, training, **options
             As for a call: ``layer(query, key, value, ...)``.
 
         Returns
@@ -311,7 +327,7 @@ class MultiHeadAttention(Weights):
         settings = self._settings(gather(self.forward, options)._asdict(), options, training)
         need_weights = as_flag("need_weights", need_weights)
         average_weights = as_flag("average_weights", average_weights)
-        ctx = self._attend_any(query, key, value, key_padding_mask, cu_seqlens, need_weights, settings, True)
+        ctx = self._attend_any(query, key, value, key_padding_mask, cu_seqlens, positions, need_weights, settings, True)
         return self._result(ctx, need_weights, average_weights), ctx
 
     def backward(
@@ -415,13 +431,14 @@ class MultiHeadAttention(Weights):
 
     def _attend_any(
         self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None,
-        cu_seqlens: ArrayLike | None, need_weights: bool, options: dict[str, Any], return_lse: bool,
+        cu_seqlens: ArrayLike | None, positions: Positions | None, need_weights: bool, options: dict[str, Any],
+        return_lse: bool,
     ) -> Context:  # fmt: skip
         if cu_seqlens is None:
-            return self._attend(query, key, value, padding, options, return_lse)
+            return self._attend(query, key, value, padding, positions, options, return_lse)
         if need_weights or key is not None or value is not None:
             raise ValueError("cu_seqlens is for self-attention without need_weights: key and value must be None")
-        return self._attend_packed(query, padding, cu_seqlens, options, return_lse)
+        return self._attend_packed(query, padding, cu_seqlens, positions, options, return_lse)
 
     def _settings(self, settings: dict[str, Any], given: Mapping[str, Any], training: bool) -> dict[str, Any]:
         """Add dropout to the options of a call in training."""
@@ -433,8 +450,8 @@ class MultiHeadAttention(Weights):
         return settings
 
     def _attend(
-        self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None, options: dict[str, Any],
-        return_lse: bool,
+        self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None,
+        positions: Positions | None, options: dict[str, Any], return_lse: bool,
     ) -> Context:  # fmt: skip
         """Project the inputs and attend, up to the output of the heads."""
         is_given = key is not None, value is not None
@@ -444,9 +461,11 @@ class MultiHeadAttention(Weights):
         if padding is not None:
             hide_padding(options, padding, key.shape[-2])
         q, k, v = self._project(query, key, value)
-        turns = None
-        if self._rotation is not None:
-            q, turns = self._rotate(q, k, self._rotation, batch, options)
+        turns = self._turns(positions, (*batch, query.shape[-2]), (*batch, key.shape[-2]), not is_given[0])
+        if turns is None and self._rotation is not None:
+            turns = default_turns(self._rotation, query.shape[-2], key.shape[-2], batch, options, self.dtype)
+        if turns is not None:
+            q, k = turned(q, turns[0]), turned(k, turns[1])
         # The memory layout is (..., L, H, E), so that the last projection reads the heads side by side without a copy.
         heads = np.empty((*batch, query.shape[-2], self.num_heads, self.head_dim), self.dtype)
         lse = None
@@ -459,9 +478,10 @@ class MultiHeadAttention(Weights):
 
     def _attend_cache(
         self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None, cache: Cache, ids: Any,
-        options: dict[str, Any],
+        positions: Positions | None, options: dict[str, Any],
     ) -> Array:  # fmt: skip
         """Project the inputs, append to the cache, attend to it, and project the result."""
+        is_self = key is None
         query, key, value, _ = check_inputs(query, key, value, (self.embed_dim, self.kdim, self.vdim), self.dtype)
         if padding is not None:
             raise ValueError(
@@ -472,13 +492,15 @@ class MultiHeadAttention(Weights):
         q, k, v = self._project(query, key, value)
         if flat:
             q, k, v = q[None], k[None], v[None]
-        heads = attend(cache, ids, q, k, v, self._rotation, options | {"backend": self.backend})
+        turns = self._turns(positions, query.shape[:-1], key.shape[:-1], is_self)
+        heads = attend(cache, ids, q, k, v, turns or self._rotation, options | {"backend": self.backend})
         out = linear(_features(heads), self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias"))
         return out[0] if flat else out
 
     def _attend_packed(
-        self, query: Array, padding: ArrayLike | None, cu_seqlens: ArrayLike, options: dict[str, Any], return_lse: bool
-    ) -> Context:
+        self, query: Array, padding: ArrayLike | None, cu_seqlens: ArrayLike, positions: Positions | None,
+        options: dict[str, Any], return_lse: bool,
+    ) -> Context:  # fmt: skip
         """Self-attention of packed sequences, laid end to end, up to the output of the heads."""
         inputs = query, None, None
         options["backend"] = self.backend
@@ -489,17 +511,17 @@ class MultiHeadAttention(Weights):
             raise ValueError("key_padding_mask must be None with cu_seqlens, where there is no padding")
         q, k, v = self._project(query, key, value)
         starts = as_ints("cu_seqlens", cu_seqlens)
-        turns = None
-        if self._rotation is not None:
+        turns = self._turns(positions, (len(query),), (len(query),), True)
+        if turns is None and self._rotation is not None:
             if options["query_offset"] is not None:
                 raise ValueError("query_offset must be None with cu_seqlens and rotary positions")
             # `attention_varlen` checks the offsets, and its errors name them.
             own = starts[:-1] if starts.ndim == 1 else np.zeros(0, np.int64)
             first = own[np.searchsorted(own, np.arange(len(query)), side="right") - 1] if own.size else 0
             turn = self._rotation.turn(np.arange(len(query)) - first, self.dtype)
-            for x in (q, k):
-                rotate(x, turn, x)
             turns = turn, turn
+        if turns is not None:
+            q, k = turned(q, turns[0]), turned(k, turns[1])
         heads = np.empty((len(query), self.num_heads, self.head_dim), self.dtype)
         q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))
         lse = None
@@ -568,33 +590,20 @@ class MultiHeadAttention(Weights):
                 own[...] = grad
             elif grad.shape == own.shape:
                 rotate(grad, turns[n].back(), own)
-            else:  # queries whose positions differ between sequences: see `_rotate`
+            else:  # rows whose positions differ between sequences: see `turned`
                 rotate(grad, turns[n].back(), grad)
                 own[...] = sum_to(grad, own.shape)
         return joined
 
-    def _rotate(
-        self, q: Array, k: Array, rotation: Rotation, batch: tuple[int, ...], options: dict[str, Any]
-    ) -> tuple[Array, tuple[Turn, Turn]]:
-        """Rotate queries and keys to their positions, in place if possible.
-
-        Queries become a new array if they have fewer sequences than there are positions.
-        """
-        L, S = q.shape[-2], k.shape[-2]
-        of_keys = rotation.turn(np.arange(S), self.dtype)
-        rotate(k, of_keys, k)
-        offset = query_offset(options, L, S, batch)
-        if isinstance(offset, int):
-            of_queries = of_keys if offset == 0 and L == S else rotation.turn(offset + np.arange(L), self.dtype)
-        else:
-            of_queries = rotation.turn(offset[..., None, None] + np.arange(L), self.dtype)
-        shape = np.broadcast_shapes(q.shape, (*of_queries.cos.shape[:-1], 1))
-        if shape == q.shape:
-            rotate(q, of_queries, q)
-            return q, (of_queries, of_keys)
-        turned = np.empty(shape, self.dtype)
-        rotate(np.broadcast_to(q, shape), of_queries, turned)
-        return turned, (of_queries, of_keys)
+    def _turns(
+        self, positions: Positions | None, of_queries: tuple[int, ...], of_keys: tuple[int, ...], is_self: bool
+    ) -> Turns | None:
+        """Return the turns at the positions of the caller, or None without any."""
+        if positions is None:
+            return None
+        if self._rotation is None:
+            raise ValueError("positions must be None for a layer without rotary=")
+        return turns_of(self._rotation, positions, of_queries, of_keys, is_self, self.dtype)
 
     def _heads(self, features: Array) -> Array:
         """(..., L, heads * E) -> (..., heads, L, E)."""

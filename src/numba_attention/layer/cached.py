@@ -12,12 +12,13 @@ from ..options import Array
 from ..problem.rolling import refuse_positional
 from ..rotary import Rotation, rotate
 from ..validation import as_ints, as_window, broadcast_to
+from .positions import Turns
 
 Cache = KVCache | PagedKVCache
 
 
 def attend(
-    cache: Cache, ids: Any, q: Array, k: Array, v: Array, rotation: Rotation | None, options: dict[str, Any]
+    cache: Cache, ids: Any, q: Array, k: Array, v: Array, rotation: Rotation | Turns | None, options: dict[str, Any]
 ) -> Array:
     """Append k and v, (batch, Hkv, T, E), and return the attention of q, (batch, H, L, E), as (batch, L, H, E).
 
@@ -35,9 +36,13 @@ def attend(
         options["query_offset"] = broadcast_to(
             "query_offset", as_ints("query_offset", options["query_offset"]), before.shape
         )
+    if isinstance(rotation, Rotation):
+        of_queries, of_keys = (_positions(x, first) for x, first in ((q, options["query_offset"]), (k, before)))
+        rotation = rotation.of_length(of_queries, of_keys)
+        rotation = rotation.turn(of_queries, q.dtype), rotation.turn(of_keys, k.dtype)
     if rotation is not None:
-        _rotate(k, before, rotation)
-        _rotate(q, options["query_offset"], rotation)
+        rotate(q, rotation[0], q)
+        rotate(k, rotation[1], k)
     lengths, options["key_lengths"] = options.get("key_lengths"), None
     if lengths is not None:
         lengths = check_lengths("key_lengths", lengths, len(k), k.shape[2], "the number of new keys")
@@ -134,10 +139,7 @@ def _attend_rolling(
     return merge_attention(*zip(*results, strict=True))[0]
 
 
-def _rotate(x: Array, first: Array, rotation: Rotation) -> None:
-    """Rotate rows in place to their positions, which begin at `first` in every sequence."""
-    if len(set(first.tolist())) == 1:
-        positions = first[0] + np.arange(x.shape[-2])
-    else:
-        positions = first[:, None, None] + np.arange(x.shape[-2])
-    rotate(x, rotation.turn(positions, x.dtype), x)
+def _positions(x: Array, first: Array) -> Array:
+    """Return the positions of rows, which begin at `first` in every sequence."""
+    rows = np.arange(x.shape[-2])
+    return first[0] + rows if len(set(first.tolist())) == 1 else first[:, None, None] + rows

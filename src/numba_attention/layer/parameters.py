@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from ..atomic import replacing
 from ..backends import check_name
+from ..frequencies import is_config, of_config
 from ..narrowing import largest
 from ..options import Array
 from ..rotary import Rotation, rotation
@@ -60,7 +61,7 @@ class Weights:
         self.vdim = self.embed_dim if vdim is None else _positive("vdim", vdim)
         self.dtype = _real_dtype(dtype)
         self.bias = bool(bias)
-        self.rotary = _rotary(rotary)
+        self.rotary = _rotary(rotary, self.head_dim)
         self._rotation = None if self.rotary is None else _resolved(self.rotary, self.head_dim)
         self.backend = None if backend is None else check_name(backend, "backend")
         self.loaded: Recognised | None = None
@@ -490,10 +491,12 @@ def _positive(name: str, x: Any) -> int:
     return int(x)
 
 
-def _rotary(rotary: Any) -> bool | dict[str, Any] | None:
+def _rotary(rotary: Any, head_dim: int) -> bool | dict[str, Any] | None:
     """Check `rotary`; return it for the representation of the layer: None, True, or a copy of the dict."""
     if rotary is None or isinstance(rotary, bool | np.bool_):
         return True if rotary else None
+    if is_config(rotary):
+        return of_config(rotary, head_dim)
     if not isinstance(rotary, Mapping):
         raise TypeError(f"rotary must be None, True or a dict of base, dim, interleaved and scaling, got {rotary!r}")
     if unknown := rotary.keys() - {"base", "dim", "interleaved", "scaling"}:
