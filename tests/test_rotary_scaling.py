@@ -143,7 +143,9 @@ def test_llama3_by_formula():
     assert (got[between] > own[between] / 8).all()
 
 
-@pytest.mark.parametrize("scaling", [LLAMA3, LONG | {"factor": 4.0}, {"type": "dynamic", "factor": 2.0, "max_position_embeddings": 4}])
+@pytest.mark.parametrize(
+    "scaling", [LLAMA3, LONG | {"factor": 4.0}, {"type": "dynamic", "factor": 2.0, "max_position_embeddings": 4}]
+)
 def test_positions_of_a_layer(scaling):
     """(batch, L) where batch == heads, a pair for cross-attention, packed sequences and a cache say the same."""
     rng = np.random.default_rng(0)
