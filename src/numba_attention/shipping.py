@@ -53,11 +53,10 @@ def build(folder: Path, levels: list[str], only: str = "", report: Callable[[str
 
 
 def _kernels() -> "Iterator[Kernel]":
-    from .backends import cpu_resources
-    from .cpu import launch
+    from .backends import cpu, cpu_resources
     from .layer.projection import kernel_of
 
-    yield from (launch._launcher, launch._caller, cpu_resources.addresses)
+    yield from cpu.entries()
     for storage in STORAGES:
         yield from (cpu_resources.worker(storage, task) for task in ("forward", "decode", "weights", "backward"))
         for kv_storage in SHORT:

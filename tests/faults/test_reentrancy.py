@@ -20,6 +20,7 @@ from numba.core.compiler_lock import global_compiler_lock
 
 import numba_attention as na
 from numba_attention import kernel_cache
+from numba_attention.backends import recall
 from numba_attention.backends.cpu_resources import addresses, worker
 from numba_attention.cpu import cache, launch
 
@@ -215,6 +216,7 @@ def test_at_events_of_loading(step, hook):
 
 def forget_kernels():
     """Let the next call load what `work.forward` needs, as a new process does."""
+    recall._forward = recall._forward._replace(address=0)
     for kernel in (launch._launcher, launch._caller, addresses, worker("float32", "forward")):
         kernel._address = None
         for name in kernel._uses:

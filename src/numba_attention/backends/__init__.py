@@ -100,6 +100,12 @@ def select(name: str | None, *arrays: Any) -> Backend:
     return _get(name)
 
 
+def is_host_default() -> bool:
+    """Whether a call on NumPy arrays that names no backend runs on the CPU backend."""
+    name = _context.get() or _default
+    return (name is None and _variable not in _variables) or name == "auto" or name == "cpu"
+
+
 def set_backend(name: str) -> None:
     """Choose the backend of every later call in this process that does not choose its own.
 

@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba.core import config
@@ -11,6 +11,7 @@ from numba.core import config
 from ..bounded import BoundedCache
 from ..cpu import decode, launch
 from ..cpu import forward as kernels
+from ..cpu import recall as again
 from ..cpu.cache import Kernel
 from ..cpu.objects import headers_are_known
 from ..cpu.params import ARRAYS, REST, pack_addresses
@@ -20,8 +21,8 @@ from ..options import Array
 from ..problem.dense import NUMBERS, BackwardProblem, Problem
 from ..problem.dense import sum_to as reduce  # noqa: F401
 from ..sequence_record import SEQUENCE
-from . import cpu_backward
-from .cpu_resources import Buffers, addresses, put_back, take, threads_for, worker
+from . import cpu_backward, recall
+from .cpu_resources import SMALL, Buffers, addresses, put_back, take, threads_for, worker
 from .cpu_rules import Rules, compiled_rules
 from .records import (
     address_of,
@@ -51,13 +52,19 @@ def unusable() -> str | None:
     return None
 
 
+def entries() -> tuple[Kernel, ...]:
+    """Return the functions that Python calls."""
+    recalled = again.match_three, again.match_six, again.forward, again.backward
+    return launch._launcher, launch._caller, addresses, *recalled
+
+
 def warmup_jobs() -> list[tuple[str, Callable[[], None]]]:
     """Return the names of the common kernels, each with a function that compiles it."""
 
     def job(kernel: Kernel) -> Callable[[], None]:
         return lambda: (kernel.address, None)[1]
 
-    jobs = [(kernel.name, job(kernel)) for kernel in (launch._launcher, launch._caller, addresses)]
+    jobs = [(kernel.name, job(kernel)) for kernel in entries()]
     storages = ("float32", "float64", "float16", "bfloat16")
     jobs += [(f"attention, {storage}", job(worker(storage, "forward"))) for storage in storages]
     jobs += [("attention, float32, few queries", job(worker("float32", "decode")))]
@@ -162,6 +169,7 @@ def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few
         plan = _find_plan(p, few)
         sequences, sequences_address = plan.sequences, plan.sequences_address
         if varies(p):
+            p.plan = None
             if _is_step(p):
                 sequences, sequences_address = own.sequence, own.sequence_address
                 sequences[:] = plan.numbers
@@ -211,10 +219,63 @@ def _find_plan(p: Problem, few: bool) -> _Plan:
         None if cache is None else (cache.storage, cache.table is None),
     )  # fmt: skip
     plan = _plans.get(key)
-    if plan is None:
+    if plan is not None:
+        # What `recall` can remember: calls that are small, and whose keys are not split.
+        if plan.flops * p.S <= recall.LARGEST and plan.numbers.nbytes <= SMALL_PLAN:
+            p.plan = plan if plan.tiles is None or p.S <= decode.SPLIT else None
+    else:
         plan = _make_plan(p, sequences_of(p, None), None, False, few)
         _plans.add(key, plan, plan.numbers.nbytes + (0 if plan.tiles is None else plan.tiles.nbytes) + SMALL_PLAN)
     return plan
+
+
+def _machine() -> recall.Machine:
+    return recall.Machine(
+        again.match_three.call, again.match_six.call, again.forward.call, again.backward.call,
+        take, put_back, threads_for, launch.pool,
+    )  # fmt: skip
+
+
+def _forward_recipe(p: Problem, row: list[int], arrays: tuple[Array, ...]) -> recall.Recipe | None:
+    """Return how to do a call again whose plan is known; None if that is not possible."""
+    plan: _Plan = p.plan
+    items = plan.items if plan.tiles is None else _split(plan, p, plan.sequences)[0]
+    addresses = {"sequences": plan.sequences_address, "lse": int(p.lse is not None)}
+    template = again.template_of(plan.rest, items, addresses)
+    results = [(x.shape, x.dtype) for x in (p.result, p.result_lse) if x is not None]
+    return _recipe(row, template, plan, items, plan.flops * p.S, results, arrays)
+
+
+def _backward_recipe(g: BackwardProblem, row: list[int], arrays: tuple[Array, ...]) -> recall.Recipe | None:
+    """Return how to do a call again whose plan is known; None if that is not possible."""
+    plan: cpu_backward._Plan = g.plan
+    results = [(x.shape, x.dtype) for x in (g.query, g.key, g.value)]
+    inputs = [x.shape for x in g.inputs]  # otherwise gradients are summed over axes that were broadcast
+    if [shape for shape, _ in results] != inputs or len(plan.waves) != 1 or plan.waves[0].partial_size:
+        return None
+    members = plan.waves[0].members
+    addresses = {"sequences": plan.sequences_address, "members": address_of(members)}
+    template = again.template_of(plan.rest, len(members), addresses)
+    return _recipe(row, template, plan, len(members), plan.flops, results, arrays)
+
+
+def _recipe(
+    row: list[int], template: Array, plan: Any, items: int, flops: float, results: list[Any], arrays: tuple[Array, ...]
+) -> recall.Recipe | None:
+    if config.BOUNDSCHECK:
+        return None
+    return recall.Recipe(
+        row,
+        template,
+        address_of(template),
+        plan.kernel.address,
+        plan.scratch_size,
+        items,
+        flops,
+        items == 1 or flops <= SMALL,
+        tuple(results),
+        (plan, *(x.dtype for x in arrays)),
+    )
 
 
 FEW = 2 * HOST.bits // 32  # query rows of a key/value head up to which the kernel with features in the lanes is used
@@ -291,3 +352,6 @@ def _split(plan: _Plan, p: Problem, sequences: Array) -> tuple[int, int]:
     ends = np.cumsum(each)
     sequences["first"] = ends - each
     return int(ends[-1]), int(splits.max())
+
+
+recall.provide(recall.Provider(again.row_of, _forward_recipe, _backward_recipe, _machine))

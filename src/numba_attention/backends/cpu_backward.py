@@ -18,6 +18,7 @@ from ..cpu.spec import Spec
 from ..masks.lists import Lists
 from ..options import Array
 from ..problem.dense import BackwardProblem, spread_bias
+from . import recall
 from .cpu_resources import Buffers, addresses, put_back, take, threads_for, worker
 from .cpu_rules import Rules, compiled_rules
 from .records import (
@@ -169,7 +170,10 @@ def _find_plan(
         p.dropout, p.score_mod is None and p.mask_mod is None,
     )  # fmt: skip
     plan = _plans.get(key)
-    if plan is None:
+    if plan is not None:
+        if plan.flops <= recall.LARGEST and plan.sequences.nbytes <= SMALL_PLAN:
+            g.plan = plan
+    else:
         plan = _make_plan(g, spec, groups, bias, arrays, of_bias, lists)
         size = plan.sequences.nbytes + sum(wave.members.nbytes for wave in plan.waves)
         _plans.add(key, plan, size + SMALL_PLAN)

@@ -168,6 +168,11 @@ def _pool() -> tuple[int, int]:
     return pool or 0, size or 0
 
 
+def pool() -> tuple[int, int]:
+    """What `_call_on_threads` needs, once the threading layer runs; zeros on workqueue, whose calls must wait."""
+    return (0, 0) if numba.threading_layer() == "workqueue" else _pool()
+
+
 def run(worker: Kernel, params: int, number: int) -> None:
     """Run a worker on `number` threads; a single one needs no parallel region.
 

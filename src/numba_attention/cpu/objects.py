@@ -13,7 +13,9 @@ from .simd import void_pointer
 from .views import carray
 
 HEAD = object.__basicsize__ // 8  # words of a PyObject, of which the last is the type
-DATA = HEAD
+TYPE = HEAD - 1
+DATA, ND, DIMS, STRIDES, _BASE, DESCR, FLAGS = range(HEAD, HEAD + 7)  # of `ND` and `FLAGS` the lower 32 bits
+ALIGNED = 0x100  # NPY_ARRAY_ALIGNED
 
 
 @part
@@ -25,5 +27,12 @@ def data_of(array: int) -> int:
 def headers_are_known() -> bool:
     """Whether arrays have the header that kernels read."""
     array = np.arange(6.0).reshape(2, 3).T[1:]
-    words = (ctypes.c_int64 * (DATA + 1)).from_address(id(array))
-    return words[DATA] == array.ctypes.data
+    words = (ctypes.c_int64 * (FLAGS + 1)).from_address(id(array))
+    if (words[TYPE], words[DATA], words[ND] & 0xFFFFFFFF) != (id(np.ndarray), array.ctypes.data, 2):
+        return False
+    shape, strides = (tuple((ctypes.c_int64 * 2).from_address(words[at])) for at in (DIMS, STRIDES))
+    return (
+        (shape, strides) == (array.shape, array.strides)
+        and words[DESCR] == id(array.dtype)
+        and bool(words[FLAGS] & ALIGNED) == array.flags.aligned
+    )

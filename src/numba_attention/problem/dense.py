@@ -125,6 +125,7 @@ class Problem:
     # attention_varlen only: batch is (n,), every array covers all sequences, L and S are the largest, lengths given.
     packing: Packing | None = None
     cache: Contents | None = None  # attention_decode only: key and value are what it stores, S is the longest length
+    plan: Any = None  # set by the CPU backend, if it had a plan for such a call: see `backends.recall`
 
 
 @dataclass(slots=True)
@@ -148,6 +149,7 @@ class BackwardProblem:
     bias: Array | None = None  # gradient, allocated by the backend: of bias_shape, in its precision
     sinks: Array | None = None  # gradient, allocated by the backend if the problem has sinks: (H,), in its precision
     empty: Empty = np.empty  # allocates results
+    plan: Any = None  # as of `Problem`
 
 
 def _operands(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array, bool]:
