@@ -225,7 +225,7 @@ class SentenceEncoder:
 
         Returns
         -------
-        ndarray of float32, shape (len(sentences), n_features_out_)
+        ndarray of float32, shape (len(sentences), `n_features_out_`)
             Of length 1 each.
 
         Raises
@@ -254,7 +254,7 @@ class SentenceEncoder:
 
         Returns
         -------
-        ndarray of float32, shape (len(sequences), n_features_out_)
+        ndarray of float32, shape (len(sequences), `n_features_out_`)
             In the order given.
 
         Raises
