@@ -1,0 +1,176 @@
+"""Dask's side: operands on agreed chunks, keys of their blocks, trees of tasks, and arrays made of a graph.
+
+`Task`, `TaskRef`, `List` and `convert_legacy_graph` are of ``dask._task_spec``, and expressions of
+``dask.array._array_expr``: private, and imported in this module only.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask._task_spec import Alias, DataNode, List, Task, TaskRef, convert_legacy_graph
+from dask.highlevelgraph import HighLevelGraph
+
+from ..options import Options
+from ..problem.dense import Problem
+from .layout import Chunks, Index, Layout, blocks_of_heads
+
+Key = tuple[Any, ...]
+
+
+def is_dask(x: Any) -> bool:
+    """Whether x is a Dask array, of either kind."""
+    return isinstance(x, da.Array)
+
+
+def _one_of(chunks: Sequence[Chunks], shape: tuple[int, ...]) -> tuple[Chunks, ...]:
+    """Return chunks for the last axes, with one block along an axis of size 1."""
+    return tuple(c if n != 1 else (1,) for c, n in zip(chunks[len(chunks) - len(shape) :], shape, strict=True))
+
+
+def on_chunks(x: Any, chunks: Sequence[Chunks]) -> Any:
+    """Return x as a Dask array with these chunks along its last axes; one that has them already is not changed."""
+    wanted = _one_of(chunks, x.shape)
+    if not is_dask(x):
+        x = da.from_array(x, chunks=wanted)
+    elif x.chunks != wanted:
+        x = x.rechunk(wanted)
+    # With array.query-planning, the keys of a rechunk are not those that it has in the end.
+    return type(x)(x.expr.lower_completely()) if hasattr(x, "expr") else x
+
+
+def layout_of(problem: Problem, query: Any, key: Any, value: Any) -> Layout:
+    """Return the blocks of a problem: `query` decides batch, heads and rows, `key` the keys, as far as they have chunks.
+
+    A common refinement of the chunks of all arrays would be worse: chunks of 1000 and of 1001 have hundreds of slivers.
+    """
+    n = len(problem.batch)
+
+    def chunks_of(axis: int, size: int, *arrays: Any) -> Chunks:
+        for x in arrays:
+            if is_dask(x) and x.ndim >= -axis and x.shape[axis] == size != 1:  # not (1, 0)
+                chunks: Chunks = x.chunks[axis]
+                return chunks
+        return (size,)
+
+    batch = [chunks_of(axis - n - 3, problem.batch[axis], query, key, value) for axis in range(n)]
+    heads = chunks_of(-3, problem.H, query)
+    if not is_dask(query):
+        group = problem.H // problem.Hkv if problem.Hkv else 1
+        heads = tuple(group * size for size in chunks_of(-3, problem.Hkv, key, value))
+    rows, keys = chunks_of(-2, problem.L, query), chunks_of(-2, problem.S, key, value)
+    return Layout(problem, batch, blocks_of_heads(heads, problem.Hkv), rows, keys)
+
+
+class Operands:
+    """Query, key, value, mask and bias as Dask arrays on the chunks of a layout, and the keys of their blocks.
+
+    Parameters
+    ----------
+    layout : Layout
+    query, key, value : array
+    options : Options
+        For `mask` and `bias`.
+    stream : bool
+        Whether the tasks that read a block of keys load it themselves. A load that is a task of its own is kept by
+        Dask until its last reader is done; as each block of rows reads all keys, all of them would be in memory.
+    """
+
+    def __init__(self, layout: Layout, query: Any, key: Any, value: Any, options: Options, stream: bool) -> None:
+        batch, heads, (rows, keys) = layout.scores[:-3], layout.heads, layout.scores[-2:]
+        self.layout = layout
+        self.query = on_chunks(query, (*batch, heads.query, rows, (query.shape[-1],)))
+        self.key, self.value = (
+            on_chunks(x, (*batch, heads.key, keys, (x.shape[-1],))) for x in (key, value)
+        )
+        self.mask, self.bias = (
+            None if x is None else on_chunks(x, layout.scores) for x in (options.mask, options.bias)
+        )
+        self.loads: dict[Key, Task] = {}
+        if stream:
+            for x in (self.key, self.value):
+                self.loads |= loads_of(x)
+
+    @property
+    def arrays(self) -> list[Any]:
+        """The arrays whose blocks tasks refer to."""
+        return [x for x in (self.query, self.key, self.value, self.mask, self.bias) if x is not None]
+
+    def block(self, x: Any, index: Index) -> Any:
+        """Return what a task gets for the block of x at an index of all axes: a reference, or a load."""
+        key = key_of(x, index)
+        return self.loads.get(key) or TaskRef(key)
+
+    def of_pair(self, batch: Index, h: int, r: int, s: int) -> tuple[Any, ...]:
+        """Return the blocks of key, value, mask and bias of a pair."""
+        of_keys = (*batch, self.layout.heads.key_block[h], s, 0)
+        of_scores = (*batch, h, r, s)
+        mask, bias = (None if x is None else self.block(x, of_scores) for x in (self.mask, self.bias))
+        return self.block(self.key, of_keys), self.block(self.value, of_keys), mask, bias
+
+
+def key_of(x: Any, index: Index) -> Key:
+    """Return the key of the block of x at an index of all axes, of which x has the last ones, some of size 1."""
+    shape = x.shape
+    return (x.name, *(0 if n == 1 else i for n, i in zip(shape, index[len(index) - len(shape) :], strict=True)))
+
+
+def loads_of(x: Any) -> dict[Key, Task]:
+    """Return the blocks of x that are loads, by key: tasks that depend on nothing, or only on what they load from.
+
+    Tasks in a line after a load (a transpose, a change of dtype) become part of it.
+    """
+    graph = convert_legacy_graph(dict(x.__dask_graph__()))
+    loads = {key: load_of(graph, key) for key in _keys(x.name, x.chunks)}
+    return {key: task for key, task in loads.items() if task is not None}
+
+
+def load_of(graph: dict[Any, Any], key: Key) -> Task | None:
+    """Return one task for the line of tasks that ends with a block; None if it has other inputs than one store."""
+    task = graph[key]
+    while isinstance(task, Task) and len(task.dependencies) == 1:
+        (first,) = task.dependencies
+        before = graph[first]
+        if isinstance(before, DataNode) or not isinstance(first, tuple):  # the store
+            return task
+        task = task.substitute({first: before.target if isinstance(before, Alias) else before})
+    return task if isinstance(task, Task) and not task.dependencies else None
+
+
+def _keys(name: str, chunks: Sequence[Chunks]) -> Any:
+    return product((name,), *(range(len(c)) for c in chunks))
+
+
+def tree(
+    tasks: dict[Key, Task], name: Key, keys: list[Key], function: Callable[..., Any], fan: int, *rest: Any
+) -> Key:
+    """Reduce neighbours, `fan` at a time, until one is left; return its key."""
+    level = 0
+    while len(keys) > 1:
+        above = []
+        for i in range(0, len(keys), fan):
+            group = keys[i : i + fan]
+            if len(group) == 1:
+                above.append(group[0])
+                continue
+            key = (f"{name[0]}-{level}", *name[1:], i // fan)
+            tasks[key] = Task(key, function, List(*map(TaskRef, group)), *rest)
+            above.append(key)
+        keys, level = above, level + 1
+    return keys[0]
+
+
+def array(name: str, tasks: dict[Key, Task], inputs: Sequence[Any], dtype: Any, chunks: Sequence[Chunks]) -> Any:
+    """Return the Dask array whose blocks are tasks of a graph that reads blocks of `inputs`."""
+    meta = np.empty((0,) * len(chunks), dtype)
+    if hasattr(inputs[0], "expr"):
+        from dask.array._array_expr._collection import from_graph
+
+        whole: dict[Any, Any] = dict(tasks)
+        for x in inputs:
+            whole.update(x.__dask_graph__())
+        return from_graph(whole, meta, tuple(chunks), list(_keys(name, chunks)), name)
+    graph = HighLevelGraph.from_collections(name, tasks, dependencies=inputs)
+    return da.Array(graph, name, tuple(chunks), meta=meta)

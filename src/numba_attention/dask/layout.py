@@ -1,0 +1,171 @@
+"""Attention in blocks of rows and keys: which pairs of blocks see each other, and the options of each pair.
+
+Nothing here depends on Dask. Every structural option of the whole problem becomes one of the pair (rows r0 .. r1, keys
+k0 .. k1), because causality, windows and ALiBi depend on the difference of position and key only:
+
+    query_offset' = query_offset + r0 - k0
+    key_lengths' = clip(key_lengths - k0, 0, k1 - k0), and prefix_lengths likewise
+    query_lengths' = clip(query_lengths - r0, 0, r1 - r0)
+
+Sinks are counted in one pair of each row block.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..intervals import FAR, keys_of_rows
+from ..options import NO_OPTIONS, PER_CALL, PER_HEAD, PER_SCORE, PER_SEQUENCE, Array, Options
+from ..problem.dense import Problem
+
+Chunks = tuple[int, ...]
+Index = tuple[int, ...]
+
+# What can be said of a pair of blocks alone.
+SUPPORTED = {*PER_SCORE, *PER_HEAD, *PER_SEQUENCE, *PER_CALL, "is_causal", "window", "scale", "softcap"}
+
+
+def refuse_others(options: Options) -> None:
+    """Raise an error for an option that blocks cannot be computed with."""
+    for name, value, default in zip(Options._fields, options, NO_OPTIONS, strict=True):
+        if name not in SUPPORTED and value is not default and value != default:
+            raise NotImplementedError(f"{name} is not available for Dask arrays; compute() them and call it on NumPy's")
+
+
+def edges_of(chunks: Chunks) -> Chunks:
+    """Return where blocks begin, and where the last one ends."""
+    return tuple(int(x) for x in np.cumsum((0, *chunks)))
+
+
+class Heads(NamedTuple):
+    """Blocks of heads, where several query heads may read one key head."""
+
+    query: Chunks
+    key: Chunks
+    key_block: Index  # of each block of query heads, the block of the key heads that it reads
+
+
+def blocks_of_heads(chunks: Chunks, Hkv: int) -> Heads:
+    """Return blocks of query heads that either contain whole groups or lie inside one, close to `chunks`.
+
+    Parameters
+    ----------
+    chunks : tuple of int
+        Wanted sizes of the blocks of query heads.
+    Hkv : int
+        Number of key/value heads, which divides the number of query heads.
+    """
+    edges = edges_of(chunks)
+    G = edges[-1] // Hkv if Hkv else 1
+    whole = all(edge % G == 0 for edge in edges)
+    inside = all((b - 1) // G == a // G for a, b in zip(edges, edges[1:], strict=False))
+    if not whole and not inside:
+        edges = tuple(sorted({-(-edge // G) * G for edge in edges}))
+        chunks, whole = tuple(b - a for a, b in zip(edges, edges[1:], strict=False)), True
+    if whole:
+        return Heads(chunks, tuple(n // G for n in chunks), tuple(range(len(chunks))))
+    return Heads(chunks, (1,) * Hkv, tuple(edge // G for edge in edges[:-1]))
+
+
+class Layout:
+    """The blocks of one problem.
+
+    Parameters
+    ----------
+    problem : Problem
+        The whole problem. Its arrays may be headers: they are not read.
+    batch, heads, rows, keys
+        Sizes of the blocks along each axis of the batch, along the query heads, the queries and the keys.
+    """
+
+    def __init__(self, problem: Problem, batch: Sequence[Chunks], heads: Heads, rows: Chunks, keys: Chunks) -> None:
+        self.problem = problem
+        self.heads = heads
+        self.scores = (*batch, heads.query, rows, keys)  # sizes of the blocks of scores, (*batch, H, L, S)
+        self.edges = tuple(edges_of(chunks) for chunks in self.scores)
+
+    def batches(self) -> Iterator[Index]:
+        """Yield the index of each block of sequences."""
+        return product(*(range(len(chunks)) for chunks in self.scores[:-3]))
+
+    def shape(self, index: Index) -> tuple[int, ...]:
+        """Return the sizes of a block, whose index is that of its first axes."""
+        return tuple(chunks[i] for chunks, i in zip(self.scores, index, strict=False))
+
+    def _of_block(self, x: Any, batch: Index) -> Array:
+        """Return the numbers of the sequences of a block, flat, for one number or an array of one for each."""
+        if not isinstance(x, np.ndarray):
+            return np.full(1, x, np.int64)
+        where = tuple(slice(edges[i], edges[i + 1]) for edges, i in zip(self.edges, batch, strict=False))
+        block: Array = x[where]
+        return block.ravel()
+
+    def visible(self, batch: Index) -> list[list[int]]:
+        """Return, for each block of rows, which blocks of keys some row of some sequence of the block sees.
+
+        Intervals of the rows of a sequence overlap or touch, and both ends grow with the row: their union goes from the
+        start of the first row to the stop of the last valid one.
+        """
+        p = self.problem
+        queries = self._of_block(p.L if p.query_lengths is None else p.query_lengths, batch)
+        keys = self._of_block(p.S if p.key_lengths is None else p.key_lengths, batch)
+        prefix = self._of_block(0 if p.prefix_lengths is None else p.prefix_lengths, batch)
+        offset = self._of_block(p.offset, batch)
+        low = np.full_like(offset, -FAR) if p.left is None else offset - p.left
+        high = np.full_like(offset, FAR) if p.right is None else offset + p.right
+        begin, end = np.asarray(self.edges[-1][:-1]), np.asarray(self.edges[-1][1:])
+        blocks = []
+        for r0, r1 in zip(self.edges[-2], self.edges[-2][1:], strict=False):
+            last = np.minimum(r1, queries) - 1
+            start = keys_of_rows(np.full_like(last, r0), low, high, queries, keys, prefix)[0]
+            stop = keys_of_rows(last, low, high, queries, keys, prefix)[1]
+            stop = np.where(last >= r0, stop, start)
+            seen = (start[:, None] < end) & (stop[:, None] > begin) & (begin < end) & (start < stop)[:, None]
+            blocks.append([int(s) for s in np.flatnonzero(seen.any(axis=0))])
+        return blocks
+
+    def local(self, batch: Index, r: int, s: int | None) -> Options:
+        """Return the options of rows r and keys s, or of no keys, but those that depend on the head."""
+        p = self.problem
+        r0, r1 = self.edges[-2][r : r + 2]
+        k0, k1 = (0, 0) if s is None else self.edges[-1][s : s + 2]
+        options: dict[str, Any] = {"scale": p.scale, "softcap": p.softcap}
+        if p.query_lengths is not None:
+            options["query_lengths"] = self._numbers(np.clip(p.query_lengths - r0, 0, r1 - r0), batch)
+        if s is None:
+            return Options(**options)
+        if p.left is not None or p.right is not None:
+            options["window"] = (p.left, p.right)
+        if p.left is not None or p.right is not None or p.alibi_slopes is not None:
+            options["query_offset"] = self._numbers(p.offset + (r0 - k0), batch)
+        if p.key_lengths is not None:
+            options["key_lengths"] = self._numbers(np.clip(p.key_lengths - k0, 0, k1 - k0), batch)
+        if p.prefix_lengths is not None:
+            options["prefix_lengths"] = self._numbers(np.clip(p.prefix_lengths - k0, 0, k1 - k0), batch)
+        return Options(**options)
+
+    def _numbers(self, x: Any, batch: Index) -> Any:
+        """Return the numbers of a block of sequences: one number if they are equal, else an array."""
+        if not isinstance(x, np.ndarray):
+            return int(x)
+        block = x[tuple(slice(edges[i], edges[i + 1]) for edges, i in zip(self.edges, batch, strict=False))]
+        same = block.size and (block == block.flat[0]).all()
+        return int(block.flat[0]) if same else np.ascontiguousarray(block)
+
+    def of_heads(self, batch: Index, h: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the options that a block of heads has in every pair, and those that count in one pair of each row."""
+        p, n = self.problem, len(self.scores) - 3
+        heads = slice(*self.edges[n][h : h + 2])
+        always, once = {}, {}
+        if p.alibi_slopes is not None:
+            where = [slice(edges[i], edges[i + 1]) for edges, i in zip(self.edges, batch, strict=False)]
+            of_batch = [w if stride else 0 for w, stride in zip(where, p.alibi_slopes.strides, strict=False)]
+            if not any(p.alibi_slopes.strides[:-1]):
+                always["alibi_slopes"] = np.ascontiguousarray(p.alibi_slopes[(*of_batch, heads)])
+            else:
+                always["alibi_slopes"] = np.ascontiguousarray(p.alibi_slopes[(*where, heads)])
+        if p.sinks is not None:
+            once["sinks"] = p.sinks[heads]
+        return always, once
