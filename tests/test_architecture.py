@@ -187,6 +187,8 @@ def test_import_loads_nothing_optional():
         "cuda",
         "numba_cuda",
         "cupy",
+        "dask",
+        "distributed",
     ]
     code = f"import sys, numba_attention; print([m for m in {optional} if m in sys.modules])"
     assert run(code) == "[]"

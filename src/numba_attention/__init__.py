@@ -16,7 +16,7 @@ from .show_config import show_config
 from .varlen import attention_varlen, attention_varlen_backward
 
 __version__: str
-_RIMS = {"models", "nn", "onnx", "plot"}  # imported when first asked for
+_RIMS = {"dask", "models", "nn", "onnx", "plot"}  # imported when first asked for
 
 __all__ = [
     "BackendUnavailableError",

@@ -14,6 +14,7 @@ from .merging import merge as _merge
 from .merging import merge_backward as _merge_backward
 from .options import Array, Gradients, OptionArguments, Options, gather, takes_options
 from .problem.dense import Empty, build, build_backward, build_weights, finish
+from .rims import hand_over
 
 Index = ArrayLike | slice
 
@@ -58,6 +59,7 @@ def attention(
     query : ndarray, shape (..., H, L, E)
         float32, float64, float16 or ``ml_dtypes.bfloat16``. Two-dimensional input (L, E) is one head. An array on a
         GPU, of PyTorch, CuPy, JAX, Numba or with ``__cuda_array_interface__``, is taken as it is; so is the result.
+        With a Dask array among the three, this is `numba_attention.dask.attention`.
         Leading dimensions broadcast with those of `key` and `value` as in `numpy.matmul`. Any strides are
         taken without a copy: pass ``x.swapaxes(-3, -2)`` for (B, S, H, E) storage.
     key : ndarray, shape (..., Hkv, S, E)
@@ -171,11 +173,16 @@ def attention(
         if known is not None:
             return known
     settings = gather(attention, options)
-    chosen = backends.select(backend, query, key, value)
-    if chosen.on_device:
-        operands = {"query": query, "key": key, "value": value}
-        return device_call.run(_attention, chosen, operands, settings, out=out, return_lse=return_lse)
-    return _attention(chosen, query, key, value, settings, return_lse, out, again=again)
+    try:
+        chosen = backends.select(backend, query, key, value)
+        if chosen.on_device:
+            operands = {"query": query, "key": key, "value": value}
+            return device_call.run(_attention, chosen, operands, settings, out=out, return_lse=return_lse)
+        return _attention(chosen, query, key, value, settings, return_lse, out, again=again)
+    except TypeError as error:  # where arrays of other libraries end up
+        more = {"return_lse": return_lse, "backend": backend, **options}
+        result: Array | tuple[Array, Array] = hand_over(error, "attention", query, key, value, out=out, **more)
+        return result
 
 
 def _attention(
@@ -275,16 +282,21 @@ def attention_backward(
         if known is not None:
             return known
     settings = gather(attention_backward, options)
-    chosen = backends.select(backend, grad_out, query, key, value)
-    if chosen.on_device:
-        operands = {
-            "query": query, "key": key, "value": value, "out": out, "lse": lse, "grad_out": grad_out,
-            "grad_lse": grad_lse,
-        }  # fmt: skip
-        return device_call.run(_attention_backward, chosen, operands, settings, mod_grads=mod_grads)
-    return _attention_backward(
-        chosen, query, key, value, out, lse, grad_out, grad_lse, mod_grads, settings, again=again
-    )
+    try:
+        chosen = backends.select(backend, grad_out, query, key, value)
+        if chosen.on_device:
+            operands = {
+                "query": query, "key": key, "value": value, "out": out, "lse": lse, "grad_out": grad_out,
+                "grad_lse": grad_lse,
+            }  # fmt: skip
+            return device_call.run(_attention_backward, chosen, operands, settings, mod_grads=mod_grads)
+        return _attention_backward(
+            chosen, query, key, value, out, lse, grad_out, grad_lse, mod_grads, settings, again=again
+        )
+    except TypeError as error:
+        more = {"grad_lse": grad_lse, "mod_grads": mod_grads, "backend": backend, **options}
+        grads: Gradients = hand_over(error, "attention_backward", grad_out, query, key, value, out, lse, **more)
+        return grads
 
 
 def _attention_backward(

@@ -6,13 +6,14 @@
 from __future__ import annotations  # short types in help()
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 from dask.base import tokenize
 from numpy.typing import ArrayLike
 
 from ..backends import check_name, select
+from ..masks.blockmask import BlockMask
 from ..options import PER_SCORE, Gradients, OptionArguments, Options, gather, takes_options
 from ..problem.dense import build, build_backward
 from ..validation import as_array, as_flag, lse_dtype_of
@@ -47,7 +48,8 @@ def attention(
         `key` the blocks of keys; the others are rechunked to them. A NumPy array (few queries against a large
         store) has the chunks of the others along batch and heads, and one along its length.
     mask, bias : dask.array.Array or ndarray, optional
-        As in `numba_attention.attention`; rechunked to the blocks.
+        As in `numba_attention.attention`; rechunked to the blocks. Pairs of blocks that a mask of NumPy or a
+        `BlockMask` hides have no task.
     **options
         As in `numba_attention.attention`. Lengths, offsets, slopes and sinks are numbers or NumPy arrays, because they
         decide which blocks exist.
@@ -108,15 +110,16 @@ def attention(
     True
     """
     settings = _checked(gather(attention, options))
-    shapes = [_header(name, x) for name, x in (("query", query), ("key", key), ("value", value))]
-    problem = build(*shapes, _headers(settings), None, True, _empty)
-    layout = layout_of(problem, query, key, value)
+    h = _headers({"query": query, "key": key, "value": value, "mask": settings.mask, "bias": settings.bias})
+    of_headers = settings._replace(mask=h["mask"], bias=h["bias"])
+    problem = build(h["query"], h["key"], h["value"], of_headers, None, True, _empty)
+    layout = layout_of(problem, query, key, value, settings.mask)
     fan = _fan(split_every)
     _chunks.check_tasks(layout, fan)
     run = Run(_backend(backend, query, key, value), _threads(threads))
     operands = Operands(layout, query, key, value, settings, _streams(stream, layout, key, value))
     arrays = [x.name for x in operands.arrays]
-    token = tokenize("attention", arrays, _without_scores(settings), run, fan, bool(operands.loads))
+    token = tokenize("attention", arrays, _without_arrays(settings), run, fan, bool(operands.loads))
     results = passes.Results(layout, problem.Ev, problem.result.ndim == 2)
     out, lse = passes.forward(
         operands, results, problem.Ev, token, run, fan, problem.query.dtype, np.dtype(lse_dtype_of(problem.query))
@@ -134,6 +137,7 @@ def attention_backward(
     lse: Any,
     *,
     grad_lse: Any = None,
+    mod_grads: ArrayLike | Literal["all"] | None = None,
     backend: str | None = None,
     threads: int | None = None,
     split_every: int = _FAN,
@@ -194,11 +198,24 @@ def attention_backward(
     (2, 100, 16)
     """
     settings = _checked(gather(attention_backward, options))
-    named = {"query": query, "key": key, "value": value, "out": out, "lse": lse, "grad_lse": grad_lse}
-    h = {name: None if x is None else _header(name, x) for name, x in named.items()}
-    g = build_backward(_header("grad_out", grad_out), *h.values(), _headers(settings), _empty)
-    problem = g.forward
-    layout = layout_of(problem, query, key, value)
+    h = _headers(
+        {"query": query, "key": key, "value": value, "mask": settings.mask, "bias": settings.bias}
+        | {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
+    )
+    of_headers = settings._replace(mask=h["mask"], bias=h["bias"])
+    problem = build_backward(
+        h["grad_out"],
+        h["query"],
+        h["key"],
+        h["value"],
+        h["out"],
+        h["lse"],
+        h["grad_lse"],
+        mod_grads,
+        of_headers,
+        _empty,
+    ).forward
+    layout = layout_of(problem, query, key, value, settings.mask)
     fan = _fan(split_every)
     _chunks.check_tasks(layout, fan)
     run = Run(_backend(backend, query, key, value), _threads(threads))
@@ -209,7 +226,7 @@ def attention_backward(
         name: None if x is None else on_chunks(x, results.lse) for name, x in (("lse", lse), ("grad_lse", grad_lse))
     }
     names = [x.name for x in (*operands.arrays, *rows.values()) if x is not None]
-    token = tokenize("backward", names, _without_scores(settings), run, fan, bool(operands.loads))
+    token = tokenize("backward", names, _without_arrays(settings), run, fan, bool(operands.loads))
     dtypes = dict.fromkeys(passes.OPERANDS, problem.query.dtype)
     if operands.bias is not None:
         dtypes["bias"] = operands.bias.dtype
@@ -263,13 +280,13 @@ def suggest_chunks(
     >>> import numba_attention.dask as nad
     >>> shape = (1, 16, 1_048_576, 64)
     >>> nad.suggest_chunks(shape, shape, workers=64, threads=16, memory=64 * 2**30)
-    ((1, 1, 16384, 64), (1, 1, 65536, 64))
+    ((1, 1, 32768, 64), (1, 1, 131072, 64))
     """
     here = None if None not in (workers, threads, memory) else _chunks.workers_here()
     given = (workers, threads, memory)
     chosen = [x if x is not None else here[n] for n, x in enumerate(given)] if here else given
     Ev = shape_k[-1] if value_dim is None else value_dim
-    return _chunks.suggest(shape_q, shape_k, np.dtype(dtype).itemsize, Ev, _chunks.Workers(*chosen))  # type: ignore[arg-type]
+    return _chunks.suggest(shape_q, shape_k, np.dtype(dtype).itemsize, Ev, _chunks.Workers(*chosen))
 
 
 def warmup(client: Any = None) -> dict[str, float]:
@@ -320,17 +337,20 @@ def _checked(options: Options) -> Options:
     for name, x in zip(Options._fields, options, strict=True):
         if name not in PER_SCORE and is_dask(x):
             raise TypeError(f"{name} decides which blocks exist and must be a NumPy array; pass {name}.compute()")
-    scores = {name: getattr(options, name) for name in PER_SCORE}
-    return options._replace(**{n: as_array(n, x) for n, x in scores.items() if x is not None and not is_dask(x)})
+    for name in PER_SCORE:
+        x = getattr(options, name)
+        if x is not None and not is_dask(x) and not isinstance(x, BlockMask):
+            converted: dict[str, Any] = {name: as_array(name, x)}
+            options = options._replace(**converted)
+    return options
 
 
-def _header(name: str, x: Any) -> Any:
-    """Return an array without memory for a Dask array, and anything else as it is."""
-    if not is_dask(x):
-        return x
-    if any(np.isnan(n) for n in x.shape):
-        raise ValueError(f"{name} has chunks of unknown size; call {name}.compute_chunk_sizes() first")
-    return _empty(x.shape, x.dtype)
+def _headers(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return arrays without memory for Dask arrays, and anything else as it is."""
+    for name, x in arrays.items():
+        if is_dask(x) and any(np.isnan(n) for n in x.shape):
+            raise ValueError(f"{name} has chunks of unknown size; call {name}.compute_chunk_sizes() first")
+    return {name: _empty(x.shape, x.dtype) if is_dask(x) else x for name, x in arrays.items()}
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -338,20 +358,18 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> Any:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _headers(options: Options) -> Options:
-    headers = {name: _header(name, getattr(options, name)) for name in PER_SCORE}
-    return options._replace(**headers)
-
-
-def _without_scores(options: Options) -> Any:
-    return options._replace(mask=None, bias=None)
+def _without_arrays(options: Options) -> Options:
+    """Return the options without mask and bias, which have names in the graph; of a `BlockMask`, its digest."""
+    mask: Any = options.mask.digest if isinstance(options.mask, BlockMask) else None
+    return options._replace(mask=mask, bias=None)
 
 
 def _backend(backend: str | None, *arrays: Any) -> str:
     """Return the backend that tasks are to use; "auto" for blocks on a GPU, if nothing else was chosen."""
     if backend is not None:
         return check_name(backend, "backend")
-    name = select(None).__name__.rpartition(".")[2]
+    chosen: Any = select(None)
+    name: str = chosen.__name__.rpartition(".")[2]
     are_numpy = all(isinstance(getattr(x, "_meta", x), np.ndarray) for x in arrays)
     return "auto" if name == "cpu" and not are_numpy else name
 

@@ -151,7 +151,7 @@ def check_tasks(layout: Layout, fan: int) -> None:
     said = f"query.rechunk({{-2: {rows}}}) and key.rechunk({{-2: {keys}}}), which make {fewer} tasks, would do"
     if fewer > MOST_TASKS:
         said = "take more heads and sequences in a chunk, as suggest_chunks does"
-    raise ValueError(f"query and key have chunks for {tasks} tasks, more than the {MOST_TASKS} that Dask can do; {said}")
+    raise ValueError(f"the chunks make {tasks} tasks, more than the {MOST_TASKS} that Dask can do; {said}")
 
 
 def _even(n: int, size: int) -> tuple[int, ...]:

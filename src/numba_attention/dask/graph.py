@@ -13,11 +13,13 @@ import numpy as np
 from dask._task_spec import Alias, DataNode, List, Task, TaskRef, convert_legacy_graph
 from dask.highlevelgraph import HighLevelGraph
 
+from ..masks.blockmask import BlockMask
 from ..options import Options
 from ..problem.dense import Problem
 from .layout import Chunks, Index, Layout, blocks_of_heads
 
 Key = tuple[Any, ...]
+__all__ = ["Key", "List", "Operands", "Task", "TaskRef", "array", "is_dask", "key_of", "layout_of", "on_chunks", "tree"]
 
 
 def is_dask(x: Any) -> bool:
@@ -41,8 +43,8 @@ def on_chunks(x: Any, chunks: Sequence[Chunks]) -> Any:
     return type(x)(x.expr.lower_completely()) if hasattr(x, "expr") else x
 
 
-def layout_of(problem: Problem, query: Any, key: Any, value: Any) -> Layout:
-    """Return the blocks of a problem: `query` decides batch, heads and rows, `key` the keys, as far as they have chunks.
+def layout_of(problem: Problem, query: Any, key: Any, value: Any, mask: Any) -> Layout:
+    """Return the blocks of a problem: `query` decides batch, heads and rows, `key` the keys, if they have chunks.
 
     A common refinement of the chunks of all arrays would be worse: chunks of 1000 and of 1001 have hundreds of slivers.
     """
@@ -61,7 +63,8 @@ def layout_of(problem: Problem, query: Any, key: Any, value: Any) -> Layout:
         group = problem.H // problem.Hkv if problem.Hkv else 1
         heads = tuple(group * size for size in chunks_of(-3, problem.Hkv, key, value))
     rows, keys = chunks_of(-2, problem.L, query), chunks_of(-2, problem.S, key, value)
-    return Layout(problem, batch, blocks_of_heads(heads, problem.Hkv), rows, keys)
+    of_host = None if mask is None or is_dask(mask) else mask
+    return Layout(problem, batch, blocks_of_heads(heads, problem.Hkv), rows, keys, of_host)
 
 
 class Operands:
@@ -82,11 +85,10 @@ class Operands:
         batch, heads, (rows, keys) = layout.scores[:-3], layout.heads, layout.scores[-2:]
         self.layout = layout
         self.query = on_chunks(query, (*batch, heads.query, rows, (query.shape[-1],)))
-        self.key, self.value = (
-            on_chunks(x, (*batch, heads.key, keys, (x.shape[-1],))) for x in (key, value)
-        )
+        self.key, self.value = (on_chunks(x, (*batch, heads.key, keys, (x.shape[-1],))) for x in (key, value))
         self.mask, self.bias = (
-            None if x is None else on_chunks(x, layout.scores) for x in (options.mask, options.bias)
+            None if x is None or isinstance(x, BlockMask) else on_chunks(x, layout.scores)
+            for x in (options.mask, options.bias)
         )
         self.loads: dict[Key, Task] = {}
         if stream:
@@ -143,9 +145,7 @@ def _keys(name: str, chunks: Sequence[Chunks]) -> Any:
     return product((name,), *(range(len(c)) for c in chunks))
 
 
-def tree(
-    tasks: dict[Key, Task], name: Key, keys: list[Key], function: Callable[..., Any], fan: int, *rest: Any
-) -> Key:
+def tree(tasks: dict[Key, Task], name: Key, keys: list[Key], function: Callable[..., Any], fan: int, *rest: Any) -> Key:
     """Reduce neighbours, `fan` at a time, until one is left; return its key."""
     level = 0
     while len(keys) > 1:

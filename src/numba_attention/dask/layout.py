@@ -11,7 +11,7 @@ Sinks are counted in one pair of each row block.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,10 +60,10 @@ def blocks_of_heads(chunks: Chunks, Hkv: int) -> Heads:
     edges = edges_of(chunks)
     G = edges[-1] // Hkv if Hkv else 1
     whole = all(edge % G == 0 for edge in edges)
-    inside = all((b - 1) // G == a // G for a, b in zip(edges, edges[1:], strict=False))
+    inside = all((b - 1) // G == a // G for a, b in pairwise(edges))
     if not whole and not inside:
         edges = tuple(sorted({-(-edge // G) * G for edge in edges}))
-        chunks, whole = tuple(b - a for a, b in zip(edges, edges[1:], strict=False)), True
+        chunks, whole = tuple(b - a for a, b in pairwise(edges)), True
     if whole:
         return Heads(chunks, tuple(n // G for n in chunks), tuple(range(len(chunks))))
     return Heads(chunks, (1,) * Hkv, tuple(edge // G for edge in edges[:-1]))
@@ -78,10 +78,17 @@ class Layout:
         The whole problem. Its arrays may be headers: they are not read.
     batch, heads, rows, keys
         Sizes of the blocks along each axis of the batch, along the query heads, the queries and the keys.
+    mask : BlockMask or ndarray of bool, optional
+        A mask that can be looked at now: pairs that it hides are left out.
     """
 
-    def __init__(self, problem: Problem, batch: Sequence[Chunks], heads: Heads, rows: Chunks, keys: Chunks) -> None:
+    def __init__(
+        self, problem: Problem, batch: Sequence[Chunks], heads: Heads, rows: Chunks, keys: Chunks, mask: Any = None
+    ) -> None:
         self.problem = problem
+        self.mask = mask
+        self._blocks_of_mask: dict[Index, Any] = {}
+        self._visible: dict[Index, list[list[int]]] = {}
         self.heads = heads
         self.scores = (*batch, heads.query, rows, keys)  # sizes of the blocks of scores, (*batch, H, L, S)
         self.edges = tuple(edges_of(chunks) for chunks in self.scores)
@@ -108,6 +115,11 @@ class Layout:
         Intervals of the rows of a sequence overlap or touch, and both ends grow with the row: their union goes from the
         start of the first row to the stop of the last valid one.
         """
+        if batch not in self._visible:
+            self._visible[batch] = self._find_visible(batch)
+        return self._visible[batch]
+
+    def _find_visible(self, batch: Index) -> list[list[int]]:
         p = self.problem
         queries = self._of_block(p.L if p.query_lengths is None else p.query_lengths, batch)
         keys = self._of_block(p.S if p.key_lengths is None else p.key_lengths, batch)
@@ -117,7 +129,7 @@ class Layout:
         high = np.full_like(offset, FAR) if p.right is None else offset + p.right
         begin, end = np.asarray(self.edges[-1][:-1]), np.asarray(self.edges[-1][1:])
         blocks = []
-        for r0, r1 in zip(self.edges[-2], self.edges[-2][1:], strict=False):
+        for r0, r1 in pairwise(self.edges[-2]):
             last = np.minimum(r1, queries) - 1
             start = keys_of_rows(np.full_like(last, r0), low, high, queries, keys, prefix)[0]
             stop = keys_of_rows(last, low, high, queries, keys, prefix)[1]
@@ -145,6 +157,55 @@ class Layout:
         if p.prefix_lengths is not None:
             options["prefix_lengths"] = self._numbers(np.clip(p.prefix_lengths - k0, 0, k1 - k0), batch)
         return Options(**options)
+
+    def pairs(self) -> Iterator[tuple[Index, int, int, list[tuple[int | None, Options]]]]:
+        """Yield the index (batch, head, row) of each block of rows, and the blocks of keys it sees with their options.
+
+        A block that sees nothing has one pair with no keys, so that its rows exist and see their sinks.
+        """
+        for batch in self.batches():
+            visible = self.visible(batch)
+            local: list[list[tuple[int | None, Options]]] = [
+                [(s, self.local(batch, r, s)) for s in keys] for r, keys in enumerate(visible)
+            ]
+            for h in range(len(self.heads.query)):
+                always, once = self.of_heads(batch, h)
+                for r, pairs in enumerate(local):
+                    if self.mask is not None:
+                        pairs = self._through_mask(batch, h, r, pairs)
+                    if not pairs:
+                        pairs = [(None, self.local(batch, r, None))]
+                    if always:
+                        pairs = [(s, options._replace(**always)) for s, options in pairs]
+                    if once:
+                        pairs = [(pairs[0][0], pairs[0][1]._replace(**once)), *pairs[1:]]
+                    yield batch, h, r, pairs
+
+    def _through_mask(self, batch: Index, h: int, r: int, pairs: list[Any]) -> list[Any]:
+        """Leave out the pairs that the mask hides; the others get their block of a `BlockMask`."""
+        shown = []
+        for s, options in pairs:
+            block = self._block_of_mask((*batch, h, r, s))
+            if block is not None:
+                shown.append((s, options if isinstance(block, np.ndarray) else options._replace(mask=block)))
+        return shown
+
+    def _block_of_mask(self, index: Index) -> Any:
+        """Return a block of the mask, or None if it hides every pair."""
+        mask = self.mask
+        index = ((0,) * max(0, mask.ndim - len(index)) + index)[-mask.ndim :]
+        index = tuple(0 if n == 1 else i for n, i in zip(mask.shape, index, strict=True))
+        if index not in self._blocks_of_mask:
+            edges = ((0, 1),) * max(0, mask.ndim - len(self.edges)) + self.edges
+            block = mask[
+                tuple(
+                    slice(0, 1) if n == 1 else slice(*of_axis[i : i + 2])
+                    for n, i, of_axis in zip(mask.shape, index, edges[-mask.ndim :], strict=True)
+                )
+            ]
+            shows = block.any() if isinstance(block, np.ndarray) else block.density > 0
+            self._blocks_of_mask[index] = block if shows else None
+        return self._blocks_of_mask[index]
 
     def _numbers(self, x: Any, batch: Index) -> Any:
         """Return the numbers of a block of sequences: one number if they are equal, else an array."""

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
-
-from ..options import Gradients, Options
+from ..options import Gradients
 from . import tasks
 from .graph import Key, List, Operands, Task, TaskRef, array, key_of, tree
 from .layout import Chunks, Index, Layout
@@ -41,7 +40,7 @@ def forward(
     lses: dict[Key, Task] = {}
     # Batch and heads outermost: Dask keeps a block until its last reader is done, so that a worker holds the keys and
     # values of the heads in progress only.
-    for batch, h, r, pairs in _pairs(layout):
+    for batch, h, r, pairs in layout.pairs():
         query = operands.block(operands.query, (*batch, h, r, 0))
         state_keys: list[Key] = []
         for s, options in pairs:
@@ -87,27 +86,28 @@ def backward(
     pair = f"attention-gradients-{token}"
     of_pairs: dict[Key, Task] = {}
     parts: dict[str, dict[Index, list[Key]]] = {name: defaultdict(list) for name in dtypes}
-    arrays = {name: getattr(operands, name, None) for name in dtypes}
+    arrays: dict[str, Any] = {name: getattr(operands, name, None) for name in dtypes}
     length_of_row, length_of_column = lengths_of_chains(layout)
-    for batch, h, r, pairs in _pairs(layout):
+    columns: dict[int, Key] = {}  # the last pair so far in each column
+    for batch, h, r, pairs in layout.pairs():
         if r == 0:
-            columns: dict[int, Key] = {}  # the last pair so far in each column
+            columns = {}
         query = operands.block(operands.query, (*batch, h, r, 0))
         given = {
             name: None if x is None else TaskRef(results.keys(x.name, x.name, (*batch, h, r))["lse" in name])
             for name, x in rows.items()
         }
         of_rows = given["out"], given["lse"], given["grad_lse"]
-        before = None
+        before: Key | None = None
         for n, (s, options) in enumerate(pairs):
             key = (pair, *batch, h, r, s or 0)
             if s is not None:
                 blocks = operands.of_pair(batch, h, r, s)
-                left = before if n % length_of_row else None
+                left: Key | None = before if n % length_of_row else None
                 above = columns.get(s) if r % length_of_column else None
                 of_pairs[key] = Task(
-                    key, tasks.pair_gradients, given["grad_out"], query, *blocks[:2], *of_rows, *blocks[2:], options, run,
-                    *(None if x is None else TaskRef(x) for x in (left, above)),
+                    key, tasks.pair_gradients, given["grad_out"], query, *blocks[:2], *of_rows, *blocks[2:], options,
+                    run, *(None if x is None else TaskRef(x) for x in (left, above)),
                 )  # fmt: skip
                 of_keys = (*batch, layout.heads.key_block[h], s, 0)
                 _replace_last(parts["query"][key_of(operands.query, (*batch, h, r, 0))[1:]], left, key)
@@ -157,25 +157,6 @@ def lengths_of_chains(layout: Layout) -> tuple[int, int]:
         else:
             column = -(-column // 2)
     return row, column
-
-
-def _pairs(layout: Layout) -> Any:
-    """Yield, for each block of rows, its index and the blocks of keys that it sees, each with the options of the pair.
-
-    A block that sees nothing has one pair with no keys, so that its rows exist, and see their sinks.
-    """
-    for batch in layout.batches():
-        visible = layout.visible(batch)
-        local: list[list[tuple[int | None, Options]]] = [
-            [(s, layout.local(batch, r, s)) for s in (keys or [None])] for r, keys in enumerate(visible)
-        ]
-        for h in range(len(layout.heads.query)):
-            always, once = layout.of_heads(batch, h)
-            for r, pairs in enumerate(local):
-                yield batch, h, r, [
-                    (s, options._replace(**always, **(once if n == 0 else {}))) if always or once else (s, options)
-                    for n, (s, options) in enumerate(pairs)
-                ]
 
 
 def _heads_of(layout: Layout, results: Results, batch: Index, h: int) -> tuple[int, ...]:

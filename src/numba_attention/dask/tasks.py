@@ -61,9 +61,14 @@ def wide(x: Any) -> Any:
     return x if x is None or x.dtype.itemsize > 2 else x.astype(np.float32)
 
 
+def _settings(options: Options, mask: Any, bias: Any) -> dict[str, Any]:
+    """Return the options of a pair, with blocks of arrays; those of a `BlockMask` are in the options already."""
+    return options._replace(mask=options.mask if mask is None else mask, bias=bias)._asdict()
+
+
 def part(query: Array, key: Array, value: Array, mask: Any, bias: Any, options: Options, run: Run) -> State:
     """Attend to one block of keys."""
-    settings = options._replace(mask=mask, bias=bias)._asdict()
+    settings = _settings(options, mask, bias)
     with kernel_threads(run.threads):
         return attend(wide(query), wide(key), wide(value), return_lse=True, backend=run.backend, **settings)
 
@@ -76,7 +81,8 @@ def no_keys(query: Array, heads: tuple[int, ...], Ev: int, options: Options, run
 
 def merge(parts: Sequence[State]) -> State:
     """Join the states of the same rows over several blocks of keys."""
-    return merge_parts(*zip(*parts, strict=True))
+    outs, lses = zip(*parts, strict=True)
+    return merge_parts(outs, lses)
 
 
 def out_of(state: State, dtype: Any) -> Array:
@@ -95,15 +101,14 @@ def pair_gradients(
 
     `out` and `lse` are those of all keys. `left` is a pair of the same rows, `above` one of the same keys.
     """
-    settings = options._replace(mask=mask, bias=wide(bias))._asdict()
-    arrays = (wide(x) for x in (grad_out, query, key, value, out))
+    settings = _settings(options, mask, wide(bias))
+    grad_out, query, key, value, out = (wide(x) for x in (grad_out, query, key, value, out))
     with kernel_threads(run.threads):
-        grads: Gradients = differentiate(*arrays, lse, grad_lse=grad_lse, backend=run.backend, **settings)
-    if left is not None:
-        grads = grads._replace(query=left.query + grads.query)
+        grads = differentiate(grad_out, query, key, value, out, lse, grad_lse=grad_lse, backend=run.backend, **settings)
+    sums: dict[str, Any] = {} if left is None else {"query": add([left, grads], "query")}
     if above is not None:
-        grads = grads._replace(key=above.key + grads.key, value=above.value + grads.value)
-    return grads
+        sums |= {name: add([above, grads], name) for name in ("key", "value")}
+    return grads._replace(**sums)
 
 
 def no_keys_gradients(
