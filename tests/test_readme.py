@@ -23,7 +23,7 @@ def test_python_examples_run(page):
         if 'device="cuda"' in code and not na.backends()["cuda"]:
             compile(code, page.name, "exec")  # what needs a GPU is at least Python
             continue
-        for library in re.findall(r"^import (torch|jax|onnx)\b", code, re.M):
+        for library in re.findall(r"^import (torch|jax|onnx|dask)\b", code, re.M):
             pytest.importorskip(library)
         name = f"<block {n} of {page.name}>"
         linecache.cache[name] = len(code), None, code.splitlines(keepends=True), name  # functions have a source
