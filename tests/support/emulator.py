@@ -163,6 +163,12 @@ class Emit:
     def convert(self, kind, x):
         return Value(kind, x.x.astype(DTYPES[kind]))
 
+    def multiply_wide(self, x, constant):
+        product = x.x.astype(np.uint32).astype(np.uint64) * np.uint64(constant % 2**32)
+        return tuple(
+            Value("i", half.astype(np.uint32).astype(np.int32)) for half in (product >> np.uint64(32), product)
+        )
+
     def bits(self, kind, x):
         return Value(kind, np.ascontiguousarray(self._all(x)).view(DTYPES[kind]))
 

@@ -36,7 +36,7 @@ def warmup_jobs() -> list[tuple[str, Callable[[], object]]]:
             for hides in (False, True):
                 product = tile_shapes.product_of(storage, device, E)
                 c = tile_shapes.for_call(
-                    "forward", storage, E, E, product, device, False, False, "", False, False, hides, True
+                    "forward", storage, E, E, product, device, False, False, "", False, False, False, hides, True
                 )
                 alone, _, _, repeat = _kernels(c, False, 0, 1, device)
                 _, split, join, _ = _kernels(c, False, 4, 4, device)

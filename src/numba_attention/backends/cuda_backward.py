@@ -47,7 +47,7 @@ def run(g: BackwardProblem) -> None:
         c = _small("delta", work).with_(fused_dq=sums is not None, aligned=is_aligned(p.out, g.grad_out))
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
         c = tile_shapes.normalizers(work.spec("forward", is_aligned(p.query, p.key)), work.device)
-        c = c.with_(sinks=p.sinks is not None)
+        c = c.with_(sinks=p.sinks is not None, dropout=False)
         tiles = -(-p.L // c.rows)
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
     aligned = is_aligned(p.query, p.key, p.value, g.grad_out, g.query, g.key, g.value)

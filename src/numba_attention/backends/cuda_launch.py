@@ -30,8 +30,6 @@ def check_size(p: Problem) -> None:
                 f"{name} is not available on the backend 'cuda'; use backend='cpu' with arrays on the host, or pass "
                 "what it computes as bias= or mask="
             )
-    if p.dropout:
-        raise NotImplementedError("dropout_p must be 0 on the CUDA backend, which has no dropout; use backend='cpu'")
     if max(p.L, p.S) * max(p.H // max(p.Hkv, 1), 1) > MOST:
         raise ValueError(f"the CUDA backend takes up to {MOST} rows of a key head, got {p.L} queries and {p.S} keys")
     if p.H > HEADS:
@@ -75,7 +73,7 @@ class Work:
         self._reals = reals(p)
         self._kept: dict[str, Array] = {}
         self.set(
-            heads=p.H, group=p.H // p.Hkv if p.Hkv else 1, E=p.E, Ev=p.Ev,
+            heads=p.H, group=p.H // p.Hkv if p.Hkv else 1, E=p.E, Ev=p.Ev, dropout=p.dropout, seed=p.seed,
             left=FAR if p.left is None else p.left, right=FAR if p.right is None else p.right,
         )  # fmt: skip
         arrays = {
@@ -128,7 +126,7 @@ class Work:
         return tile_shapes.for_call(
             task, self.storage, p.E, p.Ev, product, self.device,
             p.softcap is not None, p.alibi_slopes is not None, "" if p.bias is None else storage_of(p.bias.dtype),
-            p.mask is not None, is_paged(p), self.hides, aligned, stored_of(p),
+            p.mask is not None, p.dropout > 0, is_paged(p), self.hides, aligned, stored_of(p),
         )  # fmt: skip
 
     def empty(self, name: str, shape: Any, dtype: Any) -> Array:
@@ -203,6 +201,7 @@ def reals(p: Problem) -> list[float]:
         prescale, rest = 0.0, 1.0
     unit = rest if p.softcap is None and p.alibi_slopes is None and p.bias is None else 1.0
     values = {"prescale": prescale, "rest": rest, "unit": unit, "per_unit": 1 / unit, "factor": unit * LOG2E}
+    values["dropout_scale"] = 2**16 / (2**16 - p.dropout)
     if p.softcap is not None:
         values |= {"cap_inner": rest / p.softcap, "cap_outer": p.softcap}
     return [float(values.get(name, 0.0)) for name in REALS]

@@ -25,6 +25,7 @@ from .blocks import (
     stage,
     work_item,
 )
+from .dropout import first_of_block, is_dropped, kept, mark, unmark
 from .emit import I32, I64, SIZES, Emit, KernelFunction, Macro, Regs, Target
 from .parameters import PARAMETERS, Parameters
 from .products import TensorCores
@@ -123,6 +124,8 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     def columns_seen(e: Emit, b: Block) -> Regs:
         """First column, the one after the last, and those that all rows see, which are none where any lse is far."""
         begin, end, all_begin, all_end = b.span.of_rows(b.first, b.first + (c.rows - 1))
+        if c.dropout and not of_keys:
+            begin = first_of_block(begin)
         return [begin, end, all_begin, e.select(e.load("i", b.p.far) > 0, begin - begin, all_end)]
 
     @macro("", BLOCK, "i", "i")
@@ -200,6 +203,12 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
             weights.append(e.select(product.is_hidden(e, x), x, weight) if nan_safe else weight)
         return weights
 
+    @macro(S, BLOCK, "i", "i", "i", S)
+    def drop(e: Emit, b: Block, thread: I32, j: I32, g: I32, p: Regs) -> Regs:
+        """Mark the weights that are dropped, by their sign."""
+        keeps = kept(b, lanes, thread, j, g if of_keys else None)
+        return [mark(e, x, keep) for x, keep in zip(p, keeps, strict=True)]
+
     @macro(S, BLOCK, "i", "i", "i", S, *([S] if c.softcap else []))
     def differentiate(
         e: Emit, b: Block, base: I32, thread: I32, shift: I32, p: Regs,
@@ -209,6 +218,10 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         dp = product.scores(e, own[1], other[1], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
         zero, one = e.const(kind, 0.0), e.const(kind, 1.0)
         ds = []
+        if c.dropout:
+            scale = b.p.real("dropout_scale", kind)
+            dp = [e.select(is_dropped(e, weight), zero, x * scale) for weight, x in zip(p, dp, strict=True)]
+            p = [e.abs(weight) for weight in p]
         for n, (x, delta) in enumerate(zip(dp, of_queries(e, "delta", b, base, e.opaque(thread), shift), strict=True)):
             y = p[n] * (x - delta)
             if curves is not None:
@@ -220,14 +233,16 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     def add_to(name: str, other_tile: Tile, size: str) -> Macro:
         @macro(size, "i", "i", "i", size, S)
         def add(e: Emit, base: I32, thread: I32, shift: I32, acc: Regs, p: Regs) -> Regs:
+            if c.dropout and name == "value":
+                p = [unmark(e, weight) for weight in p]
             return product.add(e, acc, p, other_tile, e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
 
         return add
 
     add_first = add_to(
-        "", other[1] if keeps[0] == "value" else other[0], first
+        keeps[0], other[1] if keeps[0] == "value" else other[0], first
     )  # dQ += dS K, dK += dS^T Q, dV += P^T dO
-    add_second = add_to("", other[1], second)
+    add_second = add_to("value", other[1], second)
 
     @macro("", "i", "i", S)
     def leave(e: Emit, base: I32, thread: I32, ds: Regs) -> None:
@@ -256,6 +271,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         lane = thread & 31
         # Underflow: the product of `rest` and `prescale` may be subnormal, so they are applied one after the other.
         rest, prescale, zero = b.p.real("rest", kind), b.p.real("prescale", kind), e.const(kind, 0.0)
+        value_scale = b.p.real("dropout_scale", kind) if c.dropout else e.const(kind, 1.0)
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
             in_bounds, valid = at < b.rows, at < b.span.rows
@@ -265,9 +281,8 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
             for name, sum_ in zip(keeps, (x, y), strict=False):
                 grad, features = f"grad_{name}", sums[name]
                 registers = features.of_slot(slot)
-                z = [
-                    e.select(valid, sum_[n] if name == "value" else sum_[n] * rest * prescale, zero) for n in registers
-                ]
+                z = [sum_[n] * value_scale if name == "value" else sum_[n] * rest * prescale for n in registers]
+                z = [e.select(valid, number, zero) for number in z]
                 if c.flags:
                     bad = bad | not_finite(e, z)
                 address = b.places[grad] + e.wide(at) * getattr(b.p, f"{grad}_row")
@@ -278,7 +293,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                 bad = across(e, product, bad, lambda a, b: a | b)
                 b.mark(at, bad, in_bounds & product.lane_column(lane).equals(0))
 
-    softcap = c.softcap
+    softcap, dropout = c.softcap, c.dropout
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         parameters = integers, reals
@@ -319,6 +334,8 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                     if any_far(parameters) != 0:
                         s = subtract(edge, base, thread, shift, s)
                 p = weigh(block, base, thread, shift, s)
+                if dropout:
+                    p = drop(block, thread, j, g, p)
                 if wants_value:
                     if two:
                         y = add_second(base, thread, shift, y, p)

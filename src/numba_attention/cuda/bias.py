@@ -7,6 +7,7 @@ the other, and sums in registers. Where all rows or all keys share an element, i
 import numpy as np
 
 from .blocks import BACKWARD, Block, Lanes, block_of, make_landed, make_scale, packed_block, stage
+from .dropout import kept
 from .emit import I32, Emit, KernelFunction, Pred, Real, Regs, Target
 from .parameters import PARAMETERS, Parameters, Sequence
 from .softmax import recenter
@@ -89,6 +90,10 @@ def make_bias(c: Spec, on: Target) -> KernelFunction:
             address = b.places["delta"] + e.wide(at) * b.p.delta_row
             facts.append([e.load(kind, address + n * size, where=in_bounds) for n in range(3)])
         apart = recenter(e, s, [facts[slot][2] for slot, _ in layout.elements])
+        if c.dropout:
+            scale = b.p.real("dropout_scale", kind)
+            keeps = kept(b, lanes, thread, j)
+            dp = [e.select(keep, x * scale, zero) for keep, x in zip(keeps, dp, strict=True)]
         for n, (slot, _) in enumerate(layout.elements):
             delta, offset, _ = facts[slot]
             hidden = product.is_hidden(e, s[n]) if c.nan_safe else s[n].equals(low)

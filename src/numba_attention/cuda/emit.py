@@ -191,6 +191,13 @@ class Emit:
         step = self._b.fpext if kind == "d" else self._b.fptrunc
         return Value(self._b, kind, step(x.llvm, TYPES[kind]))
 
+    def multiply_wide(self, x: Value, constant: int) -> tuple[Value, Value]:
+        """The high and the low half of the product of two integers of 32 bits without sign."""
+        wide = [self._b.zext(y, TYPES["l"]) for y in (x.llvm, x._other(constant))]
+        product = self._b.mul(*wide)
+        high = self._b.lshr(product, ir.Constant(TYPES["l"], 32))
+        return tuple(Value(self._b, "i", self._b.trunc(half, TYPES["i"])) for half in (high, product))  # type: ignore[return-value]
+
     def bits(self, kind: str, x: Value) -> Value:
         """The same bits as another kind of the same size."""
         return Value(self._b, kind, self._b.bitcast(x.llvm, TYPES[kind]))

@@ -22,6 +22,8 @@ from .blocks import (
     stage,
     work_item,
 )
+from .dropout import drop as drop_weights
+from .dropout import first_of_block, kept
 from .emit import I32, Emit, KernelFunction, Regs, Target
 from .parameters import PARAMETERS, Parameters
 from .products import Product
@@ -92,7 +94,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
     at_once = 4 if c.warps == 1 else 1
     scale_queries = make_scale(c, on, q)
     S, C, M = f"{kind}{len(layout)}", f"{kind}{len(features)}", f"{kind}{product.slots}"
-    split_kv, nan_safe, flags = c.split_kv, c.nan_safe, c.flags
+    split_kv, nan_safe, flags, dropout = c.split_kv, c.nan_safe, c.flags, c.dropout
     may_repeat, at_lift = repeats(c), _end(c)
     # Instruction overlap: the softmax and the product with values in one basic block let the scheduler interleave
     # exponentials with tensor core instructions. Above 64 features there are no registers for both, so the softmax runs
@@ -112,6 +114,8 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         first, _ = b.find(b.first)
         last, _ = b.find(b.first + (c.rows - 1))
         begin, end, all_begin, all_end = b.span.of_rows(first, last)
+        if dropout:
+            begin = first_of_block(begin)
         if split_kv:
             tiles = (e.max(end - begin, 0) + columns - 1) // columns  # (integer division is unsigned)
             share = (tiles + b.p.int("splits") - 1) // b.p.int("splits") * columns
@@ -178,6 +182,10 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         at_once = max(c.E, c.Ev) <= 128 or staged
         return fold(e, product, layout, features, s, m, l, acc, factor, lift_of(e, base), at_once)
 
+    @macro(S, BLOCK, "i", "i", S)
+    def drop(e: Emit, b: Block, thread: I32, j: I32, p: Regs) -> Regs:
+        return drop_weights(e, product, p, kept(b, lanes, thread, j))
+
     @macro(C, "i", "i", C, S)
     def add_values(e: Emit, base: I32, thread: I32, acc: Regs, p: Regs) -> Regs:
         return product.add(e, acc, p, v, e.opaque(base), *lanes.split(e.opaque(thread)))
@@ -203,7 +211,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         e: Emit, b: Block, base: I32, thread: I32, part: I32, m: Regs,
         l: Regs, acc: Regs,
     ) -> None:  # fmt: skip
-        l, one = total(e, product, l), e.const(kind, 1.0)
+        l, one = total(e, product, l), b.p.real("dropout_scale", kind) if dropout else e.const(kind, 1.0)
         scales = [one / x for x in l]
         l = relative(e, m, l, b.p.real("factor", kind), lift_of(e, base))
         if split_kv:
@@ -307,6 +315,8 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
                     load_keys(block, base, thread, j)
                 if mixed:
                     p, m, l, acc = take_in(parameters, base, s, m, l, acc)
+                if dropout:
+                    p = drop(block, thread, np.int32(j - columns), p)
                 acc = add_values(base, thread, acc, p)
             if may_repeat:
                 if cuda.syncthreads_or(overflows(acc)) != 0:

@@ -10,13 +10,13 @@ INTEGERS = (
     *ADDRESSES,
     *(f"{name}_{axis}" for name in ARRAYS for axis in ("head", "row", "column")),
     "heads", "group", "E", "Ev", "left", "right", "tiles", "together", "flag_rows", "splits", "number", "inner_tiles",
-    "page_size", "key_page", "value_page", "key_scale_page", "value_scale_page",
+    "dropout", "seed", "page_size", "key_page", "value_page", "key_scale_page", "value_scale_page",
     # of the gradient of a bias: which sequences share its elements, how many heads, rows and keys do
     "bias_heads", "bias_rows", "bias_keys",
 )  # fmt: skip
 # prescale: what queries are multiplied by; rest: what makes natural scores of their products; unit: what makes them of
 # the scores that the softmax sees, with 1 / unit and unit * log2(e).
-REALS = ("prescale", "rest", "unit", "per_unit", "factor", "cap_inner", "cap_outer")
+REALS = ("prescale", "rest", "unit", "per_unit", "factor", "cap_inner", "cap_outer", "dropout_scale")
 TYPES = (f"l{len(INTEGERS)}", f"d{len(REALS)}")  # of the two arguments of every kernel
 AXES = 8  # that an array to be summed may have: kept ones, and summed ones
 RECORD = SEQUENCE.itemsize

@@ -3,6 +3,7 @@
 import numpy as np
 
 from .blocks import FORWARD, Block, Lanes, block_of, make_landed, make_scale, packed_block, stage
+from .dropout import kept
 from .emit import I32, Emit, KernelFunction, Regs, Target
 from .forward import make_product, tiles_of
 from .parameters import PARAMETERS, Parameters
@@ -72,6 +73,7 @@ def make_weights(c: Spec, on: Target) -> KernelFunction:
         factor, zero = b.p.real("factor", kind), e.const(kind, 0.0)
         keys = b.p.int("inner_tiles")  # all keys, valid or not
         apart, offsets, _ = center(e, product, layout, s, m, factor)
+        keeps = kept(b, lanes, thread, j) if c.dropout else []
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
             some = (l[slot] > 0.0) | e.is_nan(l[slot])
@@ -81,6 +83,9 @@ def make_weights(c: Spec, on: Target) -> KernelFunction:
                 hidden = product.is_hidden(e, s[n])
                 weight = e.exp2(e.fma(apart[n], factor, offsets[slot]))
                 weights.append(e.select(hidden, zero, e.select(some, weight / l[slot], zero)))
+            if c.dropout:
+                scale = b.p.real("dropout_scale", kind)
+                weights = [e.select(keeps[n], x * scale, zero) for n, x in zip(registers, weights, strict=True)]
             address = b.places["out"] + e.wide(at) * b.p.out_row
             first = product.lane_column(thread & 31) + j
             write_row(

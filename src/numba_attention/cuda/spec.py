@@ -31,6 +31,7 @@ class Spec:
     alibi: bool = False
     bias: str = ""  # its storage
     mask: bool = False
+    dropout: bool = False
     sinks: bool = False
     paged: bool = False
     kv_storage: str = ""  # storage of keys and values in a cache, if not that of queries
@@ -48,7 +49,7 @@ class Spec:
     def _hash(self) -> int:
         return hash(tuple(getattr(self, f.name) for f in fields(self)))
 
-    def __hash__(self) -> int:  # of 25 fields, asked for several times in every call
+    def __hash__(self) -> int:  # of 26 fields, asked for several times in every call
         return self._hash
 
     def __reduce__(self) -> Any:
@@ -59,6 +60,11 @@ class Spec:
     def is_staged(self) -> bool:
         """Whether scores go through any stage between the product and the softmax."""
         return self.softcap or self.alibi or bool(self.bias) or self.mask
+
+    @property
+    def is_large(self) -> bool:
+        """Whether what happens between the products takes so many registers that tiles must be smaller."""
+        return self.is_staged or self.dropout
 
     @property
     def is_unpacked(self) -> bool:
@@ -89,8 +95,9 @@ class Spec:
     @property
     def name(self) -> str:
         """All that distinguishes this kernel from others."""
-        options = [n for n in ("aligned", "softcap", "alibi", "mask", "sinks", "paged", "pack_gqa", "split_kv", "flags",
-                               "nan_safe", "gather_rows", "fused_dq") if getattr(self, n)]  # fmt: skip
+        options = [n for n in ("aligned", "softcap", "alibi", "mask", "dropout", "sinks", "paged", "pack_gqa",
+                               "split_kv", "flags", "nan_safe", "gather_rows", "fused_dq")
+                   if getattr(self, n)]  # fmt: skip
         words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",
                  f"{self.warps}w{self.columns}c{self.blocks}b{self.only}{self.to}", *options]  # fmt: skip
         named = [f"{n}_{getattr(self, n)}" for n in ("bias", "kv_storage") if getattr(self, n)]

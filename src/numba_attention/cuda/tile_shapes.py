@@ -99,14 +99,14 @@ def fitted(c: Spec, device: Any) -> Spec:
 @lru_cache(maxsize=1024)
 def for_call(
     task: str, storage: str, E: int, Ev: int, product: str, device: Any, softcap: bool, alibi: bool, bias: str,
-    mask: bool, paged: bool, flags: bool, aligned: bool, kv_storage: str = "",
+    mask: bool, dropout: bool, paged: bool, flags: bool, aligned: bool, kv_storage: str = "",
 ) -> Spec:  # fmt: skip
     """The kernel of a task with the options of a call."""
     c = base(task, storage, E, Ev, device)
     assert c.product == product
     c = with_options(
-        c, softcap=softcap, alibi=alibi, bias=bias, mask=mask, paged=paged, flags=flags, kv_storage=kv_storage,
-        aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
+        c, softcap=softcap, alibi=alibi, bias=bias, mask=mask, dropout=dropout, paged=paged, flags=flags,
+        kv_storage=kv_storage,        aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
     )  # fmt: skip
     return fitted(c, device)  # codes of a cache need shared memory beside the tiles
 
@@ -132,13 +132,16 @@ def heads_together(heads: int, tiles: int, resident: int) -> int:
 def with_options(c: Spec, **options: Any) -> Spec:
     """Say what a kernel does on the way; what needs registers for it gets smaller tiles."""
     c = c.with_(**options)
-    if c.is_staged or c.kv_storage:
+    if c.is_large or c.kv_storage:
         if c.product == "simt":
             return c.with_(slots=max(c.slots // 2, 1))
         warps = c.warps * c.slots  # as many rows
-        if c.kv_storage and c.is_staged and max(c.E, c.Ev) > 128:
+        if c.kv_storage and c.is_large and max(c.E, c.Ev) > 128:
             warps = 4
-        return c.with_(slots=1, warps=warps, columns=min(c.columns, 32))
+        columns = min(c.columns, 32)
+        if c.dropout and c.is_staged and c.task == "key" and max(c.E, c.Ev) == 128:
+            columns = 16
+        return c.with_(slots=1, warps=warps, columns=columns)
     if c.flags and c.task == "key" and c.product == "tensor" and max(c.E, c.Ev) == 64:
         return c.with_(slots=1, warps=8, columns=64)  # two tiles of rows and their marks would spill on sm_80
     return c
@@ -147,8 +150,8 @@ def with_options(c: Spec, **options: Any) -> Spec:
 def few(c: Spec, rows: int, device: Any) -> Spec:
     """The kernel for few rows and many keys: one warp a block, so that many blocks read at the same time."""
     if c.product != "simt":
-        columns = 64 if c.product == "tensor" and c.E <= 128 and not c.is_staged else 32
-        if c.is_staged and max(c.E, c.Ev) == 256:
+        columns = 64 if c.product == "tensor" and c.E <= 128 and not c.is_large else 32
+        if c.is_large and max(c.E, c.Ev) == 256:
             columns = 16
         return fitted(c.with_(slots=1, warps=1, columns=columns), device)
     slots = 1 if rows <= 4 else 2 if rows <= 8 else min(4, c.slots)
@@ -159,7 +162,7 @@ def nan_safe(c: Spec, device: Any) -> Spec:
     """The kernel that recomputes the flagged rows of `c`, by FMA and without multiplying hidden weights."""
     c = c.with_(fused_dq=False)
     slots = 2 if c.storage != "float64" else 1
-    if c.task == "forward" and c.Ev <= 128 and not c.is_staged:
+    if c.task == "forward" and c.Ev <= 128 and not c.is_large:
         slots *= 2
     product = c.with_(
         product="simt", slots=slots, across=8, warps=4, columns=32 if c.task == "forward" else 16, nan_safe=True,
@@ -215,7 +218,7 @@ def fused_dq(c: Spec, device: Any) -> Spec | None:
     if tuned is not None:
         slots, warps, columns = tuned.slots, tuned.warps, tuned.columns
     c = c.with_(fused_dq=True, slots=slots, warps=warps, columns=columns)
-    if c.is_staged:
+    if c.is_large:
         c = c.with_(slots=1, warps=warps * slots, columns=32 if E < 128 else 16)
     return c if kernels.shared(c) <= device.shared_memory else None
 
@@ -229,7 +232,7 @@ def parts(c: Spec) -> list[Spec]:
 
 def weights(c: Spec, device: Any) -> Spec:
     """The kernel of probabilities, which is bound by stores: its shape is the same for all."""
-    slots = 4 if c.storage != "float64" and not c.is_staged else 2
+    slots = 4 if c.storage != "float64" and not c.is_large else 2
     spec = c.with_(
         task="weights", product="simt", slots=slots, across=8, warps=4, columns=32, nan_safe=True, flags=False,
         gather_rows=True, aligned=c.aligned and c.storage not in HALVES, Ev=32,
