@@ -178,6 +178,23 @@ def rest(arch, storage, E):
     if single is not None:
         yield single
         yield Spec("round", storage, E, E, warps=4, flags=True, arch=arch)
+    # Dropout, alone and with all else.
+    for options in ({}, OPTIONS):
+        dropped = tile_shapes.with_options(forward, **options, dropout=True, flags=True)
+        yield tile_shapes.fitted(dropped, of)
+        yield tile_shapes.nan_safe(dropped, of)
+        yield tile_shapes.few(dropped.with_(pack_gqa=True, sinks=True), 4, of).with_(split_kv=True)
+        yield tile_shapes.weights(dropped, of)
+        for task in ("query", "key"):
+            c = tile_shapes.with_options(tile_shapes.base(task, storage, E, E, of), **options, dropout=True, flags=True)
+            for part in tile_shapes.parts(tile_shapes.fitted(c, of)):
+                yield part
+                yield tile_shapes.nan_safe(part, of)
+        single = tile_shapes.fused_dq(c, of)
+        if single is not None:
+            yield single
+        of_queries = tile_shapes.base("query", storage, E, E, of)
+        yield tile_shapes.bias(tile_shapes.with_options(of_queries, **{**OPTIONS, **options}, dropout=True), of)
     yield Spec("combine", storage, E, E, warps=4, pack_gqa=True, flags=True, arch=arch)
     yield Spec("delta", storage, E, E, warps=4, fused_dq=single is not None, arch=arch)
 

@@ -139,7 +139,7 @@ def with_options(c: Spec, **options: Any) -> Spec:
         if c.kv_storage and c.is_large and max(c.E, c.Ev) > 128:
             warps = 4
         columns = min(c.columns, 32)
-        if c.dropout and c.is_staged and c.task == "key" and max(c.E, c.Ev) == 128:
+        if c.dropout and c.is_staged and c.task == "key" and max(c.E, c.Ev) >= 128:
             columns = 16
         return c.with_(slots=1, warps=warps, columns=columns)
     if c.flags and c.task == "key" and c.product == "tensor" and max(c.E, c.Ev) == 64:
@@ -164,6 +164,8 @@ def nan_safe(c: Spec, device: Any) -> Spec:
     slots = 2 if c.storage != "float64" else 1
     if c.task == "forward" and c.Ev <= 128 and not c.is_large:
         slots *= 2
+    if c.dropout and c.is_staged:
+        slots = 1
     product = c.with_(
         product="simt", slots=slots, across=8, warps=4, columns=32 if c.task == "forward" else 16, nan_safe=True,
         flags=False, split_kv=False, aligned=c.aligned and c.storage not in HALVES,
@@ -211,7 +213,7 @@ def fused_dq(c: Spec, device: Any) -> Spec | None:
     """The kernel of a tile of keys that adds gradients of queries too; None where it does not exist or does not fit."""
     shapes = _SHAPES["fused_dq", "tensor", "half"]
     E = max(c.E, c.Ev)
-    if c.product != "tensor" or E not in shapes:
+    if c.product != "tensor" or E not in shapes or (c.dropout and c.is_staged and E == 128):
         return None
     slots, warps, columns = shapes[E]
     tuned = _tuned.get(("fused_dq", c.storage, c.E, c.Ev))
@@ -219,7 +221,7 @@ def fused_dq(c: Spec, device: Any) -> Spec | None:
         slots, warps, columns = tuned.slots, tuned.warps, tuned.columns
     c = c.with_(fused_dq=True, slots=slots, warps=warps, columns=columns)
     if c.is_large:
-        c = c.with_(slots=1, warps=warps * slots, columns=32 if E < 128 else 16)
+        c = c.with_(slots=1, warps=warps * slots, columns=32)  # the tile of dS has rows of at least four chunks
     return c if kernels.shared(c) <= device.shared_memory else None
 
 
