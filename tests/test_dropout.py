@@ -176,6 +176,40 @@ def test_against_the_reference(case, dtype):
     check_backward(case, dtype)
 
 
+def leaning(score, batch, head, i, j, slopes):
+    return score - slopes[head] * abs(i - j) + 0.1 * batch
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("L", [1, 130])
+def test_with_a_block_mask_and_a_score_mod(dtype, L):
+    """Lists of tiles, and a window that begins within a tile; dropout comes after all of it."""
+    S = 200
+    query, key, value = (normal(2, 2, n, 16, dtype=DTYPES[dtype]) for n in (L, S, S))
+    seen = rng.random((1, 2, L, S)) < 0.5
+    seen[..., 64:128] = False
+    seen[..., 40:] |= np.arange(40, S) % 64 < 9
+    slopes = np.array([0.02, 0.1])
+    for options in ({"mask": na.BlockMask.from_array(seen)}, {"score_mod": leaning, "mod_args": (slopes,)}):
+        options |= {"window": (77, 40), "query_offset": 100}
+        plain = options | ({"mask": seen} if "mask" in options else {})
+        out, lse = na.attention(query, key, value, **DROP, **options, return_lse=True)
+        wide = [x.astype(np.float64) for x in (query, key, value)]
+        want, want_lse = na.attention(*wide, **DROP, **plain, return_lse=True, backend="reference")
+        assert_close(out, want, 4 * tolerance(dtype)[0])
+        ones = np.ones_like(out)
+        got = na.attention_backward(ones, query, key, value, out, lse, **DROP, **options)
+        oracle = na.attention_backward(
+            ones.astype(np.float64), *wide, want, want_lse, **DROP, **plain, backend="reference"
+        )
+        for a, b in zip(got[:3], oracle[:3], strict=True):
+            assert_close(a, b, 4 * grad_tolerance(dtype), 1)
+        weights = na.attention_weights(query, key, **DROP, **options)
+        assert_close(
+            weights, na.attention_weights(*wide[:2], **DROP, **plain, backend="reference"), tolerance(dtype)[0]
+        )
+
+
 def textbook(query, key, value, grad_out, grad_lse, scale, drop):
     """Out and gradients of one head: P of the softmax, M of `dropout_mask`, out = (P M) V."""
     scores = scale * query @ key.T
