@@ -134,7 +134,8 @@ def with_options(c: Spec, **options: Any) -> Spec:
     c = c.with_(**options)
     if c.is_large or c.kv_storage:
         if c.product == "simt":
-            return c.with_(slots=max(c.slots // 2, 1))
+            share = 4 if c.dropout and (c.is_staged or c.task == "key") else 2
+            return c.with_(slots=max(c.slots // share, 1))
         warps = c.warps * c.slots  # as many rows
         if c.kv_storage and c.is_large and max(c.E, c.Ev) > 128:
             warps = 4
@@ -253,7 +254,7 @@ def bias(c: Spec, device: Any) -> Spec:
     spec = c.with_(task="bias", flags=False, nan_safe=False)
     small = max(c.E, c.Ev) <= 64
     if spec.product == "simt":
-        slots = (4 if small else 2) // (2 if c.storage == "float64" else 1)
+        slots = 1 if c.dropout else (4 if small else 2) // (2 if c.storage == "float64" else 1)
         spec = spec.with_(slots=slots, columns=32 if small else 16, nan_safe=True)
     else:
         spec = spec.with_(slots=1, warps=4 if max(c.E, c.Ev) <= 128 else 2, columns=32 if small else 16)
