@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from . import mods
 from .api import attention, attention_backward, attention_weights, merge_attention, merge_attention_backward
 from .backends import backends, set_backend, use_backend
 from .caches import KVCache, PagedKVCache
@@ -37,6 +38,7 @@ __all__ = [
     "backends",
     "merge_attention",
     "merge_attention_backward",
+    "mods",
     "set_backend",
     "show_config",
     "use_backend",

@@ -1,9 +1,10 @@
-"""exp2 of products and tanh against NumPy's in higher precision, over their whole range."""
+"""exp2 of products, tanh and the functions of mods against NumPy's in higher precision, over their whole range."""
 
 import numpy as np
 import pytest
 from numba import njit
 
+from numba_attention.cpu import exp
 from numba_attention.cpu.exp import EXP2_BF16, EXP2_F32, EXP2_F64, exp2_product, tanh
 from numba_attention.cpu.simd import HOST, Vector, load, pointer, routine, store
 
@@ -79,3 +80,64 @@ def test_tanh(bits, table, limit):
     _, special = apply(lambda v, b, y: tanh(v, b, y, table), bits, np.array([np.inf, -np.inf, 0.0, np.nan]))
     assert list(special[:3]) == [1, -1, 0]
     assert np.isnan(special[3])
+
+
+SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, -1.5, 1.0, 1e-42, 5e-324, 3e-310, 1.4142135, 1.4142136])
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("name", ["log", "log2"])
+def test_logarithms(name, bits):
+    rng = np.random.default_rng(0)
+    x = np.concatenate([SPECIAL, np.exp(rng.uniform(-80, 80, 20000)), rng.uniform(0.5, 2, 20000)])
+    x, got = apply(getattr(exp, name), bits, x)
+    with np.errstate(all="ignore"):
+        want = getattr(np, name)(x.astype(np.longdouble))
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
+    np.testing.assert_array_equal(got[~np.isfinite(want)], want[~np.isfinite(want)].astype(got.dtype))
+    close = np.isfinite(want)
+    assert ulps(got[close], want[close]).max() < (3 if name == "log" else 4)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("factor", [(1.0,), exp.LOG2E], ids=["2", "e"])
+def test_exponentials_anywhere(factor, bits):
+    top = 128 if bits == 32 else 1024
+    edges = np.array([0.0, np.inf, -np.inf, np.nan, top + 1, -top - 50.0, 1e30, -1e30])
+    x = np.concatenate([edges, np.random.default_rng(0).uniform(-top * 1.1, top * 1.1, 20000)]) / factor[0]
+    x, got = apply(lambda v, b, y: exp.exp2_anywhere(v, b, y, *factor), bits, x)
+    with np.errstate(all="ignore"):
+        want = (np.exp2 if factor[0] == 1 else np.exp)(x.astype(np.longdouble)).astype(got.dtype)
+    tiny = np.finfo(got.dtype).tiny
+    small = want < 2 * tiny
+    assert (got[small] <= 2 * tiny).all()
+    rest = ~small & np.isfinite(want)
+    assert ulps(got[rest], want[rest].astype(np.longdouble)).max() < 3
+    np.testing.assert_array_equal(got[~small & ~rest], want[~small & ~rest])
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_powers(bits):
+    rng = np.random.default_rng(0)
+    x = np.concatenate([SPECIAL[np.isfinite(SPECIAL)], rng.uniform(-5, 5, 20000), np.exp(rng.uniform(-6, 6, 20000))])
+    for y in (0.3, -1.5, 3.0, -2.0, 0.0, 17.0, 2.25):
+        for known in (y, None):
+            x, got = apply(lambda v, b, z, y=y, known=known: exp.power(v, b, z, v.const(y), known), bits, x)
+            with np.errstate(all="ignore"):
+                want = np.power(np.where(x == 0, 0, x).astype(np.float64), y)
+            normal = np.abs(want) < float(np.finfo(got.dtype).max)
+            tolerance = (4e-6 if bits == 32 else 1e-13) * max(1, abs(y))
+            np.testing.assert_allclose(got[normal], want[normal], rtol=tolerance, atol=1e-37 if bits == 32 else 1e-306)
+            np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+            assert np.isinf(got[np.isinf(want)]).all()
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("name", ["sin", "cos"])
+def test_turns(name, bits):
+    x = np.concatenate([[0.0, 1e-6, np.pi, -np.pi / 2], np.random.default_rng(0).uniform(-1e4, 1e4, 40000)])
+    x, got = apply(lambda v, b, y: exp.sin(v, b, y, name == "cos"), bits, x)
+    want = getattr(np, name)(x.astype(np.longdouble))
+    assert np.abs(got - want).max() < (2e-7 if bits == 32 else 1e-15)
+    _, got = apply(lambda v, b, y: exp.sin(v, b, y, name == "cos"), bits, np.array([np.inf, np.nan, 1e30]))
+    assert np.isnan(got[:2]).all()

@@ -281,6 +281,26 @@ def _rows_of_nothing(rng: np.random.Generator, c: Case) -> np.ndarray:
     return mask
 
 
+def _of_mods(rng: np.random.Generator, c: Case) -> tuple[Any, ...]:
+    """A slope for each head, and a table by distance."""
+    return rng.random(c.H), rng.standard_normal((c.H, 21)).astype(np.float32), 3
+
+
+def _score_mod(score, batch, head, i, j, slopes, table, step):
+    x = 0.75 * score - slopes[head] * abs(i - j) / 50
+    if (batch + j) % step == 0:
+        return x + table[head, min(max(i - j + 10, 0), 20)]
+    return x
+
+
+def _score_mod_that_hides(score, batch, head, i, j, slopes, table, step):
+    return score if (i + j * 3 + head) % step != 1 else float("-inf")
+
+
+def _mask_mod(batch, head, i, j, slopes, table, step):
+    return (i - 2 * j + head + batch) % step != 0
+
+
 OPTIONS: dict[str, Callable[[np.random.Generator, Case], dict[str, Any]]] = {
     "causal": lambda rng, c: {"is_causal": True},
     "top-left": lambda rng, c: {"is_causal": "top-left"},
@@ -338,6 +358,9 @@ OPTIONS: dict[str, Callable[[np.random.Generator, Case], dict[str, Any]]] = {
     "bias reversed": lambda rng, c: {"bias": np.flip(_normal(rng, (c.L, c.S)))},
     "bias strided": lambda rng, c: {"bias": _normal(rng, (2 * c.L, 3 * c.S))[::2, ::3]},
     "dropout": lambda rng, c: {"dropout_p": 0.4, "seed": int(rng.integers(2**64, dtype=np.uint64))},
+    "score mod": lambda rng, c: {"score_mod": _score_mod, "mod_args": _of_mods(rng, c)},
+    "score mod hides": lambda rng, c: {"score_mod": _score_mod_that_hides, "mod_args": _of_mods(rng, c)},
+    "mask mod": lambda rng, c: {"mask_mod": _mask_mod, "mod_args": _of_mods(rng, c)},
     "dropout few": lambda rng, c: {"dropout_p": 0.03, "seed": 7},
     "bias of lists": lambda rng, c: {"bias": rng.standard_normal((c.L, c.S)).tolist()},
 }
@@ -415,7 +438,7 @@ def _together_cases() -> list[Case]:
         for more in [
             (),
             ("bottom-right", "mask of keys", "bias transposed", "dropout"),
-            ("window of all", "mask transposed", "bias"),
+            ("window of all", "mask transposed", "bias", "score mod", "mask mod"),
         ]
     ]
 

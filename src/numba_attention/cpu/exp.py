@@ -2,7 +2,7 @@
 
 from llvmlite import ir
 
-from .simd import Builder, Value, Vector, call
+from .simd import I8, I16, I32, Builder, Value, Vector, call
 
 # Minimax polynomials of 2**x on [-0.5, 0.5], in relative error with p(0) = 1, highest degree first. Degree 6 is within
 # 0.93 ulp in float32; degree 5, within 2 ulp, is enough where weights are rounded to bfloat16 anyway; degree 11, by
@@ -72,100 +72,115 @@ def tanh(vector: Vector, b: Builder, x: Value, coefficients: tuple[float, ...]) 
     return vector.from_bits(b, b.or_(vector.bits_of(b, magnitude), sign))
 
 
-def split_constant(vector: Vector, x: float) -> tuple[float, float]:
-    """A constant as a number of the compute type and the rest of it."""
-    high = float(vector.dtype(x))
-    return high, float(vector.dtype(x - high))
+# log(1 + f) / f on [sqrt(1/2) - 1, sqrt(2) - 1], in relative error 2.7e-8, by interpolation at Chebyshev points.
+LOG_F32 = (8.743945352563955e-2, -1.43773305674077e-1, 1.4949095476114999e-1, -1.6560695992070487e-1,
+           1.9956977483073457e-1, -2.5002153460953325e-1, 3.333418333852376e-1, -4.9999987032284854e-1,
+           9.999999742674381e-1)  # fmt: skip
 
 
-def exp2_sum(vector: Vector, b: Builder, x: Value, low: Value, factor: float) -> Value:
-    """2**(x * factor + low) over the whole range: 0 below the normal numbers, infinity above; `low` is small.
+LOG2E = 1.4426950408889634, 2.0355273740931033e-17  # in two parts
+
+
+def exp2_anywhere(vector: Vector, b: Builder, x: Value, factor: float, rest_of_factor: float = 0.0) -> Value:
+    """2**(x * (factor + rest_of_factor)) over the whole range: 0 below the normal numbers, infinity above.
 
     As `exp2_product`, whose results are at most 1. The largest power is 2 * 2**(exponent bias), infinity.
     """
     table = EXP2_F64 if vector.bits == 64 else EXP2_F32
-    high, rest_of_factor = split_constant(vector, factor)
+    high = float(vector.dtype(factor))
+    rest_of_factor += factor - high
     bias = vector.exponent_bias
     x = clamp(vector, b, x, vector.const((1.0 - bias) / factor))
-    highest = vector.const((bias + 1.0) / factor)
+    highest = vector.const((bias + 1.25) / factor)  # of infinity, 2 * 2**bias
     x = b.select(b.fcmp_ordered(">", x, highest), highest, x)  # NaN stays NaN
     magic = vector.const(1.5 * 2.0**vector.mantissa + bias - 1)
     t = vector.fma(b, x, vector.const(high), magic)
     rest = vector.fma(b, x, vector.const(high), b.fsub(magic, t))
-    rest = (
-        b.fadd(rest, low) if rest_of_factor == 0 else b.fadd(vector.fma(b, x, vector.const(rest_of_factor), rest), low)
-    )
+    if rest_of_factor != 0:
+        rest = vector.fma(b, x, vector.const(rest_of_factor), rest)
     p = horner(vector, b, rest, tuple(2 * c for c in table))
     return b.fmul(p, vector.from_bits(b, b.shl(vector.bits_of(b, t), vector.iconst(vector.mantissa))))
 
 
-def log_parts(vector: Vector, b: Builder, x: Value) -> tuple[Value, Value]:
-    """K and log(m) with x = 2**k m, m within sqrt(2) of 1, for positive x.
+def _split(vector: Vector, b: Builder, x: Value) -> tuple[Value, Value]:
+    """K and m with x = 2**k m, m within sqrt(2) of 1, k a real number.
 
-    log(m) = f - (h - s (h + R)) with f = m - 1, s = f / (2 + f), h = f**2 / 2 and R the rest of the series of
-    2 atanh(s) / s, as in fdlibm's e_log.c.
+    For 0, infinity and NaN k is -inf, infinity and NaN, and for negative numbers m is NaN, so that logarithms need no
+    other cases. AVX-512 has instructions for this.
     """
-    small = vector.const(2.0 ** (1 - vector.exponent_bias))
+    root, one = vector.const(2.0**0.5), vector.const(1.0)
+    if vector.host.name == "AVX-512":
+        kind, flags = ("ps", I16(-1)) if vector.bits == 32 else ("pd", I8(-1))
+        zero, current, within_2_or_nan = vector.const(0.0), I32(4), I32(2 << 2)
+        k = call(b, f"llvm.x86.avx512.mask.getexp.{kind}.512", vector.type, x, zero, flags, current)
+        name = f"llvm.x86.avx512.mask.getmant.{kind}.512"
+        m = call(b, name, vector.type, x, within_2_or_nan, zero, flags, current)
+        above = b.fcmp_ordered(">", m, root)
+        return b.select(above, b.fadd(k, one), k), b.select(above, b.fmul(m, vector.const(0.5)), m)
     shift = vector.mantissa + 1
-    is_small = b.fcmp_ordered("<", x, small)  # subnormal numbers
-    x = b.select(is_small, b.fmul(x, vector.const(2.0**shift)), x)
-    bits = vector.bits_of(b, x)
+    is_small = b.fcmp_ordered("<", x, vector.const(2.0 ** (1 - vector.exponent_bias)))  # subnormal numbers
+    bits = vector.bits_of(b, b.select(is_small, b.fmul(x, vector.const(2.0**shift)), x))
     middle = int(vector.dtype(2.0**-0.5).view(f"i{vector.bytes}"))
-    k = b.ashr(b.sub(bits, vector.iconst(middle)), vector.iconst(vector.mantissa))
-    m = vector.from_bits(b, b.sub(bits, b.shl(k, vector.iconst(vector.mantissa))))
-    f = b.fsub(m, vector.const(1.0))
+    power = b.ashr(b.sub(bits, vector.iconst(middle)), vector.iconst(vector.mantissa))
+    m = vector.from_bits(b, b.sub(bits, b.shl(power, vector.iconst(vector.mantissa))))
+    k = b.fadd(b.sitofp(power, vector.type), b.select(is_small, vector.const(-shift), vector.const(0.0)))
+    infinity, zero = vector.const(float("inf")), vector.const(0.0)
+    k = b.select(b.fcmp_ordered("<", x, infinity), k, x)
+    k = b.select(b.fcmp_ordered("==", x, zero), b.fneg(infinity), k)
+    m = b.select(b.fcmp_ordered("<", x, infinity), m, one)
+    m = b.select(b.fcmp_ordered("==", x, zero), one, m)
+    return k, b.select(b.fcmp_ordered("<", x, zero), vector.const(float("nan")), m)
+
+
+def _log_near_one(vector: Vector, b: Builder, m: Value) -> tuple[Value, Value]:
+    """log(m), for m within sqrt(2) of 1, as a product of two numbers.
+
+    In float32 f Q(f) with f = m - 1; in float64 f - (h - s (h + R)) with s = f / (2 + f), h = f**2 / 2 and R the rest
+    of the series of 2 atanh(s) / s, as in fdlibm's e_log.c.
+    """
+    one = vector.const(1.0)
+    f = b.fsub(m, one)
+    if vector.bits == 32:
+        return f, horner(vector, b, f, LOG_F32)
     s = b.fdiv(f, b.fadd(f, vector.const(2.0)))
     z = b.fmul(s, s)
-    terms = 11 if vector.bits == 64 else 5
-    series = b.fmul(z, horner(vector, b, z, tuple(2.0 / (2 * n + 1) for n in range(terms, 0, -1))))
+    series = b.fmul(z, horner(vector, b, z, tuple(2.0 / (2 * n + 1) for n in range(11, 0, -1))))
     half = b.fmul(b.fmul(f, f), vector.const(0.5))
-    log = b.fsub(f, b.fsub(half, b.fmul(s, b.fadd(half, series))))
-    power = b.fadd(b.sitofp(k, vector.type), b.select(is_small, vector.const(-shift), vector.const(0.0)))
-    return power, log
-
-
-def _beyond(vector: Vector, b: Builder, x: Value, log: Value) -> Value:
-    """The logarithm also of 0, infinity, NaN and negative numbers."""
-    infinity, zero = vector.const(float("inf")), vector.const(0.0)
-    log = b.select(b.fcmp_ordered("==", x, infinity), infinity, log)
-    log = b.select(b.fcmp_ordered("==", x, zero), vector.const(float("-inf")), log)
-    return b.select(b.fcmp_unordered("<", x, zero), vector.const(float("nan")), log)
+    return b.fsub(f, b.fsub(half, b.fmul(s, b.fadd(half, series)))), one
 
 
 def log(vector: Vector, b: Builder, x: Value) -> Value:
-    """The natural logarithm, within 1 ulp."""
-    power, rest = log_parts(vector, b, x)
-    high = 0.693359375 if vector.bits == 32 else 6.93147180369123816490e-01  # of few bits: its multiples are exact
-    low = 0.6931471805599453094172321 - high if vector.bits == 32 else 1.90821492927058770002e-10
-    rest = vector.fma(b, power, vector.const(low), rest)
-    return _beyond(vector, b, x, vector.fma(b, power, vector.const(high), rest))
+    """The natural logarithm, within 2 ulp."""
+    power, m = _split(vector, b, x)
+    return vector.fma(b, power, vector.const(0.6931471805599453), b.fmul(*_log_near_one(vector, b, m)))
 
 
 def log2(vector: Vector, b: Builder, x: Value) -> Value:
     """The logarithm to base 2."""
-    power, rest = log_parts(vector, b, x)
-    return _beyond(vector, b, x, vector.fma(b, rest, vector.const(1.4426950408889634), power))
+    power, m = _split(vector, b, x)
+    f, rest = _log_near_one(vector, b, m)
+    return vector.fma(b, b.fmul(f, vector.const(1.4426950408889634)), rest, power)
 
 
-def power(vector: Vector, b: Builder, x: Value, y: Value) -> Value:
+def power(vector: Vector, b: Builder, x: Value, y: Value, known: float | None = None) -> Value:
     """x**y, as in IEEE 754: NaN for negative x and a y that is no integer.
 
-    Its relative error is that of log2(x) times y log(2): 1e-6 for results up to 2**8 in float32.
+    The relative error is that of y log2(x) in the compute type, 1e-6 for results up to 2**8 in float32.
+
+    Parameters
+    ----------
+    vector, b, x, y
+    known : float, optional
+        y, where it is a constant.
     """
-    zero, one = vector.const(0.0), vector.const(1.0)
-    size = vector.abs(b, x)
-    exponent = log2(vector, b, size)
-    product = b.fmul(exponent, y)
-    lost = b.select(
-        b.fcmp_ordered("<", vector.abs(b, product), vector.const(2.0**12)),
-        vector.fma(b, exponent, y, b.fneg(product)) if vector.host.fma else zero,
-        zero,
-    )
-    result = exp2_sum(vector, b, product, lost, 1.0)
+    zero, one, nan = vector.const(0.0), vector.const(1.0), vector.const(float("nan"))
+    result = exp2_anywhere(vector, b, b.fmul(log2(vector, b, vector.abs(b, x)), y), 1.0)
+    if known is not None and known % 1 and abs(known) < float("inf"):
+        return b.select(b.fcmp_ordered("<", x, zero), nan, result)
     half = b.fmul(y, vector.const(0.5))
     whole = b.fcmp_ordered("==", rounded(vector, b, "floor", y), y)
     odd = b.and_(whole, b.fcmp_unordered("!=", rounded(vector, b, "floor", half), half))
-    signed = b.select(odd, b.fneg(result), b.select(whole, result, vector.const(float("nan"))))
+    signed = b.select(odd, b.fneg(result), b.select(whole, result, nan))
     result = b.select(b.fcmp_ordered("<", x, zero), signed, result)
     is_one = b.or_(b.fcmp_ordered("==", y, zero), b.fcmp_ordered("==", x, one))
     return b.select(is_one, one, result)

@@ -415,7 +415,7 @@ class _Pass:
         if op in ("real", "integer", "widen"):
             return self._convert(b, op, own, kind, operands[0], wide)
         if kind == "r":
-            return self._real(b, op, operands)
+            return self._real(b, op, operands, self._known(args[-1]))
         if kind == "b":
             return {"and": b.and_, "or": b.or_}[op](*operands) if op != "not" else b.not_(operands[0])
         return self._integer(b, op, kind, args, operands, wide)
@@ -441,7 +441,11 @@ class _Pass:
         shape = f"v{self.W}" if wide else ""
         return call(b, f"llvm.fptosi.sat.{shape}i32.{shape}f{self.vector.bits}", ty, x)
 
-    def _real(self, b: Builder, op: str, operands: list[Value]) -> Value:
+    def _known(self, n: int) -> Any:
+        """The value of a constant, or None."""
+        return self.lines[n].value if self.lines[n].op == "constant" else None
+
+    def _real(self, b: Builder, op: str, operands: list[Value], known: float | None) -> Value:
         vector = self.vector
         x = operands[0]
         table = exp.EXP2_F64 if vector.bits == 64 else exp.EXP2_F32
@@ -458,9 +462,9 @@ class _Pass:
                 shape = f"v{self.W}" if isinstance(x.type, ir.VectorType) else ""
                 return call(b, f"llvm.fabs.{shape}f{vector.bits}", x.type, x)
             case "exp":
-                return exp.exp2_sum(vector, b, x, vector.const(0.0), 1.4426950408889634)
+                return exp.exp2_anywhere(vector, b, x, *exp.LOG2E)
             case "exp2":
-                return exp.exp2_sum(vector, b, x, vector.const(0.0), 1.0)
+                return exp.exp2_anywhere(vector, b, x, 1.0)
             case "log":
                 return exp.log(vector, b, x)
             case "log2":
@@ -470,7 +474,7 @@ class _Pass:
             case "sin" | "cos":
                 return exp.sin(vector, b, x, op == "cos")
             case "pow":
-                return exp.power(vector, b, *operands)
+                return exp.power(vector, b, x, operands[1], known)
         return exp.rounded(vector, b, op, x)  # also sqrt
 
     def _integer(
@@ -501,8 +505,7 @@ class _Pass:
                 return b.select(b.icmp_signed("<", y, x), y, x)
             case "max":
                 return b.select(b.icmp_signed(">", y, x), y, x)
-        divisor = self.lines[args[1]]
-        quotient = self._floor_divide(b, kind, x, y, divisor.value if divisor.op == "constant" else None, wide)
+        quotient = self._floor_divide(b, kind, x, y, self._known(args[1]), wide)
         return quotient if op == "floordiv" else b.sub(x, b.mul(quotient, y))
 
     def _floor_divide(self, b: Builder, kind: str, x: Value, y: Value, known: int | None, wide: bool) -> Value:

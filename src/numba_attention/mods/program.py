@@ -143,6 +143,8 @@ class Builder:
         if args and None not in known and op in FOLDS:
             try:
                 value = FOLDS[op](*known)
+                if kind == LONG:
+                    return self._add("constant", LONG, value=value)
                 if not isinstance(value, complex):
                     return self.constant(float(value) if kind == REAL else value)
             except (ArithmeticError, ValueError):
