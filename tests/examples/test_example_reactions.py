@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "reactions.py"
-sys.path.insert(0, str(EXAMPLE.parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import reactions
 
