@@ -22,6 +22,7 @@ from ..problem.dense import NUMBERS, BackwardProblem, Problem
 from ..problem.dense import sum_to as reduce  # noqa: F401
 from ..sequence_record import SEQUENCE
 from . import cpu_backward, recall
+from .cpu_masks import with_block_mask
 from .cpu_resources import SMALL, Buffers, addresses, put_back, take, threads_for, worker
 from .cpu_rules import Rules, compiled_rules
 from .records import (
@@ -74,7 +75,7 @@ def warmup_jobs() -> list[tuple[str, Callable[[], None]]]:
 
 def forward(problem: Problem) -> None:
     """Write ``problem.out`` and ``problem.lse``."""
-    _run(problem, weights=False)
+    _run(with_block_mask(problem), weights=False)
 
 
 def backward(problem: BackwardProblem) -> None:
@@ -84,7 +85,7 @@ def backward(problem: BackwardProblem) -> None:
 
 def weights(problem: Problem) -> None:
     """Write the probabilities of the chosen heads and rows to ``problem.out``."""
-    _run(problem, weights=True)
+    _run(with_block_mask(problem), weights=True)
 
 
 def _run_widened(p: Problem, weights: bool) -> None:

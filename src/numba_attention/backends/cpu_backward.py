@@ -19,6 +19,7 @@ from ..masks.lists import Lists
 from ..options import Array
 from ..problem.dense import BackwardProblem, spread_bias
 from . import recall
+from .cpu_masks import with_block_mask
 from .cpu_resources import Buffers, addresses, put_back, take, threads_for, worker
 from .cpu_rules import Rules, compiled_rules
 from .records import (
@@ -71,7 +72,7 @@ _pack_one = struct.Struct("=q").pack_into
 
 def run(g: BackwardProblem) -> None:
     """Write the gradients of query, key and value, and make those of bias and sinks."""
-    p = g.forward
+    g.forward = p = with_block_mask(g.forward)
     if p.query.dtype == np.float16 and not HOST.f16:
         return _run_widened(g)
     spec = Spec(storage_of(p.query.dtype), HOST, "backward")

@@ -19,7 +19,8 @@ TILE = BITS_ROWS
 JOB = np.dtype([
     (name, np.int64)
     for name in (
-        "counter", "items", "first", "rows", "columns", "heads", "L", "S", "call", "data", "words", "ends", "counts",
+        "counter", "items", "first", "rows", "columns", "heads", "L", "S", "offset",
+        "call", "data", "words", "ends", "counts",
     )
 ])  # fmt: skip
 
@@ -57,7 +58,18 @@ def _find_runs(p: Any, item: int) -> None:
     for column in range(p.columns):
         tile, columns = words + count * TILE * 8, min(TILE, p.S - column * TILE)
         call_tile(
-            p.call, p.data, tile, columns, column * TILE, batch, head, row * TILE, rows, none, none, np.float64(1)
+            p.call,
+            p.data,
+            tile,
+            columns,
+            column * TILE,
+            batch,
+            head,
+            p.offset + row * TILE,
+            rows,
+            none,
+            none,
+            np.float64(1),
         )
         if rows < TILE or columns < TILE:
             _repeat_edge(tile, rows, columns)

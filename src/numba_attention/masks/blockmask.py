@@ -116,7 +116,13 @@ class BlockMask:
         except ImportError:  # nothing can be compiled without Numba
             result = _runs_in_numpy(function, values, (L, S), lead)
         else:
-            result = runs_of(function, values, (L, S), *lead)
+            try:
+                result = runs_of(function, values, (L, S), *lead)
+            except runs.TooManyTiles as error:
+                raise ValueError(
+                    f"mask_mod makes {error} of {TILE} x {TILE} positions over {L} x {S}: it is no mask by blocks; "
+                    "pass it as mask_mod=, or an array of bool as mask="
+                ) from None
         self._set(np.arange(math.prod(lead)).reshape(lead), result, (L, S))
 
     # Constructors.
@@ -162,7 +168,7 @@ class BlockMask:
                     part = stored[index]
                     yield plane * rows + first, part[first * TILE : L] if len(i) == L - first * TILE else part[i]
 
-        return cls._of(np.broadcast_to(planes, lead), runs.from_bands(bands(), planes.size * rows, S), (L, S))
+        return cls.of_runs(np.broadcast_to(planes, lead), runs.from_bands(bands(), planes.size * rows, S), (L, S))
 
     @classmethod
     def from_sparse(
@@ -209,7 +215,7 @@ class BlockMask:
         from . import sparse
 
         (L, S), result = sparse.runs_of(matrix, shape, block_size)
-        return cls._of(np.zeros((1, 1), np.int64), result, (L, S))
+        return cls.of_runs(np.zeros((1, 1), np.int64), result, (L, S))
 
     @classmethod
     def causal(cls, L: int, S: int, offset: int = 0) -> BlockMask:
@@ -321,10 +327,11 @@ class BlockMask:
     @classmethod
     def _of_intervals(cls, starts: Array, stops: Array, S: int) -> BlockMask:
         starts, stops = np.clip(starts, 0, S), np.clip(stops, 0, S)
-        return cls._of(np.zeros((1, 1), np.int64), runs.from_intervals(starts, stops, S), (len(starts), S))
+        return cls.of_runs(np.zeros((1, 1), np.int64), runs.from_intervals(starts, stops, S), (len(starts), S))
 
     @classmethod
-    def _of(cls, planes: Array, all_runs: Runs, size: tuple[int, int]) -> BlockMask:
+    def of_runs(cls, planes: Array, all_runs: Runs, size: tuple[int, int]) -> BlockMask:
+        """Make a mask of runs, for which `planes` says the matrix of each head of each sequence. Not for callers."""
         mask = object.__new__(cls)
         mask._set(planes, all_runs, size)
         return mask
@@ -374,7 +381,7 @@ class BlockMask:
     @property
     def T(self) -> BlockMask:
         (rows, columns), (L, S) = self._tiles, self._size
-        return self._of(self._planes, runs.transpose(self._runs, self._distinct, rows, columns), (S, L))
+        return self.of_runs(self._planes, runs.transpose(self._runs, self._distinct, rows, columns), (S, L))
 
     @property
     def _tiles(self) -> tuple[int, int]:
@@ -474,7 +481,7 @@ class BlockMask:
                 shown = n > 0 and m > 0
                 parts.append(self._by_bits(i if shown else np.zeros_like(i), j if shown else np.zeros_like(j)))
             planes = np.arange(len(parts))[:, None] * self._distinct + self._planes.reshape(1, -1)
-            result = self._of(planes, runs.joined_rows(parts), size)
+            result = self.of_runs(planes, runs.joined_rows(parts), size)
             self.keep(key, result)
         return result
 
@@ -489,7 +496,7 @@ class BlockMask:
         return self._combined(other, "|", np.bitwise_or)
 
     def __invert__(self) -> BlockMask:
-        return self._of(self._planes, runs.complement(self._runs), self._size)
+        return self.of_runs(self._planes, runs.complement(self._runs), self._size)
 
     def _combined(self, other: BlockMask, sign: str, operation: Any) -> BlockMask:
         if not isinstance(other, BlockMask):
@@ -504,7 +511,7 @@ class BlockMask:
         pairs, where = np.unique(np.stack(both, axis=1), axis=0, return_inverse=True)
         rows, columns = self._tiles
         result = runs.combine(self._runs, other._runs, pairs, rows, columns, operation)
-        return self._of(where.reshape(lead), result, self._size)
+        return self.of_runs(where.reshape(lead), result, self._size)
 
     def __getitem__(self, index: Any) -> BlockMask:
         """Index as an array of shape `shape`, with slices or integer arrays for queries and keys.
@@ -530,8 +537,8 @@ class BlockMask:
         rows = self._tiles[0]
         if spans[0] is not None and spans[1] is not None:
             which = (np.arange(self._distinct)[:, None] * rows + np.arange(*spans[0])).ravel()
-            return self._of(planes, runs.take(self._runs, which, *spans[1]), size)
-        return self._of(planes, self._by_bits(*chosen), size)
+            return self.of_runs(planes, runs.take(self._runs, which, *spans[1]), size)
+        return self.of_runs(planes, self._by_bits(*chosen), size)
 
     def _by_bits(self, i: Array, j: Array) -> Runs:
         rows, new_rows = self._tiles[0], runs.tiles_over(len(i))
@@ -600,7 +607,7 @@ def _runs_in_numpy(function: Any, values: tuple[Any, ...], size: tuple[int, int]
 
 
 def _rebuilt(planes: Array, parts: tuple[Array, ...], size: tuple[int, int]) -> BlockMask:
-    return BlockMask._of(planes, Runs(*parts), size)
+    return BlockMask.of_runs(planes, Runs(*parts), size)
 
 
 def _bands(rows: int, S: int) -> Iterator[tuple[int, int]]:

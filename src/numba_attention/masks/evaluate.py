@@ -15,7 +15,7 @@ AT_ONCE = 2**24  # bytes of the tiles of the rows that are evaluated at once
 ROOM = 2**26  # largest number of bytes of distinct partial tiles
 
 
-def runs_of(function: Any, mod_args: Any, size: tuple[int, int], batch: int, heads: int) -> Runs:
+def runs_of(function: Any, mod_args: Any, size: tuple[int, int], batch: int, heads: int, offset: int = 0) -> Runs:
     """Evaluate a `mask_mod` for each pair of positions.
 
     Parameters
@@ -24,13 +24,20 @@ def runs_of(function: Any, mod_args: Any, size: tuple[int, int], batch: int, hea
     mod_args : tuple
     size : (L, S)
     batch, heads : int
+    offset : int
+        Position of query 0.
 
     Returns
     -------
     Runs
         The rows of the heads of all sequences, one after another.
+
+    Raises
+    ------
+    TooManyTiles
+        Distinct tiles take more than `ROOM`.
     """
-    bits = compiled_bits(function, mod_args, size, batch, heads)
+    bits = compiled_bits(function, mod_args, size, batch, heads, offset)
     rows, columns = (runs.tiles_over(n) for n in size)
     total = batch * heads * rows
 
@@ -42,7 +49,7 @@ def runs_of(function: Any, mod_args: Any, size: tuple[int, int], batch: int, hea
         counts, job, counter = np.empty(step, np.int64), np.zeros(1, JOB), np.zeros(1, np.int64)
         for name, array in (("words", words), ("ends", ends), ("counts", counts), ("counter", counter)):
             job[name] = array.ctypes.data
-        job["call"], job["data"], job["heads"] = bits.address, bits.data, heads
+        job["call"], job["data"], job["heads"], job["offset"] = bits.address, bits.data, heads, offset
         job["rows"], job["columns"], (job["L"], job["S"]) = rows, columns, size
         for first in range(0, total, step):
             items = min(step, total - first)
@@ -52,10 +59,4 @@ def runs_of(function: Any, mod_args: Any, size: tuple[int, int], batch: int, hea
             run = np.arange(len(row)) - np.repeat(np.cumsum(counts[:items]) - counts[:items], counts[:items])
             yield Pieces(row + first, ends[row, run], words[row, run])
 
-    try:
-        return runs.collect(pieces(), total, ROOM)
-    except runs.TooManyTiles:
-        raise ValueError(
-            f"mask_mod makes over {ROOM // 2**20} MiB of distinct partial tiles of {TILE} x {TILE} positions over "
-            f"{size[0]} x {size[1]}: it is no mask by blocks; pass it as mask_mod=, or an array of bool as mask="
-        ) from None
+    return runs.collect(pieces(), total, ROOM)

@@ -73,7 +73,7 @@ def collect(pieces: Iterable[Pieces], rows: int, room: int | None = None) -> Run
         distinct, where = _distinct(words)
         known = [numbers.setdefault(tile.tobytes(), len(numbers)) for tile in distinct]
         if room is not None and len(numbers) * TILE * 8 > room:
-            raise TooManyTiles
+            raise TooManyTiles(f"over {room / 2**20:.0f} MiB of distinct partial tiles")
         parts.append(joined(row, end, np.array(known, np.int32)[where] if known else where.astype(np.int32)))
     row, end, ids = (np.concatenate(x) for x in zip(*parts, strict=True)) if parts else (np.zeros(0, np.int32),) * 3
     tiles = np.frombuffer(b"".join(numbers), np.uint64).reshape(-1, TILE)
