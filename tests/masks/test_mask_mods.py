@@ -100,6 +100,15 @@ def test_a_function_that_makes_no_blocks_is_called_by_the_kernels(arrays, monkey
     assert [known for (known,) in cpu_masks._masks._values.values()] == [None]
 
 
+def test_real_numbers_are_as_wide_as_the_scores(arrays):
+    """In float64, 0.1 * 3 > 0.3, and in float32 it is not: the rule stays with the kernel there."""
+    wide = [x.astype(np.float64) for x in arrays]
+    check(wide, 0.1 * (I - J) > 0.3, mask_mod=lambda b, h, i, j: 0.1 * (i - j) > 0.3)
+    assert len(cpu_masks._masks) == 0
+    check(wide, (I >= J) & (I - J < REACH), mask_mod=within_reach)
+    assert len(cpu_masks._masks) == 1
+
+
 def test_errors_are_those_of_the_kernels(arrays):
     with pytest.raises(ValueError, match=r"mod_args\[0\] has 200 elements along axis 0, which is read at"):
         run(arrays, mask_mod=documents, mod_args=(np.zeros(200, np.int32), 50))

@@ -12,6 +12,7 @@ from ..masks.blockmask import BlockMask
 from ..masks.evaluate import runs_of
 from ..masks.runs import TooManyTiles
 from ..mods.language import MASK
+from ..mods.program import REAL
 from ..mods.rules import describe, find
 from ..problem.dense import Problem
 
@@ -35,6 +36,8 @@ def with_block_mask(p: Problem) -> Problem:
     if not isinstance(offset, int) or sum(x.nbytes for x in p.mod_args if isinstance(x, np.ndarray)) > ARGUMENTS:
         return p
     rule = find(MASK, p.mask_mod, describe(p.mod_args), p.mod_args)
+    if p.query.dtype == np.float64 and any(line.kind == REAL for line in rule.program.instructions):
+        return p  # masks are evaluated with float32 numbers, kernels here with float64
     used = {line.value for line in rule.program.instructions if line.op == "argument"}
     batch = p.batch if "batch" in used else (1,) * len(p.batch)
     lead = (*batch, p.H if "head" in used else 1)
