@@ -1,6 +1,7 @@
 """Rules of callers for the kernels of the CPU: compiled, and called with the record of their arguments."""
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,8 +46,7 @@ def compiled_rules(p: Problem, task: str, few: bool, places: tuple[int, ...] = (
         An array is too short for the indices that are read from it.
     """
     arguments = describe(p.mod_args)
-    spec = Spec(storage_of(p.query.dtype), HOST, "decode" if few else "forward")
-    shape = spec.vector.bits, spec.query_tile
+    shape = _shape_of(p.query.dtype, few)
     kernels, gradient = [], 0
     for role, function in ((SCORE, p.score_mod), (MASK, p.mask_mod)):
         if function is None:
@@ -62,6 +62,13 @@ def compiled_rules(p: Problem, task: str, few: bool, places: tuple[int, ...] = (
             gradient = kernel_of(rule, "gradients", program, *shape).address if program.sites else 0
     record = record_of(p.mod_args, places)
     return Rules(kernels[0], kernels[1], address_of(record), (record, p.mod_args), gradient)
+
+
+@cache
+def _shape_of(dtype: Any, few: bool) -> tuple[int, int]:
+    """The bits of a score, and the rows of a tile."""
+    spec = Spec(storage_of(dtype), HOST, "decode" if few else "forward")
+    return spec.vector.bits, spec.query_tile
 
 
 def _positions(p: Problem) -> tuple[int, int]:

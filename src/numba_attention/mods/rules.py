@@ -25,6 +25,8 @@ class Rule:
     program : Program
         Its value.
     arguments : tuple of Argument
+    bounds : set of Bound
+        The indices that must be checked before a call.
     kernels : dict
         What a backend has compiled of it, by keys of the backend.
     """
@@ -44,11 +46,7 @@ class Rule:
         self._with_slope: Program | None = None
         self._gradients: dict[tuple[int, ...], Program] = {}
         self.kernels: dict[Any, Any] = {}
-
-    @property
-    def bounds(self) -> set[Bound]:
-        """The indices that must be checked before a call."""
-        return self.program.bounds | (set() if self._slope is None else self.with_slope.bounds)
+        self.bounds: set[Bound] = self.program.bounds | (set() if self._slope is None else self.with_slope.bounds)
 
     @property
     def with_slope(self) -> Program:
@@ -128,6 +126,8 @@ def as_arguments(mod_args: Any) -> tuple[Any, ...]:
 
 
 def _as_argument(name: str, x: Any) -> Any:
+    if type(x) is np.ndarray and x.ndim and x.dtype in _NAMES and x.flags.c_contiguous and x.size < 2**31:
+        return x
     if isinstance(x, np.ndarray) and x.ndim:
         if isinstance(x, np.ma.MaskedArray):
             raise TypeError(f"{name} is a masked array, whose mask would be lost; pass its .data")
@@ -159,7 +159,7 @@ def describe(values: Sequence[Any]) -> tuple[Argument, ...]:
 
 def _describe(x: Any) -> Argument:
     if isinstance(x, np.ndarray):
-        return Argument(_NAMES[x.dtype.char], x.ndim)
+        return Argument(_NAMES[x.dtype], x.ndim)
     if isinstance(x, float):
         return Argument("float64", 0)
     if isinstance(x, bool):
@@ -167,7 +167,7 @@ def _describe(x: Any) -> Argument:
     return Argument("int32" if -(2**31) <= x < 2**31 else "int64", 0)
 
 
-_NAMES = {c: np.dtype(c).name for c in np.typecodes["All"] if np.dtype(c).name in ELEMENTS}
+_NAMES = {np.dtype(name): name for name in ELEMENTS}
 
 
 def vectorized(role: str, function: Any, values: tuple[Any, ...]) -> Callable[..., Any]:
