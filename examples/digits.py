@@ -80,20 +80,24 @@ class Positions:
 class VisionTransformer(Module):
     """Patches, positions, blocks, and a classifier of what the question has become, as in [1]_."""
 
-    def __init__(self, features=64, heads=4, blocks=2, rng=None, dtype=np.float32):
+    def __init__(self, features=64, heads=4, blocks=2, rng=None, dtype=np.float32, dropout=0.0):
         rng = np.random.default_rng(rng)
         self.embed = Linear(PATCH**2, features, rng, dtype)
         self.positions = Positions(GRID**2, features, rng, dtype)
-        self.blocks = [TransformerBlock(features, heads, rng=rng, dtype=dtype) for _ in range(blocks)]
+        settings = {"rng": rng, "dtype": dtype, "dropout": dropout}
+        self.blocks = [TransformerBlock(features, heads, **settings) for _ in range(blocks)]
         self.norm = LayerNorm(features, dtype)
         self.classify = Linear(features, 10, rng, dtype)
 
-    def forward(self, images):
-        """Scores (n, 10) of the ten digits."""
+    def forward(self, images, training=False):
+        """Scores (n, 10) of the ten digits; in training, attention weights are dropped."""
         contexts = []
         x = patches_of(images)
-        for part in self.embed, self.positions, *self.blocks:
+        for part in self.embed, self.positions:
             x, ctx = part.forward(x)
+            contexts.append(ctx)
+        for block in self.blocks:
+            x, ctx = block.forward(x, training=training)
             contexts.append(ctx)
         question, ctx = self.norm.forward(x[:, 0])
         scores, last = self.classify.forward(question)
@@ -130,7 +134,7 @@ def train(model, images, digits, epochs, rng, batch=128, tell=print):
     steps = epochs * (len(images) // batch)
     for step in range(steps):
         chosen = rng.choice(len(images), batch, replace=False)
-        scores, ctx = model.forward(shifted(images[chosen], rng))
+        scores, ctx = model.forward(shifted(images[chosen], rng), training=True)
         loss, grad = cross_entropy(scores, digits[chosen])
         model.backward(grad, ctx)
         adam.step(model.grads, warmup_cosine(step, steps))
@@ -172,6 +176,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the order of training")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of attention weights, in training")
     parser.add_argument("--epsilon", type=float, default=0.1, help="by how much a pixel (0 to 1) is changed to fool it")
     parser.add_argument("--out", type=Path, help="folder for pictures, which need matplotlib")
     arguments = parser.parse_args()
@@ -180,7 +185,7 @@ def main():
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     (images, digits), (test_images, test_digits) = load(arguments.seed)
     rng = np.random.default_rng(arguments.seed)
-    model = VisionTransformer(rng=rng)
+    model = VisionTransformer(rng=rng, dropout=arguments.dropout)
     size = sum(x.size for x in model.parameters().values())
     print(f"{len(images)} images to learn from, {len(test_images)} to test with; {size} parameters")
     start = time.perf_counter()

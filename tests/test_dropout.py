@@ -6,6 +6,8 @@ import ml_dtypes
 import numba
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import numba_attention as na
 from cases import DTYPES, Case, assert_close, check, check_backward, grad_tolerance, tolerance
@@ -174,6 +176,33 @@ CASES = [
 def test_against_the_reference(case, dtype):
     check(*case.arrays(dtype), case.kwargs(), dtype, case)
     check_backward(case, dtype)
+
+
+@given(
+    st.integers(1, 140),
+    st.integers(1, 140),
+    st.integers(1, 70),
+    st.floats(0, 0.999),
+    st.integers(0, 2**64 - 1),
+    st.data(),
+)
+def test_any_sizes_probabilities_and_seeds(L, S, E, p, seed, data):
+    names = st.sampled_from(
+        ["causal", "window", "softcap", "sinks", "alibi", "mask", "bias of keys", "offset negative"]
+    )
+    case = Case(
+        L, S, E, H=2, Hkv=data.draw(st.sampled_from([1, 2])), options=tuple(data.draw(st.sets(names, max_size=2)))
+    )
+    arrays, options = case.arrays("float64"), case.kwargs() | {"dropout_p": p, "seed": seed}
+    results = []
+    for backend in ("cpu", "reference"):
+        out, lse = na.attention(*arrays, **options, return_lse=True, backend=backend)
+        grads = na.attention_backward(np.ones_like(out), *arrays, out, lse, **options, backend=backend)
+        weights = na.attention_weights(*arrays[:2], **options, backend=backend)
+        results.append([out, weights, *grads[:3]])
+    np.testing.assert_array_equal(*(weights != 0 for _, weights, *_ in results))
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want, 1e-11, 1 / (1 - p))
 
 
 def leaning(score, batch, head, i, j, slopes):
@@ -426,9 +455,28 @@ def test_a_layer_drops_in_packed_and_cached_calls_too():
     np.testing.assert_allclose(np.concatenate(parts, 1), want, atol=1e-14)
 
 
+def test_a_transformer_block_drops_in_training():
+    from numba_attention.nn import TransformerBlock
+
+    x, memory = normal(2, 20, 32), normal(2, 9, 32)
+    block, plain = (TransformerBlock(32, 4, cross=True, rng=0, dropout=p) for p in (0.3, 0.0))
+    np.testing.assert_array_equal(block.forward(x, memory)[0], plain.forward(x, memory)[0])
+    y, ctx = block.forward(x, memory, training=True, is_causal=True)
+    assert np.abs(y - block.forward(x, memory, training=True, is_causal=True)[0]).max() > 1e-3
+    seeds = {c.options["seed"] for c in ctx if hasattr(c, "options")}
+    assert len(seeds) == 2
+    assert np.isfinite(block.backward(np.ones_like(y), ctx)[0]).all()
+
+
 def test_layers_made_from_parameters_take_dropout():
-    layer = layer_of(0.0)
-    made = na.MultiHeadAttention._from_parameters(layer.parameters(), 4, dropout=0.25, rng=3)
+    layer = na.MultiHeadAttention(32, 4, dtype=np.float64, rng=5)
+    own = layer.parameters()
+    packed = {
+        f"in_proj_{kind}": np.concatenate([own[f"{name}.{kind}"] for name in ("q_proj", "k_proj", "v_proj")])
+        for kind in ("weight", "bias")
+    }
+    packed |= {name: own[name] for name in ("out_proj.weight", "out_proj.bias")}
+    made = na.MultiHeadAttention.from_torch(packed, 4, dropout=0.25, rng=3)
     assert made.dropout == 0.25
     x = normal(20, 32, dtype=np.float64)
     np.testing.assert_array_equal(made(x), layer(x))

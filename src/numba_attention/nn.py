@@ -470,6 +470,8 @@ class TransformerBlock(Module):
     dtype : {numpy.float32, numpy.float64}
     num_kv_heads : int, optional
         As in `MultiHeadAttention`.
+    dropout : float, default 0.0
+        Probability with which a weight of either attention is dropped in training.
     **mlp
         hidden, activation and gated, as in `MLP`.
 
@@ -498,21 +500,28 @@ class TransformerBlock(Module):
         rng: Seed = None,
         dtype: Any = np.float32,
         num_kv_heads: int | None = None,
+        dropout: float = 0.0,
         **mlp: Any,
     ) -> None:
         rng, norm = np.random.default_rng(rng), RMSNorm if rms else LayerNorm
         self.norm = norm(features, dtype)
         self.attention = MultiHeadAttention(
-            features, heads, num_kv_heads=num_kv_heads, rotary=rotary, rng=rng, dtype=dtype
+            features, heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout, rng=rng, dtype=dtype
         )
         if cross:
             self.cross_norm = norm(features, dtype)
-            self.cross = MultiHeadAttention(features, heads, rng=rng, dtype=dtype)
+            self.cross = MultiHeadAttention(features, heads, dropout=dropout, rng=rng, dtype=dtype)
         self.mlp_norm = norm(features, dtype)
         self.mlp = MLP(features, rng, dtype, **mlp)
 
     def forward(
-        self, x: Array, memory: Array | None = None, *, memory_lengths: Any = None, **options: Any
+        self,
+        x: Array,
+        memory: Array | None = None,
+        *,
+        memory_lengths: Any = None,
+        training: bool = False,
+        **options: Any,
     ) -> tuple[Array, Any]:
         """Return the result, and what `backward` needs.
 
@@ -522,6 +531,8 @@ class TransformerBlock(Module):
         memory : ndarray, shape (..., S, features), optional
         memory_lengths : int or array of int, optional
             Valid positions of the memory.
+        training : bool, default False
+            Whether to drop weights.
         **options
             Those of the self-attention, such as `is_causal`, `key_lengths` or `cu_seqlens`.
         """
@@ -535,9 +546,9 @@ class TransformerBlock(Module):
             result: Array = np.add(x, y, out=y)
             return result
 
-        x = added(x, self.norm, self.attention, **options)
+        x = added(x, self.norm, self.attention, training=training, **options)
         if memory is not None:
-            x = added(x, self.cross_norm, self.cross, memory, key_lengths=memory_lengths)
+            x = added(x, self.cross_norm, self.cross, memory, key_lengths=memory_lengths, training=training)
         return added(x, self.mlp_norm, self.mlp), contexts
 
     def step(

@@ -353,6 +353,7 @@ class Weights:
         dict_keys(['encoder.0.self_attn'])
         """
         file = Tensors(path)
+        rng = _generator(rng)  # one for all layers: with one seed each, they would drop the same weights
         places = checkpoints.places(file.names, names)
         chosen = [place for place in places if fnmatchcase(place.removesuffix("."), _text("pattern", pattern))]
         if not chosen:
