@@ -56,7 +56,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation as web pages, in build/docs."""
-    session.install("-e", ".[docs,cli,torch,jax,transformers]")
+    session.install("-e", ".[docs,cli,torch,jax,transformers,dask]")
     session.run("sphinx-build", "-W", "--keep-going", "docs", "build/docs")
 
 
