@@ -1,0 +1,132 @@
+"""Attention on a cluster of worker processes: a worker killed in the middle, little memory, kernels compiled ahead."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import numba_attention as na
+
+da = pytest.importorskip("dask.array")
+distributed = pytest.importorskip("distributed")
+nad = pytest.importorskip("numba_attention.dask")
+dask = pytest.importorskip("dask")
+
+pytestmark = pytest.mark.slow
+
+
+def cluster(number, memory="1GiB"):
+    return distributed.LocalCluster(
+        n_workers=number, threads_per_worker=1, processes=True, memory_limit=memory, dashboard_address=None
+    )
+
+
+def test_a_worker_killed_in_the_middle():
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((1, 2, 1536, 32), dtype=np.float32) for _ in range(3)]
+    lazies = [da.from_array(x, chunks=(1, 1, 128, 32)) for x in arrays]
+    with cluster(2) as workers, distributed.Client(workers) as client:
+        seconds = nad.warmup(client)
+        assert len(seconds) == 2
+        assert all(x >= 0 for x in seconds.values())
+        pids = list(client.run(os.getpid).values())  # processes of this test
+        out, lse = na.attention(*lazies, is_causal=True, return_lse=True)
+        grads = na.attention_backward(da.ones_like(out), *lazies, out, lse, is_causal=True)
+        results = out, lse, *grads[:3]
+        undisturbed = dask.compute(*results)
+        # The same graph with pauses, so that the signal comes while results are in memory.
+        slow = [x + 0 for x in lazies]
+        out, lse = na.attention(*slow, is_causal=True, return_lse=True)
+        grads = na.attention_backward(da.ones_like(out), *slow, out, lse, is_causal=True)
+        done = []
+
+        def strike():
+            def number(dask_scheduler):
+                return sum(task.state == "memory" for task in dask_scheduler.tasks.values())
+
+            while not done:
+                if client.run_on_scheduler(number) > 20:
+                    os.kill(pids[0], signal.SIGKILL)
+                    done.append(time.perf_counter())
+                time.sleep(0.005)
+
+        thread = threading.Thread(target=strike)
+        thread.start()
+        futures = client.compute([out, lse, *grads[:3]])
+        try:
+            disturbed = client.gather(futures)
+        finally:
+            done.append(None)
+            thread.join()
+        assert done[0] is not None, "the work was over before the signal"
+        for a, b in zip(undisturbed, disturbed, strict=True):
+            np.testing.assert_array_equal(a, b)
+    want = na.attention(*arrays, is_causal=True)
+    np.testing.assert_allclose(undisturbed[0], want, atol=2e-6)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_store_of_three_times_the_memory_of_a_worker(backward, tmp_path):
+    """Keys and values lie in files; the largest size of the process is that of a few blocks above its beginning."""
+    heads, keys, features, rows = 24, 2**15, 64, 64
+    size = heads * keys * features * 4
+    for name in ("key", "value"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for h in range(heads):
+            rng = np.random.default_rng((h, name == "key"))
+            np.save(folder / f"{h:03d}.npy", rng.standard_normal((1, keys, features), dtype=np.float32))
+    with cluster(1, "440MiB") as workers, distributed.Client(workers) as client:
+        nad.warmup(client)
+        k, v = (_stack(tmp_path / name, (heads, keys, features), 2**12) for name in ("key", "value"))
+        q = da.random.default_rng(0).standard_normal((heads, rows, features), dtype=np.float32, chunks=(1, 32, features))
+        out, lse = nad.attention(q, k, v, return_lse=True, stream=True)
+        before = _resident(client)
+        if backward:
+            grads = nad.attention_backward(da.ones_like(out), q, k, v, out, lse, stream=True)
+            got = dask.compute(*(abs(x).sum() for x in grads[:3]))
+        else:
+            got = dask.compute(out)
+        limit = before + (2 * size) // 3
+        peak = _peak(client)
+        assert peak < limit, f"{(peak - before) / 2**20:.0f} MiB for {2 * size / 2**20:.0f} in files"
+    print(f"peak {(peak - before) / 2**20:.0f} MiB above {before / 2**20:.0f}, {2 * size / 2**20:.0f} in files")
+    head = heads - 1
+    one = [x[head : head + 1].compute() for x in (q, k, v)]
+    want = na.attention(*one, return_lse=True)
+    if not backward:
+        np.testing.assert_allclose(got[0][head:], want[0], atol=2e-6)
+    else:
+        total = [0.0] * 3
+        for h in range(heads):
+            one = [x[h : h + 1].compute() for x in (q, k, v)]
+            out, lse = na.attention(*one, return_lse=True)
+            for n, grad in enumerate(na.attention_backward(np.ones_like(out), *one, out, lse)[:3]):
+                total[n] += np.abs(grad).sum(dtype=np.float64)
+        np.testing.assert_allclose(got, total, rtol=1e-4)
+
+
+class _Files:
+    """Heads in one file each, of which only what is asked for is read."""
+
+    def __init__(self, folder, shape):
+        self.folder, self.shape, self.dtype, self.ndim = folder, shape, np.dtype(np.float32), len(shape)
+
+    def __getitem__(self, index):
+        heads = range(*index[0].indices(self.shape[0]))
+        return np.concatenate([np.load(self.folder / f"{h:03d}.npy", mmap_mode="r")[:, *index[1:]] for h in heads])
+
+
+def _stack(folder, shape, keys):
+    return da.from_array(_Files(folder, shape), chunks=(1, keys, shape[-1]), asarray=True, name=str(folder))
+
+
+def _resident(client):
+    return max(client.run(lambda: __import__("psutil").Process().memory_info().rss).values())
+
+
+def _peak(client):
+    return max(client.run(lambda: __import__("resource").getrusage(0).ru_maxrss * 1024).values())
