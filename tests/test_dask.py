@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import numba_attention as na
 from cases import DTYPES
+from numba_attention.options import Options
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
@@ -35,6 +36,14 @@ def chop(rng, n):
 
 def lazy(rng, x):
     return da.from_array(x, chunks=tuple(chop(rng, n) for n in x.shape))
+
+
+def tilt(score, batch, head, i, j, table, factor):
+    return score + factor * table[head] * (i - 2 * j + batch)
+
+
+def sieve(batch, head, i, j, table, factor):
+    return (i + 3 * j + 2 * head + batch) % 4 != 0
 
 
 def call_of(rng, dtype=np.float64):
@@ -78,10 +87,17 @@ def call_of(rng, dtype=np.float64):
         "prefix_lengths": per_sequence(0, S + 1),
         "mask": rng.random(some()) < rng.choice([0.7, 0.05]),
         "bias": rng.standard_normal(some()),
+        "score_mod": tilt,
+        "mask_mod": sieve,
+        "dropout_p": 0.3,
+        "seed": 7,
+        "mod_args": (rng.standard_normal(H), 0.25),
     }
-    assert set(options) == set(nad.layout.SUPPORTED)
+    assert set(options) == set(Options._fields)
     options["bias"][rng.random(options["bias"].shape) < 0.1] = -np.inf
-    options = {name: x for name, x in options.items() if rng.random() < 0.3}
+    options = {name: x for name, x in options.items() if rng.random() < 0.3 or name in ("seed", "mod_args")}
+    if not {"score_mod", "mask_mod"} & set(options):
+        options.pop("mod_args")
     if options.get("window") is not None and options["window"][0] is not None:
         options.pop("prefix_lengths", None)
     if "mask" in options and options["mask"].shape[-2:] == (L, S) and L and S and rng.random() < 0.4:
@@ -117,9 +133,11 @@ def check(seed, dtype=np.float64, backend="reference", limits=(1e-12, 1e-12)):
     assert errors(got_lse, want_lse) < limits[0]
     grad_out = rng.standard_normal(want.shape).astype(dtype)
     grad_lse = rng.standard_normal(want_lse.shape).astype(got_lse.dtype) if rng.random() < 0.5 else None
+    if "score_mod" in options:
+        over_blocks["mod_grads"] = "all"
     wanted = na.attention_backward(
         grad_out.astype(np.float64), *wide, want, want_lse, backend="reference", **options,
-        grad_lse=None if grad_lse is None else grad_lse.astype(np.float64),
+        grad_lse=None if grad_lse is None else grad_lse.astype(np.float64), mod_grads=over_blocks.get("mod_grads"),
     )  # fmt: skip
     lazy_grads = nad.attention_backward(
         lazy(rng, grad_out),
@@ -130,11 +148,17 @@ def check(seed, dtype=np.float64, backend="reference", limits=(1e-12, 1e-12)):
         **over_blocks,
     )
     inputs = dict(zip(("query", "key", "value"), arrays, strict=True)) | options
-    for name, got, want in zip(na.Gradients._fields, dask.compute(*lazy_grads), wanted, strict=True):
+    grads = na.Gradients(*dask.compute(*lazy_grads))
+    for name in na.Gradients._fields:
+        got, want = getattr(grads, name), getattr(wanted, name)
         assert (got is None) == (want is None), name
-        if got is not None:
-            assert (got.shape, got.dtype) == (inputs[name].shape, inputs[name].dtype), name
-            assert errors(got, want) < limits[1], name
+        if got is None:
+            continue
+        if name == "mod_args":
+            assert got[1] is want[1] is None
+            inputs[name], got, want = options[name][0], got[0], want[0]
+        assert (got.shape, got.dtype) == (inputs[name].shape, inputs[name].dtype), name
+        assert errors(got, want) < limits[1], name
 
 
 @settings(max_examples=60)
@@ -232,6 +256,24 @@ def test_half_types_round_once():
     assert rms[1] < 1.02 * rms[0]
 
 
+def test_masks_of_functions_over_many_pairs():
+    """One call makes a block mask of the function, which knows nothing of blocks."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((2, 700, 8)) for _ in range(3)]
+    q, k, v = (da.from_array(x, chunks=(1, 350, 8)) for x in arrays)
+
+    def bands(batch, head, i, j):
+        return (i // 100 + j // 50 + head) % 3 == 0
+
+    out, lse = na.attention(q, k, v, mask_mod=bands, return_lse=True)
+    want, want_lse = na.attention(*arrays, mask_mod=bands, return_lse=True, backend="reference")
+    np.testing.assert_allclose(out, want, atol=1e-13)
+    grads = na.attention_backward(da.ones_like(out), q, k, v, out, lse, mask_mod=bands)
+    wanted = na.attention_backward(np.ones_like(want), *arrays, want, want_lse, mask_mod=bands, backend="reference")
+    for got, array in zip(dask.compute(*grads[:3]), wanted[:3], strict=True):
+        np.testing.assert_allclose(got, array, atol=1e-12)
+
+
 def test_threads_are_put_back():
     import numba
 
@@ -263,6 +305,10 @@ def test_threads_are_put_back():
     assert seen == [1, most]
 
 
+def short(score, batch, head, i, j, table):
+    return score + table[j]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -278,8 +324,10 @@ def test_threads_are_put_back():
         ({"threads": 0}, ValueError, "threads must be at least 1"),
         ({"split_every": 1}, ValueError, "split_every must be at least 2"),
         ({"backend": "gpu"}, ValueError, "unknown backend"),
-        ({"dropout_p": 0.5, "seed": 1}, NotImplementedError, "dropout_p is not available for Dask arrays"),
-        ({"score_mod": lambda x: max}, NotImplementedError, "score_mod is not available for Dask arrays"),
+        ({"dropout_p": 0.5}, ValueError, "seed must be an integer"),
+        ({"score_mod": lambda x: max}, TypeError, "score_mod must be a Python function"),
+        ({"score_mod": lambda x: short, "mod_args": (np.ones(39),)}, ValueError, "which is read at j = 0 .. 39"),
+        ({"score_mod": lambda x: short, "mod_args": (da.ones(40),)}, TypeError, r"pass mod_args\[0\].compute"),
     ],
 )
 def test_bad_input(change, error, words):

@@ -82,7 +82,9 @@ def test_a_store_of_three_times_the_memory_of_a_worker(backward, tmp_path):
     with cluster(1, "440MiB") as workers, distributed.Client(workers) as client:
         nad.warmup(client)
         k, v = (_stack(tmp_path / name, (heads, keys, features), 2**12) for name in ("key", "value"))
-        q = da.random.default_rng(0).standard_normal((heads, rows, features), dtype=np.float32, chunks=(1, 32, features))
+        q = da.random.default_rng(0).standard_normal(
+            (heads, rows, features), dtype=np.float32, chunks=(1, 32, features)
+        )
         out, lse = nad.attention(q, k, v, return_lse=True, stream=True)
         before = _resident(client)
         if backward:

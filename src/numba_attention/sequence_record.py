@@ -12,6 +12,7 @@ SEQUENCE = np.dtype([
         "rows", "queries", "keys", "offset",  # rows of output, valid queries and keys, key position of query 0
         "prefix",  # keys that all queries see
         "batch", "head",  # number of the sequence and of its first head, for slopes and sinks
+        "number",  # of the sequence for dropout and mods: in the whole problem, of which this may be a part
         "first",  # work item
         "lists",  # of a block mask: where those of its heads begin, see cpu/visible.py
         "pages", "key_scale", "value_scale",  # addresses: of the numbers of the pages, of the first scales

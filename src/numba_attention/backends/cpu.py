@@ -18,7 +18,7 @@ from ..cpu.params import ARRAYS, REST, pack_addresses
 from ..cpu.simd import HOST
 from ..cpu.spec import Spec
 from ..options import Array
-from ..problem.dense import NUMBERS, BackwardProblem, Problem
+from ..problem.dense import NUMBERS, WHOLE, BackwardProblem, Problem
 from ..problem.dense import sum_to as reduce  # noqa: F401
 from ..sequence_record import SEQUENCE
 from . import cpu_backward, recall
@@ -157,6 +157,7 @@ def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few
         or bias is not None
         or p.packing is not None
         or which is not None
+        or p.origin is not WHOLE
     ):
         sequences = sequences_of(p, bias)
         if lists is not None:

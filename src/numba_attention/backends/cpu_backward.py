@@ -17,7 +17,7 @@ from ..cpu.softmax import SUM_ROWS
 from ..cpu.spec import Spec
 from ..masks.lists import Lists
 from ..options import Array
-from ..problem.dense import BackwardProblem, spread_bias
+from ..problem.dense import WHOLE, BackwardProblem, spread_bias
 from . import recall
 from .cpu_masks import with_block_mask
 from .cpu_resources import Buffers, addresses, put_back, take, threads_for, worker
@@ -162,7 +162,8 @@ def _find_plan(
     lists: Lists | None,
 ) -> _Plan:  # fmt: skip
     p = g.forward
-    if varies(p) or bias is not None or p.mask is not None or lists is not None or g.mod_grads:
+    part = p.origin is not WHOLE
+    if varies(p) or part or bias is not None or p.mask is not None or lists is not None or g.mod_grads:
         return _make_plan(g, spec, groups, bias, arrays, of_bias, lists)
     all_arrays = p.query, p.key, p.value, p.out, p.lse, g.grad_out, g.grad_lse
     key = (

@@ -14,7 +14,7 @@ from ..masks.runs import TooManyTiles
 from ..mods.language import MASK
 from ..mods.program import REAL
 from ..mods.rules import describe, find
-from ..problem.dense import Problem
+from ..problem.dense import WHOLE, Problem
 
 FEW_ROWS, FEW_PAIRS = 16, 2**16  # of a sequence, up to which kernels call the mask_mod
 ARGUMENTS = 2**24  # largest number of bytes of mod_args that are compared with those of earlier calls
@@ -30,7 +30,9 @@ def with_block_mask(p: Problem) -> Problem:
     so that results have the same bits for a sequence alone; the sequences of a packed problem have different sizes.
     """
     few = p.L <= FEW_ROWS or p.L * p.S < FEW_PAIRS or (p.rows is not None and 4 * len(p.rows) < p.L)
-    if p.mask_mod is None or few or p.blocks is not None or p.packing is not None or p.cache is not None:
+    if p.mask_mod is None or few or p.origin is not WHOLE:
+        return p
+    if p.blocks is not None or p.packing is not None or p.cache is not None:
         return p
     offset = p.offset
     if not isinstance(offset, int) or sum(x.nbytes for x in p.mod_args if isinstance(x, np.ndarray)) > ARGUMENTS:

@@ -53,7 +53,7 @@ def compiled_rules(p: Problem, task: str, few: bool, places: tuple[int, ...] = (
             kernels.append(0)
             continue
         rule = find(role, function, arguments, p.mod_args)
-        check_bounds(rule.bounds, p.mod_args, _positions(p), p.S, math.prod(p.batch), p.H)
+        check_bounds(rule.bounds, p.mod_args, limits_of(p))
         own_task = task if role == SCORE else "mask"
         program = rule.program if own_task in ("score", "mask") else rule.with_slope
         kernels.append(kernel_of(rule, own_task, program, *shape).address)
@@ -71,9 +71,14 @@ def _shape_of(dtype: Any, few: bool) -> tuple[int, int]:
     return spec.vector.bits, spec.query_tile
 
 
-def _positions(p: Problem) -> tuple[int, int]:
-    """The first and the last position of a query."""
-    last = max(p.L - 1, 0)
-    if isinstance(p.offset, np.ndarray):
-        return int(p.offset.min(initial=0)), int(p.offset.max(initial=0)) + last
-    return p.offset, p.offset + last
+def limits_of(p: Problem) -> dict[str, tuple[int, int]]:
+    """The numbers that rules are called with: the first, and the one after the last."""
+    first, head = p.origin.key, p.origin.head
+    offsets = p.offset if isinstance(p.offset, np.ndarray) else np.array(p.offset)
+    numbers = p.origin.numbers(math.prod(p.batch))
+    return {
+        "batch": (int(numbers.min(initial=0)) if len(numbers) else 0, int(numbers.max(initial=-1)) + 1),
+        "head": (head, head + p.H),
+        "i": (first + int(offsets.min(initial=0)), first + int(offsets.max(initial=0)) + max(p.L, 1)),
+        "j": (first, first + p.S),
+    }

@@ -16,7 +16,7 @@ from ..device.constants import upload
 from ..device.headers import address_of
 from ..intervals import FAR, keys_of_rows, rows_of_keys
 from ..options import Array
-from ..problem.dense import Problem
+from ..problem.dense import WHOLE, Problem
 from .records import fill_in, is_paged, sequences_of, storage_of, stored_of
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -24,6 +24,8 @@ HEADS = 65535  # CUDA's limit for the second dimension of a grid
 
 
 def check_size(p: Problem) -> None:
+    if p.origin is not WHOLE:
+        raise NotImplementedError("dropout of a block of a larger problem needs the CPU: pass backend='cpu'")
     for name in ("score_mod", "mask_mod"):
         if getattr(p, name) is not None:
             raise NotImplementedError(

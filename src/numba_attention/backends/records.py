@@ -89,6 +89,7 @@ def sequences_of(p: Problem, bias: Array | None, **more: Array | None) -> Array:
         default = getattr(p, number.default) if isinstance(number.default, str) else number.default
         sequences[number.record] = x if isinstance(x, int) else default
     sequences["batch"] = np.arange(len(sequences))
+    sequences["number"] = p.origin.numbers(len(sequences))
     sequences["rows"], sequences["key_rows"] = p.L, p.S
     if p.packing is not None:
         sequences["rows"], sequences["key_rows"] = p.packing.query_rows, p.packing.key_rows
@@ -196,6 +197,8 @@ def values_of(p: Problem, spec: Spec, bias: Array | None) -> dict[str, float]:
         "staged": staged,
         "tiny": scaling.tiny,
         "dropout": p.dropout,
+        "first_key": p.origin.key,
+        "first_head": p.origin.head,
         "dropout_scale": 2**16 / (2**16 - p.dropout),
         "prescale": scaling.prescale,
         "rest": scaling.rest,

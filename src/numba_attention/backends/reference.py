@@ -1,5 +1,6 @@
 """The reference backend: textbook attention in NumPy and float64, one head at a time. It is the oracle of the tests."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from ..mods.evaluate import Evaluation
 from ..mods.rules import Rule, describe, find, plain
 from ..options import Array
-from ..problem.dense import NUMBERS, BackwardProblem, Problem
+from ..problem.dense import NUMBERS, BackwardProblem, Origin, Problem
 from ..problem.dense import sum_to as reduce  # noqa: F401
 
 Index = tuple[int, ...]
@@ -137,7 +138,7 @@ def _parts(p: Problem) -> list[tuple[tuple[slice, slice], Problem]]:
             out=p.out[b, :, rows], lse=None if p.lse is None else p.lse[b, :, rows], batch=(), L=int(L), S=int(S),
             **{number.problem: x[b] for number in NUMBERS if isinstance(x := getattr(p, number.problem), np.ndarray)},
             alibi_slopes=None if p.alibi_slopes is None else p.alibi_slopes[b],
-            mask=cut(p.mask, p.packing.mask), bias=cut(p.bias, p.packing.bias), packing=None, first_sequence=b,
+            mask=cut(p.mask, p.packing.mask), bias=cut(p.bias, p.packing.bias), packing=None, origin=Origin(b),
         )  # fmt: skip
         parts.append(((rows, columns), part))
     return parts
@@ -182,23 +183,30 @@ def _mod(problem: Problem, name: str, b: Index, h: int, rows: Array, *scores: Ar
     mod_args = [x.astype(_WIDE[x.dtype.kind]) if isinstance(x, np.ndarray) else x for x in problem.mod_args]
 
     def one(i: int, j: int, *score: float) -> Any:
-        return function(*score, batch, h, i, j, *mod_args)
+        return function(*score, batch, head, i, j, *mod_args)
 
-    i, j = _positions(problem, b, rows)[:, None], np.arange(problem.S)
+    head, i, j = _counted(problem, b, h, rows)
     result: Array = np.vectorize(one, otypes=[float if scores else bool])(i, j, *scores)
     return result
 
 
 def _number(problem: Problem, b: Index) -> int:
     """The number of a sequence, row by row over the leading dimensions."""
-    return problem.first_sequence + (int(np.ravel_multi_index(b, problem.batch)) if b else 0)
+    numbers = problem.origin.numbers(math.prod(problem.batch))
+    return int(numbers[np.ravel_multi_index(b, problem.batch) if b else 0])
+
+
+def _counted(problem: Problem, b: Index, h: int, rows: Array) -> tuple[int, Array, Array]:
+    """Return head, positions (rows, 1) and keys (S,) as dropout and mods count them."""
+    origin = problem.origin
+    return h + origin.head, _positions(problem, b, rows)[:, None] + origin.key, np.arange(problem.S) + origin.key
 
 
 def _through_mod(g: BackwardProblem, rule: Rule, b: Index, h: int, rows: Array, ds: Array) -> Array:
     """Differentiate the score_mod: add to the gradients of mod_args, and return the gradient of its score."""
     f = g.forward
-    i, j = _positions(f, b, rows)[:, None], np.arange(f.S)
-    arguments = {"score": _natural_scores(f, b, h, rows), "batch": _number(f, b), "head": h, "i": i, "j": j}
+    head, i, j = _counted(f, b, h, rows)
+    arguments = {"score": _natural_scores(f, b, h, rows), "batch": _number(f, b), "head": head, "i": i, "j": j}
     if g.mod_args:
         program = rule.gradients(g.mod_grads or ())
         evaluation = Evaluation(program, f.mod_args, **arguments)
@@ -309,8 +317,9 @@ def _kept(problem: Problem, b: Index, h: int, rows: Array) -> Array:
     sequence = _number(problem, b)
     j, seed = np.arange(problem.S), problem.seed % 2**64
     groups = np.arange(-(-problem.S // 32) * 4)
-    positions = _positions(problem, b, rows)[:, None] & 0xFFFFFFFF
-    words = philox((positions, groups, h, sequence), (seed % 2**32, seed >> 32))
+    head, positions, _ = _counted(problem, b, h, rows)
+    groups = groups + problem.origin.key // 8
+    words = philox((positions & 0xFFFFFFFF, groups, head, sequence), (seed % 2**32, seed >> 32))
     of_key = words[j // 8 % 4, :, j // 32 * 4 + j // 2 % 4].T
     bits = of_key >> (j % 2 * 16).astype(np.uint64) & np.uint64(0xFFFF)
     return np.where(bits >= problem.dropout, 2**16 / (2**16 - problem.dropout), 0)

@@ -285,15 +285,18 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             spread_nan(p, at, n)
         if p.dropout != 0:
             positions, heads = at + p.at_positions, at + p.at_lane_heads
-            drop(weights, grad_scores, state, n, j0, positions, heads, s.head, s.batch, p.seed, p.dropout)
+            drop(
+                weights, grad_scores, state, n, j0 + p.first_key, positions, heads, s.head + p.first_head, s.number,
+                p.seed, p.dropout,
+            )  # fmt: skip
         if p.grad_bias != 0 and not nan_safe:
             column = p.grad_bias_column
             add_to_bias(grad_scores, at + p.at_grad_bias_rows, j0 * column, column, n, at + p.at_spare)
         if p.score_mod != 0:
             if p.mod_gradient != 0 and not nan_safe:
                 call_tile(
-                    p.mod_gradient, p.mod_data, grad_scores, n, j0, s.batch, s.head, at + p.at_positions,
-                    at + p.at_lane_heads, at + p.at_mod_scores, mod_sums, 1.0,
+                    p.mod_gradient, p.mod_data, grad_scores, n, j0 + p.first_key, s.number, s.head + p.first_head,
+                    at + p.at_positions, at + p.at_lane_heads, at + p.at_mod_scores, mod_sums, 1.0,
                 )  # fmt: skip
             multiply_kept(grad_scores, n, at + p.at_mod_slopes)
         if p.tiny != 0:

@@ -150,7 +150,8 @@ def make_drop(spec: Spec, pairs: bool = False) -> Any:
     @spec.jit
     def drop(p: Any, s: Any, at: int, weights: int, n: int, j0: int) -> None:
         heads = at + p.at_lane_heads
-        drop_tile(weights, n, j0, at + p.at_positions, heads, s.head, s.batch, p.seed, p.dropout)
+        positions, first_head = at + p.at_positions, s.head + p.first_head
+        drop_tile(weights, n, j0 + p.first_key, positions, heads, first_head, s.number, p.seed, p.dropout)
 
     return drop
 

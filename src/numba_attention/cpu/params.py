@@ -29,6 +29,7 @@ INTEGERS = (
     # KV caches: keys in a page, and strides
     "page_size", "key_page", "value_page", "key_scale_head", "key_scale_page", "value_scale_head", "value_scale_page",
     "partial_size", "staged", "tiny", "dropout",
+    "first_key", "first_head",  # of the whole problem, for dropout and mods
     # backward pass
     "kv_heads", "E_padded", "Ev_padded",
     "grad_out_head", "grad_out_row", "grad_out_column", "grad_lse_head", "grad_lse_row",

@@ -114,7 +114,7 @@ def make_scoring(spec: Spec) -> Scoring:
             bias_rows[lane] = p.bias + s.bias + h * p.bias_head + i * p.bias_row
             mask_rows[lane] = p.mask + s.mask + h * p.mask_head + i * p.mask_row
             start, stop = keys_of_row(i, s.offset - p.left, s.offset + p.right, s.queries, s.keys, s.prefix)
-            starts[lane], stops[lane], positions[lane] = start, stop, i + s.offset
+            starts[lane], stops[lane], positions[lane] = start, stop, i + s.offset + p.first_key
             lane_rows[lane], lane_heads[lane] = row, h
             if start < stop:
                 any_start, any_stop = min(any_start, start), max(any_stop, stop)
@@ -230,14 +230,15 @@ def make_scoring(spec: Spec) -> Scoring:
             factor = natural
         if p.score_mod != 0:
             call_tile(
-                p.score_mod, p.mod_data, scores, n, j0, s.batch, s.head, at + p.at_positions, at + p.at_lane_heads,
-                at + p.at_mod_slopes, at + p.at_mod_scores, np.float64(factor),
+                p.score_mod, p.mod_data, scores, n, j0 + p.first_key, s.number, s.head + p.first_head,
+                at + p.at_positions, at + p.at_lane_heads, at + p.at_mod_slopes, at + p.at_mod_scores,
+                np.float64(factor),
             )  # fmt: skip
             factor = natural
         if p.slopes != 0:
             positions = positions_of(p, at)
             for lane in range(BM):
-                lanes[POSITION, lane] = positions[lane] - j0
+                lanes[POSITION, lane] = positions[lane] - j0 - p.first_key
             alibi(scores, n, state, factor)
             factor = natural
         if p.bias_kind != 0:
@@ -253,8 +254,8 @@ def make_scoring(spec: Spec) -> Scoring:
             factor = natural
         if p.mask_mod != 0:
             call_tile(
-                p.mask_mod, p.mod_data, scores, n, j0, s.batch, s.head, at + p.at_positions, at + p.at_lane_heads,
-                no_tile, no_tile, np.float64(factor),
+                p.mask_mod, p.mod_data, scores, n, j0 + p.first_key, s.number, s.head + p.first_head,
+                at + p.at_positions, at + p.at_lane_heads, no_tile, no_tile, np.float64(factor),
             )  # fmt: skip
         if bits != 0:
             hide_bits(scores, n, bits)

@@ -13,15 +13,18 @@ from dask.base import tokenize
 from numpy.typing import ArrayLike
 
 from ..backends import check_name, select
+from ..backends.cpu_rules import limits_of
 from ..masks.blockmask import BlockMask
+from ..mods.compiled import check_bounds
+from ..mods.language import MASK, SCORE
+from ..mods.rules import describe, find
 from ..options import PER_SCORE, Gradients, OptionArguments, Options, gather, takes_options
-from ..problem.dense import build, build_backward
+from ..problem.dense import Problem, build, build_backward
 from ..validation import as_array, as_flag, lse_dtype_of
 from . import chunks as _chunks
 from . import passes
 from .graph import Operands, is_dask, layout_of, on_chunks
-from .layout import refuse_others
-from .tasks import Run
+from .tasks import Run, mods_of
 
 _FAN = 8  # parts that one task merges or adds: half as deep as a binary tree, and few parts wait at a time
 
@@ -52,7 +55,8 @@ def attention(
         `BlockMask` hides have no task.
     **options
         As in `numba_attention.attention`. Lengths, offsets, slopes and sinks are numbers or NumPy arrays, because they
-        decide which blocks exist.
+        decide which blocks exist; so are `mod_args`, which every task gets. Dropout and mods count positions, keys,
+        heads and sequences as in one call. With dropout, blocks of keys begin at multiples of 32.
     return_lse : bool, default False
         Also return the natural log of the softmax denominator of each row.
     backend : {"auto", "cpu", "cuda", "reference"}, optional
@@ -78,8 +82,6 @@ def attention(
     TypeError, ValueError, BackendUnavailableError
         As in `numba_attention.attention`, at once. Also for chunks of unknown size, and for chunks that would make
         more than 500,000 tasks: the message says which would do.
-    NotImplementedError
-        An option that cannot be computed in blocks was passed.
 
     See Also
     --------
@@ -113,13 +115,17 @@ def attention(
     h = _headers({"query": query, "key": key, "value": value, "mask": settings.mask, "bias": settings.bias})
     of_headers = settings._replace(mask=h["mask"], bias=h["bias"])
     problem = build(h["query"], h["key"], h["value"], of_headers, None, True, _empty)
-    layout = layout_of(problem, query, key, value, settings.mask)
+    _check_mods(problem)
+    layout = layout_of(problem, query, key, value, settings)
     fan = _fan(split_every)
     _chunks.check_tasks(layout, fan)
     run = Run(_backend(backend, query, key, value), _threads(threads))
-    operands = Operands(layout, query, key, value, settings, _streams(stream, layout, key, value))
+    mods = mods_of(settings)
+    operands = Operands(layout, query, key, value, settings, mods, _streams(stream, layout, key, value))
     arrays = [x.name for x in operands.arrays]
-    token = tokenize("attention", arrays, _without_arrays(settings), run, fan, bool(operands.loads))
+    token = tokenize(
+        "attention", arrays, _without_arrays(settings), run, fan, bool(operands.loads), list(operands.tasks)
+    )
     results = passes.Results(layout, problem.Ev, problem.result.ndim == 2)
     out, lse = passes.forward(
         operands, results, problem.Ev, token, run, fan, problem.query.dtype, np.dtype(lse_dtype_of(problem.query))
@@ -156,6 +162,8 @@ def attention_backward(
         What it returned, with ``return_lse=True``.
     grad_lse : dask.array.Array or ndarray, shape (..., H, L), optional
         Gradient of the loss with respect to `lse`.
+    mod_grads : "all" or int or sequence of int, optional
+        Which arrays in `mod_args` get a gradient, as in `numba_attention.attention_backward`.
     **options, backend, threads, stream
         As in `attention`.
     split_every : int, default 8
@@ -164,13 +172,13 @@ def attention_backward(
     Returns
     -------
     Gradients
-        Named tuple (query, key, value, bias, sinks) of Dask arrays, each with the chunks that its input has in the
-        computation; `bias` and `sinks` are None if they were not given. Compute or store them together, because each
-        pair of blocks has a part of all of them.
+        Named tuple (query, key, value, bias, sinks, mod_args) of Dask arrays, each with the chunks that its input has
+        in the computation, and None as in `numba_attention.attention_backward`. Compute or store them together, because
+        each pair of blocks has a part of all of them.
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError, BackendUnavailableError
+    TypeError, ValueError, BackendUnavailableError
         As in `attention`.
 
     See Also
@@ -203,36 +211,36 @@ def attention_backward(
         | {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
     )
     of_headers = settings._replace(mask=h["mask"], bias=h["bias"])
-    problem = build_backward(
-        h["grad_out"],
-        h["query"],
-        h["key"],
-        h["value"],
-        h["out"],
-        h["lse"],
-        h["grad_lse"],
-        mod_grads,
-        of_headers,
-        _empty,
-    ).forward
-    layout = layout_of(problem, query, key, value, settings.mask)
+    of_rows = h["out"], h["lse"], h["grad_lse"]
+    whole = build_backward(
+        h["grad_out"], h["query"], h["key"], h["value"], *of_rows, mod_grads, of_headers, _empty
+    )  # fmt: skip
+    problem = whole.forward
+    _check_mods(problem)
+    layout = layout_of(problem, query, key, value, settings)
     fan = _fan(split_every)
     _chunks.check_tasks(layout, fan)
     run = Run(_backend(backend, query, key, value), _threads(threads))
-    operands = Operands(layout, query, key, value, settings, _streams(stream, layout, key, value))
+    mods = mods_of(settings)
+    operands = Operands(layout, query, key, value, settings, mods, _streams(stream, layout, key, value))
     results = passes.Results(layout, problem.Ev, problem.result.ndim == 2)
     rows = {name: on_chunks(x, results.out) for name, x in (("grad_out", grad_out), ("out", out))}
     rows |= {
         name: None if x is None else on_chunks(x, results.lse) for name, x in (("lse", lse), ("grad_lse", grad_lse))
     }
     names = [x.name for x in (*operands.arrays, *rows.values()) if x is not None]
-    token = tokenize("backward", names, _without_arrays(settings), run, fan, bool(operands.loads))
+    token = tokenize(
+        "backward", mod_grads, names, _without_arrays(settings), run, fan, bool(operands.loads), list(operands.tasks)
+    )
     dtypes = dict.fromkeys(passes.OPERANDS, problem.query.dtype)
     if operands.bias is not None:
         dtypes["bias"] = operands.bias.dtype
     if problem.sinks is not None:
         dtypes["sinks"] = np.asarray(settings.sinks).dtype
-    return passes.backward(operands, results, rows, token, run, fan, dtypes)
+    mod_args = {f"mod_args[{n}]": problem.mod_args[n] for n in whole.mod_grads or ()}
+    places = None if whole.mod_grads is None else list(whole.mod_grads)
+    number = len(problem.mod_args)
+    return passes.backward(operands, results, rows, token, run, fan, dtypes, mod_args, places, number)
 
 
 def suggest_chunks(
@@ -332,17 +340,28 @@ def _warm() -> float:
 
 
 def _checked(options: Options) -> Options:
-    """Refuse what blocks cannot be computed with, and make arrays of mask and bias."""
-    refuse_others(options)
-    for name, x in zip(Options._fields, options, strict=True):
-        if name not in PER_SCORE and is_dask(x):
-            raise TypeError(f"{name} decides which blocks exist and must be a NumPy array; pass {name}.compute()")
+    """Refuse Dask arrays where blocks depend on the numbers, and make arrays of mask and bias."""
+    others = {name: x for name, x in options._asdict().items() if name not in PER_SCORE}
+    if isinstance(options.mod_args, tuple | list):
+        others |= {f"mod_args[{n}]": x for n, x in enumerate(options.mod_args)}
+    for name, x in others.items():
+        if is_dask(x):
+            raise TypeError(f"{name} is needed in every task and must be a NumPy array; pass {name}.compute()")
     for name in PER_SCORE:
         x = getattr(options, name)
         if x is not None and not is_dask(x) and not isinstance(x, BlockMask):
             converted: dict[str, Any] = {name: as_array(name, x)}
             options = options._replace(**converted)
     return options
+
+
+def _check_mods(problem: Problem) -> None:
+    """Read the functions of a call now, and check the arrays that they read: no task is needed to find a mistake."""
+    arguments = describe(problem.mod_args)
+    for role, function in ((SCORE, problem.score_mod), (MASK, problem.mask_mod)):
+        if function is not None:
+            bounds = find(role, function, arguments, problem.mod_args).bounds
+            check_bounds(bounds, problem.mod_args, limits_of(problem))
 
 
 def _headers(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -359,9 +378,9 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def _without_arrays(options: Options) -> Options:
-    """Return the options without mask and bias, which have names in the graph; of a `BlockMask`, its digest."""
+    """Return the options without arrays that have names in the graph, and with the digest of a `BlockMask`."""
     mask: Any = options.mask.digest if isinstance(options.mask, BlockMask) else None
-    return options._replace(mask=mask, bias=None)
+    return options._replace(mask=mask, bias=None, mod_args=())
 
 
 def _backend(backend: str | None, *arrays: Any) -> str:

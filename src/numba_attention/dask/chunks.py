@@ -146,7 +146,8 @@ def check_tasks(layout: Layout, fan: int) -> None:
             keys = min(2 * keys, S)
         else:
             rows = min(2 * rows, L)
-        larger = Layout(layout.problem, layout.scores[:-3], layout.heads, _even(L, rows), _even(S, keys))
+        sizes = _even(L, rows), _even(S, keys)
+        larger = Layout(layout.problem, layout.scores[:-3], layout.heads, *sizes, layout.options)
         fewer = count_tasks(larger, fan)
     said = f"query.rechunk({{-2: {rows}}}) and key.rechunk({{-2: {keys}}}), which make {fewer} tasks, would do"
     if fewer > MOST_TASKS:

@@ -11,12 +11,14 @@ from typing import Any
 import dask.array as da
 import numpy as np
 from dask._task_spec import Alias, DataNode, List, Task, TaskRef, convert_legacy_graph
+from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
 from ..masks.blockmask import BlockMask
 from ..options import Options
+from ..philox import BLOCK
 from ..problem.dense import Problem
-from .layout import Chunks, Index, Layout, blocks_of_heads
+from .layout import Chunks, Index, Layout, at_multiples, blocks_of_heads, counts
 
 Key = tuple[Any, ...]
 __all__ = ["Key", "List", "Operands", "Task", "TaskRef", "array", "is_dask", "key_of", "layout_of", "on_chunks", "tree"]
@@ -43,7 +45,7 @@ def on_chunks(x: Any, chunks: Sequence[Chunks]) -> Any:
     return type(x)(x.expr.lower_completely()) if hasattr(x, "expr") else x
 
 
-def layout_of(problem: Problem, query: Any, key: Any, value: Any, mask: Any) -> Layout:
+def layout_of(problem: Problem, query: Any, key: Any, value: Any, options: Options) -> Layout:
     """Return the blocks of a problem: `query` decides batch, heads and rows, `key` the keys, if they have chunks.
 
     A common refinement of the chunks of all arrays would be worse: chunks of 1000 and of 1001 have hundreds of slivers.
@@ -63,8 +65,9 @@ def layout_of(problem: Problem, query: Any, key: Any, value: Any, mask: Any) -> 
         group = problem.H // problem.Hkv if problem.Hkv else 1
         heads = tuple(group * size for size in chunks_of(-3, problem.Hkv, key, value))
     rows, keys = chunks_of(-2, problem.L, query), chunks_of(-2, problem.S, key, value)
-    of_host = None if mask is None or is_dask(mask) else mask
-    return Layout(problem, batch, blocks_of_heads(heads, problem.Hkv), rows, keys, of_host)
+    if problem.dropout:
+        keys = at_multiples(keys, BLOCK)
+    return Layout(problem, batch, blocks_of_heads(heads, problem.Hkv), rows, keys, options)
 
 
 class Operands:
@@ -76,12 +79,16 @@ class Operands:
     query, key, value : array
     options : Options
         For `mask` and `bias`.
+    mods : object, optional
+        What tasks with a `score_mod` or `mask_mod` need beside it.
     stream : bool
         Whether the tasks that read a block of keys load it themselves. A load that is a task of its own is kept by
         Dask until its last reader is done; as each block of rows reads all keys, all of them would be in memory.
     """
 
-    def __init__(self, layout: Layout, query: Any, key: Any, value: Any, options: Options, stream: bool) -> None:
+    def __init__(
+        self, layout: Layout, query: Any, key: Any, value: Any, options: Options, mods: Any, stream: bool
+    ) -> None:
         batch, heads, (rows, keys) = layout.scores[:-3], layout.heads, layout.scores[-2:]
         self.layout = layout
         self.query = on_chunks(query, (*batch, heads.query, rows, (query.shape[-1],)))
@@ -90,6 +97,7 @@ class Operands:
             None if x is None or isinstance(x, BlockMask) else on_chunks(x, layout.scores)
             for x in (options.mask, options.bias)
         )
+        self.mods = None if mods is None else DataNode(f"attention-mods-{tokenize(mods)}", mods)
         self.loads: dict[Key, Task] = {}
         if stream:
             for x in (self.key, self.value):
@@ -104,6 +112,23 @@ class Operands:
         """Return what a task gets for the block of x at an index of all axes: a reference, or a load."""
         key = key_of(x, index)
         return self.loads.get(key) or TaskRef(key)
+
+    @property
+    def names(self) -> list[Any]:
+        """What a call is recognised by: the names of the arrays, and whether tasks load blocks themselves."""
+        arrays = (self.query, self.key, self.value, self.mask, self.bias)
+        return [*(None if x is None else x.name for x in arrays), bool(self.loads), *self.tasks]
+
+    @property
+    def tasks(self) -> dict[Any, Any]:
+        """What tasks refer to and is in none of the arrays."""
+        return {} if self.mods is None else {self.mods.key: self.mods}
+
+    def of_mods(self, batch: Index, h: int, s: int) -> tuple[Any, ...]:
+        """Return the origin of a pair, and what its mods need; nothing if neither matters."""
+        if not counts(self.layout.problem):
+            return ()
+        return self.layout.origin(batch, h, s), None if self.mods is None else self.mods.ref()
 
     def of_pair(self, batch: Index, h: int, r: int, s: int) -> tuple[Any, ...]:
         """Return the blocks of key, value, mask and bias of a pair."""

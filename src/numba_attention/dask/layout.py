@@ -7,7 +7,8 @@ k0 .. k1), because causality, windows and ALiBi depend on the difference of posi
     key_lengths' = clip(key_lengths - k0, 0, k1 - k0), and prefix_lengths likewise
     query_lengths' = clip(query_lengths - r0, 0, r1 - r0)
 
-Sinks are counted in one pair of each row block.
+Sinks are counted in one pair of each row block. Dropout and mods count sequences, heads, positions and keys from an
+`Origin`, which each pair gets.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,26 +18,32 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..intervals import FAR, keys_of_rows
-from ..options import NO_OPTIONS, PER_CALL, PER_HEAD, PER_SCORE, PER_SEQUENCE, Array, Options
-from ..problem.dense import Problem
+from ..masks.blockmask import BlockMask
+from ..options import Array, Options
+from ..problem.dense import Origin, Problem
 
 Chunks = tuple[int, ...]
 Index = tuple[int, ...]
 
-# What can be said of a pair of blocks alone.
-SUPPORTED = {*PER_SCORE, *PER_HEAD, *PER_SEQUENCE, *PER_CALL, "is_causal", "window", "scale", "softcap"}
+# Options that are the same in every pair. Arrays in mod_args are a task of their own.
+OF_THE_WHOLE = ("score_mod", "mask_mod", "dropout_p", "seed")
 
 
-def refuse_others(options: Options) -> None:
-    """Raise an error for an option that blocks cannot be computed with."""
-    for name, value, default in zip(Options._fields, options, NO_OPTIONS, strict=True):
-        if name not in SUPPORTED and value is not default and value != default:
-            raise NotImplementedError(f"{name} is not available for Dask arrays; compute() them and call it on NumPy's")
+def counts(problem: Problem) -> bool:
+    """Whether the numbers of sequences, heads, positions and keys in the whole problem matter in a block."""
+    return bool(problem.dropout) or problem.score_mod is not None or problem.mask_mod is not None
 
 
 def edges_of(chunks: Chunks) -> Chunks:
     """Return where blocks begin, and where the last one ends."""
     return tuple(int(x) for x in np.cumsum((0, *chunks)))
+
+
+def at_multiples(chunks: Chunks, of: int) -> Chunks:
+    """Return chunks that begin at multiples of a number, close to `chunks`."""
+    *edges, end = edges_of(chunks)
+    moved = sorted({min(round(edge / of) * of, end) for edge in edges} | {end})
+    return tuple(b - a for a, b in pairwise(moved)) if end else chunks
 
 
 class Heads(NamedTuple):
@@ -78,15 +85,16 @@ class Layout:
         The whole problem. Its arrays may be headers: they are not read.
     batch, heads, rows, keys
         Sizes of the blocks along each axis of the batch, along the query heads, the queries and the keys.
-    mask : BlockMask or ndarray of bool, optional
-        A mask that can be looked at now: pairs that it hides are left out.
+    options : Options
+        Those of the call. Pairs that a mask hides that can be looked at now are left out.
     """
 
     def __init__(
-        self, problem: Problem, batch: Sequence[Chunks], heads: Heads, rows: Chunks, keys: Chunks, mask: Any = None
+        self, problem: Problem, batch: Sequence[Chunks], heads: Heads, rows: Chunks, keys: Chunks, options: Options
     ) -> None:
         self.problem = problem
-        self.mask = mask
+        self.options = options
+        self.mask: Any = options.mask if isinstance(options.mask, BlockMask | np.ndarray) else None
         self._blocks_of_mask: dict[Index, Any] = {}
         self._visible: dict[Index, list[list[int]]] = {}
         self.heads = heads
@@ -144,13 +152,15 @@ class Layout:
         r0, r1 = self.edges[-2][r : r + 2]
         k0, k1 = (0, 0) if s is None else self.edges[-1][s : s + 2]
         options: dict[str, Any] = {"scale": p.scale, "softcap": p.softcap}
+        if s is not None:
+            options |= {name: getattr(self.options, name) for name in OF_THE_WHOLE}
         if p.query_lengths is not None:
             options["query_lengths"] = self._numbers(np.clip(p.query_lengths - r0, 0, r1 - r0), batch)
         if s is None:
             return Options(**options)
         if p.left is not None or p.right is not None:
             options["window"] = (p.left, p.right)
-        if p.left is not None or p.right is not None or p.alibi_slopes is not None:
+        if p.left is not None or p.right is not None or p.alibi_slopes is not None or counts(p):
             options["query_offset"] = self._numbers(p.offset + (r0 - k0), batch)
         if p.key_lengths is not None:
             options["key_lengths"] = self._numbers(np.clip(p.key_lengths - k0, 0, k1 - k0), batch)
@@ -214,6 +224,15 @@ class Layout:
         block = x[tuple(slice(edges[i], edges[i + 1]) for edges, i in zip(self.edges, batch, strict=False))]
         same = block.size and (block == block.flat[0]).all()
         return int(block.flat[0]) if same else np.ascontiguousarray(block)
+
+    def origin(self, batch: Index, h: int, s: int) -> Origin | None:
+        """Return where a pair lies in the whole problem, if that matters."""
+        p, n = self.problem, len(self.scores) - 3
+        if not counts(p):
+            return None
+        where = [np.arange(*edges[i : i + 2]) for edges, i in zip(self.edges, batch, strict=False)]
+        numbers = np.ravel_multi_index(np.ix_(*where), p.batch) if n else np.zeros(1, np.int64)
+        return Origin(np.asarray(numbers, np.int64).ravel(), self.edges[n][h], self.edges[-1][s])
 
     def of_heads(self, batch: Index, h: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the options that a block of heads has in every pair, and those that count in one pair of each row."""

@@ -35,7 +35,7 @@ def forward(
     """Return out and lse as lazy arrays."""
     layout = operands.layout
     part, merged, out, lse = (f"attention-{x}-{token}" for x in ("part", "merge", "out", "lse"))
-    states: dict[Key, Task] = {}
+    states: dict[Key, Task] = operands.tasks
     outs: dict[Key, Task] = {}
     lses: dict[Key, Task] = {}
     # Batch and heads outermost: Dask keeps a block until its last reader is done, so that a worker holds the keys and
@@ -48,7 +48,8 @@ def forward(
             if s is None:
                 states[key] = Task(key, tasks.no_keys, query, _heads_of(layout, results, batch, h), Ev, options, run)
             else:
-                states[key] = Task(key, tasks.part, query, *operands.of_pair(batch, h, r, s), options, run)
+                more = operands.of_mods(batch, h, s)
+                states[key] = Task(key, tasks.part, query, *operands.of_pair(batch, h, r, s), options, run, *more)
             state_keys.append(key)
         state = TaskRef(tree(states, (merged, *batch, h, r), state_keys, tasks.merge, fan))
         out_key, lse_key = results.keys(out, lse, (*batch, h, r))
@@ -61,8 +62,9 @@ def forward(
 
 
 def backward(
-    operands: Operands, results: Results, rows: dict[str, Any], token: str, run: Run, fan: int, dtypes: dict[str, Any]
-) -> Gradients:
+    operands: Operands, results: Results, rows: dict[str, Any], token: str, run: Run, fan: int, dtypes: dict[str, Any],
+    mod_args: dict[str, Any], mod_grads: Any, number: int,
+) -> Gradients:  # fmt: skip
     """Return the gradients as lazy arrays.
 
     Each pair adds its part to the sums of the pair before it in its row (dQ) and in its column (dK, dV) of the grid of
@@ -81,11 +83,17 @@ def backward(
         How many sums one task adds, where a gradient has several.
     dtypes : dict
         Those of the gradients, by name; the others are None.
+    mod_args : dict
+        The arrays in `mod_args` that have gradients, by the names of `options.split_mod_args`.
+    mod_grads : object
+        As in `attention_backward`.
+    number : int
+        How many `mod_args` there are.
     """
     layout = operands.layout
     pair = f"attention-gradients-{token}"
-    of_pairs: dict[Key, Task] = {}
-    parts: dict[str, dict[Index, list[Key]]] = {name: defaultdict(list) for name in dtypes}
+    of_pairs: dict[Key, Task] = operands.tasks
+    parts: dict[str, dict[Index, list[Key]]] = {name: defaultdict(list) for name in (*dtypes, *mod_args)}
     arrays: dict[str, Any] = {name: getattr(operands, name, None) for name in dtypes}
     length_of_row, length_of_column = lengths_of_chains(layout)
     columns: dict[int, Key] = {}  # the last pair so far in each column
@@ -107,12 +115,15 @@ def backward(
                 above = columns.get(s) if r % length_of_column else None
                 of_pairs[key] = Task(
                     key, tasks.pair_gradients, given["grad_out"], query, *blocks[:2], *of_rows, *blocks[2:], options,
-                    run, *(None if x is None else TaskRef(x) for x in (left, above)),
+                    run, *operands.of_mods(batch, h, s) or (None, None), mod_grads,
+                    *(None if x is None else TaskRef(x) for x in (left, above)),
                 )  # fmt: skip
                 of_keys = (*batch, layout.heads.key_block[h], s, 0)
                 _replace_last(parts["query"][key_of(operands.query, (*batch, h, r, 0))[1:]], left, key)
                 for name in ("key", "value"):
                     _replace_last(parts[name][key_of(arrays[name], of_keys)[1:]], above, key)
+                for name in mod_args:
+                    _replace_last(parts[name][(0,) * mod_args[name].ndim], left, key)
                 if "bias" in parts:
                     parts["bias"][key_of(operands.bias, (*batch, h, r, s))[1:]].append(key)
                 before = columns[s] = key
@@ -129,13 +140,18 @@ def backward(
         chunks = (layout.heads.query,) if name == "sinks" else arrays[name].chunks
         sums = _sums(f"attention-{name}-{token}", name, parts[name], chunks, dtype, fan)
         grads[name] = array(f"attention-{name}-{token}", of_pairs | sums, inputs, dtype, chunks)
-    return Gradients(**{name: grads.get(name) for name in ("query", "key", "value", "bias", "sinks")})
+    for n, (name, x) in enumerate(mod_args.items()):
+        whole = tuple((size,) for size in x.shape)
+        sums = _sums(f"attention-mod-{n}-{token}", name, parts[name], whole, x.dtype, fan)
+        grads[name] = array(f"attention-mod-{n}-{token}", of_pairs | sums, inputs, x.dtype, whole)
+    of_args = None if mod_grads is None else tuple(grads.get(f"mod_args[{n}]") for n in range(number))
+    return Gradients(grads["query"], grads["key"], grads["value"], grads.get("bias"), grads.get("sinks"), of_args)
 
 
 def _replace_last(keys: list[Key], before: Key | None, key: Key) -> None:
     """Let a sum take the place of the one that it adds to, or begin another."""
     if before is not None:
-        keys[keys.index(before)] = key
+        keys[-1] = key
     else:
         keys.append(key)
 

@@ -4,6 +4,7 @@ Results stay in float32, or float64, until the last task rounds them: parts of a
 merged with their rounding errors.
 """
 
+import linecache
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,11 @@ import numpy as np
 
 from ..api import attention as attend
 from ..api import attention_backward as differentiate
+from ..backends import select
 from ..merging import merge as merge_parts
+from ..mods.rules import as_arguments
 from ..options import Array, Gradients, Options
+from ..problem.dense import WHOLE, Origin, build, build_backward, finish
 
 State = tuple[Array, Array]  # (out, lse) of the rows of a block over some keys
 
@@ -41,6 +45,30 @@ def threads_of_task(threads: int | None) -> int | None:
     return int(numba.config.NUMBA_NUM_THREADS) if "NUMBA_NUM_THREADS" in os.environ else 1
 
 
+class Mods(NamedTuple):
+    """The arguments of mods, and the text of the files that mods are defined in, which a worker may not have."""
+
+    mod_args: tuple[Any, ...]
+    files: dict[str, str]
+
+    def restore(self) -> tuple[Any, ...]:
+        """Return the arguments; the functions can be read from their source now."""
+        for name, text in self.files.items():
+            if linecache.getlines(name) != (lines := text.splitlines(keepends=True)):
+                linecache.cache[name] = len(text), None, lines, name
+        return self.mod_args
+
+
+def mods_of(options: Options) -> Mods | None:
+    """Return what tasks need beside the functions of a call; None without functions."""
+    functions = [getattr(x, "py_func", x) for x in (options.score_mod, options.mask_mod) if x is not None]
+    functions += [x.derivative for x in functions if hasattr(x, "derivative")]
+    if not functions:
+        return None
+    names = {x.__code__.co_filename: x.__globals__ for x in functions if hasattr(x, "__code__")}
+    return Mods(as_arguments(options.mod_args), {n: "".join(linecache.getlines(n, g)) for n, g in names.items()})
+
+
 @contextmanager
 def kernel_threads(threads: int | None) -> Iterator[None]:
     """Limit the threads of the kernels of a block of code: Numba keeps their number for each calling thread."""
@@ -61,16 +89,28 @@ def wide(x: Any) -> Any:
     return x if x is None or x.dtype.itemsize > 2 else x.astype(np.float32)
 
 
-def _settings(options: Options, mask: Any, bias: Any) -> dict[str, Any]:
+def _with_arrays(options: Options, mask: Any, bias: Any, mods: Mods | None) -> Options:
     """Return the options of a pair, with blocks of arrays; those of a `BlockMask` are in the options already."""
-    return options._replace(mask=options.mask if mask is None else mask, bias=bias)._asdict()
+    mod_args = () if mods is None else mods.restore()
+    return options._replace(mask=options.mask if mask is None else mask, bias=bias, mod_args=mod_args)
 
 
-def part(query: Array, key: Array, value: Array, mask: Any, bias: Any, options: Options, run: Run) -> State:
+def part(
+    query: Array, key: Array, value: Array, mask: Any, bias: Any, options: Options, run: Run,
+    origin: Origin | None = None, mods: Mods | None = None,
+) -> State:  # fmt: skip
     """Attend to one block of keys."""
-    settings = _settings(options, mask, bias)
+    options = _with_arrays(options, mask, bias, mods)
+    query, key, value = wide(query), wide(key), wide(value)
     with kernel_threads(run.threads):
-        return attend(wide(query), wide(key), wide(value), return_lse=True, backend=run.backend, **settings)
+        chosen = select(run.backend, query, key, value)
+        if chosen.on_device:
+            return attend(query, key, value, return_lse=True, backend=run.backend, **options._asdict())
+        problem = build(query, key, value, options, None, True)
+        problem.origin = origin or WHOLE
+        chosen.forward(problem)
+    assert problem.result_lse is not None
+    return problem.result, problem.result_lse
 
 
 def no_keys(query: Array, heads: tuple[int, ...], Ev: int, options: Options, run: Run) -> State:
@@ -95,17 +135,30 @@ def lse_of(state: State) -> Array:
 
 def pair_gradients(
     grad_out: Array, query: Array, key: Array, value: Array, out: Array, lse: Array, grad_lse: Any, mask: Any,
-    bias: Any, options: Options, run: Run, left: Gradients | None = None, above: Gradients | None = None,
+    bias: Any, options: Options, run: Run, origin: Origin | None = None, mods: Mods | None = None,
+    mod_grads: Any = None, left: Gradients | None = None, above: Gradients | None = None,
 ) -> Gradients:  # fmt: skip
     """Return the part of every gradient that one pair of blocks has, added to the sums of other pairs.
 
     `out` and `lse` are those of all keys. `left` is a pair of the same rows, `above` one of the same keys.
     """
-    settings = _settings(options, mask, wide(bias))
+    options = _with_arrays(options, mask, wide(bias), mods)
     grad_out, query, key, value, out = (wide(x) for x in (grad_out, query, key, value, out))
     with kernel_threads(run.threads):
-        grads = differentiate(grad_out, query, key, value, out, lse, grad_lse=grad_lse, backend=run.backend, **settings)
+        chosen = select(run.backend, grad_out, query, key, value)
+        if chosen.on_device:
+            more: dict[str, Any] = {"grad_lse": grad_lse, "backend": run.backend, **options._asdict()}
+            grads = differentiate(grad_out, query, key, value, out, lse, **more)
+        else:
+            problem = build_backward(grad_out, query, key, value, out, lse, grad_lse, mod_grads, options)
+            problem.forward.origin = origin or WHOLE
+            chosen.backward(problem)
+            grads = finish(problem, chosen.reduce)
     sums: dict[str, Any] = {} if left is None else {"query": add([left, grads], "query")}
+    if left is not None and grads.mod_args is not None:
+        places = [n for n, x in enumerate(grads.mod_args) if x is not None]
+        of_args = {n: add([left, grads], f"mod_args[{n}]") for n in places}
+        sums["mod_args"] = tuple(of_args.get(n) for n in range(len(grads.mod_args)))
     if above is not None:
         sums |= {name: add([above, grads], name) for name in ("key", "value")}
     return grads._replace(**sums)
@@ -122,7 +175,7 @@ def no_keys_gradients(
 
 def add(parts: Sequence[Any], name: str, dtype: Any = None) -> Array:
     """Add up the gradients of one input, in this order: fields of what a pair has, and sums; the last has a dtype."""
-    arrays = [getattr(x, name) if isinstance(x, Gradients) else x for x in parts]
+    arrays: list[Any] = [x.of(name) if isinstance(x, Gradients) else x for x in parts]
     total: Array = arrays[0]
     for x in arrays[1:]:
         total = total + x

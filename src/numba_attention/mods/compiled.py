@@ -46,17 +46,17 @@ def _address_of(array: Array) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def check_bounds(
-    bounds: set[Bound], values: tuple[Any, ...], positions: tuple[int, int], keys: int, batch: int, heads: int
-) -> None:
-    """Check positions, and the indices that are read as they come, against the shapes of arrays."""
-    first, last = positions
+def check_bounds(bounds: set[Bound], values: tuple[Any, ...], limits: dict[str, tuple[int, int]]) -> None:
+    """Check positions, and the indices that are read as they come, against the shapes of arrays.
+
+    `limits` are the first number and the one after the last of "batch", "head", "i" and "j".
+    """
+    first, last = limits["i"][0], limits["i"][1] - 1
     if first < -INT32 or last >= INT32:
         raise ValueError(f"positions must lie within +-2**31 with a score_mod or mask_mod, got {first} to {last}")
     for place, x in enumerate(values):
         if isinstance(x, np.ndarray) and not x.size:
             raise ValueError(f"mod_args[{place}] must not be empty, got shape {x.shape}")
-    limits = {"batch": (0, batch), "head": (0, heads), "i": (first, last + 1), "j": (0, keys)}
     for place, axis, name in bounds:
         low, high = limits[name]
         length = values[place].shape[axis]
@@ -105,7 +105,8 @@ def compiled_bits(
     values = as_arguments(mod_args)
     rule = find(MASK, function, describe(values), values)
     L, S = shape
-    check_bounds(rule.bounds, values, (offset, offset + max(L - 1, 0)), S, batch, heads)
+    positions = offset, offset + max(L, 1)
+    check_bounds(rule.bounds, values, {"batch": (0, batch), "head": (0, heads), "i": positions, "j": (0, S)})
     kernel = kernel_of(rule, "bits", rule.program, 32, BITS_ROWS)
     record = record_of(values)
     return Bits(kernel.address, _address_of(record), (record, values))

@@ -77,6 +77,24 @@ NUMBERS = (
 )
 
 
+class Origin(NamedTuple):
+    """Where a problem lies in a larger one of which it is a block: dropout and mods count from the beginning of that.
+
+    Positions are relative to keys: what is added to the numbers of the keys is added to positions too.
+    """
+
+    sequence: Array | int = 0  # numbers of the sequences, flat, or that of the first
+    head: int = 0  # number of the first query head
+    key: int = 0  # number of the first key; a multiple of `philox.BLOCK` with dropout
+
+    def numbers(self, n: int) -> Array:
+        """Return the numbers of the n sequences."""
+        return self.sequence + np.arange(n) if isinstance(self.sequence, int) else self.sequence
+
+
+WHOLE = Origin()
+
+
 @dataclass(slots=True)
 class Problem:
     """One validated attention call. Every array is broadcast to the full batch and strided, never copied.
@@ -118,7 +136,7 @@ class Problem:
     mod_args: tuple[Any, ...] = ()  # contiguous arrays and Python numbers
     dropout: int = 0  # weights whose 16 random bits are below it are dropped: see `philox`
     seed: int = 0  # the key of the random bits, as a signed number of 64 bits
-    first_sequence: int = 0  # number of the first sequence of the batch, if this is a part of a packed problem
+    origin: Origin = WHOLE  # of a part of another problem
     # attention_weights only: out is (*batch, len(heads), len(rows), S) and value is key, unused.
     heads: Array | None = None  # int64, chosen query heads
     rows: Array | None = None  # int64, chosen query rows
