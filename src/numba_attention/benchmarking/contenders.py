@@ -1,5 +1,7 @@
 """The contenders: for each library, a function from a `Row` to a call without arguments that returns the result."""
 
+import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -8,6 +10,7 @@ import numpy as np
 
 from ..options import Array
 from .rows import Row, block_mask, gradient_of_out, inputs, numpy_dtype, scale
+from .rules import mod_of
 
 Call = Callable[[], Any]
 
@@ -41,13 +44,17 @@ def ours(row: Row, threads: int) -> Call:
         options["softcap"] = row.softcap
     if row.dropout:
         options |= {"dropout_p": row.dropout, "seed": 1}
+    if row.mod:
+        options["score_mod"], options["mod_args"] = mod_of(row.mod, row.H)
     if row.task == "forward":
         return lambda: attention(q, k, v, **options)
     out, lse = attention(q, k, v, return_lse=True, **options)
     grad_out = gradient_of_out(row)
 
+    learned = "all" if row.mod == "table" else None
+
     def backward() -> Any:
-        return attention_backward(grad_out, q, k, v, out, lse, **options).query
+        return attention_backward(grad_out, q, k, v, out, lse, mod_grads=learned, **options).query
 
     def both() -> Any:
         new, new_lse = attention(q, k, v, return_lse=True, **options)
@@ -62,6 +69,8 @@ def einsum(row: Row, threads: int) -> Call:
         raise Skipped("NumPy einsum is not differentiated here")
     if row.blocks:
         raise Skipped("NumPy einsum has no masks by blocks")
+    if row.mod:
+        raise Skipped("a mod is a rule for one score, and NumPy einsum has all at once")
     if row.dropout:
         raise Skipped("NumPy's generators would take most of the time")
     if row.B * row.H * row.L * row.S > _EINSUM_PAIRS:
@@ -99,6 +108,8 @@ def torch(row: Row, threads: int) -> Call:
     if row.softcap is not None:
         raise Skipped("scaled_dot_product_attention has no softcap")
     torch.set_num_threads(threads)
+    if row.mod:
+        return _flex_attention(row)
     arrays = inputs(row)
 
     def tensor(x: Array) -> Any:
@@ -145,10 +156,39 @@ def torch(row: Row, threads: int) -> Call:
     return backward if row.task == "backward" else both
 
 
+def _flex_attention(row: Row) -> Call:
+    """PyTorch's `flex_attention`, compiled: it has a function of the score too."""
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if row.task != "forward":
+        raise Skipped("flex_attention has no gradients on the CPU")
+    if row.mod != "ALiBi":
+        raise Skipped("compiling flex_attention takes minutes, and is done for ALiBi alone")
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise Skipped("flex_attention is compiled by a C++ compiler, and there is none: install g++ or set CXX")
+    arrays = inputs(row)
+    q, k, v = (torch.from_numpy(arrays[name]) for name in ("query", "key", "value"))
+    slopes = torch.from_numpy(mod_of(row.mod, row.H)[1][0])
+
+    def alibi(score: Any, batch: Any, head: Any, i: Any, j: Any) -> Any:
+        return score - slopes[head] * abs(i - j)
+
+    compiled = torch.compile(flex_attention)
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return compiled(q, k, v, score_mod=alibi)
+
+    return call
+
+
 def onnxruntime(row: Row, threads: int) -> Call:
     """ONNX Runtime's CPU kernel for the standard's Attention operator (opset 23)."""
     if row.task != "forward":
         raise Skipped("ONNX Runtime does not differentiate Attention")
+    if row.mod:
+        raise Skipped("the standard's Attention has no functions of scores")
     if row.blocks:
         raise Skipped("the standard's Attention has no masks by blocks")
     if row.dropout:

@@ -35,6 +35,7 @@ class Row:
     softcap: float | None = None
     alibi: bool = False
     dropout: float = 0.0
+    mod: str = ""  # a `score_mod`, of `rules.mod_of`; its arrays get gradients too in "backward"
     task: str = "forward"  # or "backward", or "both" one after the other
     bars: dict[str, float] = field(default_factory=dict)  # metric of `runner.Result`: its least value (us: its largest)
     baseline: "Row | None" = None  # the row whose rate the metric "own" is relative to
@@ -158,6 +159,26 @@ def _rows() -> dict[str, Row]:
         replace(blocks, name="causal blocks 8192 E64", blocks="causal", bars={"own": 1 / 1.02}, baseline=causal),
         replace(blocks, name="all blocks 8192 E64", blocks="all", bars={"own": 0.98}),
         replace(dense, name="dropout 4096 E64", dropout=0.1, bars={"own": 1 / 1.15}, baseline=dense),
+        replace(dense, name="mod identity 4096 E64", mod="identity", bars={"own": 1 / 1.05}, baseline=dense),
+        replace(
+            dense,
+            name="mod ALiBi 4096 E64",
+            mod="ALiBi",
+            bars={"own": 1 / 1.05, "torch": 3.0},
+            baseline=replace(dense, name="ALiBi 4096 E64", alibi=True),
+        ),
+        replace(
+            dense,
+            name="mod softcap 4096 E64",
+            mod="softcap",
+            bars={"own": 1 / 1.05},
+            baseline=replace(dense, name="softcap 4096 E64", softcap=30.0),
+        ),
+        replace(dense, name="mod table 4096 E64", mod="table", bars={"own": 1 / 1.2}, baseline=dense),
+        *(
+            replace(dense, name=f"mod {name} 4096 E64", mod=name, bars={"own": 1 / 1.3}, baseline=dense)
+            for name in ("exp", "log", "pow")
+        ),
         replace(_plain(64, 64), name="tiny H8 64 E64", bars={"torch": 1.5}),
         replace(_plain(1, 64), name="smallest 1x1x1x64", H=1, Hkv=1, bars={"us": 15.0}),
         back,
@@ -171,6 +192,21 @@ def _rows() -> dict[str, Row]:
         replace(back, name="backward float64 2048 E64", dtype="float64", bars={}),
         replace(back, name="backward bias (H,L,S) 2048 E64", bias=True, bars={"own": 0.75}, baseline=back),
         replace(long_back, name="backward dropout 4096 E64", dropout=0.1, bars={"own": 1 / 1.25}, baseline=long_back),
+        replace(
+            long_back,
+            name="backward mod ALiBi 4096 E64",
+            mod="ALiBi",
+            bars={"own": 1 / 1.05},
+            baseline=replace(long_back, name="backward ALiBi 4096 E64", alibi=True),
+        ),
+        replace(
+            long_back,
+            name="backward mod softcap 4096 E64",
+            mod="softcap",
+            bars={"own": 1 / 1.05},
+            baseline=replace(long_back, name="backward softcap 4096 E64", softcap=30.0),
+        ),
+        replace(long_back, name="backward mod table 4096 E64", mod="table", bars={"own": 1 / 1.3}, baseline=long_back),
         replace(blocks_back, name="backward tenth of blocks 8192 E64", blocks="tenth", bars={"own": 0.8}),
         replace(
             blocks_back,
