@@ -13,7 +13,9 @@ import numpy as np
 from ..options import Array
 from . import runs
 from .blockmask import BlockMask
-from .runs import CHUNK, EMPTY, FULL, TILE
+from .runs import EMPTY, FULL, TILE
+
+CHUNK = 64  # partial tiles whose bits are laid out at once: 2 MiB, some times over
 
 
 class Geometry(NamedTuple):
@@ -148,19 +150,16 @@ def _lists(
     partial = (ids != FULL).any(axis=1)
     keys = np.concatenate([pattern[place[item]][partial, None], ids[partial]], axis=1)
     distinct, number = np.unique(keys, axis=0, return_inverse=True)
-    words = [np.zeros((1, TILE, geometry.row_bytes), np.uint8)]
-    for part in range(0, len(distinct), CHUNK // 2):
-        chunk = distinct[part : part + CHUNK // 2]
-        words.append(_words(mask._runs.tiles, chunk[:, 1:], patterns[chunk[:, 0]], geometry))
-    all_words = np.concatenate(words)
-    shown = all_words[1:].reshape(len(distinct), TILE * geometry.row_bytes)
-    shows = shown.max(axis=1, initial=0) != 0
+    words = np.zeros((len(distinct) + 1, TILE, geometry.row_bytes), np.uint8)
+    hides, complete = np.zeros(len(words), bool), np.zeros(len(words), bool)
+    for part in range(1, len(words), CHUNK):
+        chunk, where = distinct[part - 1 : part - 1 + CHUNK], slice(part, part + CHUNK)
+        words[where] = _words(mask._runs.tiles, chunk[:, 1:], patterns[chunk[:, 0]], geometry)
+        hides[where] = ~words[where].any(axis=(1, 2))
+        complete[where] = (words[where] == _all_lanes(geometry)).all(axis=(1, 2))
     word = np.zeros(len(item), np.int64)
     word[partial] = number.ravel() + 1
-    visible = np.ones(len(item), bool)
-    visible[partial] = shows[number.ravel()]
-    complete = np.zeros(len(all_words), bool)
-    complete[1:] = ~(shown ^ _all_lanes(geometry)).any(axis=1)
+    visible = ~hides[word]
     word[complete[word]] = 0
     item, first, ends, word = item[visible], first[visible], ends[visible], word[visible]
     starts = np.searchsorted(item, np.arange(len(kind) + 1))
@@ -170,7 +169,7 @@ def _lists(
     share = np.bincount(kind, length, len(tiles)) / np.maximum(tiles * columns, 1)
     arrays = (
         begins[kind_of].ravel().astype(np.int64), starts.astype(np.int64),
-        np.ascontiguousarray(np.stack([first, ends, word], axis=1).astype(np.int32)), all_words, order.astype(np.int64),
+        np.ascontiguousarray(np.stack([first, ends, word], axis=1).astype(np.int32)), words, order.astype(np.int64),
     )  # fmt: skip
     record = np.array([array.__array_interface__["data"][0] for array in arrays], np.int64)
     return Lists(*arrays, record, share[kind_of])
@@ -205,6 +204,9 @@ def _slots(member: Array, position: Array, rows: int) -> tuple[Array, Array, Arr
 def _words(tiles: Array, ids: Array, patterns: Array, geometry: Geometry) -> Array:
     """The bits of the lanes (n, 64 keys, row bytes), from the tiles (n, K) of their slots, and their patterns."""
     slot, bit = patterns[:, 0], patterns[:, 1]
+    if geometry.width >= 8 and not slot.any() and (bit == bit[:, :1] + np.arange(geometry.lanes)).all():
+        shifted = tiles[ids[:, 0]] >> bit[:, :1].astype(np.uint64)  # the lanes are rows of one tile, in order
+        return np.ascontiguousarray(shifted, "<u8").view(np.uint8).reshape(-1, TILE, 8)[..., : geometry.row_bytes]
     of_lanes = tiles[np.take_along_axis(ids, slot.astype(np.int64), axis=1)]  # n, lanes, keys
     bits = ((of_lanes >> bit[:, :, None].astype(np.uint64)) & np.uint64(1)).astype(np.uint8).swapaxes(1, 2)
     return _packed(bits, geometry)
@@ -218,4 +220,4 @@ def _packed(bits: Array, geometry: Geometry) -> Array:
 
 def _all_lanes(geometry: Geometry) -> Array:
     """The words of a tile in which every lane sees every key."""
-    return _packed(np.ones((1, TILE, geometry.lanes), np.uint8), geometry).ravel()
+    return _packed(np.ones((1, TILE, geometry.lanes), np.uint8), geometry)
