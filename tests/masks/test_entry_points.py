@@ -87,7 +87,7 @@ def grid():
                 yield pytest.param(dtype, sizes, kind, "cpu", marks=() if m == n else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("dtype", "sizes", "kind", "backend"), grid())
+@pytest.mark.parametrize(("dtype", "sizes", "kind", "backend"), list(grid()))
 def test_forward_backward_and_weights(dtype, sizes, kind, backend):
     rng = np.random.default_rng(1)
     B, H, _, L, S = sizes
