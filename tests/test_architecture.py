@@ -175,6 +175,8 @@ def test_import_loads_nothing_optional():
     optional = [
         "torch",
         "transformers",
+        "pandas",
+        "xarray",
         "jax",
         "matplotlib",
         "rich",

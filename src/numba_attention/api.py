@@ -10,11 +10,11 @@ from numpy.typing import ArrayLike
 
 from . import backends, device_call
 from .backends import recall
+from .foreign import Family
 from .merging import merge as _merge
 from .merging import merge_backward as _merge_backward
 from .options import Array, Gradients, OptionArguments, Options, gather, takes_options
 from .problem.dense import Empty, build, build_backward, build_weights, finish
-from .rims import hand_over
 
 Index = ArrayLike | slice
 
@@ -173,16 +173,15 @@ def attention(
         if known is not None:
             return known
     settings = gather(attention, options)
-    try:
-        chosen = backends.select(backend, query, key, value)
-        if chosen.on_device:
-            operands = {"query": query, "key": key, "value": value}
-            return device_call.run(_attention, chosen, operands, settings, out=out, return_lse=return_lse)
-        return _attention(chosen, query, key, value, settings, return_lse, out, again=again)
-    except TypeError as error:  # where arrays of other libraries end up
-        more = {"return_lse": return_lse, "backend": backend, **options}
-        result: Array | tuple[Array, Array] = hand_over(error, "attention", query, key, value, out=out, **more)
-        return result
+    chosen = backends.select(backend, query, key, value)
+    if chosen.on_device:
+        if isinstance(chosen, Family):
+            operands = {"query": query, "key": key, "value": value, "return_lse": return_lse, "backend": backend}
+            result: Array | tuple[Array, Array] = chosen.call(attention, operands | {"out": out}, options)
+            return result
+        operands = {"query": query, "key": key, "value": value}
+        return device_call.run(_attention, chosen, operands, settings, out=out, return_lse=return_lse)
+    return _attention(chosen, query, key, value, settings, return_lse, out, again=again)
 
 
 def _attention(
@@ -282,21 +281,23 @@ def attention_backward(
         if known is not None:
             return known
     settings = gather(attention_backward, options)
-    try:
-        chosen = backends.select(backend, grad_out, query, key, value)
-        if chosen.on_device:
+    chosen = backends.select(backend, query, key, value, grad_out)
+    if chosen.on_device:
+        if isinstance(chosen, Family):
             operands = {
-                "query": query, "key": key, "value": value, "out": out, "lse": lse, "grad_out": grad_out,
-                "grad_lse": grad_lse,
+                "query": query, "key": key, "value": value, "grad_out": grad_out, "out": out, "lse": lse,
+                "grad_lse": grad_lse, "mod_grads": mod_grads, "backend": backend,
             }  # fmt: skip
-            return device_call.run(_attention_backward, chosen, operands, settings, mod_grads=mod_grads)
-        return _attention_backward(
-            chosen, query, key, value, out, lse, grad_out, grad_lse, mod_grads, settings, again=again
-        )
-    except TypeError as error:
-        more = {"grad_lse": grad_lse, "mod_grads": mod_grads, "backend": backend, **options}
-        grads: Gradients = hand_over(error, "attention_backward", grad_out, query, key, value, out, lse, **more)
-        return grads
+            gradients: Gradients = chosen.call(attention_backward, operands, options)
+            return gradients
+        operands = {
+            "query": query, "key": key, "value": value, "out": out, "lse": lse, "grad_out": grad_out,
+            "grad_lse": grad_lse,
+        }  # fmt: skip
+        return device_call.run(_attention_backward, chosen, operands, settings, mod_grads=mod_grads)
+    return _attention_backward(
+        chosen, query, key, value, out, lse, grad_out, grad_lse, mod_grads, settings, again=again
+    )
 
 
 def _attention_backward(
@@ -359,6 +360,10 @@ def attention_weights(
     settings = gather(attention_weights, options)
     chosen = backends.select(backend, query, key)
     if chosen.on_device:
+        if isinstance(chosen, Family):
+            operands = {"query": query, "key": key, "heads": heads, "rows": rows, "backend": backend}
+            weights: Array = chosen.call(attention_weights, operands, options)
+            return weights
         small = {"heads": heads, "rows": rows}
         return device_call.run(_attention_weights, chosen, {"query": query, "key": key}, settings, small=small)
     return _attention_weights(chosen, query, key, heads, rows, settings)

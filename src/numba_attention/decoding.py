@@ -12,6 +12,7 @@ from .backends import Backend, select
 from .caches import KVCache, PagedKVCache
 from .caches.contents import Contents
 from .device import runtime
+from .foreign import Family
 from .merging import merge
 from .options import Array, OptionArguments, Options, gather, takes_options
 from .problem.cached import build, is_of_newest, over_newest
@@ -121,6 +122,14 @@ def attention_decode(
         raise TypeError(
             f"cache must be a KVCache or a PagedKVCache, got {type(cache).__module__}.{type(cache).__qualname__}"
         )
+    if type(query) is not np.ndarray:
+        chosen = select(backend, query)
+        if isinstance(chosen, Family):
+            arguments = {
+                "query": query, "cache": cache, "ids": ids, "return_lse": return_lse, "out": out, "backend": backend,
+            }  # fmt: skip
+            result: Array | tuple[Array, Array] = chosen.call(attention_decode, arguments, options)
+            return result
     if contents.gap is not None:
         return _over_gap(query, contents, settings, return_lse, out, backend)
     return _attend(query, contents, settings, return_lse, out, backend)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .device.arrays import on_device
+from .foreign import how_to_convert
 from .narrowing import largest_computed
 from .options import Array, Options
 
@@ -44,7 +45,7 @@ def as_ndarray(name: str, x: Any) -> Array:
         )
     if not isinstance(x, np.ndarray) or isinstance(x, np.matrix):
         refuse_on_device(name, x)
-        raise TypeError(f"{name} must be a numpy.ndarray, got {kind_of(x)}; convert it with numpy.asarray({name})")
+        raise TypeError(f"{name} must be a numpy.ndarray, got {kind_of(x)}; convert it with {how_to_convert(name, x)}")
     return np.asarray(x)
 
 

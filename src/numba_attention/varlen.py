@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from . import device_call
 from .backends import Backend, select
+from .foreign import Family
 from .options import Array, Gradients, OptionArguments, Options, gather, takes_options
 from .problem.dense import Empty
 from .problem.packed import build, build_backward, finish
@@ -120,6 +121,13 @@ def attention_varlen(
     settings = gather(attention_varlen, options)
     chosen = select(backend, query, key, value)
     if chosen.on_device:
+        if isinstance(chosen, Family):
+            operands = {
+                "query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
+                "return_lse": return_lse, "out": out, "backend": backend,
+            }  # fmt: skip
+            result: Array | tuple[Array, Array] = chosen.call(attention_varlen, operands, options)
+            return result
         operands = {"query": query, "key": key, "value": value}
         small = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
         return device_call.run(
@@ -204,8 +212,16 @@ def attention_varlen_backward(
     True
     """
     settings = gather(attention_varlen_backward, options)
-    chosen = select(backend, grad_out, query, key, value)
+    chosen = select(backend, query, key, value, grad_out)
     if chosen.on_device:
+        if isinstance(chosen, Family):
+            operands = {
+                "query": query, "key": key, "value": value, "grad_out": grad_out, "out": out, "lse": lse,
+                "grad_lse": grad_lse, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
+                "mod_grads": mod_grads, "backend": backend,
+            }  # fmt: skip
+            gradients: Gradients = chosen.call(attention_varlen_backward, operands, options)
+            return gradients
         operands = {
             "query": query, "key": key, "value": value, "out": out, "lse": lse, "grad_out": grad_out,
             "grad_lse": grad_lse,

@@ -1,14 +1,17 @@
 """The backends, and the choice of one for a call: by argument, context, process default, environment or array type."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
+
 from ..device.arrays import on_device
 from ..errors import BackendUnavailableError
+from ..foreign import family_for
 from ..options import Array
 from ..problem.dense import BackwardProblem, Empty, Problem
 
@@ -85,19 +88,32 @@ def _of_environment() -> str:
 
 
 def select(name: str | None, *arrays: Any) -> Backend:
-    """Return the backend for one call. The argument takes precedence, then context, default and environment."""
+    """Return the backend for one call. The argument takes precedence, then context, default and environment.
+
+    If the first array is one of another library, on the host, its `Family` is returned instead.
+    """
     if name is None:
         name = _context.get() or _default
         if name is None:
             name = "auto" if _variable not in _variables else _of_environment()
     else:
         check_name(name, "backend")
-    if name == "auto":
-        import numpy as np
+    for array in arrays:
+        if type(array) is not np.ndarray:
+            return _select_for_others(name, arrays)
+    return _get("cpu" if name == "auto" else name)
 
-        host = all(type(array) is np.ndarray for array in arrays)
-        name = "cpu" if host or not any(on_device(array) for array in arrays) else "cuda"
-    return _get(name)
+
+def _select_for_others(name: str, arrays: Sequence[Any]) -> Backend:
+    """Return the backend for arrays that are not all of NumPy's own type, or the family that the call goes to."""
+    if name == "auto":
+        name = "cuda" if any(on_device(array) for array in arrays) else "cpu"
+    chosen = _get(name)
+    if not chosen.on_device:
+        family = family_for(arrays)
+        if family is not None:
+            return cast(Backend, family)
+    return chosen
 
 
 def is_host_default() -> bool:
