@@ -106,10 +106,11 @@ def select(name: str | None, *arrays: Any) -> Backend:
 
 def _select_for_others(name: str, arrays: Sequence[Any]) -> Backend:
     """Return the backend for arrays that are not all of NumPy's own type, or the family that the call goes to."""
+    some_on_device = any(on_device(array) for array in arrays)
     if name == "auto":
-        name = "cuda" if any(on_device(array) for array in arrays) else "cpu"
+        name = "cuda" if some_on_device else "cpu"
     chosen = _get(name)
-    if not chosen.on_device:
+    if not chosen.on_device and not some_on_device:
         family = family_for(arrays)
         if family is not None:
             return cast(Backend, family)
