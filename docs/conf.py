@@ -24,9 +24,7 @@ exclude_patterns = ["build", "gallery"]
 myst_heading_anchors = 3
 default_role = "autolink"  # single backticks in docstrings name arguments and functions
 # The bridges are documented where their libraries are not installed too.
-autodoc_mock_imports = [
-    name for name in ("jax", "torch", "transformers") if importlib.util.find_spec(name) is None
-]
+autodoc_mock_imports = [name for name in ("jax", "torch", "transformers") if importlib.util.find_spec(name) is None]
 autodoc_typehints = "none"  # the docstrings say shapes and dtypes, which the signatures cannot
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False

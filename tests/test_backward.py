@@ -234,8 +234,13 @@ def test_linear_in_the_gradient_of_out(L, row, factor):
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.parametrize(
     "options",
-    [{"key_lengths": 50}, {"mask": np.arange(70) < 50}, {"bias": np.where(np.arange(70) < 50, 0, -np.inf)}],
-    ids=["key_lengths", "mask", "bias"],
+    [
+        {"key_lengths": 50},
+        {"mask": np.arange(70) < 50},
+        {"bias": np.where(np.arange(70) < 50, 0, -np.inf)},
+        {"mask": np.arange(70) < 50, "softcap": 3.0},
+    ],
+    ids=["key_lengths", "mask", "bias", "mask, softcap"],
 )
 def test_hidden_keys_leave_no_trace(dtype, poison, options):
     case = Case(70, 70, 20, Ev=24)

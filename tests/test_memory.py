@@ -33,6 +33,26 @@ def test_extra_memory_of_the_backward_pass(case):
     assert child(code, case) < BACKWARD_CASES[case][1] * MiB
 
 
+def test_extra_memory_of_second_derivatives():
+    """A matrix of all scores would take 1024 MiB."""
+    code = """
+import numpy as np, numba_attention as na
+from numba_attention.benchmarking.memory import level, peak
+def make(L):
+    q, k, v, g = np.random.default_rng(0).standard_normal((4, 1, L, 64), dtype=np.float32)
+    out, lse = na.attention(q, k, v, is_causal=True, return_lse=True)
+    call = na.attention_double_backward
+    return lambda: call(na.Gradients(q, k, v), g, q, k, v, out, lse, is_causal=True)
+make(64)()
+call = make(16_384)
+filling = level()
+before = peak()
+results = call()
+print(peak() - before - sum(x.nbytes for x in results if x is not None))
+"""
+    assert child(code) < 64 * MiB
+
+
 def test_measurement_sees_a_copy():
     code = """
 from numba_attention.benchmarking.memory import peak, ready

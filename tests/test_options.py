@@ -19,6 +19,20 @@ ENTRY_POINTS = {
         lambda: na.attention_backward,
         {"grad_out", "query", "key", "value", "out", "lse", "grad_lse", "mod_grads", "backend"},
     ),
+    "attention_jvp": (
+        lambda: na.attention_jvp, {"tangents", "query", "key", "value", "out", "lse", "backend"},
+    ),
+    "attention_backward_jvp": (
+        lambda: na.attention_backward_jvp,
+        {
+            "tangents", "grad_out", "query", "key", "value", "out", "lse", "out_tangent", "lse_tangent", "grad_lse",
+            "grad_out_tangent", "grad_lse_tangent", "backend",
+        },
+    ),
+    "attention_double_backward": (
+        lambda: na.attention_double_backward,
+        {"grad_grads", "grad_out", "query", "key", "value", "out", "lse", "grad_lse", "through_saved", "backend"},
+    ),
     "attention_weights": (lambda: na.attention_weights, {"query", "key", "heads", "rows", "backend"}),
     "attention_varlen": (
         lambda: na.attention_varlen,

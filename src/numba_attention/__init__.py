@@ -11,8 +11,9 @@ from .decoding import attention_decode
 from .errors import BackendUnavailableError, CacheFullError, NumbaAttentionWarning
 from .layer.attention import MultiHeadAttention
 from .masks.blockmask import BlockMask
-from .options import Gradients
+from .options import Gradients, SecondGradients, Tangents
 from .rotary import apply_rotary
+from .second import attention_backward_jvp, attention_double_backward, attention_jvp, merge_attention_jvp
 from .show_config import show_config
 from .varlen import attention_varlen, attention_varlen_backward
 
@@ -28,16 +29,22 @@ __all__ = [
     "MultiHeadAttention",
     "NumbaAttentionWarning",
     "PagedKVCache",
+    "SecondGradients",
+    "Tangents",
     "apply_rotary",
     "attention",
     "attention_backward",
+    "attention_backward_jvp",
     "attention_decode",
+    "attention_double_backward",
+    "attention_jvp",
     "attention_varlen",
     "attention_varlen_backward",
     "attention_weights",
     "backends",
     "merge_attention",
     "merge_attention_backward",
+    "merge_attention_jvp",
     "mods",
     "set_backend",
     "show_config",

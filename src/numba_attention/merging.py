@@ -49,6 +49,35 @@ def merge_backward(
     return grad_outs, grad_lses
 
 
+def merge_jvp(
+    outs: Any, lses: Any, out_tangents: Any, lse_tangents: Any, packed: bool | None = None
+) -> tuple[Any, Any, Any, Any]:
+    """Merge n results and their tangents; see `numba_attention.merge_attention_jvp`."""
+    if any(map(_on_device, (outs, lses, out_tangents, lse_tangents))):
+        raise NotImplementedError("merge_attention_jvp takes arrays on the host; copy those on a GPU there")
+    parts, logs, packed = _checked(outs, lses, packed)
+    moved_parts, moved_logs = _arrays("out_tangents", out_tangents), _arrays("lse_tangents", lse_tangents)
+    for name, moved, own in (("out_tangents", moved_parts, parts), ("lse_tangents", moved_logs, logs)):
+        if len(moved) != len(own):
+            raise ValueError(f"{name} must be as many as outs, {len(own)}, got {len(moved)}")
+        shape = own[0].shape[::-1] if packed and name == "lse_tangents" else own[0].shape
+        check_like(f"an array of {name}", moved[0], shape, own[0].dtype)
+    moved_logs = [log.T for log in moved_logs] if packed else moved_logs
+    with np.errstate(all="ignore"):
+        out, lse, weights = _merge(parts, logs)
+        # An empty part adds nothing, even if its rows are NaN.
+        seen = [log != -np.inf for log in logs]
+        terms = [np.where(s, w * x, 0) for s, w, x in zip(seen, weights, moved_logs, strict=True)]
+        lse_tangent = np.add.reduce(terms).astype(logs[0].dtype)
+        out_tangent = np.zeros_like(out)
+        for s, w, part, moved_part, log in zip(seen, weights, parts, moved_parts, moved_logs, strict=True):
+            change = moved_part.astype(out.dtype) + (log - lse_tangent)[..., None] * part.astype(out.dtype)
+            out_tangent += np.where(s[..., None], w[..., None] * change, 0)
+    results = lse.astype(logs[0].dtype), lse_tangent
+    lse, lse_tangent = (np.ascontiguousarray(x.T) for x in results) if packed else results
+    return out.astype(parts[0].dtype), lse, out_tangent.astype(parts[0].dtype), lse_tangent
+
+
 def _merge(parts: list[Array], logs: list[Array]) -> tuple[Array, Array, list[Array]]:
     """Return the merged out and lse and the weight of each part, in float32 or float64."""
     half = parts[0].dtype not in _FLOATS

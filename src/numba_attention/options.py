@@ -174,6 +174,33 @@ class Gradients(NamedTuple):
         return None if name is None else getattr(self, name)
 
 
+class Tangents(NamedTuple):
+    """What `attention_jvp` returns: the results of `attention`, and their derivatives along a direction."""
+
+    out: Array
+    lse: Array
+    out_tangent: Array
+    lse_tangent: Array
+
+
+class SecondGradients(NamedTuple):
+    """Gradients of a function of what `attention_backward` returned, with respect to each of its arguments.
+
+    `out` and `lse` are None unless they were taken as arguments of their own (``through_saved=True``), and `bias` and
+    `sinks` if they were not passed.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Array | None
+    sinks: Array | None
+    grad_out: Array
+    grad_lse: Array
+    out: Array | None = None
+    lse: Array | None = None
+
+
 def gather(entry: Callable[..., Any], arguments: Mapping[str, Any]) -> Options:
     """Return the options that `entry` was called with; an unknown name is a TypeError that suggests the right one."""
     if not arguments:

@@ -19,7 +19,7 @@ SPECS = [
     for task in ("forward", "weights", "backward", "decode")
     for storage in ("float32", "float64", "float16", "bfloat16")
     for kv_storage in (("", "int8", "float16") if task in ("forward", "decode") else ("",))
-]
+] + [Spec(storage, HOST, "second") for storage in ("float32", "float64")]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

@@ -14,6 +14,7 @@ from ..errors import BackendUnavailableError
 from ..foreign import family_for
 from ..options import Array
 from ..problem.dense import BackwardProblem, Empty, Problem
+from ..problem.second import SecondProblem
 
 ENVIRONMENT = "NUMBA_ATTENTION_BACKEND"
 
@@ -40,6 +41,13 @@ class Backend(Protocol):
 
     def unusable(self) -> str | None:
         """Why this backend cannot run here, or None."""
+
+
+class SecondDerivatives(Protocol):
+    """The module of a backend for derivatives of `attention` along a direction, and of its gradients."""
+
+    def run(self, problem: SecondProblem) -> None:
+        """Write the tangents of the results, of the gradients, or both: see `SecondProblem`."""
 
 
 NAMES = ("cpu", "cuda", "reference")
@@ -121,6 +129,16 @@ def is_host_default() -> bool:
     """Whether a call on NumPy arrays that names no backend runs on the CPU backend."""
     name = _context.get() or _default
     return (name is None and _variable not in _variables) or name == "auto" or name == "cpu"
+
+
+def second_derivatives(backend: Backend) -> SecondDerivatives:
+    """Return the module of a backend for second derivatives, which the backend for GPUs does not have."""
+    if backend.on_device:
+        raise NotImplementedError(
+            "backend 'cuda' has no second derivatives; copy the arrays to the host, or use backend='cpu'"
+        )
+    name = vars(backend)["__name__"]
+    return cast(SecondDerivatives, import_module(f"{name}_second"))
 
 
 def set_backend(name: str) -> None:
@@ -208,4 +226,4 @@ def backends() -> dict[str, Status]:
     return {name: Status(why is None, why or "") for name, why in reasons.items()}
 
 
-__all__ = ["Backend", "Status", "backends", "check_name", "select", "set_backend", "use_backend"]
+__all__ = ["Backend", "Status", "backends", "check_name", "second_derivatives", "select", "set_backend", "use_backend"]

@@ -207,7 +207,7 @@ def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few
 
 
 NO_RULES = Rules(0, 0, 0, ())
-NO_GRADIENTS = (0,) * 10  # the addresses that only the backward pass has
+NO_GRADIENTS = (0,) * 11  # the addresses that only the backward pass has
 pack_one = struct.Struct("=q").pack_into
 
 

@@ -70,12 +70,25 @@ SMALL_PLAN = 4096  # bytes of a plan and its key, without the plan's arrays
 _pack_one = struct.Struct("=q").pack_into
 
 
-def run(g: BackwardProblem) -> None:
-    """Write the gradients of query, key and value, and make those of bias and sinks."""
+class Along(NamedTuple):
+    """A direction, along which the kernel of `cpu.second` computes derivatives."""
+
+    record: Array  # params.SECOND
+    of_gradients: bool  # or else of the results of the forward pass alone, and no gradient is written
+    kept: tuple[Any, ...]  # what must live as long as the call
+
+
+def run(g: BackwardProblem, along: Along | None = None) -> Array | None:
+    """Write the gradients of query, key and value, and make those of bias and sinks.
+
+    With a direction, write their tangents instead, and return delta (`cpu.backward.DELTA`) for that of the sinks.
+    """
     g.forward = p = with_block_mask(g.forward)
     if p.query.dtype == np.float16 and not HOST.f16:
-        return _run_widened(g)
-    spec = Spec(storage_of(p.query.dtype), HOST, "backward")
+        _run_widened(g)
+        return None
+    spec = Spec(storage_of(p.query.dtype), HOST, "second" if along else "backward")
+    writes = along is None or along.of_gradients
     groups = _groups(g, spec)
     bias = readable_bias(p)
     of_bias = delta = None
@@ -86,31 +99,34 @@ def run(g: BackwardProblem) -> None:
     if p.sinks is not None:
         delta = np.empty(p.out.shape[-3:-1] if p.packing else p.out.shape[:-1], spec.vector.dtype)
     arrays = {
-        "grad_out": g.grad_out,
-        "grad_lse": g.grad_lse,
-        "grad_query": g.query,
-        "grad_key": g.key,
-        "grad_value": g.value,
+        "grad_out": g.grad_out if writes else None,
+        "grad_lse": g.grad_lse if writes else None,
+        "grad_query": g.query if writes else None,
+        "grad_key": g.key if writes else None,
+        "grad_value": g.value if writes else None,
         "grad_bias": None if of_bias is None else spread_bias(of_bias[0], p),
         "delta": None if delta is None else np.broadcast_to(delta, p.out.shape[:-1]),
     }
     rules = Rules(0, 0, 0, ())
     if p.score_mod is not None or p.mask_mod is not None:
-        rules = compiled_rules(p, "kept" if g.mod_grads else "slope", False, g.mod_grads or ())
+        rules = compiled_rules(p, "curve" if along else "kept" if g.mod_grads else "slope", False, g.mod_grads or ())
     lists = lists_of(p, spec)
-    plan = _find_plan(g, spec, groups, bias, arrays, of_bias, lists)
+    plan = _find_plan(g, spec, groups, bias, arrays, of_bias, lists, writes)
     most_items = max((len(wave.members) for wave in plan.waves), default=0)
     number = threads_for(most_items, plan.flops)
     own = take()
     try:
-        _run_waves(own, g, plan, bias, arrays, lists, rules, number, most_items > 0)
+        _run_waves(own, g, plan, bias, arrays, lists, rules, number, most_items > 0, along)
     finally:
         put_back(own)
     if of_bias is not None:
         g.bias = of_bias.sum(axis=0) if len(of_bias) > 1 else of_bias[0]
+    if along is not None:
+        return delta
     lse = p.result_lse if p.packing else p.lse
     if p.sinks is not None and lse is not None and delta is not None:
         g.sinks = _of_sinks(p.sinks, lse, delta)
+    return None
 
 
 def _run_waves(
@@ -123,6 +139,7 @@ def _run_waves(
     rules: Rules,
     number: int,
     has_items: bool,
+    along: Along | None,
 ) -> None:
     p = g.forward
     scratch, scratch_address = own.reserve(number * plan.scratch_size)
@@ -142,13 +159,14 @@ def _run_waves(
             own.params, ARRAYS, own.counter_address, scratch_address, plan.sequences_address,
             address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), address_of(sinks), 0,
             0 if lists is None else address_of(lists.record), p.seed, *rules[:3],
-            *(address_of(array) for array in arrays.values()), rules.gradient, address_of(mod_sums),
+            *(address_of(array) for array in arrays.values()), 0 if along is None else address_of(along.record),
+            rules.gradient, address_of(mod_sums),
             address_of(wave.members), address_of(counts), address_of(partial),
         )  # fmt: skip
         work = plan.flops / len(plan.waves)
         own.run(
             plan.kernel, number, work, g, plan, bias, lists, arrays, scratch, slopes, sinks, counts, partial, rules,
-            mod_sums,
+            mod_sums, along,
         )  # fmt: skip
         if len(total):
             for of_group in mod_sums.reshape(-1, len(total)):  # one after the other: the bits are those of any threads
@@ -159,12 +177,12 @@ def _run_waves(
 
 def _find_plan(
     g: BackwardProblem, spec: Spec, groups: Array, bias: Array | None, arrays: dict[str, Any], of_bias: Array | None,
-    lists: Lists | None,
+    lists: Lists | None, writes: bool,
 ) -> _Plan:  # fmt: skip
     p = g.forward
-    part = p.origin is not WHOLE
+    part = p.origin is not WHOLE or spec.task == "second"
     if varies(p) or part or bias is not None or p.mask is not None or lists is not None or g.mod_grads:
-        return _make_plan(g, spec, groups, bias, arrays, of_bias, lists)
+        return _make_plan(g, spec, groups, bias, arrays, of_bias, lists, writes)
     all_arrays = p.query, p.key, p.value, p.out, p.lse, g.grad_out, g.grad_lse
     key = (
         p.query.dtype, p.query.shape, p.value.shape, *(None if x is None else x.strides for x in all_arrays),
@@ -176,7 +194,7 @@ def _find_plan(
         if plan.flops <= recall.LARGEST and plan.sequences.nbytes <= SMALL_PLAN:
             g.plan = plan
     else:
-        plan = _make_plan(g, spec, groups, bias, arrays, of_bias, lists)
+        plan = _make_plan(g, spec, groups, bias, arrays, of_bias, lists, writes)
         size = plan.sequences.nbytes + sum(wave.members.nbytes for wave in plan.waves)
         _plans.add(key, plan, size + SMALL_PLAN)
     return plan
@@ -184,7 +202,7 @@ def _find_plan(
 
 def _make_plan(
     g: BackwardProblem, spec: Spec, groups: Array, bias: Array | None, arrays: dict[str, Any], of_bias: Array | None,
-    lists: Lists | None,
+    lists: Lists | None, writes: bool,
 ) -> _Plan:  # fmt: skip
     p = g.forward
     E, Ev = padded(spec, p.E), padded(spec, p.Ev)
@@ -193,7 +211,7 @@ def _make_plan(
         sequences["lists"] = np.arange(len(sequences)) * lists.per_sequence
     fill_in(p, sequences)
     sequences["groups"] = groups
-    head_bytes = (sequences["key_rows"] + SUM_ROWS) * (E + Ev) * spec.vector.bytes
+    head_bytes = (sequences["key_rows"] + SUM_ROWS) * (E + Ev) * (spec.vector.bytes if writes else 0)
     work = np.repeat(sequences["rows"] * sequences["key_rows"], p.Hkv)  # of each key/value head
     if lists is not None:
         work = work * lists.density.ravel()
@@ -216,8 +234,9 @@ def _make_plan(
     }
     for name, array in arrays.items():
         values |= strides_of(name, array, len(p.batch))
-    flops = 5.0 * float(work.sum()) * (p.E + p.Ev) * (p.H // p.Hkv if p.Hkv else 0)
-    kernel = worker(spec.storage, "backward")
+    products = 5.0 if spec.task == "backward" else 12.0 if writes else 5.0
+    flops = products * float(work.sum()) * (p.E + p.Ev) * (p.H // p.Hkv if p.Hkv else 0)
+    kernel = worker(spec.storage, spec.task)
     rest = pack(values, offsets)
     return _Plan(kernel, sequences, address_of(sequences), waves, rest, flops, scratch_size, most_groups)
 

@@ -104,7 +104,8 @@ def worker(storage: str, task: str, kv_storage: str = "") -> Kernel:
 @cache
 def _worker(storage: str, task: str, kv_storage: str) -> Kernel:
     spec = Spec(storage, HOST, task, kv_storage)
-    make = {"backward": backward.make_worker, "decode": decode.make_worker}.get(task, forward.make_worker)
+    makers = {"backward": backward.make_worker, "second": backward.make_worker, "decode": decode.make_worker}
+    make = makers.get(task, forward.make_worker)
     return Kernel(spec.name, lambda: make(spec), launch.SIGNATURE)
 
 

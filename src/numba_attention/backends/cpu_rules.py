@@ -31,7 +31,7 @@ def compiled_rules(p: Problem, task: str, few: bool, places: tuple[int, ...] = (
     Parameters
     ----------
     p : Problem
-    task : {"score", "slope", "kept"}
+    task : {"score", "slope", "kept", "curve"}
         What is wanted of the `score_mod`.
     few : bool
         Whether the kernel is the one for few queries, whose tiles have fewer rows.
@@ -56,6 +56,8 @@ def compiled_rules(p: Problem, task: str, few: bool, places: tuple[int, ...] = (
         check_bounds(rule.bounds, p.mod_args, limits_of(p))
         own_task = task if role == SCORE else "mask"
         program = rule.program if own_task in ("score", "mask") else rule.with_slope
+        if own_task == "curve":
+            program = rule.with_curve
         kernels.append(kernel_of(rule, own_task, program, *shape).address)
         if places and role == SCORE:
             program = rule.gradients(places)

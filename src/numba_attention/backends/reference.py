@@ -23,7 +23,7 @@ def unusable() -> str | None:
 
 def forward(problem: Problem) -> None:
     """Write ``problem.out`` and ``problem.lse``: softmax of the scores, times the values."""
-    problem = _with_dense_mask(problem)
+    problem = with_dense_mask(problem)
     if problem.packing is not None:
         for _, part in _parts(problem):
             forward(part)
@@ -36,22 +36,22 @@ def forward(problem: Problem) -> None:
         for b in np.ndindex(problem.batch):
             for h in range(problem.H):
                 weights, lse, visible = _softmax(problem, b, h, rows)
-                weights = weights * _kept(problem, b, h, rows)
+                weights = weights * dropout_factors(problem, b, h, rows)
                 value = _float64(problem.value[(*b, _key_head(problem, h))])
-                problem.out[(*b, h)] = _weighted_sum(weights, value, visible)
+                problem.out[(*b, h)] = weighted_sum(weights, value, visible)
                 if problem.lse is not None:
                     problem.lse[(*b, h)] = lse
 
 
 def weights(problem: Problem) -> None:
     """Write the probabilities of the chosen heads and rows to ``problem.out``."""
-    problem = _with_dense_mask(problem)
+    problem = with_dense_mask(problem)
     heads = np.arange(problem.H) if problem.heads is None else problem.heads
     rows = np.arange(problem.L) if problem.rows is None else problem.rows
     with np.errstate(all="ignore"):
         for b in np.ndindex(problem.batch):
             for n, h in enumerate(heads):
-                problem.out[(*b, n)] = _softmax(problem, b, int(h), rows)[0] * _kept(problem, b, int(h), rows)
+                problem.out[(*b, n)] = _softmax(problem, b, int(h), rows)[0] * dropout_factors(problem, b, int(h), rows)
 
 
 def backward(problem: BackwardProblem) -> None:
@@ -59,7 +59,7 @@ def backward(problem: BackwardProblem) -> None:
 
     The probabilities P are computed from the lse that was passed, which may be that of a larger set of keys.
     """
-    f = _with_dense_mask(problem.forward)
+    f = with_dense_mask(problem.forward)
     if f.packing is not None:
         return _backward_of_parts(problem, f)
     assert f.lse is not None
@@ -78,19 +78,13 @@ def backward(problem: BackwardProblem) -> None:
                 n = _key_head(f, h)
                 query, key, value = (_float64(x) for x in (f.query[(*b, h)], f.key[(*b, n)], f.value[(*b, n)]))
                 grad_out, out, lse = (_float64(x[(*b, h)]) for x in (problem.grad_out, f.out, f.lse))
-                weights, whole, visible = _softmax(f, b, h, rows)
-                p = np.where(visible, np.exp(_scores(f, b, h, rows) - lse[:, None]), 0)
-                # A large lse rounds away the log of the denominator. So P is the softmax of these keys instead, unless
-                # lse is that of more keys than were passed.
-                mantissa = np.finfo(f.lse.dtype).nmant
-                complete = lse <= whole + np.abs(lse) * 2.0 ** (4 - mantissa)
-                p = np.where((complete & (np.abs(lse) > 2.0 ** (mantissa // 2 - 1)))[:, None], weights, p)
+                p, visible = probabilities(f, b, h)
                 delta = np.sum(grad_out * out, axis=1)
                 if problem.grad_lse is not None:
                     delta -= problem.grad_lse[(*b, h)]
-                kept = _kept(f, b, h, rows)
+                kept = dropout_factors(f, b, h, rows)
                 ds = np.where(visible, p * (grad_out @ value.T * kept - delta[:, None]), 0)
-                _add_to_bias(problem, (*b, h), ds)
+                add_to_bias(problem, (*b, h), ds)
                 if problem.sinks is not None and f.sinks is not None:
                     # A sink is one more key whose value is 0.
                     valid = np.isfinite(lse) & (rows < (f.L if f.query_lengths is None else f.query_lengths[b]))
@@ -99,13 +93,26 @@ def backward(problem: BackwardProblem) -> None:
                     ds = _through_mod(problem, rule, b, h, rows, ds)
                 if f.softcap is not None:
                     ds = np.where(visible, ds * (1 - np.tanh(f.scale * (query @ key.T) / f.softcap) ** 2), 0)
-                problem.query[(*b, h)] = f.scale * _weighted_sum(ds, key, visible)
-                sums[0][n] += f.scale * _weighted_sum(ds.T, query, visible.T)
-                sums[1][n] += _weighted_sum((p * kept).T, grad_out, (visible & (kept > 0)).T)
+                problem.query[(*b, h)] = f.scale * weighted_sum(ds, key, visible)
+                sums[0][n] += f.scale * weighted_sum(ds.T, query, visible.T)
+                sums[1][n] += weighted_sum((p * kept).T, grad_out, (visible & (kept > 0)).T)
             problem.key[b], problem.value[b] = sums
 
 
-def _with_dense_mask(p: Problem) -> Problem:
+def probabilities(f: Problem, b: Index, h: int) -> tuple[Array, Array]:
+    """Return the weights of one head by the lse that was passed, and which keys are visible."""
+    assert f.lse is not None
+    rows, lse = np.arange(f.L), _float64(f.lse[(*b, h)])
+    weights, whole, visible = _softmax(f, b, h, rows)
+    p = np.where(visible, np.exp(_scores(f, b, h, rows) - lse[:, None]), 0)
+    # A large lse rounds away the log of the denominator. So P is the softmax of these keys instead, unless lse is that
+    # of more keys than were passed.
+    mantissa = np.finfo(f.lse.dtype).nmant
+    complete = lse <= whole + np.abs(lse) * 2.0 ** (4 - mantissa)
+    return np.where((complete & (np.abs(lse) > 2.0 ** (mantissa // 2 - 1)))[:, None], weights, p), visible
+
+
+def with_dense_mask(p: Problem) -> Problem:
     """Expand a block mask to one element for each pair."""
     if p.blocks is None:
         return p
@@ -179,34 +186,34 @@ def _backward_of_parts(g: BackwardProblem, f: Problem) -> None:
 
 def _mod(problem: Problem, name: str, b: Index, h: int, rows: Array, *scores: Array) -> Array:
     """Call the plain Python function for every query row and key."""
-    function, batch = plain(getattr(problem, name), name), _number(problem, b)
+    function, batch = plain(getattr(problem, name), name), number_of(problem, b)
     mod_args = [x.astype(_WIDE[x.dtype.kind]) if isinstance(x, np.ndarray) else x for x in problem.mod_args]
 
     def one(i: int, j: int, *score: float) -> Any:
         return function(*score, batch, head, i, j, *mod_args)
 
-    head, i, j = _counted(problem, b, h, rows)
+    head, i, j = counted(problem, b, h, rows)
     result: Array = np.vectorize(one, otypes=[float if scores else bool])(i, j, *scores)
     return result
 
 
-def _number(problem: Problem, b: Index) -> int:
+def number_of(problem: Problem, b: Index) -> int:
     """The number of a sequence, row by row over the leading dimensions."""
     numbers = problem.origin.numbers(math.prod(problem.batch))
     return int(numbers[np.ravel_multi_index(b, problem.batch) if b else 0])
 
 
-def _counted(problem: Problem, b: Index, h: int, rows: Array) -> tuple[int, Array, Array]:
+def counted(problem: Problem, b: Index, h: int, rows: Array) -> tuple[int, Array, Array]:
     """Return head, positions (rows, 1) and keys (S,) as dropout and mods count them."""
     origin = problem.origin
-    return h + origin.head, _positions(problem, b, rows)[:, None] + origin.key, np.arange(problem.S) + origin.key
+    return h + origin.head, positions_of(problem, b, rows)[:, None] + origin.key, np.arange(problem.S) + origin.key
 
 
 def _through_mod(g: BackwardProblem, rule: Rule, b: Index, h: int, rows: Array, ds: Array) -> Array:
     """Differentiate the score_mod: add to the gradients of mod_args, and return the gradient of its score."""
     f = g.forward
-    head, i, j = _counted(f, b, h, rows)
-    arguments = {"score": _natural_scores(f, b, h, rows), "batch": _number(f, b), "head": head, "i": i, "j": j}
+    head, i, j = counted(f, b, h, rows)
+    arguments = {"score": natural_scores(f, b, h, rows), "batch": number_of(f, b), "head": head, "i": i, "j": j}
     if g.mod_args:
         program = rule.gradients(g.mod_grads or ())
         evaluation = Evaluation(program, f.mod_args, **arguments)
@@ -218,7 +225,7 @@ def _through_mod(g: BackwardProblem, rule: Rule, b: Index, h: int, rows: Array, 
     return np.where(ds == 0, 0, ds * slope)
 
 
-def _add_to_bias(problem: BackwardProblem, index: Index, ds: Array) -> None:
+def add_to_bias(problem: BackwardProblem, index: Index, ds: Array) -> None:
     """Add the gradient of the scores of one head to that of the bias, and sum where the bias was broadcast."""
     if problem.bias is None:
         return
@@ -241,14 +248,14 @@ def _of_sequence(x: Any, b: Index) -> int:
     return int(x[b]) if isinstance(x, np.ndarray) else int(x)
 
 
-def _positions(problem: Problem, b: Index, rows: Array) -> Array:
+def positions_of(problem: Problem, b: Index, rows: Array) -> Array:
     """Return the key position of each query row."""
     return rows + _of_sequence(problem.offset, b)
 
 
 def _visible(problem: Problem, b: Index, h: int, rows: Array) -> Array:
     """Return which keys each row may attend to, bool (rows, S)."""
-    i, p, j = rows[:, None], _positions(problem, b, rows)[:, None], np.arange(problem.S)
+    i, p, j = rows[:, None], positions_of(problem, b, rows)[:, None], np.arange(problem.S)
     visible = np.ones((len(rows), problem.S), bool)
     if problem.left is not None:
         visible &= p - j <= problem.left
@@ -268,7 +275,7 @@ def _visible(problem: Problem, b: Index, h: int, rows: Array) -> Array:
     return visible
 
 
-def _natural_scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
+def natural_scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
     """Return the scores after scale and softcap, float64 (rows, S)."""
     query, key = problem.query[(*b, h)][rows], problem.key[(*b, _key_head(problem, h))]
     query, scale = _float64(query), problem.scale
@@ -281,11 +288,11 @@ def _natural_scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
 
 def _scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
     """Return the scores, float64 (rows, S): scale, softcap, score_mod, ALiBi and bias, in this order."""
-    scores = _natural_scores(problem, b, h, rows)
+    scores = natural_scores(problem, b, h, rows)
     if problem.score_mod is not None:
         scores = _mod(problem, "score_mod", b, h, rows, scores)
     if problem.alibi_slopes is not None:
-        distance = np.abs(_positions(problem, b, rows)[:, None] - np.arange(problem.S))
+        distance = np.abs(positions_of(problem, b, rows)[:, None] - np.arange(problem.S))
         scores = scores - problem.alibi_slopes[(*b, h)] * distance
     if problem.bias is not None:
         scores = scores + _float64(problem.bias[(*b, h)][rows])
@@ -306,7 +313,7 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> Array:
     return np.stack(np.broadcast_arrays(*x))
 
 
-def _kept(problem: Problem, b: Index, h: int, rows: Array) -> Array:
+def dropout_factors(problem: Problem, b: Index, h: int, rows: Array) -> Array:
     """Return what dropout multiplies weights with, (rows, S): 0, or the inverse of the probability of being kept.
 
     Weight (i, j) has the half j % 2 of word j // 8 % 4 of the random words of its counter (position of i, group of j,
@@ -314,10 +321,10 @@ def _kept(problem: Problem, b: Index, h: int, rows: Array) -> Array:
     """
     if not problem.dropout:
         return np.ones((len(rows), problem.S))
-    sequence = _number(problem, b)
+    sequence = number_of(problem, b)
     j, seed = np.arange(problem.S), problem.seed % 2**64
     groups = np.arange(-(-problem.S // 32) * 4)
-    head, positions, _ = _counted(problem, b, h, rows)
+    head, positions, _ = counted(problem, b, h, rows)
     groups = groups + problem.origin.key // 8
     words = philox((positions & 0xFFFFFFFF, groups, head, sequence), (seed % 2**32, seed >> 32))
     of_key = words[j // 8 % 4, :, j // 32 * 4 + j // 2 % 4].T
@@ -344,7 +351,7 @@ def _softmax(problem: Problem, b: Index, h: int, rows: Array) -> tuple[Array, Ar
     return np.where(visible, exponentials / denominator, 0), lse[:, 0], visible
 
 
-def _weighted_sum(weights: Array, value: Array, visible: Array) -> Array:
+def weighted_sum(weights: Array, value: Array, visible: Array) -> Array:
     """Return ``weights @ value``, in which values that a row does not see add 0 even if they are NaN or infinite."""
     finite = np.isfinite(value)
     out: Array = weights @ np.where(finite, value, 0)

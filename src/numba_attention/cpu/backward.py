@@ -25,6 +25,7 @@ from .mods import call_tile
 from .params import PARAMS, STOPPED
 from .scoring import LOG2E, make_scoring
 from .scratch import areas_of, layout_of, views
+from .second import make_second
 from .simd import fetch, fetch_add, void_pointer
 from .softmax import (
     INVERSE,
@@ -70,8 +71,9 @@ def scratch(spec: Spec, E: int, Ev: int, sums: int) -> tuple[dict[str, int], int
 
     `sums` is how many bytes of dK and dV a thread keeps.
     """
-    _, offsets, size = layout_of(spec, E, Ev, sums)
-    return offsets, size, -(-E // spec.block[0]) * spec.block[0]
+    areas, offsets, size = layout_of(spec, E, Ev, sums)
+    depth = areas["out"].shape[0] if spec.task == "second" else -(-E // spec.block[0]) * spec.block[0]
+    return offsets, size, depth
 
 
 def make_worker(spec: Spec) -> Callable[[int, int], int]:
@@ -93,14 +95,15 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     grad_rows_of, grad_query_rows_of, grad_bias_rows_of, dirty_of = views(
         areas_of(spec), "grad_rows grad_query_rows grad_bias_rows dirty"
     )
-    place_rows, pack_rows, products, hides_all, _, score_tile, _ = make_scoring(spec)
+    scoring = make_scoring(spec)
+    place_rows, pack_rows, products, hides_all, _, score_tile, _ = scoring
     list_of, tile_of, runs_of, clip = make_visible(spec)
     mm_query = micro_kernel(spec, "output", bf16_dot=False)
     gather = tiles.gather_tile(spec, element)
     widen = tiles.widen_tile(spec)
     write_tile = tiles.scatter_tile(spec)
     has_nan, drop_nonfinite = tiles.has_nan(spec), tiles.drop_nonfinite(spec)
-    differentiate_softmax, multiply, row_sums = softmax_gradient(spec), multiply_tile(spec), row_products(spec)
+    differentiate_softmax, row_sums = softmax_gradient(spec), row_products(spec)
     scale_scores, multiply_kept = stages.multiply(spec), multiply_tile(spec, keeps_zero=True)
     tile_max, step_softmax = stages.tile_max(spec), softmax_step(spec, pairs=False)
     carry_denominator, carry, add_tiles = second_level(spec), second_level(spec, online=False), add_two_tiles(spec)
@@ -302,7 +305,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         if p.tiny != 0:
             scale_scores(grad_scores, n, real(p.gradient_prescale))
         if p.cap_outer != 0:
-            multiply(grad_scores, n, at + p.at_cap_slopes)
+            multiply_kept(grad_scores, n, at + p.at_cap_slopes)
         add_query_gradient(p, s, at, head, j0, n, nan_safe)
         if nan_safe:
             return
@@ -311,17 +314,39 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         add(value_sums + j0 * p.Ev_padded * size, weights, at + p.at_grad_copy, n, p.Ev_padded)
 
     @spec.jit
+    def begin(p: Any, at: int) -> None:
+        """Clear dQ of the tile's rows."""
+        grad_query_of(p, at)[: p.out_depth] = 0
+
+    @spec.jit
+    def rows_of(p: Any) -> int:
+        """Rows of the tile of sums that grows with the keys."""
+        rows: int = p.E
+        return rows
+
+    @spec.jit
+    def finish(p: Any, s: Any, at: int, first_row: int) -> None:
+        """Nothing is left to be done when all keys have been visited."""
+
+    @spec.jit
+    def wants_gradients(p: Any) -> bool:
+        return True
+
+    if spec.task == "second":
+        own = make_second(spec, scoring, bytes_of, load_rows, lose_scores, spread_nan)
+        bytes_of, load_rows, begin, visit_keys, rows_of, finish, wants_gradients = own
+
+    @spec.jit
     def carry_gradient(p: Any, at: int, first: bool) -> None:
         """Move the sums of dQ over the last tiles of keys to the second level."""
         if first:
-            high_of(p, at)[: p.E] = 0
-            low_of(p, at)[: p.E] = 0
-        carry(at + p.at_out, p.E, at + p.at_high, at + p.at_low, at + p.at_state, real(1))
+            high_of(p, at)[: rows_of(p)] = 0
+            low_of(p, at)[: rows_of(p)] = 0
+        carry(at + p.at_out, rows_of(p), at + p.at_high, at + p.at_low, at + p.at_state, real(1))
 
     @spec.jit
     def visit_rows(p: Any, s: Any, at: int, head: int, first_row: int, group: int, sums: int, mod_sums: int) -> None:
         """One tile of queries: dQ of its rows, and their part of dK and dV."""
-        grad_query = grad_query_of(p, at)
         state = state_of(p, at)
         listed = list_of(p, s, head, first_row // BM)
         seen = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
@@ -333,7 +358,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         dirty = load_rows(p, s, at, first_row) or dirty
         nan_safe = False
         while True:
-            grad_query[: p.out_depth] = 0
+            begin(p, at)
             visited = 0
             first_run, last_run = runs_of(p, listed, start)
             for run in range(first_run, last_run):
@@ -350,11 +375,14 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                             carry_gradient(p, at, visited == LEVEL)
             if visited >= LEVEL:
                 carry_gradient(p, at, False)
-                add_tiles(at + p.at_out, at + p.at_high, at + p.at_low, p.E)
+                add_tiles(at + p.at_out, at + p.at_high, at + p.at_low, rows_of(p))
             # NaN-safe retry, as in the forward pass: a key with NaN spoils dQ of rows that do not see it, by 0 * NaN.
-            if nan_safe or not has_nan(at + p.at_out, p.E):
+            if nan_safe or not has_nan(at + p.at_out, rows_of(p)):
                 break
             nan_safe = True
+        finish(p, s, at, first_row)
+        if not wants_gradients(p):
+            return
         state[TILE_MAX] = real(p.gradient_scale)
         write_tile(at + p.at_out, at + p.at_grad_query_rows, 0, item_size, p.E, at + p.at_state + TILE_MAX * row_bytes)
 
@@ -397,6 +425,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def write_keys(p: Any, s: Any, head: int, sums: int) -> None:
         """DK and dV of a head, from its sums."""
+        if not wants_gradients(p):
+            return
         key = p.grad_key + s.grad_key + head * p.grad_key_head
         write_rows(p, key, p.grad_key_row, s.key_rows, p.E, sums, p.E_padded * size, real(p.gradient_scale))
         sums += (s.key_rows + SUM_ROWS) * p.E_padded * size

@@ -5,8 +5,9 @@ of a second. A program is straight-line code (`mods.program`), of which one vect
 what does not depend on the key is computed once for all keys of a tile, what does not depend on the row once for all
 rows.
 
-Tasks: "score" replaces scores; "slope" also writes their derivatives, and "kept" also the scores as they were; "mask"
-hides scores; "gradients" adds to the gradients of arrays; "bits" writes the bits of a mask, for lists of tiles.
+Tasks: "score" replaces scores; "slope" also writes their derivatives, "kept" also the scores as they were, and "curve"
+also their second derivatives; "mask" hides scores; "gradients" adds to the gradients of arrays; "bits" writes the bits
+of a mask, for lists of tiles.
 """
 
 from collections.abc import Callable
@@ -35,11 +36,12 @@ from .simd import (
     splat,
 )
 
-TASKS = ("score", "slope", "kept", "mask", "gradients", "bits")
+TASKS = ("score", "slope", "kept", "curve", "mask", "gradients", "bits")
 # What a pass is called with. `data` is the record of the arguments (`backends.rules`). `tile` has n rows of scores, of
 # keys from j0 on; "bits" writes n words there. `positions` and `heads` are the tables of the tile's rows, and for
 # "bits" the first position and the number of rows; heads begin at `head`. `second` and `third` are tiles: of slopes
-# and of kept scores ("slope", "kept"); the kept scores and the address of the sums ("gradients").
+# and of kept scores or second slopes ("slope", "kept", "curve"); the kept scores and the address of the sums
+# ("gradients").
 ARGUMENTS = "data tile n j0 batch head positions heads second third unit:f64"
 TILE = (types.int64,) * 10 + (types.float64,)
 BITS_ROWS = 64  # rows and keys of a tile of bits
@@ -302,6 +304,8 @@ class _Pass(Instructions):
             put(results[1], self.second)
         if self.task == "kept":
             put(score, self.third)
+        if self.task == "curve":
+            put(results[2], self.third)
 
     def _write_bits(self, b: Builder, j: Value, v: Value) -> None:
         W = self.W

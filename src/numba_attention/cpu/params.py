@@ -16,7 +16,7 @@ ADDRESSES = (
     "counter", "scratch", "sequences", "lse", "bias", "mask", "slopes", "sinks", "chosen", "visible", "seed",
     "score_mod", "mask_mod", "mod_data",
     "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias", "delta",
-    "mod_gradient", "mod_sums",
+    "second", "mod_gradient", "mod_sums",
     "members", "counts", "partial",
 )  # fmt: skip
 INTEGERS = (
@@ -43,6 +43,19 @@ REALS = ("prescale", "rest", "unit", "cap_inner", "cap_outer", "gradient_prescal
 
 # Addresses of the arrays of lists of visible tiles, for calls with a block mask: see `masks.lists`.
 LISTS = np.dtype([(name, np.int64) for name in ("first", "starts", "runs", "words", "order")])
+
+# Derivatives along a direction (`cpu.second`): addresses of the tangents, 0 for those that are 0, and their strides;
+# flags of what is wanted; and arrays of one number, or one row, for each row of each head of each sequence.
+TANGENTS = ("query", "key", "value", "bias", "grad_out")
+OFFSETS = np.dtype([(name, np.int64) for name in TANGENTS])  # byte offsets of a sequence
+SECOND = np.dtype([
+    (name, np.int64)
+    for name in (
+        *TANGENTS,
+        *(f"{name}_{axis}" for name in TANGENTS for axis in ("head", "row", "column")),
+        "offsets", "of_results", "of_gradients", "out_tangent", "lse_tangent", "delta_tangent", "score_sums",
+    )
+])  # fmt: skip
 
 STOPPED = 2**62  # value of the work counter that cancels a call: no item is left, and those begun are abandoned
 NEVER = 2**62  # a position beyond every other

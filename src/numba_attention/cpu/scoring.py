@@ -58,7 +58,8 @@ def make_scoring(spec: Spec) -> Scoring:
     real: Any = vector.dtype
     integer: Any = np.int32 if vector.bits == 32 else np.int64
     infinity = math.inf
-    biases, differentiates, quantized = len(bias_elements(spec)), spec.task == "backward", spec.quantized
+    biases, quantized = len(bias_elements(spec)), spec.quantized
+    differentiates, twice = spec.task in ("backward", "second"), spec.task == "second"
     chain = 2 * FEATURES if bf16_dot else FEATURES
 
     mm_first = micro_kernel(spec, "product" if differentiates else "scores")
@@ -69,7 +70,7 @@ def make_scoring(spec: Spec) -> Scoring:
     gather_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[0]])
     gather_other_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[-1]])
     has_visible = tiles.has_visible(spec)
-    softcap, cap_slope = stages.softcap(spec), stages.cap_slope(spec)
+    softcap, cap_slope, cap_slopes = stages.softcap(spec), stages.cap_slope(spec), stages.cap_slopes(spec)
     multiply, alibi = stages.multiply(spec), stages.alibi(spec)
     add_bias, hide, hide_bits = stages.add_bias(spec), stages.hide(spec), stages.hide_bits(spec)
     clip_interval, tile_max = stages.clip_interval(spec), stages.tile_max(spec)
@@ -225,7 +226,9 @@ def make_scoring(spec: Spec) -> Scoring:
             factor = natural
         if p.cap_outer != 0:
             softcap(scores, n, real(p.cap_inner), real(p.cap_outer))
-            if differentiates:
+            if twice:
+                cap_slopes(scores, n, real(1 / p.cap_outer), at + p.at_cap_slopes, at + p.at_cap_curves)
+            elif differentiates:
                 cap_slope(scores, n, real(1 / p.cap_outer), at + p.at_cap_slopes)
             factor = natural
         if p.score_mod != 0:

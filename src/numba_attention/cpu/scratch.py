@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .simd import HOST
-from .softmax import ROWS
+from .softmax import ROWS, SECOND_ROWS
 from .spec import Spec
 from .views import UNBOUNDED, view_of
 
@@ -70,7 +70,7 @@ def _of_scoring(spec: Spec, E: int) -> dict[str, Area]:
         "lane_heads": table,
         "key_scale_rows": table,
         "value_scale_rows": table,
-        "hidden": Area((BN if spec.task != "backward" else 0, BM), np.uint8),
+        "hidden": Area((BN if spec.task in ("forward", "weights", "decode") else 0, BM), np.uint8),
     }
 
 
@@ -127,6 +127,35 @@ def _of_backward(spec: Spec, E: int, Ev: int, sums: int) -> dict[str, Area]:
     }
 
 
+def _of_second(spec: Spec, E: int, Ev: int, sums: int) -> dict[str, Area]:
+    BM, BN, MR, real = spec.query_tile, spec.key_tile, spec.block[0], spec.vector.dtype
+    tile, table = Area((BN, BM), real), Area((BM,), np.int64)
+    sizes = {name: -(-n // MR) * MR for name, n in (("E", E), ("Ev", Ev))}
+    both = Area((sizes["E"] + sizes["Ev"], BM), real)  # the tangents of dQ, then those of the outputs
+    return _of_backward(spec, E, Ev, sums) | {
+        "out": both,
+        "high": both,
+        "low": both,
+        "wide_keys": Area((BN * max(E, Ev),), real),
+        "spare": Area((max(E, Ev, BM),), real),
+        "second_state": Area((SECOND_ROWS, BM), real),
+        "cap_curves": tile,
+        "kept": tile,
+        "moved_scores": tile,
+        "moved_weights": tile,
+        "moved_grads": tile,
+        "outputs": Area((Ev, BM), real),
+        "tangent_queries": Area((E, BM), real),
+        "grad_tangents": Area((Ev, BM), real),
+        "tangent_query_copy": Area((BM * padded(spec, E),), real),
+        "grad_tangent_copy": Area((BM * padded(spec, Ev),), real),
+        "tangent_query_rows": table,
+        "grad_tangent_rows": table,
+        "tangent_bias_rows": table,
+        "out_tangent_rows": table,
+    }
+
+
 def areas_of(spec: Spec, E: int = UNBOUNDED, Ev: int = UNBOUNDED, sums: int = 0) -> dict[str, Area]:
     """The areas of a kernel; their names are the same for all kernels of a task.
 
@@ -140,6 +169,8 @@ def areas_of(spec: Spec, E: int = UNBOUNDED, Ev: int = UNBOUNDED, sums: int = 0)
     """
     if spec.task == "decode":
         return _of_decode(spec, E, Ev)
+    if spec.task == "second":
+        return _of_second(spec, E, Ev, sums)
     return _of_backward(spec, E, Ev, sums) if spec.task == "backward" else _of_forward(spec, E, Ev)
 
 
@@ -172,5 +203,5 @@ def views(areas: dict[str, Area], names: str, kind: Any = None) -> list[Any]:
     return result
 
 
-TASKS = ("forward", "decode", "backward")
+TASKS = ("forward", "decode", "backward", "second")
 NAMES = tuple(dict.fromkeys(name for task in TASKS for name in areas_of(Spec("float32", HOST, task), 0, 0)))

@@ -24,6 +24,8 @@ from .spec import Spec
 
 # Rows of the state scratch, each one vector block of query_tile values.
 TILE_MAX, MAX, SUM, RESCALE, INVERSE, SLOPE, POSITION, FIRST, SPAN, BEFORE, SUM_HIGH, SUM_LOW, ROWS = range(13)
+# Rows of a state besides, of derivatives along a direction: dlse, the tangent of delta, the sums of P ds and of dD.
+MU, DELTA_TANGENT, SUM_MOVED, SUM_MOVED_GRADS, SECOND_ROWS = range(5)
 LEVEL = 64  # tiles of keys whose sum is then added to a second, compensated level
 SLACK = 2.0**-6  # binary logarithm of how far a recomputed weight may exceed 1, before its rounding
 SUM_ROWS = 8  # rows of a tile that a micro-kernel of role "sum" takes at once, at most
@@ -312,6 +314,78 @@ def softmax_gradient(spec: Spec) -> Any:
         loop(b, missing, end, clear)
 
     return routine(f"scores grads n state factor:{_real(spec)}", build)
+
+
+def moved_weights(spec: Spec, of_gradients: bool) -> Any:
+    """Make ``move(scores, moved, target, grads, moved_grads, n, state, second, factor)``: weights and what they become.
+
+    Along a direction in which scores move by ds, `moved`, the weights P = 2**((s - m) * factor) * inverse move by
+    P (ds - mu), `target`, which may be where `moved` is. If `of_gradients`, the gradients dP of P at `grads` become
+    D = P (dP - delta), and their tangents ddP at `moved_grads` become P (ds - mu) (dP - delta) + P (ddP - ddelta).
+    m, inverse and delta are rows of the state as in `softmax_gradient`, mu and ddelta rows of the second state, to
+    which the sums of P (ds - mu) and of the tangents of D are added. A weight of exactly 0 makes all of them 0. Rows up
+    to the next multiple of `SUM_ROWS` become 0.
+    """
+    vector = spec.vector
+    NV = spec.block[1]
+    width = vector.bytes * vector.width
+    row_bytes = NV * width
+    zero = vector.const(0.0)
+
+    def build(
+        b: Builder, scores: Value, moved: Value, target: Value, grads: Value, moved_grads: Value, n: Value,
+        state: Value, second: Value, factor: Value,
+    ) -> None:  # fmt: skip
+        px, ps = pointer(b, state), pointer(b, second)
+        exponential = _exponential(spec, b, factor, False)
+        slack = vector.splat(b, b.fdiv(ir.Constant(vector.element, SLACK), factor))
+        highest, inverse, delta = (
+            [vector.load(b, px, row * row_bytes + v * width) for v in range(NV)] for row in (MAX, INVERSE, SUM)
+        )
+        mu, moved_delta = (
+            [vector.load(b, ps, row * row_bytes + v * width) for v in range(NV)] for row in (MU, DELTA_TANGENT)
+        )
+        sums = SUM_MOVED, SUM_MOVED_GRADS
+
+        def body(i: Value, carried: list[Value]) -> list[Value]:
+            places, totals = carried[:5], carried[5:]
+            row, source, out, grad, moved_grad = places
+            for v in range(NV):
+                difference = vector.min(b, slack, b.fsub(vector.load(b, row, v * width), highest[v]))
+                p = b.fmul(exponential(difference), inverse[v])
+                is_zero = b.fcmp_ordered("==", p, zero)
+                vector.store(b, p, row, v * width)
+                change = b.fmul(p, b.fsub(vector.load(b, source, v * width), mu[v]))
+                change = b.select(is_zero, zero, change)
+                vector.store(b, change, out, v * width)
+                totals[v] = b.fadd(totals[v], change)
+                if of_gradients:
+                    off = b.fsub(vector.load(b, grad, v * width), delta[v])
+                    d = b.select(is_zero, zero, b.fmul(p, off))
+                    moved_off = b.fsub(vector.load(b, moved_grad, v * width), moved_delta[v])
+                    moved_d = vector.fma(b, p, moved_off, b.fmul(change, off))
+                    moved_d = b.select(is_zero, zero, moved_d)
+                    vector.store(b, d, grad, v * width)
+                    vector.store(b, moved_d, moved_grad, v * width)
+                    totals[NV + v] = b.fadd(totals[NV + v], moved_d)
+            return [*(at(b, x, row_bytes) for x in places), *totals]
+
+        def clear(i: Value, carried: list[Value]) -> list[Value]:
+            for x in (carried[0], *carried[2:]) if of_gradients else (carried[0], carried[2]):
+                for v in range(NV):
+                    vector.store(b, zero, x, v * width)
+            return [at(b, x, row_bytes) for x in carried]
+
+        first = [pointer(b, x) for x in (scores, moved, target, grads, moved_grads)]
+        count = 2 * NV if of_gradients else NV
+        end = loop(b, n, [*first, *[zero] * count], body)
+        for k, total in enumerate(end[5:]):
+            place = sums[k // NV] * row_bytes + k % NV * width
+            vector.store(b, b.fadd(vector.load(b, ps, place), total), ps, place)
+        missing = b.and_(b.sub(I64(0), n), I64(SUM_ROWS - 1))
+        loop(b, missing, end[:5], clear)
+
+    return routine(f"scores moved target grads moved_grads n state second factor:{_real(spec)}", build)
 
 
 def row_products(spec: Spec) -> Any:

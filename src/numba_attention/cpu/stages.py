@@ -99,6 +99,126 @@ def cap_slope(spec: Spec) -> Any:
     return routine(f"scores n inverse:{_real(spec)} slopes", build)
 
 
+def cap_slopes(spec: Spec) -> Any:
+    """Make ``slopes(scores, n, inverse, first, second)``: both derivatives of `softcap`, where it was s.
+
+    With t = s * inverse they are 1 - t**2 and -2 t (1 - t**2) * inverse.
+    """
+
+    def build(b: Builder, scores: Value, n: Value, inverse: Value, first: Value, second: Value) -> None:
+        vector = spec.vector
+        x, one = vector.splat(b, inverse), vector.const(1.0)
+        double = b.fmul(x, vector.const(-2.0))
+        bases, width = [pointer(b, first), pointer(b, second)], vector.bytes * vector.width
+
+        def body(b: Builder, j: Value, v: int, s: Value) -> Value:
+            t = b.fmul(s, x)
+            slope = vector.fma(b, b.fneg(t), t, one)
+            offset = b.add(b.mul(j, I64(spec.block[1] * width)), I64(v * width))
+            store(b, slope, bases[0], offset, align=vector.bytes)
+            store(b, b.fmul(b.fmul(double, t), slope), bases[1], offset, align=vector.bytes)
+            return s
+
+        _tile_pass(spec, b, scores, n, body)
+
+    return routine(f"scores n inverse:{_real(spec)} first second", build)
+
+
+def _of_tiles(spec: Spec, names: str, body: Callable[..., list[Value]]) -> Any:
+    """Make ``op(*tiles, n)``: each vector of the first tiles is replaced by what body(b, *vectors) returns."""
+
+    def build(b: Builder, *arguments: Value) -> None:
+        vector = spec.vector
+        width = vector.bytes * vector.width
+        *tiles, n = arguments
+
+        def step(j: Value, carried: list[Value]) -> list[Value]:
+            for v in range(spec.block[1]):
+                results = body(b, *(vector.load(b, p, v * width) for p in carried))
+                for x, p in zip(results, carried, strict=False):
+                    vector.store(b, x, p, v * width)
+            return [at(b, p, spec.block[1] * width) for p in carried]
+
+        loop(b, n, [pointer(b, x) for x in tiles], step)
+
+    return routine(f"{names} n", build)
+
+
+def chain_slopes(spec: Spec) -> Any:
+    """Make ``chain(first, second, of_outer, of_of_outer, n)``: both derivatives of f(c), from those of c and of f.
+
+    They are f' c' and f'' c'**2 + f' c''.
+    """
+
+    def body(b: Builder, first: Value, second: Value, outer: Value, curve: Value) -> list[Value]:
+        bent = spec.vector.fma(b, b.fmul(curve, first), first, b.fmul(outer, second))
+        return [b.fmul(outer, first), bent]
+
+    return _of_tiles(spec, "first second of_outer of_of_outer", body)
+
+
+def moved_scores(spec: Spec) -> Any:
+    """Make ``move(target, products, slopes, n)``: target = products * slopes, 0 where a slope is 0."""
+    zero = spec.vector.const(0.0)
+
+    def body(b: Builder, target: Value, x: Value, slope: Value) -> list[Value]:
+        return [b.select(b.fcmp_ordered("==", slope, zero), zero, b.fmul(x, slope))]
+
+    return _of_tiles(spec, "target products slopes", body)
+
+
+def shift(spec: Spec) -> Any:
+    """Make ``shift(target, scores, other, n)``: target = scores + other."""
+    return _of_tiles(spec, "target scores other", lambda b, target, x, y: [b.fadd(x, y)])
+
+
+def through_slopes(spec: Spec) -> Any:
+    """Make ``through(grads, moved_grads, products, first, second, n)``: gradients of products from those of scores.
+
+    D becomes h' D, and its tangent h' dD + h'' dz D; a factor of exactly 0 makes a term 0, whatever the others are.
+    """
+    zero = spec.vector.const(0.0)
+
+    def times(b: Builder, x: Value, y: Value) -> Value:
+        nothing = b.or_(b.fcmp_ordered("==", x, zero), b.fcmp_ordered("==", y, zero))
+        return b.select(nothing, zero, b.fmul(x, y))
+
+    def body(b: Builder, d: Value, moved: Value, z: Value, first: Value, second: Value) -> list[Value]:
+        return [times(b, d, first), b.fadd(times(b, moved, first), times(b, times(b, second, d), z))]
+
+    return _of_tiles(spec, "grads moved_grads products first second", body)
+
+
+def drop_where(spec: Spec) -> Any:
+    """Make ``drop(tile, kept, n)``: 0 where `kept` is 0."""
+    zero = spec.vector.const(0.0)
+
+    def body(b: Builder, x: Value, kept: Value) -> list[Value]:
+        return [b.select(b.fcmp_ordered("==", kept, zero), zero, x)]
+
+    return _of_tiles(spec, "tile kept", body)
+
+
+def subtract_rows(spec: Spec) -> Any:
+    """Make ``subtract(tile, other, n, lanes)``: tile -= other * lanes, one factor for each lane."""
+
+    def build(b: Builder, tile: Value, other: Value, n: Value, lanes: Value) -> None:
+        vector = spec.vector
+        width = vector.bytes * vector.width
+        factor = [b.fneg(vector.load(b, pointer(b, lanes), v * width)) for v in range(spec.block[1])]
+
+        def step(j: Value, carried: list[Value]) -> list[Value]:
+            p, q = carried
+            for v in range(spec.block[1]):
+                x = vector.fma(b, vector.load(b, q, v * width), factor[v], vector.load(b, p, v * width))
+                vector.store(b, x, p, v * width)
+            return [at(b, x, spec.block[1] * width) for x in carried]
+
+        loop(b, n, [pointer(b, tile), pointer(b, other)], step)
+
+    return routine("tile other n lanes", build)
+
+
 def alibi(spec: Spec) -> Any:
     """Make ``lean(scores, n, state, factor)``: s = s * factor - slope * |position - j|, both relative to the tile."""
 

@@ -44,6 +44,7 @@ class Rule:
             own = lower(self._b, SCORE, plain(derivative, "derivative"), arguments, values)
             self._slope, self.reads = own.output, _absolute(lowered.reads, own.reads, derivative)
         self._with_slope: Program | None = None
+        self._with_curve: Program | None = None
         self._gradients: dict[tuple[int, ...], Program] = {}
         self.kernels: dict[Any, Any] = {}
         self.bounds: set[Bound] = self.program.bounds | (set() if self._slope is None else self.with_slope.bounds)
@@ -55,6 +56,14 @@ class Rule:
             own = slope(self._b, self._output) if self._slope is None else self._slope
             self._with_slope = self._b.program([self._output, own])
         return self._with_slope
+
+    @property
+    def with_curve(self) -> Program:
+        """The score and its first and second derivative with respect to the score; at kinks the second is 0."""
+        if self._with_curve is None:
+            first = slope(self._b, self._output) if self._slope is None else self._slope
+            self._with_curve = self._b.program([self._output, first, slope(self._b, first)])
+        return self._with_curve
 
     def gradients(self, places: tuple[int, ...]) -> Program:
         """The derivatives with respect to each read of the arrays at these places of `mod_args`."""

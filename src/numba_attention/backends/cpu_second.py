@@ -1,0 +1,107 @@
+"""Derivatives along a direction of the CPU backend: the record of the direction, and what is a number for each row."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..cpu.params import OFFSETS, SECOND, TANGENTS
+from ..options import Array
+from ..problem.dense import Problem
+from ..problem.second import Direction, SecondProblem
+from . import cpu_backward
+from .records import address_of, compact, offsets_of, room_for, stored, strides_of
+
+_FULL = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def run(problem: SecondProblem) -> None:
+    """Write what the kind of the problem asks for."""
+    p = problem.gradient.forward
+    if p.query.dtype not in _FULL:
+        _run_widened(problem)
+        return
+    of_results, of_gradients = problem.kind != "closed", problem.kind != "jvp"
+    g, u = problem.gradient, problem.direction
+    if of_results:
+        problem.lse_tangent[...] = 0 if u.sinks is None else _times(problem.sink_weights, u.sinks[:, None])
+    moved_delta = None if of_results else _moved_delta(problem)
+    record = np.zeros(1, SECOND)
+    own = {name: getattr(u, name) for name in TANGENTS[:4]} | {"grad_out": problem.grad_out_tangent}
+    if u.bias is not None:
+        own["bias"] = compact(u.bias, problem.lse_tangent.dtype)
+    offsets = np.zeros(math.prod(p.batch), OFFSETS)
+    for name, array in own.items():
+        if array is not None and array.size:
+            record[name] = address_of(array)
+            offsets[name] = offsets_of(array, p.batch)
+            for field, stride in strides_of(name, array, len(p.batch)).items():
+                record[field] = stride
+    record["offsets"], record["of_results"], record["of_gradients"] = address_of(offsets), of_results, of_gradients
+    for name, array in (
+        ("out_tangent", problem.out_tangent), ("lse_tangent", problem.lse_tangent), ("delta_tangent", moved_delta),
+        ("score_sums", problem.score_sums),
+    ):  # fmt: skip
+        record[name] = address_of(array)
+    kept = (offsets, own, moved_delta)
+    delta = cpu_backward.run(
+        g if of_gradients else replace(g, bias_shape=None), cpu_backward.Along(record, of_gradients, kept)
+    )
+    if of_gradients and p.sinks is not None and delta is not None:
+        g.sinks = _of_sinks(problem, p, delta, moved_delta)
+
+
+def _times(weights: Array, x: Any) -> Array:
+    """A weight of 0 gives 0, whatever it is multiplied by."""
+    with np.errstate(all="ignore"):
+        product: Array = np.where(weights == 0, 0, weights * x)
+    return product
+
+
+def _moved_delta(problem: SecondProblem) -> Array:
+    """The tangents of rowsum(dO * O) - dlse."""
+    g = problem.gradient
+    real = problem.lse_tangent.dtype
+    with np.errstate(all="ignore"):
+        total = np.einsum("...e,...e->...", g.grad_out, problem.out_tangent, dtype=real)
+        if problem.grad_out_tangent is not None:
+            total = total + np.einsum("...e,...e->...", problem.grad_out_tangent, g.forward.out, dtype=real)
+        if problem.grad_lse_tangent is not None:
+            total = total - problem.grad_lse_tangent
+    return np.ascontiguousarray(total, real)
+
+
+def _of_sinks(problem: SecondProblem, p: Problem, delta: Array, moved_delta: Array | None) -> Array:
+    """The tangent of the gradient of the sinks, from numbers of the rows: a sink is one more key, whose value is 0."""
+    moved: Any = 0.0 if problem.direction.sinks is None else problem.direction.sinks[:, None]
+    with np.errstate(all="ignore"):
+        change = moved * delta
+        if moved_delta is not None:
+            change = (moved - problem.lse_tangent) * delta + moved_delta
+    parts = _times(problem.sink_weights, change)
+    total: Array = -parts.sum(axis=-1).sum(axis=tuple(range(p.out.ndim - 3)))
+    return total.astype(delta.dtype)
+
+
+def _run_widened(problem: SecondProblem) -> None:
+    """Compute half types by float32 copies of the inputs: what a derivative loses by rounding, it loses here once."""
+    g, u = problem.gradient, problem.direction
+    p = g.forward
+
+    def wide(x: Array | None) -> Any:
+        return None if x is None else compact(x, np.float32)
+
+    forward = replace(p, query=wide(p.query), key=wide(p.key), value=wide(p.value), out=wide(p.out))
+    results: dict[str, Any] = {name: room_for(getattr(g, name), np.float32) for name in ("query", "key", "value")}
+    single = replace(
+        problem,
+        gradient=replace(g, forward=forward, grad_out=wide(g.grad_out), **results),
+        direction=Direction(wide(u.query), wide(u.key), wide(u.value), wide(u.bias), u.sinks),
+        grad_out_tangent=wide(problem.grad_out_tangent),
+    )
+    run(single)
+    if problem.kind != "jvp":
+        for name, result in results.items():
+            stored(getattr(g, name))[...] = stored(result)
+        g.bias, g.sinks = single.gradient.bias, single.gradient.sinks

@@ -1,0 +1,369 @@
+"""Derivatives of `attention` along a direction, and derivatives of its gradients."""
+
+from __future__ import annotations  # short types in help()
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Unpack
+
+import numpy as np
+
+from .backends import Backend, second_derivatives, select
+from .merging import merge_jvp as _merge_jvp
+from .options import Array, Gradients, OptionArguments, SecondGradients, Tangents, gather, takes_options
+from .problem.dense import build, finish
+from .problem.second import SecondProblem, add_tangents, build_jvp, build_second
+
+
+@takes_options()
+def attention_jvp(
+    tangents: Gradients,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    out: Array | None = None,
+    lse: Array | None = None,
+    backend: str | None = None,
+    **options: Unpack[OptionArguments],
+) -> Tangents:
+    r"""Derivative of `attention` along a direction: a Jacobian-vector product, in linear memory.
+
+    Parameters
+    ----------
+    tangents : Gradients
+        The direction (query, key, value, bias, sinks): each of the shape and dtype of its input, None for 0.
+    query, key, value : ndarray
+        As in `attention`.
+    out, lse : ndarray, shape (..., H, L, Ev) and (..., H, L), optional
+        What `attention` returned, if it is known: pass both or neither.
+    **options
+        As in `attention`.
+    backend : {"auto", "cpu", "reference"}, optional
+        As in `attention`.
+
+    Returns
+    -------
+    Tangents
+        Named tuple (out, lse, out_tangent, lse_tangent), of the shapes and dtypes of `out` and `lse`. A row that may
+        attend to nothing has tangents of 0.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendUnavailableError
+        As in `attention`.
+    NotImplementedError
+        The backend "cuda" was chosen, or a tangent for `mod_args` was given.
+
+    See Also
+    --------
+    attention_backward_jvp : the derivative of the gradients along a direction.
+    attention_double_backward : the same in reverse mode.
+
+    Notes
+    -----
+    With ``dS = scale (dQ K.T + Q dK.T) + dbias`` the tangents are ``dlse = rowsum(P * dS)`` and
+    ``dO = (P * dS) V + P dV - dlse * O``: five products for each pair of a query and a key, where `attention` takes
+    two. See the page "Second derivatives".
+
+    References
+    ----------
+    .. [1] Baydin et al., "Automatic Differentiation in Machine Learning: a Survey", 2018, section 3.1.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention as na
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v, dq = rng.standard_normal((4, 2, 10, 8))
+    >>> moved = na.attention_jvp(na.Gradients(dq, None, None), q, k, v)
+    >>> difference = (na.attention(q + 1e-5 * dq, k, v) - na.attention(q - 1e-5 * dq, k, v)) / 2e-5
+    >>> bool(np.allclose(moved.out_tangent, difference))
+    True
+    """
+    settings = gather(attention_jvp, options)
+    chosen = select(backend, query, key, value)
+    second = second_derivatives(chosen)
+    if (out is None) != (lse is None):
+        raise ValueError("out and lse must both be given or both be None")
+    forward = None
+    if out is None or lse is None:
+        forward = build(query, key, value, settings, None, True)
+        assert forward.result_lse is not None
+        out, lse = forward.result, forward.result_lse
+    problem = build_jvp(tangents, query, key, value, out, lse, settings)
+    if forward is not None:
+        chosen.forward(forward)
+    second.run(problem)
+    return Tangents(out, lse, *_tangents(problem))
+
+
+@takes_options()
+def attention_backward_jvp(
+    tangents: Gradients,
+    grad_out: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    out: Array,
+    lse: Array,
+    out_tangent: Array,
+    lse_tangent: Array,
+    *,
+    grad_lse: Array | None = None,
+    grad_out_tangent: Array | None = None,
+    grad_lse_tangent: Array | None = None,
+    backend: str | None = None,
+    **options: Unpack[OptionArguments],
+) -> tuple[Gradients, Gradients]:
+    r"""Gradients of `attention` and their derivative along a direction: a Hessian-vector product, in linear memory.
+
+    Parameters
+    ----------
+    tangents : Gradients
+        The direction (query, key, value, bias, sinks): each of the shape and dtype of its input, None for 0.
+    grad_out, query, key, value, out, lse
+        As in `attention_backward`.
+    out_tangent, lse_tangent : ndarray, shape (..., H, L, Ev) and (..., H, L)
+        What `attention_jvp` returned for this direction.
+    grad_lse : ndarray, shape (..., H, L), optional
+        As in `attention_backward`.
+    grad_out_tangent, grad_lse_tangent : ndarray, optional
+        Tangents of `grad_out` and `grad_lse`, where these move too.
+    **options
+        What `attention` was called with.
+    backend : {"auto", "cpu", "reference"}, optional
+        As in `attention`.
+
+    Returns
+    -------
+    gradients, tangents : Gradients
+        What `attention_backward` returns, and its derivative along the direction.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendUnavailableError, NotImplementedError
+        As in `attention_jvp`.
+
+    See Also
+    --------
+    attention_double_backward : the same product where the gradients have cotangents.
+
+    Notes
+    -----
+    Seventeen products for each pair of a query and a key, five of them for the gradients themselves.
+
+    References
+    ----------
+    .. [1] Pearlmutter, "Fast Exact Multiplication by the Hessian", 1994.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention as na
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v, dq, g = rng.standard_normal((5, 2, 10, 8))
+    >>> u = na.Gradients(dq, None, None)
+    >>> moved = na.attention_jvp(u, q, k, v)
+    >>> grads, tangents = na.attention_backward_jvp(u, g, q, k, v, *moved)
+    >>> def gradient(t):
+    ...     out, lse = na.attention(q + t * dq, k, v, return_lse=True)
+    ...     return na.attention_backward(g, q + t * dq, k, v, out, lse).key
+    >>> bool(np.allclose(tangents.key, (gradient(1e-5) - gradient(-1e-5)) / 2e-5))
+    True
+    """
+    settings = gather(attention_backward_jvp, options)
+    chosen = select(backend, grad_out, query, key, value)
+    second = second_derivatives(chosen)
+    arguments = (grad_out, query, key, value, out, lse, grad_lse)
+    problem = build_second("closed", "tangents", tangents, *arguments, settings)
+    add_tangents(problem, out_tangent, lse_tangent, grad_out_tangent, grad_lse_tangent)
+    gradients = _gradients(chosen, problem)
+    second.run(problem)
+    return gradients, finish(problem.gradient, chosen.reduce)
+
+
+@takes_options()
+def attention_double_backward(
+    grad_grads: Gradients,
+    grad_out: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    out: Array,
+    lse: Array,
+    *,
+    grad_lse: Array | None = None,
+    through_saved: bool = False,
+    backend: str | None = None,
+    **options: Unpack[OptionArguments],
+) -> SecondGradients:
+    r"""Gradients of `attention_backward` with respect to its arguments, in linear memory.
+
+    Parameters
+    ----------
+    grad_grads : Gradients
+        Gradients of some loss with respect to what `attention_backward` returned: each of its shape and dtype, None
+        for 0.
+    grad_out, query, key, value, out, lse
+        What `attention_backward` was called with.
+    grad_lse : ndarray, shape (..., H, L), optional
+        As in `attention_backward`.
+    through_saved : bool, default False
+        Whether `out` and `lse` count as arguments of their own. By default they are functions of query, key and
+        value, and the result is complete. Else they get gradients too, which a framework for automatic
+        differentiation adds to others that they have and hands on to one plain backward pass.
+    **options
+        What `attention` was called with.
+    backend : {"auto", "cpu", "reference"}, optional
+        As in `attention`.
+
+    Returns
+    -------
+    SecondGradients
+        Named tuple (query, key, value, bias, sinks, grad_out, grad_lse, out, lse), each of the shape and dtype of the
+        argument; `out` and `lse` are None without `through_saved`.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendUnavailableError, NotImplementedError
+        As in `attention_jvp`.
+
+    See Also
+    --------
+    attention_jvp, attention_backward_jvp : the same products in forward mode.
+
+    Notes
+    -----
+    What `attention_backward` returns is the gradient of ``sum(grad_out * out) + sum(grad_lse * lse)``, whose Hessian is
+    symmetric. So the result is the derivative of the gradients along the direction `grad_grads`, and what comes back
+    to `grad_out` and `grad_lse` are the derivatives of `out` and `lse`. It takes 15 products for each pair of a query
+    and a key, and 12 with `through_saved`; `attention_backward` takes five.
+
+    References
+    ----------
+    .. [1] Pearlmutter, "Fast Exact Multiplication by the Hessian", 1994.
+
+    Examples
+    --------
+    The gradient of a penalty on the gradient of the queries:
+
+    >>> import numpy as np, numba_attention as na
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v, g = rng.standard_normal((4, 2, 10, 8))
+    >>> out, lse = na.attention(q, k, v, return_lse=True)
+    >>> grads = na.attention_backward(g, q, k, v, out, lse)
+    >>> penalty = na.attention_double_backward(na.Gradients(2 * grads.query, None, None), g, q, k, v, out, lse)
+    >>> penalty.key.shape, penalty.grad_out.shape
+    ((2, 10, 8), (2, 10, 8))
+    """
+    settings = gather(attention_double_backward, options)
+    chosen = select(backend, grad_out, query, key, value)
+    second = second_derivatives(chosen)
+    arguments = (grad_out, query, key, value, out, lse, grad_lse)
+    if through_saved:
+        problem = build_second("open", "grad_grads", grad_grads, *arguments, settings)
+        second.run(problem)
+        return SecondGradients(*_inputs(chosen, problem), *_tangents(problem), *_of_saved(problem))
+    problem = build_second("closed", "grad_grads", grad_grads, *arguments, settings)
+    problem.kind = "jvp"
+    second.run(problem)
+    problem.kind = "closed"
+    second.run(problem)
+    return SecondGradients(*_inputs(chosen, problem), *_tangents(problem))
+
+
+def merge_attention_jvp(
+    outs: Sequence[Array] | Array,
+    lses: Sequence[Array] | Array,
+    out_tangents: Sequence[Array] | Array,
+    lse_tangents: Sequence[Array] | Array,
+    *,
+    packed: bool | None = None,
+) -> tuple[Array, Array, Array, Array]:
+    """Join results of `attention_jvp` over disjoint sets of keys into those over their union.
+
+    Parameters
+    ----------
+    outs, lses, packed
+        As in `merge_attention`.
+    out_tangents, lse_tangents : sequence of n arrays, or one stacked array
+        Tangents of the outputs and log-sum-exps, of their shapes and dtypes.
+
+    Returns
+    -------
+    out, lse, out_tangent, lse_tangent : ndarray
+        As of `merge_attention`, and their tangents.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `merge_attention`, and for tangents that do not match.
+
+    Notes
+    -----
+    With ``w_n = exp(lse_n - lse)``, ``dlse = sum(w_n dlse_n)`` and
+    ``dout = sum(w_n (dout_n + (dlse_n - dlse) out_n))``.
+
+    References
+    ----------
+    .. [1] Dao et al., "FlashAttention", 2022, section 3.1 (the decomposition that is differentiated).
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention as na
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v, dq = rng.standard_normal((4, 10, 8))
+    >>> u = na.Gradients(dq, None, None)
+    >>> parts = [na.attention_jvp(u, q, k[s], v[s]) for s in (slice(0, 3), slice(3, 10))]
+    >>> merged = na.merge_attention_jvp(*zip(*parts))
+    >>> bool(np.allclose(merged[2], na.attention_jvp(u, q, k, v).out_tangent))
+    True
+    """
+    return _merge_jvp(outs, lses, out_tangents, lse_tangents, packed)
+
+
+def _tangents(problem: SecondProblem) -> tuple[Array, Array]:
+    """The tangents of out and lse, as the caller has out and lse."""
+    p = problem.gradient.forward
+    assert p.result_lse is not None
+    out = problem.out_tangent.astype(p.result.dtype, copy=False).reshape(p.result.shape)
+    return out, problem.lse_tangent.reshape(p.result_lse.shape)
+
+
+def _inputs(chosen: Backend, problem: SecondProblem) -> tuple[Array, Array, Array, Array | None, Array | None]:
+    query, key, value, bias, sinks, _ = finish(problem.gradient, chosen.reduce)
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    return query, key, value, bias, sinks
+
+
+def _gradients(chosen: Backend, problem: SecondProblem) -> Gradients:
+    """The gradients themselves."""
+    g = problem.gradient
+    room = {name: np.empty_like(getattr(g, name)) for name in ("query", "key", "value")}
+    first = replace(g, **room)
+    chosen.backward(first)
+    return finish(first, chosen.reduce)
+
+
+def _of_saved(problem: SecondProblem) -> tuple[Array, Array]:
+    """The gradients of out and lse, as arguments of their own."""
+    g, u = problem.gradient, problem.direction
+    p = g.forward
+    assert problem.score_sums is not None
+    assert p.result_lse is not None
+    with np.errstate(all="ignore"):
+        of_out = -problem.lse_tangent[..., None] * g.grad_out
+        of_lse = -problem.score_sums
+        if u.sinks is not None:
+            delta = np.sum(g.grad_out * p.out, axis=-1, dtype=of_lse.dtype)
+            delta -= 0 if g.grad_lse is None else g.grad_lse
+            weights = problem.sink_weights
+            of_lse = of_lse + np.where(weights == 0, 0, weights * u.sinks[:, None] * delta).astype(of_lse.dtype)
+    return (
+        of_out.astype(p.result.dtype, copy=False).reshape(p.result.shape),
+        of_lse.reshape(p.result_lse.shape),
+    )
+
+
+__all__ = ["attention_backward_jvp", "attention_double_backward", "attention_jvp", "merge_attention_jvp"]
