@@ -125,6 +125,19 @@ def test_advice_for_tensors_works(torch):
 
 
 @pytest.mark.peer
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_say_how_to_convert(kind):
+    q, k, v = map(KINDS[kind][0], (QUERY, KEY, VALUE))
+    with pytest.raises(
+        TypeError, match=r"second derivatives take numpy\.ndarray, got .*; convert each array with .*\("
+    ) as caught:
+        na.attention_jvp(na.Gradients(q, k, v), q, k, v)
+    advice = str(caught.value).rpartition(" with ")[2]
+    q, k, v = (eval(advice, {"numpy": np, "x": x}) for x in (q, k, v))
+    assert na.attention_jvp(na.Gradients(q, k, v), q, k, v).out.shape == QUERY.shape
+
+
+@pytest.mark.peer
 def test_traced_arrays():
     jax = pytest.importorskip("jax")
     q, k, v = map(of_jax, (QUERY, KEY, VALUE))

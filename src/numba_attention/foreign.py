@@ -21,6 +21,7 @@ class Family:
     """How to use the arrays of one library. This base class is for any with DLPack or the array API standard."""
 
     name = "an array with __dlpack__"
+    conversion = "numpy.from_dlpack(x)"  # for messages of functions that take NumPy arrays only
     bridge: str | None = None  # the module of this package that differentiates `attention` for these arrays
     on_device = True  # as backends whose functions take another way
 
@@ -77,6 +78,7 @@ class TorchFamily(Family):
     """Tensors of PyTorch on the CPU."""
 
     name, bridge = "tensors of PyTorch", "torch"
+    conversion = "x.detach().numpy()"
 
     def take(self, name: str, x: Any) -> Array:
         array: Array = import_module("numba_attention.torch").to_array(x)
@@ -99,6 +101,7 @@ class JaxFamily(Family):
     """Arrays of JAX on the CPU, and what stands for them while a function is traced."""
 
     name, bridge = "arrays of JAX", "jax"
+    conversion = "numpy.asarray(x)"
 
     def take(self, name: str, x: Any) -> Array:
         return np.asarray(x)
@@ -116,6 +119,8 @@ class JaxFamily(Family):
 
 class LabelledFamily(Family):
     """Arrays whose axes have labels: the result has those of the query, and of the value along the last axis."""
+
+    conversion = "x.to_numpy()"
 
     def take(self, name: str, x: Any) -> Array:
         array: Array = x.to_numpy()
@@ -203,6 +208,7 @@ class DaskFamily(Family):
     """Arrays of Dask, which are not in memory: the module for them builds a graph."""
 
     name = "arrays of Dask"
+    conversion = "x.compute()"
 
     def call(self, function: Callable[..., Any], arguments: dict[str, Any], options: Mapping[str, Any]) -> Any:
         target = getattr(import_module("numba_attention.dask"), function.__name__, None)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..device.arrays import on_device
 from ..errors import BackendUnavailableError
-from ..foreign import family_for
+from ..foreign import Family, family_for
 from ..options import Array
 from ..problem.dense import BackwardProblem, Empty, Problem
 from ..problem.second import SecondProblem
@@ -133,6 +133,10 @@ def is_host_default() -> bool:
 
 def second_derivatives(backend: Backend) -> SecondDerivatives:
     """Return the module of a backend for second derivatives, which the backend for GPUs does not have."""
+    if isinstance(backend, Family):
+        raise TypeError(
+            f"second derivatives take numpy.ndarray, got {backend.name}; convert each array with {backend.conversion}"
+        )
     if backend.on_device:
         raise NotImplementedError(
             "backend 'cuda' has no second derivatives; copy the arrays to the host, or use backend='cpu'"
