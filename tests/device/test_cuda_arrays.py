@@ -110,7 +110,8 @@ def test_backward(kinds):
     there = [give(x) for x in (grad, Q, key, V, out, lse)]
     got = na.attention_backward(*there, bias=give(bias), sinks=give(sinks))
     assert type(got) is na.Gradients
-    for a, b in zip(got, want, strict=True):
+    assert got.mod_args is want.mod_args is None
+    for a, b in zip(got[:5], want[:5], strict=True):
         equal(a, b, get)
 
 
@@ -700,7 +701,7 @@ for dtype in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16):
     assert na.attention(q, k, v, out=out) is out
     lse4 = lse
     grads = na.attention_backward(out, q, k, v, out, lse, grad_lse=lse, **options)
-    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape, (4, 1, 9), (4,)]
+    assert [g.shape for g in grads[:5]] == [q.shape, k.shape, v.shape, (4, 1, 9), (4,)]
     na.attention_weights(q, k, heads=[1], **options)
     x = There((11, 4, 8), dtype)
     starts = [0, 4, 11]
