@@ -59,6 +59,8 @@ def _kernels() -> "Iterator[Kernel]":
     yield from cpu.entries()
     for storage in STORAGES:
         yield from (cpu_resources.worker(storage, task) for task in ("forward", "decode", "weights", "backward"))
+        if cpu_resources.NARROWS and storage != "float64":
+            yield from (cpu_resources.worker(storage, task, "", n) for task in ("forward", "backward") for n in (1, 2))
         for kv_storage in SHORT:
             if kv_storage != storage:
                 yield from (cpu_resources.worker(storage, task, kv_storage) for task in ("decode", "forward"))

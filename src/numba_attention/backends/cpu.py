@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from ..problem.dense import sum_to as reduce  # noqa: F401
 from ..sequence_record import SEQUENCE
 from . import cpu_backward, recall
 from .cpu_masks import with_block_mask
-from .cpu_resources import SMALL, Buffers, addresses, put_back, take, threads_for, worker
+from .cpu_resources import NARROWS, SMALL, Buffers, addresses, put_back, take, threads_for, worker
 from .cpu_rules import Rules, compiled_rules
 from .records import (
     address_of,
@@ -129,26 +130,52 @@ def _run(p: Problem, weights: bool) -> None:
     if not HOST.f16 and (p.query.dtype == np.float16 or (p.cache is not None and p.cache.storage == "float16")):
         return _run_widened(p, weights)
     bias = readable_bias(p)
-    # The choice of kernel depends on the sizes of the sequence alone: its result then has the same bits in any batch.
-    width = HOST.bits // 8 // (8 if p.query.itemsize == 8 else 4)
-    # Packed sequences with a block mask would each need lists of their own for it.
-    unfit = weights or p.E < width or p.Ev < width or (p.blocks is not None and p.packing is not None)
-    rows = 0 if unfit else FEW * p.Hkv // p.H
     own = take()
     try:
-        if p.query_lengths is None:
-            return _run_kernel(own, p, bias, weights, p.L <= rows, None)
-        few = p.query_lengths.ravel() <= rows
-        if few.all() or not few.any() or not rows:
-            return _run_kernel(own, p, bias, weights, bool(few.any() and rows), None)
-        _run_kernel(own, p, bias, weights, False, np.flatnonzero(~few))
-        _run_kernel(own, p, bias, weights, True, np.flatnonzero(few))
+        for few, vectors, which in _kernels_for(p, weights):
+            _run_kernel(own, p, bias, weights, few, vectors, which)
     finally:
         put_back(own)
 
 
-def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few: bool, which: Array | None) -> None:
-    lists = None if p.blocks is None else lists_of(p, _spec_of(p, few), few)
+def _kernels_for(p: Problem, weights: bool) -> list[tuple[bool, int, Array | None]]:
+    """Return the kernels of a call: whether for few queries, vectors in a tile (see `Spec`), which sequences.
+
+    The choice of one with few queries depends on the sizes of the sequence alone, so that its result has the same bits
+    in any batch. The bits do not depend on the number of vectors in a tile, unless a window begins at another key.
+    """
+    width = HOST.bits // 8 // (8 if p.query.itemsize == 8 else 4)
+    # Packed sequences with a block mask would each need lists of their own for it.
+    unfit = weights or p.E < width or p.Ev < width or (p.blocks is not None and p.packing is not None)
+    group = p.H // p.Hkv if p.Hkv else 1
+    most = least = 0 if unfit else FEW // group
+    narrows = (
+        NARROWS
+        and not weights
+        and p.query.itemsize < 8
+        and p.left is None
+        and (p.cache is None and p.blocks is None and p.score_mod is None and p.mask_mod is None)
+    )
+    if narrows:
+        least //= 4
+    if p.query_lengths is None and (p.key_lengths is None or p.L <= least or p.L > most):
+        few = p.L <= least or (p.L <= most and p.S > decode.SPLIT)
+        return [(few, vectors_for(p.L * group, width) if narrows and not few else 0, None)]
+    rows = np.full(p.batch, p.L).ravel() if p.query_lengths is None else p.query_lengths.ravel()
+    keys = np.full(1, p.S) if p.key_lengths is None else p.key_lengths.ravel()
+    short: Array = (rows <= least) | ((rows <= most) & (keys > decode.SPLIT))
+    if not most or not short.any():
+        return [(False, vectors_for_all(rows * group, width) if narrows else 0, None)]
+    if short.all():
+        return [(True, 0, None)]
+    vectors = vectors_for_all(rows[~short] * group, width) if narrows else 0
+    return [(False, vectors, np.flatnonzero(~short)), (True, 0, np.flatnonzero(short))]
+
+
+def _run_kernel(
+    own: Buffers, p: Problem, bias: Array | None, weights: bool, few: bool, vectors: int, which: Array | None
+) -> None:
+    lists = None if p.blocks is None else lists_of(p, _spec_of(p, few, vectors), few)
     shown = 1.0 if lists is None else lists.share
     if (
         weights
@@ -165,10 +192,10 @@ def _run_kernel(own: Buffers, p: Problem, bias: Array | None, weights: bool, few
         fill_in(p, sequences)
         if which is not None:
             sequences = sequences[which]
-        plan = _make_plan(p, sequences, bias, weights, few)
+        plan = _make_plan(p, sequences, bias, weights, few, vectors)
         sequences, sequences_address = plan.sequences, plan.sequences_address
     else:
-        plan = _find_plan(p, few)
+        plan = _find_plan(p, few, vectors)
         sequences, sequences_address = plan.sequences, plan.sequences_address
         if varies(p):
             p.plan = None
@@ -211,13 +238,13 @@ NO_GRADIENTS = (0,) * 11  # the addresses that only the backward pass has
 pack_one = struct.Struct("=q").pack_into
 
 
-def _find_plan(p: Problem, few: bool) -> _Plan:
+def _find_plan(p: Problem, few: bool, vectors: int) -> _Plan:
     """Return the plan for a call without mask and bias, which all calls with the same key share."""
     q, k, v, out, cache = p.query, p.key, p.value, p.out, p.cache
     key = (
         q.dtype, q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, out.strides, p.lse is None,
         p.scale, p.softcap, p.alibi_slopes is None, p.left, p.right, p.offset if type(p.offset) is int else None, few,
-        p.dropout, p.score_mod is None and p.mask_mod is None,
+        vectors, p.dropout, p.score_mod is None and p.mask_mod is None,
         None if cache is None else (cache.storage, cache.table is None),
     )  # fmt: skip
     plan = _plans.get(key)
@@ -226,7 +253,7 @@ def _find_plan(p: Problem, few: bool) -> _Plan:
         if plan.flops * p.S <= recall.LARGEST and plan.numbers.nbytes <= SMALL_PLAN:
             p.plan = plan if plan.tiles is None or p.S <= decode.SPLIT else None
     else:
-        plan = _make_plan(p, sequences_of(p, None), None, False, few)
+        plan = _make_plan(p, sequences_of(p, None), None, False, few, vectors)
         _plans.add(key, plan, plan.numbers.nbytes + (0 if plan.tiles is None else plan.tiles.nbytes) + SMALL_PLAN)
     return plan
 
@@ -283,14 +310,32 @@ def _recipe(
 FEW = 2 * HOST.bits // 32  # query rows of a key/value head up to which the kernel with features in the lanes is used
 
 
-def _spec_of(p: Problem, few: bool) -> Spec:
-    return Spec(storage_of(p.query.dtype), HOST, "decode" if few else "forward", stored_of(p))
+# Costs of a tile of so many vectors, 0 for the usual 4, relative to the least that these would be worth.
+_COSTS = {0: 0.96 * 4, 2: 1.02 * 2, 1: 1.05}
 
 
-def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, few: bool) -> _Plan:
+@cache
+def vectors_for(rows: int, width: int) -> int:
+    """Return the number of vectors of queries in a tile for so many rows of a key/value head; 0 means the usual number.
+
+    The usual tile is taken unless another saves 4 %.
+    """
+    return min(_COSTS, key=lambda n: _COSTS[n] * -(-rows // ((n or 4) * width)))
+
+
+def vectors_for_all(rows: Array, width: int) -> int:
+    """Return the number of vectors for sequences that one kernel computes: a second kernel would cost 0.1 ms."""
+    return min(_COSTS, key=lambda n: _COSTS[n] * int((-(-rows // ((n or 4) * width))).sum()))
+
+
+def _spec_of(p: Problem, few: bool, vectors: int) -> Spec:
+    return Spec(storage_of(p.query.dtype), HOST, "decode" if few else "forward", stored_of(p), 0 if few else vectors)
+
+
+def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, few: bool, vectors: int) -> _Plan:
     if few:
         return _make_decode_plan(p, sequences, bias)
-    spec = _spec_of(p, few)
+    spec = _spec_of(p, few, vectors)
     offsets, scratch_size, depth = kernels.scratch(spec, p.E, 0 if weights else p.Ev)
     heads, group = p.Hkv, p.H // p.Hkv
     if p.heads is not None and p.rows is not None:
@@ -307,13 +352,13 @@ def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, 
     rest = pack(values_of(p, spec, bias) | sizes | {"scratch_size": scratch_size, "out_depth": depth}, offsets)
     scores = heads * float(rows.sum())
     flops, work = 2.0 * scores * (p.E + p.Ev), 2.0 * scores * (p.E + p.Ev + SCORE)
-    kernel = worker(spec.storage, "weights" if weights else "forward", spec.kv_storage)
+    kernel = worker(spec.storage, "weights" if weights else "forward", spec.kv_storage, spec.vectors)
     numbers = sequences.view(np.int64)
     return _Plan(kernel, sequences, numbers, address_of(numbers), rest, items, flops, work, scratch_size)
 
 
 def _make_decode_plan(p: Problem, sequences: Array, bias: Array | None) -> _Plan:
-    spec = _spec_of(p, True)
+    spec = _spec_of(p, True, 0)
     offsets, scratch_size, partial_size = decode.scratch(spec, p.E, p.Ev)
     sizes = {"number": len(sequences), "Ev": p.Ev, "scratch_size": scratch_size, "partial_size": partial_size}
     flops = 2.0 * p.H * float(sequences["rows"].sum()) * (p.E + p.Ev)

@@ -17,10 +17,10 @@ from ..cpu.softmax import SUM_ROWS
 from ..cpu.spec import Spec
 from ..masks.lists import Lists
 from ..options import Array
-from ..problem.dense import WHOLE, BackwardProblem, spread_bias
+from ..problem.dense import WHOLE, BackwardProblem, Problem, spread_bias
 from . import recall
 from .cpu_masks import with_block_mask
-from .cpu_resources import Buffers, addresses, put_back, take, threads_for, worker
+from .cpu_resources import NARROWS, Buffers, addresses, put_back, take, threads_for, worker
 from .cpu_rules import Rules, compiled_rules
 from .records import (
     address_of,
@@ -87,7 +87,9 @@ def run(g: BackwardProblem, along: Along | None = None) -> Array | None:
     if p.query.dtype == np.float16 and not HOST.f16:
         _run_widened(g)
         return None
-    spec = Spec(storage_of(p.query.dtype), HOST, "second" if along else "backward")
+    spec = Spec(
+        storage_of(p.query.dtype), HOST, "second" if along else "backward", vectors=0 if along else _vectors_for(p)
+    )
     writes = along is None or along.of_gradients
     groups = _groups(g, spec)
     bias = readable_bias(p)
@@ -127,6 +129,20 @@ def run(g: BackwardProblem, along: Along | None = None) -> Array | None:
     if p.sinks is not None and lse is not None and delta is not None:
         g.sinks = _of_sinks(p.sinks, lse, delta)
     return None
+
+
+def _vectors_for(p: Problem) -> int:
+    """Return the number of vectors of queries in a tile, 0 for the usual number.
+
+    Fewer are taken only where each sequence is one tile, whose gradients then have the same bits: those of keys and
+    values are summed tile by tile.
+    """
+    if not NARROWS or p.query.itemsize == 8 or not p.Hkv:
+        return 0
+    if p.blocks is not None or p.score_mod is not None or p.mask_mod is not None:
+        return 0
+    rows, width = p.L * (p.H // p.Hkv), HOST.bits // 32
+    return next((n for n in (1, 2) if rows <= n * width), 0)
 
 
 def _run_waves(
@@ -236,7 +252,7 @@ def _make_plan(
         values |= strides_of(name, array, len(p.batch))
     products = 5.0 if spec.task == "backward" else 12.0 if writes else 5.0
     flops = products * float(work.sum()) * (p.E + p.Ev) * (p.H // p.Hkv if p.Hkv else 0)
-    kernel = worker(spec.storage, spec.task)
+    kernel = worker(spec.storage, spec.task, vectors=spec.vectors)
     rest = pack(values, offsets)
     return _Plan(kernel, sequences, address_of(sequences), waves, rest, flops, scratch_size, most_groups)
 

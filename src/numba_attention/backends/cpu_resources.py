@@ -24,6 +24,8 @@ FREE = 16  # number of buffers that are kept for concurrent calls; a further cal
 # multiply-adds takes 0.1 s for them in float32. A call below this bound ends within 1 s even at a tenth of that speed.
 LONG = 2e7 * HOST.bits
 
+NARROWS = HOST.bits == 512  # whether tiles of one or two vectors are faster for short sequences, as was measured here
+
 
 class Buffers:
     """Parameters, work counter and scratch memory of one call, which later calls use again."""
@@ -96,14 +98,18 @@ def _make_addresses() -> Callable[..., int]:
 addresses = Function("addresses", _make_addresses, objects=4, integers=1, nogil=False)
 
 
-def worker(storage: str, task: str, kv_storage: str = "") -> Kernel:
-    """Return the kernel of a task for numbers in `storage`, and keys and values in `kv_storage` if that is another."""
-    return _worker(storage, task, kv_storage)  # functools.cache distinguishes an omitted default from the same argument
+def worker(storage: str, task: str, kv_storage: str = "", vectors: int = 0) -> Kernel:
+    """Return the kernel of a task for numbers in `storage`, and keys and values in `kv_storage` if that is another.
+
+    `vectors` are as in `Spec`.
+    """
+    # functools.cache distinguishes an omitted default from the same argument
+    return _worker(storage, task, kv_storage, vectors)
 
 
 @cache
-def _worker(storage: str, task: str, kv_storage: str) -> Kernel:
-    spec = Spec(storage, HOST, task, kv_storage)
+def _worker(storage: str, task: str, kv_storage: str, vectors: int) -> Kernel:
+    spec = Spec(storage, HOST, task, kv_storage, vectors)
     makers = {"backward": backward.make_worker, "second": backward.make_worker, "decode": decode.make_worker}
     make = makers.get(task, forward.make_worker)
     return Kernel(spec.name, lambda: make(spec), launch.SIGNATURE)

@@ -135,6 +135,7 @@ def _rows() -> dict[str, Row]:
     causal, causal_8192_back = (
         replace(row, is_causal=True) for row in (_plain(8192, 64), blocks_back.baseline or back)
     )
+    smallest = replace(_plain(1, 64), name="smallest 1x1x1x64", H=1, Hkv=1, bars={"us": 2.5})
     wide_bars = {"torch": 1.25, "gemm": 0.95}
     rows = [
         replace(dense, bars={"torch": 1.4, "gemm": 1.0}),
@@ -180,7 +181,12 @@ def _rows() -> dict[str, Row]:
             for name in ("exp", "log", "pow")
         ),
         replace(_plain(64, 64), name="tiny H8 64 E64", bars={"torch": 1.5}),
-        replace(_plain(1, 64), name="smallest 1x1x1x64", H=1, Hkv=1, bars={"us": 15.0}),
+        Row("short B4 H12 L32 E32", 4, 12, 12, 32, 32, 32, 32, bars={"torch": 1.6}),
+        replace(_plain(16, 64), name="short H8 16 E64", bars={"torch": 1.6}),
+        replace(_plain(80, 64), name="short H8 80 E64"),
+        smallest,
+        replace(smallest, name="backward 1x1x1x64", task="backward", bars={"us": 6.0}),
+        replace(_plain(16, 64), name="backward H8 16 E64", task="backward", bars={"torch": 2.0}),
         back,
         long_back,
         causal_back,

@@ -14,11 +14,12 @@ class Spec(NamedTuple):
     host: Host
     task: str = "forward"  # or "weights", "backward", "decode"
     kv_storage: str = ""  # of keys and values, where a cache stores them in another format
+    vectors: int = 0  # of queries in a tile, if fewer than is best for long sequences
 
     @property
     def name(self) -> str:
         kinds = self.storage + (f"-{self.kv_storage}" if self.kv_storage else "")
-        return f"{self.task}-{kinds}-{self.host.name}"
+        return f"{self.task}-{kinds}-{self.host.name}" + (f"-{self.vectors}" if self.vectors else "")
 
     def jit(self, function: Any) -> Any:
         """`part`, under a symbol that no other kernel has.
@@ -63,6 +64,8 @@ class Spec(NamedTuple):
         """Rows x vectors that stay in registers: flat within 7 % among those that fit, half the speed where none do."""
         if self.task == "decode":  # few queries, so that a tile is one vector of them
             return (4, 1)
+        if self.vectors:
+            return (8, self.vectors)
         return (4, 4) if self.host.registers == 32 else (4, 3) if self.host.bits == 256 else (4, 2)
 
     @property
