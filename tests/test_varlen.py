@@ -360,7 +360,7 @@ def test_heads_that_share_a_bias_do_not_run_at_the_same_time(shape, waves):
     q, k, v, grad_out, *offsets = packed()
     out, lse = na.attention_varlen(q, k, v, *offsets, return_lse=True)
     options = Options(bias=np.zeros(shape, np.float32))
-    found = cpu_backward._waves(build_backward(grad_out, q, k, v, out, lse, None, *offsets, options))
+    found = cpu_backward._waves(build_backward(grad_out, q, k, v, out, lse, None, *offsets, None, options))
     assert sorted(found.ravel()) == list(range(n * HKV))
     assert len(found) == waves
     for wave in found:
