@@ -15,7 +15,7 @@ from ..cpu import forward as kernels
 from ..cpu import recall as again
 from ..cpu.cache import Kernel
 from ..cpu.objects import headers_are_known
-from ..cpu.params import ARRAYS, REST, pack_addresses
+from ..cpu.params import ADDRESSES, ARRAYS, REST, pack_addresses
 from ..cpu.simd import HOST
 from ..cpu.spec import Spec
 from ..options import Array
@@ -234,7 +234,9 @@ def _run_kernel(
 
 
 NO_RULES = Rules(0, 0, 0, ())
-NO_GRADIENTS = (0,) * 11  # the addresses that only the backward pass has
+NO_GRADIENTS = (0,) * (
+    ADDRESSES.index("counts") - ADDRESSES.index("grad_out")
+)  # the addresses that only the backward pass has
 pack_one = struct.Struct("=q").pack_into
 
 

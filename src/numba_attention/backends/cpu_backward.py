@@ -176,7 +176,7 @@ def _run_waves(
             address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), address_of(sinks), 0,
             0 if lists is None else address_of(lists.record), p.seed, *rules[:3],
             *(address_of(array) for array in arrays.values()), 0 if along is None else address_of(along.record),
-            rules.gradient, address_of(mod_sums),
+            rules.gradient, address_of(mod_sums), rules.has_slope,
             address_of(wave.members), address_of(counts), address_of(partial),
         )  # fmt: skip
         work = plan.flops / len(plan.waves)

@@ -23,6 +23,7 @@ class Rules(NamedTuple):
     data: int
     kept: tuple[Any, ...]
     gradient: int = 0
+    has_slope: bool = False  # whether the derivative of the score is other than 1
 
 
 def compiled_rules(p: Problem, task: str, few: bool, places: tuple[int, ...] = ()) -> Rules:
@@ -47,7 +48,7 @@ def compiled_rules(p: Problem, task: str, few: bool, places: tuple[int, ...] = (
     """
     arguments = describe(p.mod_args)
     shape = _shape_of(p.query.dtype, few)
-    kernels, gradient = [], 0
+    kernels, gradient, has_slope = [], 0, False
     for role, function in ((SCORE, p.score_mod), (MASK, p.mask_mod)):
         if function is None:
             kernels.append(0)
@@ -55,6 +56,9 @@ def compiled_rules(p: Problem, task: str, few: bool, places: tuple[int, ...] = (
         rule = find(role, function, arguments, p.mod_args)
         check_bounds(rule.bounds, p.mod_args, limits_of(p))
         own_task = task if role == SCORE else "mask"
+        if own_task in ("slope", "kept"):
+            has_slope = not rule.has_slope_one
+            own_task = "score" if task == "slope" and not has_slope else task
         program = rule.program if own_task in ("score", "mask") else rule.with_slope
         if own_task == "curve":
             program = rule.with_curve
@@ -63,7 +67,7 @@ def compiled_rules(p: Problem, task: str, few: bool, places: tuple[int, ...] = (
             program = rule.gradients(places)
             gradient = kernel_of(rule, "gradients", program, *shape).address if program.sites else 0
     record = record_of(p.mod_args, places)
-    return Rules(kernels[0], kernels[1], address_of(record), (record, p.mod_args), gradient)
+    return Rules(kernels[0], kernels[1], address_of(record), (record, p.mod_args), gradient, has_slope)
 
 
 @cache

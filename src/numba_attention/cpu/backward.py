@@ -295,12 +295,12 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         if p.grad_bias != 0 and not nan_safe:
             column = p.grad_bias_column
             add_to_bias(grad_scores, at + p.at_grad_bias_rows, j0 * column, column, n, at + p.at_spare)
-        if p.score_mod != 0:
-            if p.mod_gradient != 0 and not nan_safe:
-                call_tile(
-                    p.mod_gradient, p.mod_data, grad_scores, n, j0 + p.first_key, s.number, s.head + p.first_head,
-                    at + p.at_positions, at + p.at_lane_heads, at + p.at_mod_scores, mod_sums, 1.0,
-                )  # fmt: skip
+        if p.mod_gradient != 0 and not nan_safe:
+            call_tile(
+                p.mod_gradient, p.mod_data, grad_scores, n, j0 + p.first_key, s.number, s.head + p.first_head,
+                at + p.at_positions, at + p.at_lane_heads, at + p.at_mod_scores, mod_sums, 1.0,
+            )  # fmt: skip
+        if p.mod_has_slope != 0:
             multiply_kept(grad_scores, n, at + p.at_mod_slopes)
         if p.tiny != 0:
             scale_scores(grad_scores, n, real(p.gradient_prescale))

@@ -16,7 +16,7 @@ ADDRESSES = (
     "counter", "scratch", "sequences", "lse", "bias", "mask", "slopes", "sinks", "chosen", "visible", "seed",
     "score_mod", "mask_mod", "mod_data",
     "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias", "delta",
-    "second", "mod_gradient", "mod_sums",
+    "second", "mod_gradient", "mod_sums", "mod_has_slope",
     "members", "counts", "partial",
 )  # fmt: skip
 INTEGERS = (

@@ -65,6 +65,13 @@ class Rule:
             self._with_curve = self._b.program([self._output, first, slope(self._b, first)])
         return self._with_curve
 
+    @property
+    def has_slope_one(self) -> bool:
+        """Whether the derivative with respect to the score is 1 whatever the score is, as that of a bias."""
+        program = self.with_slope
+        line = program.instructions[program.outputs[1]]
+        return line.op == "constant" and line.value == 1
+
     def gradients(self, places: tuple[int, ...]) -> Program:
         """The derivatives with respect to each read of the arrays at these places of `mod_args`."""
         program = self._gradients.get(places)
