@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import numba_attention as na
+from numba_attention import api
 
 pytestmark = pytest.mark.torch
 
@@ -147,7 +148,7 @@ def test_memory_is_shared(torch, nat, normal, monkeypatch, name):
         return called
 
     for function in ("attention", "attention_backward"):
-        monkeypatch.setattr(nat.api, function, spy(getattr(nat.api, function)))
+        monkeypatch.setattr(api, function, spy(getattr(api, function)))
     dtype = getattr(torch, name)
     query = normal(2, 5, 3, 8, dtype=dtype).transpose(1, 2)
     key = normal(2, 1, 7, 8, dtype=dtype)
@@ -211,11 +212,116 @@ def test_without_gradients(torch, nat, normal, mode):
     assert torch.equal(out, want)
 
 
-def test_differentiates_once(torch, nat, normal):
-    query, key, value = (normal(1, 3, 4) for _ in range(3))
-    (grad,) = torch.autograd.grad(nat.attention(query, key, value).sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="once, not twice"):
-        grad.square().sum().backward()
+SECOND = {
+    "plain": ({"scale": 0.6, "is_causal": True}, ()),
+    "softcap, bias, sinks": ({"softcap": 2.0}, ("bias", "sinks")),
+    "dropout": ({"dropout_p": 0.3, "seed": 1, "key_lengths": [3, 5]}, ()),
+    "score_mod": ({"score_mod": lambda s, b, h, i, j: s + 0.1 * (i - j) * s * s}, ()),
+}
+
+
+def twice_differentiable(torch, nat, normal, options, more):
+    operands = {"query": normal(2, 2, 4, 3), "key": normal(2, 1, 5, 3), "value": normal(2, 1, 5, 2)}
+    others = {"bias": normal(2, 1, 5), "sinks": normal(2)}
+    tensors = operands | {name: others[name] for name in more}
+
+    def function(*x):
+        out, lse = nat.attention(**dict(zip(tensors, x, strict=True)), **options, return_lse=True)
+        return out, lse
+
+    return function, tuple(tensors.values())
+
+
+@pytest.mark.parametrize(("options", "more"), SECOND.values(), ids=SECOND)
+def test_gradcheck_of_second_derivatives(torch, nat, normal, options, more):
+    function, tensors = twice_differentiable(torch, nat, normal, options, more)
+    assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, tensors, check_fwd_over_rev=True)
+
+
+def test_all_orders_of_modes_agree_with_the_formula(torch, nat, normal):
+    shapes = (2, 4, 3), (1, 5, 3), (1, 5, 2)
+    x, u = (tuple(normal(*shape) for shape in shapes) for _ in "xu")
+    u = tuple(t.detach() for t in u)
+
+    def ours(*x):
+        return nat.attention(*x, scale=0.6, softcap=3.0, is_causal=True, return_lse=True)
+
+    def formula(q, k, v):
+        k, v = (a.repeat_interleave(2, 0) for a in (k, v))
+        s = 3 * torch.tanh(0.6 * q @ k.mT / 3)
+        s = torch.where(torch.ones(4, 5, dtype=torch.bool).tril(), s, -torch.inf)
+        return torch.softmax(s, -1) @ v, torch.logsumexp(s, -1)
+
+    def loss(f):
+        return lambda *x: (f(*x)[0] ** 3).sum() + f(*x)[1].square().sum()
+
+    def penalty(f):
+        (grad,) = torch.autograd.grad(loss(f)(*x), x[:1], create_graph=True)
+        return torch.autograd.grad((grad.norm() - 1) ** 2, x)
+
+    func, functional, every = torch.func, torch.autograd.functional, (0, 1, 2)
+    orders = {
+        "jvp": lambda f: func.jvp(f, x, u)[1],
+        "hessian": lambda f: func.hessian(loss(f), every)(*x),
+        "jacrev of jacrev": lambda f: func.jacrev(func.jacrev(loss(f)))(*x),
+        "jacrev of jacfwd": lambda f: func.jacrev(func.jacfwd(loss(f)))(*x),
+        "jvp of grad": lambda f: func.jvp(func.grad(loss(f), every), x, u)[1],
+        "grad of jvp": lambda f: func.grad(lambda *x: func.jvp(loss(f), x, u)[1], every)(*x),
+        "hvp": lambda f: functional.hvp(loss(f), x, u)[1],
+        "vhp": lambda f: functional.vhp(loss(f), x, u)[1],
+        "penalty": penalty,
+    }
+    for name, order in orders.items():
+        got, want = (torch.utils._pytree.tree_leaves(order(f)) for f in (ours, formula))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11, msg=name)
+
+
+def test_what_has_no_derivative_raises(torch, nat, normal):
+    query, key, value, table = normal(1, 3, 4), normal(1, 3, 4), normal(1, 3, 4), normal(3)
+    (first,) = torch.autograd.grad(nat.attention(query, key, value).square().sum(), query, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice, not three times"):
+        torch.autograd.grad(second.square().sum(), query)
+
+    def forward(*x):
+        return torch.func.jvp(nat.attention, x, x)[1]
+
+    detached = tuple(x.detach() for x in (query, key, value))
+    with pytest.raises(RuntimeError, match="forward mode over nothing but reverse mode"):
+        torch.func.jvp(forward, detached, detached)
+    out = nat.attention(query, key, value, score_mod=lambda s, b, h, i, j, t: s + t[j], mod_args=(table,))
+    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"mod_args\[0\] has no second derivative"):
+        grad.sum().backward()
+    slopes = table[:1].detach()
+    with pytest.raises(NotImplementedError, match="alibi_slopes has no forward-mode derivative"):
+        torch.func.jvp(lambda x: nat.attention(*detached, alibi_slopes=x), (slopes,), (slopes,))
+
+
+def test_change_in_place_between_derivatives_is_noticed(torch, nat, normal):
+    leaves = [normal(2, 3, 4) for _ in range(3)]
+    tensors = [1 * x for x in leaves]
+    grads = torch.autograd.grad(nat.attention(*tensors).square().sum(), leaves, create_graph=True)
+    with torch.no_grad():
+        tensors[1].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sum(x.sum() for x in grads).backward()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_penalty_in_other_dtypes(torch, nat, normal, dtype):
+    def penalty(x):
+        grads = torch.autograd.grad(nat.attention(*x).float().square().sum(), x, create_graph=True)
+        return torch.autograd.grad(sum(x.double().square().sum() for x in grads), x)
+
+    tensors = [normal(2, 9, 4) for _ in range(3)]
+    narrow = [x.detach().to(getattr(torch, dtype)).requires_grad_() for x in tensors]
+    wide = [x.detach().double().requires_grad_() for x in narrow]
+    for a, b in zip(penalty(narrow), penalty(wide), strict=True):
+        assert a.dtype == getattr(torch, dtype)
+        assert (a - b).norm() < (0.05 if dtype == "bfloat16" else 1e-5) * b.norm()
 
 
 def test_functional_gradients(torch, nat, normal):

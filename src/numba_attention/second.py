@@ -4,13 +4,13 @@ from __future__ import annotations  # short types in help()
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
 from .backends import Backend, second_derivatives, select
 from .merging import merge_jvp as _merge_jvp
-from .options import Array, Gradients, OptionArguments, SecondGradients, Tangents, gather, takes_options
+from .options import Array, Gradients, OptionArguments, Options, SecondGradients, Tangents, gather, takes_options
 from .problem.dense import build, finish
 from .problem.second import SecondProblem, add_tangents, build_jvp, build_second
 
@@ -172,13 +172,45 @@ def attention_backward_jvp(
     """
     settings = gather(attention_backward_jvp, options)
     chosen = select(backend, grad_out, query, key, value)
-    second = second_derivatives(chosen)
-    arguments = (grad_out, query, key, value, out, lse, grad_lse)
-    problem = build_second("closed", "tangents", tangents, *arguments, settings)
-    add_tangents(problem, out_tangent, lse_tangent, grad_out_tangent, grad_lse_tangent)
-    gradients = _gradients(chosen, problem)
-    second.run(problem)
-    return gradients, finish(problem.gradient, chosen.reduce)
+    problem = _along(
+        chosen, (tangents, grad_out, query, key, value, out, lse, grad_lse), (out_tangent, lse_tangent),
+        (grad_out_tangent, grad_lse_tangent), settings,
+    )  # fmt: skip
+    return _gradients(chosen, problem), _moved_gradients(chosen, problem)
+
+
+def gradient_tangents(
+    tangents: Gradients, grad_out: Array, query: Array, key: Array, value: Array, *, out: Array, lse: Array,
+    out_tangent: Array, lse_tangent: Array, grad_lse: Array | None = None, grad_out_tangent: Array | None = None,
+    grad_lse_tangent: Array | None = None, backend: str | None = None, **options: Any,
+) -> Gradients:  # fmt: skip
+    """Compute the second result of `attention_backward_jvp` alone: for bridges, which have the first already."""
+    settings = gather(attention_backward_jvp, options)
+    chosen = select(backend, grad_out, query, key, value)
+    problem = _along(
+        chosen, (tangents, grad_out, query, key, value, out, lse, grad_lse), (out_tangent, lse_tangent),
+        (grad_out_tangent, grad_lse_tangent), settings,
+    )  # fmt: skip
+    return _moved_gradients(chosen, problem)
+
+
+def _along(
+    chosen: Backend,
+    arguments: tuple[Any, Any, Any, Any, Any, Any, Any, Any],
+    results: tuple[Any, Any],
+    more: tuple[Any, Any],
+    settings: Options,
+) -> SecondProblem:
+    """The problem of the gradients along a direction."""
+    second_derivatives(chosen)
+    problem = build_second("closed", "tangents", *arguments, settings)
+    add_tangents(problem, *results, *more)
+    return problem
+
+
+def _moved_gradients(chosen: Backend, problem: SecondProblem) -> Gradients:
+    second_derivatives(chosen).run(problem)
+    return finish(problem.gradient, chosen.reduce)
 
 
 @takes_options()

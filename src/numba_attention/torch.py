@@ -7,26 +7,14 @@ from __future__ import annotations  # short types in help()
 
 from typing import Any, Literal, TypeAlias, Unpack, overload
 
-import numpy as np
-
-from . import api
-from .options import (
-    Array,
-    Gradients,
-    OptionArguments,
-    gather,
-    is_mod_arg,
-    join_mod_args,
-    place_of,
-    split_mod_args,
-    takes_options,
-)
+from .options import Gradients, OptionArguments, gather, split_mod_args, takes_options
 from .validation import as_flag
 
 try:
     import torch
 except ImportError as error:
     raise ImportError("numba_attention.torch needs PyTorch; install it with: pip install torch") from error
+from .torch_autograd import Attention, Call, to_array, to_tensor
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -104,7 +92,9 @@ def attention(
         A tensor is not on the CPU, a tensor that has no gradient here requires one, or a shape or option is out of
         range.
     RuntimeError
-        From ``backward``, if the gradient is to be differentiated again.
+        If a third derivative is asked for, or forward mode over forward mode.
+    NotImplementedError
+        If a second derivative with respect to `mod_args` is asked for, or their derivative in forward mode.
 
     See Also
     --------
@@ -114,6 +104,10 @@ def attention(
     -----
     The gradients follow FlashAttention-2 [1]_: probabilities are computed again from `lse`, so what is kept for the
     backward pass is O(L + S) features per head, never L x S.
+
+    It can be differentiated twice, in linear memory too: with ``create_graph=True`` (forces, gradient penalties), by
+    `torch.func` (jvp, hessian, jacrev, jacfwd), and in forward mode, also over reverse mode. Under vmap, calls are made
+    one after the other.
 
     The number of threads is Numba's (`numba.set_num_threads`), not that of `torch.set_num_threads`.
 
@@ -157,95 +151,11 @@ def attention(
             )
         if x.requires_grad and name not in (*Gradients._fields, *of_mods) and torch.is_grad_enabled():
             raise ValueError(f"{name} requires a gradient, but has none here; pass {name}.detach()")
-    apply = _Attention.apply
+    apply = Attention.apply
     if torch.compiler.is_dynamo_compiling():
         apply = torch.compiler.disable(apply)
-    out, lse = apply(tuple(tensors), constants, *tensors.values())
+    out, lse = apply(Call(tuple(tensors), constants), *tensors.values())
     return (out, lse) if as_flag("return_lse", return_lse) else out
 
 
-class _Attention(torch.autograd.Function):
-    """Attention of tensors, whose names are in the same order, and of options that are not tensors."""
-
-    @staticmethod
-    def forward(names: tuple[str, ...], constants: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        arrays: dict[str, Any] = dict(zip(names, map(to_array, tensors), strict=True))
-        out, lse = api.attention(**join_mod_args(arrays | constants), return_lse=True)
-        return to_tensor(out), to_tensor(lse)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.names, ctx.constants, *tensors = inputs
-        # Masks and lengths are saved too, so that autograd notices if they are changed in place before `backward`.
-        ctx.save_for_backward(*tensors, *output)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads: tuple[Tensor | None, ...] = (None,) * len(ctx.needs_input_grad)
-        if grad_out is not None or grad_lse is not None:
-            grads = _Gradients.apply(
-                ctx.names, ctx.constants, ctx.needs_input_grad, grad_out, grad_lse, *ctx.saved_tensors
-            )
-        return grads
-
-
-class _Gradients(torch.autograd.Function):
-    """The gradients, as a function without a derivative: a second derivative is then an error and not silently 0."""
-
-    @staticmethod
-    def forward(
-        names: tuple[str, ...],
-        constants: dict[str, Any],
-        needed: tuple[bool, ...],
-        grad_out: Tensor | None,
-        grad_lse: Tensor | None,
-        *saved: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        *inputs, out, lse = map(to_array, saved)
-        arrays: dict[str, Any] = dict(zip(names, inputs, strict=True)) | constants
-        wanted = [name for name, need in zip((None, None, *names), needed, strict=True) if name and need]
-        of_mods = [place_of(name) for name in wanted if is_mod_arg(name)]
-        grads = api.attention_backward(
-            np.broadcast_to(np.zeros((), out.dtype), out.shape) if grad_out is None else to_array(grad_out),
-            **join_mod_args(arrays),
-            out=out,
-            lse=lse,
-            grad_lse=None if grad_lse is None else to_array(grad_lse),
-            mod_grads=of_mods or None,
-        )
-        results = (grads.of(name) if name in wanted else None for name in (None, None, *names))
-        return tuple(None if x is None else to_tensor(x) for x in results)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError("numba_attention.torch.attention can be differentiated once, not twice")
-
-
-def to_array(tensor: Tensor) -> Array:
-    """View a tensor as an array."""
-    if tensor.dtype != torch.bfloat16:
-        array: Array = tensor.numpy(force=True)
-        return array
-    try:
-        from ml_dtypes import bfloat16
-    except ImportError as error:
-        raise ImportError(
-            "bfloat16 tensors need ml_dtypes; install it with: pip install 'numba-attention[bfloat16]'"
-        ) from error
-    # PyTorch does not know NumPy's bfloat16, so the bits are exchanged as integers.
-    bits: Array = tensor.detach().resolve_neg().view(torch.int16).numpy()
-    return bits.view(bfloat16)
-
-
-def to_tensor(array: Array) -> Tensor:
-    """View an array of this package as a tensor."""
-    if array.dtype.name == "bfloat16":
-        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    else:
-        tensor = torch.from_numpy(array)
-    return tensor
+__all__ = ["attention", "to_array", "to_tensor"]
