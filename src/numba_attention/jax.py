@@ -7,13 +7,13 @@ waits for the thread that runs the callback, and so for ever (jax issue 24255).
 
 from __future__ import annotations  # short types in help()
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, Unpack, overload
 
 import numpy as np
 
-from . import api
+from . import api, second
 from .backends import select
 from .masks.blockmask import BlockMask
 from .narrowing import saturated
@@ -48,6 +48,9 @@ JaxArray: TypeAlias = jax.Array
 _ARRAYS = (*PER_SCORE, *PER_HEAD, *PER_SEQUENCE, *PER_CALL)
 # What is the same for all elements of a call, so that `jax.vmap` makes a call for each of its own.
 _OF_CALL = (*PER_CALL, "seed")
+# What gradients are differentiated by, and the beginning of the names of directions.
+_TWICE = (*Gradients._fields[:5], "out", "lse", "grad_out", "grad_lse")
+_TANGENT = "tangent of "
 
 
 class _Static(NamedTuple):
@@ -145,7 +148,7 @@ def attention(
         As in `numba_attention.attention`, when the function is traced. Only lengths that are traced themselves are
         checked later; what is wrong with them comes as a `jax.errors.JaxRuntimeError`.
     NotImplementedError
-        A gradient is differentiated again, or one with respect to `alibi_slopes` is asked for.
+        A third derivative is asked for, a second one with respect to `mod_args`, or one with respect to `alibi_slopes`.
 
     See Also
     --------
@@ -153,6 +156,9 @@ def attention(
 
     Notes
     -----
+    It can be differentiated twice in reverse mode, in linear memory too. JAX refuses forward mode, of which
+    `jax.hessian` consists in part: use ``jax.jacrev(jax.jacrev(f))``, or ``jax.grad`` of a product with ``jax.grad``.
+
     Axes that `jax.vmap` adds become leading dimensions of one call. With `sinks`, `seed` or arrays in `mod_args` there
     is a call for each element instead: sinks are one per head for a whole call, arrays of mods are the same for it, and
     elements with the same seed have the same mask.
@@ -292,11 +298,48 @@ def _gradients(static: _Static, wanted: tuple[str, ...], arrays: dict[str, Any])
     return grads
 
 
-def _no_second_derivative(*arguments: Any) -> Any:
-    raise NotImplementedError("numba_attention.jax.attention can be differentiated once, not twice")
+def _gradients_forward(static: _Static, wanted: tuple[str, ...], arrays: dict[str, Any]) -> tuple[Any, Any]:
+    moving = [name for name, x in arrays.items() if x.perturbed]
+    _refuse_second(name for name in moving if name not in _TWICE)
+    values = {name: x.value for name, x in arrays.items()}
+    return _gradients(static, wanted, values), (values, dict.fromkeys(moving))
 
 
-_gradients.defvjp(_no_second_derivative, _no_second_derivative)
+def _gradients_backward(
+    static: _Static, wanted: tuple[str, ...], residual: tuple[Any, Any], cotangents: dict[str, Any]
+) -> tuple[dict[str, Any]]:
+    arrays, moving = residual
+    zero = jax.custom_derivatives.SymbolicZero
+    direction = {name: x for name, x in cotangents.items() if not isinstance(x, zero)}
+    _refuse_second(name for name in direction if is_mod_arg(name))
+    grads = dict.fromkeys(arrays)
+    if direction and moving:
+        tangents = {_TANGENT + name: x for name, x in direction.items()}
+        grads |= _second(static, tuple(moving), arrays | tangents)
+    return (grads,)
+
+
+def _refuse_second(names: Iterable[str]) -> None:
+    for name in names:
+        raise NotImplementedError(f"{name} has no second derivative; pass jax.lax.stop_gradient({name})")
+
+
+_gradients.defvjp(_gradients_forward, _gradients_backward, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _second(static: _Static, moving: tuple[str, ...], arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return what comes back to the arguments of `_gradients`, with out and lse as arguments of their own."""
+    results = {name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in moving}
+    grads: dict[str, Any] = buffer_callback(_DoubleBackward(static), results, vmap_method="expand_dims")(**arrays)
+    return grads
+
+
+def _no_third_derivative(*arguments: Any) -> Any:
+    raise NotImplementedError("numba_attention.jax.attention can be differentiated twice, not three times")
+
+
+_second.defvjp(_no_third_derivative, _no_third_derivative)
 
 
 class _Forward(NamedTuple):
@@ -323,6 +366,22 @@ class _Backward(NamedTuple):
             grads = api.attention_backward(**self.static.arguments(arrays), mod_grads=places or None)
             for name, target in targets.items():
                 target[...] = grads.of(name)
+
+
+class _DoubleBackward(NamedTuple):
+    """The callback of `_second`."""
+
+    static: _Static
+
+    def __call__(self, context: Any, results: Any, **buffers: Any) -> None:
+        for targets, arrays in _calls(self.static, results, buffers):
+            direction = Gradients(*(arrays.pop(_TANGENT + name, None) for name in Gradients._fields[:5]))
+            if "grad_out" not in arrays:
+                arrays["grad_out"] = np.broadcast_to(np.zeros((), arrays["out"].dtype), arrays["out"].shape)
+            arguments = self.static.arguments(arrays)
+            back = second.attention_double_backward(direction, through_saved=True, **arguments)
+            for name, target in targets.items():
+                target[...] = getattr(back, name)
 
 
 def _calls(static: _Static, *buffers: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
