@@ -94,7 +94,9 @@ def attention_jvp(
     if forward is not None:
         chosen.forward(forward)
     second.run(problem)
-    return Tangents(out, lse, *_tangents(problem))
+    p = problem.gradient.forward
+    assert p.result_lse is not None
+    return Tangents(p.result, p.result_lse, *_tangents(problem))
 
 
 @takes_options()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import numba_attention as na
-from numba_attention.backends import cpu, reference
+from numba_attention.backends import cpu, cpu_second, reference, reference_second
 
 RNG = np.random.default_rng(0)
 F32 = np.float32
@@ -51,6 +51,23 @@ CALLS = {
     "attention_backward": (
         lambda: na.attention_backward,
         {"grad_out": OUT, **BATCH, "out": OUT, "lse": LSE, "grad_lse": LSE},
+        ("grad_out", "query", "key", "value", "out", "lse", "grad_lse"),
+    ),
+    "attention_jvp": (
+        lambda: na.attention_jvp, {"tangents": na.Gradients(Q, K, V), **BATCH, "out": OUT, "lse": LSE},
+        ("query", "key", "value", "out", "lse"),
+    ),
+    "attention_backward_jvp": (
+        lambda: na.attention_backward_jvp,
+        {
+            "tangents": na.Gradients(Q, K, V), "grad_out": OUT, **BATCH, "out": OUT, "lse": LSE, "out_tangent": OUT,
+            "lse_tangent": LSE, "grad_lse": LSE, "grad_out_tangent": OUT, "grad_lse_tangent": LSE,
+        },
+        ("grad_out", "query", "key", "value", "out", "lse", "out_tangent", "lse_tangent", "grad_out_tangent"),
+    ),
+    "attention_double_backward": (
+        lambda: na.attention_double_backward,
+        {"grad_grads": na.Gradients(Q, K, V), "grad_out": OUT, **BATCH, "out": OUT, "lse": LSE, "grad_lse": LSE},
         ("grad_out", "query", "key", "value", "out", "lse", "grad_lse"),
     ),
     "attention_weights": (lambda: na.attention_weights, {"query": Q, "key": K}, ("query", "key")),
@@ -115,6 +132,8 @@ def no_kernel(monkeypatch):
     for module in (cpu, reference):
         for name in ("forward", "weights", "backward"):
             monkeypatch.setattr(module, name, start)
+    for module in (cpu_second, reference_second):
+        monkeypatch.setattr(module, "run", start)
 
 
 def call(name, **changes):

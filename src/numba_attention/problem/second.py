@@ -68,7 +68,7 @@ def _as_direction(name: str, tangents: Any, problem: BackwardProblem) -> Directi
     for part, of_caller, full in inputs:
         x = getattr(given, part)
         if x is not None:
-            x = check_like(f"{name}.{part}", x, np.shape(of_caller), full.dtype)
+            x = check_like(f"{name}.{part}", x, of_caller.shape, full.dtype)
             x = np.broadcast_to(x[None] if x.ndim == 2 else x, full.shape)
         parts.append(x)
     bias = sinks = None
@@ -100,7 +100,7 @@ def build_jvp(
     tangents: Any, query: Any, key: Any, value: Any, out: Array, lse: Array, options: Options
 ) -> SecondProblem:
     """Validate one `attention_jvp` call whose results are known, and allocate their tangents."""
-    grad_out = _nothing(np.shape(out), getattr(out, "dtype", np.float32))
+    grad_out = _nothing(getattr(out, "shape", ()), getattr(out, "dtype", np.float32))
     gradient = build_backward(grad_out, query, key, value, out, lse, None, None, options, _nothing)
     return SecondProblem("jvp", gradient, _as_direction("tangents", tangents, gradient), *_results(gradient.forward))
 
