@@ -152,7 +152,7 @@ def outcome(call):
         {"window": (1, 2, 3)}, {"window": (1.0, 2)}, {"window": (np.int64(1), 2)}, {"softcap": 0.0}, {"softcap": -1},
         {"mask": True}, {"bias": 0.0}, {"query_offset": 1.0}, {"key_lengths": 3}, {"seed": 3}, {"dropout_p": 0},
         {"return_lse": 1}, {"return_lse": None}, {"return_lse": "yes"}, {"backend": "gpu"}, {"backend": "reference"},
-        {"out": np.empty((2, 4, 5, 16), np.float64)}, {"out": np.empty((2, 4, 5, 16), np.float32)},
+        {"out": np.zeros((2, 4, 5, 16), np.float64)}, {"out": np.zeros((2, 4, 5, 16), np.float32)},
     ],
     ids=str,
 )  # fmt: skip
