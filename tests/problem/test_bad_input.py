@@ -161,6 +161,11 @@ NO_INTEGERS += [
 ]
 NO_FLOATS = [(["a"], TypeError), ([1j], TypeError), ([object()], TypeError), (np.ones(4, np.longdouble), TypeError)]
 
+
+def rule(batch, head, i, j, table):
+    return table[head] > i + j
+
+
 OPTIONS = {
     "mask": [
         (np.zeros(SHAPE, np.float32), TypeError, "bias"),
@@ -273,6 +278,17 @@ OPTIONS = {
         (np.arange(2), TypeError, "integer"),
         (np.ones(1, np.float32), TypeError, "integer"),
     ],
+    "score_mod": [
+        (3, TypeError, "Python function"),
+        ("exp", TypeError, "Python function"),
+        (np.sin, TypeError, "Python function"),
+    ],
+    "mask_mod": [(np.True_, TypeError, "Python function"), (3, TypeError, "Python function")],
+    "mod_args": [
+        ((QUERY,), ValueError, "score_mod or mask_mod"),
+        (QUERY, TypeError, r"tuple.*\(x,\)"),
+        (3, TypeError, r"tuple.*\(x,\)"),
+    ],
 }  # fmt: skip
 MISUSES = [
     pytest.param(name, *misuse, id=f"{name}-{n}")
@@ -286,6 +302,21 @@ def test_option(name, value, kind, words):
     refused(kind, rf"(?s)\b{name}\b.*{words}", na.attention, QUERY, KEY, VALUE, **{name: value})
     refused(kind, rf"(?s)\b{name}\b.*{words}", na.attention_weights, QUERY, KEY, **{name: value})
     refused(kind, rf"(?s)\b{name}\b.*{words}", na.attention_backward, *GIVEN.values(), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("table", "kind", "words"),
+    [
+        (None, TypeError, r"mod_args\[0\].*number.*NoneType"),
+        ([1, 2], TypeError, r"mod_args\[0\].*ndarray.*list"),
+        ("a", TypeError, r"mod_args\[0\].*number.*str"),
+        (np.zeros(4, complex), TypeError, r"mod_args\[0\].*complex128.*astype"),
+        (np.zeros(4, ">f4"), TypeError, r"mod_args\[0\].*byte order"),
+    ],
+)
+def test_what_mods_are_handed(table, kind, words):
+    refused(kind, words, na.attention, QUERY, KEY, VALUE, mask_mod=rule, mod_args=(table,))
+    refused(kind, words, na.attention_backward, *GIVEN.values(), mask_mod=rule, mod_args=(table,))
 
 
 @pytest.mark.torch
