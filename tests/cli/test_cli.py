@@ -197,7 +197,7 @@ def test_command_line_says_which_extra_it_needs(monkeypatch):
 def test_bench(cli, tmp_path):
     (tmp_path / "page.md").write_text(f"before {report.START} old {report.END} after")
     output = cli(
-        "bench", "--quick", "--rows", "1x1x1x64", "--json", tmp_path / "b.json", "--into", tmp_path / "page.md"
+        "bench", "--quick", "--rows", "smallest", "--json", tmp_path / "b.json", "--into", tmp_path / "page.md"
     )
     assert "smallest 1x1x1x64" in output
     (row,) = json.loads((tmp_path / "b.json").read_text())["rows"]

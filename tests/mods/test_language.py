@@ -110,7 +110,12 @@ def math_of_all(score, batch, head, i, j):
 
 def powers(score, batch, head, i, j):
     return (
-        score**2 - score**3 + abs(score) ** 1.5 + (1 + abs(score)) ** (0.1 * (i - j)) + 2**-head + (score - 9.0) ** -2
+        score**2
+        - 0.1 * score**3
+        + abs(score) ** 1.5
+        + (1 + abs(score)) ** (0.1 * (i - j))
+        + 2**-head
+        + (score - 30.0) ** -2
     )
 
 

@@ -80,11 +80,17 @@ def _shape_of(dtype: Any, few: bool) -> tuple[int, int]:
 def limits_of(p: Problem) -> dict[str, tuple[int, int]]:
     """The numbers that rules are called with: the first, and the one after the last."""
     first, head = p.origin.key, p.origin.head
-    offsets = p.offset if isinstance(p.offset, np.ndarray) else np.array(p.offset)
-    numbers = p.origin.numbers(math.prod(p.batch))
+    low, high = _ends(p.offset)
+    batch = _ends(p.origin.numbers(math.prod(p.batch)))
     return {
-        "batch": (int(numbers.min(initial=0)) if len(numbers) else 0, int(numbers.max(initial=-1)) + 1),
+        "batch": (batch[0], batch[1] + 1),
         "head": (head, head + p.H),
-        "i": (first + int(offsets.min(initial=0)), first + int(offsets.max(initial=0)) + max(p.L, 1)),
+        "i": (first + low, first + high + max(p.L, 1)),
         "j": (first, first + p.S),
     }
+
+
+def _ends(numbers: Any) -> tuple[int, int]:
+    """The least and the greatest; of none, an interval without a number."""
+    array = np.asarray(numbers)
+    return (int(array.min()), int(array.max())) if array.size else (0, -1)
