@@ -131,4 +131,11 @@ def _resident(client):
 
 
 def _peak(client):
-    return max(client.run(lambda: __import__("resource").getrusage(0).ru_maxrss * 1024).values())
+    """The largest resident size of a worker; that of `resource` may be inherited from the process that started it."""
+
+    def peak():
+        with open("/proc/self/status") as file:
+            (line,) = (line for line in file if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+
+    return max(client.run(peak).values())

@@ -4,6 +4,7 @@ import functools
 
 import numba
 import numpy as np
+import numpy.testing  # which NumPy imports when first asked for: a signal handler that asks in the middle never ends
 
 import numba_attention as na
 
