@@ -70,6 +70,8 @@ def warmup_jobs() -> list[tuple[str, Callable[[], None]]]:
     storages = ("float32", "float64", "float16", "bfloat16")
     jobs += [(f"attention, {storage}", job(worker(storage, "forward"))) for storage in storages]
     jobs += [("attention, float32, few queries", job(worker("float32", "decode")))]
+    if NARROWS:
+        jobs += [(f"attention, float32, short, {n}", job(worker("float32", "forward", "", n))) for n in (1, 2)]
     jobs += [(f"attention_backward, {storage}", job(worker(storage, "backward"))) for storage in storages[:2]]
     return [*jobs, ("attention_weights, float32", job(worker("float32", "weights")))]
 
