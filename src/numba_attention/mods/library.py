@@ -279,20 +279,3 @@ def tree(batch: int, head: int, i: int, j: int, parents: Array, first: int, dept
         sees = sees or node == j - first
         node = parents[max(node, 0)]
     return sees
-
-
-__all__ = [
-    "alibi",
-    "causal",
-    "dilated_window",
-    "documents",
-    "neighborhood",
-    "prefix_lm",
-    "relative_positions",
-    "shifted_windows",
-    "sliding_window",
-    "softcap",
-    "t5_bias",
-    "t5_bias_causal",
-    "tree",
-]
