@@ -33,7 +33,7 @@ def main():
     m = gpu.Machine(dry)
     if "--all" not in sys.argv and not dry:
 
-        def _peers(self, q, k, v, causal, gqa):
+        def _peers(self, q, k, v, causal, gqa=False):
             torch = self.torch
             attend = torch.nn.functional.scaled_dot_product_attention
 

@@ -60,8 +60,8 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     tests = os.fspath(ROOT / "tests")
     parallel = ["-n", "2"] if importlib.util.find_spec("xdist") else []
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider", "-p",
-              "gpukit_pytest", "--tb=no", *parallel]  # fmt: skip
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "not test_sanitizer", "-p",
+              "no:cacheprovider", "-p", "gpukit_pytest", "--tb=no", *parallel]  # fmt: skip
     kernels = os.path.join(tests, "cuda", "test_cuda_kernels.py")
     others = [os.path.join(tests, *name) for name in (("cuda", "test_cuda_gpu.py"), ("device", "test_cuda_interop.py"))]
     stages = {

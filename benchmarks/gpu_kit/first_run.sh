@@ -26,8 +26,10 @@ export NUMBA_ATTENTION_CACHE_DIR=$work/kernels
 (umask 077 && mkdir "$work/kernels" && [ -f "$carried/kernels.tar.gz" ] &&
     tar -xzf "$carried/kernels.tar.gz" -C "$work/kernels" -m --no-same-owner --no-same-permissions)
 site=
-if ls "$carried"/whl/*.whl >/dev/null 2>&1; then
-    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$work/site" "$carried"/whl/*.whl \
+wheels=$("$python" "$kit/versions.py" --wheels "$carried/whl")
+if [ -n "$wheels" ]; then
+    # shellcheck disable=SC2086  (a word for each wheel)
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$work/site" $wheels \
         >"$work/pip.log" 2>&1 && site=$work/site: || cat "$work/pip.log"
 fi
 
@@ -97,7 +99,7 @@ fi
 # The sanitizer and the rest do not disturb one another: no time is taken in them.
 stage 05 sanitizer "${SANITIZER:-100}" "$python" "$kit/sanitize.py" "$((${SANITIZER:-100} - 5))" &
 more=(tests/cuda/test_cuda_gpu.py tests/device/test_cuda_interop.py); [ -n "$dry" ] && more=()
-stage 06 rest "$rest" "$python" -m pytest -q -m "gpu and not slow" -p no:cacheprovider -p gpukit_pytest -n "$jobs" --tb=short --maxfail 100 \
+stage 06 rest "$rest" "$python" -m pytest -q -m gpu -k "not test_sanitizer" -p no:cacheprovider -p gpukit_pytest -n "$jobs" --tb=short --maxfail 100 \
     --kit-seconds $((rest - 10)) --kit-share "$([ -n "$dry" ] && echo 80 || echo 1)" "${more[@]}" tests/cuda/test_cuda_kernels.py
 wait
 sort "$NA_KIT_NOTES" | uniq -c | sort -rn | head -20 >"$work/most.txt"

@@ -1,4 +1,7 @@
-"""What is there, and whether it is enough: python versions.py"""
+"""What is there, and whether it is enough: python versions.py
+
+`versions.py --wheels FOLDER` names the wheels of the folder that this machine needs: what is missing or below its floor.
+"""
 
 import os
 import re
@@ -10,10 +13,31 @@ from pathlib import Path
 
 FLOORS = {
     "numba": "0.61", "numpy": "2.0", "scipy": "1.13", "numba-cuda": "0.24", "cuda-core": "0.7", "cuda-bindings": "12.9",
+    "platformdirs": "4",
 }  # fmt: skip
+TOGETHER = {"numba-cuda", "cuda-core", "cuda-bindings"}  # releases that were tested with one another
 OTHERS = ("pytest", "pytest-xdist", "hypothesis", "ml-dtypes", "torch", "triton", "cupy-cuda13x", "jax", "llvmlite",
          "cuda-pathfinder", "cuda-toolkit", "nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvrtc")  # fmt: skip
 COLLECTED_FOR = ("sm_90a", 132, 232448)  # architecture, multiprocessors, bytes of shared memory: H100 and H200
+
+
+def installed(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def wheels(folder):
+    """The wheels in a folder whose package is missing here or too old."""
+    carried = {path.name.split("-")[0].replace("_", "-"): path for path in sorted(Path(folder).glob("*.whl"))}
+    needed = {
+        name for name in carried
+        if (found := installed(name)) is None or numbers(found) < numbers(FLOORS.get(name, "0"))
+    }  # fmt: skip
+    if needed & TOGETHER:
+        needed |= TOGETHER & carried.keys()
+    return [carried[name] for name in sorted(needed)]
 
 
 def numbers(text):
@@ -21,14 +45,14 @@ def numbers(text):
 
 
 def main():
+    if sys.argv[1:2] == ["--wheels"]:
+        print(*wheels(sys.argv[2]), sep="\n")
+        return 0
     problems = []
     home = os.environ.get("CUDA_HOME")
     print(f"python {sys.version.split()[0]} at {sys.executable}, {os.cpu_count()} cores, CUDA_HOME {home}")
     for name in (*FLOORS, *OTHERS):
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            found = None
+        found = installed(name)
         floor = FLOORS.get(name)
         enough = floor is None or (found is not None and numbers(found) >= numbers(floor))
         print(f"  {name:18} {found or '-':16} {'' if enough else f'TOO OLD OR MISSING, needs {floor}'}")
