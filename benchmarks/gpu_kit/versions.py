@@ -1,6 +1,6 @@
 """What is there, and whether it is enough: python versions.py
 
-`versions.py --wheels FOLDER` names the wheels of the folder that this machine needs: what is missing or below its floor.
+`versions.py --wheels FOLDER` names the wheels of the folder that this machine needs: missing or below their floor.
 """
 
 import os

@@ -23,7 +23,7 @@ class Instructions:
     Parameters
     ----------
     program : mods.program.Program
-    arguments : tuple of mods.language.Argument
+    arguments : tuple of mods.values.Argument
         The kinds of `mod_args`.
     bits : {32, 64}
         Width of a score.

@@ -73,7 +73,7 @@ def make_kernel(
     task : str
         One of `TASKS`.
     program : mods.program.Program
-    arguments : tuple of mods.language.Argument
+    arguments : tuple of mods.values.Argument
         The kinds of `mod_args`.
     digest : str
         Of the program and the arguments: part of the key of the kernel cache.

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import operator
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,15 +12,14 @@ from numpy.typing import ArrayLike
 from ..mods.language import MASK
 from ..mods.rules import as_arguments, plain, vectorized
 from ..options import Array
-from ..validation import as_array, as_bools, as_ints
+from ..validation import as_bools, as_ints
 from . import picture, runs
+from .checks import as_count, as_integer, as_positions, as_sizes, whole_tiles
 from .runs import TILE, Runs
-
-BAND = 2**24  # elements of a matrix that are held as bool at once
-KINDS = 8  # of calls, for which a mask keeps what was made of it
+from .stored import StoredMask
 
 
-class BlockMask:
+class BlockMask(StoredMask):
     """Which query may attend to which key, stored by tiles of 64 x 64 positions: passed as ``mask=``.
 
     Kernels visit only tiles in which something is visible, and test single pairs only in tiles in which something is
@@ -94,11 +90,6 @@ class BlockMask:
     True
     """
 
-    # `_planes` (batch, heads) says which of the distinct matrices in `_runs` each head of each sequence has.
-    _planes: Array
-    _runs: Runs
-    _size: tuple[int, int]
-
     def __init__(
         self,
         mask_mod: Callable[..., Any],
@@ -108,8 +99,8 @@ class BlockMask:
         heads: int | None = None,
         mod_args: tuple[Any, ...] = (),
     ) -> None:
-        L, S = _sizes(shape)
-        lead = tuple(1 if n is None else _count(name, n) for name, n in (("batch", batch), ("heads", heads)))
+        L, S = as_sizes(shape)
+        lead = tuple(1 if n is None else as_count(name, n) for name, n in (("batch", batch), ("heads", heads)))
         function, values = plain(mask_mod, MASK), as_arguments(mod_args)
         try:
             from .evaluate import runs_of
@@ -163,7 +154,7 @@ class BlockMask:
 
         def bands() -> Iterator[tuple[int, Array]]:
             for plane, index in enumerate(np.ndindex(stored.shape[:-2])):
-                for first, last in _bands(rows, S):
+                for first, last in runs.bands(rows, S):
                     i = np.minimum(np.arange(first * TILE, last * TILE), L - 1)
                     part = stored[index]
                     yield plane * rows + first, part[first * TILE : L] if len(i) == L - first * TILE else part[i]
@@ -255,8 +246,8 @@ class BlockMask:
         ████████████████████████████▒░
         ██████████████████████████████▒░
         """
-        L, S = _sizes((L, S))
-        i = np.arange(L) + _integer("offset", offset)
+        L, S = as_sizes((L, S))
+        i = np.arange(L) + as_integer("offset", offset)
         return cls._of_intervals(np.zeros(L, np.int64), i + 1, S)
 
     @classmethod
@@ -281,9 +272,9 @@ class BlockMask:
         >>> na.BlockMask.window(8192, 8192, 512, 0).density < 0.08
         True
         """
-        L, S = _sizes((L, S))
+        L, S = as_sizes((L, S))
         for name, reach in (("left", left), ("right", right)):
-            if reach is not None and _integer(name, reach) < 0:
+            if reach is not None and as_integer(name, reach) < 0:
                 raise ValueError(f"{name} must not be negative, got {reach}")
         i = np.arange(L)
         start = np.zeros(L, np.int64) if left is None else i - min(left, L)
@@ -329,108 +320,10 @@ class BlockMask:
         starts, stops = np.clip(starts, 0, S), np.clip(stops, 0, S)
         return cls.of_runs(np.zeros((1, 1), np.int64), runs.from_intervals(starts, stops, S), (len(starts), S))
 
-    @classmethod
-    def of_runs(cls, planes: Array, all_runs: Runs, size: tuple[int, int]) -> BlockMask:
-        """Make a mask of runs, for which `planes` says the matrix of each head of each sequence. Not for callers."""
-        mask = object.__new__(cls)
-        mask._set(planes, all_runs, size)
-        return mask
-
-    def _set(self, planes: Array, all_runs: Runs, size: tuple[int, int]) -> None:
-        """Keep each distinct matrix once, in the order in which the heads of all sequences name them."""
-        rows, columns = (runs.tiles_over(n) for n in size)
-        used, first, where = np.unique(planes.ravel(), return_index=True, return_inverse=True)
-        seen: dict[Any, int] = {}
-        kept: list[int] = []
-        number = np.zeros(len(used), np.int64)
-        for n in np.argsort(first):
-            of_rows = slice(used[n] * rows, (used[n] + 1) * rows + 1)
-            starts = all_runs.starts[of_rows]
-            part = slice(starts[0], starts[-1])
-            key = (starts - starts[0]).tobytes(), all_runs.ends[part].tobytes(), all_runs.ids[part].tobytes()
-            if key not in seen:
-                seen[key] = len(kept)
-                kept.append(int(used[n]))
-            number[n] = seen[key]
-        if kept != list(range((len(all_runs.starts) - 1) // max(rows, 1))):
-            which = np.array(kept, np.int64).reshape(-1, 1) * rows + np.arange(rows)
-            all_runs = runs.take(all_runs, which.ravel(), 0, columns)
-        self._planes, self._runs, self._size = number[where].reshape(planes.shape), all_runs, size
-        for array in (self._planes, *all_runs):
-            array.flags.writeable = False
-
-    # What it is.
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self._planes.shape, *self._size)
-
-    @property
-    def ndim(self) -> int:
-        return self._planes.ndim + 2
-
-    @property
-    def nbytes(self) -> int:
-        return int(self._planes.nbytes + sum(array.nbytes for array in self._runs))
-
-    @property
-    def density(self) -> float:
-        full, partial = self._counts
-        return (full + partial) / max(1, self._planes.size * self._tiles[0] * self._tiles[1])
-
     @property
     def T(self) -> BlockMask:
         (rows, columns), (L, S) = self._tiles, self._size
         return self.of_runs(self._planes, runs.transpose(self._runs, self._distinct, rows, columns), (S, L))
-
-    @property
-    def _tiles(self) -> tuple[int, int]:
-        L, S = self._size
-        return runs.tiles_over(L), runs.tiles_over(S)
-
-    @property
-    def _distinct(self) -> int:
-        """How many distinct matrices there are."""
-        return int(self._planes.max(initial=-1)) + 1
-
-    @cached_property
-    def _counts(self) -> tuple[int, int]:
-        """Full and partial tiles of all heads of all sequences."""
-        full, partial = (
-            int(count[self._planes].sum()) for count in runs.counts(self._runs, self._distinct, self._tiles[0])
-        )
-        return full, partial
-
-    @cached_property
-    def kept(self) -> dict[Any, Any]:
-        """What was made of this mask for calls, by what it depends on. See `keep`."""
-        return {}
-
-    def keep(self, key: Any, value: Any) -> None:
-        """Keep what was made of this mask for the next calls; only that of the last few kinds of calls is kept."""
-        self.kept[key] = value
-        for oldest in list(self.kept)[:-KINDS]:  # a list, as other threads may change the dictionary
-            self.kept.pop(oldest, None)
-
-    @cached_property
-    def digest(self) -> bytes:
-        """A digest of the content: equal masks have equal ones, in every process."""
-        digest = hashlib.sha256(repr(self.shape).encode())
-        for array in (self._planes, *self._runs):
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.digest()
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, BlockMask):
-            return NotImplemented
-        pairs = zip((self._planes, *self._runs), (other._planes, *other._runs), strict=True)
-        return self.shape == other.shape and all(np.array_equal(x, y) for x, y in pairs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (self._planes, tuple(self._runs), self._size)
 
     def __repr__(self) -> str:
         return "\n".join([self._line(), *picture.text(self._runs, self._tiles)])
@@ -445,45 +338,6 @@ class BlockMask:
 
     def _repr_html_(self) -> str:
         return picture.svg(self._runs, self._tiles, self._line())
-
-    # In a call.
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether it broadcasts to (..., heads, L, S)."""
-        lead = self._planes.shape
-        extra = len(lead) - (len(shape) - 2)
-        pairs = zip(lead[::-1], shape[-3::-1], strict=False)
-        return self._size == shape[-2:] and set(lead[: max(extra, 0)]) <= {1} and all(n in (1, m) for n, m in pairs)
-
-    def fitting(self, shape: tuple[int, ...], more: str = "") -> BlockMask:
-        """Return it if it broadcasts to (..., heads, L, S); the error says both shapes."""
-        if not self.fits(shape):
-            either = "neither" if more else "not"
-            raise ValueError(f"mask, a BlockMask of shape {self.shape}, does {either} broadcast to {shape}{more}")
-        return self
-
-    def planes_over(self, shape: tuple[int, ...]) -> Array:
-        """Return which of the distinct matrices each head of a call has, of shape (..., heads)."""
-        extra = max(0, self._planes.ndim - len(shape))
-        return np.broadcast_to(self._planes.reshape(self._planes.shape[extra:]), shape)
-
-    def of_sequences(self, query_starts: Array, query_rows: Array, key_starts: Array, key_rows: Array) -> BlockMask:
-        """Return the parts of the sequences of a packed call, one after another, all of the longest shape."""
-        places = query_starts, query_rows, key_starts, key_rows
-        key = "sequences", *(x.tobytes() for x in places)
-        result: BlockMask | None = self.kept.get(key)
-        if result is None:
-            size = int(query_rows.max(initial=0)), int(key_rows.max(initial=0))
-            parts = []
-            for row, n, column, m in zip(*places, strict=True):
-                i = row + np.minimum(np.arange(size[0]), max(n - 1, 0))
-                j = column + np.minimum(np.arange(size[1]), max(m - 1, 0))
-                shown = n > 0 and m > 0
-                parts.append(self._by_bits(i if shown else np.zeros_like(i), j if shown else np.zeros_like(j)))
-            planes = np.arange(len(parts))[:, None] * self._distinct + self._planes.reshape(1, -1)
-            result = self.of_runs(planes, runs.joined_rows(parts), size)
-            self.keep(key, result)
-        return result
 
     # Operations.
 
@@ -530,29 +384,15 @@ class BlockMask:
         planes = self._planes[index[:-2]]
         planes = planes.reshape((1,) * (2 - planes.ndim) + planes.shape)
         chosen = [
-            _positions(name, x, n) for name, x, n in zip(("queries", "keys"), index[-2:], self._size, strict=True)
+            as_positions(name, x, n) for name, x, n in zip(("queries", "keys"), index[-2:], self._size, strict=True)
         ]
         size = len(chosen[0]), len(chosen[1])
-        spans = [_whole_tiles(x, n) for x, n in zip(chosen, self._size, strict=True)]
+        spans = [whole_tiles(x, n) for x, n in zip(chosen, self._size, strict=True)]
         rows = self._tiles[0]
         if spans[0] is not None and spans[1] is not None:
             which = (np.arange(self._distinct)[:, None] * rows + np.arange(*spans[0])).ravel()
             return self.of_runs(planes, runs.take(self._runs, which, *spans[1]), size)
         return self.of_runs(planes, self._by_bits(*chosen), size)
-
-    def _by_bits(self, i: Array, j: Array) -> Runs:
-        rows, new_rows = self._tiles[0], runs.tiles_over(len(i))
-
-        def bands() -> Iterator[tuple[int, Array]]:
-            for plane in range(self._distinct):
-                for first, last in _bands(new_rows, max(len(j), self._size[1])):
-                    row = i[np.minimum(np.arange(first * TILE, last * TILE), len(i) - 1)]
-                    tiles, where = np.unique(row // TILE, return_inverse=True)
-                    part = runs.take(self._runs, plane * rows + tiles, 0, self._tiles[1])
-                    shown = runs.dense(part, 0, len(tiles), self._tiles[1])
-                    yield plane * new_rows + first, shown[where * TILE + row % TILE][:, j].astype(bool)
-
-        return runs.from_bands(bands(), self._distinct * new_rows, len(j))
 
     # Other forms.
 
@@ -567,7 +407,7 @@ class BlockMask:
         (rows, columns), (L, S) = self._tiles, self._size
         planes = np.empty((self._distinct, L, S), bool)
         for plane in range(self._distinct):
-            for first, last in _bands(rows, S):
+            for first, last in runs.bands(rows, S):
                 band = runs.dense(self._runs, plane * rows + first, plane * rows + last, columns)
                 planes[plane, first * TILE : last * TILE] = band[: L - first * TILE, :S]
         return planes[self._planes]
@@ -599,22 +439,11 @@ def _runs_in_numpy(function: Any, values: tuple[Any, ...], size: tuple[int, int]
 
     def bands() -> Iterator[tuple[int, Array]]:
         for plane, (b, h) in enumerate(np.ndindex(lead)):
-            for first, last in _bands(rows, S):
+            for first, last in runs.bands(rows, S):
                 i = np.minimum(np.arange(first * TILE, last * TILE), L - 1)[:, None]
                 yield plane * rows + first, visible(b, h, i, np.arange(S))
 
     return runs.from_bands(bands() if S else [], math.prod(lead) * rows, S)
-
-
-def _rebuilt(planes: Array, parts: tuple[Array, ...], size: tuple[int, int]) -> BlockMask:
-    return BlockMask.of_runs(planes, Runs(*parts), size)
-
-
-def _bands(rows: int, S: int) -> Iterator[tuple[int, int]]:
-    """Parts of the rows of tiles."""
-    step = max(1, BAND // max(1, TILE * S))
-    for first in range(0, rows, step):
-        yield first, min(first + step, rows)
 
 
 def _bytes(n: int) -> str:
@@ -623,52 +452,3 @@ def _bytes(n: int) -> str:
             return f"{n:.1f} {unit}" if unit != "B" and n < 100 else f"{n:.0f} {unit}"
         n = n / 1024  # type: ignore[assignment]
     return f"{n:.1f} GiB"
-
-
-def _integer(name: str, x: Any) -> int:
-    try:
-        if isinstance(x, bool | np.bool_):
-            raise TypeError
-        return operator.index(x)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {x!r}") from None
-
-
-def _count(name: str, n: Any) -> int:
-    count = _integer(name, n)
-    if count < 1:
-        raise ValueError(f"{name} must be positive, got {count}")
-    return count
-
-
-def _sizes(shape: Any) -> tuple[int, int]:
-    """Check numbers of queries and keys."""
-    try:
-        L, S = shape
-    except (TypeError, ValueError):
-        raise TypeError(f"shape must be a pair (L, S), got {shape!r}") from None
-    sizes = _integer("L", L), _integer("S", S)
-    if min(sizes) < 0 or max(sizes) > 2**31:
-        raise ValueError(f"L and S must lie between 0 and 2**31, got {sizes}")
-    return sizes
-
-
-def _positions(name: str, index: Any, n: int) -> Array:
-    """The positions that a slice or an array chooses."""
-    if isinstance(index, slice):
-        return np.arange(n)[index]
-    array = as_array(name, index)
-    if array.ndim != 1 or array.dtype.kind not in "iub":
-        raise IndexError(f"{name} of a BlockMask are chosen by a slice or a 1-D array of int or bool, got {index!r}")
-    return np.arange(n)[array]
-
-
-def _whole_tiles(positions: Array, n: int) -> tuple[int, int] | None:
-    """The tiles that these positions are, or None."""
-    if not len(positions):
-        return (0, 0)
-    first, last = int(positions[0]), int(positions[-1]) + 1
-    in_order = last - first == len(positions) and bool((np.diff(positions) == 1).all())
-    if not in_order or first % TILE or (last % TILE and last != n):
-        return None
-    return first // TILE, runs.tiles_over(last)

@@ -19,6 +19,7 @@ from ..options import Array
 
 TILE = 64
 EMPTY, FULL = 0, 1  # the numbers of the first two tiles
+BAND = 2**24  # elements of a matrix that are held as bool at once
 CHUNK = 512  # tiles that are turned into arrays of bool at once: 2 MiB
 SPECIAL = np.array([[0] * TILE, [2**64 - 1] * TILE], np.uint64)
 _BITS = np.dtype("<u8")  # packed bits, lowest first, in this byte order
@@ -366,3 +367,10 @@ def counts(runs: Runs, planes: int, rows: int) -> tuple[Array, Array]:
     plane, length = rows_of(runs) // max(rows, 1), runs.ends - begins_of(runs)
     full, partial = runs.ids == FULL, runs.ids > FULL
     return tuple(np.bincount(plane[x], length[x], planes).astype(np.int64) for x in (full, partial))  # type: ignore[return-value]
+
+
+def bands(rows: int, S: int) -> Iterator[tuple[int, int]]:
+    """Parts of the rows of tiles over S keys, first and last, whose bits are held as bool at once."""
+    step = max(1, BAND // max(1, TILE * S))
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..bounded import BoundedCache
-from .language import ELEMENTS, PARAMETERS, SCORE, Argument, Read, look_up, lower
+from .language import PARAMETERS, SCORE, lower
 from .program import Bound, Builder, Program, gradients, slope
+from .reads import Read, look_up, same
+from .values import ELEMENTS, Argument
 
 _SIZE = 2**14  # bytes of a rule with its programs, roughly
 _reads: BoundedCache[list[Read]] = BoundedCache()
@@ -105,14 +107,10 @@ def find(role: str, function: Any, arguments: tuple[Argument, ...], values: tupl
             return rule
     rule = Rule(role, function, derivative, arguments, values)
     known = reads or []
-    reads = [*known, *(read for read in rule.reads if not any(_same(read, other) for other in known))]
+    reads = [*known, *(read for read in rule.reads if not any(same(read, other) for other in known))]
     _reads.add(fixed, reads, 512)
     _rules.add((fixed, *[look_up(read, function, values) for read in reads]), rule, _SIZE)
     return rule
-
-
-def _same(read: Read, other: Read) -> bool:
-    return read[0] == other[0] and read[1] is other[1] and read[2] == other[2]
 
 
 def plain(function: Any, name: str) -> FunctionType:
