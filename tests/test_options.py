@@ -20,18 +20,22 @@ ENTRY_POINTS = {
         {"grad_out", "query", "key", "value", "out", "lse", "grad_lse", "mod_grads", "backend"},
     ),
     "attention_jvp": (
-        lambda: na.attention_jvp, {"tangents", "query", "key", "value", "out", "lse", "backend"},
+        lambda: na.attention_jvp,
+        {"tangents", "query", "key", "value", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "backend"},
     ),
     "attention_backward_jvp": (
         lambda: na.attention_backward_jvp,
         {
             "tangents", "grad_out", "query", "key", "value", "out", "lse", "out_tangent", "lse_tangent", "grad_lse",
-            "grad_out_tangent", "grad_lse_tangent", "backend",
+            "grad_out_tangent", "grad_lse_tangent", "cu_seqlens_q", "cu_seqlens_k", "backend",
         },
     ),
     "attention_double_backward": (
         lambda: na.attention_double_backward,
-        {"grad_grads", "grad_out", "query", "key", "value", "out", "lse", "grad_lse", "through_saved", "backend"},
+        {
+            "grad_grads", "grad_out", "query", "key", "value", "out", "lse", "grad_lse", "through_saved",
+            "cu_seqlens_q", "cu_seqlens_k", "backend",
+        },
     ),
     "attention_weights": (lambda: na.attention_weights, {"query", "key", "heads", "rows", "backend"}),
     "attention_varlen": (

@@ -3,16 +3,24 @@
 from __future__ import annotations  # short types in help()
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Unpack
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .backends import Backend, second_derivatives, select
 from .merging import merge_jvp as _merge_jvp
-from .options import Array, Gradients, OptionArguments, Options, SecondGradients, Tangents, gather, takes_options
-from .problem.dense import build, finish
-from .problem.second import SecondProblem, add_tangents, build_jvp, build_second
+from .options import Array, Gradients, OptionArguments, SecondGradients, Tangents, gather, takes_options
+from .problem.second import (
+    SecondProblem,
+    add_tangents,
+    as_starts,
+    build_forward,
+    build_gradient,
+    build_jvp,
+    build_second,
+    finish,
+)
 
 
 @takes_options()
@@ -24,6 +32,8 @@ def attention_jvp(
     *,
     out: Array | None = None,
     lse: Array | None = None,
+    cu_seqlens_q: ArrayLike | None = None,
+    cu_seqlens_k: ArrayLike | None = None,
     backend: str | None = None,
     **options: Unpack[OptionArguments],
 ) -> Tangents:
@@ -37,6 +47,8 @@ def attention_jvp(
         As in `attention`.
     out, lse : ndarray, shape (..., H, L, Ev) and (..., H, L), optional
         What `attention` returned, if it is known: pass both or neither.
+    cu_seqlens_q, cu_seqlens_k : array of int, shape (n + 1,), optional
+        Offsets of packed sequences. Arrays are then as in `attention_varlen` and `attention_varlen_backward`.
     **options
         As in `attention`.
     backend : {"auto", "cpu", "reference"}, optional
@@ -83,14 +95,15 @@ def attention_jvp(
     settings = gather(attention_jvp, options)
     chosen = select(backend, query, key, value)
     second = second_derivatives(chosen)
+    starts = as_starts(cu_seqlens_q, cu_seqlens_k)
     if (out is None) != (lse is None):
         raise ValueError("out and lse must both be given or both be None")
     forward = None
     if out is None or lse is None:
-        forward = build(query, key, value, settings, None, True)
+        forward = build_forward(query, key, value, starts, settings)
         assert forward.result_lse is not None
         out, lse = forward.result, forward.result_lse
-    problem = build_jvp(tangents, query, key, value, out, lse, settings)
+    problem = build_jvp(tangents, query, key, value, out, lse, starts, settings)
     if forward is not None:
         chosen.forward(forward)
     second.run(problem)
@@ -114,6 +127,8 @@ def attention_backward_jvp(
     grad_lse: Array | None = None,
     grad_out_tangent: Array | None = None,
     grad_lse_tangent: Array | None = None,
+    cu_seqlens_q: ArrayLike | None = None,
+    cu_seqlens_k: ArrayLike | None = None,
     backend: str | None = None,
     **options: Unpack[OptionArguments],
 ) -> tuple[Gradients, Gradients]:
@@ -131,6 +146,8 @@ def attention_backward_jvp(
         As in `attention_backward`.
     grad_out_tangent, grad_lse_tangent : ndarray, optional
         Tangents of `grad_out` and `grad_lse`, where these move too.
+    cu_seqlens_q, cu_seqlens_k : array of int, shape (n + 1,), optional
+        Offsets of packed sequences. Arrays are then as in `attention_varlen` and `attention_varlen_backward`.
     **options
         What `attention` was called with.
     backend : {"auto", "cpu", "reference"}, optional
@@ -174,11 +191,12 @@ def attention_backward_jvp(
     """
     settings = gather(attention_backward_jvp, options)
     chosen = select(backend, grad_out, query, key, value)
-    problem = _along(
-        chosen, (tangents, grad_out, query, key, value, out, lse, grad_lse), (out_tangent, lse_tangent),
-        (grad_out_tangent, grad_lse_tangent), settings,
-    )  # fmt: skip
-    return _gradients(chosen, problem), _moved_gradients(chosen, problem)
+    arguments = grad_out, query, key, value, out, lse, grad_lse, as_starts(cu_seqlens_q, cu_seqlens_k), settings
+    moved = out_tangent, lse_tangent, grad_out_tangent, grad_lse_tangent
+    problem = _along(chosen, tangents, arguments, moved)
+    first = build_gradient(*arguments)
+    chosen.backward(first)
+    return finish(first, chosen.reduce), _moved_gradients(chosen, problem)
 
 
 def gradient_tangents(
@@ -189,24 +207,16 @@ def gradient_tangents(
     """Compute the second result of `attention_backward_jvp` alone: for bridges, which have the first already."""
     settings = gather(attention_backward_jvp, options)
     chosen = select(backend, grad_out, query, key, value)
-    problem = _along(
-        chosen, (tangents, grad_out, query, key, value, out, lse, grad_lse), (out_tangent, lse_tangent),
-        (grad_out_tangent, grad_lse_tangent), settings,
-    )  # fmt: skip
-    return _moved_gradients(chosen, problem)
+    arguments = grad_out, query, key, value, out, lse, grad_lse, None, settings
+    moved = out_tangent, lse_tangent, grad_out_tangent, grad_lse_tangent
+    return _moved_gradients(chosen, _along(chosen, tangents, arguments, moved))
 
 
-def _along(
-    chosen: Backend,
-    arguments: tuple[Any, Any, Any, Any, Any, Any, Any, Any],
-    results: tuple[Any, Any],
-    more: tuple[Any, Any],
-    settings: Options,
-) -> SecondProblem:
-    """The problem of the gradients along a direction."""
+def _along(chosen: Backend, tangents: Gradients, arguments: Any, moved: Any) -> SecondProblem:
+    """Build the problem of the gradients along a direction, along which out, lse and their gradients move too."""
     second_derivatives(chosen)
-    problem = build_second("closed", "tangents", *arguments, settings)
-    add_tangents(problem, *results, *more)
+    problem = build_second("closed", "tangents", tangents, build_gradient(*arguments))
+    add_tangents(problem, *moved)
     return problem
 
 
@@ -227,6 +237,8 @@ def attention_double_backward(
     *,
     grad_lse: Array | None = None,
     through_saved: bool = False,
+    cu_seqlens_q: ArrayLike | None = None,
+    cu_seqlens_k: ArrayLike | None = None,
     backend: str | None = None,
     **options: Unpack[OptionArguments],
 ) -> SecondGradients:
@@ -245,6 +257,8 @@ def attention_double_backward(
         Whether `out` and `lse` count as arguments of their own. By default they are functions of query, key and
         value, and the result is complete. Else they get gradients too, which a framework for automatic
         differentiation adds to others that they have and hands on to one plain backward pass.
+    cu_seqlens_q, cu_seqlens_k : array of int, shape (n + 1,), optional
+        Offsets of packed sequences. Arrays are then as in `attention_varlen` and `attention_varlen_backward`.
     **options
         What `attention` was called with.
     backend : {"auto", "cpu", "reference"}, optional
@@ -291,13 +305,13 @@ def attention_double_backward(
     """
     settings = gather(attention_double_backward, options)
     chosen = select(backend, grad_out, query, key, value)
-    second = second_derivatives(chosen)
-    arguments = (grad_out, query, key, value, out, lse, grad_lse)
+    second, starts = second_derivatives(chosen), as_starts(cu_seqlens_q, cu_seqlens_k)
+    gradient = build_gradient(grad_out, query, key, value, out, lse, grad_lse, starts, settings)
     if through_saved:
-        problem = build_second("open", "grad_grads", grad_grads, *arguments, settings)
+        problem = build_second("open", "grad_grads", grad_grads, gradient)
         second.run(problem)
         return SecondGradients(*_inputs(chosen, problem), *_tangents(problem), *_of_saved(problem))
-    problem = build_second("closed", "grad_grads", grad_grads, *arguments, settings)
+    problem = build_second("closed", "grad_grads", grad_grads, gradient)
     problem.kind = "jvp"
     second.run(problem)
     problem.kind = "closed"
@@ -357,10 +371,7 @@ def merge_attention_jvp(
 
 def _tangents(problem: SecondProblem) -> tuple[Array, Array]:
     """The tangents of out and lse, as the caller has out and lse."""
-    p = problem.gradient.forward
-    assert p.result_lse is not None
-    out = problem.out_tangent.astype(p.result.dtype, copy=False).reshape(p.result.shape)
-    return out, problem.lse_tangent.reshape(p.result_lse.shape)
+    return problem.as_out(problem.out_tangent), problem.as_lse(problem.lse_tangent)
 
 
 def _inputs(chosen: Backend, problem: SecondProblem) -> tuple[Array, Array, Array, Array | None, Array | None]:
@@ -371,33 +382,19 @@ def _inputs(chosen: Backend, problem: SecondProblem) -> tuple[Array, Array, Arra
     return query, key, value, bias, sinks
 
 
-def _gradients(chosen: Backend, problem: SecondProblem) -> Gradients:
-    """The gradients themselves."""
-    g = problem.gradient
-    room = {name: np.empty_like(getattr(g, name)) for name in ("query", "key", "value")}
-    first = replace(g, **room)
-    chosen.backward(first)
-    return finish(first, chosen.reduce)
-
-
 def _of_saved(problem: SecondProblem) -> tuple[Array, Array]:
     """The gradients of out and lse, as arguments of their own."""
-    g, u = problem.gradient, problem.direction
-    p = g.forward
+    g, u, rows = problem.gradient, problem.direction, problem.rows
     assert problem.score_sums is not None
-    assert p.result_lse is not None
     with np.errstate(all="ignore"):
-        of_out = -problem.lse_tangent[..., None] * g.grad_out
+        of_out = -problem.lse_tangent[..., None] * rows(g.grad_out)
         of_lse = -problem.score_sums
         if u.sinks is not None:
-            delta = np.sum(g.grad_out * p.out, axis=-1, dtype=of_lse.dtype)
-            delta -= 0 if g.grad_lse is None else g.grad_lse
+            delta = np.sum(rows(g.grad_out) * rows(g.forward.out), axis=-1, dtype=of_lse.dtype)
+            delta -= 0 if g.grad_lse is None else rows(g.grad_lse)
             weights = problem.sink_weights
             of_lse = of_lse + np.where(weights == 0, 0, weights * u.sinks[:, None] * delta).astype(of_lse.dtype)
-    return (
-        of_out.astype(p.result.dtype, copy=False).reshape(p.result.shape),
-        of_lse.reshape(p.result_lse.shape),
-    )
+    return problem.as_out(of_out), problem.as_lse(of_lse)
 
 
 __all__ = ["attention_backward_jvp", "attention_double_backward", "attention_jvp", "merge_attention_jvp"]

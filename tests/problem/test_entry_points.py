@@ -70,6 +70,22 @@ CALLS = {
         {"grad_grads": na.Gradients(Q, K, V), "grad_out": OUT, **BATCH, "out": OUT, "lse": LSE, "grad_lse": LSE},
         ("grad_out", "query", "key", "value", "out", "lse", "grad_lse"),
     ),
+    "attention_jvp, packed": (
+        lambda: na.attention_jvp,
+        {
+            "tangents": na.Gradients(*PACKED.values()), **PACKED, "out": PACKED["query"], "lse": normal(4, 10),
+            **STARTS,
+        },
+        ("query", "key", "value", "out", "lse"),
+    ),
+    "attention_double_backward, packed": (
+        lambda: na.attention_double_backward,
+        {
+            "grad_grads": na.Gradients(*PACKED.values()), "grad_out": PACKED["query"], **PACKED,
+            "out": PACKED["query"], "lse": normal(4, 10), "grad_lse": normal(4, 10), **STARTS,
+        },
+        ("grad_out", "query", "key", "value", "out", "lse", "grad_lse"),
+    ),
     "attention_weights": (lambda: na.attention_weights, {"query": Q, "key": K}, ("query", "key")),
     "attention_varlen": (lambda: na.attention_varlen, PACKED | STARTS, ("query", "key", "value")),
     "attention_varlen_backward": (

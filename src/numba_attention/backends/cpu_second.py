@@ -11,7 +11,7 @@ from ..options import Array
 from ..problem.dense import Problem
 from ..problem.second import Direction, SecondProblem
 from . import cpu_backward
-from .records import address_of, compact, offsets_of, room_for, stored, strides_of
+from .records import address_of, compact, room_for, starts_of, stored, strides_of
 
 _FULL = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -32,10 +32,13 @@ def run(problem: SecondProblem) -> None:
     if u.bias is not None:
         own["bias"] = compact(u.bias, problem.lse_tangent.dtype)
     offsets = np.zeros(math.prod(p.batch), OFFSETS)
+    rows = p.out.shape[-2]  # of all sequences, where they are packed
+    offsets["first"] = np.arange(len(offsets)) * p.H * rows if p.packing is None else p.packing.query_starts
+    record["head_rows"] = rows
     for name, array in own.items():
         if array is not None and array.size:
             record[name] = address_of(array)
-            offsets[name] = offsets_of(array, p.batch)
+            offsets[name] = starts_of(name, array, p)
             for field, stride in strides_of(name, array, len(p.batch)).items():
                 record[field] = stride
     record["offsets"], record["of_results"], record["of_gradients"] = address_of(offsets), of_results, of_gradients
@@ -61,14 +64,15 @@ def _times(weights: Array, x: Any) -> Array:
 
 def _moved_delta(problem: SecondProblem) -> Array:
     """The tangents of rowsum(dO * O) - dlse."""
-    g = problem.gradient
+    g, rows = problem.gradient, problem.rows
     real = problem.lse_tangent.dtype
     with np.errstate(all="ignore"):
-        total = np.einsum("...e,...e->...", g.grad_out, problem.out_tangent, dtype=real)
+        total = np.einsum("...e,...e->...", rows(g.grad_out), problem.out_tangent, dtype=real)
         if problem.grad_out_tangent is not None:
-            total = total + np.einsum("...e,...e->...", problem.grad_out_tangent, g.forward.out, dtype=real)
+            moved, out = rows(problem.grad_out_tangent), rows(g.forward.out)
+            total = total + np.einsum("...e,...e->...", moved, out, dtype=real)
         if problem.grad_lse_tangent is not None:
-            total = total - problem.grad_lse_tangent
+            total = total - rows(problem.grad_lse_tangent)
     return np.ascontiguousarray(total, real)
 
 

@@ -81,9 +81,7 @@ def sequences_of(p: Problem, bias: Array | None, **more: Array | None) -> Array:
         del arrays["key"], arrays["value"]  # pages have no offset of a sequence
     for name, array in {**arrays, "mask": p.mask, **more}.items():
         if array is not None:
-            sequences[name] = offsets_of(array, p.batch)
-            if p.packing is not None:
-                sequences[name] += _start_of(name, array, p.packing)
+            sequences[name] = starts_of(name, array, p)
     for number in NUMBERS:
         x = getattr(p, number.problem)
         default = getattr(p, number.default) if isinstance(number.default, str) else number.default
@@ -104,6 +102,12 @@ def lists_of(p: Problem, spec: Spec, few: bool = False) -> Lists | None:
     rows = p.L if p.packing is None else p.packing.query_rows
     chosen = None if p.heads is None or p.rows is None else (p.heads, p.rows)
     return lists_for(p.blocks, p.batch, p.H, p.Hkv, geometry, rows, chosen, few)
+
+
+def starts_of(name: str, array: Array, p: Problem) -> Array:
+    """Return the byte offset of each sequence in an array; the name says which sequences its rows belong to."""
+    offsets = offsets_of(array, p.batch)
+    return offsets if p.packing is None else offsets + _start_of(name, array, p.packing)
 
 
 def _start_of(name: str, array: Array, packing: Packing) -> Array:

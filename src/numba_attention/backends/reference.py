@@ -1,6 +1,7 @@
 """The reference backend: textbook attention in NumPy and float64, one head at a time. It is the oracle of the tests."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -61,7 +62,9 @@ def backward(problem: BackwardProblem) -> None:
     """
     f = with_dense_mask(problem.forward)
     if f.packing is not None:
-        return _backward_of_parts(problem, f)
+        for _, _, part in backward_parts(problem, f):
+            backward(part)
+        return
     assert f.lse is not None
     rows = np.arange(f.L)
     if problem.bias_shape is not None:
@@ -122,6 +125,14 @@ def with_dense_mask(p: Problem) -> Problem:
     return replace(p, mask=mask, blocks=None)
 
 
+def scores_of(x: Array, b: int, own: tuple[slice, slice], packed: tuple[bool, bool]) -> Array:
+    """Return the part of a mask or bias that belongs to the rows and columns of sequence b."""
+    rows, columns = (
+        part if is_packed else slice(part.stop - part.start) for part, is_packed in zip(own, packed, strict=True)
+    )
+    return x[b, :, rows, columns]
+
+
 def _parts(p: Problem) -> list[tuple[tuple[slice, slice], Problem]]:
     """Return every sequence of a packed problem as a problem of its own, with its rows and columns."""
     parts = []
@@ -132,13 +143,7 @@ def _parts(p: Problem) -> list[tuple[tuple[slice, slice], Problem]]:
         rows, columns = slice(row, row + L), slice(column, column + S)
 
         def cut(x: Array | None, packed: tuple[bool, bool], b: int = b, own: Any = (rows, columns)) -> Array | None:
-            if x is None:
-                return None
-            where = [
-                part if is_packed else slice(part.stop - part.start)
-                for part, is_packed in zip(own, packed, strict=True)
-            ]
-            return x[b, :, where[0], where[1]]
+            return None if x is None else scores_of(x, b, own, packed)
 
         part = replace(
             p, query=p.query[b, :, rows], key=p.key[b, :, columns], value=p.value[b, :, columns],
@@ -151,8 +156,11 @@ def _parts(p: Problem) -> list[tuple[tuple[slice, slice], Problem]]:
     return parts
 
 
-def _backward_of_parts(g: BackwardProblem, f: Problem) -> None:
-    """Compute `backward` for packed sequences, one after the other; f is the forward problem, without a block mask."""
+def backward_parts(g: BackwardProblem, f: Problem) -> Iterator[tuple[slice, slice, BackwardProblem]]:
+    """Yield each packed sequence with its rows and columns, and add the gradients that sequences share.
+
+    f is the forward problem, without a block mask.
+    """
     assert f.packing is not None
     g.bias = None if g.bias_shape is None else np.zeros(g.bias_shape)
     g.sinks = None if f.sinks is None else np.zeros(f.H)
@@ -175,7 +183,7 @@ def _backward_of_parts(g: BackwardProblem, f: Problem) -> None:
                 H,
                 *(1 if size == 1 else cut.stop - cut.start for size, cut in zip(g.bias_shape[2:], cuts, strict=True)),
             )
-        backward(one)
+        yield rows, columns, one
         if g.bias is not None and one.bias is not None:
             g.bias[where] += one.bias
         if g.sinks is not None and one.sinks is not None:

@@ -9,14 +9,27 @@ from ..mods.evaluate import Evaluation
 from ..mods.rules import describe, find
 from ..options import Array
 from ..problem.dense import Problem
-from ..problem.second import SecondProblem
+from ..problem.second import Direction, SecondProblem
 from . import reference as textbook
 
 
 def run(problem: SecondProblem) -> None:
     """Write what the kind of the problem asks for."""
-    g = problem.gradient
+    g, u = problem.gradient, problem.direction
     f = textbook.with_dense_mask(g.forward)
+    if f.packing is not None:
+        for n, (rows, columns, one) in enumerate(textbook.backward_parts(g, f)):
+            moved_bias = None if u.bias is None else textbook.scores_of(u.bias, n, (rows, columns), f.packing.bias)
+            run(
+                replace(
+                    problem, gradient=one,
+                    direction=Direction(
+                        _cut(u.query, rows), _cut(u.key, columns), _cut(u.value, columns), moved_bias, u.sinks
+                    ),
+                    **{name: _cut(getattr(problem, name), rows) for name in _OF_ROWS},
+                )
+            )  # fmt: skip
+        return
     if problem.kind != "jvp":
         g.bias = None if g.bias_shape is None else np.zeros(g.bias_shape)
         g.sinks = None if f.sinks is None else np.zeros(f.H)
@@ -28,6 +41,14 @@ def run(problem: SecondProblem) -> None:
                 _one_head(dense, b, h, sums)
             if problem.kind != "jvp":
                 g.key[b], g.value[b] = sums
+
+
+_OF_ROWS = ("out_tangent", "lse_tangent", "grad_out_tangent", "grad_lse_tangent", "score_sums")
+
+
+def _cut(x: Array | None, rows: slice) -> Any:
+    """Return the rows of one packed sequence."""
+    return None if x is None else x[0, :, rows]
 
 
 def _slopes(f: Problem, b: Any, h: int) -> tuple[Array, Array]:

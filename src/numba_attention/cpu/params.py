@@ -47,13 +47,14 @@ LISTS = np.dtype([(name, np.int64) for name in ("first", "starts", "runs", "word
 # Derivatives along a direction (`cpu.second`): addresses of the tangents, 0 for those that are 0, and their strides;
 # flags of what is wanted; and arrays of one number, or one row, for each row of each head of each sequence.
 TANGENTS = ("query", "key", "value", "bias", "grad_out")
-OFFSETS = np.dtype([(name, np.int64) for name in TANGENTS])  # byte offsets of a sequence
+OFFSETS = np.dtype([(name, np.int64) for name in (*TANGENTS, "first")])  # bytes, and the number of the first row
 SECOND = np.dtype([
     (name, np.int64)
     for name in (
         *TANGENTS,
         *(f"{name}_{axis}" for name in TANGENTS for axis in ("head", "row", "column")),
         "offsets", "of_results", "of_gradients", "out_tangent", "lse_tangent", "delta_tangent", "score_sums",
+        "head_rows",  # rows from one head to the next in those arrays
     )
 ])  # fmt: skip
 

@@ -108,7 +108,7 @@ def make_second(
         last = s.rows * p.group - first_row
         for lane in range(BM):
             i, h = rows[lane], heads[lane]
-            number = (s.batch * p.heads + h) * s.rows + i
+            number = own.first + h * u.head_rows + i
             query_rows[lane] = u.query + own.query + h * u.query_head + i * u.query_row
             grad_rows[lane] = u.grad_out + own.grad_out + h * u.grad_out_head + i * u.grad_out_row
             bias_rows[lane] = u.bias + own.bias + h * u.bias_head + i * u.bias_row
@@ -334,13 +334,14 @@ def make_second(
         u = carray(void_pointer(p.second), 1, SECOND)[0]
         if u.of_results == 0:
             return
+        own = carray(void_pointer(u.offsets), UNBOUNDED, OFFSETS)[s.batch]
         rows, heads, state, lanes = lane_rows_of(p, at), lane_heads_of(p, at), second_of(p, at), state_of(p, at)
         dirty = dirty_of(p, at)
         lse_tangent = carray(void_pointer(u.lse_tangent), UNBOUNDED, real)
         score_sums = carray(void_pointer(u.score_sums), UNBOUNDED, real)
         last = s.rows * p.group - first_row
         for lane in range(BM):
-            number = (s.batch * p.heads + heads[lane]) * s.rows + rows[lane]
+            number = own.first + heads[lane] * u.head_rows + rows[lane]
             if lane < last:
                 # The array has the part of the sinks, which are keys of the value 0.
                 mu = state[SUM_MOVED, lane] / real(p.dropout_scale) + lse_tangent[number]

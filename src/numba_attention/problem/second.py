@@ -7,9 +7,12 @@ import numpy as np
 
 from ..options import Array, Gradients, Options
 from ..validation import check_like, kind_of, lse_dtype_of
-from .dense import BackwardProblem, build_backward
+from . import dense, packed
+from .dense import BackwardProblem, Empty, Problem, Reduce
+from .packed import _over, _over_tokens
 
 Kind = Literal["jvp", "closed", "open"]
+Starts = tuple[Any, Any]  # cu_seqlens_q and cu_seqlens_k of packed sequences
 
 
 class Direction(NamedTuple):
@@ -26,6 +29,9 @@ class Direction(NamedTuple):
 class SecondProblem:
     """One derivative along a direction. What it writes depends on the kind.
 
+    Packed sequences lie in one array, so what the caller does not see has one batch element there: `rows` takes it from
+    arrays of the forward problem.
+
     "jvp": the tangents of out and lse. "closed": the tangents of the gradients, of which those of out and lse are
     inputs. "open": the same as if out and lse did not move, so that they are 0 there; the tangents of out and lse are
     written besides, and the row sums of the tangents of the gradients of scores.
@@ -34,22 +40,41 @@ class SecondProblem:
     kind: Kind
     gradient: BackwardProblem  # whose results are the tangents of the gradients; for "jvp" only its forward problem
     direction: Direction
-    out_tangent: Array  # (*batch, H, L, Ev), contiguous, in the dtype of lse
-    lse_tangent: Array  # (*batch, H, L), contiguous
+    out_tangent: Array  # (*batch, H, L, Ev), contiguous, in the dtype of lse; packed: (1, H, T_q, Ev)
+    lse_tangent: Array  # (*batch, H, L), contiguous; packed: (1, H, T_q)
     grad_out_tangent: Array | None = None  # (*batch, H, L, Ev)
     grad_lse_tangent: Array | None = None  # (*batch, H, L)
-    score_sums: Array | None = None  # (*batch, H, L), contiguous: "open" only
+    score_sums: Array | None = None  # as lse_tangent: "open" only
+
+    def rows(self, x: Array) -> Array:
+        """Return an array over batch, heads and rows so that each row is there once."""
+        return x if self.gradient.forward.packing is None else x[:1]
+
+    def as_out(self, x: Array) -> Array:
+        """Return an array over batch, heads, rows and features in the shape and dtype of the caller's `out`."""
+        p = self.gradient.forward
+        x = x.astype(p.result.dtype, copy=False)
+        if p.packing is None:
+            return x.reshape(p.result.shape)
+        return np.ascontiguousarray(x.reshape(x.shape[-3:]).swapaxes(0, 1))
+
+    def as_lse(self, x: Array) -> Array:
+        """Return an array over batch, heads and rows in the shape of the caller's `lse`."""
+        lse = self.gradient.forward.result_lse
+        assert lse is not None
+        return x.reshape(lse.shape)
 
     @property
     def sink_weights(self) -> Array:
-        """The weights of the sinks, (*batch, H, L): 0 for rows that see neither key nor sink, and without sinks."""
+        """The weights of the sinks, of each row once: 0 for rows that see neither key nor sink, and without sinks."""
         p = self.gradient.forward
         assert p.lse is not None
+        lse = self.rows(p.lse)
         if p.sinks is None:
-            return np.zeros(p.lse.shape, p.lse.dtype)
+            return np.zeros(lse.shape, lse.dtype)
         with np.errstate(all="ignore"):
-            weights = np.where(np.isfinite(p.lse), np.exp(p.sinks[:, None] - p.lse), 0)
-        return weights.astype(p.lse.dtype)
+            weights = np.where(np.isfinite(lse), np.exp(p.sinks[:, None] - lse), 0)
+        return weights.astype(lse.dtype)
 
 
 def _as_direction(name: str, tangents: Any, problem: BackwardProblem) -> Direction:
@@ -69,7 +94,10 @@ def _as_direction(name: str, tangents: Any, problem: BackwardProblem) -> Directi
         x = getattr(given, part)
         if x is not None:
             x = check_like(f"{name}.{part}", x, of_caller.shape, full.dtype)
-            x = np.broadcast_to(x[None] if x.ndim == 2 else x, full.shape)
+            if p.packing is not None:
+                x = _over(x.swapaxes(0, 1), *p.batch)
+            else:
+                x = np.broadcast_to(x[None] if x.ndim == 2 else x, full.shape)
         parts.append(x)
     bias = sinks = None
     for part in ("bias", "sinks"):
@@ -80,15 +108,50 @@ def _as_direction(name: str, tangents: Any, problem: BackwardProblem) -> Directi
             own = np.asarray(own)
             check_like(f"{name}.{part}", x, own.shape, own.dtype)
     if given.bias is not None and p.bias is not None:
-        bias = np.broadcast_to(given.bias, p.bias.shape)
+        packs = p.packing is not None
+        bias = _over_tokens(name, np.asarray(given.bias), p)[0] if packs else np.broadcast_to(given.bias, p.bias.shape)
     if given.sinks is not None:
         sinks = np.asarray(given.sinks, np.float64)
     return Direction(parts[0], parts[1], parts[2], bias, sinks)
 
 
-def _results(p: Any) -> tuple[Array, Array]:
-    """Room for the tangents of out and lse, in the precision of sums."""
-    return np.empty(p.out.shape, lse_dtype_of(p.query)), np.empty(p.lse.shape, lse_dtype_of(p.query))
+def as_starts(cu_seqlens_q: Any, cu_seqlens_k: Any) -> Starts | None:
+    """Return the offsets of packed sequences, or None for arrays of `attention`."""
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k must both be given or both be None")
+    return None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k)
+
+
+def build_forward(query: Any, key: Any, value: Any, starts: Starts | None, options: Options) -> Problem:
+    """Validate a forward pass whose results nobody has yet."""
+    if starts is None:
+        return dense.build(query, key, value, options, None, True)
+    return packed.build(query, key, value, *starts, options, None, True)
+
+
+def build_gradient(
+    grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, grad_lse: Any, starts: Starts | None,
+    options: Options, empty: Empty = np.empty,
+) -> BackwardProblem:  # fmt: skip
+    """Validate a backward pass and allocate its gradients."""
+    arrays = grad_out, query, key, value, out, lse, grad_lse
+    if starts is None:
+        return dense.build_backward(*arrays, None, options, empty)
+    return packed.build_backward(*arrays, *starts, None, options, empty)
+
+
+def finish(g: BackwardProblem, reduce: Reduce) -> Gradients:
+    """Give each gradient the shape and dtype of its input."""
+    return dense.finish(g, reduce) if g.forward.packing is None else packed.finish(g, reduce)
+
+
+def _problem(kind: Kind, name: str, tangents: Any, gradient: BackwardProblem) -> SecondProblem:
+    """Allocate the tangents of out and lse, in the precision of sums."""
+    p = gradient.forward
+    problem = SecondProblem(kind, gradient, _as_direction(name, tangents, gradient), p.out, p.out)
+    out, real = problem.rows(p.out), lse_dtype_of(p.query)
+    problem.out_tangent, problem.lse_tangent = np.empty(out.shape, real), np.empty(out.shape[:-1], real)
+    return problem
 
 
 def _nothing(shape: tuple[int, ...], dtype: Any, /) -> Array:
@@ -97,21 +160,17 @@ def _nothing(shape: tuple[int, ...], dtype: Any, /) -> Array:
 
 
 def build_jvp(
-    tangents: Any, query: Any, key: Any, value: Any, out: Array, lse: Array, options: Options
+    tangents: Any, query: Any, key: Any, value: Any, out: Array, lse: Array, starts: Starts | None, options: Options
 ) -> SecondProblem:
     """Validate one `attention_jvp` call whose results are known, and allocate their tangents."""
     grad_out = _nothing(getattr(out, "shape", ()), getattr(out, "dtype", np.float32))
-    gradient = build_backward(grad_out, query, key, value, out, lse, None, None, options, _nothing)
-    return SecondProblem("jvp", gradient, _as_direction("tangents", tangents, gradient), *_results(gradient.forward))
+    gradient = build_gradient(grad_out, query, key, value, out, lse, None, starts, options, _nothing)
+    return _problem("jvp", "tangents", tangents, gradient)
 
 
-def build_second(
-    kind: Kind, name: str, tangents: Any, grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any,
-    grad_lse: Any, options: Options,
-) -> SecondProblem:  # fmt: skip
+def build_second(kind: Kind, name: str, tangents: Any, gradient: BackwardProblem) -> SecondProblem:
     """Validate a call that differentiates the backward pass, and allocate its results."""
-    gradient = build_backward(grad_out, query, key, value, out, lse, grad_lse, None, options)
-    problem = SecondProblem(kind, gradient, _as_direction(name, tangents, gradient), *_results(gradient.forward))
+    problem = _problem(kind, name, tangents, gradient)
     if kind == "open":
         problem.score_sums = np.empty_like(problem.lse_tangent)
     return problem
@@ -122,18 +181,22 @@ def add_tangents(
 ) -> None:
     """Validate the tangents of out, lse and their gradients, as the caller knows them, and add them to the problem."""
     p = problem.gradient.forward
-    shape, flat = p.result.shape, p.result.ndim < p.out.ndim
+    assert p.lse is not None
+    assert p.result_lse is not None
+    sums = p.lse.dtype
+    of_out, of_lse = (p.result.shape, p.out.dtype), (p.result_lse.shape, sums)
 
-    def full(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-        x = check_like(name, x, shape, dtype)
-        result: Array = x[None] if flat else x
+    def full(name: str, x: Any, like: tuple[tuple[int, ...], Any]) -> Array:
+        x = check_like(name, x, *like)
+        if p.packing is not None:
+            return _over(x.swapaxes(0, 1) if like is of_out else x, *p.batch)
+        result: Array = x[None] if p.result.ndim < p.out.ndim else x
         return result
 
-    assert p.lse is not None
-    sums = p.lse.dtype
-    problem.out_tangent = np.ascontiguousarray(full("out_tangent", out_tangent, shape, p.out.dtype), sums)
-    problem.lse_tangent = np.ascontiguousarray(full("lse_tangent", lse_tangent, shape[:-1], sums))
+    out_tangent, lse_tangent = full("out_tangent", out_tangent, of_out), full("lse_tangent", lse_tangent, of_lse)
+    problem.out_tangent = np.ascontiguousarray(problem.rows(out_tangent), sums)
+    problem.lse_tangent = np.ascontiguousarray(problem.rows(lse_tangent))
     if grad_out_tangent is not None:
-        problem.grad_out_tangent = full("grad_out_tangent", grad_out_tangent, shape, p.out.dtype)
+        problem.grad_out_tangent = full("grad_out_tangent", grad_out_tangent, of_out)
     if grad_lse_tangent is not None:
-        problem.grad_lse_tangent = full("grad_lse_tangent", grad_lse_tangent, shape[:-1], sums)
+        problem.grad_lse_tangent = full("grad_lse_tangent", grad_lse_tangent, of_lse)
