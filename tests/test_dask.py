@@ -409,6 +409,16 @@ np.testing.assert_allclose((out + 1).compute(), want + 1, atol=1e-14)
 grads = dask.compute(*na.attention_backward(out, q, k, v, out, lse, **options)[:4])
 for got, right in zip(grads, na.attention_backward(want, *arrays, want, want_lse, **options)):
     np.testing.assert_allclose(got, right, atol=1e-13)
+packed, starts = [x.transpose((1, 0, 2)) for x in (q, k, v)], [0, 15, 40]
+out, lse = na.attention_varlen(*packed, starts, starts, return_lse=True, backend="reference")
+arrays = [x.swapaxes(0, 1) for x in arrays]
+want, want_lse = na.attention_varlen(*arrays, starts, starts, return_lse=True, backend="reference")
+np.testing.assert_allclose((out + 1).compute(), want + 1, atol=1e-14)
+options = dict(backend="reference")
+grads = dask.compute(*na.attention_varlen_backward(out, *packed, out, lse, starts, starts, **options)[:3])
+right = na.attention_varlen_backward(want, *arrays, want, want_lse, starts, starts, **options)[:3]
+for got, x in zip(grads, right):
+    np.testing.assert_allclose(got, x, atol=1e-13)
 print("same")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -139,6 +139,7 @@ def _parts(p: Problem) -> list[tuple[tuple[slice, slice], Problem]]:
     assert p.packing is not None
     assert p.query_lengths is not None
     assert p.key_lengths is not None
+    numbers = p.origin.numbers(len(p.packing.query_rows))
     for b, (row, L, column, S) in enumerate(zip(*p.packing[:4], strict=True)):
         rows, columns = slice(row, row + L), slice(column, column + S)
 
@@ -150,7 +151,8 @@ def _parts(p: Problem) -> list[tuple[tuple[slice, slice], Problem]]:
             out=p.out[b, :, rows], lse=None if p.lse is None else p.lse[b, :, rows], batch=(), L=int(L), S=int(S),
             **{number.problem: x[b] for number in NUMBERS if isinstance(x := getattr(p, number.problem), np.ndarray)},
             alibi_slopes=None if p.alibi_slopes is None else p.alibi_slopes[b],
-            mask=cut(p.mask, p.packing.mask), bias=cut(p.bias, p.packing.bias), packing=None, origin=Origin(b),
+            mask=cut(p.mask, p.packing.mask), bias=cut(p.bias, p.packing.bias), packing=None,
+            origin=Origin(int(numbers[b]), p.origin.head, p.origin.key),
         )  # fmt: skip
         parts.append(((rows, columns), part))
     return parts

@@ -147,9 +147,9 @@ def check_tasks(layout: Layout, fan: int) -> None:
         else:
             rows = min(2 * rows, L)
         sizes = _even(L, rows), _even(S, keys)
-        larger = Layout(layout.problem, layout.scores[:-3], layout.heads, *sizes, layout.options)
-        fewer = count_tasks(larger, fan)
-    said = f"query.rechunk({{-2: {rows}}}) and key.rechunk({{-2: {keys}}}), which make {fewer} tasks, would do"
+        fewer = count_tasks(layout.coarser(*sizes), fan)
+    chunks_q, chunks_k = (f"rechunk({{{layout.axis}: {n}}})" for n in (rows, keys))
+    said = f"query.{chunks_q} and key.{chunks_k}, which make {fewer} tasks, would do"
     if fewer > MOST_TASKS:
         said = "take more heads and sequences in a chunk, as suggest_chunks does"
     raise ValueError(f"the chunks make {tasks} tasks, more than the {MOST_TASKS} that Dask can do; {said}")

@@ -18,10 +18,24 @@ from ..masks.blockmask import BlockMask
 from ..options import Options
 from ..philox import BLOCK
 from ..problem.dense import Problem
-from .layout import Chunks, Index, Layout, at_multiples, blocks_of_heads, counts
+from .layout import Chunks, Heads, Index, Layout, at_multiples, blocks_of_heads, counts
+from .packed import PackedLayout, at_multiples_within
 
 Key = tuple[Any, ...]
-__all__ = ["Key", "List", "Operands", "Task", "TaskRef", "array", "is_dask", "key_of", "layout_of", "on_chunks", "tree"]
+__all__ = [
+    "Key",
+    "List",
+    "Operands",
+    "Task",
+    "TaskRef",
+    "array",
+    "is_dask",
+    "key_of",
+    "layout_of",
+    "on_chunks",
+    "packed_layout_of",
+    "tree",
+]
 
 
 def is_dask(x: Any) -> bool:
@@ -45,29 +59,46 @@ def on_chunks(x: Any, chunks: Sequence[Chunks]) -> Any:
     return type(x)(x.expr.lower_completely()) if hasattr(x, "expr") else x
 
 
+def _chunks_of(axis: int, size: int, *arrays: Any) -> Chunks:
+    """Return the chunks of the first array that has some along an axis; one that is broadcast has none."""
+    for x in arrays:
+        if is_dask(x) and x.ndim >= -axis and x.shape[axis] == size != 1:  # not (1, 0)
+            chunks: Chunks = x.chunks[axis]
+            return chunks
+    return (size,)
+
+
+def _heads_of(problem: Problem, query: Any, key: Any, value: Any) -> Heads:
+    """Return the blocks of heads, as `query` has them, or else `key`."""
+    heads = _chunks_of(-3, problem.H, query)
+    if not is_dask(query):
+        group = problem.H // problem.Hkv if problem.Hkv else 1
+        heads = tuple(group * size for size in _chunks_of(-3, problem.Hkv, key, value))
+    return blocks_of_heads(heads, problem.Hkv)
+
+
 def layout_of(problem: Problem, query: Any, key: Any, value: Any, options: Options) -> Layout:
     """Return the blocks of a problem: `query` decides batch, heads and rows, `key` the keys, if they have chunks.
 
     A common refinement of the chunks of all arrays would be worse: chunks of 1000 and of 1001 have hundreds of slivers.
     """
     n = len(problem.batch)
-
-    def chunks_of(axis: int, size: int, *arrays: Any) -> Chunks:
-        for x in arrays:
-            if is_dask(x) and x.ndim >= -axis and x.shape[axis] == size != 1:  # not (1, 0)
-                chunks: Chunks = x.chunks[axis]
-                return chunks
-        return (size,)
-
-    batch = [chunks_of(axis - n - 3, problem.batch[axis], query, key, value) for axis in range(n)]
-    heads = chunks_of(-3, problem.H, query)
-    if not is_dask(query):
-        group = problem.H // problem.Hkv if problem.Hkv else 1
-        heads = tuple(group * size for size in chunks_of(-3, problem.Hkv, key, value))
-    rows, keys = chunks_of(-2, problem.L, query), chunks_of(-2, problem.S, key, value)
+    batch = [_chunks_of(axis - n - 3, problem.batch[axis], query, key, value) for axis in range(n)]
+    heads = _heads_of(problem, query, key, value)
+    rows, keys = _chunks_of(-2, problem.L, query), _chunks_of(-2, problem.S, key, value)
     if problem.dropout:
         keys = at_multiples(keys, BLOCK)
-    return Layout(problem, batch, blocks_of_heads(heads, problem.Hkv), rows, keys, options)
+    return Layout(problem, batch, heads, rows, keys, options)
+
+
+def packed_layout_of(problem: Problem, query: Any, key: Any, value: Any, options: Options) -> PackedLayout:
+    """Return the blocks of packed sequences, whose arrays are of shape (heads, tokens, features) here."""
+    rows, keys = (_chunks_of(-2, x.shape[-2], x) for x in (query, key))
+    if not is_dask(key):
+        keys = _chunks_of(-2, value.shape[-2], value)
+    if problem.dropout:
+        keys = at_multiples_within(keys, problem, BLOCK)
+    return PackedLayout(problem, (), _heads_of(problem, query, key, value), rows, keys, options)
 
 
 class Operands:
@@ -94,8 +125,8 @@ class Operands:
         self.query = on_chunks(query, (*batch, heads.query, rows, (query.shape[-1],)))
         self.key, self.value = (on_chunks(x, (*batch, heads.key, keys, (x.shape[-1],))) for x in (key, value))
         self.mask, self.bias = (
-            None if x is None or isinstance(x, BlockMask) else on_chunks(x, layout.scores)
-            for x in (options.mask, options.bias)
+            None if x is None or isinstance(x, BlockMask) else on_chunks(x, layout.chunks_of(name))
+            for name, x in (("mask", options.mask), ("bias", options.bias))
         )
         self.mods = None if mods is None else DataNode(f"attention-mods-{tokenize(mods)}", mods)
         self.loads: dict[Key, Task] = {}
@@ -114,12 +145,6 @@ class Operands:
         return self.loads.get(key) or TaskRef(key)
 
     @property
-    def names(self) -> list[Any]:
-        """What a call is recognised by: the names of the arrays, and whether tasks load blocks themselves."""
-        arrays = (self.query, self.key, self.value, self.mask, self.bias)
-        return [*(None if x is None else x.name for x in arrays), bool(self.loads), *self.tasks]
-
-    @property
     def tasks(self) -> dict[Any, Any]:
         """What tasks refer to and is in none of the arrays."""
         return {} if self.mods is None else {self.mods.key: self.mods}
@@ -133,8 +158,10 @@ class Operands:
     def of_pair(self, batch: Index, h: int, r: int, s: int) -> tuple[Any, ...]:
         """Return the blocks of key, value, mask and bias of a pair."""
         of_keys = (*batch, self.layout.heads.key_block[h], s, 0)
-        of_scores = (*batch, h, r, s)
-        mask, bias = (None if x is None else self.block(x, of_scores) for x in (self.mask, self.bias))
+        mask, bias = (
+            None if x is None else self.block(x, self.layout.index_of(name, (*batch, h, r, s)))
+            for name, x in (("mask", self.mask), ("bias", self.bias))
+        )
         return self.block(self.key, of_keys), self.block(self.value, of_keys), mask, bias
 
 

@@ -101,6 +101,21 @@ class Layout:
         self.scores = (*batch, heads.query, rows, keys)  # sizes of the blocks of scores, (*batch, H, L, S)
         self.edges = tuple(edges_of(chunks) for chunks in self.scores)
 
+    axis = -2  # of rows and keys in the arrays that the caller passed
+    token: Any = None  # what tells this layout from others beside options and arrays
+
+    def coarser(self, rows: Chunks, keys: Chunks) -> "Layout":
+        """Return the layout with other blocks of rows and keys."""
+        return type(self)(self.problem, self.scores[:-3], self.heads, rows, keys, self.options)
+
+    def chunks_of(self, name: str) -> tuple[Chunks, ...]:
+        """Return the blocks of `mask` or `bias`, if no axis has size 1."""
+        return self.scores
+
+    def index_of(self, name: str, index: Index) -> Index:
+        """Return which block of `mask` or `bias` the pair (*batch, head, row, key) reads."""
+        return index
+
     def batches(self) -> Iterator[Index]:
         """Yield the index of each block of sequences."""
         return product(*(range(len(chunks)) for chunks in self.scores[:-3]))
@@ -168,10 +183,11 @@ class Layout:
             options["prefix_lengths"] = self._numbers(np.clip(p.prefix_lengths - k0, 0, k1 - k0), batch)
         return Options(**options)
 
-    def pairs(self) -> Iterator[tuple[Index, int, int, list[tuple[int | None, Options]]]]:
+    def pairs(self) -> Iterator[tuple[Index, int, int, list[tuple[int | None, Any]]]]:
         """Yield the index (batch, head, row) of each block of rows, and the blocks of keys it sees with their options.
 
-        A block that sees nothing has one pair with no keys, so that its rows exist and see their sinks.
+        A block that sees nothing has one pair with no keys, so that its rows exist and see their sinks. Sinks are
+        options of the first pair of a block of rows.
         """
         for batch in self.batches():
             visible = self.visible(batch)
@@ -187,7 +203,7 @@ class Layout:
                         pairs = [(None, self.local(batch, r, None))]
                     if always:
                         pairs = [(s, options._replace(**always)) for s, options in pairs]
-                    if once:
+                    if once:  # in the first pair
                         pairs = [(pairs[0][0], pairs[0][1]._replace(**once)), *pairs[1:]]
                     yield batch, h, r, pairs
 

@@ -35,6 +35,7 @@ def forward(
     """Return out and lse as lazy arrays."""
     layout = operands.layout
     part, merged, out, lse = (f"attention-{x}-{token}" for x in ("part", "merge", "out", "lse"))
+    no_keys = len(layout.scores[-1])  # stands for a block of keys
     states: dict[Key, Task] = operands.tasks
     outs: dict[Key, Task] = {}
     lses: dict[Key, Task] = {}
@@ -44,7 +45,7 @@ def forward(
         query = operands.block(operands.query, (*batch, h, r, 0))
         state_keys: list[Key] = []
         for s, options in pairs:
-            key = (part, *batch, h, r, s or 0)
+            key = (part, *batch, h, r, no_keys if s is None else s)
             if s is None:
                 states[key] = Task(key, tasks.no_keys, query, _heads_of(layout, results, batch, h), Ev, options, run)
             else:
@@ -91,6 +92,7 @@ def backward(
         How many `mod_args` there are.
     """
     layout = operands.layout
+    no_keys = len(layout.scores[-1])  # stands for a block of keys
     pair = f"attention-gradients-{token}"
     of_pairs: dict[Key, Task] = operands.tasks
     parts: dict[str, dict[Index, list[Key]]] = {name: defaultdict(list) for name in (*dtypes, *mod_args)}
@@ -108,7 +110,8 @@ def backward(
         of_rows = given["out"], given["lse"], given["grad_lse"]
         before: Key | None = None
         for n, (s, options) in enumerate(pairs):
-            key = (pair, *batch, h, r, s or 0)
+            key = (pair, *batch, h, r, no_keys if s is None else s)
+            with_sinks = n == 0 and "sinks" in parts
             if s is not None:
                 blocks = operands.of_pair(batch, h, r, s)
                 left: Key | None = before if n % length_of_row else None
@@ -125,14 +128,14 @@ def backward(
                 for name in mod_args:
                     _replace_last(parts[name][(0,) * mod_args[name].ndim], left, key)
                 if "bias" in parts:
-                    parts["bias"][key_of(operands.bias, (*batch, h, r, s))[1:]].append(key)
+                    parts["bias"][key_of(operands.bias, layout.index_of("bias", (*batch, h, r, s)))[1:]].append(key)
                 before = columns[s] = key
-            elif options.sinks is not None:
+            elif with_sinks:
                 heads = _heads_of(layout, results, batch, h)
                 of_pairs[key] = Task(
                     key, tasks.no_keys_gradients, given["grad_out"], query, heads, *of_rows, options, run
                 )
-            if options.sinks is not None:
+            if with_sinks:
                 parts["sinks"][(h,)].append(key)
     inputs = [*operands.arrays, *(x for x in rows.values() if x is not None)]
     grads = {}

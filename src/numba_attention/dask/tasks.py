@@ -21,6 +21,11 @@ from ..merging import merge as merge_parts
 from ..mods.rules import as_arguments
 from ..options import Array, Gradients, Options
 from ..problem.dense import WHOLE, Origin, build, build_backward, finish
+from ..problem.packed import build as build_packed
+from ..problem.packed import build_backward as build_packed_backward
+from ..problem.packed import finish as finish_packed
+from ..validation import lse_dtype_of
+from .packed import Pieces
 
 State = tuple[Array, Array]  # (out, lse) of the rows of a block over some keys
 
@@ -96,10 +101,12 @@ def _with_arrays(options: Options, mask: Any, bias: Any, mods: Mods | None) -> O
 
 
 def part(
-    query: Array, key: Array, value: Array, mask: Any, bias: Any, options: Options, run: Run,
+    query: Array, key: Array, value: Array, mask: Any, bias: Any, options: Options | Pieces, run: Run,
     origin: Origin | None = None, mods: Mods | None = None,
 ) -> State:  # fmt: skip
-    """Attend to one block of keys."""
+    """Attend to one block of keys; `options` of packed sequences are the pieces of the pair."""
+    if not isinstance(options, Options):
+        return _part_in_pieces(query, key, value, mask, bias, options, run, mods)
     options = _with_arrays(options, mask, bias, mods)
     query, key, value = wide(query), wide(key), wide(value)
     with kernel_threads(run.threads):
@@ -113,7 +120,7 @@ def part(
     return problem.result, problem.result_lse
 
 
-def no_keys(query: Array, heads: tuple[int, ...], Ev: int, options: Options, run: Run) -> State:
+def no_keys(query: Array, heads: tuple[int, ...], Ev: int, options: Options | Pieces, run: Run) -> State:
     """Return the state of rows that see nothing; `heads` are the axes of keys before their length."""
     key, value = (np.empty((*heads, 0, n), query.dtype) for n in (query.shape[-1], Ev))
     return part(query, key, value, None, None, options, run)
@@ -135,25 +142,20 @@ def lse_of(state: State) -> Array:
 
 def pair_gradients(
     grad_out: Array, query: Array, key: Array, value: Array, out: Array, lse: Array, grad_lse: Any, mask: Any,
-    bias: Any, options: Options, run: Run, origin: Origin | None = None, mods: Mods | None = None,
+    bias: Any, options: Options | Pieces, run: Run, origin: Origin | None = None, mods: Mods | None = None,
     mod_grads: Any = None, left: Gradients | None = None, above: Gradients | None = None,
 ) -> Gradients:  # fmt: skip
     """Return the part of every gradient that one pair of blocks has, added to the sums of other pairs.
 
     `out` and `lse` are those of all keys. `left` is a pair of the same rows, `above` one of the same keys.
     """
-    options = _with_arrays(options, mask, wide(bias), mods)
+    bias = wide(bias)
     grad_out, query, key, value, out = (wide(x) for x in (grad_out, query, key, value, out))
-    with kernel_threads(run.threads):
-        chosen = select(run.backend, grad_out, query, key, value)
-        if chosen.on_device:
-            more: dict[str, Any] = {"grad_lse": grad_lse, "backend": run.backend, **options._asdict()}
-            grads = differentiate(grad_out, query, key, value, out, lse, **more)
-        else:
-            problem = build_backward(grad_out, query, key, value, out, lse, grad_lse, mod_grads, options)
-            problem.forward.origin = origin or WHOLE
-            chosen.backward(problem)
-            grads = finish(problem, chosen.reduce)
+    rows = grad_out, query, key, value, out, lse, grad_lse
+    if isinstance(options, Options):
+        grads = _gradients(*rows, _with_arrays(options, mask, bias, mods), run, origin, mod_grads)
+    else:
+        grads = _gradients_in_pieces(*rows, mask, bias, options, run, mods, mod_grads)
     sums: dict[str, Any] = {} if left is None else {"query": add([left, grads], "query")}
     if left is not None and grads.mod_args is not None:
         places = [n for n, x in enumerate(grads.mod_args) if x is not None]
@@ -164,9 +166,79 @@ def pair_gradients(
     return grads._replace(**sums)
 
 
+def _gradients(
+    grad_out: Array, query: Array, key: Array, value: Array, out: Array, lse: Array, grad_lse: Any, options: Options,
+    run: Run, origin: Origin | None, mod_grads: Any,
+) -> Gradients:  # fmt: skip
+    with kernel_threads(run.threads):
+        chosen = select(run.backend, grad_out, query, key, value)
+        if chosen.on_device:
+            more: dict[str, Any] = {"grad_lse": grad_lse, "backend": run.backend, **options._asdict()}
+            return differentiate(grad_out, query, key, value, out, lse, **more)
+        problem = build_backward(grad_out, query, key, value, out, lse, grad_lse, mod_grads, options)
+        problem.forward.origin = origin or WHOLE
+        chosen.backward(problem)
+        return finish(problem, chosen.reduce)
+
+
+def _part_in_pieces(
+    query: Array, key: Array, value: Array, mask: Any, bias: Any, pieces: Pieces, run: Run, mods: Mods | None
+) -> State:
+    """Attend to one block of keys of packed sequences, as (heads, tokens, features)."""
+    query, key, value = wide(query), wide(key), wide(value)
+    H, T, _ = query.shape
+    out, lse = np.zeros((T, H, value.shape[-1]), query.dtype), np.full((H, T), -np.inf, lse_dtype_of(query))
+    with kernel_threads(run.threads):
+        chosen = select(run.backend, query, key, value)
+        for piece in pieces:
+            rows, keys = piece.rows, piece.keys
+            options = _with_arrays(piece.options, piece.of("mask", mask), piece.of("bias", bias), mods)
+            q, k, v = (x.swapaxes(0, 1) for x in (query[:, rows], key[:, keys], value[:, keys]))
+            problem = build_packed(q, k, v, piece.starts_q, piece.starts_k, options, out[rows], True)
+            problem.origin = piece.origin
+            chosen.forward(problem)
+            lse[:, rows] = problem.result_lse
+    return out.swapaxes(0, 1), lse
+
+
+def _gradients_in_pieces(
+    grad_out: Array, query: Array, key: Array, value: Array, out: Array, lse: Array, grad_lse: Any, mask: Any,
+    bias: Any, pieces: Pieces, run: Run, mods: Mods | None, mod_grads: Any,
+) -> Gradients:  # fmt: skip
+    mod_args = () if mods is None else mods.restore()
+    dq, dk, dv = (np.zeros_like(x) for x in (query, key, value))
+    of_bias = None if bias is None else np.zeros_like(bias)
+    of_sinks = np.zeros(len(query), lse.dtype)
+    of_args = {n: np.zeros_like(mod_args[n]) for n in mod_grads or ()}
+    with kernel_threads(run.threads):
+        chosen = select(run.backend, grad_out, query, key, value)
+        for piece in pieces:
+            rows, keys = piece.rows, piece.keys
+            options = _with_arrays(piece.options, piece.of("mask", mask), piece.of("bias", bias), mods)
+            do, q, o = (x[:, rows].swapaxes(0, 1) for x in (grad_out, query, out))
+            k, v = (x[:, keys].swapaxes(0, 1) for x in (key, value))
+            problem = build_packed_backward(
+                do, q, k, v, o, lse[:, rows], None if grad_lse is None else grad_lse[:, rows], piece.starts_q,
+                piece.starts_k, mod_grads, options,
+            )  # fmt: skip
+            problem.forward.origin = piece.origin
+            chosen.backward(problem)
+            grads = finish_packed(problem, chosen.reduce)
+            for total, grad, where in zip((dq, dk, dv), problem.inputs, (rows, keys, keys), strict=True):
+                total[:, where] += grad.swapaxes(0, 1)
+            if of_bias is not None:
+                of_bias[piece.where["bias"]] += grads.bias
+            if grads.sinks is not None:
+                of_sinks += grads.sinks
+            for n, total in of_args.items():
+                total += grads.of(f"mod_args[{n}]")
+    args = None if mod_grads is None else tuple(of_args.get(n) for n in range(len(mod_args)))
+    return Gradients(dq, dk, dv, of_bias, of_sinks, args)
+
+
 def no_keys_gradients(
-    grad_out: Array, query: Array, heads: tuple[int, ...], out: Array, lse: Array, grad_lse: Any, options: Options,
-    run: Run,
+    grad_out: Array, query: Array, heads: tuple[int, ...], out: Array, lse: Array, grad_lse: Any,
+    options: Options | Pieces, run: Run,
 ) -> Gradients:  # fmt: skip
     """Return the gradients of rows that see their sinks only."""
     key, value = (np.empty((*heads, 0, n), query.dtype) for n in (query.shape[-1], out.shape[-1]))

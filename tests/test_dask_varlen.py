@@ -1,0 +1,205 @@
+"""Packed sequences in Dask arrays whose chunks cut them anywhere, against the formulas on the whole arrays."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import numba_attention as na
+from cases import DTYPES
+from numba_attention.options import Options
+from test_dask import LIMITS, errors, lazy, sieve, tilt
+
+dask = pytest.importorskip("dask")
+da = pytest.importorskip("dask.array")
+nad = pytest.importorskip("numba_attention.dask")
+
+
+@pytest.fixture(autouse=True)
+def _synchronous():
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+def packed_call(rng, dtype=np.float64):
+    """Draw query, key, value, offsets and options: everything mixed, sequences of 0 to 40 tokens."""
+    n = int(rng.integers(0, 6))
+    rows, keys = (rng.integers(0, 41, size=n) * (rng.random(n) < 0.85) for _ in range(2))
+    if rng.random() < 0.3:
+        keys = rows
+    starts = [np.concatenate([[0], np.cumsum(x)]) for x in (rows, keys)]
+    (T_q, T_k), L, S = (int(x[-1]) for x in starts), int(rows.max(initial=0)), int(keys.max(initial=0))
+    Hkv = int(rng.integers(1, 4))
+    H = Hkv * int(rng.choice([1, 1, 2, 3]))
+    E, Ev = int(rng.choice([4, 8])), int(rng.choice([4, 8, 5]))
+    shapes = (T_q, H, E), (T_k, Hkv, E), (T_k, Hkv, Ev)
+    arrays = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+    def some():
+        axes = [n, H, int(rng.choice([L, T_q])), int(rng.choice([S, T_k]))]
+        axes = [size if rng.random() < 0.6 else 1 for size in axes]
+        first = int(rng.integers(0, 3)) if axes[0] == 1 and rng.random() < 0.5 else 0
+        return axes[first if axes[1] == 1 else min(first, 1) :]
+
+    def per_sequence(low, high):
+        high = np.broadcast_to(high, n)
+        return (low + (high - low) * rng.random(n)).astype(int)
+
+    options = {
+        "is_causal": [True, "top-left", "bottom-right"][rng.integers(3)],
+        "window": [None if rng.random() < 0.3 else int(rng.integers(0, 12)) for _ in range(2)],
+        "query_offset": per_sequence(-20, 40),
+        "softcap": 2.0,
+        "scale": 0.7,
+        "alibi_slopes": rng.random(H if rng.random() < 0.5 else (n, H)),
+        "sinks": rng.standard_normal(H),
+        "key_lengths": per_sequence(0, keys + 1),
+        "query_lengths": per_sequence(0, rows + 1),
+        "prefix_lengths": per_sequence(0, keys + 1),
+        "mask": rng.random(some()) < rng.choice([0.7, 0.05]),
+        "bias": rng.standard_normal(some()),
+        "score_mod": tilt,
+        "mask_mod": sieve,
+        "dropout_p": 0.3,
+        "seed": 7,
+        "mod_args": (rng.standard_normal(H), 0.25),
+    }
+    assert set(options) == set(Options._fields)
+    options["bias"][rng.random(options["bias"].shape) < 0.1] = -np.inf
+    options = {name: x for name, x in options.items() if rng.random() < 0.3 or name in ("seed", "mod_args")}
+    if not {"score_mod", "mask_mod"} & set(options):
+        options.pop("mod_args")
+    if options.get("window") is not None and options["window"][0] is not None:
+        options.pop("prefix_lengths", None)
+    if "mask" in options and L and S:
+        for size, sequences in (((L, S), n), ((T_q, T_k), 1)):
+            leading = options["mask"].shape[:-3]
+            if options["mask"].shape[-2:] == size and set(leading) <= {1, sequences} and rng.random() < 0.5:
+                options["mask"] = na.BlockMask.from_array(options["mask"])
+                break
+    return arrays, starts, options
+
+
+def check(seed, dtype=np.float64, backend="reference", limits=(1e-12, 1e-12)):
+    rng = np.random.default_rng(seed)
+    arrays, starts, options = packed_call(rng, dtype)
+    wide = [x.astype(np.float64) for x in arrays]
+    want, want_lse = na.attention_varlen(*wide, *starts, return_lse=True, backend="reference", **options)
+    blocks = [lazy(rng, x) if rng.random() < 0.9 else x for x in arrays]
+    more = {"backend": backend, "split_every": int(rng.integers(2, 5)), "stream": bool(rng.random() < 0.3)}
+    for name in ("mask", "bias"):
+        if isinstance(options.get(name), np.ndarray) and rng.random() < 0.5:
+            more[name] = lazy(rng, options[name])
+    over_blocks = options | more
+    out, lse = nad.attention_varlen(*blocks, *starts, return_lse=True, **over_blocks)
+    assert (out.dtype, out.shape, lse.shape) == (arrays[0].dtype, want.shape, want_lse.shape)
+    got, got_lse = dask.compute(out, lse)
+    assert (got.dtype, got_lse.dtype) == (out.dtype, lse.dtype)
+    assert errors(got, want) < limits[0]
+    assert errors(got_lse, want_lse) < limits[0]
+    grad_out = rng.standard_normal(want.shape).astype(dtype)
+    grad_lse = rng.standard_normal(want_lse.shape).astype(got_lse.dtype) if rng.random() < 0.5 else None
+    if "score_mod" in options:
+        over_blocks["mod_grads"] = "all"
+    wanted = na.attention_varlen_backward(
+        grad_out.astype(np.float64), *wide, want, want_lse, *starts, backend="reference", **options,
+        grad_lse=None if grad_lse is None else grad_lse.astype(np.float64), mod_grads=over_blocks.get("mod_grads"),
+    )  # fmt: skip
+    lazy_grad_lse = None if grad_lse is None else lazy(rng, grad_lse)
+    lazy_grads = nad.attention_varlen_backward(
+        lazy(rng, grad_out), *blocks, out, lse, *starts, grad_lse=lazy_grad_lse, **over_blocks
+    )
+    inputs = dict(zip(("query", "key", "value"), arrays, strict=True)) | options
+    grads = na.Gradients(*dask.compute(*lazy_grads))
+    for name in na.Gradients._fields:
+        got, want = getattr(grads, name), getattr(wanted, name)
+        assert (got is None) == (want is None), name
+        if got is None:
+            continue
+        if name == "mod_args":
+            assert got[1] is want[1] is None
+            inputs[name], got, want = options[name][0], got[0], want[0]
+        assert (got.shape, got.dtype) == (inputs[name].shape, inputs[name].dtype), name
+        # A sum over all pairs, of terms that depend on the rounded output.
+        assert errors(got, want) < limits[1] * (3 if name == "mod_args" else 1), name
+
+
+@settings(max_examples=80)
+@given(st.integers(0, 2**32 - 1))
+def test_any_chunks_and_options(seed):
+    check(seed)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("seed", range(6))
+def test_dtypes_on_kernels(dtype, seed):
+    check(seed, DTYPES[dtype], "cpu", LIMITS[dtype])
+
+
+def whole_and_lazy(tokens, chunks, H=2, E=4):
+    rng = np.random.default_rng(3)
+    arrays = [rng.standard_normal((tokens, H, E)) for _ in range(3)]
+    return arrays, [da.from_array(x, chunks=(chunks, H, E)) for x in arrays]
+
+
+def test_attention_varlen_hands_over():
+    arrays, lazies = whole_and_lazy(60, 13)
+    starts = [0, 7, 7, 40, 60]
+    out, lse = na.attention_varlen(*lazies, starts, starts, is_causal=True, return_lse=True, backend="reference")
+    want, want_lse = na.attention_varlen(*arrays, starts, starts, is_causal=True, return_lse=True, backend="reference")
+    assert out.chunks == ((13, 13, 13, 13, 8), (2,), (4,))
+    np.testing.assert_allclose(out, want, atol=1e-14)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-14)
+    options = {"is_causal": True, "backend": "reference"}
+    grads = na.attention_varlen_backward(da.ones_like(out), *lazies, out, lse, starts, starts, **options)
+    wanted = na.attention_varlen_backward(np.ones_like(want), *arrays, want, want_lse, starts, starts, **options)
+    for got, x in zip(grads[:3], wanted[:3], strict=True):
+        assert got.chunks == out.chunks
+        np.testing.assert_allclose(got, x, atol=1e-13)
+    assert na.attention_varlen(*lazies, starts, starts).name == na.attention_varlen(*lazies, starts, starts).name
+    assert na.attention_varlen(*lazies, starts, starts).name != na.attention_varlen(*lazies, [0, 60], [0, 60]).name
+
+
+def test_only_blocks_of_one_sequence_see_each_other():
+    x = da.zeros((1600, 4, 8), chunks=(100, 4, 8))
+
+    def pairs(starts, **options):
+        graph = dict(na.attention_varlen(x, x, x, starts, starts, **options).__dask_graph__())
+        return sum(key[0].startswith("attention-part") for key in graph)
+
+    assert pairs([0, 1600]) == 256
+    assert pairs([0, 1600], is_causal=True) == 136
+    assert pairs(np.arange(0, 1601, 100)) == 16
+    assert pairs(np.arange(0, 1601, 50)) == 16
+    assert pairs([0, 150, 1600]) == 2 * 2 + 15 * 15 - 1
+    assert pairs([0, 150, 1600], is_causal=True) == 3 + (15 * 16) // 2 - 1
+    assert pairs([0, 800, 1600], window=(100, 0), is_causal=True) == 2 * (7 + 8)
+    assert pairs([0, 800, 1600], key_lengths=[800, 100]) == 64 + 8
+    document = na.BlockMask.documents([400, 400])
+    assert pairs([0, 800, 1600], mask=document) == 4 * 16
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"cu_seqlens_q": [0, 59]}, ValueError, "cu_seqlens_q must go from 0 to 60"),
+        ({"cu_seqlens_k": da.arange(2)}, TypeError, "pass cu_seqlens_k.compute"),
+        ({"key_lengths": [61, 0]}, ValueError, "key_lengths must lie between 0"),
+        ({"mask": np.ones((59, 60), bool)}, ValueError, "mask of shape"),
+        ({"split_every": 0}, ValueError, "split_every must be at least 2"),
+        ({"out": np.zeros((60, 2, 4))}, TypeError, "out must be None|unexpected keyword argument 'out'"),
+        ({"query": da.zeros((2, 60), chunks=7)}, ValueError, "query must have shape"),
+        ({"query": da.zeros((60, 3, 4), chunks=7)}, ValueError, "must divide the 3 heads"),
+    ],
+)
+def test_bad_input(change, error, words):
+    _, (q, k, v) = whole_and_lazy(60, 13)
+    call = {"query": q, "key": k, "value": v, "cu_seqlens_q": [0, 20, 60], "cu_seqlens_k": [0, 20, 60]} | change
+    with pytest.raises(error, match=words):
+        nad.attention_varlen(**call) if "split_every" in change else na.attention_varlen(**call)
+
+
+def test_too_many_tasks():
+    x = da.zeros((2**20, 1, 64), chunks=(1024, 1, 64), dtype=np.float32)
+    with pytest.raises(ValueError, match=r"query.rechunk\(\{0: \d+\}\) and key.rechunk\(\{0: \d+\}\)"):
+        na.attention_varlen(x, x, x, [0, 2**20], [0, 2**20])
