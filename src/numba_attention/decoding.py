@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import device_call
-from .backends import Backend, select
+from .backends import Backend, is_host_default, recall, select
 from .caches import KVCache, PagedKVCache
 from .caches.contents import Contents
 from .device import runtime
@@ -109,7 +109,8 @@ def attention_decode(
     >>> bool(np.allclose(out, whole[:, :, -1:], atol=1e-6))
     True
     """
-    settings = gather(attention_decode, {"is_causal": "bottom-right", **options})
+    if options:
+        gather(attention_decode, options)  # a name that is not known is the first mistake that is reported
     if type(cache) is KVCache:
         if ids is not None:
             raise ValueError("ids must be None for a KVCache, whose sequences are all used")
@@ -122,6 +123,12 @@ def attention_decode(
         raise TypeError(
             f"cache must be a KVCache or a PagedKVCache, got {type(cache).__module__}.{type(cache).__qualname__}"
         )
+    again = out is None and backend is None and is_host_default()
+    if again:
+        known = recall.decode(query, contents, options, return_lse)
+        if known is not None:
+            return known
+    settings = gather(attention_decode, {"is_causal": "bottom-right", **options})
     if type(query) is not np.ndarray:
         chosen = select(backend, query)
         if isinstance(chosen, Family):
@@ -132,12 +139,13 @@ def attention_decode(
             return result
     if contents.gap is not None:
         return _over_gap(query, contents, settings, return_lse, out, backend)
-    return _attend(query, contents, settings, return_lse, out, backend)
+    return _attend(query, contents, settings, return_lse, out, backend, again)
 
 
 def _attend(
-    query: Array, contents: Contents, settings: Options, return_lse: bool, out: Array | None, backend: str | None
-) -> Array | tuple[Array, Array]:
+    query: Array, contents: Contents, settings: Options, return_lse: bool, out: Array | None, backend: str | None,
+    again: bool = False,
+) -> Array | tuple[Array, Array]:  # fmt: skip
     originals = contents.originals
     chosen = select(backend, query) if originals is None else select(backend, query, *originals[:2])
     if chosen.on_device:
@@ -149,7 +157,7 @@ def _attend(
         )
     if originals is not None:
         raise TypeError("the cache is on a GPU, and this call runs on the host: pass backend='cuda'")
-    return _decode(chosen, query, contents, settings, return_lse, out)
+    return _decode(chosen, query, contents, settings, return_lse, out, again=again)
 
 
 def _over_gap(
@@ -172,10 +180,12 @@ def _over_gap(
 
 def _decode(
     chosen: Backend, query: Array, contents: Contents, options: Options, return_lse: bool, out: Array | None = None,
-    empty: Empty = np.empty,
+    empty: Empty = np.empty, again: bool = False,
 ) -> Array | tuple[Array, Array]:  # fmt: skip
     problem = build(query, contents, options, out, return_lse, empty)
     chosen.forward(problem)
+    if again and problem.plan is not None:
+        recall.learn_decode(query, contents, options, problem)
     if problem.result_lse is None:
         return problem.result
     return problem.result, problem.result_lse

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import device_call
-from .backends import Backend, select
+from .backends import Backend, is_host_default, recall, select
 from .foreign import Family
 from .options import Array, Gradients, OptionArguments, Options, gather, takes_options
 from .problem.dense import Empty
@@ -118,6 +118,11 @@ def attention_varlen(
     >>> bool((out[7:].swapaxes(0, 1) == na.attention(last, last, last, is_causal=True)).all())
     True
     """
+    again = out is None and backend is None and is_host_default()
+    if again:
+        known = recall.forward(query, key, value, options, return_lse, (cu_seqlens_q, cu_seqlens_k))
+        if known is not None:
+            return known
     settings = gather(attention_varlen, options)
     chosen = select(backend, query, key, value)
     if chosen.on_device:
@@ -133,15 +138,19 @@ def attention_varlen(
         return device_call.run(
             _attention_varlen, chosen, operands, settings, out=out, small=small, return_lse=return_lse
         )
-    return _attention_varlen(chosen, query, key, value, cu_seqlens_q, cu_seqlens_k, settings, return_lse, out)
+    return _attention_varlen(
+        chosen, query, key, value, cu_seqlens_q, cu_seqlens_k, settings, return_lse, out, again=again
+    )
 
 
 def _attention_varlen(
     chosen: Backend, query: Array, key: Array, value: Array, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike,
-    options: Options, return_lse: bool, out: Array | None = None, empty: Empty = np.empty,
+    options: Options, return_lse: bool, out: Array | None = None, empty: Empty = np.empty, again: bool = False,
 ) -> Array | tuple[Array, Array]:  # fmt: skip
     problem = build(query, key, value, cu_seqlens_q, cu_seqlens_k, options, out, return_lse, empty)
     chosen.forward(problem)
+    if again and problem.plan is not None:
+        recall.learn_forward(query, key, value, options, problem, (cu_seqlens_q, cu_seqlens_k))
     if problem.result_lse is None:
         return problem.result
     return problem.result, problem.result_lse
@@ -211,6 +220,11 @@ def attention_varlen_backward(
     >>> bool(np.allclose(grads.value[:7].sum(0), 7, rtol=1e-4))  # the weights of each query sum to 1
     True
     """
+    again = grad_lse is None and mod_grads is None and backend is None and is_host_default()
+    if again:
+        known = recall.backward(grad_out, query, key, value, out, lse, options, (cu_seqlens_q, cu_seqlens_k))
+        if known is not None:
+            return known
     settings = gather(attention_varlen_backward, options)
     chosen = select(backend, query, key, value, grad_out)
     if chosen.on_device:
@@ -229,19 +243,23 @@ def attention_varlen_backward(
         small = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
         return device_call.run(_attention_varlen_backward, chosen, operands, settings, small=small, mod_grads=mod_grads)
     return _attention_varlen_backward(
-        chosen, query, key, value, out, lse, grad_out, grad_lse, cu_seqlens_q, cu_seqlens_k, mod_grads, settings
-    )
+        chosen, query, key, value, out, lse, grad_out, grad_lse, cu_seqlens_q, cu_seqlens_k, mod_grads, settings,
+        again=again,
+    )  # fmt: skip
 
 
 def _attention_varlen_backward(
     chosen: Backend, query: Array, key: Array, value: Array, out: Array, lse: Array, grad_out: Array,
     grad_lse: Array | None, cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike, mod_grads: Any,
-    options: Options, empty: Empty = np.empty,
+    options: Options, empty: Empty = np.empty, again: bool = False,
 ) -> Gradients:  # fmt: skip
     problem = build_backward(
         grad_out, query, key, value, out, lse, grad_lse, cu_seqlens_q, cu_seqlens_k, mod_grads, options, empty
     )
     chosen.backward(problem)
+    if again and problem.plan is not None:
+        offsets = cu_seqlens_q, cu_seqlens_k
+        recall.learn_backward(grad_out, query, key, value, out, lse, options, problem, offsets)
     return finish(problem, chosen.reduce)
 
 

@@ -32,8 +32,8 @@ OPTIONS = [
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch):
-    for name in ("_forward", "_backward"):
-        monkeypatch.setattr(recall, name, recall._Table((), np.empty(0, np.int64), 0))
+    for name in ("_forward", "_backward", "_decode", "_packed_forward", "_packed_backward"):
+        monkeypatch.setattr(getattr(recall, name), "table", recall.NOTHING)
 
 
 @pytest.fixture
@@ -130,10 +130,9 @@ def test_other_arrays_are_checked_as_ever(place, other, monkeypatch):
     """Result or error are those of a process that remembers nothing."""
     call = arrays()
     learned(*call)
-    table = recall._forward
     call[place] = OTHERS[other](call[place])
     got = outcome(lambda: na.attention(*call))
-    monkeypatch.setattr(recall, "_forward", recall._Table((), table.rows, 0))
+    monkeypatch.setattr(recall._forward, "table", recall.NOTHING)
     assert got == outcome(lambda: na.attention(*call))
 
 
@@ -163,9 +162,8 @@ def test_other_options_are_checked_as_ever(options, monkeypatch):
     learned(*call, is_causal=True, scale=1.0, window=(1, 2))
     learned(*call, window=(1, 2))
     learned(*call, scale=1.0)
-    table = recall._forward
     got = outcome(lambda: na.attention(*call, **options))
-    monkeypatch.setattr(recall, "_forward", recall._Table((), table.rows, 0))
+    monkeypatch.setattr(recall._forward, "table", recall.NOTHING)
     assert got == outcome(lambda: na.attention(*call, **options))
 
 
@@ -192,19 +190,22 @@ def test_more_calls_than_are_remembered():
     for _ in range(3 * recall.RARELY // 8):
         for call, result in zip(calls, want, strict=True):
             assert bits(na.attention(*call)) == result
-    assert len(recall._forward.recipes) == recall.COUNT
+    assert len(recall._forward.table.recipes) == recall.COUNT
     assert any(recall.forward(*call, {}, False) is not None for call in calls[recall.COUNT :])
 
 
 def test_many_combinations_of_options(monkeypatch):
-    monkeypatch.setattr(recall, "CODES", len(recall._codes) + 5)
+    """The oldest are forgotten; no number stands for two of them."""
+    monkeypatch.setattr(recall, "CODES", 10)
+    monkeypatch.setattr(recall, "_codes", dict(list(recall._codes.items())[:2]))
     call = arrays()
-    for n in range(30):
-        scale = 0.01 * (n + 1)
+    for n in range(60):
+        scale = 0.01 * (n % 30 + 1)
         want = bits(na.attention(*call, scale=scale))
         for _ in range(3):
             assert bits(na.attention(*call, scale=scale)) == want
-    assert len(set(recall._codes.values())) == len(recall._codes) == recall.CODES
+    assert len(set(recall._codes.values())) == len(recall._codes) <= recall.CODES
+    assert recall._codes[()] == 0
 
 
 def test_results_are_arrays_of_their_own():
@@ -257,3 +258,132 @@ def test_a_recalled_call_is_right():
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     want = weights / weights.sum(-1, keepdims=True) @ v.repeat(2, 1)
     np.testing.assert_allclose(na.attention(q, k, v, is_causal=True), want, atol=1e-6)
+
+
+OFFSETS = [([0, 5, 5, 21], [0, 9, 12, 33]), ([0, 1, 2, 3], [0, 40, 41, 49]), ([0, 70, 90], [0, 70, 90])]
+
+
+def packed(of_queries, of_keys, dtype="float32", seed=0, kind=np.int64):
+    rng = np.random.default_rng(seed)
+    shapes = (of_queries[-1], 4, 16), (of_keys[-1], 2, 16), (of_keys[-1], 2, 24)
+    arrays = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+    return *arrays, np.array(of_queries, kind), np.array(of_keys, kind)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("offsets", OFFSETS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_sequences(offsets, dtype, options, usual):
+    q, k, v, cu_q, cu_k = packed(*offsets, dtype)
+    first = na.attention_varlen(q, k, v, cu_q, cu_k, **options, return_lse=True)
+    for seed in range(1, 4):
+        na.attention_varlen(*packed(*offsets, dtype, seed), **options, return_lse=True)
+    mixed = len(usual) == 4 and usual[-1].plan is None  # one kernel for short sequences and one for the others
+    usual.clear()
+    again = na.attention_varlen(q.copy(), k, v, cu_q.copy(), cu_k, **options, return_lse=True)
+    assert bool(usual) == mixed
+    assert bits(again) == bits(first)
+    out, lse = again
+    call = (np.ones_like(out), q, k, v, out, lse, cu_q, cu_k)
+    first = na.attention_varlen_backward(*call, **options)
+    na.attention_varlen_backward(*call, **options)
+    usual.clear()
+    again = na.attention_varlen_backward(*call, **options)
+    assert not usual
+    assert bits(again) == bits(first)
+    parts = zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)
+    for a, b, c, d in parts:
+        alone = na.attention(*(x.swapaxes(0, 1) for x in (q[a:b], k[c:d], v[c:d])), **options)
+        assert out[a:b].swapaxes(0, 1).tobytes() == alone.tobytes()
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
+def test_other_offsets_of_the_same_header(kind, usual):
+    q, k, v, cu_q, cu_k = packed(*OFFSETS[0], kind=kind)
+    others = cu_q + np.array([0, 1, 1, 0], kind), cu_k
+    want = [bits(na.attention_varlen(q, k, v, *cu)) for cu in ((cu_q, cu_k), others)]
+    assert want[0] != want[1]
+    for _ in range(4):
+        assert bits(na.attention_varlen(q, k, v, cu_q, cu_k)) == want[0]
+        assert bits(na.attention_varlen(q, k, v, *others)) == want[1]
+    usual.clear()
+    na.attention_varlen(q, k, v, *others)
+    assert not usual
+    for wrong in ([0, 5, 5, 20], [0, 5, 3, 21], [0.0, 5, 5, 21], [[0, 5, 5, 21]]):
+        with pytest.raises((TypeError, ValueError), match="cu_seqlens_q"):
+            na.attention_varlen(q, k, v, np.array(wrong), cu_k)
+
+
+@pytest.mark.parametrize("storage", [None, "float16", "int8"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("start", [0, 500, 1100])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_steps_of_decoding(storage, batch, start, ragged, usual):
+    """Steps whose lengths differ are recalled, also where the keys become more than one split."""
+    rng = np.random.default_rng(0)
+    cache = na.KVCache(batch, 2, 1400, 16, storage=storage)
+
+    def new(n, heads=2):
+        return rng.standard_normal((batch, heads, n, 16), dtype=np.float32)
+
+    cache.append(new(start + 1), new(start + 1), *([np.arange(1, batch + 1) * (start + 1) // batch] if ragged else []))
+    queries = [new(1, 8) for _ in range(20)]
+    tokens = [(new(1), new(1)) for _ in queries]
+    got = []
+    for query, token in zip(queries, tokens, strict=True):
+        cache.append(*token)
+        got.append(na.attention_decode(query, cache, return_lse=True))
+    assert len(usual) <= 2
+    usual.clear()
+    cache.truncate(cache.lengths - len(queries))
+    for n in range(len(queries)):  # `out` goes the usual way
+        cache.append(*tokens[n])
+        want = na.attention_decode(queries[n], cache, return_lse=True, out=np.empty_like(got[n][0]))
+        assert bits(want) == bits(got[n])
+    assert len(usual) == len(queries)
+
+
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_steps_of_decoding_with_pages(storage, usual):
+    rng = np.random.default_rng(0)
+    cache = na.PagedKVCache(200, 16, 2, 16, storage=storage)
+    ids = cache.add(2)
+
+    def new(n, heads=2):
+        return rng.standard_normal((2, heads, n, 16), dtype=np.float32)
+
+    cache.append(ids, new(40), new(40), lengths=[5, 40])
+    for n in range(30):
+        cache.append(ids, new(1), new(1))
+        query = new(1, 8)
+        usual.clear()
+        got = na.attention_decode(query, cache)
+        assert not usual or n < 2
+        assert bits(na.attention_decode(query, cache, out=np.empty_like(got))) == bits(got)
+
+
+def test_other_steps_are_checked_as_ever(monkeypatch):
+    rng = np.random.default_rng(0)
+    key, value = rng.standard_normal((2, 2, 4, 50, 16), dtype=np.float32)
+    cache = na.KVCache.from_arrays(key, value, lengths=[20, 30])
+    query = rng.standard_normal((2, 8, 1, 16), dtype=np.float32)
+    for _ in range(4):
+        na.attention_decode(query, cache)
+    half = na.KVCache.from_arrays(key.astype("f2"), value.astype("f2"), dtype="f4")
+    calls = [
+        lambda: na.attention_decode(query.astype("f8"), cache),
+        lambda: na.attention_decode(query[:1], cache),
+        lambda: na.attention_decode(query[:, :3], cache),
+        lambda: na.attention_decode(query[..., :8], cache),
+        lambda: na.attention_decode(query, cache, is_causal=False),
+        lambda: na.attention_decode(query, cache, key_lengths=10),
+        lambda: na.attention_decode(query, cache, return_lse=1),
+        lambda: na.attention_decode(query, cache, scale=0.5),
+        lambda: na.attention_decode(query, half),
+        lambda: na.attention_decode(query.astype("f2"), half),
+        lambda: na.attention_decode(query, na.KVCache.from_arrays(key[:, :, ::2], value[:, :, ::2])),
+    ]
+    got = [outcome(call) for call in calls for _ in range(3)]
+    monkeypatch.setattr(recall._decode, "table", recall.NOTHING)
+    monkeypatch.setattr(recall._decode, "learn", lambda *_: None)
+    assert got == [outcome(call) for call in calls for _ in range(3)]

@@ -10,6 +10,7 @@ import numpy as np
 from numba.core import config
 
 from ..bounded import BoundedCache
+from ..caches.contents import Contents
 from ..cpu import decode, launch
 from ..cpu import forward as kernels
 from ..cpu import recall as again
@@ -31,6 +32,7 @@ from .records import (
     compact,
     fill_in,
     lists_of,
+    numbers_of,
     pack,
     per_head,
     readable_bias,
@@ -56,7 +58,7 @@ def unusable() -> str | None:
 
 def entries() -> tuple[Kernel, ...]:
     """Return the functions that Python calls."""
-    recalled = again.match_three, again.match_six, again.forward, again.backward
+    recalled = again.match_three, again.match_six, again.forward, again.decode, again.backward
     return launch._launcher, launch._caller, addresses, *recalled
 
 
@@ -166,9 +168,10 @@ def _kernels_for(p: Problem, weights: bool) -> list[tuple[bool, int, Array | Non
     rows = np.full(p.batch, p.L).ravel() if p.query_lengths is None else p.query_lengths.ravel()
     keys = np.full(1, p.S) if p.key_lengths is None else p.key_lengths.ravel()
     short: Array = (rows <= least) | ((rows <= most) & (keys > decode.SPLIT))
-    if not most or not short.any():
+    empty = rows == 0  # nothing is to be computed, by either kernel
+    if not most or not (short & ~empty).any():
         return [(False, vectors_for_all(rows * group, width) if narrows else 0, None)]
-    if short.all():
+    if (short | empty).all():
         return [(True, 0, None)]
     vectors = vectors_for_all(rows[~short] * group, width) if narrows else 0
     return [(False, vectors, np.flatnonzero(~short)), (True, 0, np.flatnonzero(short))]
@@ -184,9 +187,9 @@ def _run_kernel(
         or p.mask is not None
         or lists is not None
         or bias is not None
-        or p.packing is not None
         or which is not None
         or p.origin is not WHOLE
+        or (p.packing is not None and p.packing.query_rows.nbytes > SMALL_PLAN)
     ):
         sequences = sequences_of(p, bias)
         if lists is not None:
@@ -199,8 +202,9 @@ def _run_kernel(
     else:
         plan = _find_plan(p, few, vectors)
         sequences, sequences_address = plan.sequences, plan.sequences_address
-        if varies(p):
-            p.plan = None
+        if p.packing is None and varies(p):
+            if p.cache is None:
+                p.plan = None
             if _is_step(p):
                 sequences, sequences_address = own.sequence, own.sequence_address
                 sequences[:] = plan.numbers
@@ -209,6 +213,8 @@ def _run_kernel(
                 numbers = plan.numbers.copy()  # copying records goes field by field and takes 7 us
                 sequences, sequences_address = numbers.view(SEQUENCE), address_of(numbers)
                 fill_in(p, sequences)
+                if type(p.offset) is int:
+                    sequences["offset"] = p.offset
     items, counts, partial = plan.items, None, None
     if few:
         items, most = _split(plan, p, sequences)
@@ -243,30 +249,44 @@ pack_one = struct.Struct("=q").pack_into
 
 
 def _find_plan(p: Problem, few: bool, vectors: int) -> _Plan:
-    """Return the plan for a call without mask and bias, which all calls with the same key share."""
+    """Return the plan for a call without mask and bias, which all calls with the same key share.
+
+    Of a cache, the lengths and what follows from them are not part of it; of packed sequences they are.
+    """
     q, k, v, out, cache = p.query, p.key, p.value, p.out, p.cache
     key = (
         q.dtype, q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, out.strides, p.lse is None,
-        p.scale, p.softcap, p.alibi_slopes is None, p.left, p.right, p.offset if type(p.offset) is int else None, few,
-        vectors, p.dropout, p.score_mod is None and p.mask_mod is None,
-        None if cache is None else (cache.storage, cache.table is None),
+        p.scale, p.softcap, p.alibi_slopes is None, p.left, p.right,
+        p.offset if cache is None and type(p.offset) is int else None, few, vectors, p.dropout,
+        p.score_mod is None and p.mask_mod is None, None if cache is None else _layout_of(cache),
+        None if p.packing is None else numbers_of(p),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is not None:
-        # What `recall` can remember: calls that are small, and whose keys are not split.
+        # What `recall` can remember: calls that are small, and whose keys are not split unless they are in a cache.
         if plan.flops * p.S <= recall.LARGEST and plan.numbers.nbytes <= SMALL_PLAN:
-            p.plan = plan if plan.tiles is None or p.S <= decode.SPLIT else None
+            p.plan = plan if plan.tiles is None or p.S <= decode.SPLIT or cache is not None else None
     else:
-        plan = _make_plan(p, sequences_of(p, None), None, False, few, vectors)
+        sequences = sequences_of(p, None)
+        if p.packing is not None:
+            fill_in(p, sequences)
+        plan = _make_plan(p, sequences, None, False, few, vectors)
         _plans.add(key, plan, plan.numbers.nbytes + (0 if plan.tiles is None else plan.tiles.nbytes) + SMALL_PLAN)
     return plan
 
 
-def _machine() -> recall.Machine:
-    return recall.Machine(
-        again.match_three.call, again.match_six.call, again.forward.call, again.backward.call,
-        take, put_back, threads_for, launch.pool,
-    )  # fmt: skip
+def _layout_of(cache: Contents) -> tuple[Any, ...]:
+    scales = cache.key_scale, cache.value_scale
+    return cache.storage, cache.table is None, *(None if x is None else x.strides for x in scales)
+
+
+def _machine(entry: str) -> recall.Machine:
+    match, run = {
+        "forward": (again.match_three, again.forward),
+        "decode": (again.match_six, again.decode),
+        "backward": (again.match_six, again.backward),
+    }[entry]
+    return recall.Machine(match.call, run.call, take, put_back, threads_for, launch.pool)
 
 
 def _forward_recipe(p: Problem, row: list[int], arrays: tuple[Array, ...]) -> recall.Recipe | None:
@@ -279,12 +299,28 @@ def _forward_recipe(p: Problem, row: list[int], arrays: tuple[Array, ...]) -> re
     return _recipe(row, template, plan, items, plan.flops * p.S, results, arrays)
 
 
+def _decode_recipe(p: Problem, row: list[int], arrays: tuple[Array, ...]) -> recall.Recipe | None:
+    """Return how to do a step of decoding again whose plan is known; None if that is not possible."""
+    plan: _Plan = p.plan
+    sequences, items = plan.sequences.copy(), plan.items
+    if plan.tiles is not None:
+        sequences["first"], items = plan.tiles, int(plan.tiles.sum())
+    address = address_of(sequences)
+    template = again.template_of(plan.rest, items, {"lse": int(p.lse is not None)})
+    results = [(x.shape, x.dtype) for x in (p.result, p.result_lse) if x is not None]
+    recipe = _recipe(row, template, plan, items, plan.flops, results, arrays)
+    split = 0 if plan.tiles is None else decode.SPLIT
+    steps = recall.Steps(sequences, address, len(sequences), sequences.nbytes, split, plan.partial_size)
+    return None if recipe is None else recipe._replace(steps=steps)
+
+
 def _backward_recipe(g: BackwardProblem, row: list[int], arrays: tuple[Array, ...]) -> recall.Recipe | None:
     """Return how to do a call again whose plan is known; None if that is not possible."""
     plan: cpu_backward._Plan = g.plan
-    results = [(x.shape, x.dtype) for x in (g.query, g.key, g.value)]
-    inputs = [x.shape for x in g.inputs]  # otherwise gradients are summed over axes that were broadcast
-    if [shape for shape, _ in results] != inputs or len(plan.waves) != 1 or plan.waves[0].partial_size:
+    results = [(x.shape, g.query.dtype) for x in g.inputs]
+    # Gradients of inputs that were broadcast are summed; those of packed sequences take the place of the inputs.
+    summed = g.forward.packing is None and [x.shape for x in (g.query, g.key, g.value)] != [x.shape for x in g.inputs]
+    if summed or len(plan.waves) != 1 or plan.waves[0].partial_size:
         return None
     members = plan.waves[0].members
     addresses = {"sequences": plan.sequences_address, "members": address_of(members)}
@@ -405,4 +441,5 @@ def _split(plan: _Plan, p: Problem, sequences: Array) -> tuple[int, int]:
     return int(ends[-1]), int(splits.max())
 
 
-recall.provide(recall.Provider(again.row_of, _forward_recipe, _backward_recipe, _machine))
+_RECIPES = {"forward": _forward_recipe, "decode": _decode_recipe, "backward": _backward_recipe}
+recall.provide(recall.Provider(again.row_of, _RECIPES, _machine))

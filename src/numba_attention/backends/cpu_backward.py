@@ -27,6 +27,7 @@ from .records import (
     compact,
     fill_in,
     lists_of,
+    numbers_of,
     pack,
     readable_bias,
     room_for,
@@ -197,13 +198,15 @@ def _find_plan(
 ) -> _Plan:  # fmt: skip
     p = g.forward
     part = p.origin is not WHOLE or spec.task == "second"
-    if varies(p) or part or bias is not None or p.mask is not None or lists is not None or g.mod_grads:
+    packed = p.packing is not None and p.packing.query_rows.nbytes <= SMALL_PLAN
+    part = part or (varies(p) and not packed)
+    if part or bias is not None or p.mask is not None or lists is not None or g.mod_grads:
         return _make_plan(g, spec, groups, bias, arrays, of_bias, lists, writes)
     all_arrays = p.query, p.key, p.value, p.out, p.lse, g.grad_out, g.grad_lse
     key = (
         p.query.dtype, p.query.shape, p.value.shape, *(None if x is None else x.strides for x in all_arrays),
-        p.alibi_slopes is None, p.sinks is None, p.scale, p.softcap, p.left, p.right, p.offset,
-        p.dropout, p.score_mod is None and p.mask_mod is None,
+        p.alibi_slopes is None, p.sinks is None, p.scale, p.softcap, p.left, p.right, p.dropout,
+        p.score_mod is None and p.mask_mod is None, numbers_of(p) if packed else p.offset,
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is not None:

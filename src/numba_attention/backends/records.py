@@ -133,6 +133,14 @@ def varies(p: Problem) -> bool:
     return p.cache is not None or any(isinstance(getattr(p, number.problem), np.ndarray) for number in NUMBERS)
 
 
+def numbers_of(p: Problem) -> tuple[Any, ...]:
+    """Return all numbers of the sequences of a packed problem, to be compared."""
+    packing = p.packing
+    assert packing is not None
+    arrays = [packing.query_rows, packing.key_rows, *(getattr(p, number.problem) for number in NUMBERS)]
+    return tuple(x.tobytes() if isinstance(x, np.ndarray) else x for x in arrays)
+
+
 def fill_in(p: Problem, sequences: Array) -> None:
     """Write the fields that do not follow from shapes and strides: lengths, positions, addresses of pages, scales."""
     for number in NUMBERS:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..sequence_record import SEQUENCE
 from .cache import Function
 from .launch import _call, _call_on_threads
 from .machine_code import part
@@ -24,8 +25,15 @@ WORDS = PARAMS.itemsize // 8
 ARRAY_TYPE = id(np.ndarray)
 _INDEX = {name: n for n, name in enumerate(ADDRESSES)}
 COUNTER, SCRATCH, LSE = (_INDEX[name] for name in ("counter", "scratch", "lse"))
+SEQUENCES, COUNTS, PARTIAL = (_INDEX[name] for name in ("sequences", "counts", "partial"))
+ITEMS = len(ADDRESSES)  # the first of the integers after the addresses
 GRAD_OUT, GRAD_QUERY, GRAD_KEY, GRAD_VALUE = (
     _INDEX[name] for name in ("grad_out", "grad_query", "grad_key", "grad_value")
+)
+_FIELDS = {name: n for n, name in enumerate(SEQUENCE.names)}  # type: ignore[arg-type]
+SEQUENCE_WORDS = len(_FIELDS)
+ROWS, KEYS, OFFSET, FIRST, PAGES, KEY_SCALE, VALUE_SCALE = (
+    _FIELDS[name] for name in ("rows", "keys", "offset", "first", "pages", "key_scale", "value_scale")
 )
 
 
@@ -140,6 +148,60 @@ def _make_forward() -> Callable[..., int]:
     return recall_forward
 
 
+@part
+def _stride_of(array: int) -> int:
+    """The first stride of the array whose object is at an address."""
+    header = carray(void_pointer(array), STRIDES + 1, np.int64)
+    return int(carray(void_pointer(header[STRIDES]), 1, np.int64)[0])
+
+
+def _make_decode() -> Callable[..., int]:
+    def recall_decode(
+        query: int, key: int, value: int, out: int, lse: int, key_scale: int, value_scale: int, lengths: int,
+        table: int, template: int, params: int, counter: int, scratch: int, worker: int, pool: int, size: int,
+        threads: int, sequences: int, number: int, longest: int, splits: int, items: int, room: int, split: int,
+        paged: int,
+    ) -> int:  # fmt: skip
+        """After `room` bytes of scratch memory lie the records of the sequences, counts, and partial states."""
+        _begin(template, params, counter, scratch)
+        p = carray(void_pointer(params), WORDS, np.int64)
+        p[0], p[1], p[2], p[3] = data_of(query), data_of(key), data_of(value), data_of(out)
+        if p[LSE] != 0:
+            p[LSE] = data_of(lse)
+        words = number * SEQUENCE_WORDS
+        source = carray(void_pointer(sequences), words, np.int64)
+        p[SEQUENCES] = scratch + room
+        target = carray(void_pointer(p[SEQUENCES]), words, np.int64)
+        length, step, first = data_of(lengths), _stride_of(lengths), 0
+        for n in range(number):
+            at = n * SEQUENCE_WORDS
+            for word in range(at, at + SEQUENCE_WORDS):
+                target[word] = source[word]
+            # Another thread may append meanwhile: no more keys are read than there is room for.
+            keys = min(carray(void_pointer(length + n * step), 1, np.int64)[0], longest)
+            target[at + KEYS], target[at + OFFSET] = keys, keys - target[at + ROWS]
+            if paged != 0:
+                target[at + PAGES] = data_of(table) + n * _stride_of(table)
+            if key_scale != lengths:
+                own = 0 if paged != 0 else n
+                target[at + KEY_SCALE] = data_of(key_scale) + own * _stride_of(key_scale)
+                target[at + VALUE_SCALE] = data_of(value_scale) + own * _stride_of(value_scale)
+            if split != 0:  # the template says how many tiles there are
+                tiles, target[at + FIRST] = target[at + FIRST], first
+                first += tiles * max(1, (keys + split - 1) // split)
+        if split != 0:
+            p[ITEMS] = first
+        if splits > 1:
+            p[COUNTS] = p[SEQUENCES] + 8 * words
+            p[PARTIAL] = p[COUNTS] + 8 * items
+            counts = carray(void_pointer(p[COUNTS]), items, np.int64)
+            for n in range(items):
+                counts[n] = 0
+        return int(_run(worker, params, pool, size, threads))
+
+    return recall_decode
+
+
 def _make_backward() -> Callable[..., int]:
     def recall_backward(
         grad_out: int, query: int, key: int, value: int, out: int, lse: int,
@@ -159,4 +221,5 @@ def _make_backward() -> Callable[..., int]:
 match_three = Function("match-three", _make_match_three, objects=3, integers=4, nogil=False)
 match_six = Function("match-six", _make_match_six, objects=6, integers=4, nogil=False)
 forward = Function("recall-forward", _make_forward, objects=5, integers=8)
+decode = Function("recall-decode", _make_decode, objects=9, integers=16)
 backward = Function("recall-backward", _make_backward, objects=9, integers=8)
