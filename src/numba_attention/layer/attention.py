@@ -16,6 +16,7 @@ from ..problem.dense import sum_to
 from ..rotary import Turn, rotate
 from ..validation import as_flag, as_ints, check_like
 from ..varlen import attention_varlen, attention_varlen_backward
+from . import second
 from .cached import Cache, attend
 from .inputs import check_inputs, hide_padding
 from .parameters import INPUTS, Weights
@@ -47,6 +48,12 @@ class Context:
     lse: Array | None  # (..., H, L); None if nothing will be differentiated
     options: dict[str, Any]  # those of `attention`
     starts: Array | None = None  # cu_seqlens of packed sequences: q, k, v are (T, heads, E) then, heads (T, H, E)
+
+    @property
+    def sources(self) -> tuple[int, int, int]:
+        """Return which of the inputs queries, keys and values were projected from."""
+        of_keys = 0 if self.inputs[1] is None else 1
+        return 0, of_keys, of_keys if self.inputs[2] is None else 2
 
 
 class MultiHeadAttention(Weights):
@@ -404,11 +411,8 @@ class MultiHeadAttention(Weights):
         else:
             of_heads = self._packed_gradients(self._heads(grad).swapaxes(0, 1), ctx, lse, mod_grads)
         of_inputs: list[Array | None] = [None, None, None]
-        no_key, no_value = ctx.inputs[1] is None, ctx.inputs[2] is None
-        source_of_key = 0 if no_key else 1
-        sources = (0, source_of_key, source_of_key if no_value else 2)
-        for first, last in self._runs(no_key, no_value):
-            source = sources[first]
+        for first, last in self._runs(ctx.inputs[1] is None, ctx.inputs[2] is None):
+            source = ctx.sources[first]
             x = ctx.inputs[source]
             assert x is not None
             grad = self._joined_gradient(of_heads[:3][first:last], ctx.turns, first, x.shape[:-1])
@@ -423,6 +427,110 @@ class MultiHeadAttention(Weights):
             of_inputs[source] = grad if so_far is None else np.add(so_far, grad, out=so_far)
         self.grads = {name: array for name in self._parameters if (array := grads_by_name[name]) is not None}
         return Gradients(of_inputs[0], of_inputs[1], of_inputs[2], *of_heads[3:])
+
+    def jvp(self, tangents: Gradients, ctx: Context, *, parameters: Mapping[str, Array] | None = None) -> Array:
+        """Derivative of the output of `forward` along a direction of the inputs and parameters.
+
+        Parameters
+        ----------
+        tangents : Gradients
+            The direction (query, key, value, bias, sinks): each of the shape and dtype of its input, None for 0 and for
+            an input that was not passed, which moves with the input that was used in its place.
+        ctx : object
+            The context that `forward` of this layer returned.
+        parameters : mapping of str to ndarray, optional
+            Tangents of parameters, by their names.
+
+        Returns
+        -------
+        ndarray, shape (..., L, embed_dim)
+
+        Raises
+        ------
+        TypeError, ValueError
+            A tangent does not have the shape and dtype of what it belongs to, or `ctx` is not of this layer.
+        NotImplementedError
+            A tangent for `mod_args` was given.
+
+        See Also
+        --------
+        attention_jvp : the same for the attention without projections.
+
+        Examples
+        --------
+        >>> import numpy as np, numba_attention as na
+        >>> layer = na.MultiHeadAttention(8, 2, dtype=np.float64, rng=0)
+        >>> x, dx = np.random.default_rng(1).standard_normal((2, 5, 8))
+        >>> out, ctx = layer.forward(x)
+        >>> moved = layer.jvp(na.Gradients(dx, None, None), ctx)
+        >>> bool(np.allclose(moved, (layer(x + 1e-5 * dx) - layer(x - 1e-5 * dx)) / 2e-5))
+        True
+        """
+        self._check_context(ctx)
+        direction = second.as_direction(self, ctx, "tangents", tangents, "parameters", parameters)
+        return second.jvp(self, ctx, direction)
+
+    def double_backward(
+        self, grad_grads: Gradients, grad_out: Array, ctx: Context, *, parameters: Mapping[str, Array] | None = None
+    ) -> tuple[Gradients, Array]:
+        """Gradients of `backward` with respect to its arguments, and in `grads` to the parameters.
+
+        Parameters
+        ----------
+        grad_grads : Gradients
+            Gradients of some loss with respect to what `backward` returned: each of its shape and dtype, None for 0.
+        grad_out, ctx
+            What `backward` was called with.
+        parameters : mapping of str to ndarray, optional
+            Gradients of the loss with respect to `grads`, by the names of the parameters.
+
+        Returns
+        -------
+        gradients : Gradients
+            With respect to the inputs of `forward`, as of `backward`.
+        grad_grad_out : ndarray, shape (..., L, embed_dim)
+            With respect to `grad_out`.
+
+        Raises
+        ------
+        TypeError, ValueError, NotImplementedError
+            As in `jvp`.
+
+        See Also
+        --------
+        attention_double_backward : the same for the attention without projections, and what it is based on.
+
+        Notes
+        -----
+        Each call sets `grads` to a new dict, as `backward` does. Where `grad_out` was made of the output, what comes
+        back through it is one more gradient of the output: pass it to `backward`, and add up the dicts.
+
+        References
+        ----------
+        .. [1] Pearlmutter, "Fast Exact Multiplication by the Hessian", 1994.
+
+        Examples
+        --------
+        A layer is trained on the gradient of its output, here to make it small:
+
+        >>> import numpy as np, numba_attention as na
+        >>> layer = na.MultiHeadAttention(8, 2, dtype=np.float64, rng=0)
+        >>> x = np.random.default_rng(1).standard_normal((5, 8))
+        >>> for step in range(3):
+        ...     out, ctx = layer.forward(x)
+        ...     slope = layer.backward(np.ones_like(out), ctx).query
+        ...     print(f"{(slope ** 2).sum():.2f}")
+        ...     _ = layer.double_backward(na.Gradients(2 * slope, None, None), np.ones_like(out), ctx)
+        ...     for name, parameter in layer.parameters().items():
+        ...         parameter -= 0.01 * layer.grads[name]
+        3.07
+        0.26
+        0.11
+        """
+        grad_out, _ = self._check(grad_out, ctx)
+        direction = second.as_direction(self, ctx, "grad_grads", grad_grads, "parameters", parameters)
+        gradients, moved, self.grads = second.double_backward(self, ctx, direction, grad_out)
+        return gradients, moved
 
     def _repr_html_(self) -> str:
         rows = [(name, " x ".join(map(str, x.shape)), f"{x.size:,}") for name, x in self.parameters().items()]
@@ -551,12 +659,15 @@ class MultiHeadAttention(Weights):
 
     def _check(self, grad_out: Any, ctx: Any) -> tuple[Array, Array]:
         """Check the arguments of `backward`; return the gradient, and the lse of the context."""
+        lse = self._check_context(ctx)
+        return check_like("grad_out", grad_out, (*ctx.heads.shape[:-2], self.embed_dim), self.dtype), lse
+
+    def _check_context(self, ctx: Any) -> Array:
         if not isinstance(ctx, Context) or ctx.lse is None:
             raise TypeError(f"ctx must be what forward returned, got {type(ctx).__module__}.{type(ctx).__qualname__}")
         if ctx.layer is not self:
             raise ValueError("ctx must come from forward of the same layer")
-        shape = (*ctx.heads.shape[:-2], self.embed_dim)
-        return check_like("grad_out", grad_out, shape, self.dtype), ctx.lse
+        return ctx.lse
 
     def _runs(self, key_too: bool, value_too: bool) -> tuple[tuple[int, int], ...]:
         """Return the products of the input, each of the projections first .. last - 1.

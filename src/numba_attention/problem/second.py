@@ -79,14 +79,7 @@ class SecondProblem:
 
 def _as_direction(name: str, tangents: Any, problem: BackwardProblem) -> Direction:
     """Check tangents, or cotangents of gradients: each has the shape and dtype of its input, or is None."""
-    if not isinstance(tangents, tuple) or len(tangents) > len(Gradients._fields) or len(tangents) < 3:
-        raise TypeError(
-            f"{name} must be a numba_attention.Gradients(query, key, value, bias, sinks), with None for 0, "
-            f"got {kind_of(tangents)}"
-        )
-    given = Gradients(*tangents)
-    if given.mod_args is not None:
-        raise NotImplementedError(f"{name}.mod_args must be None: arrays in mod_args have no second derivative")
+    given = given_parts(name, tangents)
     p, o = problem.forward, problem.options
     parts: list[Array | None] = []
     inputs = zip(("query", "key", "value"), problem.inputs, (p.query, p.key, p.value), strict=True)
@@ -100,19 +93,37 @@ def _as_direction(name: str, tangents: Any, problem: BackwardProblem) -> Directi
                 x = np.broadcast_to(x[None] if x.ndim == 2 else x, full.shape)
         parts.append(x)
     bias = sinks = None
-    for part in ("bias", "sinks"):
-        x, own = getattr(given, part), getattr(o, part)
-        if x is not None:
-            if own is None:
-                raise ValueError(f"{name}.{part} must be None without {part}")
-            own = np.asarray(own)
-            check_like(f"{name}.{part}", x, own.shape, own.dtype)
+    check_parts(name, given, o._asdict())
     if given.bias is not None and p.bias is not None:
         packs = p.packing is not None
         bias = _over_tokens(name, np.asarray(given.bias), p)[0] if packs else np.broadcast_to(given.bias, p.bias.shape)
     if given.sinks is not None:
         sinks = np.asarray(given.sinks, np.float64)
     return Direction(parts[0], parts[1], parts[2], bias, sinks)
+
+
+def given_parts(name: str, tangents: Any) -> Gradients:
+    """Check that tangents have names."""
+    if not isinstance(tangents, tuple) or len(tangents) > len(Gradients._fields) or len(tangents) < 3:
+        raise TypeError(
+            f"{name} must be a numba_attention.Gradients(query, key, value, bias, sinks), with None for 0, "
+            f"got {kind_of(tangents)}"
+        )
+    given = Gradients(*tangents)
+    if given.mod_args is not None:
+        raise NotImplementedError(f"{name}.mod_args must be None: arrays in mod_args have no second derivative")
+    return given
+
+
+def check_parts(name: str, given: Gradients, options: dict[str, Any]) -> None:
+    """Check the tangents of options: each has the shape and dtype of its option, or is None."""
+    for part in ("bias", "sinks"):
+        x, own = getattr(given, part), options[part]
+        if x is not None:
+            if own is None:
+                raise ValueError(f"{name}.{part} must be None without {part}")
+            own = np.asarray(own)
+            check_like(f"{name}.{part}", x, own.shape, own.dtype)
 
 
 def as_starts(cu_seqlens_q: Any, cu_seqlens_k: Any) -> Starts | None:
