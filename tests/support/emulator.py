@@ -161,6 +161,9 @@ class Emit:
         return Value("i", x.x.astype(np.int32))
 
     def convert(self, kind, x):
+        if kind == "i" and x.kind in "fd":
+            whole = np.clip(np.nan_to_num(np.trunc(x.x.astype(np.float64)), nan=0), -(2.0**31), 2.0**31 - 1)
+            return Value("i", whole.astype(np.int32))
         return Value(kind, x.x.astype(DTYPES[kind]))
 
     def multiply_wide(self, x, constant):
@@ -197,6 +200,9 @@ class Emit:
 
     def abs(self, x):
         return Value(x.kind, np.abs(x.x))
+
+    def library(self, name, x):
+        return Value(x.kind, getattr(np, name)(x.x))
 
     def opaque(self, x):
         return x

@@ -17,6 +17,7 @@ from ..device.headers import address_of
 from ..intervals import FAR, keys_of_rows, rows_of_keys
 from ..options import Array
 from ..problem.dense import WHOLE, Problem
+from . import device_rules
 from .records import fill_in, is_paged, sequences_of, storage_of, stored_of
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -26,12 +27,6 @@ HEADS = 65535  # CUDA's limit for the second dimension of a grid
 def check_size(p: Problem) -> None:
     if p.origin is not WHOLE:
         raise NotImplementedError("dropout of a block of a larger problem needs the CPU: pass backend='cpu'")
-    for name in ("score_mod", "mask_mod"):
-        if getattr(p, name) is not None:
-            raise NotImplementedError(
-                f"{name} is not available on the backend 'cuda'; use backend='cpu' with arrays on the host, or pass "
-                "what it computes as bias= or mask="
-            )
     if max(p.L, p.S) * max(p.H // max(p.Hkv, 1), 1) > MOST:
         raise ValueError(f"the CUDA backend takes up to {MOST} rows of a key head, got {p.L} queries and {p.S} keys")
     if p.H > HEADS:
@@ -88,6 +83,11 @@ class Work:
         for name, x in (("slopes", p.alibi_slopes), ("sinks", p.sinks)):
             if x is not None:
                 self.put(name, upload(np.ascontiguousarray(x)))
+        self._rules = device_rules.rules_of(p)
+        if p.mod_args:
+            words, arrays_of_mods = device_rules.record_of(p.mod_args)
+            self.put("mods", upload(words))
+            self._kept |= {f"mod_args[{n}]": x for n, x in arrays_of_mods.items()}
         if p.cache is not None:
             self._of_cache(p, p.cache)
 
@@ -129,6 +129,7 @@ class Work:
             task, self.storage, p.E, p.Ev, product, self.device,
             p.softcap is not None, p.alibi_slopes is not None, "" if p.bias is None else storage_of(p.bias.dtype),
             p.mask is not None, p.dropout > 0, is_paged(p), self.hides, aligned, stored_of(p),
+            device_rules.mods_of(self._rules, task in ("query", "key")),
         )  # fmt: skip
 
     def empty(self, name: str, shape: Any, dtype: Any) -> Array:
@@ -158,6 +159,8 @@ class Work:
 def _hides(p: Problem, sequences: Array) -> bool:
     """Whether a valid key may be hidden from a row: NaN in that key must then not reach the row."""
     if p.left is not None or p.mask is not None or p.bias is not None:
+        return True
+    if p.score_mod is not None or p.mask_mod is not None:
         return True
     # Causality alone may hide nothing: in a decoding step the only row sees every key.
     _, stop = keys_of_rows(0, *_span(p, sequences))
@@ -201,7 +204,8 @@ def reals(p: Problem) -> list[float]:
     if rest < 2.0**lowest:
         # The scale is 0 or underflows. Scores are 0 then, and the rest is 1 so that hidden scores stay -inf.
         prescale, rest = 0.0, 1.0
-    unit = rest if p.softcap is None and p.alibi_slopes is None and p.bias is None else 1.0
+    stages = p.softcap, p.score_mod, p.alibi_slopes, p.bias
+    unit = rest if all(stage is None for stage in stages) else 1.0
     values = {"prescale": prescale, "rest": rest, "unit": unit, "per_unit": 1 / unit, "factor": unit * LOG2E}
     values["dropout_scale"] = 2**16 / (2**16 - p.dropout)
     if p.softcap is not None:

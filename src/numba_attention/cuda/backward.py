@@ -162,10 +162,10 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     def multiply(e: Emit, base: I32, thread: I32, shift: I32) -> Regs:
         return product.scores(e, own[0], other[0], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
 
-    @macro(f"{S} {S}" if c.softcap else S, BLOCK, "i", "i", "i", S)
+    @macro(f"{S} {S}" if c.has_slopes else S, BLOCK, "i", "i", "i", S)
     def stages(e: Emit, b: Block, thread: I32, j: I32, g: I32, s: Regs) -> Regs | tuple[Regs, Regs]:
-        s, curves = stage(b, lanes, thread, j, s, g if of_keys else None)
-        return (s, curves) if c.softcap else s
+        s, derivatives = stage(b, lanes, thread, j, s, g if of_keys else None)
+        return (s, derivatives) if c.has_slopes else s
 
     @macro(S, BLOCK, "i", "i", S)
     def hide(e: Emit, b: Block, thread: I32, j: I32, s: Regs) -> Regs:
@@ -209,14 +209,14 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         keeps = kept(b, lanes, thread, j, g if of_keys else None)
         return [mark(e, x, keep) for x, keep in zip(p, keeps, strict=True)]
 
-    @macro(S, BLOCK, "i", "i", "i", S, *([S] if c.softcap else []))
+    @macro(S, BLOCK, "i", "i", "i", S, *([S] if c.has_slopes else []))
     def differentiate(
         e: Emit, b: Block, base: I32, thread: I32, shift: I32, p: Regs,
-        curves: Regs | None = None,
+        derivatives: Regs | None = None,
     ) -> Regs:  # fmt: skip
-        """Compute dS from P: multiply by dO V^T - delta and by the slope of the softcap."""
+        """Compute dS from P: multiply by dO V^T - delta and by the derivatives of the stages."""
         dp = product.scores(e, own[1], other[1], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
-        zero, one = e.const(kind, 0.0), e.const(kind, 1.0)
+        zero = e.const(kind, 0.0)
         ds = []
         if c.dropout:
             scale = b.p.real("dropout_scale", kind)
@@ -224,8 +224,8 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
             p = [e.abs(weight) for weight in p]
         for n, (x, delta) in enumerate(zip(dp, of_queries(e, "delta", b, base, e.opaque(thread), shift), strict=True)):
             y = p[n] * (x - delta)
-            if curves is not None:
-                y = y * (one - curves[n] * curves[n])
+            if derivatives is not None:
+                y = y * derivatives[n]
             hidden = product.is_hidden(e, p[n]) if nan_safe else p[n].equals(0.0)
             ds.append(e.select(hidden, p[n] if nan_safe else zero, y))
         return ds
@@ -293,7 +293,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                 bad = across(e, product, bad, lambda a, b: a | b)
                 b.mark(at, bad, in_bounds & product.lane_column(lane).equals(0))
 
-    softcap, dropout = c.softcap, c.dropout
+    slopes, dropout = c.has_slopes, c.dropout
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         parameters = integers, reals
@@ -324,8 +324,8 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                     load_other(block, base, thread, next_j, next_g, np.int32(period - shift))
                 s = multiply(base, thread, shift)
                 if staged:
-                    if softcap:
-                        s, curves = stages(block, thread, j, g, s)
+                    if slopes:
+                        s, derivatives = stages(block, thread, j, g, s)
                     else:
                         s = stages(block, thread, j, g, s)
                 if j < all_begin or j + columns > all_end:
@@ -342,8 +342,8 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                     else:
                         x = add_first(base, thread, shift, x, p)
                 if wants_key or not of_keys:
-                    if softcap:
-                        ds = differentiate(block, base, thread, shift, p, curves)
+                    if slopes:
+                        ds = differentiate(block, base, thread, shift, p, derivatives)
                     else:
                         ds = differentiate(block, base, thread, shift, p)
                     x = add_first(base, thread, shift, x, ds)

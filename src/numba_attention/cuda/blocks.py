@@ -1,5 +1,7 @@
 """Which part of a problem a block of threads is: sequence, head and rows, and where their arrays are."""
 
+from dataclasses import replace
+
 from .emit import I32, I64, Emit, Macro, Packed, Pred, Real, Regs, Target, Value
 from .formats import SIZES
 from .parameters import PARAMETERS, TYPES, Parameters, Sequence, clamp
@@ -248,7 +250,7 @@ class Lanes:
 
 
 def stage(b: Block, lanes: Lanes, thread: I32, column: I32, s: Regs, head: I32 | None = None) -> tuple[Regs, Regs]:
-    """Softcap, ALiBi, bias and mask of a tile; where rows are keys, `head` is the query head, of a group from 0."""
+    """The stages of a tile; where rows are keys, `head` is the query head, of a group from 0."""
     transposed = head is not None
     bias, mask = b.places["bias"], b.places["mask"]
     rows, keys = (b.span.columns, b.span.rows) if transposed else (b.span.rows, b.span.columns)
@@ -265,4 +267,11 @@ def stage(b: Block, lanes: Lanes, thread: I32, column: I32, s: Regs, head: I32 |
         of_head = {id(h): b.slope(h, lanes.product.kind) for h in {id(h): h for h in heads}.values()}
         slopes = [of_head[id(h)] for h in heads]
     inputs = StageInputs(bias, mask, b.offset, rows, keys, slopes, heads_of_slots)
+    if b.c.mods is not None:
+        s_record = Sequence(b.e, b.p, b.index)
+        numbers = {id(h): s_record.int("head") + h for h in {id(h): h for h in heads}.values()}
+        inputs = replace(
+            inputs, batch=s_record.int("number"), head_numbers=[numbers[id(h)] for h in heads],
+            first_position=s_record.int("offset"),
+        )  # fmt: skip
     return lanes.scores(b, thread, column, transposed).stages(s, inputs)

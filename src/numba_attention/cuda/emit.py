@@ -183,11 +183,14 @@ class Emit:
         return Value(self._b, "i", self._b.trunc(x.llvm, TYPES["i"]))
 
     def convert(self, kind: str, x: Value) -> Value:
-        """Between "i", "f" and "d", by value."""
+        """Between integers, "f" and "d", by value; to 32 bits towards zero, as near as they come, and 0 for NaN."""
         if kind == x.kind:
             return x
-        if x.kind == "i":
+        if x.kind in "il":
             return Value(self._b, kind, self._b.sitofp(x.llvm, TYPES[kind]))
+        if kind == "i":
+            whole = self._asm(f"cvt.rzi.s32.{_PTX[x.kind]} $0, $1;", f"=r,{x.kind}", [x], "i")
+            return self.select(self.is_nan(x), self.const("i", 0), whole)
         step = self._b.fpext if kind == "d" else self._b.fptrunc
         return Value(self._b, kind, step(x.llvm, TYPES[kind]))
 
@@ -224,6 +227,10 @@ class Emit:
 
     def abs(self, x: Value) -> Value:
         return self._library("fabs", x)
+
+    def library(self, name: str, x: Value) -> Value:
+        """A function of one real number by its name in NumPy: sqrt, exp, exp2, log, log2, tanh, floor, ceil, ...."""
+        return self._library(name, x)
 
     def opaque(self, x: Value) -> Value:
         """Optimization barrier: hides the value so that what depends on it is rematerialized, not kept in registers."""
@@ -280,8 +287,10 @@ class Emit:
 
     def load_constant(self, kind: str, address: Value) -> Value:
         """Read through the read-only cache what no kernel writes; the compiler may drop or move the load."""
-        register = {"i": "r", "l": "l", "d": "d"}[kind]
-        return self._asm(f"ld.global.nc.{_PTX[kind]} $0, [$1];", f"={register},l", [address], kind)
+        register = {"i": "r", "l": "l", "f": "f", "d": "d", "b": "r"}[kind]
+        unit = "u8" if kind == "b" else _PTX[kind]
+        result = "i" if kind == "b" else kind
+        return self._asm(f"ld.global.nc.{unit} $0, [$1];", f"={register},l", [address], result)
 
     @overload
     def load_shared(self, kind: str, address: I32) -> Value: ...

@@ -5,7 +5,7 @@ from .emit import I32, I64, Emit, Packed, Real, Regs
 
 ARRAYS = ("query", "key", "value", "out", "lse", "bias", "mask", "grad_out", "grad_lse", "delta",
           "grad_query", "grad_key", "grad_value", "grad_bias", "sum_query", "key_scale", "value_scale")  # fmt: skip
-ADDRESSES = (*ARRAYS, "slopes", "sinks", "sequences", "work", "flags", "partial", "members", "far")
+ADDRESSES = (*ARRAYS, "slopes", "sinks", "sequences", "work", "flags", "partial", "members", "far", "mods")
 INTEGERS = (
     *ADDRESSES,
     *(f"{name}_{axis}" for name in ARRAYS for axis in ("head", "row", "column")),

@@ -7,10 +7,12 @@ of columns.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ..intervals import bind, keys_of_row, rows_of_key
 from .emit import I32, I64, Emit, Real, Regs
 from .formats import read
+from .instructions import Evaluation
 from .parameters import Parameters, Sequence, clamp
 from .products import Layout, Product
 from .softmax import LARGEST
@@ -74,6 +76,10 @@ class StageInputs:
     keys: I32  # valid keys
     slopes: Regs  # of ALiBi, of each slot
     heads: Regs | None = None
+    # What rules of callers are called with: the number of the sequence, the head of each slot, the position of query 0.
+    batch: I32 | None = None
+    head_numbers: Regs | None = None
+    first_position: I32 | None = None
 
 
 class Scores:
@@ -101,19 +107,29 @@ class Scores:
         return [(b, a) for a, b in positions] if self.transposed else positions
 
     def stages(self, s: Regs, inputs: StageInputs) -> tuple[Regs, Regs]:
-        """Apply softcap, ALiBi, bias and mask, in this order.
+        """Apply softcap, score_mod, ALiBi, bias, mask and mask_mod, in this order.
 
-        Returns the scores, natural ones unless a mask is all there is, and, with a softcap, the tanh of each.
+        Returns the scores, natural ones unless masks are all there is, and the derivative of each where it is not 1.
         """
         e, c, p, kind = self.e, self.c, self.p, self.product.kind
-        rest, curves = p.real("rest", kind), []
+        rest, derivatives = p.real("rest", kind), []
         places = self.places()
+        is_natural = c.softcap or c.has_score_mod or c.alibi
         if c.softcap:
             inner, outer = p.real("cap_inner", kind), p.real("cap_outer", kind)
             curves = [e.tanh(x * inner) for x in s]
             s = [x * outer for x in curves]
-        elif c.alibi:
+            derivatives = [e.const(kind, 1.0) - x * x for x in curves]
+        elif is_natural:
             s = [x * rest for x in s]
+        if c.has_score_mod:
+            assert c.mods is not None
+            results = self._run(c.mods.score, inputs, places, s)
+            s = [outputs[0] for outputs in results]
+            if c.mods.has_slope:
+                derivatives = [
+                    own[1] * derivatives[n] if c.softcap else own[1] for n, own in enumerate(results)
+                ]  # fmt: skip
         if c.alibi:
             sloped = []
             for (slot, _), (i, j), x in zip(self.layout.elements, places, s, strict=True):
@@ -129,17 +145,40 @@ class Scores:
             biased = []
             for (slot, _), place, in_bounds, x in zip(self.layout.elements, places, inside, s, strict=True):
                 y = _converted(e, kind, read(e, c.bias, self.at("bias", inputs, slot, *place), in_bounds))
-                total = x + y if c.softcap or c.alibi else e.fma(x, rest, y)
+                total = x + y if is_natural else e.fma(x, rest, y)
                 # Only a bias of -inf hides: a sum of finite numbers that underflows to -inf becomes the least number.
-                biased.append(e.select(y.equals(-math.inf), low, e.select(total < least, least, total)))
+                hides = y.equals(-math.inf)
+                if c.has_score_mod:
+                    hides = hides | x.equals(-math.inf)
+                biased.append(e.select(hides, low, e.select(total < least, least, total)))
             s = biased
+        elif c.has_score_mod and self.nan_safe:
+            s = [e.select(x.equals(-math.inf), low, x) for x in s]
         if c.mask:
             masked = []
             for (slot, _), place, in_bounds, x in zip(self.layout.elements, places, inside, s, strict=True):
                 shown = e.load("b", self.at("mask", inputs, slot, *place), where=in_bounds)
                 masked.append(e.select(shown > 0, x, low))
             s = masked
-        return s, curves
+        if c.mods is not None and c.mods.mask is not None:
+            visible = self._run(c.mods.mask, inputs, places, s)
+            s = [e.select(own[0], x, low) for own, x in zip(visible, s, strict=True)]
+        return s, derivatives
+
+    def _run(self, program: Any, inputs: StageInputs, places: list[tuple[I32, I32]], s: Regs) -> list[Regs]:
+        """What a program computes for each score. Pairs beyond the last have the position of the last."""
+        e, batch, heads, first = self.e, inputs.batch, inputs.head_numbers, inputs.first_position
+        assert self.c.mods is not None
+        assert batch is not None
+        assert heads is not None
+        assert first is not None
+        evaluation = Evaluation(e, self.p.mods, program, self.c.mods.arguments, self.product.kind)
+        rows = {id(i): e.max(e.min(i, inputs.rows - 1), 0) + first for i, _ in places}
+        keys = {id(j): e.max(e.min(j, inputs.keys - 1), 0) for _, j in places}
+        return [
+            evaluation.run(score=x, batch=batch, head=heads[slot], i=rows[id(i)], j=keys[id(j)])
+            for (slot, _), (i, j), x in zip(self.layout.elements, places, s, strict=True)
+        ]
 
     @property
     def nan_safe(self) -> bool:

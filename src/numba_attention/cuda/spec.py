@@ -12,6 +12,26 @@ from .tiles import Tile
 FEATURES = (32, 64, 96, 128, 192, 256)  # head dimensions that tiles have; others are filled up with zeros
 
 
+@dataclass(frozen=True, eq=False)
+class Mods:
+    """Rules of a caller, which a kernel computes on registers; those with one digest are equal."""
+
+    score: Any  # mods.program.Program: the score and, where it is wanted and not 1, its derivative; or None
+    mask: Any  # whether a pair is visible; or None
+    arguments: tuple[Any, ...]  # mods.language.Argument: kinds of what they are called with
+    digest: str
+
+    @property
+    def has_slope(self) -> bool:
+        return self.score is not None and len(self.score.outputs) > 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mods) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
 @dataclass(frozen=True)
 class Spec:
     """The settings of one kernel: its task, storage, options and tile shape."""
@@ -31,6 +51,7 @@ class Spec:
     alibi: bool = False
     bias: str = ""  # its storage
     mask: bool = False
+    mods: Mods | None = None
     dropout: bool = False
     sinks: bool = False
     paged: bool = False
@@ -49,7 +70,7 @@ class Spec:
     def _hash(self) -> int:
         return hash(tuple(getattr(self, f.name) for f in fields(self)))
 
-    def __hash__(self) -> int:  # of 26 fields, asked for several times in every call
+    def __hash__(self) -> int:  # of 27 fields, asked for several times in every call
         return self._hash
 
     def __reduce__(self) -> Any:
@@ -59,7 +80,16 @@ class Spec:
     @property
     def is_staged(self) -> bool:
         """Whether scores go through any stage between the product and the softmax."""
-        return self.softcap or self.alibi or bool(self.bias) or self.mask
+        return self.softcap or self.alibi or bool(self.bias) or self.mask or self.mods is not None
+
+    @property
+    def has_score_mod(self) -> bool:
+        return self.mods is not None and self.mods.score is not None
+
+    @property
+    def has_slopes(self) -> bool:
+        """Whether a stage has a derivative other than 1."""
+        return self.softcap or (self.mods is not None and self.mods.has_slope)
 
     @property
     def is_large(self) -> bool:
@@ -101,6 +131,8 @@ class Spec:
         words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",
                  f"{self.warps}w{self.columns}c{self.blocks}b{self.only}{self.to}", *options]  # fmt: skip
         named = [f"{n}_{getattr(self, n)}" for n in ("bias", "kv_storage") if getattr(self, n)]
+        if self.mods is not None:
+            named.append(f"mods_{self.mods.digest}")
         return "-".join([*words, *named, self.arch])
 
     def with_(self, **changes: Any) -> "Spec":

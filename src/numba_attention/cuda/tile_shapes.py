@@ -8,7 +8,7 @@ from ..device import runtime
 from ..errors import BackendUnavailableError
 from . import kernels
 from .formats import HALVES
-from .spec import Spec, padded
+from .spec import Mods, Spec, padded
 
 ASYNCHRONOUS = (8, 0)  # first compute capability with asynchronous copies, and m16n8k16 on tensor cores
 TF32X3 = "NUMBA_ATTENTION_TF32X3"  # "1": float32 on tensor cores, with three products for each
@@ -100,13 +100,14 @@ def fitted(c: Spec, device: Any) -> Spec:
 def for_call(
     task: str, storage: str, E: int, Ev: int, product: str, device: Any, softcap: bool, alibi: bool, bias: str,
     mask: bool, dropout: bool, paged: bool, flags: bool, aligned: bool, kv_storage: str = "",
+    mods: Mods | None = None,
 ) -> Spec:  # fmt: skip
     """The kernel of a task with the options of a call."""
     c = base(task, storage, E, Ev, device)
     assert c.product == product
     c = with_options(
         c, softcap=softcap, alibi=alibi, bias=bias, mask=mask, dropout=dropout, paged=paged, flags=flags,
-        kv_storage=kv_storage,        aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
+        kv_storage=kv_storage, mods=mods, aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
     )  # fmt: skip
     return fitted(c, device)  # codes of a cache need shared memory beside the tiles
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,17 +30,23 @@ def kernel_of(rule: Rule, task: str, program: Program, bits: int, lanes: int) ->
 
 def record_of(values: tuple[Any, ...], places: tuple[int, ...] = ()) -> Array:
     """The record that passes read (`cpu.mods`): numbers, addresses and shapes of arrays, offsets of their sums."""
-    words: list[int] = []
-    for x in values:
-        if isinstance(x, np.ndarray):
-            words += [_address_of(x), *x.shape]
-        else:
-            words.append(int.from_bytes(_bits_of(x), "little", signed=True) if isinstance(x, float) else int(x))
+    words = words_of(values, lambda _, x: _address_of(x))
     offset = 0
     for place, x in enumerate(values):
         words.append(offset)
         offset += 8 * x.size if place in places else 0
     return np.array(words or [0], np.int64)
+
+
+def words_of(values: tuple[Any, ...], address: Callable[[int, Array], int]) -> list[int]:
+    """The words of arguments: the bits of a number, or the `address` of the array at a place, and its shape."""
+    words: list[int] = []
+    for place, x in enumerate(values):
+        if isinstance(x, np.ndarray):
+            words += [address(place, x), *x.shape]
+        else:
+            words.append(int.from_bytes(_bits_of(x), "little", signed=True) if isinstance(x, float) else int(x))
+    return words
 
 
 def _address_of(array: Array) -> int:
