@@ -6,6 +6,7 @@ one step (under compute-sanitizer or cuda-gdb, say).
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -396,6 +397,85 @@ def values_near_the_largest_number():
         want = np.broadcast_to(np.asarray(v[:, :1], np.float64), out.shape)
         said.append(f"{dtype} {near('out', out / largest, want / largest, LIMITS[dtype])}")
     return "; ".join(said)
+
+
+def rule(score, batch, head, i, j, slopes, table):
+    x = score - slopes[head] * abs(i - j) + table[min(max(i - j + 8, 0), 16)]
+    return 6 * math.tanh(x / 6) if i % 5 else x * 0.75
+
+
+def rule_of_sight(batch, head, i, j, slopes, table):
+    return (i - j) % 3 != 1 and (slopes[head] > 0.1 or j > 4)
+
+
+@step
+def mods():
+    """score_mod and mask_mod, forward and backward, against plain NumPy."""
+    import numba_attention as na
+
+    slopes, table = np.array([0.05, 0.2], np.float32), np.linspace(-1, 1, 17)
+    i, j = np.arange(90)[:, None], np.arange(130)
+    hidden = ((i - j) % 3 == 1) | ~((slopes[:, None, None] > 0.1) | (j > 4))
+    said = []
+    for dtype in ("float32", "bfloat16", "float16", "float64"):
+        q, k, v = (normal(2, n, 64, dtype=dtype) for n in (90, 130, 130))
+        options = {"score_mod": rule, "mask_mod": rule_of_sight, "mod_args": (slopes, table)}
+        out, lse = na.attention(q, k, v, **options, return_lse=True, backend="cuda")
+        grad = normal(*out.shape, dtype=dtype)
+        got = na.attention_backward(grad, q, k, v, out, lse, **options, backend="cuda")
+        a, b, c, g = wide(q, k, v, grad)
+        x = a @ b.swapaxes(-1, -2) / 8 - slopes[:, None, None] * np.abs(i - j) + table[np.clip(i - j + 8, 0, 16)]
+        steep = i % 5 > 0
+        scores = np.where(hidden, -np.inf, np.where(steep, 6 * np.tanh(x / 6), x * 0.75))
+        slope = np.where(steep, 1 - np.tanh(x / 6) ** 2, 0.75)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        total = weights.sum(-1, keepdims=True)
+        want_lse = (scores.max(-1, keepdims=True) + np.log(total))[..., 0]
+        weights /= total
+        of_weights = g @ c.swapaxes(-1, -2)
+        of_scores = slope * weights * (of_weights - (weights * of_weights).sum(-1, keepdims=True)) / 8
+        expected = of_scores @ b, of_scores.swapaxes(-1, -2) @ a, weights.swapaxes(-1, -2) @ g
+        parts = [near("out", out, weights @ c, LIMITS[dtype]), near("lse", lse, want_lse, 2e-6)]
+        parts += [near(f"d{n}", x, y, LIMITS[dtype] * 3) for n, x, y in zip("qkv", got, expected, strict=False)]
+        said.append(f"{dtype}: {' '.join(parts)}")
+    return "; ".join(said)
+
+
+def of_functions(score, batch, head, i, j, wide):
+    if head == 0:
+        return np.exp(-abs(score)) + math.log(1 + score * score) + np.sqrt(0.5 + abs(score)) + 2 ** (score / 3)
+    if head == 1:
+        return math.sin(9 * score) - np.cos(score * 50) + np.log2(2 + abs(score)) + np.tanh(score)
+    if head == 2:
+        return score**3 + abs(score) ** 1.5 + (1 + abs(score)) ** (0.1 * (i - 32)) + (score - 30.0) ** -2
+    if head == 3:
+        return (i - 30) // 7 + (i - 30) % 7 * 100 + (9 * i - 99) // (i - 40 if i != 40 else 1) + ((i - 30) >> 1) / 4
+    if head == 4:
+        return math.floor(score * 8) + math.ceil(score) / 2 + int(score * 3) / 4 + round(score * 5) * 7
+    return wide[i] // 3 + (wide[i] % 1000) / 7
+
+
+@step
+def mod_instructions():
+    """Every instruction of a mod: the lse of a row with one key is its score."""
+    import numba_attention as na
+
+    large = (np.arange(64) - 30) * 10**6
+    said = []
+    for dtype in ("float32", "float64"):
+        q, k = normal(6, 64, 64, dtype=dtype), normal(6, 1, 64, dtype=dtype)
+        lse = na.attention(q, k, k, score_mod=of_functions, mod_args=(large,), return_lse=True, backend="cuda")[1]
+        scores = (wide(q)[0] @ wide(k)[0].swapaxes(-1, -2))[..., 0] / 8
+        want = np.array(
+            [[of_functions(s, 0, h, i, 0, large) for i, s in enumerate(row)] for h, row in enumerate(scores)]
+        )
+        near_step = np.abs(scores[4, :, None] * [8, 1, 3, 5] % 0.5)  # rounding may fall on either side of a step
+        lse = np.asarray(lse, np.float64)
+        if not COLLECTING:
+            lse[4] = np.where((np.minimum(near_step, 0.5 - near_step) < 1e-4).any(axis=1), want[4], lse[4])
+        limit = 1e-12 if dtype == "float64" else 2e-5
+        said += [near(f"{dtype} {h}", lse[h], want[h], limit) for h in range(6)]
+    return " ".join(said)
 
 
 def torch_of_gpu():

@@ -96,7 +96,20 @@ class Call:
         for name, x in zip(Options._fields, settings, strict=True):
             if x is not None and name not in PER_SCORE and arrays.on_device(x):
                 changed[name] = arrays.to_host(x)
+        if isinstance(settings.mod_args, tuple | list):
+            changed["mod_args"] = tuple(self._of_mods(f"mod_args[{n}]", x) for n, x in enumerate(settings.mod_args))
         return settings._replace(**changed) if changed else settings
+
+    def _of_mods(self, name: str, x: Any) -> Any:
+        """Make the header of an array on the device that kernels read by index; numbers come to the host."""
+        if not arrays.on_device(x):
+            return x
+        array = self.device_array(name, x)
+        if not array.ndim:
+            return arrays.to_host(x)
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{name} must be contiguous if it is on a GPU, got strides {array.strides}")
+        return array
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Allocate a result of the caller's kind."""

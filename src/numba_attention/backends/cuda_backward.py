@@ -20,6 +20,10 @@ ROWS = 4  # rows of a block in kernels that give each row a warp
 def run(g: BackwardProblem) -> None:
     """Write the gradients of query, key and value, and make those of bias and sinks."""
     p, stream = g.forward, runtime.stream()
+    if g.mod_grads:
+        raise NotImplementedError(
+            "mod_grads are not available on the backend 'cuda'; use backend='cpu' with arrays on the host"
+        )
     real = np.float64 if p.query.dtype == np.float64 else np.float32
     of_rows = p.out.shape[-3:-1] if p.packing else p.out.shape[:-1]  # all packed sequences share one array
     delta = runtime.empty((*of_rows, len(FACTS)), real, stream)[..., 0]
