@@ -132,8 +132,6 @@ def attention(
         A shape, length or option is out of range; the message names the argument and what was expected.
     BackendUnavailableError
         The backend that was asked for cannot run here.
-    NotImplementedError
-        The backend "cuda" has no `score_mod` and `mask_mod`.
 
     See Also
     --------
@@ -242,6 +240,8 @@ def attention_backward(
     ------
     TypeError, ValueError, BackendUnavailableError
         As in `attention`; the message names the argument.
+    NotImplementedError
+        The backend "cuda" has no `mod_grads`.
 
     See Also
     --------

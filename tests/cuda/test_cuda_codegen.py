@@ -4,6 +4,7 @@ Needs no GPU, only NVIDIA's wheels. All kernels on all architectures take twenty
 on one architecture in turn; all of them with ``NUMBA_ATTENTION_THOROUGH=1``.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -13,15 +14,18 @@ from itertools import product as every
 from pathlib import Path
 from sysconfig import get_path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("numba_cuda")
 pytest.importorskip("cuda.core")
 
-from numba_attention import BackendUnavailableError
+from numba_attention import BackendUnavailableError, mods
+from numba_attention.backends import device_rules
 from numba_attention.cuda import kernels, tile_shapes
 from numba_attention.cuda.spec import FEATURES, Spec, compute_capability
 from numba_attention.device.driver import Device
+from numba_attention.mods.rules import describe, find
 
 THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
 # What a block may ask for: "CUDA C++ Programming Guide", table of technical specifications.
@@ -30,6 +34,23 @@ ARCHS = ("sm_80", "sm_90a", "sm_120")
 STORAGES = ("float16", "bfloat16", "float32", "float64")
 STORED = ("int8", "float8_e4m3fn", "bfloat16")
 OPTIONS = {"softcap": True, "alibi": True, "bias": "float32", "mask": True}
+
+
+def mods_of_all(with_slope):
+    """Branches, a table, logarithms, integer division; what is visible by rows, keys and squares."""
+
+    def visible(batch, head, i, j, table, width, documents):
+        return mods.neighborhood(batch, head, i, j, width, width, 7) and documents[i] == documents[j]
+
+    def score(s, batch, head, i, j, table, width, documents):
+        return 20 * math.tanh(mods.t5_bias(s, batch, head, i, j, table) / 20)
+
+    values = np.zeros((8, 32), np.float32), 64, np.zeros(4096, np.int32)
+    arguments = describe(values)
+    rules = device_rules.Rules(
+        find("score_mod", score, arguments, values), find("mask_mod", visible, arguments, values), arguments
+    )
+    return device_rules.mods_of(rules, with_slope)
 
 
 def device(arch):
@@ -195,6 +216,26 @@ def rest(arch, storage, E):
             yield single
         of_queries = tile_shapes.base("query", storage, E, E, of)
         yield tile_shapes.bias(tile_shapes.with_options(of_queries, **{**OPTIONS, **options}, dropout=True), of)
+    # Rules of callers, alone and with all else.
+    for options in ({}, OPTIONS):
+        ruled = tile_shapes.with_options(forward, **options, mods=mods_of_all(False), flags=True)
+        yield tile_shapes.fitted(ruled, of)
+        yield tile_shapes.nan_safe(ruled, of)
+        yield tile_shapes.few(ruled.with_(pack_gqa=True, sinks=True), 4, of).with_(split_kv=True)
+        yield tile_shapes.weights(ruled, of)
+        yield tile_shapes.normalizers(ruled, of)
+        for task in ("query", "key"):
+            shape = tile_shapes.base(task, storage, E, E, of)
+            c = tile_shapes.with_options(shape, **options, mods=mods_of_all(True), flags=True)
+            for part in tile_shapes.parts(tile_shapes.fitted(c, of)):
+                yield part
+                yield tile_shapes.nan_safe(part, of)
+        single = tile_shapes.fused_dq(c, of)
+        if single is not None:
+            yield single
+        of_queries = tile_shapes.base("query", storage, E, E, of)
+        with_bias = {**OPTIONS, **options}
+        yield tile_shapes.bias(tile_shapes.with_options(of_queries, **with_bias, mods=mods_of_all(True)), of)
     yield Spec("combine", storage, E, E, warps=4, pack_gqa=True, flags=True, arch=arch)
     yield Spec("delta", storage, E, E, warps=4, fused_dq=single is not None, arch=arch)
 
