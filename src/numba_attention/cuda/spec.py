@@ -80,7 +80,16 @@ class Spec:
     @property
     def is_staged(self) -> bool:
         """Whether scores go through any stage between the product and the softmax."""
-        return self.softcap or self.alibi or bool(self.bias) or self.mask or self.mods is not None
+        return self._has_options or self.mods is not None
+
+    @property
+    def _has_options(self) -> bool:
+        return self.softcap or self.alibi or bool(self.bias) or self.mask
+
+    @property
+    def is_largest(self) -> bool:
+        """Whether dropout or rules of a caller come beside other stages, which takes yet more registers."""
+        return (self.dropout and self.is_staged) or (self.mods is not None and self._has_options)
 
     @property
     def has_score_mod(self) -> bool:

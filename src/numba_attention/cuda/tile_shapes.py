@@ -141,7 +141,7 @@ def with_options(c: Spec, **options: Any) -> Spec:
         if c.kv_storage and c.is_large and max(c.E, c.Ev) > 128:
             warps = 4
         columns = min(c.columns, 32)
-        if c.dropout and c.is_staged and c.task == "key" and max(c.E, c.Ev) >= 128:
+        if c.is_largest and c.task == "key" and max(c.E, c.Ev) >= 128:
             columns = 16
         return c.with_(slots=1, warps=warps, columns=columns)
     if c.flags and c.task == "key" and c.product == "tensor" and max(c.E, c.Ev) == 64:
@@ -215,7 +215,7 @@ def fused_dq(c: Spec, device: Any) -> Spec | None:
     """The kernel of a tile of keys that adds gradients of queries too; None where it does not exist or does not fit."""
     shapes = _SHAPES["fused_dq", "tensor", "half"]
     E = max(c.E, c.Ev)
-    if c.product != "tensor" or E not in shapes or (c.dropout and c.is_staged and E == 128):
+    if c.product != "tensor" or E not in shapes or (c.is_largest and E == 128):
         return None
     slots, warps, columns = shapes[E]
     tuned = _tuned.get(("fused_dq", c.storage, c.E, c.Ev))
