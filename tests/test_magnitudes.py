@@ -334,3 +334,14 @@ def test_error_of_the_gradient_of_queries_does_not_grow_with_the_number_of_keys(
     want = textbook_gradients(grad_out, query, key, value, 8**-0.5)
     close(grads.query, want[0], 2e-6)
     close(grads.value, want[2], 2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sink", [-3.4e38, -1e9 - 33, 1e9 + 33])
+def test_gradient_of_a_sink_whose_log_sum_exp_is_rounded(sink, backend):
+    """The weight of a sink is 1 where no key is seen, or all are far below: dlse arrives as it is."""
+    query, key, value = np.ones((1, 5, 4), np.float32), np.ones((1, 3, 4), np.float32), np.ones((1, 3, 2), np.float32)
+    options = {"sinks": np.array([sink]), "key_lengths": 0 if sink < 0 else 3, "backend": backend}
+    out, lse = na.attention(query, key, value, **options, return_lse=True)
+    grads = na.attention_backward(out, query, key, value, out, lse, grad_lse=np.ones_like(lse), **options)
+    np.testing.assert_allclose(grads.sinks, [5.0])

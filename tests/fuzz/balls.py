@@ -162,16 +162,20 @@ def _log_of_others(x):
     return others
 
 
-def average(weights, values, t, rounding=0.0):
-    """``weights @ values``, where errors of weights that sum to 1 cancel but for the spread of the values."""
-    mid = weights.mid @ values.mid
+def average(weights, values, t, rounding=0.0, factors=1.0):
+    """``(weights * factors) @ values``: errors of weights that sum to 1 cancel but for the spread of factors * values.
+
+    Factors are those of dropout.
+    """
+    factors = np.broadcast_to(np.asarray(factors, Real), weights.mid.shape)
+    mid = (weights.mid * factors) @ values.mid
     inside = weights.mid.sum(-1, keepdims=True) > 0
-    spread = np.abs(values.mid[..., None, :, :] - mid[..., :, None, :])
+    spread = np.abs(factors[..., None] * values.mid[..., None, :, :] - mid[..., :, None, :])
     n = weights.mid.shape[-1]
     with np.errstate(invalid="ignore"):
-        rad = (weights.rad[..., None] * spread).sum(-2) + (weights.size + weights.rad) @ values.rad
-        rad += ((n + 8) * t.u + rounding) * (weights.size @ values.size) + n * t.tiny
-        rad += 8 * n * t.normal * values.size.sum(-2)[..., None, :]
+        rad = (weights.rad[..., None] * spread).sum(-2) + ((weights.size + weights.rad) * factors) @ values.rad
+        rad += ((n + 8) * t.u + rounding) * ((weights.size * factors) @ values.size) + n * t.tiny
+        rad += 8 * n * t.normal * factors.max(initial=1) * values.size.sum(-2)[..., None, :]
     return Ball(mid, np.where(inside, np.where(np.isnan(rad), np.inf, rad), 0))
 
 

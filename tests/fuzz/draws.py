@@ -1,16 +1,20 @@
 """What is drawn: numbers of any magnitude in any layout, calls of every kind; and the script that repeats a call."""
 
 import base64
+import inspect
 import math
+import types
 import zlib
 
 import hypothesis.strategies as st
 import ml_dtypes  # noqa: F401 - knows bfloat16
 import numpy as np
 from balls import PRECISIONS, computes_in
+from rules import MASKS, POSITIONS, SCORES, WIDTH
 from textbook import positions_and_visibility
 
 import numba_attention as na
+from dropout_mask import kept
 
 DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "float16", "bfloat16")}
 
@@ -31,6 +35,7 @@ class Call:
 
     def __init__(self, expression, **values):
         self.expression, self.values, self.layouts = expression, values, {}
+        self.by_blocks = False  # whether the mask of the options is passed as a `BlockMask`
 
     def store(self, name, layout):
         self.layouts[name] = layout
@@ -41,20 +46,29 @@ class Call:
     def __call__(self):
         self.before = {name: x.copy() for name, x in self.values.items() if isinstance(x, np.ndarray)}
         with np.errstate(all="ignore"):
-            result = eval(self.expression, {"np": np, "na": na, **self.values})
+            result = eval(self.text(), {"np": np, "na": na, **self.values})
         for name, x in self.before.items():
             assert x.tobytes() == self.values[name].tobytes(), f"{name} was modified\n{self.script()}"
         return result
 
+    def text(self):
+        """The expression that runs."""
+        if not self.by_blocks:
+            return self.expression
+        mask = '"mask": na.BlockMask.from_array(options["mask"])'
+        return self.expression.replace("**options", f"**{{**options, {mask}}}")
+
     def script(self):
-        lines = ["import base64, zlib, ml_dtypes, numpy as np, numba_attention as na"]
+        lines = ["import base64, math, zlib, ml_dtypes, numpy as np, numba_attention as na"]
+        rules = [x for x in self.values.get("options", {}).values() if isinstance(x, types.FunctionType)]
+        lines += [inspect.getsource(rule) for rule in rules]
         for name, value in self.values.items():
             text = literal(value)
             layout = self.layouts.get(name, "C")
             if layout != "C":
                 text = LAYOUTS[layout].format(f"({name} := {text})" if "{0}" not in LAYOUTS[layout] else text)
             lines.append(f"{name} = {text}")
-        return "\n".join([*lines, f"print({self.expression})"])
+        return "\n".join([*lines, f"print({self.text()})"])
 
 
 def literal(x):
@@ -63,6 +77,10 @@ def literal(x):
         return "{" + ", ".join(f"{name!r}: {literal(value)}" for name, value in x.items()) + "}"
     if isinstance(x, list):
         return "[" + ", ".join(map(literal, x)) + "]"
+    if isinstance(x, tuple):
+        return "(" + "".join(f"{literal(value)}, " for value in x) + ")"
+    if isinstance(x, types.FunctionType):
+        return x.__name__
     if not isinstance(x, np.ndarray):
         return repr(float(x)) if isinstance(x, float) else repr(x)
     if x.dtype.kind == "f" or x.dtype.name == "bfloat16":
@@ -161,7 +179,7 @@ def biases(draw, shape, dtype):
 
 @st.composite
 def sizes(draw):
-    length = st.one_of(st.integers(0, 6), st.integers(1, 6), st.integers(7, 40), st.sampled_from([64, 65]))
+    length = st.one_of(st.integers(0, 6), st.integers(1, 6), st.integers(7, 40), st.sampled_from([64, 65, 64, 65, 130]))
     feature = st.sampled_from([1, 2, 5, 8, 16, 17, 32, 33])
     Hkv = draw(st.sampled_from([1, 1, 2]))
     E, Ev = draw(feature), draw(feature)
@@ -199,9 +217,44 @@ def options_for(draw, batch, H, L, S, dtype, allow=()):
     if chance():
         options["bias"] = biases(draw, shape, dtype)
     if chance():
-        rng = np.random.default_rng(draw(st.integers(0, 99)))
-        options["mask"] = rng.random(shape) < draw(st.sampled_from([0.0, 0.5, 0.9]))
+        options["mask"] = masks(draw, shape)
+    rules_for(draw, options, H, chance)
+    if chance():
+        p = draw(st.one_of(st.sampled_from([0.0, 1e-5, 0.5, 0.999, 1 - 2**-16]), st.floats(0, 0.99)))
+        options |= {"dropout_p": p, "seed": draw(st.integers(0, 2**64 - 1))}
     return options
+
+
+def masks(draw, shape):
+    """Bits, or tiles of bits."""
+    rng, share = np.random.default_rng(draw(st.integers(0, 99))), draw(st.sampled_from([0.0, 0.5, 0.9]))
+    tile = draw(st.sampled_from([1, 1, 16, 64]))
+    x = rng.random((*shape[:2], *(-(-n // tile) for n in shape[2:]))) < share
+    return x.repeat(tile, 2).repeat(tile, 3)[:, :, : shape[2], : shape[3]]
+
+
+def rules_for(draw, options, H, chance):
+    """A score_mod, a mask_mod, or both."""
+    if chance():
+        options["score_mod"] = draw(st.sampled_from(SCORES))
+    if chance():
+        options["mask_mod"] = draw(st.sampled_from(MASKS))
+    if "score_mod" in options or "mask_mod" in options:
+        own = draw(st.sampled_from(["float32", "float64"]))  # read in the compute type, which must hold them
+        values = numbers(draw, (H,), own, draw(magnitudes(1e-3, 1e3)), [kind for kind in KINDS if kind != "extreme"])
+        table = numbers(draw, (H, WIDTH), "float32", draw(st.one_of(magnitudes(0.1, 10), magnitudes(1e-10, 1e30))))
+        rng = np.random.default_rng(draw(st.integers(0, 99)))
+        groups = np.sort(rng.integers(0, 4, POSITIONS)).astype(draw(st.sampled_from(["int32", "int64"])))
+        options["mod_args"] = values, table, groups, draw(st.integers(0, 3))
+
+
+def pass_by_blocks(draw, call, B, H, L, S):
+    """Pass the mask as a `BlockMask`, whose last axes do not broadcast, in half of the cases."""
+    options = call.values["options"]
+    if "mask" in options and draw(st.booleans()):
+        x = options["mask"]
+        options["mask"] = np.ascontiguousarray(np.broadcast_to(x, (*x.shape[:2], L, S)))
+        call.by_blocks = True
 
 
 def of_sequence(options, b, H, L, S):
@@ -228,6 +281,15 @@ def of_sequence(options, b, H, L, S):
         fields |= {"slopes": options["alibi_slopes"], "distance": distance.astype(np.float64)}
     if "sinks" in options:
         fields["sinks"] = options["sinks"]
+    i = np.arange(L) + offset
+    if "mask_mod" in options:
+        sees = np.vectorize(lambda h, i, j: options["mask_mod"](b, h, i, j, *options["mod_args"]), otypes=[bool])
+        shown = sees(*np.ix_(np.arange(H), i, np.arange(S))) if visible.size else visible
+        visible &= shown
+    if "score_mod" in options:
+        fields["rule"] = options["score_mod"], options["mod_args"], b, i
+    if "dropout_p" in options:
+        fields["kept"] = kept(options["dropout_p"], options["seed"], b, range(H), i, S)
     return {"visible": visible, "softcap": options.get("softcap"), "rows": np.arange(L) < rows, **fields}
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from balls import PRECISIONS, Ball, Real, add, average, computes_in, exact, matmul, multiply, softmax, total
+from rules import Applied
 
 ROUNDED_WEIGHTS = {"bfloat16": 2.0**-7}  # its products take weights and their gradients as bfloat16
 
@@ -24,9 +25,11 @@ class Sequence:
     bias: np.ndarray | None = None  # (H, L, S)
     sinks: np.ndarray | None = None  # (H,)
     rows: np.ndarray | None = None  # bool (L,): what is there
+    rule: tuple | None = None  # the score_mod, its mod_args, the number of the sequence, the positions of the rows
+    kept: np.ndarray | float = 1.0  # (H, L, S): the factors of dropout
 
     def attend(self):
-        """Scores pass through scale, softcap, ALiBi, bias and mask."""
+        """Scores pass through scale, softcap, score_mod, ALiBi, bias and mask."""
         t = self.t = computes_in(self.dtype)
         H, group = len(self.query.mid), len(self.query.mid) // len(self.key.mid)
         index = np.arange(H) // group
@@ -38,6 +41,10 @@ class Sequence:
             s = Ball(
                 mid, np.minimum(s.rad, np.where(np.isinf(s.rad), np.inf, 2 * cap)) + 8 * t.u * np.abs(mid) + t.tiny
             )
+        if self.rule is not None:
+            function, mod_args, b, i = self.rule
+            self.applied = Applied(function, mod_args, s, b, i, t)
+            s, self.visible = self.applied.scores, self.visible & self.applied.shown
         if self.slopes is not None:
             slopes = _held(self.slopes, t)[:, None, None]
             s = add(s, multiply(_rounded(slopes, t), exact(self.distance), t), t, -1)
@@ -52,12 +59,20 @@ class Sequence:
         seen = sink > -np.inf
         sink = Ball(sink.astype(Real), np.where(seen, 2 * t.u * np.abs(np.where(seen, sink, 0)), 0).astype(Real))
         self.weights, self.of_sink, self.lse = softmax(s, self.visible, sink, t)
-        self.out = average(self.weights, self.v, t, ROUNDED_WEIGHTS.get(self.dtype, 0.0))
+        self.out = average(self.weights, self.v, t, ROUNDED_WEIGHTS.get(self.dtype, 0.0), self.kept)
         self.scores = s
+        self.dropped = self._dropped(self.weights)
         return self
 
+    def _dropped(self, x):
+        if np.ndim(self.kept) == 0:
+            return x
+        with np.errstate(invalid="ignore"):
+            rad = (x.rad + 2 * self.t.u * x.size) * self.kept
+        return Ball(x.mid * self.kept, np.where(np.isinf(x.rad), np.inf, rad))
+
     def differentiate(self, grad_out, grad_lse=None):
-        """``dS = P (dO V^T - rowsum(dO O) + dlse)``; returns balls of dQ, dK, dV, dbias and dsinks."""
+        """``dS = P (dO V^T - rowsum(dO O) + dlse)``; returns balls of dQ, dK, dV, dbias, dsinks and dmod_args."""
         t, own = self.t, PRECISIONS[self.dtype]
         rounding = ROUNDED_WEIGHTS.get(self.dtype, 0.0)
         with np.errstate(all="ignore"):
@@ -71,7 +86,7 @@ class Sequence:
             sink = Ball(sink.mid, np.maximum(sink.rad, np.minimum(sink.mid * np.expm1(np.minimum(loose, 700)), 1)))
         rad = self.out.rad + own.u * self.out.size + own.tiny
         out = Ball(self.out.mid, np.where(self.out.size + rad > own.largest, np.inf, rad))  # it may be infinite
-        dP = matmul(grad_out, self.v.T, t)
+        dP = self._dropped(matmul(grad_out, self.v.T, t))
         D = total(multiply(grad_out, out, t), -1, t)
         if grad_lse is not None:
             D = add(D, grad_lse, t, -1)
@@ -79,13 +94,17 @@ class Sequence:
         x = Ball(x.mid, x.rad + t.u * (dP.size + D.size[..., None]))
         dS = multiply(p, x, t)
         dS = Ball(np.where(self.visible, dS.mid, 0), np.where(self.visible, dS.rad + rounding * dS.size, 0))
-        of_bias = dS
+        of_bias, of_args = dS, []
+        if self.rule is not None:
+            of_args = [self._by_element(dS, *x) for x in zip(self._reads(), self.rule[1][:2], strict=True)]
+            dS = multiply(dS, self.applied.slope, t)
+            dS = Ball(np.where(self.visible, dS.mid, 0), np.where(self.visible, dS.rad, 0))
         if self.softcap is not None:
             h = np.tanh(self.raw.mid / Real(self.softcap))
             slope = Ball(1 - h * h, np.minimum(1, self.raw.rad / Real(self.softcap)) + 8 * t.u)
             dS = multiply(dS, slope, t)
             dS = Ball(np.where(self.visible, dS.mid, 0), np.where(self.visible, dS.rad, 0))
-        p = Ball(p.mid, np.where(self.visible, p.rad + rounding * p.size, 0))
+        p = self._dropped(Ball(p.mid, np.where(self.visible, p.rad + rounding * p.size, 0)))
         dQ = matmul(dS, self.k, t, self.scale, first=False)
         dK = matmul(self._by_key_head(dS).T, self._by_key_head(self.query), t, self.scale, first=False)
         dV = matmul(self._by_key_head(p).T, self._by_key_head(grad_out), t)
@@ -93,7 +112,22 @@ class Sequence:
         if self.sinks is not None:
             each = multiply(sink, D, t)
             of_sink = total(Ball(-each.mid, np.where(sink.mid > 0, each.rad, 0)), -1, t)
-        return dQ, dK, dV, of_bias, of_sink
+        return dQ, dK, dV, of_bias, of_sink, of_args
+
+    def _reads(self):
+        return self.applied.of_values, self.applied.of_table
+
+    def _by_element(self, dS, read, array):
+        """The sum of dS times a derivative over the pairs that read an element of an array."""
+        if read is None:
+            return exact(np.zeros(array.shape))
+        each, index = multiply(dS, read[0], self.t), np.ravel_multi_index(read[1], array.shape)
+        mid, rad, size, n = (np.zeros(array.size, Real) for _ in range(4))
+        shown = self.visible
+        for out, x in ((mid, each.mid), (rad, each.rad), (size, each.size), (n, np.ones(shown.shape, Real))):
+            np.add.at(out, index[shown], x[shown])
+        rad = np.where(size + rad > self.t.largest, np.inf, rad + n * self.t.u * size)
+        return Ball(mid.reshape(array.shape), rad.reshape(array.shape))
 
     def _by_key_head(self, x):
         """The rows of the query heads that share a key/value head, one after another: their sums are one sum."""

@@ -17,7 +17,7 @@ from ..cpu.softmax import SUM_ROWS
 from ..cpu.spec import Spec
 from ..masks.lists import Lists
 from ..options import Array
-from ..problem.dense import WHOLE, BackwardProblem, Problem, spread_bias
+from ..problem.dense import WHOLE, BackwardProblem, Problem, spread_bias, weights_of_sinks
 from . import recall
 from .cpu_masks import with_block_mask
 from .cpu_resources import NARROWS, Buffers, addresses, put_back, take, threads_for, worker
@@ -338,9 +338,9 @@ def _groups(g: BackwardProblem, spec: Spec) -> Array:
 
 
 def _of_sinks(sinks: Array, lse: Array, delta: Array) -> Array:
-    """Return the gradient of the sinks. A sink is one more key, whose value is 0."""
+    """Return the gradient of the sinks."""
+    weights = weights_of_sinks(sinks, lse)
     with np.errstate(all="ignore"):
-        weights = np.where(np.isfinite(lse), np.exp(sinks[:, None] - lse), 0)
         parts = np.where(weights == 0, 0, weights * delta)
     total: Array = -parts.sum(axis=-1).sum(axis=tuple(range(lse.ndim - 2)))
     return total

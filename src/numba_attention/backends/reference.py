@@ -90,8 +90,9 @@ def backward(problem: BackwardProblem) -> None:
                 add_to_bias(problem, (*b, h), ds)
                 if problem.sinks is not None and f.sinks is not None:
                     # A sink is one more key whose value is 0.
+                    sink = f.sinks[h].astype(f.lse.dtype)  # rounded as lse is
                     valid = np.isfinite(lse) & (rows < (f.L if f.query_lengths is None else f.query_lengths[b]))
-                    problem.sinks[h] -= np.sum(np.where(valid, np.exp(f.sinks[h] - lse) * delta, 0))
+                    problem.sinks[h] -= np.sum(np.where(valid, np.exp(np.minimum(sink - lse, 0)) * delta, 0))
                 if rule is not None:
                     ds = _through_mod(problem, rule, b, h, rows, ds)
                 if f.softcap is not None:

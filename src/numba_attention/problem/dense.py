@@ -291,6 +291,18 @@ def finish(p: BackwardProblem, reduce: Reduce) -> Gradients:
     return Gradients(q, k, v, *of_options(p, reduce))
 
 
+def weights_of_sinks(sinks: Array, lse: Array) -> Array:
+    """Return the weights of the sinks, of the shape of `lse`, (..., H, L). A sink is one more key, whose value is 0.
+
+    They are 0 for rows that see neither key nor sink. Sinks are rounded as `lse` is, which near 1e9 is a multiple of 64
+    in float32: where a sink has all the weight, they are equal.
+    """
+    with np.errstate(all="ignore"):
+        apart = sinks.astype(lse.dtype)[:, None] - lse
+        weights: Array = np.where(np.isfinite(lse), np.exp(np.minimum(apart, 0)), 0)
+    return weights
+
+
 def of_options(
     p: BackwardProblem, reduce: Reduce
 ) -> tuple[Array | None, Array | None, tuple[Array | None, ...] | None]:

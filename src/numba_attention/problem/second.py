@@ -8,7 +8,7 @@ import numpy as np
 from ..options import Array, Gradients, Options
 from ..validation import check_like, kind_of, lse_dtype_of
 from . import dense, packed
-from .dense import BackwardProblem, Empty, Problem, Reduce
+from .dense import BackwardProblem, Empty, Problem, Reduce, weights_of_sinks
 from .packed import _over, _over_tokens
 
 Kind = Literal["jvp", "closed", "open"]
@@ -72,9 +72,7 @@ class SecondProblem:
         lse = self.rows(p.lse)
         if p.sinks is None:
             return np.zeros(lse.shape, lse.dtype)
-        with np.errstate(all="ignore"):
-            weights = np.where(np.isfinite(lse), np.exp(p.sinks[:, None] - lse), 0)
-        return weights.astype(lse.dtype)
+        return weights_of_sinks(p.sinks, lse).astype(lse.dtype)
 
 
 def _as_direction(name: str, tangents: Any, problem: BackwardProblem) -> Direction:
