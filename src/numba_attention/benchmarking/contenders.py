@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..options import Array
-from .rows import Row, block_mask, gradient_of_out, inputs, numpy_dtype, scale
+from .rows import Row, block_mask, directions, gradient_of_out, inputs, numpy_dtype, scale
 from .rules import mod_of
 
 Call = Callable[[], Any]
@@ -17,6 +17,7 @@ Call = Callable[[], Any]
 GEMM_SIZE = 2048
 READ_BYTES = 2**28
 _EINSUM_PAIRS = 2**23  # above this number of scores, einsum takes seconds and gigabytes, and is left out
+_TWICE = ("jvp", "double backward", "hvp")
 _SCORES_BYTES = 2**31  # a library that would write more bytes of scores than this is left out
 
 
@@ -48,6 +49,8 @@ def ours(row: Row, threads: int) -> Call:
         options["score_mod"], options["mod_args"] = mod_of(row.mod, row.H)
     if row.task == "forward":
         return lambda: attention(q, k, v, **options)
+    if row.task in _TWICE:
+        return _second_derivatives(row, (q, k, v), options)
     out, lse = attention(q, k, v, return_lse=True, **options)
     grad_out = gradient_of_out(row)
 
@@ -61,6 +64,41 @@ def ours(row: Row, threads: int) -> Call:
         return attention_backward(grad_out, q, k, v, new, new_lse, **options).query
 
     return backward if row.task == "backward" else both
+
+
+def _second_derivatives(row: Row, arrays: tuple[Array, Array, Array], options: dict[str, Any]) -> Call:
+    """Second derivatives by this package; the double backward pass as a framework calls it (`through_saved`)."""
+    from .. import Gradients, attention, attention_double_backward, attention_jvp
+
+    if row.task == "hvp":
+        try:
+            import torch
+
+            from ..torch import attention as bridge
+        except ModuleNotFoundError:
+            raise Skipped("PyTorch is not installed, whose bridge this is") from None
+        torch.set_num_threads(1)
+        return _hvp(row, lambda q, k, v: bridge(q, k, v, **options))
+    of_query, of_key, of_value = directions(row)
+    u = Gradients(of_query, of_key, of_value)
+    if row.task == "jvp":
+        return lambda: attention_jvp(u, *arrays, **options).out_tangent
+    out, lse = attention(*arrays, return_lse=True, **options)
+    grad_out = gradient_of_out(row)
+    return lambda: (
+        attention_double_backward(u, grad_out, *arrays, out, lse, through_saved=True, **options).grad_out
+    )  # fmt: skip
+
+
+def _hvp(row: Row, attend: Callable[..., Any]) -> Call:
+    """Hessian-vector product of the sum of squares of the output, forward over reverse."""
+    import torch
+
+    arrays = inputs(row)
+    q, k, v = (torch.from_numpy(arrays[name]) for name in ("query", "key", "value"))
+    u = tuple(torch.from_numpy(x) for x in directions(row))
+    gradient = torch.func.grad(lambda *x: attend(*x).square().sum(), (0, 1, 2))
+    return lambda: torch.func.jvp(gradient, (q, k, v), u)[1][0]
 
 
 def einsum(row: Row, threads: int) -> Call:
@@ -110,6 +148,8 @@ def torch(row: Row, threads: int) -> Call:
     torch.set_num_threads(threads)
     if row.mod:
         return _flex_attention(row)
+    if row.task in _TWICE:
+        return _math_path(row)
     arrays = inputs(row)
 
     def tensor(x: Array) -> Any:
@@ -154,6 +194,31 @@ def torch(row: Row, threads: int) -> Call:
         return torch.autograd.grad(forward(), inputs_of_task, grad_out)[0]
 
     return backward if row.task == "backward" else both
+
+
+def _math_path(row: Row) -> Call:
+    """Second derivatives by PyTorch, whose fused kernels have none: `scaled_dot_product_attention` in matrices."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if row.B * row.H * row.L * row.S * 4 > _SCORES_BYTES:
+        raise Skipped("PyTorch would write several matrices of scores: over 2 GiB each")
+
+    def attend(*x: Any) -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.nn.functional.scaled_dot_product_attention(*x, is_causal=row.is_causal)
+
+    if row.task == "hvp":
+        return _hvp(row, attend)
+    arrays = inputs(row)
+    inputs_of_task = tuple(torch.from_numpy(arrays[name]) for name in ("query", "key", "value"))
+    u = tuple(torch.from_numpy(x) for x in directions(row))
+    if row.task == "jvp":
+        return lambda: torch.func.jvp(attend, inputs_of_task, u)[1]
+    grad_out = torch.from_numpy(gradient_of_out(row)).requires_grad_()
+    leaves = [x.requires_grad_() for x in inputs_of_task]
+    first = torch.autograd.grad(attend(*leaves), leaves, grad_out, create_graph=True)
+    return lambda: torch.autograd.grad(first, [*leaves, grad_out], u, retain_graph=True)[-1]
 
 
 def _flex_attention(row: Row) -> Call:

@@ -36,7 +36,9 @@ class Row:
     alibi: bool = False
     dropout: float = 0.0
     mod: str = ""  # a `score_mod`, of `rules.mod_of`; its arrays get gradients too in "backward"
-    task: str = "forward"  # or "backward", or "both" one after the other
+    # "backward", "both" one after the other, or second derivatives: "jvp", "double backward" without the forward pass,
+    # and "hvp", a Hessian-vector product by PyTorch's bridge.
+    task: str = "forward"
     bars: dict[str, float] = field(default_factory=dict)  # metric of `runner.Result`: its least value (us: its largest)
     baseline: "Row | None" = None  # the row whose rate the metric "own" is relative to
 
@@ -51,9 +53,16 @@ class Row:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the products: two forward, five backward."""
-        forward, backward = self.E + self.Ev, 3 * self.E + 2 * self.Ev
-        features = {"forward": forward, "backward": backward, "both": forward + backward}[self.task]
+        """Floating-point operations of the products: two forward, five backward, the fewest of second derivatives."""
+        E, Ev = self.E, self.Ev
+        features = {
+            "forward": E + Ev,
+            "backward": 3 * E + 2 * Ev,
+            "both": 4 * E + 3 * Ev,
+            "jvp": 3 * E + 3 * Ev,
+            "double backward": 7 * E + 5 * Ev,
+            "hvp": 14 * E + 10 * Ev,
+        }[self.task]
         return 2 * self.B * self.H * self.pairs * features
 
     @property
@@ -117,6 +126,13 @@ def gradient_of_out(row: Row) -> Array:
     return gradient.astype(numpy_dtype(row.dtype))
 
 
+def directions(row: Row) -> list[Array]:
+    """Make the tangents of query, key and value, for second derivatives."""
+    rng = np.random.default_rng(3)
+    shapes = (row.B, row.H, row.L, row.E), (row.B, row.Hkv, row.S, row.E), (row.B, row.Hkv, row.S, row.Ev)
+    return [rng.standard_normal(shape, dtype=np.float32).astype(numpy_dtype(row.dtype)) for shape in shapes]
+
+
 def _plain(L: int, E: int) -> Row:
     return Row(f"plain {L} E{E}", L=L, S=L, E=E, Ev=E)
 
@@ -137,6 +153,7 @@ def _rows() -> dict[str, Row]:
     )
     smallest = replace(_plain(1, 64), name="smallest 1x1x1x64", H=1, Hkv=1, bars={"us": 2.5})
     wide_bars = {"torch": 1.25, "gemm": 0.95}
+    both = replace(medium, name="forward and backward 2048 E64", task="both")
     rows = [
         replace(dense, bars={"torch": 1.4, "gemm": 1.0}),
         replace(wide, bars={"torch": 1.4, "gemm": 0.95}),
@@ -221,6 +238,21 @@ def _rows() -> dict[str, Row]:
             bars={"own": 1 / 1.1},
             baseline=causal_8192_back,
         ),
+        replace(medium, name="jvp 2048 E64", task="jvp", bars={"own": 3 / 3.2, "torch": 2.0}, baseline=medium),
+        replace(
+            back,
+            name="double backward 2048 E64",
+            task="double backward",
+            bars={"own": 2.4 / 2.6, "torch": 2.0},
+            baseline=back,
+        ),
+        replace(
+            both,
+            name="Hessian-vector product 2048 E64",
+            task="hvp",
+            bars={"own": 24 / 7 / 3.8, "torch": 2.0},
+            baseline=both,
+        ),
         Row("decode H32 Hkv8 L1 S8192 E128", 1, 32, 8, 1, 8192, 128, 128),  # bound by memory: see benchmarks/decode.py
     ]
     return {row.name: row for row in rows}
@@ -234,4 +266,4 @@ def scale(row: Row) -> float:
     return 1 / math.sqrt(row.E)
 
 
-__all__ = ["ROWS", "Row", "block_mask", "gradient_of_out", "inputs", "numpy_dtype", "scale"]
+__all__ = ["ROWS", "Row", "block_mask", "directions", "gradient_of_out", "inputs", "numpy_dtype", "scale"]
