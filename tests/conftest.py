@@ -26,10 +26,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
 HERE = Path(__file__).parent
 # Kernels in the emulator and the compiler for GPUs; processes that fail, one a case; two minutes of random calls.
 WHOLE_GRID_ONLY = {HERE / folder for folder in ("cuda", "faults", "fuzz")}
-PEERS = ("dask", "dask_cluster", "dask_varlen", "torch_bridge", "jax_bridge", "transformers", "benchmarking")
+PEERS = ("dask", "torch_bridge", "jax_bridge", "transformers", "benchmarking")
 WITH_PEERS = {
     HERE / "device",
-    *(HERE / f"test_{name}.py" for name in PEERS),
+    *(path for name in PEERS for path in HERE.glob(f"test_{name}*.py")),
 }
 
 

@@ -419,6 +419,16 @@ grads = dask.compute(*na.attention_varlen_backward(out, *packed, out, lse, start
 right = na.attention_varlen_backward(want, *arrays, want, want_lse, starts, starts, **options)[:3]
 for got, x in zip(grads, right):
     np.testing.assert_allclose(got, x, atol=1e-13)
+layer = na.MultiHeadAttention(4, 2, rotary=True, dtype=np.float64, rng=0, backend="reference")
+for x, y, more in ((arrays[0][:, 0], packed[0][:, 0], dict(cu_seqlens=starts)), (arrays[0][:, 0], packed[0][:, 0], {})):
+    want, ctx = layer.forward(x, is_causal=True, **more)
+    right = layer.backward(want, ctx), layer.grads
+    out, ctx = layer.forward(y, is_causal=True, **more)
+    grads = layer.backward(out, ctx)
+    np.testing.assert_allclose(out.compute(), want, atol=1e-13)
+    np.testing.assert_allclose(grads.query.compute(), right[0].query, atol=1e-13)
+    for name, grad in dask.compute(layer.grads)[0].items():
+        np.testing.assert_allclose(grad, right[1][name], atol=1e-12)
 print("same")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

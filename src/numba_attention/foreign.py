@@ -250,6 +250,11 @@ def family_for(arrays: Sequence[Any]) -> Family | None:
     return _DASK if _DASK in families else families[0]
 
 
+def module_of_layer(arrays: Sequence[Any]) -> Any:
+    """Return the module that applies layers to arrays of Dask, if one of these is; else None."""
+    return import_module("numba_attention.dask.layer") if _DASK in [family_of(x) for x in arrays] else None
+
+
 def how_to_convert(name: str, x: Any) -> str:
     """Return what converts an array of another library to one of NumPy."""
     family = family_of(x)

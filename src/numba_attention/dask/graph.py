@@ -55,7 +55,11 @@ def on_chunks(x: Any, chunks: Sequence[Chunks]) -> Any:
         x = da.from_array(x, chunks=wanted)
     elif x.chunks != wanted:
         x = x.rechunk(wanted)
-    # With array.query-planning, the keys of a rechunk are not those that it has in the end.
+    return lowered(x)
+
+
+def lowered(x: Any) -> Any:
+    """Return an array whose keys are final: with array.query-planning, those of a rechunk or a transpose are not."""
     return type(x)(x.expr.lower_completely()) if hasattr(x, "expr") else x
 
 

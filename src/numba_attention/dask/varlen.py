@@ -83,10 +83,10 @@ def attention_varlen(
     of_headers = settings._replace(mask=h["mask"], bias=h["bias"])
     problem = build(h["query"], h["key"], h["value"], cu_seqlens_q, cu_seqlens_k, of_headers, None, True, empty)
     check_mods(problem)
-    arrays = _heads_first(query), _heads_first(key), _heads_first(value)
+    arrays = heads_first(query), heads_first(key), heads_first(value)
     layout = packed_layout_of(problem, *arrays, settings)
     out, lse = forward(layout, arrays, settings, how_of(backend, threads, split_every, stream, layout, arrays))
-    out = _heads_first(out)
+    out = heads_first(out)
     return (out, lse) if as_flag("return_lse", return_lse) else out
 
 
@@ -162,19 +162,19 @@ def attention_varlen_backward(
         mod_grads, of_headers, empty,
     )  # fmt: skip
     check_mods(whole.forward)
-    arrays = _heads_first(query), _heads_first(key), _heads_first(value)
+    arrays = heads_first(query), heads_first(key), heads_first(value)
     layout = packed_layout_of(whole.forward, *arrays, settings)
     how = how_of(backend, threads, split_every, stream, layout, arrays)
-    of_rows = {"grad_out": _heads_first(grad_out), "out": _heads_first(out), "lse": lse, "grad_lse": grad_lse}
+    of_rows = {"grad_out": heads_first(grad_out), "out": heads_first(out), "lse": lse, "grad_lse": grad_lse}
     grads = backward(layout, arrays, of_rows, settings, how, whole.mod_grads)
-    of_arrays: dict[str, Any] = {name: _heads_first(x) for name in OPERANDS if (x := grads.of(name)) is not None}
+    of_arrays: dict[str, Any] = {name: heads_first(x) for name in OPERANDS if (x := grads.of(name)) is not None}
     if grads.bias is not None:
         of_bias: Any = options["bias"]
         of_arrays["bias"] = grads.bias[(0,) * (4 - np.ndim(of_bias))]
     return grads._replace(**of_arrays)
 
 
-def _heads_first(x: Any) -> Any:
+def heads_first(x: Any) -> Any:
     """Exchange the axes of tokens and heads; with array.query-planning, arrays have no `swapaxes`."""
     return x.transpose((1, 0, 2))
 

@@ -19,9 +19,10 @@ from ..varlen import attention_varlen, attention_varlen_backward
 from . import second
 from .cached import Cache, attend
 from .inputs import check_inputs, hide_padding
+from .lazy import LazyContext, implementation_for
 from .parameters import INPUTS, Weights
-from .positions import Turns, default_turns, turned, turns_of
-from .projection import linear, linear_backward
+from .positions import Turns, default_places, packed_places, places_of, turned
+from .projection import linear, linear_backward, without_idle_rows
 
 Positions = ArrayLike | tuple[ArrayLike, ArrayLike]
 
@@ -184,7 +185,8 @@ class MultiHeadAttention(Weights):
         Parameters
         ----------
         query : ndarray, shape (..., L, embed_dim)
-            dtype of the layer. Leading dimensions broadcast with those of `key` and `value`.
+            dtype of the layer. Leading dimensions broadcast with those of `key` and `value`. Inputs may be Dask arrays,
+            but with a cache or `need_weights`; the result is one then.
         key : ndarray, shape (..., S, kdim), optional
             By default `query`: self-attention.
         value : ndarray, shape (..., S, vdim), optional
@@ -295,7 +297,7 @@ class MultiHeadAttention(Weights):
         average_weights: bool = True,
         training: bool = False,
         **options: Unpack[OptionArguments],
-    ) -> tuple[Array | tuple[Array, Array], Context]:
+    ) -> tuple[Array | tuple[Array, Array], Context | LazyContext]:
         """Call the layer, and also return what `backward` needs.
 
         Parameters
@@ -372,7 +374,8 @@ class MultiHeadAttention(Weights):
         Notes
         -----
         Each call sets `grads` to a new dict, with names, shapes and dtypes as in `parameters`. To accumulate gradients
-        over several calls, add up the dicts.
+        over several calls, add up the dicts. For Dask arrays, gradients are lazy, those in `grads` too, and the
+        parameters are those at the time of `forward`.
 
         Parameters must not change between `forward` and `backward`: attention is differentiated at the values that
         `forward` kept, but the projections at the present parameters. Weights returned on `need_weights` are not
@@ -399,6 +402,9 @@ class MultiHeadAttention(Weights):
         >>> grad.query.shape, grad.key
         ((5, 8), None)
         """
+        if isinstance(ctx, LazyContext) and ctx.layer is self:
+            gradients, self.grads = ctx.backward(grad_out, mod_grads)
+            return gradients
         grad_out, lse = self._check(grad_out, ctx)
         weight, bias = self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias")
         grad, grad_weight, grad_bias = _gradients(grad_out, _features(ctx.heads), weight, bias is not None)
@@ -538,10 +544,22 @@ class MultiHeadAttention(Weights):
         return markup.table(repr(self), [("parameter", "shape", "numbers"), *rows, ("together", "", f"{total:,}")])
 
     def _attend_any(
-        self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None,
-        cu_seqlens: ArrayLike | None, positions: Positions | None, need_weights: bool, options: dict[str, Any],
+        self,
+        query: Array,
+        key: Array | None,
+        value: Array | None,
+        padding: ArrayLike | None,
+        cu_seqlens: ArrayLike | None,
+        positions: Positions | None,
+        need_weights: bool,
+        options: dict[str, Any],
         return_lse: bool,
-    ) -> Context:  # fmt: skip
+    ) -> Any:
+        lazy = implementation_for(query, key, value)
+        if lazy is not None:
+            if need_weights:
+                raise ValueError("need_weights must be False for arrays of Dask; see attention_weights")
+            return lazy.attend(self, query, key, value, padding, cu_seqlens, positions, options)
         if cu_seqlens is None:
             return self._attend(query, key, value, padding, positions, options, return_lse)
         if need_weights or key is not None or value is not None:
@@ -571,7 +589,8 @@ class MultiHeadAttention(Weights):
         q, k, v = self._project(query, key, value)
         turns = self._turns(positions, (*batch, query.shape[-2]), (*batch, key.shape[-2]), not is_given[0])
         if turns is None and self._rotation is not None:
-            turns = default_turns(self._rotation, query.shape[-2], key.shape[-2], batch, options, self.dtype)
+            places = default_places(self._rotation, query.shape[-2], key.shape[-2], batch, options)
+            turns = places.turns(self.dtype)
         if turns is not None:
             q, k = turned(q, turns[0]), turned(k, turns[1])
         # The memory layout is (..., L, H, E), so that the last projection reads the heads side by side without a copy.
@@ -624,10 +643,7 @@ class MultiHeadAttention(Weights):
             if options["query_offset"] is not None:
                 raise ValueError("query_offset must be None with cu_seqlens and rotary positions")
             # `attention_varlen` checks the offsets, and its errors name them.
-            own = starts[:-1] if starts.ndim == 1 else np.zeros(0, np.int64)
-            first = own[np.searchsorted(own, np.arange(len(query)), side="right") - 1] if own.size else 0
-            turn = self._rotation.turn(np.arange(len(query)) - first, self.dtype)
-            turns = turn, turn
+            turns = packed_places(self._rotation, len(query), starts).turns(self.dtype)
         if turns is not None:
             q, k = turned(q, turns[0]), turned(k, turns[1])
         heads = np.empty((len(query), self.num_heads, self.head_dim), self.dtype)
@@ -648,8 +664,10 @@ class MultiHeadAttention(Weights):
         q, k, v = (None if x is None else x.swapaxes(0, 1) for x in grads[:3])
         return grads._replace(query=q, key=k, value=v)
 
-    def _result(self, ctx: Context, need_weights: bool, average_weights: bool) -> Any:
+    def _result(self, ctx: Context | LazyContext, need_weights: bool, average_weights: bool) -> Any:
         """Project the joined heads to the result that the caller gets."""
+        if isinstance(ctx, LazyContext):
+            return ctx.result()
         out = linear(_features(ctx.heads), self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias"))
         if not need_weights:
             return out
@@ -663,6 +681,8 @@ class MultiHeadAttention(Weights):
         return check_like("grad_out", grad_out, (*ctx.heads.shape[:-2], self.embed_dim), self.dtype), lse
 
     def _check_context(self, ctx: Any) -> Array:
+        if isinstance(ctx, LazyContext):
+            raise ValueError("ctx must come from forward of the same layer and, for second derivatives, of NumPy arrays")
         if not isinstance(ctx, Context) or ctx.lse is None:
             raise TypeError(f"ctx must be what forward returned, got {type(ctx).__module__}.{type(ctx).__qualname__}")
         if ctx.layer is not self:
@@ -714,7 +734,7 @@ class MultiHeadAttention(Weights):
             return None
         if self._rotation is None:
             raise ValueError("positions must be None for a layer without rotary=")
-        return turns_of(self._rotation, positions, of_queries, of_keys, is_self, self.dtype)
+        return places_of(self._rotation, positions, of_queries, of_keys, is_self, self.dtype).turns(self.dtype)
 
     def _heads(self, features: Array) -> Array:
         """(..., L, heads * E) -> (..., heads, L, E)."""
@@ -728,12 +748,8 @@ def _features(heads: Array) -> Array:
 
 
 def _gradients(grad: Array, x: Array, weight: Array, need_bias: bool) -> tuple[Array, Array, Array | None]:
-    """Return the gradients of a projection. A row whose gradient is 0 contributes nothing, not even 0 * NaN.
-
-    Rows of padding have the gradient 0 and may contain anything.
-    """
-    if not np.isfinite(x).all():
-        x = np.where(grad.any(axis=-1, keepdims=True), x, 0)
+    """Return the gradients of a projection."""
+    x = without_idle_rows(x, grad)
     grad_x, grad_weight, grad_bias = linear_backward(grad, x, weight, need_bias)
     assert grad_x is not None
     return grad_x, grad_weight, grad_bias

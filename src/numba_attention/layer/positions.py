@@ -1,6 +1,6 @@
 """Rotary positions of the rows of a layer: those of the caller, or those that follow from offsets and lengths."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,11 +11,33 @@ from .inputs import query_offset
 Turns = tuple[Turn, Turn]
 
 
-def turns_of(
+class Places(NamedTuple):
+    """Where the rows of queries and keys are placed, and the rotation for sequences that reach so far."""
+
+    rotation: Rotation
+    queries: Array  # broadcastable to the rows (..., L), or (3, ..., L)
+    keys: Array  # the same array, if the rows are the same
+    along_axes: tuple[bool, bool]
+
+    def turns(self, dtype: np.dtype[Any]) -> Turns:
+        """Return the turns of queries and keys."""
+        of_keys = turn_at(self.rotation, self.keys, self.along_axes[1], dtype)
+        if self.queries is self.keys:
+            return of_keys, of_keys
+        return turn_at(self.rotation, self.queries, self.along_axes[0], dtype), of_keys
+
+
+def turn_at(rotation: Rotation, places: Array, along_axes: bool, dtype: np.dtype[Any]) -> Turn:
+    """Return the turn of rows at these places."""
+    # The heads are an axis before the rows, so (batch, L) is never mistaken for (heads, L).
+    return rotation.turn(places[..., None, :] if places.ndim > 1 else places, dtype, along_axes)
+
+
+def places_of(
     rotation: Rotation, positions: Any, of_queries: tuple[int, ...], of_keys: tuple[int, ...], is_self: bool,
     dtype: np.dtype[Any],
-) -> Turns:  # fmt: skip
-    """Return the turns of queries and keys at the positions that the caller passed.
+) -> Places:  # fmt: skip
+    """Return the places that the caller passed.
 
     Parameters
     ----------
@@ -32,27 +54,27 @@ def turns_of(
             raise ValueError("positions must be a pair, of the queries and of the keys, where key is passed")
         pair = positions[0], positions[1]
     checked = [check_positions(x, rows, rotation, dtype) for x, rows in zip(pair, (of_queries, of_keys), strict=True)]
-    rotation = rotation.of_length(*(x for x, _, _ in checked))
-    turns = []
-    for x, _, along_axes in checked[: 1 if is_self else 2]:
-        # The heads are an axis before the rows, so (batch, L) is never mistaken for (heads, L).
-        turns.append(rotation.turn(x[..., None, :] if x.ndim > 1 else x, dtype, along_axes))
-    return turns[0], turns[-1]
+    (queries, _, three_q), (keys, _, three_k) = checked
+    return Places(rotation.of_length(queries, keys), queries, queries if is_self else keys, (three_q, three_k))
 
 
-def default_turns(
-    rotation: Rotation, L: int, S: int, batch: tuple[int, ...], options: dict[str, Any], dtype: np.dtype[Any]
-) -> Turns:
-    """Return the turns of L queries and S keys: key j sits at j, and queries as `attention` places them."""
+def default_places(rotation: Rotation, L: int, S: int, batch: tuple[int, ...], options: dict[str, Any]) -> Places:
+    """Return the places of L queries and S keys: key j sits at j, and queries as `attention` places them."""
     keys = np.arange(S)
     offset = query_offset(options, L, S, batch)
     if isinstance(offset, int):
         queries = keys if offset == 0 and L == S else offset + np.arange(L)
     else:
-        queries = offset[..., None, None] + np.arange(L)
-    rotation = rotation.of_length(queries, keys)
-    of_keys = rotation.turn(keys, dtype)
-    return of_keys if queries is keys else rotation.turn(queries, dtype), of_keys
+        queries = offset[..., None] + np.arange(L)
+    return Places(rotation.of_length(queries, keys), queries, keys, (False, False))
+
+
+def packed_places(rotation: Rotation, total: int, starts: Array) -> Places:
+    """Return the places of packed tokens, which count from the beginning of each sequence."""
+    own = starts[:-1] if starts.ndim == 1 else np.zeros(0, np.int64)
+    first = own[np.searchsorted(own, np.arange(total), side="right") - 1] if own.size else 0
+    places = np.arange(total) - first
+    return Places(rotation.of_length(places), places, places, (False, False))
 
 
 def turned(x: Array, turn: Turn) -> Array:

@@ -113,6 +113,14 @@ def linear_backward(
     return grad_x, grad_weight, grad_bias
 
 
+def without_idle_rows(x: Array, grad: Array) -> Array:
+    """Return x with 0 in rows whose gradient is 0, if any number is not finite: they contribute nothing, not 0 * NaN.
+
+    Rows of padding have the gradient 0 and may contain anything.
+    """
+    return x if np.isfinite(x).all() else np.where(grad.any(axis=-1, keepdims=True), x, 0)
+
+
 def _usable(*arrays: Array | None) -> bool:
     """Whether the kernel can read these arrays, and at least one is not None."""
     first = arrays[0]
