@@ -682,7 +682,7 @@ class MultiHeadAttention(Weights):
 
     def _check_context(self, ctx: Any) -> Array:
         if isinstance(ctx, LazyContext):
-            raise ValueError("ctx must come from forward of the same layer and, for second derivatives, of NumPy arrays")
+            raise ValueError("ctx must come from forward of the same layer, for second derivatives with NumPy arrays")
         if not isinstance(ctx, Context) or ctx.lse is None:
             raise TypeError(f"ctx must be what forward returned, got {type(ctx).__module__}.{type(ctx).__qualname__}")
         if ctx.layer is not self:
