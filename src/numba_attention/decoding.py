@@ -20,6 +20,8 @@ from .problem.dense import Empty
 from .problem.rolling import over_gap
 from .validation import as_flag
 
+_NEWEST = Options(is_causal="bottom-right")
+
 
 @takes_options(is_causal="bottom-right")
 def attention_decode(
@@ -128,7 +130,7 @@ def attention_decode(
         known = recall.decode(query, contents, options, return_lse)
         if known is not None:
             return known
-    settings = gather(attention_decode, {"is_causal": "bottom-right", **options})
+    settings = gather(attention_decode, {"is_causal": "bottom-right", **options}) if options else _NEWEST
     if type(query) is not np.ndarray:
         chosen = select(backend, query)
         if isinstance(chosen, Family):

@@ -14,7 +14,7 @@ from .device import arrays, replay, runtime
 from .device.driver import identity
 from .device.headers import address_of, held
 from .masks.blockmask import BlockMask
-from .options import PER_SCORE, Array, Options
+from .options import NO_OPTIONS, PER_SCORE, Array, Options
 from .validation import as_array, as_bools, as_floats, check_out, kind_of
 
 Result = TypeVar("Result")
@@ -202,11 +202,12 @@ def run(
         return result
 
 
-_PLAIN = (type(None), bool, int, float, str)  # types of options that are not arrays
+_PLAIN = frozenset((type(None), bool, int, float, str))  # types of options that are not arrays
 
 
 def _is_plain(x: Any) -> bool:
-    return type(x) in _PLAIN or (type(x) is tuple and all(type(y) in _PLAIN for y in x))
+    kind = type(x)
+    return kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, x)))
 
 
 class _Seen(NamedTuple):
@@ -219,27 +220,36 @@ class _Seen(NamedTuple):
     stream: int
 
     def repeat(self, recorded: replay.Recorded) -> Any:
-        device, stream = self.device, self.stream
+        driver, family, device, stream = runtime.driver, self.family, self.device, self.stream
 
         def new(shape: tuple[int, ...], dtype: Any) -> tuple[Any, int]:
-            return self.family.new(shape, dtype, device, stream)
+            return family.new(shape, dtype, device, stream)
 
-        with runtime.driver.on(device):
-            return recorded.repeat(runtime.driver, self.addresses, new, new if self.family.has_pool else None, stream)
+        scratch = new if family.has_pool else None
+        if driver.of_thread() == device:  # entering a block takes 1 us
+            return recorded.repeat(driver, self.addresses, new, scratch, stream)
+        with driver.on(device):
+            return recorded.repeat(driver, self.addresses, new, scratch, stream)
 
 
 def _look(
     function: Callable[..., Any], operands: dict[str, Any], options: Options, rest: dict[str, Any]
 ) -> _Seen | None:
     """Return the key of a call that can be repeated: of arrays of one library on one stream, with plain options."""
-    if not all(_is_plain(option) for option in options):
+    if options is not NO_OPTIONS and not all(map(_is_plain, options)):
         return None
-    of_rest = [x.look() if isinstance(x, Contents) else (x,) if _is_plain(x) else None for x in rest.values()]
-    if None in of_rest:
-        return None
+    of_rest: list[Any] = []
+    for x in rest.values():
+        if type(x) in _PLAIN:
+            of_rest.append(x)
+            continue
+        look = x.look() if isinstance(x, Contents) else x if _is_plain(x) else None
+        if look is None:
+            return None
+        of_rest.append(look)
     looks: list[Any] = []
     addresses: list[int] = []
-    family = places = None
+    family = first = places = None
     for x in operands.values():
         if x is None:
             looks.append(None)
@@ -251,19 +261,22 @@ def _look(
         look = family.look(x)
         if look is None or not look[1]:
             return None
-        looks.append(look[0])
-        addresses.append(look[1])
-        if look[0][3:] != (places := places or look[0][3:]):  # on another device, or another stream
+        described, address = look
+        looks.append(described)
+        addresses.append(address)
+        if places is None:
+            places = described[3:]
+        elif described[3:] != places:  # on another device, or another stream
             return None
     if family is None or places is None:
         return None
     device = places[0]
     stream = family.stream(first, device) or runtime.DEFAULT_STREAM
-    distinct = addresses if len(set(addresses)) == len(addresses) else None
-    alike = None if distinct else [addresses.index(address) for address in addresses]
+    alike = None if len(set(addresses)) == len(addresses) else tuple(map(addresses.index, addresses))
     key = (
-        function, runtime.driver, family.name, *looks, *[address % 16 for address in addresses], *(alike or ()),
-        options, type(options.is_causal), *of_rest, stream, identity(stream), tile_shapes.state(),
+        function, runtime.driver, family.name, *looks, *[address & 15 for address in addresses], alike,
+        None if options is NO_OPTIONS else (options, type(options.is_causal)), *of_rest,
+        stream, identity(stream), tile_shapes.state(),
     )  # fmt: skip
     return _Seen(key, addresses, family, device, stream)
 

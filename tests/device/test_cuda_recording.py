@@ -107,6 +107,15 @@ def test_results_are_new_each_time(gpu, repeated):
     assert not np.allclose(second.array, kept)
 
 
+def test_a_tensor_on_the_host_among_others(gpu, repeated):
+    q, k, v = map(Tensor, arrays())
+    na.attention(q, k, v)
+    k.is_cuda = False
+    with pytest.raises(TypeError, match="key must be a numpy.ndarray or an array on a GPU"):
+        na.attention(q, k, v)
+    assert not repeated
+
+
 DIFFERENCES = {
     "causal": {"is_causal": True}, "bottom-right": {"is_causal": "bottom-right"}, "window": {"window": (3, 1)},
     "scale": {"scale": 0.5}, "softcap": {"softcap": 2.0}, "offset": {"query_offset": 3}, "lse": {"return_lse": True},

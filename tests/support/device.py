@@ -60,7 +60,7 @@ class HostDriver(Driver):
     def device(self, ordinal):
         return replace(self.template, ordinal=ordinal)
 
-    def current(self):
+    def of_thread(self):
         return self.ordinal
 
     @contextmanager
@@ -125,10 +125,11 @@ class HostDriver(Driver):
     def synchronize(self, stream):
         self.synchronized.append(stream)
 
-    def launch_again(self, again, stream):
-        n = len(again.numbers) - len(REALS)
-        reals = array.array("d", again.numbers[n:].tobytes())
-        self.launch(again.kernel, again.grid, list(again.numbers[:n]), list(reals), stream)
+    def launch_again(self, launches, stream):
+        for again in launches:
+            n = len(again.numbers) - len(REALS)
+            reals = array.array("d", again.numbers[n:].tobytes())
+            self.launch(again.kernel, again.grid, list(again.numbers[:n]), list(reals), stream)
 
     def launch(self, kernel, grid, integers, reals, stream):
         self.launches.append((kernel, self.ordinal, grid, tuple(integers), tuple(reals), stream))
@@ -251,6 +252,9 @@ class Tensor(Fake):
 
     def data_ptr(self):
         return self.header.ctypes.data if self.header.size else 0
+
+    def get_device(self):
+        return self.ordinal if self.is_cuda else -1
 
     def stride(self):
         return tuple(n // self.header.itemsize for n in self.header.strides)

@@ -114,7 +114,7 @@ def select(name: str | None, *arrays: Any) -> Backend:
 
 def _select_for_others(name: str, arrays: Sequence[Any]) -> Backend:
     """Return the backend for arrays that are not all of NumPy's own type, or the family that the call goes to."""
-    some_on_device = any(on_device(array) for array in arrays)
+    some_on_device = any(map(on_device, arrays))
     if name == "auto":
         name = "cuda" if some_on_device else "cpu"
     chosen = _get(name)

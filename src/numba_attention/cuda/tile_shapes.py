@@ -13,6 +13,11 @@ from .spec import Mods, Spec, padded
 ASYNCHRONOUS = (8, 0)  # first compute capability with asynchronous copies, and m16n8k16 on tensor cores
 TF32X3 = "NUMBA_ATTENTION_TF32X3"  # "1": float32 on tensor cores, with three products for each
 DETERMINISTIC = "NUMBA_ATTENTION_DETERMINISTIC"  # "1": gradients of half types have the same bits every time
+# Asked in every call. `os.environ.get` takes 1 us where a variable is not set; the dictionary behind it does not.
+_variables: Any = getattr(os.environ, "_data", os.environ)
+_TF32X3, _DETERMINISTIC = (
+    name if _variables is os.environ else os.environ.encodekey(name) for name in (TF32X3, DETERMINISTIC)
+)
 
 # Head dimension: slots, warps, columns. ("tensor": slots are tiles of 16 rows.)
 _SHAPES: dict[tuple[str, str, str], dict[int, tuple[int, int, int]]] = {
@@ -203,7 +208,7 @@ def use(task: str, storage: str, E: int, Ev: int, config: Spec | None) -> None:
 
 def state() -> tuple[Any, ...]:
     """All that decides on kernels beside a call and its device."""
-    return _changes, os.environ.get(TF32X3), os.environ.get(DETERMINISTIC)
+    return _changes, _variables.get(_TF32X3), _variables.get(_DETERMINISTIC)
 
 
 def is_deterministic() -> bool:

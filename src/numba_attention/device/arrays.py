@@ -4,7 +4,6 @@ No library is imported here: whoever passes an array of a library has imported i
 """
 
 import sys
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -159,11 +158,21 @@ class TorchFamily(LibraryFamily):
     name = "torch"
     has_pool = one_stream = True
 
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        # Making the object of a stream takes several us. Compilers of PyTorch use this function too.
+        self._raw_stream = getattr(getattr(module, "_C", None), "_cuda_getCurrentRawStream", None)
+        self._strided = module.strided
+        self._dtypes: dict[Any, Any] = {}  # those of PyTorch, by NumPy's
+        self._devices: dict[int, Any] = {}
+
     def ordinal(self, x: Any) -> int:
         return int(x.device.index or 0)
 
     def stream(self, x: Any, device: int) -> int | None:
-        return self.module.cuda.current_stream(device).cuda_stream or DEFAULT_STREAM
+        raw = self._raw_stream
+        handle = self.module.cuda.current_stream(device).cuda_stream if raw is None else raw(device)
+        return handle or DEFAULT_STREAM
 
     def take(self, x: Any, stream: int) -> Array:
         if x.requires_grad and self.module.is_grad_enabled():
@@ -192,13 +201,17 @@ class TorchFamily(LibraryFamily):
             ) from None
 
     def look(self, x: Any) -> tuple[Any, int] | None:
-        if x.requires_grad or x.layout != self.module.strided or x.is_conj() or x.is_neg():
-            return None
-        return (x.shape, x.stride(), x.dtype, x.device.index or 0, None), x.data_ptr()
+        if x.requires_grad or not x.is_cuda or x.layout is not self._strided or x.is_neg():
+            return None  # lazily conjugated numbers are complex, for which there are no kernels
+        return (x.shape, x.stride(), x.dtype, x.get_device(), None), x.data_ptr()
 
     def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> tuple[Any, int]:
-        torch = self.module
-        tensor = torch.empty(shape, dtype=getattr(torch, _name(dtype)), device=torch.device("cuda", device))
+        kind, place = self._dtypes.get(dtype), self._devices.get(device)
+        if kind is None:
+            kind = self._dtypes[dtype] = getattr(self.module, dtype.name)
+        if place is None:
+            place = self._devices[device] = self.module.device("cuda", device)
+        tensor = self.module.empty(shape, dtype=kind, device=place)
         return tensor, tensor.data_ptr()
 
     def owns(self, x: Any) -> bool:
@@ -287,7 +300,7 @@ def family_of(x: Any) -> Family:
     torch: Any = sys.modules.get("torch")
     tensors: Any = getattr(torch, "Tensor", ())  # missing while another thread imports torch
     if isinstance(x, tensors):
-        return TorchFamily(torch) if x.is_cuda else HOST
+        return _of_torch(torch) if x.is_cuda else HOST
     if not on_device(x):
         return HOST
     for name, kind, family in _LIBRARIES:
@@ -298,9 +311,15 @@ def family_of(x: Any) -> Family:
     return _NUMBA if getattr(x, "__cuda_ndarray__", False) else _ANY
 
 
-@cache  # computing it takes 2 us
-def _name(dtype: np.dtype[Any]) -> str:
-    return dtype.name
+def _of_torch(module: Any) -> TorchFamily:
+    """Return the family of PyTorch, made once."""
+    global _torch
+    if _torch is None or _torch.module is not module:
+        _torch = TorchFamily(module)
+    return _torch
+
+
+_torch: TorchFamily | None = None
 
 
 def _interface(x: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ DEFAULT_STREAM = 1  # the legacy default stream, as CUDA Array Interface and DLP
 PER_THREAD_STREAM = 2  # the default stream of each thread, another one for every thread
 _CHUNK = 2**23  # bytes of a staging buffer: large enough to keep the bus busy, small enough to stay pinned
 _STATIC_SHARED = 48 * 1024  # bytes of shared memory that a block may have without a request
+_END, _PARAMETERS, _SIZE_OF_PARAMETERS = 0, 1, 2  # CU_LAUNCH_PARAM_...: what cuLaunchKernel finds in `extra`
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,14 @@ class Kernel:
     shared: int  # bytes of dynamic shared memory
     addresses: tuple[int, ...]  # which of its integer parameters are addresses
     loaded: dict[int, Any] = field(default_factory=dict, repr=False)  # loaded kernel, by device
-    functions: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)  # by device and stream
+    functions: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)  # by context and stream
 
 
 class Again:
     """A launch that is repeated: its parameters in the form that the driver takes, in which addresses are replaced.
 
-    ``numbers`` are the parameters of the kernel, integers first and then the bits of the reals.
+    ``numbers`` are the parameters of the kernel, integers first and then the bits of the reals. All have 8 bytes, so
+    that they are the kernel's buffer of parameters, which the driver copies at once; a hundred pointers take longer.
     """
 
     def __init__(self, kernel: Kernel, grid: tuple[int, int, int], integers: Sequence[int], reals: Sequence[float]):
@@ -62,8 +64,10 @@ class Again:
         self.numbers = array("q", integers)
         self.numbers.frombytes(array("d", reals).tobytes())
         first, count = self.numbers.buffer_info()
-        self._pointers = array("Q", range(first, first + 8 * count, 8))
-        self.parameters = self._pointers.buffer_info()[0]
+        self._size = array("Q", [8 * count])
+        size = self._size.buffer_info()[0]
+        self._extra = array("Q", [_PARAMETERS, first, _SIZE_OF_PARAMETERS, size, _END])
+        self.extra = self._extra.buffer_info()[0]
 
 
 class Memory:
@@ -114,14 +118,21 @@ class Driver:
 
     def current(self) -> int:
         """Return the GPU of the calling thread, the first one if the thread has none."""
+        return self.of_thread() or 0
+
+    def of_thread(self) -> int | None:
+        """Return the GPU of the calling thread, None if the thread has none."""
+        # Without a context cuCtxGetDevice fails, which debuggers and compute-sanitizer report.
+        error, context = self._api.cuCtxGetCurrent()
+        if error or not int(context):
+            return None
         error, ordinal = self._api.cuCtxGetDevice()
-        return 0 if error else int(ordinal)
+        return None if error else int(ordinal)
 
     @contextmanager
     def on(self, ordinal: int) -> Iterator[None]:
         """Make a GPU the current one of the calling thread, within a block."""
-        error, current = self._api.cuCtxGetDevice()
-        if not error and int(current) == ordinal:
+        if self.of_thread() == ordinal:
             yield
             return
         previous = self._call(self._api.cuCtxGetCurrent)
@@ -216,19 +227,25 @@ class Driver:
         except Exception as error:
             raise _not_launched(error, kernel, ordinal) from error
 
-    def launch_again(self, again: Again, stream: int) -> None:
-        """Repeat a launch with its present numbers, which takes some 2 us less than `launch`."""
-        kernel, ordinal = again.kernel, self.current()
-        handles = kernel.functions.get((ordinal, stream))
-        if handles is None:
-            function = self._api.CUfunction(int(self._loaded(kernel, ordinal).handle))
-            handles = kernel.functions[ordinal, stream] = function, self._api.CUstream(stream)
-        function, on = handles
-        (error,) = self._api.cuLaunchKernel(
-            function, *again.grid, kernel.threads, 1, 1, kernel.shared, on, again.parameters, 0
-        )
-        if error:
-            raise _not_launched(RuntimeError(error.name), kernel, ordinal)
+    def launch_again(self, launches: Sequence[Again], stream: int) -> None:
+        """Repeat launches with their present numbers on the current GPU, each some 2 us faster than by `launch`."""
+        start = self._api.cuLaunchKernel
+        key = int(self._api.cuCtxGetCurrent()[1]), stream
+        for again in launches:
+            kernel = again.kernel
+            handles = kernel.functions.get(key)
+            if handles is None:
+                handles = kernel.functions[key] = self._function(kernel), self._api.CUstream(stream)
+            function, on = handles
+            x, y, z = again.grid
+            (error,) = start(function, x, y, z, kernel.threads, 1, 1, kernel.shared, on, 0, again.extra)
+            if error:
+                raise _not_launched(RuntimeError(error.name), kernel, self.current())
+
+    def _function(self, kernel: Kernel) -> Any:
+        """Return a kernel as a function of the current context, which the driver would look up in every launch."""
+        handle = self._api.CUkernel(int(self._loaded(kernel, self.current()).handle))
+        return self._call(self._api.cuKernelGetFunction, handle)
 
     def _loaded(self, kernel: Kernel, ordinal: int) -> Any:
         code = kernel.loaded.get(ordinal)

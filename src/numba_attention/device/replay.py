@@ -19,6 +19,7 @@ from .headers import address_of, held
 
 New = Callable[[tuple[int, ...], Any], tuple[Any, int]]
 _BYTES = np.dtype(np.uint8)
+_ALIGNMENT = 256  # bytes
 SMALL = 8192  # bytes of a recorded call, without the memory that it keeps
 
 _current: ContextVar["Recorder | None"] = ContextVar("numba_attention_recorder", default=None)
@@ -134,23 +135,30 @@ class Recorded:
     """A recorded call, which can be repeated."""
 
     def __init__(self, made: list[Made], launches: list[Launch], pattern: Any, fixed: list[Array]) -> None:
-        self._made, self._launches, self._pattern, self._fixed = made, launches, pattern, fixed
+        self._launches, self._pattern, self._fixed = launches, pattern, fixed
+        # All scratch memory of a call is one allocation. With each recorded one its place in that, None for results.
+        self._made: list[tuple[Made, int | None]] = []
+        self._scratch = 0
+        for x in made:
+            self._made.append((x, self._scratch if x.size else None))
+            self._scratch += -(-x.size // _ALIGNMENT) * _ALIGNMENT
+        self._cleared = [(place, x.cleared) for x, place in self._made if place is not None and x.cleared]
         self._free: list[list[Again]] = []  # launches that no thread is using
 
     def repeat(self, driver: Any, addresses: list[int], new: New, scratch: New | None, stream: int) -> Any:
         """Repeat the call. `new` and, if not None, `scratch` allocate an array and return it with its address."""
         addresses, arrays = list(addresses), []
-        for made in self._made:
-            if made.size:
-                if scratch is None:
-                    array = driver.allocate(made.size, stream)
-                    address = array.address
-                else:
-                    array, address = scratch((made.size,), _BYTES)
-                if made.cleared:
-                    driver.clear(address, made.cleared, stream)
+        memory, start = None, 0
+        if self._scratch:
+            if scratch is None:
+                memory = driver.allocate(self._scratch, stream)
+                start = memory.address
             else:
-                array, address = new(made.shape, made.dtype)
+                memory, start = scratch((self._scratch,), _BYTES)
+            for place, size in self._cleared:
+                driver.clear(start + place, size, stream)
+        for made, at in self._made:
+            array, address = new(made.shape, made.dtype) if at is None else (memory, start + at)
             arrays.append(array)
             addresses.append(address)
         try:
@@ -158,9 +166,10 @@ class Recorded:
         except IndexError:
             launches = [Again(x.kernel, x.grid, x.integers, x.reals) for x in self._launches]
         for again, launch in zip(launches, self._launches, strict=True):
-            for place, source in launch.patches:
-                again.numbers[place] = addresses[source]
-            driver.launch_again(again, stream)
+            numbers = again.numbers
+            for n, source in launch.patches:
+                numbers[n] = addresses[source]
+        driver.launch_again(launches, stream)
         self._free.append(launches)
         if driver.is_capturing(stream):
             _captured.append((self, arrays))
