@@ -111,7 +111,7 @@ def test_a_tensor_on_the_host_among_others(gpu, repeated):
     q, k, v = map(Tensor, arrays())
     na.attention(q, k, v)
     k.is_cuda = False
-    with pytest.raises(TypeError, match="key must be a numpy.ndarray or an array on a GPU"):
+    with pytest.raises(TypeError, match=r"key must be a numpy\.ndarray or"):
         na.attention(q, k, v)
     assert not repeated
 
