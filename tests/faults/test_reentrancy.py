@@ -10,7 +10,9 @@ import os
 import signal
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
+import llvmlite.binding.ffi
 import numba
 import numpy as np
 import pytest
@@ -23,6 +25,16 @@ from numba_attention import kernel_cache
 from numba_attention.backends import recall
 from numba_attention.backends.cpu_resources import addresses, worker
 from numba_attention.cpu import cache, launch
+
+
+def shifted(n):
+    """A rule of which each number makes another."""
+
+    def mod(score, batch, head, i, j):
+        return score - abs(i - j + n) / 16
+
+    return mod
+
 
 SHAPES = [(1, 1, 2, 5, 8), (2, 2, 40, 33, 16), (1, 2, 120, 130, 32)]
 
@@ -44,6 +56,7 @@ class Inner:
                 lambda a=(out, query, key, value, out, lse): list(na.attention_backward(*a)[:3]),
                 lambda a=(query[:, :, :1], cache): [na.attention_decode(*a)],
                 lambda x=query[0], layer=layer: [layer(x)],
+                lambda a=(query, key, value), n=L: [na.attention(*a, score_mod=shifted(n))],
             ]
         self.want = [call() for call in self.calls]
         self.order = itertools.cycle(range(len(self.calls)))
@@ -69,6 +82,7 @@ def test_at_events_of_a_call(step, hook, name):
     want, inner = work.prepare()[name], Inner()
     call, install = work.CALLS[name], getattr(sys, hook)
     at = 0
+    step *= 1 if name != "rules" or step == 1 else 5  # such a call has many more events
     while run_with_inner_at(at, call, install, inner, want):
         at += step
     assert inner.count >= 5
@@ -173,6 +187,34 @@ def test_signal_while_a_kernel_loads(moment):
     while not calls:
         signal.pause()
     work.check(["forward"])
+
+
+@pytest.mark.parametrize("moment", range(5))
+@isolated(seconds=30)
+def test_signal_while_a_rule_compiles(moment, tmp_path):
+    """The handler calls with the rule that the interrupted call translates or compiles, and with another."""
+    want = work.prepare()
+    compile_into(tmp_path)
+    query, key, value, _ = work.inputs()
+    calls = []
+
+    def attend(n):
+        return na.attention(query, key, value, score_mod=shifted(n))
+
+    def handler(number, frame):
+        calls.append((attend(1), attend(2)))
+        work.same(work.rules(), want["rules"])
+
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.02 * moment)
+    first = attend(1)
+    while not calls:
+        signal.pause()
+    distance = np.abs(np.subtract.outer(np.arange(work.L), np.arange(work.L)) + np.array([1, 2])[:, None, None])
+    for n, got in enumerate(calls[0]):
+        bias = (-distance[n] / 16).astype(np.float32)
+        np.testing.assert_allclose(got, na.attention(query, key, value, bias=bias), atol=1e-5)
+    work.same([first], calls[0][:1])
 
 
 @pytest.mark.parametrize("hook", ["setprofile", "settrace"])
@@ -326,6 +368,21 @@ def test_handler_that_interrupts_the_compiler_of_the_user(tmp_path):
         with pytest.raises(RuntimeError, match="kernel add-1 cannot be compiled in a signal handler"):
             Adders().check(1)
     Adders().check(1)
+
+
+@isolated
+def test_handler_that_interrupts_a_call_of_llvm(tmp_path):
+    """As while a kernel loads: the thread holds llvmlite's lock, for which a thread of the compiler would wait."""
+    work.check(["forward"])
+    compile_into(tmp_path)
+    with llvmlite.binding.ffi.lib._lock:
+        Adders().check(1)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(global_compiler_lock._lock.acquire).result()
+            with pytest.raises(RuntimeError, match="kernel add-2 cannot be compiled in a signal handler"):
+                Adders().check(2)
+            pool.submit(global_compiler_lock._lock.release).result()
+    Adders().check(2)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

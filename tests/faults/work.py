@@ -10,6 +10,7 @@ import numba_attention as na
 
 B, H, L, E = 2, 4, 300, 32
 TOLERANCE = 2e-5  # of float32, on inputs of magnitude 1
+SLOPES = np.array([0.25, 0.125, 0.0625, 0.5], np.float32)
 
 
 @functools.cache
@@ -62,7 +63,26 @@ def project():
     return [out, grads.query, *layer().grads.values()]
 
 
-CALLS = {"forward": forward, "backward": backward, "decode": decode, "varlen": varlen, "layer": project}
+def sloped(score, batch, head, i, j, slopes):
+    return score - slopes[head] * abs(i - j)
+
+
+def near(batch, head, i, j, slopes):
+    return j <= i and (i - j < 40 or j % 3 == 0)
+
+
+def rules():
+    """Rules of callers, forward and backward: passes, a block mask made of one, gradients of arguments."""
+    query, key, value, grad = inputs()
+    options = {"score_mod": sloped, "mask_mod": near, "mod_args": (SLOPES,)}
+    out, lse = na.attention(query, key, value, **options, return_lse=True)
+    grads = na.attention_backward(grad, query, key, value, out, lse, **options, mod_grads="all")
+    return [out, lse, *grads[:3], *grads.mod_args]
+
+
+CALLS = {
+    "forward": forward, "backward": backward, "decode": decode, "varlen": varlen, "layer": project, "rules": rules,
+}  # fmt: skip
 
 
 def prepare():
@@ -81,7 +101,7 @@ def same(got, want):
         np.testing.assert_array_equal(a, b)
 
 
-def check(names=("forward", "backward", "decode", "varlen")):
+def check(names=("forward", "backward", "decode", "varlen", "rules")):
     """Hold results against the textbook: the process computes as it should."""
     for name in names:
         for got, want in zip(CALLS[name](), textbook()[name], strict=True):
@@ -91,12 +111,16 @@ def check(names=("forward", "backward", "decode", "varlen")):
 @functools.cache
 def textbook():
     """Plain formulas on plain arrays; nothing of the package takes part."""
-    query, key, value, grad = (x.astype(np.float64) for x in inputs())
+    query, key, value, _ = (x.astype(np.float64) for x in inputs())
     hidden = ~np.tri(L, dtype=bool)
     p, lse = _softmax(query, key, hidden)
     out = p @ value
-    ds = p * (grad @ value.swapaxes(-1, -2) - (grad * out).sum(-1, keepdims=True)) / np.sqrt(E)
-    gradients = [ds @ key, ds.swapaxes(-1, -2) @ query, p.swapaxes(-1, -2) @ grad]
+    _, gradients = _differentiate(p, out)
+    distance = np.abs(np.subtract.outer(np.arange(L), np.arange(L)))
+    far = hidden | (distance >= 40) & (np.arange(L) % 3 != 0)
+    by_rules, lse_by_rules = _softmax(query, key, far, -SLOPES[:, None, None] * distance)
+    ds, gradients_by_rules = _differentiate(by_rules, by_rules @ value)
+    of_slopes = -(ds * distance).sum((0, 2, 3))
     starts = np.repeat([0, 100], [100, L - 100])
     packed = _softmax(query[0], key[0], hidden | (starts[:, None] != starts))[0] @ value[0]
     return {
@@ -104,11 +128,20 @@ def textbook():
         "backward": gradients,
         "decode": [out[:, :, -2:]],
         "varlen": [packed.swapaxes(0, 1)],
+        "rules": [by_rules @ value, lse_by_rules, *gradients_by_rules, of_slopes],
     }
 
 
-def _softmax(query, key, hidden):
-    scores = query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1])
+def _differentiate(p, out):
+    """Gradients of the scores, and of query, key and value."""
+    query, key, value, grad = (x.astype(np.float64) for x in inputs())
+    ds = p * (grad @ value.swapaxes(-1, -2) - (grad * out).sum(-1, keepdims=True))
+    of_scaled = ds / np.sqrt(E)
+    return ds, [of_scaled @ key, of_scaled.swapaxes(-1, -2) @ query, p.swapaxes(-1, -2) @ grad]
+
+
+def _softmax(query, key, hidden, bias=0.0):
+    scores = query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1]) + bias
     scores[..., hidden] = -np.inf
     exponentials = np.exp(scores - scores.max(-1, keepdims=True))
     total = exponentials.sum(-1, keepdims=True)

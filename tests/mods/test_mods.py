@@ -507,3 +507,39 @@ def test_threads_that_compile_at_once():
     assert not errors
     for n in range(12):
         np.testing.assert_array_equal(results[n], na.attention(q, k, v, score_mod=of_cell(n % 4 + 0.125)))
+
+
+def test_threads_that_call_at_once():
+    """One rule with different closures, gradients of arguments, block masks of one function: each its own result."""
+    q, k, v = draw(L=300, S=300)
+    slopes, table = arguments(2)
+
+    def call(n):
+        options = {"mask_mod": visible, "score_mod": positional if n % 2 else of_cell(n + 0.5)}
+        options["mod_args"] = (slopes * (1 + n % 3), table)
+        if not n % 2:
+            options = {"score_mod": options["score_mod"]}
+        out, lse = na.attention(q, k, v, **options, return_lse=True)
+        grads = na.attention_backward(out, q, k, v, out, lse, **options, mod_grads="all")
+        weights = na.attention_weights(q, k, rows=[n], **options)
+        return [out, lse, *grads[:3], *grads.mod_args, weights]
+
+    want = [call(n) for n in range(6)]
+    got, errors = {}, []
+
+    def work(thread):
+        try:
+            for n in range(6):
+                got[thread, n] = call((n + thread) % 6)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+    for (thread, n), result in got.items():
+        for a, b in zip(result, want[(n + thread) % 6], strict=True):
+            np.testing.assert_array_equal(a, b)

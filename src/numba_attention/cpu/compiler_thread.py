@@ -6,6 +6,9 @@ the engine that it finalizes is finalized again. So the compiler runs in a threa
 main thread only, trace functions and profilers in threads that were started with them, and the garbage collector, which
 runs finalizers in whichever thread allocates, is paused meanwhile. A handler that calls the package while the
 interrupted thread waits for the compiler waits as well.
+
+Kernels are loaded in the thread that needs them. A handler may interrupt it between two calls of LLVM while it holds
+llvmlite's lock, for which a thread of the compiler would wait for ever: there the handler compiles itself.
 """
 
 import _thread
@@ -15,9 +18,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding.ffi
 from numba.core.compiler_lock import global_compiler_lock
 
 from .. import forks
+
+_llvm_lock = getattr(getattr(llvmlite.binding.ffi.lib, "_lock", None), "_lock", None)
 
 
 class _Job:
@@ -76,11 +82,16 @@ def run(function: Callable[[], Any], what: str) -> Any:
         job = _Job(function)
         if global_compiler_lock.is_locked():  # by this thread, for which the other one would wait
             if not forks.holds_locks():
-                raise RuntimeError(
-                    f"{what} cannot be compiled in a signal handler or finalizer that interrupts Numba's compiler; "
-                    "call once what handlers need, or run numba-attention warmup"
-                )
+                raise _interrupted(what)
             job.run()
+        elif _holds_llvm():
+            lock = global_compiler_lock._lock  # whose owner may wait for LLVM's
+            if not lock.acquire(blocking=False):
+                raise _interrupted(what)
+            try:
+                job.run()
+            finally:
+                lock.release()
         else:
             try:
                 _thread.start_new_thread(job.run, ())
@@ -91,6 +102,19 @@ def run(function: Callable[[], Any], what: str) -> Any:
     if job.error is not None:
         raise job.error
     return job.result
+
+
+def _interrupted(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what} cannot be compiled in a signal handler or finalizer that interrupts Numba's compiler; "
+        "call once what handlers need, or run numba-attention warmup"
+    )
+
+
+def _holds_llvm() -> bool:
+    """Whether this thread was interrupted in a call of llvmlite, after LLVM and before the lock was released."""
+    is_owned = getattr(_llvm_lock, "_is_owned", None)
+    return is_owned is not None and bool(is_owned())
 
 
 @atexit.register
