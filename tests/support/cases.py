@@ -132,14 +132,22 @@ def assert_close(got, want, relative: float, offset: float = 0.0) -> None:
         assert error <= limit, f"error {error:.3g} exceeds {limit:.3g}"
 
 
-def check(query, key, value, kwargs, dtype, case=None, backend="cpu") -> None:
-    """Hold one call against the oracle."""
+def check(query, key, value, kwargs, dtype, case=None, backend="cpu", many_keys=False) -> None:
+    """Hold one call against the oracle.
+
+    A sum of n rounded products w v is off by about sqrt(n) u times the sum of w |v|, u = 2**-24 for float32 (Higham and
+    Mary, "A new approach to probabilistic rounding error analysis", 2019): 2e-6 of it for 1100 keys. The result is as
+    large as that sum for few keys. With `many_keys` values cancel, and errors are held against the sum of w |v| itself.
+    """
     out, lse = na.attention(query, key, value, **kwargs, return_lse=True, backend=backend)
     want, want_lse = oracle(query, key, value, **kwargs)
     assert out.dtype == query.dtype
     assert lse.dtype == (np.float64 if dtype == "float64" else np.float32)
     of_out, of_lse = tolerance(dtype, case)
-    assert_close(out, want, of_out)
+    offset = 0.0
+    if many_keys:
+        offset = np.abs(oracle(query, key, np.abs(value), **kwargs)[0]).max() - np.abs(want).max()
+    assert_close(out, want, of_out, offset=offset)
     assert_close(lse, want_lse, of_lse, offset=1)
 
 
