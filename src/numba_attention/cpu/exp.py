@@ -72,10 +72,10 @@ def tanh(vector: Vector, b: Builder, x: Value, coefficients: tuple[float, ...]) 
     return vector.from_bits(b, b.or_(vector.bits_of(b, magnitude), sign))
 
 
-# log(1 + f) / f on [sqrt(1/2) - 1, sqrt(2) - 1], in relative error 2.7e-8, by interpolation at Chebyshev points.
-LOG_F32 = (8.743945352563955e-2, -1.43773305674077e-1, 1.4949095476114999e-1, -1.6560695992070487e-1,
-           1.9956977483073457e-1, -2.5002153460953325e-1, 3.333418333852376e-1, -4.9999987032284854e-1,
-           9.999999742674381e-1)  # fmt: skip
+# log(1 + f) / f on [-1/4, 1/2], in relative error 3.1e-8, by interpolation at Chebyshev points.
+LOG_F32 = (5.295106411553002e-2, -1.1956825045437122e-1, 1.497289718653105e-1, -1.6835695982808357e-1,
+           1.997903312671829e-1, -2.499291655505182e-1, 3.333350284006985e-1, -5.000006865297455e-1,
+           9.999999977480766e-1)  # fmt: skip
 
 
 LOG2E = 1.4426950408889634, 2.0355273740931033e-17  # in two parts
@@ -84,14 +84,25 @@ LOG2E = 1.4426950408889634, 2.0355273740931033e-17  # in two parts
 def exp2_anywhere(vector: Vector, b: Builder, x: Value, factor: float, rest_of_factor: float = 0.0) -> Value:
     """2**(x * (factor + rest_of_factor)) over the whole range: 0 below the normal numbers, infinity above.
 
-    As `exp2_product`, whose results are at most 1. The largest power is 2 * 2**(exponent bias), infinity.
+    As `exp2_product`, whose results are at most 1. The largest power is 2 * 2**(exponent bias), infinity. AVX-512 has
+    an instruction that multiplies by a power of two.
     """
     table = EXP2_F64 if vector.bits == 64 else EXP2_F32
     high = float(vector.dtype(factor))
     rest_of_factor += factor - high
     bias = vector.exponent_bias
-    x = clamp(vector, b, x, vector.const((1.0 - bias) / factor))
+    lowest = vector.const((1.0 - bias) / factor)
     highest = vector.const((bias + 1.25) / factor)  # of infinity, 2 * 2**bias
+    if vector.host.name == "AVX-512":
+        if factor != 1.0:  # the product may overflow; an infinite x needs no care, where the rest is NaN
+            x = b.select(b.fcmp_ordered(">", x, highest), highest, x)
+        n = rounded(vector, b, "rint", x if factor == 1.0 else b.fmul(x, vector.const(high)))
+        rest = b.fsub(x, n) if factor == 1.0 else vector.fma(b, x, vector.const(high), b.fneg(n))
+        if rest_of_factor != 0:
+            rest = vector.fma(b, x, vector.const(rest_of_factor), rest)
+        is_normal = b.fcmp_unordered(">", x, lowest)
+        return _times_power(vector, b, horner(vector, b, rest, table), n, is_normal)
+    x = clamp(vector, b, x, lowest)
     x = b.select(b.fcmp_ordered(">", x, highest), highest, x)  # NaN stays NaN
     magic = vector.const(1.5 * 2.0**vector.mantissa + bias - 1)
     t = vector.fma(b, x, vector.const(high), magic)
@@ -102,25 +113,31 @@ def exp2_anywhere(vector: Vector, b: Builder, x: Value, factor: float, rest_of_f
     return b.fmul(p, vector.from_bits(b, b.shl(vector.bits_of(b, t), vector.iconst(vector.mantissa))))
 
 
+def _times_power(vector: Vector, b: Builder, x: Value, n: Value, flags: Value) -> Value:
+    """X * 2**n where the flags are set, and 0 elsewhere; infinity for infinite n, also where x is NaN (AVX-512)."""
+    kind, word = ("ps", I16) if vector.bits == 32 else ("pd", I8)
+    name = f"llvm.x86.avx512.mask.scalef.{kind}.512"
+    return call(b, name, vector.type, x, n, vector.const(0.0), b.bitcast(flags, word), I32(4))
+
+
 def _split(vector: Vector, b: Builder, x: Value) -> tuple[Value, Value]:
-    """K and m with x = 2**k m, m within sqrt(2) of 1, k a real number.
+    """K and m with x = 2**k m, m from 3/4 to 3/2, k a real number.
 
     For 0, infinity and NaN k is -inf, infinity and NaN, and for negative numbers m is NaN, so that logarithms need no
     other cases. AVX-512 has instructions for this.
     """
-    root, one = vector.const(2.0**0.5), vector.const(1.0)
+    one = vector.const(1.0)
     if vector.host.name == "AVX-512":
         kind, flags = ("ps", I16(-1)) if vector.bits == 32 else ("pd", I8(-1))
-        zero, current, within_2_or_nan = vector.const(0.0), I32(4), I32(2 << 2)
+        zero, current, around_1_or_nan = vector.const(0.0), I32(4), I32(2 << 2 | 3)
         k = call(b, f"llvm.x86.avx512.mask.getexp.{kind}.512", vector.type, x, zero, flags, current)
         name = f"llvm.x86.avx512.mask.getmant.{kind}.512"
-        m = call(b, name, vector.type, x, within_2_or_nan, zero, flags, current)
-        above = b.fcmp_ordered(">", m, root)
-        return b.select(above, b.fadd(k, one), k), b.select(above, b.fmul(m, vector.const(0.5)), m)
+        m = call(b, name, vector.type, x, around_1_or_nan, zero, flags, current)
+        return b.select(b.fcmp_ordered("<", m, one), b.fadd(k, one), k), m  # `getexp` is of m from 1 to 2
     shift = vector.mantissa + 1
     is_small = b.fcmp_ordered("<", x, vector.const(2.0 ** (1 - vector.exponent_bias)))  # subnormal numbers
     bits = vector.bits_of(b, b.select(is_small, b.fmul(x, vector.const(2.0**shift)), x))
-    middle = int(vector.dtype(2.0**-0.5).view(f"i{vector.bytes}"))
+    middle = int(vector.dtype(0.75).view(f"i{vector.bytes}"))
     power = b.ashr(b.sub(bits, vector.iconst(middle)), vector.iconst(vector.mantissa))
     m = vector.from_bits(b, b.sub(bits, b.shl(power, vector.iconst(vector.mantissa))))
     k = b.fadd(b.sitofp(power, vector.type), b.select(is_small, vector.const(-shift), vector.const(0.0)))
@@ -133,7 +150,7 @@ def _split(vector: Vector, b: Builder, x: Value) -> tuple[Value, Value]:
 
 
 def _log_near_one(vector: Vector, b: Builder, m: Value) -> tuple[Value, Value]:
-    """log(m), for m within sqrt(2) of 1, as a product of two numbers.
+    """log(m), for m from 3/4 to 3/2, as a product of two numbers.
 
     In float32 f Q(f) with f = m - 1; in float64 f - (h - s (h + R)) with s = f / (2 + f), h = f**2 / 2 and R the rest
     of the series of 2 atanh(s) / s, as in fdlibm's e_log.c.
@@ -158,8 +175,11 @@ def log(vector: Vector, b: Builder, x: Value) -> Value:
 def log2(vector: Vector, b: Builder, x: Value) -> Value:
     """The logarithm to base 2."""
     power, m = _split(vector, b, x)
+    if vector.bits == 32:
+        f = b.fsub(m, vector.const(1.0))
+        return vector.fma(b, f, horner(vector, b, f, tuple(LOG2E[0] * c for c in LOG_F32)), power)
     f, rest = _log_near_one(vector, b, m)
-    return vector.fma(b, b.fmul(f, vector.const(1.4426950408889634)), rest, power)
+    return vector.fma(b, b.fmul(f, vector.const(LOG2E[0])), rest, power)
 
 
 def power(vector: Vector, b: Builder, x: Value, y: Value, known: float | None = None) -> Value:
