@@ -441,6 +441,52 @@ def mods():
     return "; ".join(said)
 
 
+@step
+def block_masks():
+    """mask=BlockMask, forward and backward, against plain NumPy: hidden, partial and full tiles, and empty rows."""
+    import numba_attention as na
+
+    i, j = np.arange(150)[:, None], np.arange(200)
+    shown = np.stack([(j // 64 + i // 64) % 3 == 0, (j <= i + 100) & ((i // 32) % 3 != 1), (i + j) % 5 == 0, j < 0 * i])
+    mask, said = na.BlockMask.from_array(shown), []
+    for dtype in ("float32", "bfloat16", "float16", "float64"):
+        for heads in (4, 2) if dtype == "bfloat16" else (2,):
+            q, k, v = (normal(h, n, 64, dtype=dtype) for h, n in ((4, 150), (heads, 200), (heads, 200)))
+            out, lse = na.attention(q, k, v, mask=mask, return_lse=True, backend="cuda")
+            grad = normal(*out.shape, dtype=dtype)
+            got = na.attention_backward(grad, q, k, v, out, lse, mask=mask, backend="cuda")
+            a, b, c, g = wide(q, np.repeat(k, 4 // heads, 0), np.repeat(v, 4 // heads, 0), grad)
+            scores = np.where(shown, a @ b.swapaxes(-1, -2) / 8, -np.inf)
+            most = np.maximum(scores.max(-1, keepdims=True), -1e300)
+            total = np.exp(scores - most).sum(-1, keepdims=True)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                weights = np.where(total > 0, np.exp(scores - most) / total, 0)
+                want_lse = np.where(total > 0, most + np.log(total), -np.inf)[..., 0]
+            of_weights = g @ c.swapaxes(-1, -2)
+            of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdims=True)) / 8
+            of_keys = (of_scores.swapaxes(-1, -2) @ a).reshape(heads, -1, 200, 64).sum(1)
+            of_values = (weights.swapaxes(-1, -2) @ g).reshape(heads, -1, 200, 64).sum(1)
+            parts = [near("out", out, weights @ c, LIMITS[dtype]), near("lse", lse, want_lse, 2e-6)]
+            expected = of_scores @ b, of_keys, of_values
+            parts += [near(f"d{n}", x, y, LIMITS[dtype] * 3) for n, x, y in zip("qkv", got, expected, strict=False)]
+            said.append(f"{dtype} {heads}: {' '.join(parts)}")
+    return "; ".join(said)
+
+
+@step
+def block_mask_in_few_queries():
+    """Lists with keys that blocks share, and heads of a group in one tile."""
+    import numba_attention as na
+
+    shown = (np.arange(5000) // 100 % 3 == 0) & (np.arange(3)[:, None] != 1)
+    q, k, v = (normal(h, n, 64, dtype="bfloat16") for h, n in ((8, 3), (2, 5000), (2, 5000)))
+    out = na.attention(q, k, v, mask=na.BlockMask.from_array(shown), backend="cuda")
+    b, c = wide(np.repeat(k, 4, 0), np.repeat(v, 4, 0))
+    weights = np.where(shown, np.exp(wide(q)[0] @ b.swapaxes(-1, -2) / 8), 0)
+    want = weights @ c / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    return near("out", out, want, LIMITS["bfloat16"])
+
+
 def of_functions(score, batch, head, i, j, wide):
     if head == 0:
         return np.exp(-abs(score)) + math.log(1 + score * score) + np.sqrt(0.5 + abs(score)) + 2 ** (score / 3)

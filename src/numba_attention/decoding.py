@@ -13,6 +13,7 @@ from .caches import KVCache, PagedKVCache
 from .caches.contents import Contents
 from .device import runtime
 from .foreign import Family
+from .masks.blockmask import BlockMask
 from .merging import merge
 from .options import Array, OptionArguments, Options, gather, takes_options
 from .problem.cached import build, is_of_newest, over_newest
@@ -210,8 +211,11 @@ def _decode_on_device(
         array = getattr(options, name)
         if array is not None and query.ndim >= 3 and is_of_newest(array, query.shape[-2], S):
             # The host extends the mask of a tree of guesses, which is small, to the width of the cache.
-            small = np.empty(array.shape, array.dtype)
-            runtime.download(array, small, runtime.stream())
+            if isinstance(array, BlockMask):
+                small = array.to_dense()
+            else:
+                small = np.empty(array.shape, array.dtype)
+                runtime.download(array, small, runtime.stream())
             wide = over_newest(name, small, contents.lengths, query.shape[-3], query.shape[-2], S)
             changed: dict[str, Any] = {name: runtime.upload(wide, runtime.stream())}
             options = options._replace(**changed)

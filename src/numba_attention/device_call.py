@@ -88,9 +88,7 @@ class Call:
         changed: dict[str, Any] = {}
         for name, check in (("mask", as_bools), ("bias", as_floats)):
             x = getattr(settings, name)
-            if isinstance(x, BlockMask):
-                raise TypeError(f"{name} must be an array on a GPU, got a BlockMask; pass {name}.to_dense()")
-            if x is not None:
+            if x is not None and not isinstance(x, BlockMask):
                 is_on_device = arrays.family_of(x) is not arrays.HOST
                 changed[name] = self.device_array(name, x if is_on_device else check(name, as_array(name, x)))
         for name, x in zip(Options._fields, settings, strict=True):

@@ -216,6 +216,22 @@ def rest(arch, storage, E):
             yield single
         of_queries = tile_shapes.base("query", storage, E, E, of)
         yield tile_shapes.bias(tile_shapes.with_options(of_queries, **{**OPTIONS, **options}, dropout=True), of)
+    # Lists of a block mask, alone and with all else.
+    for options in ({}, OPTIONS):
+        listed = tile_shapes.with_options(forward, **options, lists=True, flags=True)
+        yield tile_shapes.fitted(listed, of)
+        yield tile_shapes.nan_safe(listed, of)
+        yield tile_shapes.few(listed.with_(pack_gqa=True, sinks=True), 4, of).with_(split_kv=True)
+        yield tile_shapes.normalizers(listed, of)
+        for task in ("query", "key"):
+            shape = tile_shapes.base(task, storage, E, E, of)
+            c = tile_shapes.with_options(shape, **options, lists=True, flags=True)
+            for part in tile_shapes.parts(tile_shapes.fitted(c, of)):
+                yield part
+                yield tile_shapes.nan_safe(part, of)
+        single = tile_shapes.fused_dq(c, of)
+        if single is not None:
+            yield single
     # Rules of callers, alone and with all else.
     for options in ({}, OPTIONS):
         ruled = tile_shapes.with_options(forward, **options, mods=mods_of_all(False), flags=True)

@@ -15,6 +15,7 @@ from ..device.driver import Device
 from ..problem.dense import BackwardProblem, Problem
 from . import cuda_backward
 from .cuda_launch import Work, is_aligned, work_list
+from .device_masks import with_whole_mask
 from .device_sums import reduce as reduce
 from .records import per_head
 
@@ -107,7 +108,7 @@ def backward(problem: BackwardProblem) -> None:
 
 def weights(problem: Problem) -> None:
     """Write the probabilities of the chosen heads and rows to ``problem.out``."""
-    p = problem
+    p = with_whole_mask(problem)
     if not p.out.size or p.heads is None or p.rows is None:
         return
     work = Work(p)

@@ -11,6 +11,7 @@ from ..device.driver import Device
 from ..options import Array
 from ..problem.dense import BackwardProblem, Problem, spread_bias
 from .cuda_launch import Work, is_aligned, work_list
+from .device_masks import with_whole_mask
 from .device_sums import add_up
 from .records import storage_of
 
@@ -24,6 +25,8 @@ def run(g: BackwardProblem) -> None:
         raise NotImplementedError(
             "mod_grads are not available on the backend 'cuda'; use backend='cpu' with arrays on the host"
         )
+    if g.bias_shape is not None:
+        p = g.forward = with_whole_mask(p)
     real = np.float64 if p.query.dtype == np.float64 else np.float32
     of_rows = p.out.shape[-3:-1] if p.packing else p.out.shape[:-1]  # all packed sequences share one array
     delta = runtime.empty((*of_rows, len(FACTS)), real, stream)[..., 0]

@@ -17,7 +17,7 @@ from ..device.headers import address_of
 from ..intervals import FAR, keys_of_rows, rows_of_keys
 from ..options import Array
 from ..problem.dense import WHOLE, Problem
-from . import device_rules
+from . import device_masks, device_rules
 from .records import fill_in, is_paged, sequences_of, storage_of, stored_of
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -68,7 +68,7 @@ class Work:
         self.hides = _hides(p, self.sequences)
         self._integers = [0] * len(INTEGERS)
         self._reals = reals(p)
-        self._kept: dict[str, Array] = {}
+        self._kept: dict[Any, Any] = {}
         self.set(
             heads=p.H, group=p.H // p.Hkv if p.Hkv else 1, E=p.E, Ev=p.Ev, dropout=p.dropout, seed=p.seed,
             left=FAR if p.left is None else p.left, right=FAR if p.right is None else p.right,
@@ -129,7 +129,7 @@ class Work:
             task, self.storage, p.E, p.Ev, product, self.device,
             p.softcap is not None, p.alibi_slopes is not None, "" if p.bias is None else storage_of(p.bias.dtype),
             p.mask is not None, p.dropout > 0, is_paged(p), self.hides, aligned, stored_of(p),
-            device_rules.mods_of(self._rules, task in ("query", "key")),
+            device_rules.mods_of(self._rules, task in ("query", "key")), p.blocks is not None,
         )  # fmt: skip
 
     def empty(self, name: str, shape: Any, dtype: Any) -> Array:
@@ -153,6 +153,10 @@ class Work:
 
     def launch(self, c: Spec, grid: tuple[int, int, int], **numbers: int) -> None:
         self.set(**numbers)
+        if c.lists:
+            lists = device_masks.lists_of(self.p, c)
+            self._kept["lists", c.task, c.rows] = lists
+            self.set(list_heads=lists.heads, **device_masks.addresses_of(lists))
         runtime.launch(kernels.compiled(c), grid, self._integers, self._reals, self.stream)
 
 
@@ -160,7 +164,7 @@ def _hides(p: Problem, sequences: Array) -> bool:
     """Whether a valid key may be hidden from a row: NaN in that key must then not reach the row."""
     if p.left is not None or p.mask is not None or p.bias is not None:
         return True
-    if p.score_mod is not None or p.mask_mod is not None:
+    if p.blocks is not None or p.score_mod is not None or p.mask_mod is not None:
         return True
     # Causality alone may hide nothing: in a decoding step the only row sees every key.
     _, stop = keys_of_rows(0, *_span(p, sequences))

@@ -33,6 +33,7 @@ from .results import not_finite, write_row
 from .softmax import across, recenter
 from .spec import Spec, compute_capability, lay_out
 from .tiles import CHUNK, Tile
+from .visits import aligned, make_visits
 
 NAMES = {"query": (*BACKWARD, "grad_query"), "key": (*BACKWARD, "grad_key", "grad_value", "sum_query")}
 
@@ -113,6 +114,8 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     BLOCK = packed_block(c, names)
     any_marked, marked = make_marks(c, on, BLOCK)
     together = compute_capability(c.arch) >= (9, 0)
+    lists = c.lists
+    list_of, visit, show = make_visits(c, on, BLOCK, lanes)
 
     @macro((BLOCK, "i"), PARAMETERS, "i", "i")
     def find_work(e: Emit, p: Parameters, at_x: I32, at_y: I32) -> tuple[Block, I32]:
@@ -126,6 +129,8 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         begin, end, all_begin, all_end = b.span.of_rows(b.first, b.first + (c.rows - 1))
         if c.dropout and not of_keys:
             begin = first_of_block(begin)
+        if lists:
+            begin = aligned(begin)
         return [begin, end, all_begin, e.select(e.load("i", b.p.far) > 0, begin - begin, all_end)]
 
     @macro("", BLOCK, "i", "i")
@@ -309,17 +314,30 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                 return
         begin, end, all_begin, all_end = columns_seen(block)
         x, y = zeros()
-        if begin < end:
+        j, g = begin, np.int32(0)
+        if lists:
+            until, words = np.int32(0), np.int32(0)
+            turn, last = list_of(block)
+            while (j >= until or j >= end) and turn < last:
+                turn = np.int32(turn + 1)
+                j, until, words, g = visit(block, turn, last, begin)
+        if j < end:
             load_own(block, base, thread)
-            load_other(block, base, thread, begin, np.int32(0), np.int32(0))
+            load_other(block, base, thread, j, g, np.int32(0))
             landed()
             cuda.syncthreads()
             scale_own(parameters, base, thread)
-            j, g, shift = begin, np.int32(0), np.int32(0)
+            shift = np.int32(0)
             while g < group:
                 landed()
                 cuda.syncthreads()
-                next_j, next_g = following(j, g, begin, end)
+                if lists:
+                    next_j, next_g, next_words = np.int32(j + columns), g, words
+                    while (next_j >= until or next_j >= end) and turn < last:
+                        turn = np.int32(turn + 1)
+                        next_j, until, next_words, next_g = visit(block, turn, last, begin)
+                else:
+                    next_j, next_g = following(j, g, begin, end)
                 if next_g < group:
                     load_other(block, base, thread, next_j, next_g, np.int32(period - shift))
                 s = multiply(base, thread, shift)
@@ -328,6 +346,9 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                         s, derivatives = stages(block, thread, j, g, s)
                     else:
                         s = stages(block, thread, j, g, s)
+                if lists:
+                    if words != 0:
+                        s = show(block, thread, j, words, s)
                 if j < all_begin or j + columns > all_end:
                     edge, _ = find_work(parameters, at_x, at_y)
                     s = hide(edge, thread, j, s)
@@ -351,7 +372,10 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                         leave(base, thread, ds)
                         cuda.syncthreads()
                         add_queries(block, base, thread, j, g)
-                j, g = following(j, g, begin, end)
+                if lists:
+                    j, g, words = next_j, next_g, next_words
+                else:
+                    j, g = following(j, g, begin, end)
                 shift = np.int32(period - shift)
         block, group = find_work(parameters, at_x, at_y)
         finish(block, thread, x, y)

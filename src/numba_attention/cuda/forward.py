@@ -32,6 +32,7 @@ from .softmax import fold, lse, relative, start, total
 from .spec import Spec, lay_out
 from .staging import Codes, unpack
 from .tiles import Tile
+from .visits import aligned, make_visits
 
 
 def tiles_of(c: Spec) -> tuple[Tile, Tile, Tile, int]:
@@ -102,6 +103,8 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
     mixed = c.product == "tensor" and max(c.E, c.Ev) <= 64
     BLOCK = packed_block(c, FORWARD)
     any_marked, marked = make_marks(c, on, BLOCK)
+    lists = c.lists
+    list_of, visit, show = make_visits(c, on, BLOCK, lanes)
 
     @macro(BLOCK, PARAMETERS, "i", "i")
     def find_work(e: Emit, p: Parameters, x: I32, y: I32) -> Block:
@@ -116,6 +119,8 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         begin, end, all_begin, all_end = b.span.of_rows(first, last)
         if dropout:
             begin = first_of_block(begin)
+        if lists:
+            begin = aligned(begin)
         if split_kv:
             tiles = (e.max(end - begin, 0) + columns - 1) // columns  # (integer division is unsigned)
             share = (tiles + b.p.int("splits") - 1) // b.p.int("splits") * columns
@@ -281,6 +286,12 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
             ready = True
             block = find_work(parameters, x, y)
             j, end, all_begin, all_end = keys_seen(block, part)
+            if lists:
+                begin, until, words = j, np.int32(0), np.int32(0)
+                turn, last = list_of(block)
+                while (j >= until or j >= end) and turn < last:
+                    turn = np.int32(turn + 1)
+                    j, until, words, _ = visit(block, turn, last, begin)
             m, l, acc = begin_rows(block, base, thread, part)
             if j < end:
                 load_queries(block, base, thread)
@@ -298,6 +309,9 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
                 s = multiply_keys(base, thread)
                 if staged:
                     s = stages(block, thread, j, s)
+                if lists:
+                    if words != 0:
+                        s = show(block, thread, j, words, s)
                 if j < all_begin or j + columns > all_end:
                     # Rematerialization: the block is computed anew on tiles at the edge, and at the end, so that it
                     # does not occupy registers throughout the loop.
@@ -310,13 +324,18 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
                 if unpacked:
                     unpack_values(base, thread)
                     cuda.syncthreads()
+                current = j
                 j = np.int32(j + columns)
+                if lists:
+                    while (j >= until or j >= end) and turn < last:
+                        turn = np.int32(turn + 1)
+                        j, until, words, _ = visit(block, turn, last, begin)
                 if j < end:
                     load_keys(block, base, thread, j)
                 if mixed:
                     p, m, l, acc = take_in(parameters, base, s, m, l, acc)
                 if dropout:
-                    p = drop(block, thread, np.int32(j - columns), p)
+                    p = drop(block, thread, current, p)
                 acc = add_values(base, thread, acc, p)
             if may_repeat:
                 if cuda.syncthreads_or(overflows(acc)) != 0:

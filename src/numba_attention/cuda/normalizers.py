@@ -13,6 +13,7 @@ from .parameters import PARAMETERS, Parameters
 from .products import Layout
 from .softmax import LOG2E, fold, is_far, relative, start, total
 from .spec import Spec
+from .visits import aligned, make_visits
 
 NAMES = (*FORWARD, "delta")
 # How far the lse of a row may exceed that of its keys by rounding, relatively. A larger one is that of more keys than
@@ -32,6 +33,8 @@ def make_normalizers(c: Spec, on: Target) -> KernelFunction:
     scale_queries = make_scale(c, on, q)
     S, M = f"{kind}{len(layout)}", f"{kind}{product.slots}"
     BLOCK = packed_block(c, NAMES)
+    lists = c.lists
+    list_of, visit, show = make_visits(c, on, BLOCK, lanes)
 
     @macro("i", PARAMETERS)
     def any_far(e: Emit, p: Parameters) -> I32:
@@ -46,6 +49,8 @@ def make_normalizers(c: Spec, on: Target) -> KernelFunction:
     def keys_seen(e: Emit, b: Block, thread: I32) -> tuple[I32, I32, I32]:
         """Whether the row of a thread is far, the first key that a row sees, and the one after the last."""
         begin, end, _, _ = b.span.of_rows(b.first, b.first + (c.rows - 1))
+        if lists:
+            begin = aligned(begin)
         row = b.first + thread
         in_bounds = (thread < c.rows) & (row < b.span.rows)
         lse = e.load(kind, b.places["lse"] + e.wide(row) * b.p.lse_row, where=in_bounds)
@@ -104,6 +109,12 @@ def make_normalizers(c: Spec, on: Target) -> KernelFunction:
         far, j, end = keys_seen(block, thread)
         if cuda.syncthreads_or(far) == 0:
             return
+        if lists:
+            begin, until, words = j, np.int32(0), np.int32(0)
+            turn, last = list_of(block)
+            while (j >= until or j >= end) and turn < last:
+                turn = np.int32(turn + 1)
+                j, until, words, _ = visit(block, turn, last, begin)
         m, l = begin_rows(block, thread)
         load_queries(block, base, thread)
         landed()
@@ -113,9 +124,17 @@ def make_normalizers(c: Spec, on: Target) -> KernelFunction:
             load_keys(block, base, thread, j)
             landed()
             cuda.syncthreads()
-            m, l = take_in(parameters, scores(block, base, thread, j), m, l)
+            s = scores(block, base, thread, j)
+            if lists:
+                if words != 0:
+                    s = show(block, thread, j, words, s)
+            m, l = take_in(parameters, s, m, l)
             cuda.syncthreads()
             j = np.int32(j + columns)
+            if lists:
+                while (j >= until or j >= end) and turn < last:
+                    turn = np.int32(turn + 1)
+                    j, until, words, _ = visit(block, turn, last, begin)
         finish(block, thread, m, l)
 
     return kernel

@@ -5,12 +5,16 @@ from .emit import I32, I64, Emit, Packed, Real, Regs
 
 ARRAYS = ("query", "key", "value", "out", "lse", "bias", "mask", "grad_out", "grad_lse", "delta",
           "grad_query", "grad_key", "grad_value", "grad_bias", "sum_query", "key_scale", "value_scale")  # fmt: skip
-ADDRESSES = (*ARRAYS, "slopes", "sinks", "sequences", "work", "flags", "partial", "members", "far", "mods")
+LISTS = ("list_first", "list_starts", "list_runs", "list_words")  # of a block mask: `visits`
+ADDRESSES = (
+    *ARRAYS, "slopes", "sinks", "sequences", "work", "flags", "partial", "members", "far", "mods", *LISTS,
+)  # fmt: skip
 INTEGERS = (
     *ADDRESSES,
     *(f"{name}_{axis}" for name in ARRAYS for axis in ("head", "row", "column")),
     "heads", "group", "E", "Ev", "left", "right", "tiles", "together", "flag_rows", "splits", "number", "inner_tiles",
     "dropout", "seed", "page_size", "key_page", "value_page", "key_scale_page", "value_scale_page",
+    "list_heads",  # of a sequence
     # of the gradient of a bias: which sequences share its elements, how many heads, rows and keys do
     "bias_heads", "bias_rows", "bias_keys",
 )  # fmt: skip

@@ -52,6 +52,7 @@ class Spec:
     bias: str = ""  # its storage
     mask: bool = False
     mods: Mods | None = None
+    lists: bool = False  # visits the tiles in the lists of a block mask
     dropout: bool = False
     sinks: bool = False
     paged: bool = False
@@ -70,7 +71,7 @@ class Spec:
     def _hash(self) -> int:
         return hash(tuple(getattr(self, f.name) for f in fields(self)))
 
-    def __hash__(self) -> int:  # of 27 fields, asked for several times in every call
+    def __hash__(self) -> int:  # of 28 fields, asked for several times in every call
         return self._hash
 
     def __reduce__(self) -> Any:
@@ -103,7 +104,7 @@ class Spec:
     @property
     def is_large(self) -> bool:
         """Whether what happens between the products takes so many registers that tiles must be smaller."""
-        return self.is_staged or self.dropout
+        return self.is_staged or self.dropout or self.lists
 
     @property
     def is_unpacked(self) -> bool:
@@ -134,7 +135,7 @@ class Spec:
     @property
     def name(self) -> str:
         """All that distinguishes this kernel from others."""
-        options = [n for n in ("aligned", "softcap", "alibi", "mask", "dropout", "sinks", "paged", "pack_gqa",
+        options = [n for n in ("aligned", "softcap", "alibi", "mask", "lists", "dropout", "sinks", "paged", "pack_gqa",
                                "split_kv", "flags", "nan_safe", "gather_rows", "fused_dq")
                    if getattr(self, n)]  # fmt: skip
         words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",

@@ -9,6 +9,7 @@ from ..errors import BackendUnavailableError
 from . import kernels
 from .formats import HALVES
 from .spec import Mods, Spec, padded
+from .visits import WIDTH
 
 ASYNCHRONOUS = (8, 0)  # first compute capability with asynchronous copies, and m16n8k16 on tensor cores
 TF32X3 = "NUMBA_ATTENTION_TF32X3"  # "1": float32 on tensor cores, with three products for each
@@ -105,14 +106,14 @@ def fitted(c: Spec, device: Any) -> Spec:
 def for_call(
     task: str, storage: str, E: int, Ev: int, product: str, device: Any, softcap: bool, alibi: bool, bias: str,
     mask: bool, dropout: bool, paged: bool, flags: bool, aligned: bool, kv_storage: str = "",
-    mods: Mods | None = None,
+    mods: Mods | None = None, lists: bool = False,
 ) -> Spec:  # fmt: skip
     """The kernel of a task with the options of a call."""
     c = base(task, storage, E, Ev, device)
     assert c.product == product
     c = with_options(
         c, softcap=softcap, alibi=alibi, bias=bias, mask=mask, dropout=dropout, paged=paged, flags=flags,
-        kv_storage=kv_storage, mods=mods, aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
+        kv_storage=kv_storage, mods=mods, lists=lists, aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
     )  # fmt: skip
     return fitted(c, device)  # codes of a cache need shared memory beside the tiles
 
@@ -138,6 +139,8 @@ def heads_together(heads: int, tiles: int, resident: int) -> int:
 def with_options(c: Spec, **options: Any) -> Spec:
     """Say what a kernel does on the way; what needs registers for it gets smaller tiles."""
     c = c.with_(**options)
+    if c.lists:  # columns that divide a tile of a list
+        c = c.with_(columns=1 << min(c.columns, WIDTH).bit_length() - 1)
     if c.is_large or c.kv_storage:
         if c.product == "simt":
             share = 4 if c.dropout and (c.is_staged or c.task == "key") else 2
@@ -146,7 +149,7 @@ def with_options(c: Spec, **options: Any) -> Spec:
         if c.kv_storage and c.is_large and max(c.E, c.Ev) > 128:
             warps = 4
         columns = min(c.columns, 32)
-        if c.is_largest and c.task == "key" and max(c.E, c.Ev) >= 128:
+        if c.is_largest and max(c.E, c.Ev) >= {"key": 128, "query": 256}.get(c.task, 512):
             columns = 16
         return c.with_(slots=1, warps=warps, columns=columns)
     if c.flags and c.task == "key" and c.product == "tensor" and max(c.E, c.Ev) == 64:
@@ -260,7 +263,7 @@ def bias(c: Spec, device: Any) -> Spec:
     spec = c.with_(task="bias", flags=False, nan_safe=False)
     small = max(c.E, c.Ev) <= 64
     if spec.product == "simt":
-        slots = 1 if c.dropout else (4 if small else 2) // (2 if c.storage == "float64" else 1)
+        slots = 1 if c.dropout or c.mods is not None else (4 if small else 2) // (2 if c.storage == "float64" else 1)
         spec = spec.with_(slots=slots, columns=32 if small else 16, nan_safe=True)
     else:
         spec = spec.with_(slots=1, warps=4 if max(c.E, c.Ev) <= 128 else 2, columns=32 if small else 16)

@@ -77,15 +77,16 @@ def lists_for(
     key = batch, H, Hkv, geometry, each, None if chosen is None else tuple(x.tobytes() for x in chosen), few
     lists = mask.kept.get(key)
     if lists is None:
-        lists = _make(mask, batch, H, Hkv, geometry, rows, chosen, few)
+        lists = make_lists(mask, batch, H, Hkv, geometry, rows, chosen, few)
         mask.keep(key, lists)
     return lists
 
 
-def _make(
+def make_lists(
     mask: BlockMask, batch: tuple[int, ...], H: int, Hkv: int, geometry: Geometry, rows: Array | int,
-    chosen: tuple[Array, Array] | None, few: bool,
+    chosen: tuple[Array, Array] | None = None, few: bool = False,
 ) -> Lists:  # fmt: skip
+    """Make the lists of `lists_for`, which are not kept."""
     L, lanes = mask.shape[-2], geometry.lanes
     planes = mask.planes_over((*batch, H)).reshape(math.prod(batch), H)
     positions = np.arange(L)
