@@ -89,8 +89,9 @@ class Spec:
 
     @property
     def is_largest(self) -> bool:
-        """Whether dropout or rules of a caller come beside other stages, which takes yet more registers."""
-        return (self.dropout and self.is_staged) or (self.mods is not None and self._has_options)
+        """Whether dropout, lists or rules of a caller come beside other stages, which takes yet more registers."""
+        beside = self.mods is not None or self.lists
+        return (self.dropout and self.is_staged) or (beside and self._has_options)
 
     @property
     def has_score_mod(self) -> bool:
