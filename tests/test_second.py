@@ -371,6 +371,62 @@ def test_no_further_from_float64_than_pytorch(torch):
         assert np.sqrt(np.mean(ours**2)) <= 1.2 * np.sqrt(np.mean(other**2))
 
 
+# One sweep for the results and their tangents, where the results are not given.
+
+
+def results_of(call, **more):
+    return call.jvp(**more)._asdict()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((40, 70, 16, 8), {"is_causal": True}),
+        ((70, 5000, 8, 24), {"softcap": 2.0, "alibi_slopes": [0.01, 0.1]}),
+        ((130, 70, 140, 8), {"dropout_p": 0.3, "seed": 1, "score_mod": mod}),
+        (
+            (33, 200, 64, 64),
+            {"mask": np.arange(33)[:, None] % 3 > 0, "bias": 30 * np.sin(np.arange(200.0)), "scale": 3},
+        ),
+    ],
+    ids=["causal", "many keys", "dropout, mod", "mask, bias"],
+)
+def test_results_known_or_not(dtype, sizes, options):
+    L, S, E, Ev = sizes
+    case = Case(L, S, E, Ev, H=2, Hkv=1, batch=(2,))
+    for parts in (NAMES[:4], NAMES[:1], NAMES[1:2], NAMES[2:3]):
+        call = Call(case.arrays(dtype), {**options, "sinks": np.ones(2)}, parts=parts)
+        compare(
+            results_of(call), results_of(call, out=call.out, lse=call.lse), {"float32": 2e-5, "float64": 1e-12}[dtype]
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("what", ["value", "tangent of value", "query"])
+def test_rows_that_are_not_finite_leave_the_others_alone(dtype, what):
+    """Those rows are as with known results, the others have the same bits."""
+    call = Call(Case(70, 70, 8, H=1, batch=()).arrays(dtype), {"is_causal": True})
+    before = results_of(call)
+    {"value": call.arrays[2], "query": call.arrays[0]}.get(what, call.u.value)[:, 40, 3] = np.nan
+    after = results_of(call)
+    out, lse = na.attention(*call.arrays, **call.kwargs, return_lse=True)
+    known = results_of(call, out=out, lse=lse)
+    lost = np.isnan(after["out_tangent"]).any(-1)
+    np.testing.assert_array_equal(lost[0], np.arange(70) == 40 if what == "query" else np.arange(70) >= 40)
+    for name, x in after.items():
+        np.testing.assert_array_equal(x[~lost], before[name][~lost], err_msg=name)
+        np.testing.assert_array_equal(x[lost], known[name][lost], err_msg=name)
+
+
+def test_sums_beyond_the_largest_number():
+    """Unnormalised outputs of these would be infinite; the forward pass divides first."""
+    q, k, v = np.zeros((70, 8), np.float32), np.zeros((300, 8), np.float32), np.full((300, 8), 1e38, np.float32)
+    moved = na.attention_jvp(na.Gradients(np.ones_like(q), None, None), q, k, v)
+    np.testing.assert_array_equal(moved.out, na.attention(q, k, v))
+    assert not moved.lse_tangent.any()
+
+
 # What is hidden stays hidden, and what is seen is not.
 
 

@@ -75,8 +75,8 @@ def attention_jvp(
     Notes
     -----
     With ``dS = scale (dQ K.T + Q dK.T) + dbias`` the tangents are ``dlse = rowsum(P * dS)`` and
-    ``dO = (P * dS) V + P dV - dlse * O``: five products for each pair of a query and a key, where `attention` takes
-    two. See the page "Second derivatives".
+    ``dO = (P * dS) V + P dV - dlse * O``: five products for each pair of a query and a key, and six with `out` and
+    `lse`, in one sweep with an online softmax, where `attention` takes two. See the page "Second derivatives".
 
     References
     ----------
@@ -104,9 +104,10 @@ def attention_jvp(
         assert forward.result_lse is not None
         out, lse = forward.result, forward.result_lse
     problem = build_jvp(tangents, query, key, value, out, lse, starts, settings)
-    if forward is not None:
-        chosen.forward(forward)
-    second.run(problem)
+    if forward is None:
+        second.run(problem)
+    else:
+        second.run_with_forward(problem, forward)
     p = problem.gradient.forward
     assert p.result_lse is not None
     return Tangents(p.result, p.result_lse, *_tangents(problem))

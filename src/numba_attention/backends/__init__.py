@@ -49,6 +49,9 @@ class SecondDerivatives(Protocol):
     def run(self, problem: SecondProblem) -> None:
         """Write the tangents of the results, of the gradients, or both: see `SecondProblem`."""
 
+    def run_with_forward(self, problem: SecondProblem, forward: Problem) -> None:
+        """Write the results of the forward pass, which are inputs of the problem, and their tangents."""
+
 
 NAMES = ("cpu", "cuda", "reference")
 _context: ContextVar[str | None] = ContextVar("numba_attention_backend", default=None)

@@ -10,21 +10,21 @@ from ..cpu.params import OFFSETS, SECOND, TANGENTS
 from ..options import Array
 from ..problem.dense import Problem
 from ..problem.second import Direction, SecondProblem
-from . import cpu_backward
+from . import cpu, cpu_backward
 from .records import address_of, compact, room_for, starts_of, stored, strides_of
 
 _FULL = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def run(problem: SecondProblem) -> None:
-    """Write what the kind of the problem asks for."""
+def run(problem: SecondProblem, online: bool = False) -> None:
+    """Write what the kind of the problem asks for; if `online`, out and lse too."""
     p = problem.gradient.forward
     if p.query.dtype not in _FULL:
         _run_widened(problem)
         return
     of_results, of_gradients = problem.kind != "closed", problem.kind != "jvp"
     g, u = problem.gradient, problem.direction
-    if of_results:
+    if of_results and not online:
         problem.lse_tangent[...] = 0 if u.sinks is None else _times(problem.sink_weights, u.sinks[:, None])
     moved_delta = None if of_results else _moved_delta(problem)
     record = np.zeros(1, SECOND)
@@ -41,6 +41,7 @@ def run(problem: SecondProblem) -> None:
             offsets[name] = starts_of(name, array, p)
             for field, stride in strides_of(name, array, len(p.batch)).items():
                 record[field] = stride
+    record["online"] = online
     record["offsets"], record["of_results"], record["of_gradients"] = address_of(offsets), of_results, of_gradients
     for name, array in (
         ("out_tangent", problem.out_tangent), ("lse_tangent", problem.lse_tangent), ("delta_tangent", moved_delta),
@@ -53,6 +54,31 @@ def run(problem: SecondProblem) -> None:
     )
     if of_gradients and p.sinks is not None and delta is not None:
         g.sinks = _of_sinks(problem, p, delta, moved_delta)
+
+
+def run_with_forward(problem: SecondProblem, forward: Problem) -> None:
+    """Write out and lse, and their tangents: in one sweep, where nothing is needed of lse beforehand.
+
+    Rows in which some number is not finite are taken from the forward pass, which has its own ways with them.
+    """
+    p, rows = problem.gradient.forward, problem.rows
+    assert p.lse is not None
+    if p.query.dtype not in _FULL or problem.direction.sinks is not None:
+        cpu.forward(forward)
+        run(problem)
+        return
+    run(problem, online=True)
+    results = rows(p.out), problem.out_tangent, rows(p.lse), problem.lse_tangent
+    with np.errstate(all="ignore"):
+        lost = np.isnan(results[2]) | ~np.isfinite(results[3])
+        for x in results[:2]:
+            lost |= ~np.isfinite(x).all(-1)
+    if lost.any():
+        online = [x.copy() for x in results]
+        cpu.forward(forward)
+        run(problem)
+        for x, other in zip(results, online, strict=True):
+            np.copyto(x, other, where=~(lost[..., None] if x.ndim > lost.ndim else lost))
 
 
 def _times(weights: Array, x: Any) -> Array:

@@ -43,6 +43,12 @@ def run(problem: SecondProblem) -> None:
                 g.key[b], g.value[b] = sums
 
 
+def run_with_forward(problem: SecondProblem, forward: Problem) -> None:
+    """Write the results, and then their tangents."""
+    textbook.forward(forward)
+    run(problem)
+
+
 _OF_ROWS = ("out_tangent", "lse_tangent", "grad_out_tangent", "grad_lse_tangent", "score_sums")
 
 

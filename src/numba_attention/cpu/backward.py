@@ -332,17 +332,22 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def wants_gradients(p: Any) -> bool:
         return True
 
-    if spec.task == "second":
-        own = make_second(spec, scoring, bytes_of, load_rows, lose_scores, spread_nan)
-        bytes_of, load_rows, begin, visit_keys, rows_of, finish, wants_gradients = own
+    @spec.jit
+    def knows_lse(p: Any) -> bool:
+        """Whether lse is an input."""
+        return True
 
     @spec.jit
     def carry_gradient(p: Any, at: int, first: bool) -> None:
         """Move the sums of dQ over the last tiles of keys to the second level."""
         if first:
-            high_of(p, at)[: rows_of(p)] = 0
-            low_of(p, at)[: rows_of(p)] = 0
-        carry(at + p.at_out, rows_of(p), at + p.at_high, at + p.at_low, at + p.at_state, real(1))
+            high_of(p, at)[: p.E] = 0
+            low_of(p, at)[: p.E] = 0
+        carry(at + p.at_out, p.E, at + p.at_high, at + p.at_low, at + p.at_state, real(1))
+
+    if spec.task == "second":
+        own = make_second(spec, scoring, bytes_of, load_rows, lose_scores, spread_nan)
+        bytes_of, load_rows, begin, visit_keys, rows_of, finish, wants_gradients, knows_lse, carry_gradient = own
 
     @spec.jit
     def visit_rows(p: Any, s: Any, at: int, head: int, first_row: int, group: int, sums: int, mod_sums: int) -> None:
@@ -352,9 +357,11 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         seen = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
         start, stop, all_start, all_stop = seen
         pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
-        if has_large_lse(p, at):
-            find_denominators(p, s, at, head, listed, seen)
-        dirty = place_gradients(p, s, at, head, first_row, group)
+        dirty = False
+        if knows_lse(p):
+            if has_large_lse(p, at):
+                find_denominators(p, s, at, head, listed, seen)
+            dirty = place_gradients(p, s, at, head, first_row, group)
         dirty = load_rows(p, s, at, first_row) or dirty
         nan_safe = False
         while True:
@@ -380,6 +387,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             if nan_safe or not has_nan(at + p.at_out, rows_of(p)):
                 break
             nan_safe = True
+            if not knows_lse(p):  # maxima and denominators begin anew
+                seen = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
         finish(p, s, at, first_row)
         if not wants_gradients(p):
             return

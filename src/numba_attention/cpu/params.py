@@ -53,7 +53,7 @@ SECOND = np.dtype([
     for name in (
         *TANGENTS,
         *(f"{name}_{axis}" for name in TANGENTS for axis in ("head", "row", "column")),
-        "offsets", "of_results", "of_gradients", "out_tangent", "lse_tangent", "delta_tangent", "score_sums",
+        "offsets", "of_results", "of_gradients", "online", "out_tangent", "lse_tangent", "delta_tangent", "score_sums",
         "head_rows",  # rows from one head to the next in those arrays
     )
 ])  # fmt: skip

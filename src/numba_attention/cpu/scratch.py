@@ -130,8 +130,8 @@ def _of_backward(spec: Spec, E: int, Ev: int, sums: int) -> dict[str, Area]:
 def _of_second(spec: Spec, E: int, Ev: int, sums: int) -> dict[str, Area]:
     BM, BN, MR, real = spec.query_tile, spec.key_tile, spec.block[0], spec.vector.dtype
     tile, table = Area((BN, BM), real), Area((BM,), np.int64)
-    sizes = {name: -(-n // MR) * MR for name, n in (("E", E), ("Ev", Ev))}
-    both = Area((sizes["E"] + sizes["Ev"], BM), real)  # the tangents of dQ, then those of the outputs
+    first, last = (-(-n // MR) * MR for n in (max(E, Ev), Ev))
+    both = Area((first + last, BM), real)  # the tangents of dQ, or the outputs, and then the tangents of the outputs
     return _of_backward(spec, E, Ev, sums) | {
         "out": both,
         "high": both,

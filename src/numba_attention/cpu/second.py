@@ -8,11 +8,14 @@ products of a tile at most, of which those with a tangent that is 0 are left out
     tangent of dK += dZ Q + Z dQ, tangent of dV += P (ds - mu) dO + P ddO         features in the lanes
 
 A call wants the tangents of the results ("jvp"), of the gradients ("closed", with mu and those of delta known), or both
-at once, as if out and lse did not move ("open").
+at once, as if out and lse did not move ("open"). Where the results themselves are not known, the tangents are summed
+beside them in one sweep, an online softmax as in the forward pass ("online"): one product more instead of two.
 """
 
 import math
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from . import stages, tiles
 from .dropout import make_drop
@@ -24,13 +27,21 @@ from .scratch import areas_of, views
 from .simd import void_pointer
 from .softmax import (
     DELTA_TANGENT,
+    INVERSE,
     MAX,
     MU,
     RESCALE,
+    SUM,
+    SUM_HIGH,
+    SUM_LOW,
     SUM_MOVED,
     SUM_MOVED_GRADS,
     SUM_ROWS,
+    add_tiles,
+    follow_weights,
     moved_weights,
+    second_level,
+    softmax_step,
 )
 from .spec import Spec
 from .sums import LOST, add_products, add_transposed, copy_rows
@@ -47,6 +58,8 @@ class Second(NamedTuple):
     rows_of: Any
     finish: Any
     wants_gradients: Any
+    knows_lse: Any
+    carry_sums: Any
 
 
 def make_second(
@@ -63,7 +76,8 @@ def make_second(
     query_rows_of, grad_rows_of, bias_rows_of, out_rows_of = views(
         areas_of(spec), "tangent_query_rows grad_tangent_rows tangent_bias_rows out_tangent_rows"
     )
-    products, score_tile, pack_rows = scoring.products, scoring.score_tile, scoring.pack_rows
+    _, pack_rows, products, _, may_hide, score_tile, _ = scoring
+    high_of, low_of, lse_rows_of, starts_of, stops_of = views(areas_of(spec), "high low lse_rows starts stops")
     mm_more = micro_kernel(spec, "output")
     gather, gather_bias = (tiles.gather_tile(spec, ELEMENTS[name]) for name in (spec.storage, bias_elements(spec)[0]))
     widen, write_tile, drop_nonfinite = tiles.widen_tile(spec), tiles.scatter_tile(spec), tiles.drop_nonfinite(spec)
@@ -72,13 +86,20 @@ def make_second(
     move_weights, move_gradients = moved_weights(spec, False), moved_weights(spec, True)
     scale_scores, chain, move_scores = stages.multiply(spec), stages.chain_slopes(spec), stages.moved_scores(spec)
     shift, through, drop_where = stages.shift(spec), stages.through_slopes(spec), stages.drop_where(spec)
-    subtract = stages.subtract_rows(spec)
+    subtract, tile_max = stages.subtract_rows(spec), stages.tile_max(spec)
+    step_softmax, follow, add_levels = softmax_step(spec, pairs=False), follow_weights(spec), add_tiles(spec)
+    carry, carry_online = second_level(spec, online=False), second_level(spec)
     drop = make_drop(spec)
 
     @spec.jit
     def wants_gradients(p: Any) -> bool:
         wants: bool = carray(void_pointer(p.second), 1, SECOND)[0].of_gradients != 0
         return wants
+
+    @spec.jit
+    def knows_lse(p: Any) -> bool:
+        knows: bool = carray(void_pointer(p.second), 1, SECOND)[0].online == 0
+        return knows
 
     @spec.jit
     def room(p: Any, s: Any) -> int:
@@ -89,7 +110,7 @@ def make_second(
     @spec.jit
     def first_of_outputs(p: Any) -> int:
         """The row of the accumulators where the tangents of the outputs begin."""
-        rows: int = (p.E + MR - 1) // MR * MR
+        rows: int = (max(p.E, p.Ev) + MR - 1) // MR * MR
         return rows
 
     @spec.jit
@@ -130,7 +151,8 @@ def make_second(
             table = at + p.at_grad_tangent_rows
             pack_rows(at + p.at_grad_tangents, table, u.grad_out_column, p.Ev, real(1))
             dirty = copy(at + p.at_grad_tangent_copy, table, u.grad_out_column, p.Ev, p.Ev_padded, marks) or dirty
-        gather(at + p.at_outputs, at + p.at_out_rows, 0, p.out_column, p.Ev, real(1))
+        if u.online == 0:
+            gather(at + p.at_outputs, at + p.at_out_rows, 0, p.out_column, p.Ev, real(1))
         return dirty
 
     @spec.jit
@@ -139,6 +161,18 @@ def make_second(
         out_of(p, at)[: p.out_depth] = 0
         state = second_of(p, at)
         state[SUM_MOVED] = state[SUM_MOVED_GRADS] = 0
+
+    @spec.jit
+    def carry_sums(p: Any, at: int, first: bool) -> None:
+        """Move the sums over the last tiles of keys to the second level."""
+        if first:
+            high_of(p, at)[: p.out_depth] = 0
+            low_of(p, at)[: p.out_depth] = 0
+        high, low, state = at + p.at_high, at + p.at_low, at + p.at_state
+        if knows_lse(p):
+            carry(at + p.at_out, p.out_depth, high, low, state, real(1))
+        else:
+            carry_online(at + p.at_out, p.out_depth, high, low, state, real(p.unit * LOG2E))
 
     @spec.jit
     def more_products(
@@ -296,11 +330,61 @@ def make_second(
             add(of_values, at + p.at_scores, at + p.at_grad_tangent_copy, n, p.Ev_padded)
 
     @spec.jit
+    def lose_rows(p: Any, at: int, source: int, row: int, column: int, n: int) -> None:
+        """Give NaN to rows that see a value with NaN or infinity; `moved_grads` is 0 where a key is hidden."""
+        out, seen = out_of(p, at), moved_grads_of(p, at)
+        for j in range(n):
+            for e in range(p.Ev):
+                if not math.isfinite(value_at(source + j * row + e * column)):
+                    for lane in range(BM):
+                        if seen[j, lane] != 0:
+                            out[0, lane] = nan
+
+    @spec.jit
+    def fold_keys(p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, bits: int, nan_safe: bool) -> None:
+        """One tile of keys of an online softmax: the sums of V e and, along the direction, of V (e ds) + dV e."""
+        u = carray(void_pointer(p.second), 1, SECOND)[0]
+        own = carray(void_pointer(u.offsets), UNBOUNDED, OFFSETS)[s.batch]
+        moved_values = u.value + own.value + head * u.value_head + j0 * u.value_row
+        lanes, state, weights, target = state_of(p, at), at + p.at_state, at + p.at_scores, at + p.at_moved_weights
+        lanes[RESCALE] = 1  # of sums of products in parts, before those of weights have a factor
+        score_tile(p, s, at, head, j0, n, edge, bits)
+        moved = move(p, s, at, head, j0, n)
+        if nan_safe:
+            scores, seen = weights_of(p, at), moved_grads_of(p, at)
+            for j in range(n):
+                for lane in range(BM):
+                    seen[j, lane] = real(scores[j, lane] != -math.inf)
+        tile_max(weights, n, state)
+        step_softmax(weights, n, state, real(p.unit * LOG2E), weights)
+        follow(weights, moved, target, n, state, at + p.at_second_state)
+        if p.dropout != 0:
+            kept_of(p, at)[:] = 1
+            drop(p, s, at, at + p.at_kept, n, j0)
+            drop_where(weights, at + p.at_kept, n)
+            drop_where(target, at + p.at_kept, n)
+        values = p.value + s.value + head * p.value_head + j0 * p.value_row
+        out = at + p.at_out
+        moved_out = out + first_of_outputs(p) * row_bytes
+        add_rows(p, at, out, values, p.value_row, p.value_column, n, p.Ev, weights, nan_safe)
+        add_rows(p, at, moved_out, values, p.value_row, p.value_column, n, p.Ev, target, nan_safe)
+        if u.value != 0:
+            lanes[RESCALE] = 1
+            add_rows(p, at, moved_out, moved_values, u.value_row, u.value_column, n, p.Ev, weights, nan_safe)
+        if nan_safe:
+            lose_rows(p, at, values, p.value_row, p.value_column, n)
+            if u.value != 0:
+                lose_rows(p, at, moved_values, u.value_row, u.value_column, n)
+
+    @spec.jit
     def visit_keys(
         p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, bits: int, sums: int, mod_sums: int,
         dirty: bool, nan_safe: bool,
     ) -> None:  # fmt: skip
         """One tile of keys."""
+        if not knows_lse(p):
+            fold_keys(p, s, at, head, j0, n, edge, bits, nan_safe)
+            return
         u = carray(void_pointer(p.second), 1, SECOND)[0]
         weights, target = at + p.at_scores, at + p.at_moved_weights
         grads, moved_grads = at + p.at_grad_scores, at + p.at_moved_grads
@@ -329,10 +413,48 @@ def make_second(
             add_gradients(p, s, at, head, j0, n, sums, dirty, nan_safe)
 
     @spec.jit
+    def finish_online(p: Any, s: Any, at: int, first_row: int) -> None:
+        """Out and lse of the rows, and their tangents; NaN somewhere in a row for what the forward pass must decide."""
+        u = carray(void_pointer(p.second), 1, SECOND)[0]
+        own = carray(void_pointer(u.offsets), UNBOUNDED, OFFSETS)[s.batch]
+        rows, heads, lse_rows = lane_rows_of(p, at), lane_heads_of(p, at), lse_rows_of(p, at)
+        second, lanes, sums = second_of(p, at), state_of(p, at), out_of(p, at)
+        starts, stops, hides = starts_of(p, at), stops_of(p, at), may_hide(p)
+        lse_tangent = carray(void_pointer(u.lse_tangent), UNBOUNDED, real)
+        state = at + p.at_state
+        last = s.rows * p.group - first_row
+        carry_online(at + p.at_out, 0, at + p.at_high, at + p.at_low, state, real(p.unit * LOG2E))
+        add_levels(state + SUM * row_bytes, state + SUM_HIGH * row_bytes, state + SUM_LOW * row_bytes, 1)
+        for lane in range(BM):
+            total, inverse, lse = np.float64(lanes[SUM, lane]), real(0), -math.inf
+            if total != 0:
+                inverse, lse = real(1 / total), np.float64(lanes[MAX, lane]) * p.unit + math.log(total)
+            elif starts[lane] < stops[lane] and not hides:
+                lse = math.nan
+            second[MU, lane] = second[SUM_MOVED, lane] * inverse
+            if lane < last:
+                lse_tangent[own.first + heads[lane] * u.head_rows + rows[lane]] = second[MU, lane]
+            carray(void_pointer(lse_rows[lane]), 1, real)[0] = lse
+            lanes[INVERSE, lane], lanes[RESCALE, lane] = inverse * real(p.dropout_scale), 1
+        first = first_of_outputs(p)
+        for e in range(p.Ev):
+            for lane in range(BM):
+                sums[e, lane] *= lanes[INVERSE, lane]
+                sums[first + e, lane] *= lanes[INVERSE, lane]
+        out, ones = at + p.at_out, state + RESCALE * row_bytes
+        moved_out = out + first * row_bytes
+        subtract(moved_out, out, p.Ev, at + p.at_second_state + MU * row_bytes)
+        write_tile(out, at + p.at_out_rows, 0, p.out_column, p.Ev, ones)
+        write_tile(moved_out, at + p.at_out_tangent_rows, 0, size, p.Ev, ones)
+
+    @spec.jit
     def finish(p: Any, s: Any, at: int, first_row: int) -> None:
         """The tangents of out and lse of the rows, and their row sums."""
         u = carray(void_pointer(p.second), 1, SECOND)[0]
         if u.of_results == 0:
+            return
+        if u.online != 0:
+            finish_online(p, s, at, first_row)
             return
         own = carray(void_pointer(u.offsets), UNBOUNDED, OFFSETS)[s.batch]
         rows, heads, state, lanes = lane_rows_of(p, at), lane_heads_of(p, at), second_of(p, at), state_of(p, at)
@@ -354,4 +476,6 @@ def make_second(
         subtract(out, at + p.at_outputs, p.Ev, at + p.at_second_state + MU * row_bytes)
         write_tile(out, at + p.at_out_tangent_rows, 0, size, p.Ev, at + p.at_state + RESCALE * row_bytes)
 
-    return Second(room, load_more, begin, visit_keys, rows_of, finish, wants_gradients)
+    return Second(
+        room, load_more, begin, visit_keys, rows_of, finish, wants_gradients, knows_lse, carry_sums,
+    )  # fmt: skip

@@ -388,6 +388,40 @@ def moved_weights(spec: Spec, of_gradients: bool) -> Any:
     return routine(f"scores moved target grads moved_grads n state second factor:{_real(spec)}", build)
 
 
+def follow_weights(spec: Spec) -> Any:
+    """Make ``follow(weights, moved, target, n, state, second)``: target = weights * moved, where weights are not 0.
+
+    For weights relative to a running maximum, as `softmax_step` leaves them: the row SUM_MOVED of the second state is
+    rescaled as that says, and the sums over the n rows are added.
+    """
+    vector = spec.vector
+    NV = spec.block[1]
+    width = vector.bytes * vector.width
+    row_bytes = NV * width
+    zero = vector.const(0.0)
+
+    def build(b: Builder, weights: Value, moved: Value, target: Value, n: Value, state: Value, second: Value) -> None:
+        px, ps = pointer(b, state), pointer(b, second)
+
+        def body(i: Value, carried: list[Value]) -> list[Value]:
+            (weight, source, out), totals = carried[:3], carried[3:]
+            for v in range(NV):
+                w = vector.load(b, weight, v * width)
+                change = b.fmul(w, vector.load(b, source, v * width))
+                change = b.select(b.fcmp_ordered("==", w, zero), zero, change)
+                vector.store(b, change, out, v * width)
+                totals[v] = b.fadd(totals[v], change)
+            return [*(at(b, x, row_bytes) for x in (weight, source, out)), *totals]
+
+        end = loop(b, n, [*(pointer(b, x) for x in (weights, moved, target)), *[zero] * NV], body)
+        for v, total in enumerate(end[3:]):
+            place = SUM_MOVED * row_bytes + v * width
+            rescale = vector.load(b, px, RESCALE * row_bytes + v * width)
+            vector.store(b, vector.fma(b, vector.load(b, ps, place), rescale, total), ps, place)
+
+    return routine("weights moved target n state second", build)
+
+
 def row_products(spec: Spec) -> Any:
     """Make ``multiply(a, b, n, target)``: target[lane] = sum_e a[e, lane] b[e, lane] over n rows of two tiles."""
     vector = spec.vector
