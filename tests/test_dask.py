@@ -448,3 +448,20 @@ except TypeError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith("key must be a numpy.ndarray, got builtins.list"), done.stderr
     assert done.stdout.strip().endswith("False")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gradients_of_half_types_round_once(dtype):
+    """Sums over blocks are no less precise than those of one call, which are in float32."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((1, n, 16)).astype(DTYPES[dtype]) for n in (512, 512, 512)]
+    grad_out = rng.standard_normal((1, 512, 16)).astype(DTYPES[dtype])
+    out, lse = na.attention(*arrays, return_lse=True)
+    exact = na.attention_backward(*(x.astype(np.float64) for x in (grad_out, *arrays, out, lse)), backend="reference")
+    whole = na.attention_backward(grad_out, *arrays, out, lse)
+    lazies = [da.from_array(x, chunks=(1, 32, 16)) for x in (grad_out, *arrays, out)]
+    parts = dask.compute(*na.attention_backward(*lazies, da.from_array(lse, chunks=32))[:3])
+    for got, in_one_call, right in zip(parts, whole[:3], exact[:3], strict=True):
+        assert got.dtype == DTYPES[dtype]
+        rms = [np.sqrt(np.mean((x.astype(np.float64) - right) ** 2)) for x in (got, in_one_call)]
+        assert rms[0] < 1.02 * rms[1]

@@ -1,6 +1,7 @@
-"""Attention on a cluster of worker processes: a worker killed in the middle, little memory, kernels compiled ahead."""
+"""Attention on a cluster of processes: workers that are killed, that restart, that have little memory."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -22,6 +23,17 @@ def cluster(number, memory="1GiB"):
     return distributed.LocalCluster(
         n_workers=number, threads_per_worker=1, processes=True, memory_limit=memory, dashboard_address=None
     )
+
+
+class _Files:
+    """Heads in one file each, of which only what is asked for is read."""
+
+    def __init__(self, folder, shape):
+        self.folder, self.shape, self.dtype, self.ndim = folder, shape, np.dtype(np.float32), len(shape)
+
+    def __getitem__(self, index):
+        heads = range(*index[0].indices(self.shape[0]))
+        return np.concatenate([np.load(self.folder / f"{h:03d}.npy", mmap_mode="r")[:, *index[1:]] for h in heads])
 
 
 def test_a_worker_killed_in_the_middle():
@@ -68,6 +80,89 @@ def test_a_worker_killed_in_the_middle():
     np.testing.assert_allclose(undisturbed[0], want, atol=2e-6)
 
 
+def _states(dask_scheduler):
+    return {task.state for task in dask_scheduler.tasks.values()}
+
+
+def test_a_worker_that_restarts():
+    """A worker leaves with its results, and comes back as a new process, which takes part."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((2, 1024, 32), dtype=np.float32) for _ in range(3)]
+    lazies = [da.from_array(x, chunks=(1, 64, 32)) for x in arrays]
+    with cluster(2) as workers, distributed.Client(workers) as client:
+        nad.warmup(client)
+        undisturbed = na.attention(*lazies, is_causal=True).compute()
+        pids = client.run(os.getpid)
+        future = client.compute(na.attention(*(x + 0 for x in lazies), is_causal=True))
+        while not client.run_on_scheduler(
+            lambda dask_scheduler: "memory" in {t.state for t in dask_scheduler.tasks.values()}
+        ):
+            time.sleep(0.005)
+        address = next(iter(pids))
+        assert client.restart_workers([address]) == {address: "OK"}
+        np.testing.assert_array_equal(client.gather(future), undisturbed)
+        client.wait_for_workers(2)
+        after = set(client.run(os.getpid).values())
+        assert len(after) == 2
+        assert after != set(pids.values())
+        np.testing.assert_array_equal(na.attention(*(x - 0 for x in lazies), is_causal=True).compute(), undisturbed)
+
+
+class _Fatal(_Files):
+    """Keys of which one block ends the process that reads it, as the system does when memory is exhausted."""
+
+    def __init__(self, shape, fatal):
+        super().__init__(None, shape)
+        self.fatal = fatal
+
+    def __getitem__(self, index):
+        if index[1].start == self.fatal:
+            os._exit(1)
+        return np.ones([len(range(*x.indices(n))) for x, n in zip(index, self.shape, strict=True)], np.float32)
+
+
+def test_killed_workers_name_the_chunks():
+    shape = (1, 256, 16)
+    query = da.ones(shape, chunks=shape, dtype=np.float32)
+    key, value = (
+        da.from_array(_Fatal(shape, fatal), chunks=(1, 64, 16), asarray=True, inline_array=True, name=f"fatal {fatal}")
+        for fatal in (192, None)
+    )
+    mask = np.zeros((256, 256), bool)
+    mask[:, 128:] = True
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        cluster(1) as workers,
+        distributed.Client(workers),
+        pytest.raises(distributed.KilledWorker) as info,
+    ):
+        nad.attention(query, key, value, mask=mask, stream=True).compute()
+    # Head 0, the first block of rows, the fourth block of keys.
+    assert re.search(r"\('attention-part-\w+', 0, 0, 3\)", str(info.value))
+
+
+def test_data_larger_than_the_memory_of_their_worker():
+    """Keys and values are results that the worker must keep; the nanny ends a worker that has too much in memory."""
+    heads, keys, features = 16, 2**15, 64
+    size = 2 * heads * keys * features * 4
+    with cluster(1, "384MiB") as workers, distributed.Client(workers) as client:
+        nad.warmup(client)
+        pids = client.run(os.getpid)
+        rng = da.random.default_rng(0)
+        chunks = (1, 2**13, features)
+        k, v = (rng.standard_normal((heads, keys, features), dtype=np.float32, chunks=chunks) for _ in range(2))
+        q = rng.standard_normal((heads, 64, features), dtype=np.float32, chunks=(1, 64, features))
+        q, k, v = client.persist([q, k, v])
+        distributed.wait([q, k, v])
+        (on_disk,) = client.run(lambda dask_worker: len(dask_worker.data.slow)).values()
+        assert on_disk > 0
+        got = na.attention(q, k, v, return_lse=False).compute()
+        assert client.run(os.getpid) == pids, "the worker was ended for its memory"
+        assert _peak(client) < 384 * 2**20 < size + _resident(client)
+        head = [x[-1:].compute() for x in (q, k, v)]
+    np.testing.assert_allclose(got[-1:], na.attention(*head), atol=2e-6)
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_store_of_three_times_the_memory_of_a_worker(backward, tmp_path):
     """Keys and values lie in files; the largest size of the process is that of a few blocks above its beginning."""
@@ -109,17 +204,6 @@ def test_a_store_of_three_times_the_memory_of_a_worker(backward, tmp_path):
             for n, grad in enumerate(na.attention_backward(np.ones_like(out), *one, out, lse)[:3]):
                 total[n] += np.abs(grad).sum(dtype=np.float64)
         np.testing.assert_allclose(got, total, rtol=1e-4)
-
-
-class _Files:
-    """Heads in one file each, of which only what is asked for is read."""
-
-    def __init__(self, folder, shape):
-        self.folder, self.shape, self.dtype, self.ndim = folder, shape, np.dtype(np.float32), len(shape)
-
-    def __getitem__(self, index):
-        heads = range(*index[0].indices(self.shape[0]))
-        return np.concatenate([np.load(self.folder / f"{h:03d}.npy", mmap_mode="r")[:, *index[1:]] for h in heads])
 
 
 def _stack(folder, shape, keys):

@@ -369,7 +369,8 @@ def vectors_for_all(rows: Array, width: int) -> int:
 
 
 def _spec_of(p: Problem, few: bool, vectors: int) -> Spec:
-    return Spec(storage_of(p.query.dtype), HOST, "decode" if few else "forward", stored_of(p), 0 if few else vectors)
+    task, wide = "decode" if few else "forward", p.out.dtype != p.query.dtype
+    return Spec(storage_of(p.query.dtype), HOST, task, stored_of(p), 0 if few else vectors, wide)
 
 
 def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, few: bool, vectors: int) -> _Plan:
@@ -392,7 +393,7 @@ def _make_plan(p: Problem, sequences: Array, bias: Array | None, weights: bool, 
     rest = pack(values_of(p, spec, bias) | sizes | {"scratch_size": scratch_size, "out_depth": depth}, offsets)
     scores = heads * float(rows.sum())
     flops, work = 2.0 * scores * (p.E + p.Ev), 2.0 * scores * (p.E + p.Ev + SCORE)
-    kernel = worker(spec.storage, "weights" if weights else "forward", spec.kv_storage, spec.vectors)
+    kernel = worker(spec.storage, "weights" if weights else "forward", spec.kv_storage, spec.vectors, spec.wide)
     numbers = sequences.view(np.int64)
     return _Plan(kernel, sequences, numbers, address_of(numbers), rest, items, flops, work, scratch_size)
 
@@ -402,7 +403,10 @@ def _make_decode_plan(p: Problem, sequences: Array, bias: Array | None) -> _Plan
     offsets, scratch_size, partial_size = decode.scratch(spec, p.E, p.Ev)
     sizes = {"number": len(sequences), "Ev": p.Ev, "scratch_size": scratch_size, "partial_size": partial_size}
     flops = 2.0 * p.H * float(sequences["rows"].sum()) * (p.E + p.Ev)
-    kernel, rest = worker(spec.storage, "decode", spec.kv_storage), pack(values_of(p, spec, bias) | sizes, offsets)
+    kernel, rest = (
+        worker(spec.storage, "decode", spec.kv_storage, wide=spec.wide),
+        pack(values_of(p, spec, bias) | sizes, offsets),
+    )
     work = max(flops, 2.0 * p.Hkv * len(sequences) * (p.E + p.Ev) * READ)
     tiles = decode.tiles_of(spec, sequences["rows"], p.H // p.Hkv, p.Hkv)
     numbers = sequences.view(np.int64)

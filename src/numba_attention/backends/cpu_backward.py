@@ -88,9 +88,9 @@ def run(g: BackwardProblem, along: Along | None = None) -> Array | None:
     if p.query.dtype == np.float16 and not HOST.f16:
         _run_widened(g)
         return None
-    spec = Spec(
-        storage_of(p.query.dtype), HOST, "second" if along else "backward", vectors=0 if along else _vectors_for(p)
-    )
+    task = "second" if along else "backward"
+    wide = g.query.dtype != p.query.dtype
+    spec = Spec(storage_of(p.query.dtype), HOST, task, vectors=0 if along else _vectors_for(p), wide=wide)
     writes = along is None or along.of_gradients
     groups = _groups(g, spec)
     bias = readable_bias(p)
@@ -255,7 +255,7 @@ def _make_plan(
         values |= strides_of(name, array, len(p.batch))
     products = 5.0 if spec.task == "backward" else 12.0 if writes else 5.0
     flops = products * float(work.sum()) * (p.E + p.Ev) * (p.H // p.Hkv if p.Hkv else 0)
-    kernel = worker(spec.storage, spec.task, vectors=spec.vectors)
+    kernel = worker(spec.storage, spec.task, vectors=spec.vectors, wide=spec.wide)
     rest = pack(values, offsets)
     return _Plan(kernel, sequences, address_of(sequences), waves, rest, flops, scratch_size, most_groups)
 

@@ -98,18 +98,18 @@ def _make_addresses() -> Callable[..., int]:
 addresses = Function("addresses", _make_addresses, objects=4, integers=1, nogil=False)
 
 
-def worker(storage: str, task: str, kv_storage: str = "", vectors: int = 0) -> Kernel:
+def worker(storage: str, task: str, kv_storage: str = "", vectors: int = 0, wide: bool = False) -> Kernel:
     """Return the kernel of a task for numbers in `storage`, and keys and values in `kv_storage` if that is another.
 
-    `vectors` are as in `Spec`.
+    `vectors` and `wide` are as in `Spec`.
     """
     # functools.cache distinguishes an omitted default from the same argument
-    return _worker(storage, task, kv_storage, vectors)
+    return _worker(storage, task, kv_storage, vectors, wide)
 
 
 @cache
-def _worker(storage: str, task: str, kv_storage: str, vectors: int) -> Kernel:
-    spec = Spec(storage, HOST, task, kv_storage, vectors)
+def _worker(storage: str, task: str, kv_storage: str, vectors: int, wide: bool) -> Kernel:
+    spec = Spec(storage, HOST, task, kv_storage, vectors, wide)
     makers = {"backward": backward.make_worker, "second": backward.make_worker, "decode": decode.make_worker}
     make = makers.get(task, forward.make_worker)
     return Kernel(spec.name, lambda: make(spec), launch.SIGNATURE)

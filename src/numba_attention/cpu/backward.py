@@ -81,7 +81,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     BM, BN, MR = spec.query_tile, spec.key_tile, spec.block[0]
     vector, element = spec.vector, spec.element
     size, row_bytes = vector.bytes, BM * vector.bytes
-    bf16_dot, widens_kv, item_size = spec.bf16_dot, spec.widens_kv, element.size
+    bf16_dot, widens_kv, item_size = spec.bf16_dot, spec.widens_kv, spec.out_element.size
     real: Any = vector.dtype
     infinity = math.inf
     large, tolerance = large_lse(vector.mantissa)

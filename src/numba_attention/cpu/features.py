@@ -373,7 +373,7 @@ def pack_queries(spec: Spec) -> Any:
 
 def write_row(spec: Spec) -> Any:
     """Make ``write(target, stride, count, source, factor)``: target[e] = source[e] * factor, rounded, `count` times."""
-    vector, element = spec.vector, spec.element
+    vector, element = spec.vector, spec.out_element
     kind = "f64" if vector.bits == 64 else "f32"
 
     def build(b: Builder, target: Value, stride: Value, count: Value, source: Value, factor: Value) -> None:

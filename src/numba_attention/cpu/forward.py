@@ -49,9 +49,9 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     For the task "weights" it writes the probabilities and not their product with the values (`attention_weights`).
     """
     BM, BN, MR = spec.query_tile, spec.key_tile, spec.block[0]
-    vector, element = spec.vector, spec.element
+    vector = spec.vector
     size, row_bytes = vector.bytes, BM * vector.bytes
-    bf16_dot, widens_kv, item_size = spec.bf16_dot, spec.widens_kv, element.size
+    bf16_dot, widens_kv, item_size = spec.bf16_dot, spec.widens_kv, spec.out_element.size
     real: Any = vector.dtype
     infinity = math.inf
     with_output, quantized = spec.task == "forward", spec.quantized

@@ -15,11 +15,13 @@ class Spec(NamedTuple):
     task: str = "forward"  # or "weights", "backward", "decode"
     kv_storage: str = ""  # of keys and values, where a cache stores them in another format
     vectors: int = 0  # of queries in a tile, if fewer than is best for long sequences
+    wide: bool = False  # whether results are in the compute type and not rounded to a half type
 
     @property
     def name(self) -> str:
         kinds = self.storage + (f"-{self.kv_storage}" if self.kv_storage else "")
-        return f"{self.task}-{kinds}-{self.host.name}" + (f"-{self.vectors}" if self.vectors else "")
+        more = (f"-{self.vectors}" if self.vectors else "") + ("-wide" if self.wide else "")
+        return f"{self.task}-{kinds}-{self.host.name}{more}"
 
     def jit(self, function: Any) -> Any:
         """`part`, under a symbol that no other kernel has.
@@ -34,6 +36,11 @@ class Spec(NamedTuple):
     @property
     def element(self) -> Element:
         return ELEMENTS[self.storage]
+
+    @property
+    def out_element(self) -> Element:
+        """What results are stored as: the output, and the gradients of queries, keys and values."""
+        return ELEMENTS["float32"] if self.wide else self.element
 
     @property
     def kv_element(self) -> Element:

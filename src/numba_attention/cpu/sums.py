@@ -104,7 +104,7 @@ def write_sums(spec: Spec) -> Any:
 
     `row` and `pitch` are strides in bytes; columns are contiguous. A row of sums is padded, one of the target is not.
     """
-    vector, element = spec.vector, spec.element
+    vector, element = spec.vector, spec.out_element
     W, size = vector.width, element.size
 
     def build(

@@ -120,7 +120,7 @@ def scatter_tile(spec: Spec) -> Any:
 
     The inverse of `gather_tile`; `scale` is the address of one compute value per lane.
     """
-    vector, element = spec.vector, spec.element
+    vector, element = spec.vector, spec.out_element
     W, size = vector.width, element.size
     width = vector.bytes * W
     tile_row = spec.block[1] * width

@@ -20,7 +20,7 @@ from ..backends import select
 from ..merging import merge as merge_parts
 from ..mods.rules import as_arguments
 from ..options import Array, Gradients, Options
-from ..problem.dense import WHOLE, Origin, build, build_backward, finish
+from ..problem.dense import WHOLE, Origin, build, build_backward, finish, wide_empty
 from ..problem.packed import build as build_packed
 from ..problem.packed import build_backward as build_packed_backward
 from ..problem.packed import finish as finish_packed
@@ -89,6 +89,11 @@ def kernel_threads(threads: int | None) -> Iterator[None]:
         numba.set_num_threads(before)
 
 
+def _wide_type(x: Array) -> Any:
+    """Return the type of parts of results for arrays like x."""
+    return np.float32 if x.dtype.itemsize == 2 else x.dtype
+
+
 def wide(x: Any) -> Any:
     """Return half types as float32."""
     return x if x is None or x.dtype.itemsize > 2 else x.astype(np.float32)
@@ -108,12 +113,12 @@ def part(
     if not isinstance(options, Options):
         return _part_in_pieces(query, key, value, mask, bias, options, run, mods)
     options = _with_arrays(options, mask, bias, mods)
-    query, key, value = wide(query), wide(key), wide(value)
     with kernel_threads(run.threads):
         chosen = select(run.backend, query, key, value)
         if chosen.on_device:
+            query, key, value = wide(query), wide(key), wide(value)
             return attend(query, key, value, return_lse=True, backend=run.backend, **options._asdict())
-        problem = build(query, key, value, options, None, True)
+        problem = build(query, key, value, options, None, True, wide_empty)
         problem.origin = origin or WHOLE
         chosen.forward(problem)
     assert problem.result_lse is not None
@@ -150,7 +155,6 @@ def pair_gradients(
     `out` and `lse` are those of all keys. `left` is a pair of the same rows, `above` one of the same keys.
     """
     bias = wide(bias)
-    grad_out, query, key, value, out = (wide(x) for x in (grad_out, query, key, value, out))
     rows = grad_out, query, key, value, out, lse, grad_lse
     if isinstance(options, Options):
         grads = _gradients(*rows, _with_arrays(options, mask, bias, mods), run, origin, mod_grads)
@@ -173,9 +177,10 @@ def _gradients(
     with kernel_threads(run.threads):
         chosen = select(run.backend, grad_out, query, key, value)
         if chosen.on_device:
+            grad_out, query, key, value, out = (wide(x) for x in (grad_out, query, key, value, out))
             more: dict[str, Any] = {"grad_lse": grad_lse, "backend": run.backend, **options._asdict()}
             return differentiate(grad_out, query, key, value, out, lse, **more)
-        problem = build_backward(grad_out, query, key, value, out, lse, grad_lse, mod_grads, options)
+        problem = build_backward(grad_out, query, key, value, out, lse, grad_lse, mod_grads, options, wide_empty)
         problem.forward.origin = origin or WHOLE
         chosen.backward(problem)
         return finish(problem, chosen.reduce)
@@ -185,19 +190,18 @@ def _part_in_pieces(
     query: Array, key: Array, value: Array, mask: Any, bias: Any, pieces: Pieces, run: Run, mods: Mods | None
 ) -> State:
     """Attend to one block of keys of packed sequences, as (heads, tokens, features)."""
-    query, key, value = wide(query), wide(key), wide(value)
     H, T, _ = query.shape
-    out, lse = np.zeros((T, H, value.shape[-1]), query.dtype), np.full((H, T), -np.inf, lse_dtype_of(query))
+    out, lse = np.zeros((T, H, value.shape[-1]), _wide_type(query)), np.full((H, T), -np.inf, lse_dtype_of(query))
     with kernel_threads(run.threads):
         chosen = select(run.backend, query, key, value)
         for piece in pieces:
             rows, keys = piece.rows, piece.keys
             options = _with_arrays(piece.options, piece.of("mask", mask), piece.of("bias", bias), mods)
             q, k, v = (x.swapaxes(0, 1) for x in (query[:, rows], key[:, keys], value[:, keys]))
-            problem = build_packed(q, k, v, piece.starts_q, piece.starts_k, options, out[rows], True)
+            problem = build_packed(q, k, v, piece.starts_q, piece.starts_k, options, None, True, wide_empty)
             problem.origin = piece.origin
             chosen.forward(problem)
-            lse[:, rows] = problem.result_lse
+            out[rows], lse[:, rows] = problem.result, problem.result_lse
     return out.swapaxes(0, 1), lse
 
 
@@ -206,7 +210,7 @@ def _gradients_in_pieces(
     bias: Any, pieces: Pieces, run: Run, mods: Mods | None, mod_grads: Any,
 ) -> Gradients:  # fmt: skip
     mod_args = () if mods is None else mods.restore()
-    dq, dk, dv = (np.zeros_like(x) for x in (query, key, value))
+    dq, dk, dv = (np.zeros(x.shape, _wide_type(x)) for x in (query, key, value))
     of_bias = None if bias is None else np.zeros_like(bias)
     of_sinks = np.zeros(len(query), lse.dtype)
     of_args = {n: np.zeros_like(mod_args[n]) for n in mod_grads or ()}
@@ -219,7 +223,7 @@ def _gradients_in_pieces(
             k, v = (x[:, keys].swapaxes(0, 1) for x in (key, value))
             problem = build_packed_backward(
                 do, q, k, v, o, lse[:, rows], None if grad_lse is None else grad_lse[:, rows], piece.starts_q,
-                piece.starts_k, mod_grads, options,
+                piece.starts_k, mod_grads, options, wide_empty,
             )  # fmt: skip
             problem.forward.origin = piece.origin
             chosen.backward(problem)

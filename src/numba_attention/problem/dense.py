@@ -42,6 +42,14 @@ class Empty(Protocol):
         """Allocate an uninitialised array."""
 
 
+def wide_empty(shape: tuple[int, ...], dtype: Any, /) -> Array:
+    """Allocate a result in float32 in place of a half type: kernels do not round it then.
+
+    Parts of a result that are merged or added up later are rounded once, at the end.
+    """
+    return np.empty(shape, np.float32 if np.dtype(dtype).itemsize == 2 else dtype)
+
+
 class Reduce(Protocol):
     """A function that sums gradients over broadcast axes: `sum_to`, or that of a device."""
 
@@ -107,7 +115,7 @@ class Problem:
     query: Array  # (*batch, H, L, E)
     key: Array  # (*batch, Hkv, S, E)
     value: Array  # (*batch, Hkv, S, Ev)
-    out: Array  # (*batch, H, L, Ev), to be written
+    out: Array  # (*batch, H, L, Ev), to be written; dtype of query, or float32 for a half type: see `wide_empty`
     lse: Array | None  # (*batch, H, L), float32 (float64 for float64 input), to be written if not None
     result: Array  # `out` as the caller sees it: without the head axis if every input was 2-D
     result_lse: Array | None
