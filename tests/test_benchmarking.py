@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,22 @@ def test_metrics_are_medians_of_ratios_within_a_round():
     assert result.metrics["gemm"] == pytest.approx(result.row.flops / 2 / (2 * 2048**3))
     assert result.verdicts == {"torch": True, "own": False, "onnxruntime": None}
     assert result.spread == 0.75
+
+
+def test_of_a_first_call_only_its_time_is_told():
+    row = ROWS["first call, empty kernel cache"]
+    result = Result(row, {"ours": [3.0, 5.0, 9.0]})
+    assert result.metrics == {"us": 5e6}
+    assert result.verdicts == {"us": False}
+
+
+@pytest.mark.slow
+def test_a_first_call_compiles():
+    row = replace(ROWS["first call, empty kernel cache"], L=8, S=8, H=1, Hkv=1, E=16, Ev=16)
+    call = CONTENDERS["ours"][1](row, 1)
+    start = time.perf_counter()
+    np.testing.assert_allclose(call(), np.ones(128), rtol=1e-6)
+    assert time.perf_counter() - start > 0.5
 
 
 def test_reports(tmp_path):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .cpu.cache import Kernel
 
+TASKS = ("forward", "decode", "weights", "backward", "second")
 STORAGES = ("float32", "float64", "float16", "bfloat16")
 SHORT = ("float16", "bfloat16", "int8", "float8_e4m3fn")  # storage formats of caches that have other numbers
 
@@ -58,8 +59,10 @@ def _kernels() -> "Iterator[Kernel]":
 
     yield from cpu.entries()
     for storage in STORAGES:
-        yield from (cpu_resources.worker(storage, task) for task in ("forward", "decode", "weights", "backward"))
-        if cpu_resources.NARROWS and storage != "float64":
+        yield from (
+            cpu_resources.worker(storage, task) for task in ("forward", "decode", "weights", "backward", "second")
+        )
+        if cpu_resources.NARROWS:
             yield from (cpu_resources.worker(storage, task, "", n) for task in ("forward", "backward") for n in (1, 2))
         for kv_storage in SHORT:
             if kv_storage != storage:

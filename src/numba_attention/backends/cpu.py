@@ -156,7 +156,6 @@ def _kernels_for(p: Problem, weights: bool) -> list[tuple[bool, int, Array | Non
     narrows = (
         NARROWS
         and not weights
-        and p.query.itemsize < 8
         and p.left is None
         and (p.cache is None and p.blocks is None and p.score_mod is None and p.mask_mod is None)
     )

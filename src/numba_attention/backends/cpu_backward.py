@@ -11,7 +11,7 @@ from ..bounded import BoundedCache
 from ..cpu import backward as kernels
 from ..cpu.cache import Kernel
 from ..cpu.params import ARRAYS, REST, pack_addresses
-from ..cpu.scratch import padded
+from ..cpu.scratch import LINE, padded
 from ..cpu.simd import HOST
 from ..cpu.softmax import SUM_ROWS
 from ..cpu.spec import Spec
@@ -98,7 +98,7 @@ def run(g: BackwardProblem, along: Along | None = None) -> Array | None:
     if g.bias_shape is not None:
         # If all rows share one row of the bias, each group sums a gradient of the bias of its own.
         most = int(groups.max(initial=1))
-        of_bias = np.zeros((most if g.bias_shape[-2] == 1 else 1, *g.bias_shape), spec.vector.dtype)
+        of_bias = _aligned_zeros((most if g.bias_shape[-2] == 1 else 1, *g.bias_shape), spec.vector.dtype)
     if p.sinks is not None:
         delta = np.empty(p.out.shape[-3:-1] if p.packing else p.out.shape[:-1], spec.vector.dtype)
     arrays = {
@@ -132,17 +132,25 @@ def run(g: BackwardProblem, along: Along | None = None) -> Array | None:
     return None
 
 
+def _aligned_zeros(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return `numpy.zeros` that begin at a cache line, so that a vector of a row lies in one line and not in two."""
+    size = math.prod(shape)
+    room = np.zeros(size + LINE // np.dtype(dtype).itemsize, dtype)
+    start = -address_of(room) % LINE // room.itemsize
+    return room[start : start + size].reshape(shape)
+
+
 def _vectors_for(p: Problem) -> int:
     """Return the number of vectors of queries in a tile, 0 for the usual number.
 
     Fewer are taken only where each sequence is one tile, whose gradients then have the same bits: those of keys and
     values are summed tile by tile.
     """
-    if not NARROWS or p.query.itemsize == 8 or not p.Hkv:
+    if not NARROWS or not p.Hkv:
         return 0
     if p.blocks is not None or p.score_mod is not None or p.mask_mod is not None:
         return 0
-    rows, width = p.L * (p.H // p.Hkv), HOST.bits // 32
+    rows, width = p.L * (p.H // p.Hkv), HOST.bits // (64 if p.query.itemsize == 8 else 32)
     return next((n for n in (1, 2) if rows <= n * width), 0)
 
 

@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..options import Array
-from .rows import Row, block_mask, directions, gradient_of_out, inputs, numpy_dtype, scale
+from .rows import FIRST_CALL, Row, block_mask, directions, gradient_of_out, inputs, numpy_dtype, scale
 from .rules import mod_of
 
 Call = Callable[[], Any]
@@ -27,6 +30,8 @@ class Skipped(Exception):
 
 def ours(row: Row, threads: int) -> Call:
     """`numba_attention.attention` and `attention_backward`, the whole public calls."""
+    if row.task == FIRST_CALL:
+        return lambda: _first_call(row, threads)
     import numba
 
     from .. import attention, attention_backward
@@ -99,6 +104,25 @@ def _hvp(row: Row, attend: Callable[..., Any]) -> Call:
     u = tuple(torch.from_numpy(x) for x in directions(row))
     gradient = torch.func.grad(lambda *x: attend(*x).square().sum(), (0, 1, 2))
     return lambda: torch.func.jvp(gradient, (q, k, v), u)[1][0]
+
+
+def _first_call(row: Row, threads: int) -> Array:
+    """Let a new process call `attention` with an empty kernel cache; return what it prints of the result."""
+    from .. import kernel_cache
+    from ..cpu import shipped
+
+    shape = row.B, row.H, row.L, row.E
+    program = (
+        "import sys, numpy as np, numba_attention as na\n"
+        f"x = np.ones({shape}, np.{row.dtype})\n"
+        "np.savetxt(sys.stdout, na.attention(x, x, x).ravel()[:251])"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {kernel_cache.ENVIRONMENT: folder, shipped.ENVIRONMENT: "", "NUMBA_NUM_THREADS": str(threads)}
+        run = subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | settings, capture_output=True, check=True
+        )
+    return np.array(run.stdout.split(), np.float64)
 
 
 def einsum(row: Row, threads: int) -> Call:

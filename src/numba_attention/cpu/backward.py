@@ -280,7 +280,13 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         values = p.value + s.value + head * p.value_head + j0 * p.value_row
         state = at + p.at_state
         grads = at + p.at_grads
-        products(p, at, grad_scores, values, p.value_row, p.value_column, n, p.Ev, grads, at + p.at_values)
+        count, column = 0, p.grad_bias_column
+        if p.grad_bias != 0 and column == size:
+            count = n * column
+        products(
+            p, at, grad_scores, values, p.value_row, p.value_column, n, p.Ev, grads, at + p.at_values,
+            at + p.at_grad_bias_rows, j0 * column, count,
+        )  # fmt: skip
         if dirty:
             lose_scores(p, at, n)
         differentiate_softmax(weights, grad_scores, n, state, real(p.unit * LOG2E))
@@ -293,7 +299,6 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 p.seed, p.dropout,
             )  # fmt: skip
         if p.grad_bias != 0 and not nan_safe:
-            column = p.grad_bias_column
             add_to_bias(grad_scores, at + p.at_grad_bias_rows, j0 * column, column, n, at + p.at_spare)
         if p.mod_gradient != 0 and not nan_safe:
             call_tile(

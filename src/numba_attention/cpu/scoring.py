@@ -59,22 +59,25 @@ def make_scoring(spec: Spec) -> Scoring:
     integer: Any = np.int32 if vector.bits == 32 else np.int64
     infinity = math.inf
     biases, quantized = len(bias_elements(spec)), spec.quantized
+    by_features, no_tile = spec.task == "decode", np.int64(0)
     differentiates, twice = spec.task in ("backward", "second"), spec.task == "second"
     chain = 2 * FEATURES if bf16_dot else FEATURES
+    # Rows of biases that are prefetched before each micro-kernel; narrow tiles are for sequences too short to gain.
+    prefetches, lanes_a_row = spec.vectors == 0 and not by_features, max(1, BM // spec.key_tile)
+    fetch_rows = tiles.fetch_rows(spec)
 
     mm_first = micro_kernel(spec, "product" if differentiates else "scores")
     mm_more = micro_kernel(spec, "output")
     pack_queries = pairs.gather_pairs(spec) if bf16_dot else tiles.gather_tile(spec, element)
     pack_keys = pairs.pair_columns(spec) if bf16_dot else tiles.widen_tile(spec)
     gather_mask = tiles.gather_tile(spec, ELEMENTS["bool"])
-    gather_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[0]])
-    gather_other_bias = tiles.gather_tile(spec, ELEMENTS[bias_elements(spec)[-1]])
+    add_bias = stages.add_bias(spec, ELEMENTS[bias_elements(spec)[0]])
+    add_other_bias = stages.add_bias(spec, ELEMENTS[bias_elements(spec)[-1]])
     has_visible = tiles.has_visible(spec)
     softcap, cap_slope, cap_slopes = stages.softcap(spec), stages.cap_slope(spec), stages.cap_slopes(spec)
     multiply, alibi = stages.multiply(spec), stages.alibi(spec)
-    add_bias, hide, hide_bits = stages.add_bias(spec), stages.hide(spec), stages.hide_bits(spec)
+    hide, hide_bits = stages.hide(spec), stages.hide_bits(spec)
     clip_interval, tile_max = stages.clip_interval(spec), stages.tile_max(spec)
-    by_features, no_tile = spec.task == "decode", np.int64(0)
     sources = make_sources(spec)
     find_keys, scale = sources.find_keys, sources.scale
     choose = spec.jit(bind(select, min, max, None))
@@ -154,11 +157,13 @@ def make_scoring(spec: Spec) -> Scoring:
 
     @spec.jit
     def products(
-        p: Any, at: int, target: int, source: int, row: int, column: int, n: int, features: int, tile: int, packed: int
-    ) -> None:
+        p: Any, at: int, target: int, source: int, row: int, column: int, n: int, features: int, tile: int, packed: int,
+        later: int, offset: int, count: int,
+    ) -> None:  # fmt: skip
         """target[j, lane] = sum_e source[j, e] tile[e, lane] for j < n; in the forward pass, their maximum to TILE_MAX.
 
-        `packed` is room for the n rows of the source, where they cannot be read from where they are.
+        `packed` is room for the n rows of the source, where they cannot be read from where they are. Meanwhile `count`
+        bytes at `offset` of the rows in the table `later` are prefetched, unless it is 0.
         """
         depth = features
         if bf16_dot:
@@ -173,6 +178,8 @@ def make_scoring(spec: Spec) -> Scoring:
         lanes, state = state_of(p, at), at + p.at_state
         lanes[TILE_MAX] = -infinity
         for r in range(0, n, MR):
+            if prefetches and count > 0:
+                fetch_rows(later, r * lanes_a_row, lanes_a_row * MR, offset, count)
             mm_first(
                 target + r * row_bytes, row_bytes, source + r * row, row, column, min(MR, n - r),
                 tile, row_bytes, min(depth, FEATURES), state,
@@ -193,7 +200,14 @@ def make_scoring(spec: Spec) -> Scoring:
             keys, row, column = p.key + s.key + head * p.key_head + j0 * p.key_row, p.key_row, p.key_column
         else:
             keys, row, column = find_keys(p, s, at, head, j0, n)
-        products(p, at, at + p.at_scores, keys, row, column, n, p.E, at + p.at_queries, at + p.at_keys)
+        count, step = 0, p.bias_column
+        if prefetches and p.bias_kind != 0 and 0 < step <= size:
+            count = n * step
+        # The bias of the next tile of keys: that of this one would come too late.
+        products(
+            p, at, at + p.at_scores, keys, row, column, n, p.E, at + p.at_queries, at + p.at_keys,
+            at + p.at_bias_rows, (j0 + n) * step, count,
+        )  # fmt: skip
 
     multiply_keys = features.multiply_keys(spec) if by_features else multiply_keys_by_queries
 
@@ -219,49 +233,51 @@ def make_scoring(spec: Spec) -> Scoring:
         lanes = state_of(p, at)
         multiply_keys(p, s, at, head, j0, n)
         factor, natural = real(p.rest), real(1)
+        known = not quantized and not by_features and p.E <= chain  # whether TILE_MAX has the maxima of these scores
         if quantized:
             scale(p, s, at, scores, at + p.at_key_scale_rows, p.key_scale_page, j0, n, False)
         if p.tiny != 0:
             multiply(scores, n, factor)
-            factor = natural
+            factor, known = natural, False
         if p.cap_outer != 0:
-            softcap(scores, n, real(p.cap_inner), real(p.cap_outer))
+            softcap(scores, n, real(p.cap_inner), real(p.cap_outer), state)
             if twice:
                 cap_slopes(scores, n, real(1 / p.cap_outer), at + p.at_cap_slopes, at + p.at_cap_curves)
             elif differentiates:
                 cap_slope(scores, n, real(1 / p.cap_outer), at + p.at_cap_slopes)
-            factor = natural
+            factor, known = natural, True
         if p.score_mod != 0:
             call_tile(
                 p.score_mod, p.mod_data, scores, n, j0 + p.first_key, s.number, s.head + p.first_head,
                 at + p.at_positions, at + p.at_lane_heads, at + p.at_mod_slopes, at + p.at_mod_scores,
                 np.float64(factor),
             )  # fmt: skip
-            factor = natural
+            factor, known = natural, False
         if p.slopes != 0:
             positions = positions_of(p, at)
             for lane in range(BM):
                 lanes[POSITION, lane] = positions[lane] - j0 - p.first_key
             alibi(scores, n, state, factor)
-            factor = natural
+            factor, known = natural, True
         if p.bias_kind != 0:
-            rows, offset = at + p.at_bias_rows, j0 * p.bias_column
+            rows, offset, column, room = at + p.at_bias_rows, j0 * p.bias_column, p.bias_column, at + p.at_bias
             if p.bias_kind == 1:
-                gather_bias(at + p.at_bias, rows, offset, p.bias_column, n, natural)
+                known = add_bias(scores, n, rows, offset, column, room, factor, state)
             elif biases == 2:
-                gather_other_bias(at + p.at_bias, rows, offset, p.bias_column, n, natural)
-            add_bias(scores, n, at + p.at_bias, factor)
+                known = add_other_bias(scores, n, rows, offset, column, room, factor, state)
             factor = natural
         if p.mask != 0:
-            hide(scores, n, at + p.at_mask, factor)
-            factor = natural
+            hide(scores, n, at + p.at_mask, factor, state)
+            factor, known = natural, True
         if p.mask_mod != 0:
             call_tile(
                 p.mask_mod, p.mod_data, scores, n, j0 + p.first_key, s.number, s.head + p.first_head,
                 at + p.at_positions, at + p.at_lane_heads, no_tile, no_tile, np.float64(factor),
             )  # fmt: skip
+            known = False
         if bits != 0:
-            hide_bits(scores, n, bits)
+            hide_bits(scores, n, bits, state)
+            known = True
         if edge:
             starts, stops = starts_of(p, at), stops_of(p, at)
             relative = relative_of(p, at)
@@ -270,7 +286,8 @@ def make_scoring(spec: Spec) -> Scoring:
                 relative[FIRST, lane] = first
                 relative[SPAN, lane] = max(min(stops[lane] - j0, n), first) - first
             clip_interval(scores, n, state)
-        if quantized or by_features or (not differentiates and (edge or bits != 0 or p.staged != 0 or p.E > chain)):
+            known = True
+        if not known and not differentiates:
             tile_max(scores, n, state)
 
     return Scoring(place_rows, pack_rows, products, hides_all, may_hide, score_tile, sources)

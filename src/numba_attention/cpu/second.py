@@ -225,11 +225,11 @@ def make_second(
         moved_keys = u.key + own.key + head * u.key_head + j0 * u.key_row
         if u.query != 0:
             tile = at + p.at_tangent_queries
-            products(p, at, dz, keys, p.key_row, p.key_column, n, p.E, tile, at + p.at_keys)
+            products(p, at, dz, keys, p.key_row, p.key_column, n, p.E, tile, at + p.at_keys, 0, 0, 0)
             if u.key != 0:
                 more_products(p, at, dz, moved_keys, u.key_row, u.key_column, n, p.E, at + p.at_queries)
         elif u.key != 0:
-            products(p, at, dz, moved_keys, u.key_row, u.key_column, n, p.E, at + p.at_queries, at + p.at_keys)
+            products(p, at, dz, moved_keys, u.key_row, u.key_column, n, p.E, at + p.at_queries, at + p.at_keys, 0, 0, 0)
         else:
             moved_scores_of(p, at)[:n] = 0
         if p.rest != 1:
@@ -261,13 +261,13 @@ def make_second(
         moved_values = u.value + own.value + head * u.value_head + j0 * u.value_row
         packed, moved = at + p.at_values, at + p.at_moved_grads
         grads, moved_grads = at + p.at_grads, at + p.at_grad_tangents
-        products(p, at, at + p.at_grad_scores, values, p.value_row, p.value_column, n, p.Ev, grads, packed)
+        products(p, at, at + p.at_grad_scores, values, p.value_row, p.value_column, n, p.Ev, grads, packed, 0, 0, 0)
         if u.value != 0:
-            products(p, at, moved, moved_values, u.value_row, u.value_column, n, p.Ev, grads, packed)
+            products(p, at, moved, moved_values, u.value_row, u.value_column, n, p.Ev, grads, packed, 0, 0, 0)
             if u.grad_out != 0:
                 more_products(p, at, moved, values, p.value_row, p.value_column, n, p.Ev, moved_grads)
         elif u.grad_out != 0:
-            products(p, at, moved, values, p.value_row, p.value_column, n, p.Ev, moved_grads, packed)
+            products(p, at, moved, values, p.value_row, p.value_column, n, p.Ev, moved_grads, packed, 0, 0, 0)
         else:
             moved_grads_of(p, at)[:n] = 0
 

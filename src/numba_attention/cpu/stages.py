@@ -3,6 +3,9 @@
 Scores arrive as products in some unit; `factor` takes them to natural ones, those that `attention` defines. The first
 of softcap, ALiBi, bias and mask applies it, and the passes after it use 1. The order is `attention`'s: scale, softcap,
 ALiBi, bias, mask, and last the row intervals. Only softcap has a derivative other than 1.
+
+In the forward pass a pass that takes the state of the rows writes the maximum of each lane to TILE_MAX, NaN left out:
+reading the tile once more for it would take as long as adding a bias.
 """
 
 from collections.abc import Callable
@@ -11,31 +14,45 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
+from .elements import Element
 from .exp import EXP2_F32, EXP2_F64, clamp, tanh
 from .simd import I64, Builder, Value, at, load, loop, pointer, routine, splat, store
 from .softmax import FIRST, POSITION, SLOPE, SPAN, TILE_MAX
 from .spec import Spec
+from .tiles import gather_tile, row_group
 
 Body = Callable[[Builder, Value, int, Value], Value]
 
 
-def _tile_pass(spec: Spec, b: Builder, scores: Value, n: Value, body: Body) -> None:
-    """Replace every vector s of the tile by body(b, row number, vector number, s)."""
+def _takes_maximum(spec: Spec) -> bool:
+    return spec.task not in ("backward", "second")
+
+
+def _tile_pass(spec: Spec, b: Builder, scores: Value, n: Value, body: Body, state: Value = None) -> None:
+    """Replace every vector s of the tile by body(b, row number, vector number, s); with a state, write the maxima."""
     vector = spec.vector
+    NV = spec.block[1]
     width = vector.bytes * vector.width
+    start = [vector.const(float("-inf"))] * NV if state is not None and _takes_maximum(spec) else []
 
     def step(j: Value, carried: list[Value]) -> list[Value]:
-        (row,) = carried
-        for v in range(spec.block[1]):
-            vector.store(b, body(b, j, v, vector.load(b, row, v * width)), row, v * width)
-        return [at(b, row, spec.block[1] * width)]
+        row, *highest = carried
+        for v in range(NV):
+            x = body(b, j, v, vector.load(b, row, v * width))
+            vector.store(b, x, row, v * width)
+            if highest:
+                highest[v] = vector.max(b, x, highest[v])
+        return [at(b, row, NV * width), *highest]
 
-    loop(b, n, [pointer(b, scores)], step)
+    _, *highest = loop(b, n, [pointer(b, scores), *start], step)
+    for v, x in enumerate(highest):
+        vector.store(b, x, pointer(b, state), (TILE_MAX * NV + v) * width)
 
 
 def _with_tile(
-    spec: Spec, b: Builder, scores: Value, n: Value, other: Value, body: Callable[[Value, Value], Value]
-) -> None:
+    spec: Spec, b: Builder, scores: Value, n: Value, other: Value, body: Callable[[Value, Value], Value],
+    state: Value = None,
+) -> None:  # fmt: skip
     """Replace every vector s of the tile by body(s, x), x being that of another tile in its place."""
     width = spec.vector.bytes * spec.vector.width
     base = pointer(b, other)
@@ -44,7 +61,7 @@ def _with_tile(
         offset = b.add(b.mul(j, I64(spec.block[1] * width)), I64(v * width))
         return body(s, load(b, spec.vector.type, base, offset, align=spec.vector.bytes))
 
-    _tile_pass(spec, b, scores, n, pick)
+    _tile_pass(spec, b, scores, n, pick, state)
 
 
 def _state_row(spec: Spec, b: Builder, state: Value, row: int) -> list[Value]:
@@ -68,15 +85,15 @@ def multiply(spec: Spec) -> Any:
 
 
 def softcap(spec: Spec) -> Any:
-    """Make ``cap(scores, n, inner, outer)``: s = outer * tanh(s * inner)."""
+    """Make ``cap(scores, n, inner, outer, state)``: s = outer * tanh(s * inner)."""
 
-    def build(b: Builder, scores: Value, n: Value, inner: Value, outer: Value) -> None:
+    def build(b: Builder, scores: Value, n: Value, inner: Value, outer: Value, state: Value) -> None:
         vector = spec.vector
         x, y = vector.splat(b, inner), vector.splat(b, outer)
         table = EXP2_F64 if vector.bits == 64 else EXP2_F32
-        _tile_pass(spec, b, scores, n, lambda b, j, v, s: b.fmul(y, tanh(vector, b, b.fmul(s, x), table)))
+        _tile_pass(spec, b, scores, n, lambda b, j, v, s: b.fmul(y, tanh(vector, b, b.fmul(s, x), table)), state)
 
-    return routine(f"scores n inner:{_real(spec)} outer:{_real(spec)}", build)
+    return routine(f"scores n inner:{_real(spec)} outer:{_real(spec)} state", build)
 
 
 def cap_slope(spec: Spec) -> Any:
@@ -233,52 +250,107 @@ def alibi(spec: Spec) -> Any:
             distance = vector.abs(b, b.fsub(position[v], key))
             return vector.fma(b, slope[v], distance, b.fmul(s, c))
 
-        _tile_pass(spec, b, scores, n, body)
+        _tile_pass(spec, b, scores, n, body, state)
 
     return routine(f"scores n state factor:{_real(spec)}", build)
 
 
-def add_bias(spec: Spec) -> Any:
-    """Make ``add(scores, n, bias, factor)``: s = s * factor + bias, and -inf wherever the bias is, whatever s was.
+def add_bias(spec: Spec, element: Element) -> Any:
+    """Make ``add(scores, n, rows, offset, stride, room, factor, state)``: s = s * factor + bias.
 
-    Only -inf hides: a sum below all finite numbers, as ``finfo.min`` and a negative score have, becomes the lowest.
+    It is -inf wherever the bias is, whatever s was. Only -inf hides: a sum below all finite numbers, as ``finfo.min``
+    and a negative score have, becomes the lowest.
+
+    `rows`, `offset` and `stride` say where the bias is, as in `tiles.gather_tile`, and `room` is a tile of scratch
+    memory. Returns whether the maxima were written. Contiguous rows are transposed in registers, block by block, and
+    added at once: by way of the tile, which the first-level cache does not hold beside the scores, it takes twice as
+    long.
     """
+    vector = spec.vector
+    W, NV, size = vector.width, spec.block[1], element.size
+    width = vector.bytes * W
+    tile_row = NV * width
+    gather = gather_tile(spec, element)
+    real: Any = vector.dtype
 
-    def build(b: Builder, scores: Value, n: Value, bias: Value, factor: Value) -> None:
-        vector = spec.vector
+    def adder(b: Builder, factor: Value) -> Callable[[Value, Value], Value]:
         c, hidden = vector.splat(b, factor), vector.const(float("-inf"))
         lowest = vector.const(float(np.finfo(vector.dtype).min))
 
-        def body(s: Value, x: Value) -> Value:
+        def add(s: Value, x: Value) -> Value:
             total = clamp(vector, b, vector.fma(b, s, c, x), lowest)
             return b.select(b.fcmp_ordered("==", x, hidden), hidden, total)
 
-        _with_tile(spec, b, scores, n, bias, body)
+        return add
 
-    return routine(f"scores n bias factor:{_real(spec)}", build)
+    def by_tile(b: Builder, scores: Value, n: Value, bias: Value, factor: Value) -> None:
+        _with_tile(spec, b, scores, n, bias, adder(b, factor))
+
+    add_tile = routine(f"scores n bias factor:{_real(spec)}", by_tile)
+
+    def by_block(b: Builder, scores: Value, n: Value, rows: Value, offset: Value, factor: Value, state: Value) -> None:
+        add_to = adder(b, factor)
+
+        def group(g: Value, _: list[Value]) -> list[Value]:
+            sources = [at(b, row_group(b, rows, g, W, r), offset) for r in range(W)]
+            target = at(b, pointer(b, scores), b.mul(g, I64(width)))
+
+            def block(i: Value, highest: list[Value]) -> list[Value]:
+                first = b.mul(i, I64(W))
+                lines = [element.load(vector, b, at(b, p, b.mul(first, I64(size)))) for p in sources]
+                row = at(b, target, b.mul(first, I64(tile_row)))
+                for r, line in enumerate(vector.transpose(b, lines)):
+                    total = add_to(vector.load(b, row, r * tile_row), line)
+                    vector.store(b, total, row, r * tile_row)
+                    highest = [vector.max(b, total, x) for x in highest]
+                return highest
+
+            start = [vector.const(float("-inf"))] if _takes_maximum(spec) else []
+            for x in loop(b, b.sdiv(n, I64(W)), start, block):
+                vector.store(b, x, at(b, pointer(b, state), b.mul(g, I64(width))), TILE_MAX * NV * width)
+            return []
+
+        loop(b, I64(NV), [], group)
+
+    add_blocks = routine(f"scores n rows offset factor:{_real(spec)} state", by_block)
+
+    @spec.jit
+    def add(scores: int, n: int, rows: int, offset: int, stride: int, room: int, factor: float, state: int) -> bool:
+        if stride == size and n >= W:
+            rest = n % W
+            add_blocks(scores, n - rest, rows, offset, factor, state)
+            if rest > 0:
+                gather(room, rows, offset + (n - W) * size, stride, W, real(1))
+                add_tile(scores + (n - rest) * tile_row, rest, room + (W - rest) * tile_row, factor)
+            return rest == 0
+        gather(room, rows, offset, stride, n, real(1))
+        add_tile(scores, n, room, factor)
+        return False
+
+    return add
 
 
 def hide(spec: Spec) -> Any:
-    """Make ``hide(scores, n, mask, factor)``: s = s * factor, and -inf wherever the mask is, whatever s was."""
+    """Make ``hide(scores, n, mask, factor, state)``: s = s * factor, and -inf wherever the mask is, whatever s was."""
 
-    def build(b: Builder, scores: Value, n: Value, mask: Value, factor: Value) -> None:
+    def build(b: Builder, scores: Value, n: Value, mask: Value, factor: Value, state: Value) -> None:
         c, hidden = spec.vector.splat(b, factor), spec.vector.const(float("-inf"))
 
         def body(s: Value, x: Value) -> Value:
             return b.select(b.fcmp_ordered("==", x, hidden), hidden, b.fmul(s, c))
 
-        _with_tile(spec, b, scores, n, mask, body)
+        _with_tile(spec, b, scores, n, mask, body, state)
 
-    return routine(f"scores n mask factor:{_real(spec)}", build)
+    return routine(f"scores n mask factor:{_real(spec)} state", build)
 
 
 def hide_bits(spec: Spec) -> Any:
-    """Make ``hide(scores, n, words)``: s = -inf where the bit of the lane is 0 in the word of the key.
+    """Make ``hide(scores, n, words, state)``: s = -inf where the bit of the lane is 0 in the word of the key.
 
     A word has the bits of each vector in bytes of their own.
     """
 
-    def build(b: Builder, scores: Value, n: Value, words: Value) -> None:
+    def build(b: Builder, scores: Value, n: Value, words: Value, state: Value) -> None:
         vector = spec.vector
         W, NV = vector.width, spec.block[1]
         size = max(1, W // 8)
@@ -291,9 +363,9 @@ def hide_bits(spec: Spec) -> Any:
                 bits = b.trunc(bits, ir.IntType(W))
             return b.select(b.bitcast(bits, flags), s, hidden)
 
-        _tile_pass(spec, b, scores, n, body)
+        _tile_pass(spec, b, scores, n, body, state)
 
-    return routine("scores n words", build)
+    return routine("scores n words state", build)
 
 
 def clip_interval(spec: Spec) -> Any:
@@ -310,7 +382,7 @@ def clip_interval(spec: Spec) -> Any:
             inside = b.icmp_unsigned("<", b.sub(row, first[v]), span[v])  # rows before `first` wrap around
             return b.select(inside, s, hidden)
 
-        _tile_pass(spec, b, scores, n, body)
+        _tile_pass(spec, b, scores, n, body, state)
 
     return routine("scores n state", build)
 

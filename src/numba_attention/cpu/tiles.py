@@ -7,6 +7,7 @@ time.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from llvmlite import ir
 from numba import types
 
 from .elements import Element
-from .simd import I64, Builder, Value, Vector, at, load, loop, pointer, routine, store, void_pointer
+from .simd import I64, Builder, Value, Vector, at, load, loop, pointer, prefetch, routine, store, void_pointer
 from .spec import Spec
 from .views import carray
+
+LINE = 64  # bytes of a cache line
 
 
 def _real(vector: Vector) -> str:
@@ -29,6 +32,7 @@ def row_group(b: Builder, rows: Value, group: Value, width: int, r: int) -> Valu
     return pointer(b, load(b, I64, pointer(b, rows), index, align=8))
 
 
+@cache  # one function for all that gather the same elements, so that a kernel compiles it once
 def gather_tile(spec: Spec, element: Element) -> Any:
     """Make ``gather(tile, rows, offset, stride, count, factor)``: tile[c, lane] = factor * row(lane)[c] for c < count.
 
@@ -115,6 +119,7 @@ def gather_tile(spec: Spec, element: Element) -> Any:
     return gather
 
 
+@cache
 def scatter_tile(spec: Spec) -> Any:
     """Make ``scatter(tile, rows, offset, stride, count, scale)``: row(lane)[c] = tile[c, lane] * scale[lane], rounded.
 
@@ -179,6 +184,7 @@ def scatter_tile(spec: Spec) -> Any:
     return scatter
 
 
+@cache
 def widen_tile(spec: Spec) -> Any:
     """Make ``widen(tile, source, row_stride, stride, rows, count)``: tile[r, c] = source[r, c], keys or values."""
     vector, element = spec.vector, spec.kv_element
@@ -231,6 +237,25 @@ def widen_tile(spec: Spec) -> Any:
             one_by_one(tile, source, row_stride, stride, rows, count)
 
     return widen
+
+
+def fetch_rows(spec: Spec) -> Any:
+    """Make ``fetch(rows, first, count, offset, n)``: prefetch n bytes at `offset` of `count` rows of a table."""
+
+    def build(b: Builder, rows: Value, first: Value, count: Value, offset: Value, n: Value) -> None:
+        def row(i: Value, _: list[Value]) -> list[Value]:
+            p = at(b, row_group(b, rows, b.add(first, i), 1, 0), offset)
+
+            def line(k: Value, _: list[Value]) -> list[Value]:
+                prefetch(b, at(b, p, b.mul(k, I64(LINE))))
+                return []
+
+            loop(b, b.sdiv(b.add(n, I64(LINE - 1)), I64(LINE)), [], line)
+            return []
+
+        loop(b, count, [], row)
+
+    return routine("rows first count offset n", build)
 
 
 def copy_bytes(spec: Spec) -> Any:
