@@ -84,21 +84,24 @@ def test_chosen_heads_and_rows(call, geometry):
 @given(calls(), st.sampled_from(GEOMETRIES[-4:]))
 def test_several_key_heads_in_a_tile(call, geometry):
     """As the kernel for few queries has them, where the rows of one head do not fill a vector."""
-    B, Hkv, group, L, S, array, _ = call
+    B, Hkv, group, L, S, array, rng = call
     lanes, width = geometry
     wide = np.broadcast_to(array, (B, Hkv * group, L, S))
-    lists = lists_for(BlockMask.from_array(array), (B,), Hkv * group, Hkv, Geometry(*geometry), L, None, True)
-    each = L * group
-    together = 1 if each >= lanes else lanes // each
-    for b, place in np.ndindex(B, -(-Hkv // together)):
-        for tile in range(-(-each // lanes) if each >= lanes else 1):
-            seen = unfold(lists, b * lists.per_sequence + place, tile, lanes, width, S)
-            heads = min(together, Hkv - place * together)
-            lane = np.minimum(tile * lanes + np.arange(lanes), heads * each - 1)
-            head, row = np.divmod(lane, each)
-            used = lane == tile * lanes + np.arange(lanes)
-            expected = wide[b, (place * together + head) * group + row % group, row // group]
-            np.testing.assert_array_equal(seen[used], expected[used])
+    for rows in (np.full(B, L), rng.integers(0, L + 1, B)):
+        argument = L if (rows == L).all() else rows
+        mask = BlockMask.from_array(array)
+        lists = lists_for(mask, (B,), Hkv * group, Hkv, Geometry(*geometry), argument, None, True)
+        for b in np.flatnonzero(rows):
+            each = rows[b] * group
+            together = 1 if each >= lanes else lanes // each
+            for place, tile in np.ndindex(-(-Hkv // together), -(-each // lanes) if each >= lanes else 1):
+                seen = unfold(lists, b * lists.per_sequence + place, tile, lanes, width, S)
+                heads = min(together, Hkv - place * together)
+                lane = np.minimum(tile * lanes + np.arange(lanes), heads * each - 1)
+                head, row = np.divmod(lane, each)
+                used = lane == tile * lanes + np.arange(lanes)
+                expected = wide[b, (place * together + head) * group + row % group, row // group]
+                np.testing.assert_array_equal(seen[used], expected[used])
 
 
 def test_equal_heads_share_their_lists():

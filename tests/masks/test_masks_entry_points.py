@@ -214,16 +214,19 @@ def test_same_bits_for_any_threads_and_in_a_batch():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("over", ["sequences", "tokens"])
-def test_packed_sequences(over, backend):
+@pytest.mark.parametrize("rows", [[70, 0, 5, 130], [1, 3, 0, 2], [7, 1, 40, 4]], ids=["many", "few", "some few"])
+@pytest.mark.parametrize("Hkv", [2, 4])
+def test_packed_sequences(over, backend, rows, Hkv):
+    """Also by the kernel for few queries, in whose tiles several key/value heads have rows, and by both in one call."""
     rng = np.random.default_rng(0)
-    rows, columns = [70, 0, 5, 130], [3, 9, 200, 66]
+    columns = [3, 9, 200, 66]
     cu_q, cu_k = (np.cumsum([0, *n]) for n in (rows, columns))
-    H, Hkv, E = 4, 2, 16
+    H, E = 4, 16
     query, key, value = (
         rng.standard_normal((n, heads, E), dtype=np.float32)
         for n, heads in ((cu_q[-1], H), (cu_k[-1], Hkv), (cu_k[-1], Hkv))
     )
-    shape = (4, H, 130, 200) if over == "sequences" else (H, cu_q[-1], cu_k[-1])
+    shape = (4, H, max(rows), 200) if over == "sequences" else (H, cu_q[-1], cu_k[-1])
     array = rng.random(shape) < 0.3
     mask = BlockMask.from_array(array)
     results = na.attention_varlen(query, key, value, cu_q, cu_k, mask=mask, return_lse=True, backend=backend)

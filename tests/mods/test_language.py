@@ -1,6 +1,7 @@
 """What a mod may say: passes over a tile against plain Python, slopes against differences, and what is refused."""
 
 import ctypes
+import linecache
 import math
 
 import numpy as np
@@ -250,6 +251,12 @@ def test_a_function_without_source():
     query = np.zeros((2, 6, 8), np.float32)
     with pytest.raises(TypeError, match="its source cannot be read"):
         na.attention(query, query, query, score_mod=scope["mod"])
+    source = "def mod(score, batch, head, i, j):\n    return score - j\n"
+    linecache.cache["<written by a program>"] = len(source), None, source.splitlines(True), "<written by a program>"
+    exec(compile(source, "<written by a program>", "exec"), scope)
+    linecache.checkcache()
+    got = na.attention_weights(query, query, score_mod=scope["mod"])
+    np.testing.assert_allclose(got[0, 0], np.exp(-np.arange(6.0)) / np.exp(-np.arange(6.0)).sum(), rtol=1e-6)
 
 
 def of_all(batch, head, i, j, docs):

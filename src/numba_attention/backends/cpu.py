@@ -149,8 +149,7 @@ def _kernels_for(p: Problem, weights: bool) -> list[tuple[bool, int, Array | Non
     in any batch. The bits do not depend on the number of vectors in a tile, unless a window begins at another key.
     """
     width = HOST.bits // 8 // (8 if p.query.itemsize == 8 else 4)
-    # Packed sequences with a block mask would each need lists of their own for it.
-    unfit = weights or p.E < width or p.Ev < width or (p.blocks is not None and p.packing is not None)
+    unfit = weights or p.E < width or p.Ev < width
     group = p.H // p.Hkv if p.Hkv else 1
     most = least = 0 if unfit else FEW // group
     narrows = (
@@ -179,8 +178,8 @@ def _kernels_for(p: Problem, weights: bool) -> list[tuple[bool, int, Array | Non
 def _run_kernel(
     own: Buffers, p: Problem, bias: Array | None, weights: bool, few: bool, vectors: int, which: Array | None
 ) -> None:
-    lists = None if p.blocks is None else lists_of(p, _spec_of(p, few, vectors), few)
-    shown = 1.0 if lists is None else lists.share
+    lists = None if p.blocks is None else lists_of(p, _spec_of(p, few, vectors), few, which)
+    shown = 1.0 if lists is None else lists.share_of(which)
     if (
         weights
         or p.mask is not None

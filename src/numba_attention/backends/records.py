@@ -94,12 +94,14 @@ def sequences_of(p: Problem, bias: Array | None, **more: Array | None) -> Array:
     return sequences
 
 
-def lists_of(p: Problem, spec: Spec, few: bool = False) -> Lists | None:
-    """Return the lists of visible tiles that the kernels of a block mask read."""
+def lists_of(p: Problem, spec: Spec, few: bool = False, which: Array | None = None) -> Lists | None:
+    """Return the lists of visible tiles that the kernels of a block mask read, of all sequences or of some."""
     if p.blocks is None:
         return None
     geometry = Geometry(spec.query_tile, spec.vector.width)
-    rows = p.L if p.packing is None else p.packing.query_rows
+    rows: Array | int = p.L if p.packing is None else p.packing.query_rows
+    if which is not None:
+        rows = np.where(np.isin(np.arange(math.prod(p.batch)), which), rows, 0)
     chosen = None if p.heads is None or p.rows is None else (p.heads, p.rows)
     return lists_for(p.blocks, p.batch, p.H, p.Hkv, geometry, rows, chosen, few)
 

@@ -47,10 +47,10 @@ class Lists(NamedTuple):
         """How many places in `first` a sequence has."""
         return int(self.density.shape[1])
 
-    @property
-    def share(self) -> float:
-        """Share of all tiles that are visited."""
-        return float(self.density.mean()) if self.density.size else 0.0
+    def share_of(self, which: Array | None = None) -> float:
+        """Share of the tiles that are visited, of all sequences or of some."""
+        density = self.density if which is None else self.density[which]
+        return float(density.mean()) if density.size else 0.0
 
 
 def lists_for(
@@ -71,7 +71,8 @@ def lists_for(
     chosen : (heads, rows), optional
         Query heads and query rows, of which each head then has tiles of its own.
     few : bool
-        Whether a tile has the rows of several key/value heads where those of one do not fill it.
+        Whether a tile has the rows of several key/value heads where those of one do not fill it; how many depends on
+        the rows of the sequence.
     """
     each = rows.tobytes() if isinstance(rows, np.ndarray) else rows
     key = batch, H, Hkv, geometry, each, None if chosen is None else tuple(x.tobytes() for x in chosen), few
@@ -90,32 +91,46 @@ def make_lists(
     L, lanes = mask.shape[-2], geometry.lanes
     planes = mask.planes_over((*batch, H)).reshape(math.prod(batch), H)
     positions = np.arange(L)
-    together, group = 1, H // Hkv if Hkv else 1  # key/value heads of a tile, and query heads of each
+    group = H // Hkv if Hkv else 1
     if chosen is not None:
         planes, positions, group = planes[:, chosen[0]], chosen[1], 1
         rows = len(positions)
-    rows = np.broadcast_to(rows, len(planes))
-    if few and L * group < lanes:
-        together = max(1, lanes // max(1, L * group))
-    # The query heads that share tiles, for each of these sets of heads and each sequence.
-    heads = planes.shape[1] // group
-    sets = -(-heads // together)
-    members = np.minimum(np.arange(sets * together * group), max(heads * group - 1, 0)).reshape(sets, together * group)
-    sharing = planes[:, members] if heads else np.zeros((len(planes), 0, group * together), np.int64)
-    if (sharing == sharing[..., :1]).all():
-        sharing = sharing[..., :1]
-    # Which of these heads, and which position, each lane of each tile has, for each number of rows.
-    lengths, length = np.unique(rows, return_inverse=True)
-    tables = [_lanes(int(n) * group, together, lanes) for n in lengths]
-    head, row = (np.concatenate(x) for x in zip(*tables, strict=True)) if tables else np.zeros((2, 0, lanes), np.int64)
-    member = (head * group + row % group) * (sharing.shape[-1] > 1)
-    position = positions[row // group] if len(positions) else row
-    tiles = np.array([len(table[0]) for table in tables], np.int64)
+    # The planes of the query heads that share tiles, and which of these heads and which position each lane of each tile
+    # has, for each number of rows.
+    lengths, length = np.unique(np.broadcast_to(rows, len(planes)), return_inverse=True)
+    shares, members, positions_of, tiles = [], [], [], []
+    for n, count in enumerate(lengths.tolist()):
+        together = max(1, lanes // max(1, count * group)) if few else 1  # key/value heads of a tile
+        shares.append(_sharing(planes[length == n], group, together))
+        head, row = _lanes(count * group, together, lanes)
+        members.append((head * group + row % group) * (shares[n].shape[-1] > 1))
+        positions_of.append(positions[row // group] if len(positions) else row)
+        tiles.append(len(row))
     # Sets of heads that have the same masks, and so many rows, share their lists.
-    shape = sharing.shape[:2]
-    kinds = np.concatenate([sharing, np.broadcast_to(length.reshape(-1, 1, 1), (*shape, 1))], axis=2)
-    kinds, where = np.unique(kinds.reshape(-1, kinds.shape[2]), axis=0, return_inverse=True)
-    return _lists(mask, kinds[:, :-1], kinds[:, -1], tiles, where.reshape(shape), member, position, geometry)
+    sets, width = (max((x.shape[axis] for x in shares), default=0) for axis in (1, 2))
+    kinds = np.zeros((len(planes), sets, width + 1), np.int64)
+    kinds[..., -1] = length.reshape(-1, 1)
+    for n, x in enumerate(shares):
+        kinds[length == n, : x.shape[1], : x.shape[2]] = x
+        kinds[length == n, x.shape[1] :] = kinds[length == n, :1]  # a sequence with fewer sets
+    kinds, where = np.unique(kinds.reshape(-1, width + 1), axis=0, return_inverse=True)
+    empty = np.zeros((0, lanes), np.int64)
+    return _lists(
+        mask, kinds[:, :-1], kinds[:, -1], np.array(tiles, np.int64), where.reshape(len(planes), sets),
+        np.concatenate([empty, *members]), np.concatenate([empty, *positions_of]), geometry,
+    )  # fmt: skip
+
+
+def _sharing(planes: Array, group: int, together: int) -> Array:
+    """The planes of the query heads that share tiles, (sequences, sets, heads); one where those of a set are equal.
+
+    A set has the heads of `together` key/value heads; the last repeats its last head.
+    """
+    heads = planes.shape[1]
+    sets = -(-heads // (group * together))
+    members = np.minimum(np.arange(sets * together * group), max(heads - 1, 0)).reshape(sets, together * group)
+    sharing = planes[:, members] if heads else np.zeros((len(planes), 0, group * together), np.int64)
+    return sharing[..., :1] if (sharing == sharing[..., :1]).all() else sharing
 
 
 def _lanes(n: int, together: int, lanes: int) -> tuple[Array, Array]:

@@ -50,7 +50,7 @@ def source_of(function: FunctionType) -> Source:
     if not lines:
         raise TypeError(
             f"{function.__name__}: its source cannot be read (file {code.co_filename!r}), and it is compiled from its "
-            "source; define it in a file or a notebook"
+            "source; define it in a file or a notebook, or enter its source into linecache.cache"
         )
     parameters = list(code.co_varnames[: code.co_argcount])
     found = []
