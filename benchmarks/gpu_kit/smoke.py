@@ -422,7 +422,7 @@ def mods():
         options = {"score_mod": rule, "mask_mod": rule_of_sight, "mod_args": (slopes, table)}
         out, lse = na.attention(q, k, v, **options, return_lse=True, backend="cuda")
         grad = normal(*out.shape, dtype=dtype)
-        got = na.attention_backward(grad, q, k, v, out, lse, **options, backend="cuda")
+        got = na.attention_backward(grad, q, k, v, out, lse, **options, mod_grads="all", backend="cuda")
         a, b, c, g = wide(q, k, v, grad)
         x = a @ b.swapaxes(-1, -2) / 8 - slopes[:, None, None] * np.abs(i - j) + table[np.clip(i - j + 8, 0, 16)]
         steep = i % 5 > 0
@@ -437,6 +437,12 @@ def mods():
         expected = of_scores @ b, of_scores.swapaxes(-1, -2) @ a, weights.swapaxes(-1, -2) @ g
         parts = [near("out", out, weights @ c, LIMITS[dtype]), near("lse", lse, want_lse, 2e-6)]
         parts += [near(f"d{n}", x, y, LIMITS[dtype] * 3) for n, x, y in zip("qkv", got, expected, strict=False)]
+        of_table = np.zeros(17)
+        np.add.at(of_table, np.broadcast_to(np.clip(i - j + 8, 0, 16), scores.shape), of_scores * 8)
+        of_slopes = -(of_scores * 8 * np.abs(i - j)).sum((-1, -2))
+        for name, x, y in zip(("slopes", "table"), got.mod_args, (of_slopes, of_table), strict=True):
+            single = dtype != "float64" or name == "slopes"
+            parts.append(near(f"d{name}", x, y, max(LIMITS[dtype], 1e-5 * single) * 3))
         said.append(f"{dtype}: {' '.join(parts)}")
     return "; ".join(said)
 

@@ -241,7 +241,7 @@ def attention_backward(
     TypeError, ValueError, BackendUnavailableError
         As in `attention`; the message names the argument.
     NotImplementedError
-        The backend "cuda" has no `mod_grads`.
+        `mod_grads` on the backend "cuda" where NUMBA_ATTENTION_DETERMINISTIC is set.
 
     See Also
     --------

@@ -36,7 +36,7 @@ STORED = ("int8", "float8_e4m3fn", "bfloat16")
 OPTIONS = {"softcap": True, "alibi": True, "bias": "float32", "mask": True}
 
 
-def mods_of_all(with_slope):
+def mods_of_all(with_slope, places=()):
     """Branches, a table, logarithms, integer division; what is visible by rows, keys and squares."""
 
     def visible(batch, head, i, j, table, width, documents):
@@ -50,7 +50,7 @@ def mods_of_all(with_slope):
     rules = device_rules.Rules(
         find("score_mod", score, arguments, values), find("mask_mod", visible, arguments, values), arguments
     )
-    return device_rules.mods_of(rules, with_slope)
+    return device_rules.mods_of(rules, with_slope, places)
 
 
 def device(arch):
@@ -250,6 +250,8 @@ def rest(arch, storage, E):
         if single is not None:
             yield single
         of_queries = tile_shapes.base("query", storage, E, E, of)
+        summed = tile_shapes.with_options(forward, **options, mods=mods_of_all(False, (0,)))
+        yield tile_shapes.bias(summed, of, "mods")
         with_bias = {**OPTIONS, **options}
         yield tile_shapes.bias(tile_shapes.with_options(of_queries, **with_bias, mods=mods_of_all(True)), of)
     yield Spec("combine", storage, E, E, warps=4, pack_gqa=True, flags=True, arch=arch)

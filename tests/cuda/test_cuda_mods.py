@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import numba_attention as na
-from cases import DTYPES, Case, assert_close, check, check_backward, tolerance
+from cases import DTYPES, Case, assert_close, check, check_backward, grad_tolerance, tolerance
 from emulator import BlockMemory, Emit, Memory, Value, emulated
 from mod_functions import FUNCTIONS, plain_arguments
 from numba_attention import mods
@@ -316,9 +316,58 @@ def test_a_table_that_is_too_short(driver):
         na.attention(q, q, q, score_mod=table_of_rows, mod_args=(np.zeros(19),), backend="cuda")
 
 
-def test_gradients_of_arguments_are_refused(driver):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_arguments(driver, dtype):
+    """Slopes by heads, a table by heads and distances, and one by rows and keys; grouped heads, other options."""
+
+    def rule(score, batch, head, i, j, slopes, table, rows, scale):
+        x = score - slopes[head] * abs(i - j) + table[head, min(max(i - j + 8, 0), 16)] * scale
+        return 6 * math.tanh(x / 6) * rows[i] + rows[j]
+
+    rng = np.random.default_rng(0)
+    q, k, v, grad = (rng.standard_normal((2, h, n, 24)).astype(DTYPES[dtype]) for h, n in
+                     ((4, 40), (2, 50), (2, 50), (4, 40)))  # fmt: skip
+    args = rng.random(4, dtype=np.float32) / 4, rng.standard_normal((4, 17)), 1 + rng.random(50), 0.5
+    shown = na.BlockMask.from_array(rng.random((4, 40, 50)) < 0.8)
+    options = {
+        "mask": shown,
+        "score_mod": rule,
+        "mod_args": args,
+        "is_causal": "bottom-right",
+        "softcap": 5.0,
+        "dropout_p": 0.2,
+        "seed": 3,
+    }
+    results = []
+    for backend, arrays in (("cuda", (q, k, v)), ("reference", [x.astype(np.float64) for x in (q, k, v)])):
+        out, lse = na.attention(*arrays, **options, return_lse=True, backend=backend)
+        results.append(na.attention_backward(grad.astype(out.dtype), *arrays, out, lse, **options, mod_grads=[0, 1, 2],
+                                             backend=backend))  # fmt: skip
+    got, want = results
+    assert [x.dtype for x in got.mod_args[:3]] == [np.float32, np.float64, np.float64]
+    assert got.mod_args[3] is None
+    for a, b in zip((*got[:3], *got.mod_args[:3]), (*want[:3], *want.mod_args[:3]), strict=True):
+        assert_close(a, b, grad_tolerance(dtype) * 4, offset=np.abs(want.key).max())
+
+
+def test_gradients_of_arguments_of_packed_sequences(driver):
+    rng = np.random.default_rng(0)
+    starts = np.array([0, 40, 40, 44, 70])
+    q, k, v, grad = (rng.standard_normal((70, 2, 16)) for _ in range(4))
+    options = BOTH | {"mod_args": arguments(2)}
+    grads = []
+    for backend in ("cuda", "reference"):
+        out, lse = na.attention_varlen(q, k, v, starts, starts, **options, return_lse=True, backend=backend)
+        grads.append(na.attention_varlen_backward(grad, q, k, v, out, lse, starts, starts, **options, mod_grads="all",
+                                                  backend=backend))  # fmt: skip
+    for a, b in zip(*(g.mod_args for g in grads), strict=True):
+        assert_close(a, b, 1e-6 if a.dtype == np.float32 else 1e-12, 1)
+
+
+def test_gradients_of_arguments_have_no_order(driver, monkeypatch):
+    monkeypatch.setenv(tile_shapes.DETERMINISTIC, "1")
     q = normal(1, 20, 16)
     out, lse = na.attention(q, q, q, return_lse=True)
-    with pytest.raises(NotImplementedError, match="mod_grads"):
-        na.attention_backward(q, q, q, q, out, lse, score_mod=mods.softcap, mod_args=(np.ones(1),), mod_grads="all",
+    with pytest.raises(NotImplementedError, match="mod_grads are summed by atomics in any order"):
+        na.attention_backward(q, q, q, q, out, lse, score_mod=mods.alibi, mod_args=(np.ones(1),), mod_grads="all",
                               backend="cuda")  # fmt: skip

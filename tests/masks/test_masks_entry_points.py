@@ -395,14 +395,6 @@ def test_as_a_bias_it_is_refused():
         na.attention(query, key, value, bias=BlockMask.causal(130, 70))
 
 
-def test_gpus_refuse_it():
-    from numba_attention.device_call import Call
-    from numba_attention.options import Options
-
-    with pytest.raises(TypeError, match=r"mask must be an array on a GPU, got a BlockMask; pass mask.to_dense\(\)"):
-        Call.options(None, Options(mask=BlockMask.causal(5, 5)))
-
-
 def test_empty_arrays():
     for sizes in ((2, 4, 2, 0, 50), (2, 4, 2, 30, 0), (0, 4, 2, 30, 50), (2, 0, 0, 30, 50)):
         query, key, value, grad = arrays(np.random.default_rng(0), sizes, "float32")

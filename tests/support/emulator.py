@@ -248,6 +248,10 @@ class Emit:
             self._memory.add(self._all(address)[where] + 4 * n, self._all(x)[where])
         assert not together or not (self._all(address)[where] % (4 * len(values))).any(), "red: misaligned"
 
+    def add_anywhere(self, address, x, where):
+        where = self._where(where)
+        self._memory.add_anywhere(self._all(address)[where], self._all(x)[where])
+
     def load_shared(self, kind, address, count=None):
         return self._values(kind, self._shared.read(self._all(address), SIZES[kind] * (count or 1)), count)
 
@@ -383,6 +387,11 @@ class Memory:
         assert len(np.unique(address)) == len(address), "two threads add to one place: right, but slow"
         total = self.bytes[index].view(np.float32)[:, 0] + x
         self.bytes[index] = total[:, None].view(np.uint8)
+
+    def add_anywhere(self, address, x):
+        for place, number in zip(address.tolist(), x, strict=True):
+            index = self._index(np.array([place]), x.itemsize, x.itemsize)[0]
+            self.bytes[index] = (self.bytes[index].view(x.dtype) + number).view(np.uint8)
 
 
 class BlockMemory:

@@ -12,6 +12,7 @@ from ..options import Array
 from ..problem.dense import BackwardProblem, Problem, spread_bias
 from .cuda_launch import Work, is_aligned, work_list
 from .device_masks import with_whole_mask
+from .device_rules import offsets_of
 from .device_sums import add_up
 from .records import storage_of
 
@@ -21,11 +22,12 @@ ROWS = 4  # rows of a block in kernels that give each row a warp
 def run(g: BackwardProblem) -> None:
     """Write the gradients of query, key and value, and make those of bias and sinks."""
     p, stream = g.forward, runtime.stream()
-    if g.mod_grads:
+    if g.mod_grads and tile_shapes.is_deterministic():
         raise NotImplementedError(
-            "mod_grads are not available on the backend 'cuda'; use backend='cpu' with arrays on the host"
+            f"mod_grads are summed by atomics in any order on the backend 'cuda', and {tile_shapes.DETERMINISTIC} is "
+            "set; use backend='cpu' with arrays on the host"
         )
-    if g.bias_shape is not None:
+    if g.bias_shape is not None or g.mod_grads:
         p = g.forward = with_whole_mask(p)
     real = np.float64 if p.query.dtype == np.float64 else np.float32
     of_rows = p.out.shape[-3:-1] if p.packing else p.out.shape[:-1]  # all packed sequences share one array
@@ -70,6 +72,8 @@ def run(g: BackwardProblem) -> None:
         _of_bias(g, work, of_bias, is_aligned(p.query, p.key, p.value, g.grad_out))
     if p.sinks is not None:
         _of_sinks(g, work)
+    if g.mod_grads:
+        _of_mods(g, work, is_aligned(p.query, p.key, p.value, g.grad_out))
 
 
 def _is_single(p: Problem) -> bool:
@@ -158,10 +162,35 @@ def _of_sinks(g: BackwardProblem, work: Work) -> None:
     work.launch(c, (p.H, 1, 1), number=len(work.sequences), inner_tiles=-(-p.L // c.threads))
 
 
+def _of_mods(g: BackwardProblem, work: Work, aligned: bool) -> None:
+    """Add up the gradients of `mod_args` by atomics, and convert each to the dtype of its array."""
+    p, places = g.forward, g.mod_grads
+    assert places is not None
+    offsets = offsets_of(p.mod_args)
+    size = max(offsets[-1], 1)
+    sums = runtime.empty((size,), work.real, work.stream, cleared=size * work.real.itemsize)
+    mods = work.gradients_of_mods(places)
+    if p.L and p.S and mods is not None and mods.gradients.sites:
+        c = tile_shapes.bias(work.spec("forward", aligned).with_(mods=mods), work.device, "mods")
+        work.put("partial", sums)
+        tiles = -(-p.L // c.rows)
+        work.put("work", None)
+        work.launch(c, (len(work.sequences) * tiles, p.H, 1), tiles=tiles)
+    g.mod_args = []
+    for place in places:
+        x = p.mod_args[place]
+        part = sums[offsets[place] : offsets[place + 1]].reshape(x.shape)
+        total = g.empty(x.shape, x.dtype)
+        add_up(part, total, work.device.arch, work.stream)
+        g.mod_args.append(total)
+
+
 def _without_work(g: BackwardProblem, work: Work) -> None:
     """Write zeros where there are no heads or no sequences."""
     if g.forward.sinks is not None:
         g.sinks = g.empty((g.forward.H,), work.real)
-    for x in (g.query, g.key, g.value, g.sinks):
+    if g.mod_grads:
+        g.mod_args = [g.empty(x.shape, x.dtype) for x in (g.forward.mod_args[place] for place in g.mod_grads)]
+    for x in (g.query, g.key, g.value, g.sinks, *(g.mod_args or ())):
         if x is not None:
             add_up(x, x, work.device.arch, work.stream, terms=False)

@@ -10,7 +10,7 @@ from ..cuda import kernels, tile_shapes
 from ..cuda.blocks import HEAD
 from ..cuda.parameters import ARRAYS, INTEGERS, MOST, REALS
 from ..cuda.softmax import LOG2E
-from ..cuda.spec import Spec
+from ..cuda.spec import Mods, Spec
 from ..device import runtime
 from ..device.constants import upload
 from ..device.headers import address_of
@@ -131,6 +131,10 @@ class Work:
             p.mask is not None, p.dropout > 0, is_paged(p), self.hides, aligned, stored_of(p),
             device_rules.mods_of(self._rules, task in ("query", "key")), p.blocks is not None,
         )  # fmt: skip
+
+    def gradients_of_mods(self, places: tuple[int, ...]) -> Mods | None:
+        """Return the rules of the kernel of the gradients of these arrays."""
+        return device_rules.mods_of(self._rules, False, places)
 
     def empty(self, name: str, shape: Any, dtype: Any) -> Array:
         """Allocate an array on the device, and set its address."""

@@ -46,11 +46,11 @@ def rules_of(p: Problem) -> Rules | None:
     return Rules(rules[0], rules[1], arguments)
 
 
-def mods_of(rules: Rules | None, with_slope: bool) -> Mods | None:
-    """Return what a kernel is compiled with."""
+def mods_of(rules: Rules | None, with_slope: bool, places: tuple[int, ...] = ()) -> Mods | None:
+    """Return what a kernel is compiled with; with `places`, that of the gradients of these arrays."""
     if rules is None:
         return None
-    key = "cuda", with_slope, rules.mask
+    key = "cuda", with_slope, rules.mask, places
     keeper = rules.score or rules.mask
     assert keeper is not None
     mods: Mods | None = keeper.kernels.get(key)
@@ -61,15 +61,26 @@ def mods_of(rules: Rules | None, with_slope: bool) -> Mods | None:
             score = rules.score.with_slope if slopes else rules.score.program
         if rules.mask is not None:
             mask = rules.mask.program
-        texts = ["" if program is None else program.text for program in (score, mask)]
+        gradients = None if not places or rules.score is None else rules.score.gradients(places)
+        texts = ["" if program is None else program.text for program in (score, mask, gradients)]
         digest = hashlib.sha256(repr((*texts, rules.arguments)).encode()).hexdigest()[:24]
-        mods = keeper.kernels[key] = Mods(score, mask, rules.arguments, digest)
+        mods = keeper.kernels[key] = Mods(score, mask, rules.arguments, digest, gradients)
     return mods
 
 
 def record_of(values: tuple[Any, ...]) -> tuple[Array, dict[int, Array]]:
-    """Return the words that kernels find `mod_args` by, and the arrays in the memory of the device, by their places."""
+    """Return the words that kernels find `mod_args` by, and the arrays in the memory of the device, by their places.
+
+    Last come the places of the sums of the gradients of arrays, which follow one another.
+    """
     arrays = {
         place: x if held(x) is not None else upload(x) for place, x in enumerate(values) if isinstance(x, np.ndarray)
     }
-    return np.array(words_of(values, lambda place, _: address_of(arrays[place])), np.int64), arrays
+    words = words_of(values, lambda place, _: address_of(arrays[place]))
+    return np.array([*words, *offsets_of(values)], np.int64), arrays
+
+
+def offsets_of(values: tuple[Any, ...]) -> list[int]:
+    """Return where the sums of each array begin, and how many there are."""
+    sizes = [x.size if isinstance(x, np.ndarray) else 0 for x in values]
+    return [sum(sizes[:n]) for n in range(len(sizes) + 1)]

@@ -251,6 +251,11 @@ class Lanes:
 
 def stage(b: Block, lanes: Lanes, thread: I32, column: I32, s: Regs, head: I32 | None = None) -> tuple[Regs, Regs]:
     """The stages of a tile; where rows are keys, `head` is the query head, of a group from 0."""
+    return lanes.scores(b, thread, column, head is not None).stages(s, stage_inputs(b, lanes, thread, head))
+
+
+def stage_inputs(b: Block, lanes: Lanes, thread: I32, head: I32 | None = None) -> StageInputs:
+    """What the stages of a tile read; where rows are keys, `head` is the query head, of a group from 0."""
     transposed = head is not None
     bias, mask = b.places["bias"], b.places["mask"]
     rows, keys = (b.span.columns, b.span.rows) if transposed else (b.span.rows, b.span.columns)
@@ -274,4 +279,4 @@ def stage(b: Block, lanes: Lanes, thread: I32, column: I32, s: Regs, head: I32 |
             inputs, batch=s_record.int("number"), head_numbers=[numbers[id(h)] for h in heads],
             first_position=s_record.int("offset"),
         )  # fmt: skip
-    return lanes.scores(b, thread, column, transposed).stages(s, inputs)
+    return inputs

@@ -315,6 +315,11 @@ class Emit:
         for n, x in enumerate(values):
             self._predicated("red.global.add.f32 [$0], $1;", "l,f", [address + 4 * n, x], where)
 
+    def add_anywhere(self, address: Value, x: Value, where: Value) -> None:
+        """Atomically add a number in global memory, where others may add to the same one."""
+        suffix, letter = ("f32", "f") if x.kind == "f" else ("f64", "d")
+        self._predicated(f"red.global.add.{suffix} [$0], $1;", f"l,{letter}", [address, x], where)
+
     def copy_async(
         self, shared: Value, address: Value, size: Value, where: Value | None = None, width: int = 16
     ) -> None:

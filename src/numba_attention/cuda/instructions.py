@@ -41,7 +41,9 @@ class Evaluation:
 
     def __init__(self, e: Emit, record: I64, program: Any, arguments: tuple[Any, ...], kind: str) -> None:
         self.e, self.record, self.arguments, self.kind = e, record, arguments, kind
-        self.lines, self.outputs = program.instructions, program.outputs
+        self.lines, self.outputs, self.sites = program.instructions, program.outputs, program.sites
+        self.elements: list[tuple[int, I32]] = []  # array and element that each site reads for the last score
+        self._uniform: set[int] = set()
         self.first = [0]  # of each argument, its first word
         for argument in arguments:
             self.first.append(self.first[-1] + 1 + argument.ndim)
@@ -62,7 +64,22 @@ class Evaluation:
             if key not in self.known:
                 self.known[key] = self._compute(n, results)
             results.append(self.known[key])
+        self.elements = [self._element(n, results, given) for n in self.sites]
         return [results[n] for n in self.outputs]
+
+    def is_uniform(self, index: I32) -> bool:
+        """Whether all threads of a block read the same element there."""
+        return id(index) in self._uniform
+
+    def _element(self, n: int, results: list[Value], given: dict[str, Value]) -> tuple[int, I32]:
+        _, _, args, (place, checked) = self.lines[n]
+        names = {name for x in args for name in self.depends[x]}
+        key = -1 - n, *(id(given[name]) for name in sorted(names))
+        if key not in self.known:
+            self.known[key] = self.flat_index(args, place, checked, results)
+            if names <= {"batch", "head"}:
+                self._uniform.add(id(self.known[key]))
+        return place, self.known[key]
 
     def _kind(self, kind: str) -> str:
         return KINDS.get(kind, self.kind)

@@ -15,12 +15,12 @@ from .spec import Spec
 
 def make(c: Spec, on: Target) -> KernelFunction:
     """Make the Python function of a kernel for a target."""
-    from . import backward, bias, combine, forward, normalizers, probabilities, rowwise
+    from . import backward, bias, combine, forward, mod_gradients, normalizers, probabilities, rowwise
 
     makers = {
         "forward": forward.make_forward, "combine": combine.make_combine, "query": backward.make_backward,
         "key": backward.make_backward, "bias": bias.make_bias, "weights": probabilities.make_weights,
-        "delta": rowwise.make_delta, "round": rowwise.make_round,
+        "mods": mod_gradients.make_mod_gradients, "delta": rowwise.make_delta, "round": rowwise.make_round,
         "normalizers": normalizers.make_normalizers, "sinks": rowwise.make_sinks,
         "reduce": rowwise.make_reduce,
     }  # fmt: skip
@@ -36,7 +36,7 @@ def shared(c: Spec) -> int:
         return combine.Shared(c).end
     if c.task in ("query", "key"):
         return backward.Tiles(c).end
-    if c.task == "bias":
+    if c.task in ("bias", "mods"):
         return bias.Tiles(c).end
     if c.task in ("forward", "weights", "normalizers"):
         return forward.shared(c)

@@ -99,6 +99,7 @@ class Scores:
                  transposed: bool = False) -> None:  # fmt: skip
         self.e, self.c, self.p, self.product, self.layout = e, c, p, product, layout
         self.rows, self.column, self.transposed = rows, column, transposed
+        self.natural: Regs = []  # what a score_mod was called with
 
     def places(self) -> list[tuple[I32, I32]]:
         """Query and key of each register."""
@@ -124,7 +125,8 @@ class Scores:
             s = [x * rest for x in s]
         if c.has_score_mod:
             assert c.mods is not None
-            results = self._run(c.mods.score, inputs, places, s)
+            self.natural = s
+            results = self._run(c.mods.score, inputs, s)
             s = [outputs[0] for outputs in results]
             if c.mods.has_slope:
                 derivatives = [
@@ -161,24 +163,35 @@ class Scores:
                 masked.append(e.select(shown > 0, x, low))
             s = masked
         if c.mods is not None and c.mods.mask is not None:
-            visible = self._run(c.mods.mask, inputs, places, s)
+            visible = self._run(c.mods.mask, inputs, s)
             s = [e.select(own[0], x, low) for own, x in zip(visible, s, strict=True)]
         return s, derivatives
 
-    def _run(self, program: Any, inputs: StageInputs, places: list[tuple[I32, I32]], s: Regs) -> list[Regs]:
-        """What a program computes for each score. Pairs beyond the last have the position of the last."""
-        e, batch, heads, first = self.e, inputs.batch, inputs.head_numbers, inputs.first_position
+    def _run(self, program: Any, inputs: StageInputs, s: Regs) -> list[Regs]:
+        """What a program computes for each score."""
         assert self.c.mods is not None
+        evaluation = Evaluation(self.e, self.p.mods, program, self.c.mods.arguments, self.product.kind)
+        return [outputs for outputs, _ in self.evaluate(evaluation, inputs, s)]
+
+    def evaluate(
+        self, evaluation: Evaluation, inputs: StageInputs, s: Regs
+    ) -> list[tuple[Regs, list[tuple[int, I32]]]]:
+        """Outputs of a program for each score, and which elements its sites read.
+
+        Pairs beyond the last have the position of the last.
+        """
+        e, batch, heads, first = self.e, inputs.batch, inputs.head_numbers, inputs.first_position
         assert batch is not None
         assert heads is not None
         assert first is not None
-        evaluation = Evaluation(e, self.p.mods, program, self.c.mods.arguments, self.product.kind)
+        places = self.places()
         rows = {id(i): e.max(e.min(i, inputs.rows - 1), 0) + first for i, _ in places}
         keys = {id(j): e.max(e.min(j, inputs.keys - 1), 0) for _, j in places}
-        return [
-            evaluation.run(score=x, batch=batch, head=heads[slot], i=rows[id(i)], j=keys[id(j)])
-            for (slot, _), (i, j), x in zip(self.layout.elements, places, s, strict=True)
-        ]
+        results = []
+        for (slot, _), (i, j), x in zip(self.layout.elements, places, s, strict=True):
+            outputs = evaluation.run(score=x, batch=batch, head=heads[slot], i=rows[id(i)], j=keys[id(j)])
+            results.append((outputs, evaluation.elements))
+        return results
 
     @property
     def nan_safe(self) -> bool:

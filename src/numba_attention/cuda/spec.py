@@ -20,6 +20,7 @@ class Mods:
     mask: Any  # whether a pair is visible; or None
     arguments: tuple[Any, ...]  # mods.language.Argument: kinds of what they are called with
     digest: str
+    gradients: Any = None  # the derivatives of the score with respect to reads of arrays; or None
 
     @property
     def has_slope(self) -> bool:
@@ -36,7 +37,7 @@ class Mods:
 class Spec:
     """The settings of one kernel: its task, storage, options and tile shape."""
 
-    task: str  # "forward", "combine", "delta", "query", "key", "round", "bias", "sinks", "weights", "reduce"
+    task: str  # "forward", "combine", "delta", "query", "key", "round", "bias", "mods", "sinks", "weights", "reduce"
     storage: str  # of query, key, value and out
     E: int  # head dimensions of tiles
     Ev: int

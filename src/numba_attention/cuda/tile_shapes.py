@@ -258,9 +258,9 @@ def normalizers(c: Spec, device: Any) -> Spec:
     return fitted(c.with_(task="normalizers", slots=slots, warps=4, columns=32, flags=False, Ev=32), device)
 
 
-def bias(c: Spec, device: Any) -> Spec:
-    """The kernel of the gradient of a bias."""
-    spec = c.with_(task="bias", flags=False, nan_safe=False)
+def bias(c: Spec, device: Any, task: str = "bias") -> Spec:
+    """The kernel of the gradient of a bias, or of `mod_args`."""
+    spec = c.with_(task=task, flags=False, nan_safe=False)
     small = max(c.E, c.Ev) <= 64
     if spec.product == "simt":
         slots = 1 if c.dropout or c.mods is not None else (4 if small else 2) // (2 if c.storage == "float64" else 1)

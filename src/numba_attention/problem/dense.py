@@ -323,7 +323,11 @@ def of_options(
         sinks = reduce(p.sinks, p.sinks.shape, np.asarray(p.options.sinks).dtype, p.empty)
     if p.mod_grads is not None:
         grads: list[Array | None] = [None] * len(p.forward.mod_args)
-        made = p.mod_args or [np.zeros(p.forward.mod_args[place].shape) for place in p.mod_grads]
+        made = (
+            p.mod_args
+            if p.mod_args is not None
+            else [np.zeros(p.forward.mod_args[place].shape) for place in p.mod_grads]
+        )
         for place, grad in zip(p.mod_grads, made, strict=True):
             grads[place] = grad.astype(p.forward.mod_args[place].dtype, copy=False)
         mod_args = tuple(grads)
