@@ -278,6 +278,54 @@ def test_all_orders_of_modes_agree_with_the_formula(torch, nat, normal):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11, msg=name)
 
 
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4), (3, 2, 5, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "is_one"),
+    [
+        ({"is_causal": True}, True),
+        ({"key_lengths": 3, "mask": np.arange(25).reshape(5, 5) % 4 > 0}, True),
+        ({"dropout_p": 0.3, "seed": 1}, False),
+        ({"score_mod": lambda s, b, h, i, j: s + 0.1 * (b + 1) * s * s}, False),
+    ],
+    ids=["causal", "lengths, mask", "dropout", "mod"],
+)
+def test_vmap_is_one_call(torch, nat, monkeypatch, shape, options, is_one):
+    """Hessian, Jacobian and a batch of gradients, against calls one after the other."""
+    from numba_attention import torch_autograd
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, *shape, dtype=torch.float64, generator=generator)
+    counted = []
+    forward = torch_autograd.api.attention_backward
+
+    def count(*arguments, **keywords):
+        counted.append(1)
+        return forward(*arguments, **keywords)
+
+    def loss(*x):
+        return (nat.attention(*x, **options) ** 3).sum()
+
+    func = torch.func
+    gradients = func.vmap(func.grad(loss, (0, 1)), in_dims=(0, None, 1))
+    orders = {
+        "hessian": lambda: func.hessian(loss, (0, 2))(*x),
+        "jacrev": lambda: func.jacrev(func.jacrev(loss, 1), 0)(*x),
+        "gradients": lambda: gradients(torch.stack([x[0], x[1]]), x[1], torch.stack([x[2], x[0]], 1)),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_autograd.Call, "takes_leading_dimensions", False)
+        want = {name: order() for name, order in orders.items()}
+    monkeypatch.setattr(torch_autograd.api, "attention_backward", count)
+    for name, order in orders.items():
+        counted.clear()
+        got = order()
+        if name == "jacrev":  # whose backward passes are those of all entries
+            assert (len(counted) <= 2) == is_one
+        leaves = torch.utils._pytree.tree_leaves
+        for a, b in zip(leaves(got), leaves(want[name]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
 def test_what_has_no_derivative_raises(torch, nat, normal):
     query, key, value, table = normal(1, 3, 4), normal(1, 3, 4), normal(1, 3, 4), normal(3)
     (first,) = torch.autograd.grad(nat.attention(query, key, value).square().sum(), query, create_graph=True)

@@ -106,8 +106,9 @@ def attention(
     backward pass is O(L + S) features per head, never L x S.
 
     It can be differentiated twice, in linear memory too: with ``create_graph=True`` (forces, gradient penalties), by
-    `torch.func` (jvp, hessian, jacrev, jacfwd), and in forward mode, also over reverse mode. Under vmap, calls are made
-    one after the other.
+    `torch.func` (jvp, hessian, jacrev, jacfwd), and in forward mode, also over reverse mode. Axes that vmap adds are
+    leading dimensions of one call; with dropout, mods, a `BlockMask` or tensors as options, calls are made one after
+    the other.
 
     The number of threads is Numba's (`numba.set_num_threads`), not that of `torch.set_num_threads`.
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from . import api, second
+from .masks.blockmask import BlockMask
 from .options import Array, Gradients, is_mod_arg, join_mod_args, place_of
 
 Tensor: TypeAlias = torch.Tensor
@@ -40,6 +41,13 @@ class Call:
     def moving(self) -> tuple[str, ...]:
         """The tensors that have second derivatives."""
         return tuple(name for name in self.names if name in INPUTS)
+
+    @property
+    def takes_leading_dimensions(self) -> bool:
+        """Whether one more leading dimension gives calls side by side: no tensor but three, no number of a sequence."""
+        own = self.constants
+        numbered = own.get("score_mod") is not None or own.get("mask_mod") is not None or own.get("dropout_p", 0) != 0
+        return self.names == ("query", "key", "value") and not numbered and not isinstance(own.get("mask"), BlockMask)
 
     def arguments(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """Arguments of a function of arrays: inputs, and what else is among the tensors, by name."""
@@ -67,7 +75,23 @@ class _Function(torch.autograd.Function):
 
     @classmethod
     def vmap(cls, info: Any, in_dims: Any, *inputs: Any) -> Any:
-        """One call after the other: the results have the bits that each call has alone."""
+        """One call, with one more leading dimension, or one after the other: with the bits that each has alone."""
+        call, *tensors = inputs
+        dims = in_dims[1:]
+        if call is None:
+            return cls.apply(None, *tensors), dims
+        ranks = {x.ndim - isinstance(axis, int) for x, axis in zip(tensors[:3], dims[:3], strict=True)}
+        if call.takes_leading_dimensions and len(ranks) == 1:
+            heads = (None,) if ranks == {2} else ()  # matrices are one head
+
+            def lead(x: Tensor | None, axis: int | None) -> Tensor | None:
+                if x is None:
+                    return None
+                x = x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+                return x[(slice(None), *heads)]
+
+            results = cls.apply(call, *map(lead, tensors, dims))
+            return tuple(x.squeeze(1) if heads else x for x in results), (0,) * len(results)
 
         def pick(x: Any, axis: Any, n: int) -> Any:
             return x.select(axis, n) if torch.is_tensor(x) and isinstance(axis, int) else x
