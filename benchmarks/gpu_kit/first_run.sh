@@ -20,9 +20,8 @@ python=${PYTHON:-python3}
 work=$(mktemp -d)
 : >"$summary"
 
-# What was carried: machine code, and wheels if there are any. Kernels must be this user's, as the cache loads no others,
-# and new, as it removes what was not used for long.
-export NUMBA_ATTENTION_CACHE_DIR=$work/kernels
+# What was carried: machine code, and wheels if there are any. Kernels must be this user's, as no others are loaded.
+export NUMBA_ATTENTION_CACHE_DIR=$work/cache NUMBA_ATTENTION_KERNELS=$work/kernels
 (umask 077 && mkdir "$work/kernels" && [ -f "$carried/kernels.tar.gz" ] &&
     tar -xzf "$carried/kernels.tar.gz" -C "$work/kernels" -m --no-same-owner --no-same-permissions)
 site=

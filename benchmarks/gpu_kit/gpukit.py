@@ -1,16 +1,12 @@
 """What the kit changes in numba_attention at run time, in every process with NA_KIT=1, without a change to the package.
 
-NA_KIT=1               the key of machine code has neither Python nor a version of a package in it, only the kernels'
-                       sources: it is the same on the machine that compiles and on the one that runs, and the cache of
-                       the package (NUMBA_ATTENTION_CACHE_DIR) travels. What had to be compiled is noted in
-                       NA_KIT_NOTES ("made NAME SECONDS").
+NA_KIT=1               what had to be compiled is noted in NA_KIT_NOTES ("made NAME SECONDS").
 NA_KIT_COLLECT=file    nothing is compiled or run: the kernels that a run asks for are appended to the file.
 NA_KIT_EMULATE=1       on the stub of a driver (tests/support/libcuda.c): launches are run by the emulator of the tests.
 NA_KIT_LENIENT=1       the backend is tried although versions are below its floors.
 """
 
 import ctypes
-import hashlib
 import importlib.util
 import os
 import pickle
@@ -73,21 +69,15 @@ def replace(module, name, replacement):
 
 @patches("numba_attention.device.cubins")
 def _cubins(module):
-    digest = hashlib.sha256()
-    for source in module.sources():
-        digest.update(source.name.encode() + source.read_bytes())
-    found = digest.hexdigest()
-    replace(module, "environment", lambda _: lambda: found)
-
     def noting(load_or_make):
-        def replacement(key, make):
+        def replacement(key, make, sources):
             def timed():
                 begin = time.perf_counter()
                 code = make()
                 note(f"made {key} {time.perf_counter() - begin:.1f} s")
                 return code
 
-            return load_or_make(key, timed)
+            return load_or_make(key, timed, sources)
 
         return replacement
 
@@ -137,8 +127,8 @@ def _emulate(runtime):
 
     def compiled(c):
         if c.name not in specs:
-            path, _ = cubins.place(c.name)
-            if path is not None and path.exists():
+            name, _ = cubins.shipped_place(c.name, kernels.sources(c))
+            if any((folder / name).exists() for folder in cubins.folders()):
                 note(f"there {c.name}")
             specs[c.name] = c, _stands_in(kernels, c)
         return specs[c.name][1]

@@ -1,6 +1,6 @@
-"""Compile kernels into the cache of NUMBA_ATTENTION_CACHE_DIR: python precompile.py LIST [LIST ...] [--jobs N]
+"""Compile kernels into the folder NUMBA_ATTENTION_KERNELS: python precompile.py LIST [LIST ...] [--jobs N]
 
-A LIST is a file of NA_KIT_COLLECT. What the cache has already is left alone, so this can be stopped and go on.
+A LIST is a file of NA_KIT_COLLECT. What the folder has already is left alone, so this can be stopped and go on.
 """
 
 import argparse
@@ -20,15 +20,15 @@ def make(c):
     from numba_attention.cuda import kernels
     from numba_attention.device import cubins
 
-    begin, said = time.process_time(), []
+    begin, said, folder = time.process_time(), [], Path(os.environ["NUMBA_ATTENTION_KERNELS"])
 
     def compiled():
         made = kernels.compile_(c)
         said.extend((made.registers, made.spills))
         return made.code
 
-    code = cubins.cubin(c.name, compiled)
-    return time.process_time() - begin, *(said or (0, 0)), len(code)
+    path = cubins.ship(folder, c.name, compiled, kernels.sources(c))
+    return time.process_time() - begin, *(said or (0, 0)), path.stat().st_size
 
 
 def main():
@@ -37,23 +37,21 @@ def main():
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no kernel after so long")
     parser.add_argument("--count", action="store_true", help="only say how many are there")
+    parser.add_argument("--names", type=Path, help="write the names of the files that are there to this file")
     options = parser.parse_args()
+    from numba_attention.cuda import kernels
     from numba_attention.device import cubins
 
-    wanted = {}
+    wanted, folder = {}, Path(os.environ["NUMBA_ATTENTION_KERNELS"])
     for name in options.lists:
         for c in gpukit.collected(name):
-            path, _ = cubins.place(c.name)
-            if path is None:
-                print("there is no cache that can be trusted in NUMBA_ATTENTION_CACHE_DIR")
-                return 1
-            wanted[c.name] = c, path
+            wanted[c.name] = c, folder / cubins.shipped_place(c.name, kernels.sources(c))[0]
     missing = [c for c, path in wanted.values() if not path.exists()]
     print(f"{len(wanted)} kernels, {len(missing)} to be compiled", flush=True)
     if options.count:
         return 0
     begin, total, failed = time.perf_counter(), 0.0, 0
-    log_path = Path(os.environ["NUMBA_ATTENTION_CACHE_DIR"]) / "made.txt"
+    log_path = folder / "made.txt"
     with ProcessPoolExecutor(options.jobs) as pool, open(log_path, "a") as log:
         queue, running = iter(missing), {}
         for _ in range(len(missing)):
@@ -76,6 +74,8 @@ def main():
                 for where in (log, sys.stdout):
                     print(f"FAILED {c.name}: {str(error)[:300]}", file=where, flush=True)
     left = sum(not path.exists() for _, path in wanted.values())
+    if options.names is not None:
+        options.names.write_text("".join(f"{path.name}\n" for _, path in wanted.values() if path.exists()))
     print(f"{time.perf_counter() - begin:.0f} s, {total:.0f} CPU s, {failed} failed, {left} left", flush=True)
     return 1 if failed else 0
 

@@ -13,9 +13,9 @@ kernels=${KERNELS:-${XDG_CACHE_HOME:-$HOME/.cache}/numba-attention-gpu-kit}
 carried=$root/.gpu
 mkdir -p "$carried" "$kernels"
 export PYTHONPATH="$kit/site:$kit:$root/src:$root/tests/support:$root/tests/cuda" PYTHONDONTWRITEBYTECODE=1 NA_KIT=1
-sources=$("$python" -c "from numba_attention.device import cubins; print(cubins.environment())")
-export NUMBA_ATTENTION_CACHE_DIR=$kernels/${sources:0:16}
-mkdir -p "$NUMBA_ATTENTION_CACHE_DIR"
+sources=$("$python" -c "from numba_attention.device import cubins as c; print(c.digest_of(c.sources()))")
+export NUMBA_ATTENTION_KERNELS=$kernels/cubins
+mkdir -p "$NUMBA_ATTENTION_KERNELS"
 if [ ! -d "$carried/lists" ] || [ "$(cat "$carried/sources.txt" 2>/dev/null)" != "$sources" ]; then
     echo "which kernels the stages ask for:"
     cc -shared -fPIC -w -o "$kernels/libcuda.so.1" "$root/tests/support/libcuda.c"
@@ -23,8 +23,9 @@ if [ ! -d "$carried/lists" ] || [ "$(cat "$carried/sources.txt" 2>/dev/null)" !=
     rm -rf "$carried/lists" && mkdir "$carried/lists" && cp "$kernels"/lists/*.list "$carried/lists/"
     echo "$sources" >"$carried/sources.txt"
 fi
-"$python" "$kit/primitives.py" --compile
-nice -n 5 "$python" "$kit/precompile.py" "$carried"/lists/*.list --seconds "${SECONDS_OF_COMPILING:-100000}" || true
-(cd "$NUMBA_ATTENTION_CACHE_DIR" && find . -name '*.cubin') | tar -czf "$carried/kernels.tar.gz" -C "$NUMBA_ATTENTION_CACHE_DIR" -T -
+"$python" "$kit/primitives.py" --compile >"$kernels/primitives.txt"
+nice -n 5 "$python" "$kit/precompile.py" "$carried"/lists/*.list --seconds "${SECONDS_OF_COMPILING:-100000}" \
+    --names "$kernels/names.txt" || true
+cat "$kernels/primitives.txt" "$kernels/names.txt" | tar -czf "$carried/kernels.tar.gz" -C "$NUMBA_ATTENTION_KERNELS" -T -
 du -sh "$carried" | sed 's/$/ are to be carried/'
 echo 'next, where the GPU is, with .gpu/ beside the sources and a limit of 480 s: bash benchmarks/gpu_kit/first_run.sh'

@@ -9,7 +9,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +24,27 @@ def groups():
     return t, made
 
 
+def key_of(t, name, arch):
+    """The name of machine code in the folder of kernels, with the file of the instructions in it."""
+    source = hashlib.sha256(Path(t.__file__).read_bytes()).hexdigest()
+    return f"instructions {name} {arch} {source}"
+
+
 def code_of(t, name, body, arch):
-    """Machine code from the cache of kernels, whose key has the file of the instructions in it."""
     from numba_attention.device import cubins
 
-    source = hashlib.sha256(Path(t.__file__).read_bytes()).hexdigest()
     make = t.compiled
-    return cubins.cubin(f"instructions {name} {arch} {source}", lambda: make(body, arch).cubin)
+    return cubins.cubin(key_of(t, name, arch), lambda: make(body, arch).cubin)
 
 
 def compile_all():
+    """Compile all into the folder NUMBA_ATTENTION_KERNELS, and say the names of the files."""
+    from numba_attention.device import cubins
+
     t, found = groups()
+    folder = Path(os.environ["NUMBA_ATTENTION_KERNELS"])
     for name, (body, _, _) in found.items():
-        begin = time.perf_counter()
-        code_of(t, name, body, ARCH)
-        print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
+        print(cubins.ship(folder, key_of(t, name, ARCH), lambda body=body: t.compiled(body, ARCH).cubin, "").name)
 
 
 def run(name):

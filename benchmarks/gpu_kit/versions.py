@@ -82,15 +82,15 @@ def main():
     except ImportError as error:
         problems.append(f"cuda.pathfinder: {error}")
     import numba_attention as na
-    from numba_attention import kernel_cache
     from numba_attention.device import cubins
 
-    print(f"numba_attention {na.__version__} from {na.__file__}; sources {cubins.environment()[:12]}")
+    sources = cubins.digest_of(cubins.sources())
+    print(f"numba_attention {na.__version__} from {na.__file__}; sources {sources[:12]}")
     stamp = Path(os.environ["NA_KIT_CARRIED"]) / "sources.txt"
-    if stamp.exists() and stamp.read_text().strip() != cubins.environment():
+    if stamp.exists() and stamp.read_text().strip() != sources:
         problems.append("the kernels' sources have changed since machine code was made: run prepare.sh again")
-    count = sum(path.suffix == ".cubin" for path in kernel_cache.entries())
-    print(f"note: {count} kernels were carried, of these sources: {cubins.are_kept()}")
+    count = sum(path.suffix == ".cubin" for folder in cubins.folders() for path in folder.iterdir())
+    print(f"note: {count} kernels were carried")
     status = na.backends()["cuda"]
     print(f"backend: {status}")
     if not status:

@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import platformdirs
@@ -20,6 +21,8 @@ import platformdirs
 from .errors import NumbaAttentionWarning
 
 ENVIRONMENT = "NUMBA_ATTENTION_CACHE_DIR"
+SHIPPED = "NUMBA_ATTENTION_KERNELS"  # names a folder with kernels that were compiled elsewhere
+PACKAGE = "numba_attention_kernels"  # which may be installed, too
 _NAME = re.compile(r".*-[0-9a-f]{32}\.(kernel|cubin)")
 # A version of the package has some 30 kernels of 50 KB for a CPU and some hundred of 100 KB for a GPU.
 LARGEST = 256 * 2**20  # bytes of all files, above which the oldest are removed
@@ -99,6 +102,16 @@ def is_trusted(folder: Path) -> bool:
     if reason:
         _warn(f"the kernels in {folder} are not used: the folder {reason}")
     return not reason
+
+
+def shipped_folders() -> list[Path]:
+    """The folders with kernels that were compiled elsewhere, which are searched and never written to."""
+    named = os.environ.get(SHIPPED)
+    found = [Path(named).expanduser()] if named else []
+    package = find_spec(PACKAGE)
+    if package is not None:
+        found += [Path(path) for path in package.submodule_search_locations or []]
+    return [folder for folder in found if is_trusted(folder)]
 
 
 def read_checked(path: Path, key: str) -> bytes | None:

@@ -1,21 +1,33 @@
-"""Kernels for other machines: a folder with machine code for levels of CPUs, which needs no compiler where it is used.
+"""Kernels for other machines: a folder with machine code for CPUs and GPUs, which needs no compiler where it is used.
 
-Each level is compiled by a process of its own, because a process compiles for one machine.
+Each level of CPUs is compiled by a process of its own, because a process compiles for one machine. No GPU is needed to
+compile for GPUs.
 """
 
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .cpu.cache import Kernel
+    from .cuda.spec import Spec
+    from .device.driver import Device
 
 TASKS = ("forward", "decode", "weights", "backward", "second")
 STORAGES = ("float32", "float64", "float16", "bfloat16")
 SHORT = ("float16", "bfloat16", "int8", "float8_e4m3fn")  # storage formats of caches that have other numbers
+
+
+# Architectures of GPUs, with the bytes of shared memory that a block can have: A100; RTX 30; RTX 40 and L4; H100 and
+# H200; B200; RTX 50.
+GPUS = {
+    "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90a": 232448, "sm_100": 232448, "sm_120": 101376,
+}  # fmt: skip
 
 
 def build(folder: Path, levels: list[str], only: str = "", report: Callable[[str], None] = lambda line: None) -> None:
@@ -51,6 +63,57 @@ def build(folder: Path, levels: list[str], only: str = "", report: Callable[[str
                 report(f"{level}: {line.strip()}")
         if process.wait():
             raise RuntimeError(f"the compiler for {level} ended with status {process.returncode}")
+
+
+def build_for_gpus(
+    folder: Path, archs: list[str], only: str = "", report: Callable[[str], None] = lambda line: None
+) -> None:
+    """Compile the common kernels for architectures of GPUs and write them to a folder. Those that are there stay.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if it does not exist.
+    archs : list of str
+        Names in `GPUS`.
+    only : str
+        Parts of names of kernels, separated by commas; all common kernels if empty.
+    report : callable
+        Is called with a line for each file.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If a kernel cannot be compiled; the message says what is missing.
+    """
+    from .backends.cuda import common_kernels
+
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = only.split(",")
+    wanted = [c for arch in archs for c in common_kernels(gpu_of(arch)) if any(part in c.name for part in parts)]
+    context = multiprocessing.get_context("spawn")  # a compiler's threads and locks do not survive a fork
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(wanted) or 1), context) as pool:
+        jobs = [pool.submit(_ship, c, folder) for c in wanted]
+        try:
+            for job in as_completed(jobs):
+                report(job.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def gpu_of(arch: str) -> "Device":
+    """Return a GPU by which kernels for an architecture are chosen."""
+    from .cuda.spec import compute_capability
+    from .device.driver import Device
+
+    return Device(0, compute_capability(arch), arch, 1, GPUS[arch], arch)
+
+
+def _ship(c: "Spec", folder: Path) -> str:
+    from .cuda import kernels
+
+    return kernels.ship(c, folder).name
 
 
 def _kernels() -> "Iterator[Kernel]":

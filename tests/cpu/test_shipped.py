@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 def attend(cache_folder, **environment):
     """Call in a fresh process; return where its kernels came from."""
-    base = {name: value for name, value in os.environ.items() if name != shipped.ENVIRONMENT}
+    base = {name: value for name, value in os.environ.items() if name != kernel_cache.SHIPPED}
     env = base | {kernel_cache.ENVIRONMENT: str(cache_folder)} | environment
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(ATTEND)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -61,7 +61,7 @@ def test_a_process_with_a_folder_compiles_nothing(folder, tmp_path):
 @HAS_LEVEL
 def test_an_installed_package_is_found(folder, tmp_path):
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / shipped.PACKAGE).symlink_to(folder)
+    (tmp_path / "site" / kernel_cache.PACKAGE).symlink_to(folder)
     path = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     assert attend(tmp_path / "cache", PYTHONPATH=path) == {"loaded"}
     assert list((tmp_path / "cache").iterdir()) == []
@@ -92,7 +92,7 @@ def test_other_sources_are_a_miss(folder, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners of files")
 def test_a_folder_that_others_may_write_is_refused(tmp_path, monkeypatch):
     tmp_path.chmod(0o777)
-    monkeypatch.setenv(shipped.ENVIRONMENT, str(tmp_path))
+    monkeypatch.setenv(kernel_cache.SHIPPED, str(tmp_path))
     monkeypatch.setattr(kernel_cache, "_warned", False)
     shipped.folders.cache_clear()
     try:

@@ -7,6 +7,7 @@ on one architecture in turn; all of them with ``NUMBA_ATTENTION_THOROUGH=1``.
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -20,10 +21,12 @@ import pytest
 pytest.importorskip("numba_cuda")
 pytest.importorskip("cuda.core")
 
-from numba_attention import BackendUnavailableError, mods
+from numba_attention import BackendUnavailableError, mods, shipping
 from numba_attention.backends import device_rules
+from numba_attention.backends.cuda import common_kernels
 from numba_attention.cuda import kernels, tile_shapes
 from numba_attention.cuda.spec import FEATURES, Spec, compute_capability
+from numba_attention.device.cubins import entry
 from numba_attention.device.driver import Device
 from numba_attention.mods.rules import describe, find
 
@@ -330,3 +333,42 @@ print(len(kernels.compile_(Spec("combine", "float32", 64, 64, arch="sm_90a")).co
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "True False\n", done.stderr
+
+
+def test_a_folder_for_every_architecture(tmp_path):
+    """Of machine code for GPUs of that architecture, which nothing compiles again."""
+    command = ["-m", "numba_attention", "kernels", "build", str(tmp_path), "--arch", "all"]
+    said = []
+    for _ in range(2):
+        run = [sys.executable, *command, "--only", "delta-float32-64x64"]
+        done = subprocess.run(run, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said.append(sorted(done.stdout.split()))
+    assert said[0] == said[1] == sorted(path.name for path in tmp_path.iterdir())
+    assert len(said[0]) == len(shipping.GPUS)
+    for arch in shipping.GPUS:
+        (path,) = tmp_path.glob(f"{arch}-*.cubin")
+        code = path.read_bytes()[32:]
+        assert code[:4] == b"\x7fELF"
+        assert struct.unpack_from("<H", code, 18) == (190,), "machine code for CUDA"
+        assert entry(code)
+        assert arch.encode() in code, "what the assembler was asked for"
+
+
+def test_command_knows_architectures(tmp_path):
+    command = [sys.executable, "-m", "numba_attention", "kernels", "build", str(tmp_path), "--arch", "sm_90"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "unknown architecture 'sm_90', expected all or some of sm_80, sm_86, sm_89, sm_90a, sm_100, sm_120" in said
+
+
+def test_kernels_that_ship_are_those_that_calls_use():
+    """Of an H100: decoding with and without grouped heads, in one part and in several, gradients, masks."""
+    names = {c.name for c in common_kernels(shipping.gpu_of("sm_90a"))}
+    words = [set(name.split("-")) for name in names]
+    assert all("sm_90a" in of for of in words)
+    for task in ("forward", "combine", "delta", "key", "round", "normalizers"):
+        assert any({task, "bfloat16"} <= of for of in words), task
+    for more in ({"pack_gqa"}, {"pack_gqa", "split_kv"}, {"split_kv"}, {"flags"}, {"nan_safe"}):
+        assert any({"forward", "float16", "128x128", *more} <= of for of in words), more

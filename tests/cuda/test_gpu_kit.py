@@ -28,7 +28,8 @@ def kit(tmp_path):
         "NA_KIT": "1",
         "NA_KIT_NOTES": tmp_path / "notes.txt",
         "NA_KIT_CARRIED": tmp_path,
-        "NUMBA_ATTENTION_CACHE_DIR": tmp_path / "kernels",
+        "NUMBA_ATTENTION_KERNELS": tmp_path / "kernels",
+        "NUMBA_ATTENTION_CACHE_DIR": tmp_path / "cache",
         "LD_LIBRARY_PATH": tmp_path,
         "CUDA_VISIBLE_DEVICES": "0",
         "PYTHONPATH": os.pathsep.join(map(os.fspath, folders)),
@@ -52,16 +53,19 @@ def test_all_that_is_replaced_is_there(kit, tmp_path, mode):
 
 
 def test_from_a_list_to_a_run(kit, tmp_path):
-    """What a step asks for is compiled ahead, and found by the run: under a key of the kernels' sources alone."""
+    """What a step asks for is compiled ahead, and found by the run."""
     asked, step = tmp_path / "asked.list", (KIT / "smoke.py", "--only", "float16_one_product")
     kit(*step, NA_KIT_COLLECT=asked)
-    assert "1 kernels, 1 to be compiled\n" in kit(KIT / "precompile.py", asked, "--jobs", "1")
+    compiled = kit(KIT / "precompile.py", asked, "--jobs", "1", "--names", tmp_path / "names.txt")
+    assert "1 kernels, 1 to be compiled\n" in compiled
+    (name,) = (tmp_path / "names.txt").read_text().split()
+    assert (tmp_path / "kernels" / name).stat().st_size > 1000
     assert kit(KIT / "precompile.py", asked, "--count") == "1 kernels, 0 to be compiled\n"
-    versions = "from numba_attention.device import cubins; cubins._version = str; print(cubins.are_kept())"
-    assert kit("-c", versions) == "True\n"
+    kept = "from numba_attention.device import cubins; print(cubins.are_kept(['sm_90a']), cubins.are_kept(['sm_80']))"
+    assert kit("-c", kept) == "True False\n"
     assert "ok   float16_one_product" in kit(*step, NA_KIT_EMULATE="1")
     notes = (tmp_path / "notes.txt").read_text().splitlines()
-    assert [line.split()[0] for line in notes] == ["made", "there"]
+    assert [line.split()[0] for line in notes] == ["there"]
 
 
 def test_steps_that_the_sanitizer_runs_exist(kit):

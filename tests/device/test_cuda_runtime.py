@@ -3,10 +3,12 @@
 The driver is a fake that does everything as late as a real one may.
 """
 
+import ast
 import ctypes
 import gc
 import itertools
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -522,6 +524,89 @@ def test_cubins_of_these_versions_are_known_by_name(folder, monkeypatch):
     assert not cubins.are_kept()
 
 
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    folder = tmp_path / "shipped"
+    folder.mkdir(mode=0o755)
+    monkeypatch.setenv(cache.SHIPPED, str(folder))
+    cubins.folders.cache_clear()
+    yield folder
+    cubins.folders.cache_clear()
+
+
+def test_shipped_kernels_are_found_before_compiling(folder, shipped, monkeypatch):
+    """By name and sources, whatever the compilers here; nothing is written to the folder, nor copied to the cache."""
+    c = Spec("combine", "float32", 64, 64, arch="sm_90a")
+    path = cubins.ship(shipped, c.name, lambda: b"\0.text.combined\0", kernels.sources(c))
+    assert cubins.ship(shipped, c.name, never, kernels.sources(c)) == path, "it is there already"
+    assert path.name.startswith("sm_90a-combine-float32")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    shipped.chmod(0o555)
+    monkeypatch.setattr(kernels, "compile_", never)
+    monkeypatch.setattr(cubins, "environment", lambda: "other compilers")
+    kernels.compiled.cache_clear()
+    assert kernels.compiled(c).name == "combined"
+    assert not files(folder)
+    assert files(shipped) == [path]
+    forget()
+    with pytest.raises(AssertionError, match="made again"):
+        cubins.cubin(c.name, never, lambda: "other sources")
+    kernels.compiled.cache_clear()
+
+
+def test_shipped_kernels_for_another_gpu_do_not_help(folder, shipped):
+    assert not cubins.are_kept(["sm_90a"])
+    cubins.ship(shipped, "combine-sm_80", lambda: b"code", "")
+    assert cubins.are_kept(["sm_86", "sm_80"])
+    assert not cubins.are_kept(["sm_90a"])
+    assert not cubins.are_kept(["sm_8"])
+    assert not cubins.are_kept()
+
+
+def test_a_gpu_with_shipped_kernels_is_usable_without_a_compiler(machine, shipped, folder, monkeypatch):
+    kept = cubins.are_kept
+    cubins.ship(shipped, "combine-sm_80", lambda: b"code", "")
+    for capability, usable in (((8, 0), True), ((9, 0), False)):
+        reasons = []
+        machine(Installed(devices=(capability,)), libraries=())
+        monkeypatch.setattr(cubins, "are_kept", kept)
+        diagnosis.unusable.cache_clear()
+        reasons.append(diagnosis.unusable())
+        assert (reasons == [None]) is usable
+        assert usable or "nvvm and nvJitLink were not found" in reasons[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners of files")
+def test_shipped_kernels_that_others_may_write_are_not_loaded(folder, shipped, monkeypatch):
+    path = cubins.ship(shipped, "key sm_80", lambda: b"code", "")
+    path.chmod(0o666)
+    monkeypatch.setattr(cache, "_warned", False)
+    with pytest.warns(na.NumbaAttentionWarning, match="can be written by others"):
+        assert cubins.cubin("key sm_80", lambda: b"own") == b"own"
+
+
+def test_sources_of_a_kernel_are_what_it_imports():
+    """As Python's own parser reads the imports; other kernels are not among them."""
+
+    def imports(path):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                folder = path.parents[node.level - 1]
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                yield from (folder / f"{name.replace('.', '/')}.py" for name in names)
+
+    known = set(cubins.sources())
+    for path in sorted(known):
+        if path.parent.name == "cuda":
+            want = {path}
+            while more := {x for file in want for x in imports(file)} & known - want:
+                want |= more
+            assert cubins.imported([path.stem]) == sorted(want)
+    names = {path.stem for path in cubins.imported(["forward", "toolchain"])}
+    assert {"forward", "emit", "tiles", "scoring", "toolchain", "sequence_record", "intervals"} <= names
+    assert not {"backward", "bias", "combine", "kernels", "tile_shapes"} & names
+
+
 def test_a_machine_without_a_compiler_runs_what_is_in_the_cache(folder, machine, monkeypatch):
     """And says which kernel is not there."""
     pytest.importorskip("numba_cuda")
@@ -535,7 +620,7 @@ def test_a_machine_without_a_compiler_runs_what_is_in_the_cache(folder, machine,
     forget()
     kernels.compiled.cache_clear()
     assert kernels.compiled(here).name == "combined"
-    words = f"{other.name} is not in the kernel cache, and .* nvvm and nvJitLink"
+    words = f"{other.name} is not in the kernel cache, nor among shipped kernels, and .* nvvm and nvJitLink"
     with pytest.raises(na.BackendUnavailableError, match=words):
         kernels.compiled(other)
 
@@ -616,7 +701,7 @@ def machine(monkeypatch):
     """A function that installs things and asks what is wrong."""
 
     def ask(installed=None, modules=True, libraries=True, toolkit=13, versions=None, kernels=False):
-        monkeypatch.setattr(cubins, "are_kept", lambda: kernels)
+        monkeypatch.setattr(cubins, "are_kept", lambda archs: kernels)
         monkeypatch.setattr(diagnosis, "_version", (versions or {}).get)
         monkeypatch.setattr(diagnosis, "_has", lambda module: modules is True or module in modules)
         monkeypatch.setattr(diagnosis, "_loads", lambda library: libraries is True or library in libraries)

@@ -30,7 +30,11 @@ def unusable() -> str | None:
 
 def warmup_jobs() -> list[tuple[str, Callable[[], object]]]:
     """Return the names of the common kernels for the first GPU, each with a function that compiles it."""
-    device = runtime.driver.device(0)
+    return [(c.name, partial(kernels.compiled, c)) for c in common_kernels(runtime.driver.device(0))]
+
+
+def common_kernels(device: Device) -> list[Spec]:
+    """Return the kernels of a GPU that most calls use: plain and masked ones, decoding, gradients."""
     specs: dict[str, Spec] = {}
     for storage in ("bfloat16", "float16", "float32"):
         for E in (64, 128):
@@ -40,12 +44,14 @@ def warmup_jobs() -> list[tuple[str, Callable[[], object]]]:
                     "forward", storage, E, E, product, device, False, False, "", False, False, False, hides, True
                 )
                 alone, _, _, repeat = _kernels(c, False, 0, 1, device)
-                _, split, join, _ = _kernels(c, False, 4, 4, device)
-                for kernel in (alone, repeat) if hides else (alone, split, join):
-                    specs[kernel.name] = kernel
-                for kernel in cuda_backward.kernels_of(c, device):
-                    specs[kernel.name] = kernel
-    return [(name, partial(kernels.compiled, c)) for name, c in specs.items()]
+                found = [alone, *cuda_backward.kernels_of(c, device)]
+                if hides:
+                    found.append(repeat)
+                else:  # a step of decoding, with a key head for each query head, or for four
+                    for group in (1, 4):
+                        found += _kernels(c, False, group, group, device)[:3]
+                specs |= {kernel.name: kernel for kernel in found}
+    return list(specs.values())
 
 
 def forward(problem: Problem) -> None:

@@ -109,7 +109,6 @@ def _hvp(row: Row, attend: Callable[..., Any]) -> Call:
 def _first_call(row: Row, threads: int) -> Array:
     """Let a new process call `attention` with an empty kernel cache; return what it prints of the result."""
     from .. import kernel_cache
-    from ..cpu import shipped
 
     shape = row.B, row.H, row.L, row.E
     program = (
@@ -118,7 +117,7 @@ def _first_call(row: Row, threads: int) -> Array:
         "np.savetxt(sys.stdout, na.attention(x, x, x).ravel()[:251])"
     )
     with tempfile.TemporaryDirectory() as folder:
-        settings = {kernel_cache.ENVIRONMENT: folder, shipped.ENVIRONMENT: "", "NUMBA_NUM_THREADS": str(threads)}
+        settings = {kernel_cache.ENVIRONMENT: folder, kernel_cache.SHIPPED: "", "NUMBA_NUM_THREADS": str(threads)}
         run = subprocess.run(
             [sys.executable, "-c", program], env=os.environ | settings, capture_output=True, check=True
         )

@@ -109,17 +109,34 @@ app.add_typer(kernels, name="kernels")
 def build(
     folder: Annotated[Path, typer.Argument(help="Where to write them; made if it does not exist.")],
     level: Annotated[list[str] | None, typer.Option(help="A level of CPUs; repeat for several. Default: all.")] = None,
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An architecture of GPUs, such as sm_90a, or all; repeat for several. Then no CPU by default."
+        ),
+    ] = None,
     only: Annotated[str, typer.Option(help="Parts of names of kernels, separated by commas. Default: all.")] = "",
 ) -> None:
-    """Compile the kernels for levels of CPUs into a folder, from which NUMBA_ATTENTION_KERNELS lets processes load."""
+    """Compile kernels for CPUs or GPUs into a folder, from which NUMBA_ATTENTION_KERNELS lets processes load."""
     from .. import shipping
     from ..cpu.target import LEVELS
 
     for name in level or []:
         if name not in LEVELS:
             _fail(f"unknown level {name!r}, expected some of {', '.join(LEVELS)}")
+    archs = list(shipping.GPUS) if "all" in (arch or []) else arch or []
+    for name in archs:
+        if name not in shipping.GPUS:
+            _fail(f"unknown architecture {name!r}, expected all or some of {', '.join(shipping.GPUS)}")
+
+    def report(line: str) -> None:
+        console.print(line, soft_wrap=True)
+
     try:
-        shipping.build(folder, level or list(LEVELS), only, lambda line: console.print(line, soft_wrap=True))
+        if level or not archs:
+            shipping.build(folder, level or list(LEVELS), only, report)
+        if archs:
+            shipping.build_for_gpus(folder, archs, only, report)
     except (OSError, RuntimeError) as error:
         _fail(error)
 

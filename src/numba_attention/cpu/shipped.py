@@ -1,37 +1,25 @@
 """Folders with kernels that were compiled elsewhere, for levels of CPUs: they are searched before a kernel compiles.
 
-Nothing is written there. The folders are that of the environment variable and that of the installed package
-``numba_attention_kernels``, if there is one.
+Nothing is written there. The folders are that of the environment variable ``NUMBA_ATTENTION_KERNELS`` and that of the
+installed package ``numba_attention_kernels``, if there is one.
 """
 
-import os
 import sys
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 from numba.core import config
 
-from ..kernel_cache import is_trusted
+from ..kernel_cache import shipped_folders
 from .simd import HOST, detect
 from .target import LEVELS, level, target
-
-ENVIRONMENT = "NUMBA_ATTENTION_KERNELS"
-PACKAGE = "numba_attention_kernels"
 
 
 @cache
 def folders() -> list[Path]:
     """The folders that may have kernels for this machine."""
     usual = int(config.OPT) == 3 and not config.BOUNDSCHECK and not config.DEBUGINFO_DEFAULT
-    if not usual or not level() or _host() != HOST:
-        return []
-    named = os.environ.get(ENVIRONMENT)
-    found = [Path(named).expanduser()] if named else []
-    package = find_spec(PACKAGE)
-    if package is not None:
-        found += [Path(path) for path in package.submodule_search_locations or []]
-    return [folder for folder in found if is_trusted(folder)]
+    return shipped_folders() if usual and level() and _host() == HOST else []
 
 
 def _host() -> object:

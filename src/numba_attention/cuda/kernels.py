@@ -1,11 +1,13 @@
 """Kernels by their configuration: which factory makes each, and their machine code."""
 
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from ..device import diagnosis
-from ..device.cubins import cubin, entry
+from ..device import cubins, diagnosis
+from ..device.cubins import cubin, digest_of, entry, imported
 from ..device.driver import Kernel
 from ..errors import BackendUnavailableError
 from .emit import KernelFunction, Target
@@ -15,6 +17,10 @@ from .spec import Spec
 
 def make(c: Spec, on: Target) -> KernelFunction:
     """Make the Python function of a kernel for a target."""
+    return _maker(c)(c, on)
+
+
+def _maker(c: Spec) -> Callable[[Spec, Target], KernelFunction]:
     from . import backward, bias, combine, forward, mod_gradients, normalizers, probabilities, rowwise
 
     makers = {
@@ -24,7 +30,17 @@ def make(c: Spec, on: Target) -> KernelFunction:
         "normalizers": normalizers.make_normalizers, "sinks": rowwise.make_sinks,
         "reduce": rowwise.make_reduce,
     }  # fmt: skip
-    return makers[c.task](c, on)
+    return makers[c.task]
+
+
+def sources(c: Spec) -> str:
+    """Return a digest of the sources that the machine code of a kernel depends on, besides its name."""
+    return _sources(_maker(c).__module__.rpartition(".")[2])
+
+
+@cache
+def _sources(module: str) -> str:
+    return digest_of(imported([module, "toolchain"]))
 
 
 @cache
@@ -54,7 +70,9 @@ def compile_(c: Spec) -> Any:
     except Exception as error:
         missing = diagnosis.no_compiler()
         if missing is not None:
-            raise BackendUnavailableError(f"{c.name} is not in the kernel cache, and {missing}") from error
+            raise BackendUnavailableError(
+                f"{c.name} is not in the kernel cache, nor among shipped kernels, and {missing}"
+            ) from error
         # Such as AttributeError, where a release of Numba has moved what numba-cuda uses.
         raise BackendUnavailableError(
             f"numba-cuda {version('numba-cuda')} with numba {version('numba')} did not compile {c.name}: "
@@ -66,8 +84,13 @@ def compile_(c: Spec) -> Any:
 @cache
 def compiled(c: Spec) -> Kernel:
     """The machine code of a kernel, from the cache on disk or else compiled."""
-    code = cubin(c.name, lambda: compile_(c).code)
+    code = cubin(c.name, lambda: compile_(c).code, lambda: sources(c))
     return Kernel(entry(code), code, c.threads, shared(c), addresses(c))
+
+
+def ship(c: Spec, folder: Path) -> Path:
+    """Write the machine code of a kernel to a folder for other machines, unless it is there."""
+    return cubins.ship(folder, c.name, lambda: compile_(c).code, sources(c))
 
 
 def addresses(c: Spec) -> tuple[int, ...]:

@@ -90,17 +90,9 @@ def _matching(major: int) -> str:
 
 
 def _devices() -> str | None:
-    driver = api()
-    _, count = driver.cuDeviceGetCount()
-    if not count:
+    capabilities = _capabilities()
+    if not capabilities:
         return _NONE
-    attribute = driver.CUdevice_attribute
-    capabilities = []
-    for ordinal in range(count):
-        _, device = driver.cuDeviceGet(ordinal)
-        _, major = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
-        _, minor = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
-        capabilities.append((int(major), int(minor)))
     best = max(capabilities)
     if best < OLDEST:
         return (
@@ -114,10 +106,30 @@ def _devices() -> str | None:
     return None
 
 
+def _capabilities() -> list[tuple[int, int]]:
+    """The compute capability of each GPU."""
+    driver = api()
+    attribute = driver.CUdevice_attribute
+    capabilities = []
+    for ordinal in range(driver.cuDeviceGetCount()[1]):
+        _, device = driver.cuDeviceGet(ordinal)
+        _, major = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+        _, minor = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+        capabilities.append((int(major), int(minor)))
+    return capabilities
+
+
+def arch_of(major: int, minor: int) -> str:
+    """Return the target to compile for. On Hopper it is the variant with wgmma, whose code no other GPU can run."""
+    return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
+
+
 def _toolkit() -> str | None:
-    """What a GPU lacks that is to run kernels: those in the cache need no compiler."""
+    """What a GPU lacks that is to run kernels: those in the cache, and shipped ones, need no compiler."""
     reason = no_compiler()
-    return None if reason is None or cubins.are_kept() else reason
+    if reason is None or cubins.are_kept(arch_of(*capability) for capability in _capabilities()):
+        return None
+    return reason
 
 
 def no_compiler() -> str | None:

@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import BackendUnavailableError
 from ..options import Array
 from . import diagnosis
+from .diagnosis import arch_of
 
 DEFAULT_STREAM = 1  # the legacy default stream, as CUDA Array Interface and DLPack write it
 PER_THREAD_STREAM = 2  # the default stream of each thread, another one for every thread
@@ -364,11 +365,6 @@ def _device(ordinal: int) -> Device:
         int(gpu.properties.max_shared_memory_per_block_optin),
         str(gpu.name),
     )
-
-
-def arch_of(major: int, minor: int) -> str:
-    """Return the target to compile for. On Hopper it is the variant with wgmma, whose code no other GPU can run."""
-    return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
 
 
 def _not_launched(error: Exception, kernel: Kernel, ordinal: int) -> Exception:

@@ -14,7 +14,8 @@ from numpy.lib.stride_tricks import as_strided
 from ..options import Array
 from . import replay
 from .cubins import cubin
-from .driver import DEFAULT_STREAM, Device, Driver, Kernel, arch_of
+from .diagnosis import arch_of
+from .driver import DEFAULT_STREAM, Device, Driver, Kernel
 from .headers import address_of, extent, header, held, stored
 
 driver: Driver = Driver()
