@@ -228,6 +228,28 @@ def test_options(kinds):
         equal(na.attention(give(Q), give(K), give(V), **chosen), want, get)
 
 
+def test_rules_and_block_masks(kinds):
+    """Arrays that a rule reads may be anywhere, and numbers too; a mask by blocks has a form of its own."""
+
+    def rule(score, batch, head, i, j, slopes, factor):
+        return score * factor - slopes[head] * abs(i - j)
+
+    give, get = kinds
+    slopes, factor = np.array([0.5, 0.25, 0.125, 0.0625], np.float32), np.array(0.75)
+    options = {"score_mod": rule, "mask": na.BlockMask.causal(7, 7)}
+    want = na.attention(Q, K, V, **options, mod_args=(slopes, 0.75), backend="reference")
+    for mod_args in ((slopes, 0.75), (give(slopes), 0.75), (give(slopes), give(factor))):
+        equal(na.attention(give(Q), give(K), give(V), **options, mod_args=mod_args), want, get)
+    square = give(np.ones((4, 4), np.float32))
+    strided = type(square).of(square.header.T)
+    with pytest.raises(ValueError, match=r"mod_args\[0\] must be contiguous if it is on a GPU, got strides"):
+        na.attention(give(Q), give(K), give(V), score_mod=rule, mod_args=(strided, 1.0))
+    tree = na.BlockMask.from_array(np.tri(3, dtype=bool))
+    host, there = na.KVCache.from_arrays(K, V), na.KVCache.from_arrays(give(K), give(V))
+    want = na.attention_decode(Q[:, :, :3], host, mask=tree, is_causal=False, backend="reference")
+    equal(na.attention_decode(give(Q[:, :, :3]), there, mask=tree, is_causal=False), want, get)
+
+
 def test_empty_arrays(kinds):
     give, get = kinds
     none = np.zeros((2, 4, 0, 8), np.float32)
@@ -683,6 +705,8 @@ for name in ("forward", "weights"):
 def backward(problem):
     if problem.bias_shape is not None:
         problem.bias = runtime.empty(problem.bias_shape, np.float32, runtime.stream())
+    if problem.mod_grads:
+        problem.mod_args = [problem.empty((4,), np.float32)]
     if problem.forward.sinks is not None:
         problem.sinks = runtime.empty((problem.forward.H,), np.float32, runtime.stream())
 
@@ -704,6 +728,10 @@ for dtype in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16):
     lse4 = lse
     grads = na.attention_backward(out, q, k, v, out, lse, grad_lse=lse, **options)
     assert [g.shape for g in grads[:5]] == [q.shape, k.shape, v.shape, (4, 1, 9), (4,)]
+    rules = dict(score_mod=lambda *_: 0.0, mod_args=(There((4,)), There((), np.float64), 2))
+    rules["mask"] = na.BlockMask.causal(7, 9)
+    na.attention(q, k, v, **rules)
+    na.attention_backward(out, q, k, v, out, lse, **rules, mod_grads=[0])
     na.attention_weights(q, k, heads=[1], **options)
     x = There((11, 4, 8), dtype)
     starts = [0, 4, 11]
