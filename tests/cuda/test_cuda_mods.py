@@ -11,6 +11,7 @@ from cases import DTYPES, Case, assert_close, check, check_backward, grad_tolera
 from emulator import BlockMemory, Emit, Memory, Value, emulated
 from mod_functions import FUNCTIONS, plain_arguments
 from numba_attention import mods
+from numba_attention.backends import cpu_masks
 from numba_attention.cuda import tile_shapes
 from numba_attention.cuda.instructions import Evaluation
 from numba_attention.mods.compiled import record_of as host_record_of
@@ -371,3 +372,20 @@ def test_gradients_of_arguments_have_no_order(driver, monkeypatch):
     with pytest.raises(NotImplementedError, match="mod_grads are summed by atomics in any order"):
         na.attention_backward(q, q, q, q, out, lse, score_mod=mods.alibi, mod_args=(np.ones(1),), mod_grads="all",
                               backend="cuda")  # fmt: skip
+
+
+def test_a_mask_mod_becomes_a_block_mask(driver, monkeypatch):
+    """Where there are many pairs, forward and backward; made of arrays on the host only."""
+    monkeypatch.setattr(cpu_masks, "FEW_PAIRS", 100)
+    q, k, v = (normal(1, 2, n, 16, seed=n) for n in (80, 140, 140))
+    documents = np.repeat(np.arange(4), 35).astype(np.int32)
+    options = {"mask_mod": mods.documents, "mod_args": (documents,)}
+    out, lse = na.attention(q, k, v, **options, return_lse=True, backend="cuda")
+    grads = na.attention_backward(q, q, k, v, out, lse, **options, backend="cuda")
+    assert all(c.lists and c.mods is None for c in driver.configs.values() if c.task in ("forward", "query", "key"))
+    mask = documents[:80, None] == documents
+    want, want_lse = na.attention(q, k, v, mask=mask, return_lse=True, backend="reference")
+    assert_close(out, want, 2e-6)
+    for a, b in zip(grads[:3], na.attention_backward(q, q, k, v, want, want_lse, mask=mask, backend="reference"),
+                    strict=False):  # fmt: skip
+        assert_close(a, b, 1e-5, 1)

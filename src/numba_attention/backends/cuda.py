@@ -15,7 +15,7 @@ from ..device.driver import Device
 from ..problem.dense import BackwardProblem, Problem
 from . import cuda_backward
 from .cuda_launch import Work, is_aligned, work_list
-from .device_masks import with_whole_mask
+from .device_masks import with_block_mask, with_whole_mask
 from .device_sums import reduce as reduce
 from .records import per_head
 
@@ -56,9 +56,9 @@ def common_kernels(device: Device) -> list[Spec]:
 
 def forward(problem: Problem) -> None:
     """Write ``problem.out`` and ``problem.lse``."""
-    p = problem
-    if not p.out.size and (p.lse is None or not p.lse.size):
+    if not problem.out.size and (problem.lse is None or not problem.lse.size):
         return
+    p = with_block_mask(problem)
     work = Work(p)
     group = p.H // p.Hkv
     few = p.L * group if p.L * group <= FEW else 0

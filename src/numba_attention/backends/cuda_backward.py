@@ -11,7 +11,7 @@ from ..device.driver import Device
 from ..options import Array
 from ..problem.dense import BackwardProblem, Problem, spread_bias
 from .cuda_launch import Work, is_aligned, work_list
-from .device_masks import with_whole_mask
+from .device_masks import with_block_mask, with_whole_mask
 from .device_rules import offsets_of
 from .device_sums import add_up
 from .records import storage_of
@@ -21,7 +21,8 @@ ROWS = 4  # rows of a block in kernels that give each row a warp
 
 def run(g: BackwardProblem) -> None:
     """Write the gradients of query, key and value, and make those of bias and sinks."""
-    p, stream = g.forward, runtime.stream()
+    p = g.forward = with_block_mask(g.forward)
+    stream = runtime.stream()
     if g.mod_grads and tile_shapes.is_deterministic():
         raise NotImplementedError(
             f"mod_grads are summed by atomics in any order on the backend 'cuda', and {tile_shapes.DETERMINISTIC} is "

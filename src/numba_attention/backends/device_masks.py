@@ -8,11 +8,12 @@ import numpy as np
 from ..cuda.spec import Spec
 from ..cuda.visits import row_bytes
 from ..device import runtime
-from ..device.headers import address_of, header
+from ..device.headers import address_of, header, held
 from ..masks.blockmask import BlockMask
 from ..masks.lists import Geometry, Lists, make_lists
 from ..options import Array
 from ..problem.dense import Problem
+from . import cpu_masks as of_host
 
 
 class DeviceLists(NamedTuple):
@@ -104,6 +105,12 @@ def _copied(first: Array, starts: Array, runs: Array, words: Array, heads: int) 
         copies.append(header(slab.address, array.shape, None, array.dtype, slab, runtime.driver.current()))
     runtime.driver.synchronize(stream)
     return DeviceLists(copies[0], copies[1], copies[2], copies[3], heads)
+
+
+def with_block_mask(p: Problem) -> Problem:
+    """Return a problem with a block mask in place of its `mask_mod`, where the host can and should make one."""
+    on_device = any(isinstance(x, np.ndarray) and held(x) is not None for x in p.mod_args)
+    return p if on_device else of_host.with_block_mask(p)
 
 
 def with_whole_mask(p: Problem) -> Problem:
