@@ -387,3 +387,25 @@ def test_other_steps_are_checked_as_ever(monkeypatch):
     monkeypatch.setattr(recall._decode, "table", recall.NOTHING)
     monkeypatch.setattr(recall._decode, "learn", lambda *_: None)
     assert got == [outcome(call) for call in calls for _ in range(3)]
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("L", [3, 40])
+def test_steps_of_several_tokens(L, paged, usual):
+    """Guessed tokens and pieces of a prompt: the kernel for few queries, and the one for many."""
+    rng = np.random.default_rng(0)
+    cache = na.PagedKVCache(150, 16, 2, 16) if paged else na.KVCache(3, 2, 700, 16)
+    ids = [cache.add(3)] if paged else []
+
+    def new(n, heads=2):
+        return rng.standard_normal((3, heads, n, 16), dtype=np.float32)
+
+    cache.append(*ids, new(60), new(60), lengths=[60, 1, 17])
+    for n in range(8):
+        cache.append(*ids, new(L), new(L))
+        query = new(L, 8)
+        usual.clear()
+        got = na.attention_decode(query, cache, return_lse=True, scale=0.3)
+        assert not usual or n < 2
+        want = na.attention_decode(query, cache, return_lse=True, scale=0.3, out=np.empty_like(got[0]))
+        assert bits(got) == bits(want)
