@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from rich.console import Console
@@ -71,6 +72,18 @@ def test_operations_and_bytes():
     assert row.flops == 4 * 32 * 2048 * 2048 * 128 / 2
     assert row.bytes == 4 * 2048 * 128 * (32 + 2 * 8)
     assert ROWS["Ev 128, 2048 E64"].flops == 2 * 8 * 2048 * 2048 * (64 + 128)
+
+
+@pytest.mark.parametrize("task", ["jvp", "double backward", "hvp"])
+def test_second_derivatives_of_both_contenders_agree(torch, task):
+    row = Row("small", L=40, S=70, H=2, Hkv=2, E=16, Ev=24, task=task)
+    threads = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        got, want = (np.asarray(make(row, 1)()) for make in (CONTENDERS["ours"][1], CONTENDERS["torch"][1]))
+    finally:
+        torch.set_num_threads(threads[0])
+        numba.set_num_threads(threads[1])
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def test_bars_can_be_measured():
