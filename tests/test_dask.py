@@ -400,7 +400,10 @@ dask.config.set({"array.query-planning": True, "scheduler": "synchronous"})
 import dask.array as da, numba_attention as na
 rng = np.random.default_rng(0)
 arrays = [rng.standard_normal((2, 40, 4)) for _ in range(3)]
-q, k, v = (da.from_array(x, chunks=c) for x, c in zip(arrays, [(1, 13, 4), (2, 7, 4), (2, 40, 4)]))
+try:
+    q, k, v = (da.from_array(x, chunks=c) for x, c in zip(arrays, [(1, 13, 4), (2, 7, 4), (2, 40, 4)]))
+except NotImplementedError:  # Dask 2025.2
+    raise SystemExit("without")
 assert "expr" in type(q).__module__, type(q)
 options = dict(is_causal=True, window=(9, None), backend="reference", bias=np.ones((40, 40)))
 out, lse = na.attention(q, k, v, return_lse=True, **options)
@@ -432,6 +435,8 @@ for x, y, more in ((arrays[0][:, 0], packed[0][:, 0], dict(cu_seqlens=starts)), 
 print("same")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.stderr.strip() == "without":
+        pytest.skip("this release of Dask has the switch, and not yet the arrays")
     assert done.stdout.strip() == "same", done.stderr
 
 
