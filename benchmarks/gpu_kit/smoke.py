@@ -186,6 +186,30 @@ def bfloat16_E256():
     return forward("bfloat16", L=130, S=200, E=256)
 
 
+# With so many heads there are enough blocks for the kernels of sm_90a (`cuda/hopper.py`); gradients have them always.
+
+
+@step
+def warpgroups_E64():
+    return forward("bfloat16", L=300, S=500, E=64, H=32, Hkv=16, B=3)
+
+
+@step
+def warpgroups_E128_causal():
+    return forward("float16", L=400, S=400, E=128, H=32, B=2, is_causal=True)
+
+
+@step
+def warpgroups_E256():
+    return forward("bfloat16", L=200, S=333, E=256, H=32, B=3)
+
+
+@step
+def warpgroups_window_and_lengths():
+    lengths = {"query_lengths": np.array([300, 17, 260]), "key_lengths": np.array([310, 200, 0])}
+    return forward("bfloat16", L=300, S=310, E=128, H=40, B=3, window=(70, 20), **lengths)
+
+
 @step
 def float64():
     return forward("float64", L=50, S=90, E=64)
@@ -230,6 +254,11 @@ def backward_bfloat16_atomics():
 @step
 def backward_float16_E128():
     return both("float16", L=150, S=170, E=128)
+
+
+@step
+def backward_bfloat16_E128_window():
+    return both("bfloat16", L=350, S=333, E=128, H=4, Hkv=2, window=(90, 30), key_lengths=300)
 
 
 @step

@@ -12,8 +12,6 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import product as every
-from pathlib import Path
-from sysconfig import get_path
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ import pytest
 pytest.importorskip("numba_cuda")
 pytest.importorskip("cuda.core")
 
+from machine_code import disassembler
 from numba_attention import BackendUnavailableError, mods, shipping
 from numba_attention.backends import device_rules
 from numba_attention.backends.cuda import common_kernels
@@ -58,12 +57,6 @@ def mods_of_all(with_slope, places=()):
 
 def device(arch):
     return Device(0, compute_capability(arch), arch, 132, SHARED[arch])
-
-
-def disassembler():
-    """``nvdisasm``, from NVIDIA's wheel."""
-    found = sorted(Path(get_path("purelib")).glob("nvidia/**/bin/nvdisasm*"))
-    return found[0] if found else pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
 
 
 @pytest.fixture(scope="module")

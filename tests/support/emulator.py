@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from device import HostDriver
+from emulator_roles import WarpgroupEmit, run_block
 from numba_attention.cuda import kernels
 from numba_attention.cuda.emit import Packed, kinds_of
 from numba_attention.device import constants, runtime
@@ -117,8 +118,8 @@ def round_half(dtype, x):
     return np.where(np.isnan(x), np.uint32(0x7FC0), (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16)
 
 
-class Emit:
-    """The methods of `emit.Emit`, for all threads of a block at once."""
+class Emit(WarpgroupEmit):
+    """The methods of `emit.Emit`, for all threads of a block, or of a warpgroup, at once."""
 
     def __init__(self, emulator, threads):
         self._memory, self._shared, self.n = emulator.memory, emulator.block_memory, threads
@@ -530,10 +531,12 @@ class Emulator:
         When asynchronous copies arrive: as late as the program allows, or at once.
     races : bool
         Whether to look for missing barriers, which takes longer.
+    first : int
+        The warpgroup that begins, in kernels whose warpgroups have roles.
     """
 
-    def __init__(self, landing="wait", races=True):
-        self.landing, self.races = landing, races
+    def __init__(self, landing="wait", races=True, first=0):
+        self.landing, self.races, self.first = landing, races, first
         self.memory = Memory()
         self.count_conflicts, self.conflicts = False, {}
         self.cuda = types.SimpleNamespace(
@@ -559,6 +562,9 @@ class Emulator:
         self.cuda.threadIdx = types.SimpleNamespace(x=np.arange(threads, dtype=np.int32))
         for z, y, x in np.ndindex(grid[::-1]):
             self.cuda.blockIdx = types.SimpleNamespace(x=x, y=y, z=z)
+            if hasattr(kernel, "warpgroups"):
+                run_block(self, kernel, threads, shared, (integers, reals), lambda: Emit(self, 128))
+                continue
             self.block_memory = BlockMemory(shared, self.landing, self.races)
             self.block_memory.count, self.block_memory.conflicts = self.count_conflicts, self.conflicts
             self.emit = Emit(self, threads)
@@ -619,7 +625,7 @@ class EmulatedDriver(HostDriver):
     """A device whose kernels are emulated; `configs` has every one that was launched."""
 
     def __init__(
-        self, landing="wait", races=True, capability=(9, 0), shared_memory=232448, multiprocessors=4, **options
+        self, landing="wait", races=True, capability=(9, 0), shared_memory=232448, multiprocessors=4, first=0, **options
     ):
         super().__init__(run=self.emulate, **options)
         major, minor = capability
@@ -631,7 +637,7 @@ class EmulatedDriver(HostDriver):
             shared_memory,
             "an emulated GPU",
         )
-        self.landing, self.races = landing, races
+        self.landing, self.races, self.first = landing, races, first
         self.configs, self.made = {}, {}
 
     def compiled(self, config):
@@ -640,7 +646,7 @@ class EmulatedDriver(HostDriver):
 
     def emulate(self, kernel, grid, integers, reals):
         if kernel.name not in self.made:
-            emulator = Emulator(self.landing, self.races)
+            emulator = Emulator(self.landing, self.races, self.first)
             self.made[kernel.name] = emulator, kernels.make(self.configs[kernel.name], emulator)
         emulator, function = self.made[kernel.name]
         held = {address: reference() for address, reference in self.allocations.items()}

@@ -5,7 +5,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from ..cuda import kernels, tile_shapes
+from ..cuda import hopper, kernels, tile_shapes
 from ..cuda.blocks import HEAD
 from ..cuda.combine import MOST as MOST_PARTS
 from ..cuda.spec import Spec
@@ -50,6 +50,9 @@ def common_kernels(device: Device) -> list[Spec]:
                 else:  # a step of decoding, with a key head for each query head, or for four
                     for group in (1, 4):
                         found += _kernels(c, False, group, group, device)[:3]
+                large = hopper.spec_of(alone)
+                if large is not None:
+                    found += [large, repeat]
                 specs |= {kernel.name: kernel for kernel in found}
     return list(specs.values())
 
@@ -65,7 +68,9 @@ def forward(problem: Problem) -> None:
     c = work.spec("forward", is_aligned(p.query, p.key, p.value, p.out))
     alone, split, join, repeat = _kernels(c, p.sinks is not None, few, group, work.device)
     rows, heads = (few, p.Hkv) if alone.pack_gqa else (p.L, p.H)
-    tiles, number = -(-rows // alone.rows), len(work.sequences)
+    number = len(work.sequences)
+    alone = tile_shapes.by_warpgroups(alone, rows, p.S, number * heads, work.device)
+    tiles = -(-rows // alone.rows)
     listed = None if alone.pack_gqa else work_list(p, work.sequences, alone.rows)
     items = number * tiles if listed is None else len(listed)
     if not items:
@@ -76,7 +81,7 @@ def forward(problem: Problem) -> None:
     work.upload_sequences()
     if listed is not None:
         work.put("work", upload(listed))
-    if work.hides:
+    if alone.flags:
         work.mark_rows(number * heads * padded_rows)
     if splits == 1:
         work.launch_tiles(alone, tiles, items, heads)
@@ -84,7 +89,7 @@ def forward(problem: Problem) -> None:
         work.empty("partial", splits * number * heads * padded_rows * (alone.Ev + HEAD), work.real)
         work.launch(split, (items, heads, splits))
         work.launch(join, (number * padded_rows, heads, 1))
-    if work.hides:
+    if alone.flags:
         work.put("work", None)
         tiles = -(-rows // repeat.rows)
         work.launch(repeat, (number * tiles, heads, 1), tiles=tiles)

@@ -67,7 +67,7 @@ def run(g: BackwardProblem) -> None:
         for c in tile_shapes.parts(of_keys) if single is None else [single]:
             _own(work, c, c, p.Hkv, p.S, c.rows)
     if p.L:
-        c = of_queries if single is None else _small("round", work).with_(aligned=aligned, flags=work.hides)
+        c = of_queries if single is None else _round(_small("round", work), single).with_(aligned=aligned)
         _own(work, c, of_queries, p.H, p.L, c.rows if single is None else ROWS)
     if of_bias is not None and p.L and p.S:
         _of_bias(g, work, of_bias, is_aligned(p.query, p.key, p.value, g.grad_out))
@@ -95,9 +95,14 @@ def kernels_of(c: Spec, device: Device) -> list[Spec]:
     specs = [small, *tile_shapes.parts(keys), queries] if single is None else [small, single]
     specs.append(tile_shapes.normalizers(c, device))
     if single is not None:
-        specs.append(small.with_(task="round", fused_dq=False, flags=c.flags))
+        specs.append(_round(small.with_(task="round"), single))
     repeat = [tile_shapes.nan_safe(x, device) for x in (queries, *tile_shapes.parts(keys))] if c.flags else []
     return [*specs, *repeat]
+
+
+def _round(c: Spec, single: Spec) -> Spec:
+    """Return the kernel that rounds the sums of dQ of another kernel."""
+    return c.with_(fused_dq=False, flags=single.flags, by_fours=single.product == "wgmma")
 
 
 def _small(task: str, work: Work) -> Spec:

@@ -26,9 +26,9 @@ from .blocks import (
     work_item,
 )
 from .dropout import first_of_block, is_dropped, kept, mark, unmark
-from .emit import I32, I64, SIZES, Emit, KernelFunction, Macro, Regs, Target
+from .emit import I32, I64, SIZES, Emit, KernelFunction, Macro, Pred, Regs, Target
 from .parameters import PARAMETERS, Parameters
-from .products import TensorCores
+from .products import Layout, TensorCores
 from .results import not_finite, write_row
 from .softmax import across, recenter
 from .spec import Spec, compute_capability, lay_out
@@ -89,6 +89,45 @@ class Tiles:
             self.end += product.scratch * c.warps
 
 
+def mended(b: Block) -> Pred:
+    """Whether weights are to be mended in every tile: where any lse is far and, for dQ, in the last tile of keys.
+
+    The score of a key that does not exist is 0, and its weight, exp(-lse), is infinite where all scores are below -88.
+    """
+    far = b.e.load("i", b.p.far) > 0
+    return far | (b.first + b.c.rows > b.span.rows) if b.c.fused_dq else far
+
+
+def write_own(b: Block, lanes: Lanes, grads: dict[str, tuple[Layout, Regs]], thread: I32) -> None:
+    """Store the sums of the rows that a block owns, each with its layout; mark rows that are not finite."""
+    e, c, product = b.e, b.c, lanes.product
+    thread = e.opaque(thread)
+    lane, kind = thread & 31, product.kind
+    # Underflow: the product of `rest` and `prescale` may be subnormal, so they are applied one after the other.
+    rest, prescale, zero = b.p.real("rest", kind), b.p.real("prescale", kind), e.const(kind, 0.0)
+    value_scale = b.p.real("dropout_scale", kind) if c.dropout else e.const(kind, 1.0)
+    for slot, row in enumerate(lanes.rows(thread)):
+        at = b.first + row
+        in_bounds, valid = at < b.rows, at < b.span.rows
+        if c.nan_safe:
+            in_bounds = in_bounds & (b.is_marked(at, in_bounds) > 0)
+        bad = e.const("i", 0)
+        for name, (features, sum_) in grads.items():
+            grad = f"grad_{name}"
+            registers = features.of_slot(slot)
+            z = [sum_[n] * value_scale if name == "value" else sum_[n] * rest * prescale for n in registers]
+            z = [e.select(valid, number, zero) for number in z]
+            if c.flags:
+                bad = bad | not_finite(e, z)
+            address = b.places[grad] + e.wide(at) * getattr(b.p, f"{grad}_row")
+            width = b.p.int("Ev" if name == "value" else "E")
+            begin, column = product.lane_feature(lane), getattr(b.p, f"{grad}_column")
+            write_row(e, c.storage, c.aligned, features, registers, z, address, column, begin, width, in_bounds)
+        if c.flags:
+            bad = across(e, product, bad, lambda a, b: a | b)
+            b.mark(at, bad, in_bounds & product.lane_column(lane).equals(0))
+
+
 def make_backward(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel of ``c.task``, "query" or "key"; its grid is tiles for some heads (of keys), and all of those."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
@@ -125,13 +164,13 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro("i4", BLOCK)
     def columns_seen(e: Emit, b: Block) -> Regs:
-        """First column, the one after the last, and those that all rows see, which are none where any lse is far."""
+        """First column, the one after the last, and those that all rows see, which may be none (`mended`)."""
         begin, end, all_begin, all_end = b.span.of_rows(b.first, b.first + (c.rows - 1))
         if c.dropout and not of_keys:
             begin = first_of_block(begin)
         if lists:
             begin = aligned(begin)
-        return [begin, end, all_begin, e.select(e.load("i", b.p.far) > 0, begin - begin, all_end)]
+        return [begin, end, all_begin, e.select(mended(b), begin - begin, all_end)]
 
     @macro("", BLOCK, "i", "i")
     def load_own(e: Emit, b: Block, base: I32, thread: I32) -> None:
@@ -272,31 +311,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", BLOCK, "i", first, second)
     def finish(e: Emit, b: Block, thread: I32, x: Regs, y: Regs) -> None:
-        thread = e.opaque(thread)
-        lane = thread & 31
-        # Underflow: the product of `rest` and `prescale` may be subnormal, so they are applied one after the other.
-        rest, prescale, zero = b.p.real("rest", kind), b.p.real("prescale", kind), e.const(kind, 0.0)
-        value_scale = b.p.real("dropout_scale", kind) if c.dropout else e.const(kind, 1.0)
-        for slot, row in enumerate(lanes.rows(thread)):
-            at = b.first + row
-            in_bounds, valid = at < b.rows, at < b.span.rows
-            if nan_safe:
-                in_bounds = in_bounds & (b.is_marked(at, in_bounds) > 0)
-            bad = e.const("i", 0)
-            for name, sum_ in zip(keeps, (x, y), strict=False):
-                grad, features = f"grad_{name}", sums[name]
-                registers = features.of_slot(slot)
-                z = [sum_[n] * value_scale if name == "value" else sum_[n] * rest * prescale for n in registers]
-                z = [e.select(valid, number, zero) for number in z]
-                if c.flags:
-                    bad = bad | not_finite(e, z)
-                address = b.places[grad] + e.wide(at) * getattr(b.p, f"{grad}_row")
-                width = b.p.int("Ev" if name == "value" else "E")
-                begin, column = product.lane_feature(lane), getattr(b.p, f"{grad}_column")
-                write_row(e, c.storage, c.aligned, features, registers, z, address, column, begin, width, in_bounds)
-            if c.flags:
-                bad = across(e, product, bad, lambda a, b: a | b)
-                b.mark(at, bad, in_bounds & product.lane_column(lane).equals(0))
+        write_own(b, lanes, {name: (sums[name], part) for name, part in zip(keeps, (x, y), strict=False)}, thread)
 
     slopes, dropout = c.has_slopes, c.dropout
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, overload
 
 from llvmlite import ir
 
+from .emit_warpgroup import Warpgroup
+
 TYPES = {
     "i": ir.IntType(32), "l": ir.IntType(64), "f": ir.FloatType(), "d": ir.DoubleType(), "p": ir.IntType(1),
     "h": ir.IntType(16), "b": ir.IntType(8),
@@ -148,7 +150,7 @@ class Target(Protocol):
         """Make the function that gives the address of shared memory."""
 
 
-class Emit:
+class Emit(Warpgroup):
     """Emits LLVM IR for one thread; see the module."""
 
     def __init__(self, context: Any, builder: ir.IRBuilder) -> None:

@@ -26,9 +26,9 @@ from .dropout import drop as drop_weights
 from .dropout import first_of_block, kept
 from .emit import I32, Emit, KernelFunction, Regs, Target
 from .parameters import PARAMETERS, Parameters
-from .products import Product
+from .products import Layout, Product
 from .results import not_finite, write_row
-from .softmax import fold, lse, relative, start, total
+from .softmax import across, fold, lse, relative, start, total
 from .spec import Spec, lay_out
 from .staging import Codes, unpack
 from .tiles import Tile
@@ -79,6 +79,36 @@ def make_product(c: Spec) -> Product:
     return product
 
 
+def write_rows(
+    b: Block, lanes: Lanes, features: Layout, thread: I32, m: Regs, l: Regs, scales: Regs, acc: Regs
+) -> None:
+    """Store rows of `out` and `lse`, of sums of weights relative to the maxima; mark rows that are not finite."""
+    e, c, product, kind = b.e, b.c, lanes.product, lanes.product.kind
+    thread = e.opaque(thread)
+    _, lane = lanes.split(thread)
+    zero, low = e.const(kind, 0.0), e.const(kind, -math.inf)
+    begins = product.lane_column(lane).equals(0)
+    for slot, row in enumerate(lanes.rows(thread)):
+        i, head = b.find(b.first + row)
+        in_bounds, valid = i < b.rows, i < b.span.rows
+        if c.nan_safe:
+            in_bounds = in_bounds & (b.is_marked(b.first + row, in_bounds) > 0)
+        apart = e.wide(head) if c.pack_gqa else e.const("l", 0)
+        some = (l[slot] > 0.0) | e.is_nan(l[slot])
+        scale = e.select(some, scales[slot], zero)
+        registers = features.of_slot(slot)
+        x = [e.select(valid, acc[n] * scale, zero) for n in registers]
+        if c.flags:
+            bad = across(e, product, not_finite(e, x), lambda a, b: a | b)
+            b.mark(b.first + row, bad, in_bounds & begins)
+        address = b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row
+        first, width = product.lane_feature(lane), b.p.int("Ev")
+        write_row(e, c.storage, c.aligned, features, registers, x, address, b.p.out_column, first, width, in_bounds)
+        of_row = e.select(some & valid, lse(e, m[slot], l[slot], b.p.real("unit", kind)), low)
+        address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
+        e.store(kind, address, [of_row], in_bounds & begins & (b.p.lse > 0))
+
+
 def make_forward(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel; its grid is tiles for some heads (of keys, of packed GQA), all of those, and splits."""
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
@@ -95,7 +125,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
     at_once = 4 if c.warps == 1 else 1
     scale_queries = make_scale(c, on, q)
     S, C, M = f"{kind}{len(layout)}", f"{kind}{len(features)}", f"{kind}{product.slots}"
-    split_kv, nan_safe, flags, dropout = c.split_kv, c.nan_safe, c.flags, c.dropout
+    split_kv, nan_safe, dropout = c.split_kv, c.nan_safe, c.dropout
     may_repeat, at_lift = repeats(c), _end(c)
     # Instruction overlap: the softmax and the product with values in one basic block let the scheduler interleave
     # exponentials with tensor core instructions. Above 64 features there are no registers for both, so the softmax runs
@@ -221,34 +251,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         l = relative(e, m, l, b.p.real("factor", kind), lift_of(e, base))
         if split_kv:
             return write_part(b, thread, part, m, l, scales, acc)
-        thread = e.opaque(thread)
-        _, lane = lanes.split(thread)
-        zero, low = e.const(kind, 0.0), e.const(kind, -math.inf)
-        begins = product.lane_column(lane).equals(0)
-        for slot, row in enumerate(lanes.rows(thread)):
-            i, head = b.find(b.first + row)
-            in_bounds, valid = i < b.rows, i < b.span.rows
-            if nan_safe:
-                in_bounds = in_bounds & (b.is_marked(b.first + row, in_bounds) > 0)
-            apart = e.wide(head) if c.pack_gqa else e.const("l", 0)
-            some = (l[slot] > 0.0) | e.is_nan(l[slot])
-            scale = e.select(some, scales[slot], zero)
-            registers = features.of_slot(slot)
-            x = [e.select(valid, acc[n] * scale, zero) for n in registers]
-            if flags:
-                bad = across_lanes(e, not_finite(e, x))
-                b.mark(b.first + row, bad, in_bounds & begins)
-            address = b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row
-            first, width = product.lane_feature(lane), b.p.int("Ev")
-            write_row(e, c.storage, c.aligned, features, registers, x, address, b.p.out_column, first, width, in_bounds)
-            of_row = e.select(some & valid, lse(e, m[slot], l[slot], b.p.real("unit", kind)), low)
-            address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
-            e.store(kind, address, [of_row], in_bounds & begins & (b.p.lse > 0))
-
-    def across_lanes(e: Emit, x: I32) -> I32:
-        for distance in product.reduce:
-            x = x | e.shuffle_xor(x, distance)
-        return x
+        write_rows(b, lanes, features, thread, m, l, scales, acc)
 
     def write_part(b: Block, thread: I32, part: I32, m: Regs, l: Regs, scales: Regs, acc: Regs) -> None:
         """Split keys: store maximum, sum and result of each row, which `combine` joins."""

@@ -21,7 +21,21 @@ def make(c: Spec, on: Target) -> KernelFunction:
 
 
 def _maker(c: Spec) -> Callable[[Spec, Target], KernelFunction]:
-    from . import backward, bias, combine, forward, mod_gradients, normalizers, probabilities, rowwise
+    from . import (
+        backward,
+        bias,
+        combine,
+        forward,
+        hopper,
+        hopper_backward,
+        mod_gradients,
+        normalizers,
+        probabilities,
+        rowwise,
+    )
+
+    if c.product == "wgmma":
+        return hopper.make_hopper if c.task == "forward" else hopper_backward.make_hopper_backward
 
     makers = {
         "forward": forward.make_forward, "combine": combine.make_combine, "query": backward.make_backward,
@@ -46,8 +60,10 @@ def _sources(module: str) -> str:
 @cache
 def shared(c: Spec) -> int:
     """Bytes of shared memory of a block."""
-    from . import backward, bias, combine, forward
+    from . import backward, bias, combine, forward, hopper, hopper_backward
 
+    if c.product == "wgmma":
+        return hopper.shared(c) if c.task == "forward" else hopper_backward.shared(c)
     if c.task == "combine":
         return combine.Shared(c).end
     if c.task in ("query", "key"):

@@ -77,6 +77,11 @@ def _row_of_warp(e: Emit, c: Spec, p: Parameters, x: I32, head: I32, thread: I32
     return block_of(e, c, p, NAMES, index, e.const("i", 0), head), i
 
 
+def place_by_fours(feature: I32) -> I32:
+    """Where the sum of an even feature is: of 16 features, a thread of wgmma has 2 t, 2 t + 1, 2 t + 8 and 2 t + 9."""
+    return (feature & -16) + ((feature & 6) << 1) + ((feature & 8) >> 2)
+
+
 def make_round(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel that rounds the sums of the gradient of queries to its type: a warp for each row."""
     cuda, macro = on.cuda, on.macro
@@ -90,7 +95,8 @@ def make_round(c: Spec, on: Target) -> KernelFunction:
         pair = Layout(1, ((0, 0), (0, 1)), 2)
         for n in range(-(-c.E // 64)):
             feature = lane * 2 + 64 * n
-            values = e.load("f", source + e.wide(feature) * 4, 2, where=in_bounds & (feature < c.E))
+            at = place_by_fours(feature) if c.by_fours else feature
+            values = e.load("f", source + e.wide(at) * 4, 2, where=in_bounds & (feature < c.E))
             bad = bad | not_finite(e, values)
             write_row(e, c.storage, c.aligned, pair, [0, 1], values, target, p.grad_query_column, feature,
                       p.int("E"), in_bounds)  # fmt: skip

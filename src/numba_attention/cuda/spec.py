@@ -8,6 +8,7 @@ from typing import Any
 from .formats import HALVES, SIZES
 from .products import Product, Simt, TensorCores, TripleTF32
 from .tiles import Tile
+from .warpgroups import GROUP, Warpgroups
 
 FEATURES = (32, 64, 96, 128, 192, 256)  # head dimensions that tiles have; others are filled up with zeros
 
@@ -41,7 +42,7 @@ class Spec:
     storage: str  # of query, key, value and out
     E: int  # head dimensions of tiles
     Ev: int
-    product: str = "simt"  # or "tensor", "tf32"
+    product: str = "simt"  # or "tensor", "tf32", "wgmma"
     slots: int = 8  # rows of a thread ("simt"), or 16 times of a warp
     across: int = 8
     warps: int = 4
@@ -66,6 +67,7 @@ class Spec:
     to: str = ""  # storage of the result of "reduce"
     only: str = ""  # the one gradient of a tile of keys, "key" or "value", where registers do not suffice for both
     fused_dq: bool = False  # the kernel of a tile of keys adds dQ too, by atomics in any order
+    by_fours: bool = False  # sums of dQ in memory have the four features of a thread of wgmma side by side
     arch: str = ""
 
     @cached_property
@@ -115,11 +117,14 @@ class Spec:
 
     @property
     def threads(self) -> int:
-        return 32 * self.warps
+        loading = GROUP if self.product == "wgmma" else 0  # threads that copy tiles for the others
+        return 32 * self.warps + loading
 
     def make_product(self) -> Product:
         if self.product == "tensor":
             return TensorCores(self.storage, self.slots)
+        if self.product == "wgmma":
+            return Warpgroups(self.storage)
         if self.product == "tf32":
             return TripleTF32(self.storage, self.slots)
         return Simt(self.storage, self.slots, self.across, self.nan_safe)
@@ -138,7 +143,7 @@ class Spec:
     def name(self) -> str:
         """All that distinguishes this kernel from others."""
         options = [n for n in ("aligned", "softcap", "alibi", "mask", "lists", "dropout", "sinks", "paged", "pack_gqa",
-                               "split_kv", "flags", "nan_safe", "gather_rows", "fused_dq")
+                               "split_kv", "flags", "nan_safe", "gather_rows", "fused_dq", "by_fours")
                    if getattr(self, n)]  # fmt: skip
         words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",
                  f"{self.warps}w{self.columns}c{self.blocks}b{self.only}{self.to}", *options]  # fmt: skip

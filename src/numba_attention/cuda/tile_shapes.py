@@ -6,7 +6,7 @@ from typing import Any
 
 from ..device import runtime
 from ..errors import BackendUnavailableError
-from . import kernels
+from . import hopper, hopper_backward, kernels
 from .formats import HALVES
 from .spec import Mods, Spec, padded
 from .visits import WIDTH
@@ -14,10 +14,11 @@ from .visits import WIDTH
 ASYNCHRONOUS = (8, 0)  # first compute capability with asynchronous copies, and m16n8k16 on tensor cores
 TF32X3 = "NUMBA_ATTENTION_TF32X3"  # "1": float32 on tensor cores, with three products for each
 DETERMINISTIC = "NUMBA_ATTENTION_DETERMINISTIC"  # "1": gradients of half types have the same bits every time
+WGMMA = "NUMBA_ATTENTION_WGMMA"  # "0": half types on sm_90a by mma.sync, as on other GPUs
 # Asked in every call. `os.environ.get` takes 1 us where a variable is not set; the dictionary behind it does not.
 _variables: Any = getattr(os.environ, "_data", os.environ)
-_TF32X3, _DETERMINISTIC = (
-    name if _variables is os.environ else os.environ.encodekey(name) for name in (TF32X3, DETERMINISTIC)
+_TF32X3, _DETERMINISTIC, _WGMMA = (
+    name if _variables is os.environ else os.environ.encodekey(name) for name in (TF32X3, DETERMINISTIC, WGMMA)
 )
 
 # Head dimension: slots, warps, columns. ("tensor": slots are tiles of 16 rows.)
@@ -136,6 +137,17 @@ def heads_together(heads: int, tiles: int, resident: int) -> int:
     return bits
 
 
+def by_warpgroups(c: Spec, rows: int, keys: int, heads: int, device: Any) -> Spec:
+    """The kernel of `hopper` in place of one of `forward`, where there is one and its large tiles have enough work.
+
+    `heads` counts those of all sequences. With fewer blocks than multiprocessors, keys are divided, which it does not.
+    """
+    large = hopper.spec_of(c) if os.environ.get(WGMMA) != "0" else None
+    if large is None or rows < large.rows or keys < large.columns or kernels.shared(large) > device.shared_memory:
+        return c
+    return large if 4 * -(-rows // large.rows) * heads > 3 * resident(large, device) else c
+
+
 def with_options(c: Spec, **options: Any) -> Spec:
     """Say what a kernel does on the way; what needs registers for it gets smaller tiles."""
     c = c.with_(**options)
@@ -211,7 +223,7 @@ def use(task: str, storage: str, E: int, Ev: int, config: Spec | None) -> None:
 
 def state() -> tuple[Any, ...]:
     """All that decides on kernels beside a call and its device."""
-    return _changes, _variables.get(_TF32X3), _variables.get(_DETERMINISTIC)
+    return _changes, _variables.get(_TF32X3), _variables.get(_DETERMINISTIC), _variables.get(_WGMMA)
 
 
 def is_deterministic() -> bool:
@@ -230,6 +242,9 @@ def fused_dq(c: Spec, device: Any) -> Spec | None:
     if tuned is not None:
         slots, warps, columns = tuned.slots, tuned.warps, tuned.columns
     c = c.with_(fused_dq=True, slots=slots, warps=warps, columns=columns)
+    large = hopper_backward.spec_of(c) if os.environ.get(WGMMA) != "0" else None
+    if large is not None and kernels.shared(large) <= device.shared_memory:
+        return large
     if c.is_large:
         c = c.with_(slots=1, warps=warps * slots, columns=32)  # the tile of dS has rows of at least four chunks
     return c if kernels.shared(c) <= device.shared_memory else None

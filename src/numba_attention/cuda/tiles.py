@@ -120,7 +120,7 @@ class Rows:
 
 def fetch(
     e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threads: int, storage: str, aligned: bool,
-    scales: Rows | None = None,
+    scales: Rows | None = None, most: int = _COPIES,
 ) -> None:  # fmt: skip
     """Copy rows of an array of ``storage`` to a tile; readers wait for all copies and then for all threads.
 
@@ -128,13 +128,13 @@ def fetch(
     number becomes one of the tile, with the factor of its row in ``scales``.
     """
     if aligned and storage == tile.storage:
-        return _fetch_chunks(e, tile, base, rows, thread, threads)
+        return _fetch_chunks(e, tile, base, rows, thread, threads, most)
     _fetch_elements(e, tile, base, rows, thread, threads, storage, scales)
 
 
-def _fetch_chunks(e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threads: int) -> None:
+def _fetch_chunks(e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threads: int, most: int) -> None:
     copies, width = -(-tile.rows * tile.chunks // threads), rows.elements * SIZES[tile.storage]
-    at_once = copies if copies <= _COPIES else _COPIES // 2
+    at_once = copies if copies <= most else most // 2
     even = copies * threads == tile.rows * tile.chunks and copies % at_once == 0
     whole, nothing = e.const("i", CHUNK), e.const("i", 0)
     apart = 0 if threads % tile.chunks else threads // tile.chunks  # rows between successive copies of a thread

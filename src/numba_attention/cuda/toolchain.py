@@ -38,6 +38,9 @@ def _import_array_functions() -> None:
 
 _import_array_functions()
 
+# ptxas says so, and goes on, where it ignores setmaxnreg (C7504) or waits for each wgmma by itself (C7510 to C7514).
+IGNORED = re.compile(r"\bC75(?:04|1[0-4])\b")
+
 _NUMBA = {"i": types.int32, "l": types.int64, "f": types.float32, "d": types.float64}
 
 
@@ -154,4 +157,7 @@ def compile_kernel(function: Any, integers: int, reals: int, threads: int, arch:
     linker = Linker(ObjectCode.from_ltoir(ltoir), options=options)
     code = bytes(linker.link("cubin").code)
     log = linker.get_info_log() + linker.get_error_log()
+    ignored = sorted(set(IGNORED.findall(log)))
+    if ignored:
+        raise RuntimeError(f"the assembler did not do what the kernel says: {', '.join(ignored)} in its log:\n{log}")
     return Cubin(entry(code), code, log)

@@ -1,0 +1,252 @@
+"""Kernels of sm_90a whose warpgroups have roles, in the emulator: right, in any order of roles, and what it finds.
+
+Right values are the textbook's formula in float64, which shares no code with the package.
+"""
+
+import re
+import subprocess
+from itertools import pairwise
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import emulator as emulator_module
+import numba_attention as na
+from emulator import emulated
+from emulator_roles import Deadlock
+from machine_code import disassembler
+from numba_attention.cuda import hopper, hopper_backward, kernels, tile_shapes
+from numba_attention.cuda.spec import Spec
+
+F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+LIMITS = {F16: 1.5e-3, BF16: 1.2e-2}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    with emulated(monkeypatch, multiprocessors=1) as driver:
+        yield driver
+
+
+def normal(seed, *shape, dtype):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def visible(L, S, causal=False, window=None, keys=None):
+    i, j = np.arange(L)[:, None], np.arange(S)[None, :]
+    seen = np.ones((L, S), bool)
+    if causal:
+        seen &= j <= i
+    if window is not None:
+        seen &= (j >= i - window[0]) & (j <= i + window[1])
+    return seen if keys is None else seen & (j < keys)
+
+
+def textbook(q, k, v, seen, grad):
+    """Result, lse and gradients of (heads, rows, E), with grouped heads, in float64; empty rows are 0 and -inf."""
+    q, k, v, grad = (np.asarray(x, np.float64) for x in (q, k, v, grad))
+    group, scale = len(q) // len(k), q.shape[-1] ** -0.5
+    keys, values = (np.repeat(x, group, 0) for x in (k, v))
+    scores = np.where(seen, q @ keys.swapaxes(-1, -2) * scale, -np.inf)
+    with np.errstate(divide="ignore"):
+        top = np.maximum(scores.max(-1, keepdims=True), -1e300)
+        weights = np.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        lse = (top + np.log(total))[..., 0]
+    p = weights / np.where(total == 0, 1, total)
+    dp = grad @ values.swapaxes(-1, -2)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True))
+    dk, dv = ds.swapaxes(-1, -2) @ q * scale, p.swapaxes(-1, -2) @ grad
+    shared = [x.reshape(len(k), group, *x.shape[1:]).sum(1) for x in (dk, dv)]
+    return p @ values, lse, ds @ keys * scale, *shared
+
+
+def close(got, want, limit):
+    got = np.asarray(got, np.float64)
+    assert np.array_equal(np.isfinite(got), np.isfinite(want))
+    finite = np.isfinite(want)
+    assert np.abs(np.where(finite, got, 0) - np.where(finite, want, 0)).max() <= limit * np.abs(want[finite]).max()
+
+
+def products(driver):
+    return {(c.task, c.product) for c in driver.configs.values() if c.task in ("forward", "key") and not c.nan_safe}
+
+
+CASES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "window": {"window": (60, 20)},
+    "keys": {"key_lengths": 170},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("E", [64, 128, 256])
+def test_both_passes(gpu, E, name):
+    """Tiles at the ends of queries and keys, intervals that begin and end in tiles, heads in groups."""
+    options, dtype = CASES[name], F16 if E == 128 else BF16
+    L, S = (250, 250) if "is_causal" in options else (210, 290)
+    q, grad = (normal(n, 1, 2, L, E, dtype=dtype) for n in (0, 1))
+    k, v = (normal(n, 1, 1, S, E, dtype=dtype) for n in (2, 3))
+    seen = visible(L, S, options.get("is_causal"), options.get("window"), options.get("key_lengths"))
+    want = textbook(q[0], k[0], v[0], seen, grad[0])
+    out, lse = na.attention(q, k, v, **options, return_lse=True, backend="cuda")
+    close(out[0], want[0], LIMITS[dtype])
+    close(lse[0], want[1], 1e-5)
+    got = na.attention_backward(grad, q, k, v, out, lse, **options, backend="cuda")
+    for made, right in zip((got.query, got.key, got.value), want[2:], strict=True):
+        close(made[0], right, LIMITS[dtype])
+    assert ("forward", "wgmma") in products(gpu)
+    assert (("key", "wgmma") in products(gpu)) == (E <= 128)
+
+
+def test_packed_sequences(gpu):
+    """Sequences of any length, one without rows, and one shorter than a tile."""
+    lengths = np.array([200, 0, 37, 130])
+    ends = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
+    q, k, v, grad = (normal(n, ends[-1], 2, 64, dtype=BF16) for n in range(4))
+    out, lse = na.attention_varlen(q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, is_causal=True, return_lse=True,
+                                   backend="cuda")  # fmt: skip
+    got = na.attention_varlen_backward(grad, q, k, v, out, lse, cu_seqlens_q=ends, cu_seqlens_k=ends, is_causal=True,
+                                       backend="cuda")  # fmt: skip
+    assert products(gpu) == {("forward", "wgmma"), ("key", "wgmma")}
+    for first, last in pairwise(ends):
+        if first == last:
+            continue
+        parts = [np.swapaxes(x[first:last], 0, 1) for x in (q, k, v)]
+        want = textbook(*parts, visible(last - first, last - first, True), np.swapaxes(grad[first:last], 0, 1))
+        for made, right in zip((out, got.query, got.key, got.value), (want[0], *want[2:]), strict=True):
+            close(np.swapaxes(made[first:last], 0, 1), right, LIMITS[BF16])
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+@pytest.mark.parametrize("landing", ["wait", "issue"])
+def test_roles_may_come_in_any_order(monkeypatch, first, landing):
+    """The same bits, whichever warpgroup goes first, and whenever copies land and products read."""
+    q, k, v, grad = (normal(n, 1, 1, 300, 64, dtype=F16) for n in range(4))
+    made = []
+    for begin, land in ((0, "wait"), (first, landing)):
+        with emulated(monkeypatch, multiprocessors=1, landing=land, first=begin):
+            out, lse = na.attention(q, k, v, is_causal=True, return_lse=True, backend="cuda")
+            got = na.attention_backward(grad, q, k, v, out, lse, is_causal=True, backend="cuda")
+        made.append([out, lse, got.key, got.value])
+    for one, other in zip(*made, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_nothing_leaks_from_what_is_hidden(gpu):
+    """NaN in keys and values that rows do not see: their tiles are multiplied, and a second kernel mends the rows."""
+    q, k, v, grad = (normal(n, 1, 1, 250, 128, dtype=BF16) for n in range(4))
+    seen = visible(250, 250, True)
+    want = textbook(q[0], k[0], v[0], seen, grad[0])
+    k[0, 0, 200:], v[0, 0, 200:] = np.nan, np.inf
+    out, lse = na.attention(q, k, v, is_causal=True, return_lse=True, backend="cuda")
+    close(out[0, :, :200], want[0][:, :200], LIMITS[BF16])
+    close(lse[0, :, :200], want[1][:, :200], 1e-5)
+    assert np.isnan(out[0, :, 200:].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("S", [40, 140])
+def test_keys_that_do_not_exist_reach_no_gradient(monkeypatch, capability, S):
+    """Where all scores are about -500, the weight of a row of zeros behind the last key is exp(500)."""
+    q, k = np.full((1, 1, 128, 64), 7.9, F16), np.full((1, 1, S, 64), -7.9, F16)
+    v, grad = normal(0, 1, 1, S, 64, dtype=F16), normal(1, 1, 1, 128, 64, dtype=F16)
+    shared = 166912 if capability == (8, 0) else 232448
+    with emulated(monkeypatch, capability=capability, shared_memory=shared) as driver:
+        out, lse = na.attention(q, k, v, return_lse=True, backend="cuda")
+        got = na.attention_backward(grad, q, k, v, out, lse, backend="cuda")
+    assert (("key", "wgmma") in products(driver)) == (capability == (9, 0))
+    want = textbook(q[0], k[0], v[0], visible(128, S), grad[0])
+    for made, right in zip((got.key, got.value), want[3:], strict=True):
+        close(made[0], right, 2e-3)
+    # Gradients of queries cancel: dS sums to 0 over equal keys. Their terms are of the size of dS K.
+    assert np.abs(got.query.astype(np.float64)).max() < 2e-3
+
+
+def test_huge_scores(gpu):
+    """Rows whose lse does not determine the denominator: scores of -1e9."""
+    rng = np.random.default_rng(0)
+    q, k = np.full((1, 1, 130, 64), 2.0**15, BF16), np.full((1, 1, 150, 64), -(2.0**12), BF16)
+    v, grad = (rng.standard_normal((1, 1, n, 64)).astype(BF16) for n in (150, 130))
+    out, lse = na.attention(q, k, v, return_lse=True, backend="cuda")
+    got = na.attention_backward(grad, q, k, v, out, lse, backend="cuda")
+    want = textbook(q[0], k[0], v[0], visible(130, 150), grad[0])
+    close(out[0], want[0], LIMITS[BF16])
+    close(got.value[0], want[4], LIMITS[BF16])
+
+
+def test_it_can_be_turned_off(gpu, monkeypatch):
+    monkeypatch.setenv(tile_shapes.WGMMA, "0")
+    tile_shapes.fused_dq.cache_clear()
+    q, k, v = (normal(n, 1, 2, 200, 64, dtype=F16) for n in range(3))
+    out, lse = na.attention(q, k, v, return_lse=True, backend="cuda")
+    na.attention_backward(out, q, k, v, out, lse, backend="cuda")
+    tile_shapes.fused_dq.cache_clear()
+    assert products(gpu) == {("forward", "tensor"), ("key", "tensor")}
+
+
+def attend():
+    q, k, v = (normal(n, 1, 1, 700, 64, dtype=F16) for n in range(3))
+    return na.attention(q, k, v, backend="cuda")
+
+
+class TestWhatIsFound:
+    """Mistakes in such kernels that the emulator reports."""
+
+    def test_a_deadlock(self, gpu, monkeypatch):
+        """With two slots and three loads in flight, a slot is waited for that only an unpublished load would free."""
+        groups, columns, _, _, few, many = hopper.SHAPES[64]
+        monkeypatch.setitem(hopper.SHAPES, 64, (groups, columns, 2, 3, few, many))
+        kernels.shared.cache_clear()
+        with pytest.raises(Deadlock, match="mbarrier"):
+            attend()
+        kernels.shared.cache_clear()
+
+    def test_a_missing_fence(self, gpu, monkeypatch):
+        monkeypatch.setattr(emulator_module.Emit, "fence_proxy", lambda self: None)
+        with pytest.raises(AssertionError, match="without fence_proxy"):
+            attend()
+
+    def test_a_slot_that_is_freed_too_early(self, gpu, monkeypatch):
+        """Products read when they are waited for: what is published as empty before that is overwritten."""
+        wait = emulator_module.Emit.wait_products
+        monkeypatch.setattr(emulator_module.Emit, "wait_products", lambda self, n, *sums: wait(self, n + 1, *sums))
+        with pytest.raises(AssertionError):
+            attend()
+
+    def test_a_wrong_descriptor(self, gpu, monkeypatch):
+        step = hopper.Slabs.step
+        monkeypatch.setattr(hopper.Slabs, "step", lambda self, n, turned: step(self, n, turned) + (n == 1 and turned))
+        q, k, v = (normal(n, 1, 1, 200, 64, dtype=F16) for n in range(3))
+        want = textbook(q[0], k[0], v[0], visible(200, 200), q[0])[0]
+        with pytest.raises(AssertionError):
+            close(na.attention(q, k, v, backend="cuda")[0], want, LIMITS[F16])
+
+
+@pytest.mark.parametrize("flags", [False, True])
+@pytest.mark.parametrize("E", [64, 128, 256])
+@pytest.mark.parametrize("task", ["forward", "key"])
+def test_machine_code(tmp_path, task, E, flags):
+    """No register spills, every product is there once, and the assembler ignores nothing (`toolchain.IGNORED`)."""
+    pytest.importorskip("numba_cuda")
+    pytest.importorskip("cuda.core")
+    of = hopper.spec_of if task == "forward" else hopper_backward.spec_of
+    c = of(Spec(task, "float16", E, E, "tensor", fused_dq=task == "key", flags=flags, arch="sm_90a"))
+    if c is None:
+        assert (task, E) == ("key", 256)
+        return
+    compiled = kernels.compile_(c)
+    assert compiled.spills == 0, compiled.log
+    assert compiled.registers * c.threads <= 65536
+    assert kernels.shared(c) <= 232448
+    program, path = disassembler(), tmp_path / "kernel.cubin"
+    path.write_bytes(compiled.code)
+    text = subprocess.run([program, "-c", path], capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", text, re.MULTILINE)
+    scores, sums = E // 16, c.columns // 16
+    expected = 2 * (scores + sums) if task == "forward" else 2 * scores + 2 * sums + c.rows // 16
+    assert names.count("HGMMA") == expected
+    assert names.count("USETMAXREG") == 2
+    assert not names.count("LDL") + names.count("STL")

@@ -1,0 +1,378 @@
+"""What the emulator needs for kernels whose warpgroups have roles: turns, barriers in memory, products that come late.
+
+Each warpgroup runs the whole kernel on NumPy arrays of its own 128 threads, as a coroutine: it goes on until it has to
+wait for others. If all wait, the kernel has a deadlock, and the error says for what. Products read shared memory when
+they are waited for (or at once), so whoever overwrites a tile too early is found, and so is a tile that nobody has said
+`fence_proxy` for.
+"""
+
+import threading
+import types
+from collections import deque
+
+import numpy as np
+
+GROUP = 128
+
+
+class Abandoned(BaseException):
+    """Ends the coroutines of a kernel that has failed."""
+
+
+class Deadlock(AssertionError):
+    pass
+
+
+class Crew:
+    """Runs one function for each role, one at a time, in turns.
+
+    Parameters
+    ----------
+    first : int
+        Role that begins, so that tests can try more than one order.
+    """
+
+    def __init__(self, count, first=0):
+        self.count, self.first, self.role = count, first % count, None
+        self.waiting = [None] * count  # (predicate, what for)
+        self.turn = [threading.Semaphore(0) for _ in range(count)]
+        self.back = threading.Semaphore(0)
+        self.failed, self.done = None, [False] * count
+
+    def run(self, function, enter):
+        """Run ``function(role)`` for all; ``enter(role)`` is called whenever one gets its turn."""
+        threads = [threading.Thread(target=self._body, args=(function, n), daemon=True) for n in range(self.count)]
+        for thread in threads:
+            thread.start()
+        at = self.first
+        while not all(self.done):
+            order = [(at + n) % self.count for n in range(self.count)]
+            able = [n for n in order if not self.done[n] and (self.waiting[n] is None or self.waiting[n][0]())]
+            if not able:
+                waits = "; ".join(f"warpgroup {n}: {w[1]}" for n, w in enumerate(self.waiting) if not self.done[n])
+                self.failed = Deadlock(f"all wait: {waits}")
+            if self.failed is not None:
+                break
+            self.role, at = able[0], able[0] + 1
+            self.waiting[self.role] = None
+            enter(self.role)
+            self.turn[self.role].release()
+            self.back.acquire()
+            if self.failed is not None:
+                break
+        for n in range(self.count):  # whoever still waits ends
+            if not self.done[n]:
+                self.turn[n].release()
+        for thread in threads:
+            thread.join()
+        if self.failed is not None:
+            raise self.failed
+
+    def _body(self, function, role):
+        self.turn[role].acquire()
+        try:
+            if self.failed is None:
+                function(role)
+        except Abandoned:
+            pass
+        except BaseException as error:
+            self.failed = error
+        self.done[role] = True
+        self.back.release()
+
+    def wait_until(self, predicate, what):
+        """Go on with others until a predicate holds."""
+        if predicate():
+            return
+        role = self.role
+        self.waiting[role] = predicate, what
+        self.back.release()
+        self.turn[role].acquire()
+        if self.failed is not None:
+            raise Abandoned
+
+
+class Barrier:
+    """An mbarrier: how many arrivals end a phase, and how many phases have ended."""
+
+    def __init__(self, expected):
+        self.expected = self.left = expected
+        self.phase = 0
+
+    def arrive(self, count):
+        assert count <= self.left, "mbarrier: more arrivals than it expects"
+        self.left -= count
+        if self.left == 0:
+            self.left, self.phase = self.expected, self.phase + 1
+
+
+class Roles:
+    """Shared memory, barriers and pending products of one block whose warpgroups have roles."""
+
+    def __init__(self, memory, count, landing, first):
+        self.bytes = np.full(memory, 0xFF, np.uint8)
+        self.landing = landing
+        self.crew = Crew(count, first)
+        self.barriers = {}
+        self.named = {}  # number: [arrived, generation]
+        self.copies = [deque([[]]) for _ in range(count)]  # groups of asynchronous copies
+        self.products = [deque([[]]) for _ in range(count)]
+        words = -(-memory // 4)
+        self.coming = np.zeros(words, np.int8)  # 1 + the role whose copy is under way
+        self.unfenced = np.zeros(words, np.int8)  # 1 + the role that wrote and has not said fence_proxy
+        self.reading = np.zeros(words, np.int32)  # products that are still to read
+        self.registers = [None] * count
+        self.count, self.conflicts = False, {}
+
+    @property
+    def role(self):
+        return self.crew.role
+
+    def sync(self):
+        """``__syncthreads``."""
+        self.sync_named("all", self.crew.count * GROUP, GROUP)
+
+    def sync_warp(self):
+        pass
+
+    def sync_named(self, number, threads, arriving, wait=True):
+        state = self.named.setdefault(number, [0, 0])
+        generation = state[1]
+        state[0] += arriving
+        assert state[0] <= threads, f"barrier {number}: more threads than it takes"
+        if state[0] == threads:
+            state[0], state[1] = 0, generation + 1
+        if wait:
+            self.crew.wait_until(lambda: state[1] > generation, f"named barrier {number}")
+
+    # Ordinary reads and writes.
+
+    def _index(self, address, width, where=None):
+        address = address.astype(np.int64) if where is None else address[where].astype(np.int64)
+        assert not (address % width).any(), "shared memory: misaligned"
+        assert ((address >= 0) & (address + width <= self.bytes.size)).all(), "shared memory: out of bounds"
+        return address
+
+    @staticmethod
+    def _words(address, width):
+        return address[:, None] // 4 + np.arange(max(width // 4, 1))
+
+    def read(self, address, width, matrices=False):
+        address = self._index(address, width)
+        assert not self.coming[self._words(address, width)].any(), "shared memory: read while a copy is under way"
+        return self.bytes[address[:, None] + np.arange(width)]
+
+    def _check_write(self, words):
+        assert not self.coming[words].any(), "shared memory: written while a copy is under way"
+        assert not self.reading[words].any(), "shared memory: overwritten while a product reads it"
+
+    def write(self, address, data, where):
+        width = data.shape[1]
+        address = self._index(address, width, where)
+        words = self._words(address, width)
+        self._check_write(words)
+        self.unfenced[words] = 1 + self.role
+        self.bytes[address[:, None] + np.arange(width)] = data[where]
+
+    def copy(self, address, fetch, width, where):
+        address = self._index(address, width, where)
+        index, words = address[:, None] + np.arange(width), self._words(address, width)
+        self._check_write(words)
+        role = self.role
+        self.coming[words] = 1 + role
+        if self.landing == "issue":
+            self.bytes[index] = fetch()[where]
+
+        def land():
+            if self.landing == "wait":
+                self.bytes[index] = fetch()[where]
+            self.coming[words] = 0
+            self.unfenced[words] = 1 + role
+
+        self.copies[role][-1].append(land)
+
+    @property
+    def groups(self):
+        return self.copies[self.role]
+
+    def wait(self, groups):
+        queue = self.copies[self.role]
+        while len(queue) - 1 > groups:
+            for land in queue.popleft():
+                land()
+
+    # The other path to shared memory.
+
+    def fence_proxy(self):
+        self.unfenced[self.unfenced == 1 + self.role] = 0
+
+    def matrix(self, descriptor, rows, turned):
+        """Addresses of a matrix of 16-bit numbers: 16 summed indices for each of `rows`, by its descriptor."""
+        start = (descriptor & 0x3FFF) << 4
+        leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (16, 32))
+        assert descriptor >> 62 == 1, "descriptor: not swizzled by 128 bytes"
+        assert descriptor >> 49 & 7 == 0, "descriptor: has a base offset"
+        row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
+        if turned:  # 64 rows are a line, 8 summed indices are 8 lines
+            address = start + row // 64 * leading + k // 8 * stride + k % 8 * 128 + row % 64 * 2
+        else:  # 8 rows are 8 lines
+            address = start + row // 8 * stride + row % 8 * 128 + k * 2
+        address = address ^ (address >> 7 & 7) << 4
+        assert (address + 2 <= self.bytes.size).all(), "descriptor: out of bounds"
+        words = np.unique(address // 4)
+        assert not self.coming[words].any(), "product: reads what a copy is about to write"
+        assert not self.unfenced[words].any(), "product: reads what was written without fence_proxy"
+        return address, words
+
+    def numbers(self, address, half):
+        bits = self.bytes[address[..., None] + np.arange(2)].view(np.uint16)[..., 0]
+        if half == "f16":
+            return bits.view(np.float16).astype(np.float64)
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+    def begin(self, work, words):
+        """Queue a product of this role."""
+        if self.landing == "issue":
+            return work()
+        np.add.at(self.reading, words, 1)
+
+        def late():
+            work()
+            np.subtract.at(self.reading, words, 1)
+
+        self.products[self.role][-1].append(late)
+
+    def commit_products(self):
+        self.products[self.role].append([])
+
+    def wait_products(self, groups):
+        queue = self.products[self.role]
+        while len(queue) - 1 > groups:
+            for work in queue.popleft():
+                work()
+
+
+class WarpgroupEmit:
+    """The methods of `emit_warpgroup.Warpgroup`, on arrays of one element for each thread of a warpgroup."""
+
+    def _one(self, value):
+        x = self._all(value)
+        assert (x == x[0]).all(), "not the same for all threads of a warpgroup"
+        return int(x[0])
+
+    def multiply_group(self, dtype, a, b, c, *, from_zero=False, turned=(False, False)):
+        from emulator import Value
+
+        assert self.n == GROUP
+        columns = 2 * len(c)
+        right, words = self._shared.matrix(self._one(b), columns, turned[1])
+        lane, warp = np.arange(32), np.arange(4)[:, None]
+        g, t = lane >> 2, lane & 3
+        if isinstance(a, list):
+            left = None
+            given = [self._words(x).copy() for x in a]
+        else:
+            left, more = self._shared.matrix(self._one(a), 64, turned[0])
+            words = np.concatenate([words, more])
+        # (sums stay those of the caller until they are waited for)
+        sums = [self._all(x) for x in c]
+        made = [np.full(self.n, np.nan, np.float32) for _ in c]
+
+        def work():
+            if left is not None:
+                A = self._shared.numbers(left, dtype)
+            else:
+                A = np.zeros((64, 16))
+                for n, word in enumerate(given):
+                    low, high = (y.x for y in self.unpack(dtype, Value("i", word.view(np.int32))))
+                    row, k = 16 * warp + g + 8 * (n % 2), 2 * t + 8 * (n // 2)
+                    A[row, k], A[row, k + 1] = low.reshape(4, 32), high.reshape(4, 32)
+            C = np.zeros((64, columns))
+            places = [(16 * warp + g + 8 * (n // 2 % 2), 8 * (n // 4) + 2 * t + n % 2) for n in range(len(c))]
+            if not from_zero:
+                for x, place in zip(sums, places, strict=True):
+                    C[place] = x.reshape(4, 32)
+            with np.errstate(all="ignore"):
+                exact = A @ self._shared.numbers(right, dtype).T + C
+                rounded = exact.astype(np.float32)
+                over = np.isfinite(rounded) & (np.abs(rounded) > np.abs(exact))
+                rounded = np.where(over, np.nextafter(rounded, np.float32(0)), rounded)
+            for x, place in zip(made, places, strict=True):
+                x[:] = rounded[place].ravel()
+
+        self._shared.begin(work, words)
+        return [Value("f", x) for x in made]
+
+    def fence_products(self):
+        pass
+
+    def commit_products(self):
+        self._shared.commit_products()
+
+    def wait_products(self, groups, *sums):
+        self._shared.wait_products(groups)
+        return [list(part) for part in sums]
+
+    def fence_proxy(self):
+        self._shared.fence_proxy()
+
+    def init_barrier(self, address, count, where):
+        if self._where(where).any():
+            self._shared.barriers[self._one(address)] = Barrier(count)
+
+    def arrive(self, address, where=None):
+        where = self._where(where)
+        if where.any():
+            at = np.unique(self._all(address)[where])
+            assert len(at) == 1
+            self._shared.barriers[int(at[0])].arrive(int(where.sum()))
+
+    def has_passed(self, address, parity):
+        from emulator import Value
+
+        at, parity = self._one(address), self._one(parity)
+        barrier = self._shared.barriers[at]
+        self._shared.crew.wait_until(lambda: barrier.phase % 2 != parity, f"mbarrier at {at}, parity {parity}")
+        return Value("i", 1)
+
+    def sync_named(self, barrier, threads):
+        self._shared.sync_named(self._one(barrier), threads, self.n)
+
+    def arrive_named(self, barrier, threads):
+        self._shared.sync_named(self._one(barrier), threads, self.n, wait=False)
+
+    def set_registers(self, count, more):
+        assert count % 8 == 0
+        assert 24 <= count <= 256
+        self._shared.registers[self._shared.role] = count
+
+    def copy_whole(self, shared, address, offset=0):
+        from emulator import Value
+
+        self.copy_async(shared + offset, address, Value("i", 16))
+
+    def add_four(self, address, values, where):
+        assert not (self._all(address)[self._where(where)] % 16).any(), "red: misaligned"
+        for n, x in enumerate(values):
+            self.add(address + 4 * n, [x], where, False)
+
+
+def run_block(emulator, kernel, threads, shared, arguments, make_emit):
+    """Run a block of a kernel whose `warpgroups` have roles."""
+    count = kernel.warpgroups
+    assert threads == count * GROUP
+    roles = emulator.block_memory = Roles(shared, count, emulator.landing, emulator.first)
+    emits = [make_emit() for _ in range(count)]
+
+    def enter(role):
+        emulator.emit = emits[role]
+        numbers = np.arange(role * GROUP, (role + 1) * GROUP, dtype=np.int32)
+        emulator.cuda.threadIdx = types.SimpleNamespace(x=numbers)
+
+    roles.crew.run(lambda role: kernel(*arguments), enter)
+    assert sum(x or 0 for x in roles.registers) * GROUP <= 65536, "more registers than there are"
+    for copies, products in zip(roles.copies, roles.products, strict=True):
+        assert not any(copies), "a copy is never waited for"
+        assert not any(products), "a product is never waited for"
+    for at, barrier in roles.barriers.items():
+        assert barrier.left == barrier.expected, f"mbarrier at {at}: its last phase never ends"
