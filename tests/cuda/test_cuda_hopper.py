@@ -101,6 +101,18 @@ def test_both_passes(gpu, E, name):
     assert (("key", "wgmma") in products(gpu)) == (E <= 128)
 
 
+@pytest.mark.parametrize(("E", "Ev"), [(48, 56), (64, 40), (120, 128)])
+def test_fewer_features_than_tiles_have(gpu, E, Ev):
+    """Tiles are filled up with zeros, and not with the row that follows in memory."""
+    q, k, v, grad = (normal(n, 1, 1, 230, e, dtype=F16) for n, e in enumerate((E, E, Ev, Ev)))
+    want = textbook(q[0], k[0], v[0], visible(230, 230, True), grad[0])
+    out, lse = na.attention(q, k, v, is_causal=True, return_lse=True, backend="cuda")
+    got = na.attention_backward(grad, q, k, v, out, lse, is_causal=True, backend="cuda")
+    for made, right in zip((out, lse, got.query, got.key, got.value), want, strict=True):
+        close(made[0], right, LIMITS[F16])
+    assert products(gpu) == {("forward", "wgmma"), ("key", "wgmma")}
+
+
 def test_packed_sequences(gpu):
     """Sequences of any length, one without rows, and one shorter than a tile."""
     lengths = np.array([200, 0, 37, 130])

@@ -7,10 +7,13 @@ the tile is there. PTX ISA 8.0, sections "Asynchronous Warpgroup Level Matrix Mu
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
-if TYPE_CHECKING:
-    from .emit import I32, I64, Pred, Regs, Value
+# Registers of `emit`, which imports this module.
+I32: TypeAlias = Any
+I64: TypeAlias = Any
+Pred: TypeAlias = Any
+Regs: TypeAlias = list[Any]
 
 
 class Warpgroup:
@@ -23,9 +26,9 @@ class Warpgroup:
     _predicated: Any
 
     def multiply_group(
-        self, dtype: str, a: "I64 | Regs", b: "I64", c: "Regs", *, from_zero: bool = False,
+        self, dtype: str, a: I64 | Regs, b: I64, c: Regs, *, from_zero: bool = False,
         turned: tuple[bool, bool] = (False, False),
-    ) -> "Regs":  # fmt: skip
+    ) -> Regs:  # fmt: skip
         """C + A B of 64 rows, asynchronously: A is a descriptor or four registers, B a descriptor.
 
         ``from_zero``: C is not read. ``turned``: whether A and B lie in shared memory with the summed index first.
@@ -54,7 +57,7 @@ class Warpgroup:
         """Close a group of products, for `wait_products`."""
         self._effect("wgmma.commit_group.sync.aligned;", "", [], together=True)
 
-    def wait_products(self, groups: int, *sums: "Regs") -> "list[Regs]":
+    def wait_products(self, groups: int, *sums: Regs) -> list[Regs]:
         """Wait until all but the newest groups of products, so many of them, are done; what is given is tied to it."""
         flat = [x for part in sums for x in part]
         count = len(flat)
@@ -67,35 +70,35 @@ class Warpgroup:
         """Let products see what this thread wrote to shared memory, by stores and by copies that have landed."""
         self._effect("fence.proxy.async.shared::cta;", "", [])
 
-    def init_barrier(self, address: "I32", count: int, where: "Pred") -> None:
+    def init_barrier(self, address: I32, count: int, where: Pred) -> None:
         """Make a barrier of 8 bytes in shared memory whose phase ends after so many arrivals."""
         number = self.const("i", count)
         self._predicated("mbarrier.init.shared::cta.b64 [$0], $1;", "r,r", [address, number], where)
 
-    def arrive(self, address: "I32", where: "Pred | None" = None) -> None:
+    def arrive(self, address: I32, where: Pred | None = None) -> None:
         self._predicated("mbarrier.arrive.shared::cta.b64 _, [$0];", "r", [address], where)
 
-    def has_passed(self, address: "I32", parity: "I32") -> "I32":
+    def has_passed(self, address: I32, parity: I32) -> I32:
         """Whether the phase of a parity has ended; waits for a while, and the caller asks again."""
         code = "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; selp.u32 $0, 1, 0, p; }"
         passed: I32 = self._asm(code, "=r,r,r,~{memory}", [address, parity], "i", effect=True)
         return passed
 
-    def sync_named(self, barrier: "I32", threads: int) -> None:
+    def sync_named(self, barrier: I32, threads: int) -> None:
         """Wait at one of the 16 barriers of a block until so many threads have come or arrived."""
         self._effect(f"bar.sync $0, {threads};", "r", [barrier], together=True)
 
-    def arrive_named(self, barrier: "I32", threads: int) -> None:
+    def arrive_named(self, barrier: I32, threads: int) -> None:
         self._effect(f"bar.arrive $0, {threads};", "r", [barrier], together=True)
 
     def set_registers(self, count: int, more: bool) -> None:
         """Give back registers of this warpgroup, or wait for those that others give back."""
         self._effect(f"setmaxnreg.{'inc' if more else 'dec'}.sync.aligned.u32 {count};", "", [], together=True)
 
-    def copy_whole(self, shared: "I32", address: "I64", offset: int = 0) -> None:
+    def copy_whole(self, shared: I32, address: I64, offset: int = 0) -> None:
         """Copy 16 bytes asynchronously, to a constant offset."""
         self._effect(f"cp.async.cg.shared.global [$0+{offset}], [$1], 16;", "r,l", [shared, address])
 
-    def add_four(self, address: "I64", values: "Sequence[Value]", where: "Pred") -> None:
+    def add_four(self, address: I64, values: Sequence[Any], where: Pred) -> None:
         """Atomically add four float32 to neighbours in global memory, in one instruction."""
         self._predicated("red.global.add.v4.f32 [$0], {$1,$2,$3,$4};", "l,f,f,f,f", [address, *values], where)

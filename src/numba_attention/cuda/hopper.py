@@ -13,26 +13,13 @@ import numpy as np
 from .blocks import FORWARD, Block, Lanes, block_of, packed_block, work_item
 from .emit import I32, Emit, KernelFunction, Regs, Target
 from .forward import write_rows
+from .loading import LOADING, make_landed, make_loads, rows_of, rows_that_are_whole
 from .parameters import PARAMETERS, Parameters
 from .products import Layout
 from .softmax import fold, relative, start, total
 from .spec import Spec
 from .tiles import fetch, scale_rows
-from .warpgroups import (
-    AT_ONCE,
-    GROUP,
-    LOADING,
-    ROWS,
-    Ring,
-    Slabs,
-    Warpgroups,
-    init_barriers,
-    make_landed,
-    make_loads,
-    make_shares,
-    make_waits,
-    rows_of,
-)
+from .warpgroups import AT_ONCE, GROUP, ROWS, Ring, Slabs, Warpgroups, init_barriers, make_shares, make_waits
 
 # Head dimension: warpgroups that compute, keys of a tile, slots of a ring, loads in flight before one is waited for,
 # and registers of a thread of the warpgroup that loads and of the others.
@@ -97,10 +84,10 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
 
     @macro("i5", BLOCK)
     def keys_seen(e: Emit, b: Block) -> Regs:
-        """First key, how many tiles there are from it on, those that all rows see, and the number of keys."""
+        """First key, how many tiles there are from it on, the keys that all rows see, and those in whole rows."""
         begin, end, all_begin, all_end = b.span.of_rows(b.first, b.first + (c.rows - 1))
         tiles = (e.max(end - begin, 0) + (columns - 1)) // columns
-        return [begin, tiles, all_begin, all_end, b.span.columns]
+        return [begin, tiles, all_begin, all_end, rows_that_are_whole(b, b.span.columns)]
 
     # What the warpgroup that loads does.
 
@@ -233,7 +220,7 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
         if group == loader:
             give_registers()
             block = find_work(parameters, x, y)
-            j, tiles, _, _, number = keys_seen(block)
+            j, tiles, _, _, whole = keys_seen(block)
             lane, zero = np.int32(thread - first_loader), np.int32(0)
             if tiles > 0:
                 load_queries(block, base, lane)
@@ -245,7 +232,7 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
                         if n < tiles:
                             while key_slot_is_empty(base, n) == 0:
                                 pass
-                            if row + columns <= number:
+                            if row + columns <= whole:
                                 load_keys(block, base, lane, n, zero, row)
                             else:
                                 load_last_keys(block, base, lane, n, zero, row)
@@ -254,7 +241,7 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
                         row = np.int32(j + n * columns)
                         while value_slot_is_empty(base, n) == 0:
                             pass
-                        if row + columns <= number:
+                        if row + columns <= whole:
                             load_values(block, base, lane, n, zero, row)
                         else:
                             load_last_values(block, base, lane, n, zero, row)
@@ -327,10 +314,8 @@ def shared(c: Spec) -> int:
 
 def spec_of(c: Spec) -> Spec | None:
     """The kernel here that does what a kernel of `forward` does; None if there is none."""
-    if c.arch != "sm_90a" or c.product != "tensor" or c.E != c.Ev or c.E not in SHAPES or not c.aligned:
-        return None
-    other = c.is_large or c.sinks or c.paged or c.kv_storage or c.pack_gqa or c.split_kv
-    if other or c.task != "forward":
+    of_halves = c.arch == "sm_90a" and c.product == "tensor" and c.E == c.Ev and c.E in SHAPES
+    if c.task != "forward" or not of_halves or not c.is_plain:
         return None
     groups, columns, *_ = SHAPES[c.E]
     # A sum of bfloat16 numbers may overflow, and then the NaN-safe kernel repeats the row with smaller weights.

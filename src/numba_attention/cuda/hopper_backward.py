@@ -13,26 +13,12 @@ import numpy as np
 from .backward import NAMES, copy_facts, mended, write_own
 from .blocks import FACTS, Block, Lanes, block_of, packed_block, work_item
 from .emit import I32, I64, Emit, KernelFunction, Regs, Target
+from .loading import LOADING, make_landed, make_loads, rows_of, rows_that_are_whole
 from .parameters import PARAMETERS, Parameters
 from .softmax import recenter
 from .spec import Spec
 from .tiles import fetch, scale_rows
-from .warpgroups import (
-    AT_ONCE,
-    GROUP,
-    LINE,
-    LOADING,
-    ROWS,
-    Ring,
-    Slabs,
-    Warpgroups,
-    init_barriers,
-    make_landed,
-    make_loads,
-    make_shares,
-    make_waits,
-    rows_of,
-)
+from .warpgroups import AT_ONCE, GROUP, LINE, ROWS, Ring, Slabs, Warpgroups, init_barriers, make_shares, make_waits
 
 # Head dimension: slots of a ring, loads in flight before one is waited for, registers of a thread that loads and of
 # one that computes.
@@ -102,12 +88,13 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
         index, tile, head = work_item(e, p, x, y, True)
         return block_of(e, c, p, names, index, tile, head, True), p.int("group")
 
-    @macro("i5", BLOCK)
+    @macro("i6", BLOCK)
     def queries_seen(e: Emit, b: Block) -> Regs:
-        """First query, how many tiles there are from it on, those that all keys see, and the number of queries."""
+        """First query, number of tiles from it on, queries that all keys see, number of queries, and of whole rows."""
         begin, end, all_begin, all_end = b.span.of_rows(b.first, b.first + (c.rows - 1))
         tiles = (e.max(end - begin, 0) + (columns - 1)) // columns
-        return [begin, tiles, all_begin, e.select(mended(b), begin - begin, all_end), b.span.columns]
+        number, all_end = b.span.columns, e.select(mended(b), begin - begin, all_end)
+        return [begin, tiles, all_begin, all_end, number, rows_that_are_whole(b, number)]
 
     # What the warpgroup that loads does.
 
@@ -293,7 +280,7 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
         if group == loader:
             give_registers()
             block, heads = find_work(parameters, x, y)
-            first, tiles, _, _, number = queries_seen(block)
+            first, tiles, _, _, _, whole_rows = queries_seen(block)
             lane = np.int32(thread - first_loader)
             if tiles > 0:
                 load_own(block, base, lane)
@@ -301,7 +288,7 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
                 for of_head in range(heads):
                     head, row = np.int32(of_head), first
                     for _ in range(tiles):
-                        whole = row + columns <= number
+                        whole = row + columns <= whole_rows
                         while query_slot_is_empty(base, n) == 0:
                             pass
                         load_facts(block, base, lane, n, head, row)
@@ -328,7 +315,7 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
         else:
             take_registers()
             block, heads = find_work(parameters, x, y)
-            first, tiles, all_begin, all_end, number = queries_seen(block)
+            first, tiles, all_begin, all_end, number, _ = queries_seen(block)
             sums = sums_of(block, thread, group)
             gk, gv = zeros()
             if tiles > 0:
@@ -379,8 +366,7 @@ def shared(c: Spec) -> int:
 
 def spec_of(c: Spec) -> Spec | None:
     """The kernel here that does what a kernel of `backward` with ``fused_dq`` does; None if there is none."""
-    if c.arch != "sm_90a" or c.product != "tensor" or c.E != c.Ev or c.E not in SHAPES or not c.aligned:
-        return None
-    if c.task != "key" or not c.fused_dq or c.is_large or c.sinks or c.paged or c.kv_storage:
+    of_halves = c.arch == "sm_90a" and c.product == "tensor" and c.E == c.Ev and c.E in SHAPES
+    if c.task != "key" or not c.fused_dq or not of_halves or not c.is_plain:
         return None
     return c.with_(product="wgmma", slots=1, warps=4 * GROUPS, columns=QUERIES)

@@ -152,6 +152,15 @@ class Spec:
             named.append(f"mods_{self.mods.digest}")
         return "-".join([*words, *named, self.arch])
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernel has no option but `aligned` and `flags`, beside what says which kernel it is."""
+        plain = Spec(
+            self.task, self.storage, self.E, self.Ev, self.product, self.slots, self.across, self.warps, self.columns,
+            self.blocks, flags=self.flags, fused_dq=self.fused_dq, arch=self.arch,
+        )  # fmt: skip
+        return self == plain
+
     def with_(self, **changes: Any) -> "Spec":
         return replace(self, **changes)
 

@@ -142,7 +142,7 @@ def by_warpgroups(c: Spec, rows: int, keys: int, heads: int, device: Any) -> Spe
 
     `heads` counts those of all sequences. With fewer blocks than multiprocessors, keys are divided, which it does not.
     """
-    large = hopper.spec_of(c) if os.environ.get(WGMMA) != "0" else None
+    large = hopper.spec_of(c) if is_on_warpgroups() else None
     if large is None or rows < large.rows or keys < large.columns or kernels.shared(large) > device.shared_memory:
         return c
     return large if 4 * -(-rows // large.rows) * heads > 3 * resident(large, device) else c
@@ -226,6 +226,10 @@ def state() -> tuple[Any, ...]:
     return _changes, _variables.get(_TF32X3), _variables.get(_DETERMINISTIC), _variables.get(_WGMMA)
 
 
+def is_on_warpgroups() -> bool:
+    return os.environ.get(WGMMA) != "0"
+
+
 def is_deterministic() -> bool:
     return os.environ.get(DETERMINISTIC) == "1"
 
@@ -242,7 +246,7 @@ def fused_dq(c: Spec, device: Any) -> Spec | None:
     if tuned is not None:
         slots, warps, columns = tuned.slots, tuned.warps, tuned.columns
     c = c.with_(fused_dq=True, slots=slots, warps=warps, columns=columns)
-    large = hopper_backward.spec_of(c) if os.environ.get(WGMMA) != "0" else None
+    large = hopper_backward.spec_of(c) if is_on_warpgroups() else None
     if large is not None and kernels.shared(large) <= device.shared_memory:
         return large
     if c.is_large:
