@@ -127,7 +127,8 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
 
     @macro("i", "i")
     def queries_are_there(e: Emit, base: I32) -> I32:
-        return e.has_passed(base + at.landed, e.const("i", 0))
+        passed: I32 = e.has_passed(base + at.landed, e.const("i", 0))
+        return passed
 
     @macro("", "i")
     def wait_for_turn(e: Emit, group: I32) -> None:

@@ -132,7 +132,8 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro("i", "i")
     def own_is_there(e: Emit, base: I32) -> I32:
-        return e.has_passed(base + at.landed, e.const("i", 0))
+        passed: I32 = e.has_passed(base + at.landed, e.const("i", 0))
+        return passed
 
     @macro(f"{K} {V}")
     def zeros(e: Emit) -> tuple[Regs, Regs]:

@@ -156,11 +156,13 @@ def make_waits(on: Target, ring: Ring) -> tuple[Macro, Macro, Macro]:
 
     @on.macro("i", "i", "i")
     def is_full(e: Emit, base: I32, n: I32) -> I32:
-        return e.has_passed(ring.full(base, n), ring.parity(n))
+        passed: I32 = e.has_passed(ring.full(base, n), ring.parity(n))
+        return passed
 
     @on.macro("i", "i", "i")
     def is_empty(e: Emit, base: I32, n: I32) -> I32:
-        return e.has_passed(ring.empty(base, n), ring.parity(n) ^ 1)
+        passed: I32 = e.has_passed(ring.empty(base, n), ring.parity(n) ^ 1)
+        return passed
 
     @on.macro("", "i", "i", "i")
     def release(e: Emit, base: I32, thread: I32, n: I32) -> None:
