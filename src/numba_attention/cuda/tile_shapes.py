@@ -153,7 +153,8 @@ def with_options(c: Spec, **options: Any) -> Spec:
     c = c.with_(**options)
     if c.lists:  # columns that divide a tile of a list
         c = c.with_(columns=1 << min(c.columns, WIDTH).bit_length() - 1)
-    if c.is_large or c.kv_storage:
+    only_lists = c.lists and not c.is_staged and not c.dropout
+    if (c.is_large and not (only_lists and c.task == "forward" and c.product == "tensor")) or c.kv_storage:
         if c.product == "simt":
             share = 4 if c.dropout and (c.is_staged or c.task == "key") else 2
             return c.with_(slots=max(c.slots // share, 1))
