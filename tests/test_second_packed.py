@@ -56,11 +56,12 @@ class Call:
         g, dg, gl, dgl = (np.ascontiguousarray(alone(x, rows)) for x in (self.g, self.dg, self.gl, self.dgl))
         options = options | {"backend": self.options["backend"]}
         moved = na.attention_jvp(u, *own, **options)
+        known = na.attention(*own, return_lse=True, **options)
         first, along = na.attention_backward_jvp(
             u, g, *own, *moved, grad_lse=gl, grad_out_tangent=dg, grad_lse_tangent=dgl, **options
         )
         closed, opened = (
-            na.attention_double_backward(u, g, *own, *moved[:2], grad_lse=gl, through_saved=saved, **options)
+            na.attention_double_backward(u, g, *own, *known, grad_lse=gl, through_saved=saved, **options)
             for saved in (False, True)
         )
         return named(moved, first, along, closed, opened)
