@@ -211,6 +211,30 @@ def warpgroups_window_and_lengths():
 
 
 @step
+def warpgroups_packed():
+    import numba_attention as na
+
+    ends = np.array([0, 300, 317, 317, 700, 900])
+    q, k, v = (normal(900, 40, 64, dtype="float16") for _ in range(3))
+    options = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "is_causal": True}
+    got = na.attention_varlen(q, k, v, **options, backend="cuda")
+    want = na.attention_varlen(*wide(q, k, v), **options, backend="reference")
+    return near("out", got, want, LIMITS["float16"])
+
+
+@step
+def warpgroups_nothing_leaks():
+    """NaN in keys that only the last rows see: their tiles are multiplied, and a second kernel mends the rows."""
+    import numba_attention as na
+
+    q, k, v = (normal(1, 50, 400, 128, dtype="bfloat16") for _ in range(3))
+    want = na.attention(*wide(q, k, v), is_causal=True, backend="reference")
+    k[:, :, 350:], v[:, :, 350:] = np.nan, np.inf
+    got = na.attention(q, k, v, is_causal=True, backend="cuda")
+    return near("out", got[:, :, :350], want[:, :, :350], LIMITS["bfloat16"])
+
+
+@step
 def float64():
     return forward("float64", L=50, S=90, E=64)
 

@@ -190,13 +190,28 @@ def test_huge_scores(gpu):
 
 
 def test_it_can_be_turned_off(gpu, monkeypatch):
-    monkeypatch.setenv(tile_shapes.WGMMA, "0")
-    tile_shapes.fused_dq.cache_clear()
+    """At any time within a process."""
     q, k, v = (normal(n, 1, 2, 200, 64, dtype=F16) for n in range(3))
-    out, lse = na.attention(q, k, v, return_lse=True, backend="cuda")
-    na.attention_backward(out, q, k, v, out, lse, backend="cuda")
-    tile_shapes.fused_dq.cache_clear()
-    assert products(gpu) == {("forward", "tensor"), ("key", "tensor")}
+    for setting, product in (("1", "wgmma"), ("0", "tensor"), ("1", "wgmma")):
+        monkeypatch.setenv(tile_shapes.WGMMA, setting)
+        gpu.configs.clear()
+        out, lse = na.attention(q, k, v, return_lse=True, backend="cuda")
+        na.attention_backward(out, q, k, v, out, lse, backend="cuda")
+        assert products(gpu) == {("forward", product), ("key", product)}
+
+
+@pytest.mark.parametrize("task", ["forward", "fused_dq"])
+def test_shapes_that_are_tried_are_used(gpu, task):
+    """``benchmarks/gpu.py --tune`` times the tiles that it asks for."""
+    q, k, v = (normal(n, 1, 2, 200, 64, dtype=F16) for n in range(3))
+    config = Spec(task, "float16", 64, 64, "tensor", 1, 8, 4, 32, arch="sm_90a")
+    tile_shapes.use(task, "float16", 64, 64, config)
+    try:
+        out, lse = na.attention(q, k, v, return_lse=True, backend="cuda")
+        na.attention_backward(out, q, k, v, out, lse, backend="cuda")
+    finally:
+        tile_shapes.use(task, "float16", 64, 64, None)
+    assert ("forward" if task == "forward" else "key", "tensor") in products(gpu)
 
 
 def attend():
@@ -220,6 +235,22 @@ class TestWhatIsFound:
         monkeypatch.setattr(emulator_module.Emit, "fence_proxy", lambda self: None)
         with pytest.raises(AssertionError, match="without fence_proxy"):
             attend()
+
+    def test_a_missing_fence_of_registers(self, gpu, monkeypatch):
+        monkeypatch.setattr(emulator_module.Emit, "fence_products", lambda self: None)
+        with pytest.raises(AssertionError, match="fence_products"):
+            attend()
+
+    def test_a_sum_that_no_wait_names(self, gpu, monkeypatch):
+        """Its registers may still be written, whatever the compiler makes of it."""
+        wait = emulator_module.Emit.wait_products
+
+        def forgetful(self, groups, *sums):
+            named = wait(self, groups, *sums[1:]) if len(sums) == 2 else wait(self, groups, *sums)
+            return [sums[0], *named] if len(sums) == 2 else named
+
+        monkeypatch.setattr(emulator_module.Emit, "wait_products", forgetful)
+        assert not np.isfinite(attend().astype(np.float32)).all()
 
     def test_a_slot_that_is_freed_too_early(self, gpu, monkeypatch):
         """Products read when they are waited for: what is published as empty before that is overwritten."""

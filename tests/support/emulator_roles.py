@@ -122,6 +122,8 @@ class Roles:
         self.unfenced = np.zeros(words, np.int8)  # 1 + the role that wrote and has not said fence_proxy
         self.reading = np.zeros(words, np.int32)  # products that are still to read
         self.registers = [None] * count
+        self.fenced = [False] * count  # whether products may begin: registers were not touched since fence_products
+        self.results = {}  # of products: what stands for a sum until a wait names it, and the sum
         self.count, self.conflicts = False, {}
 
     @property
@@ -264,6 +266,7 @@ class WarpgroupEmit:
         from emulator import Value
 
         assert self.n == GROUP
+        assert self._shared.fenced[self._shared.role], "product: registers were written without fence_products"
         columns = 2 * len(c)
         right, words = self._shared.matrix(self._one(b), columns, turned[1])
         lane, warp = np.arange(32), np.arange(4)[:, None]
@@ -274,9 +277,11 @@ class WarpgroupEmit:
         else:
             left, more = self._shared.matrix(self._one(a), 64, turned[0])
             words = np.concatenate([words, more])
-        # (sums stay those of the caller until they are waited for)
-        sums = [self._all(x) for x in c]
-        made = [np.full(self.n, np.nan, np.float32) for _ in c]
+        results = self._shared.results
+        sums = [results[id(x.x)][1] if id(x.x) in results else self._all(x) for x in c]
+        # What stands for a sum is NaN for ever: the sum is what a wait that names it returns.
+        standing, made = ([np.full(self.n, np.nan, np.float32) for _ in c] for _ in range(2))
+        results |= {id(x): (x, y) for x, y in zip(standing, made, strict=True)}
 
         def work():
             if left is not None:
@@ -301,17 +306,21 @@ class WarpgroupEmit:
                 x[:] = rounded[place].ravel()
 
         self._shared.begin(work, words)
-        return [Value("f", x) for x in made]
+        return [Value("f", x) for x in standing]
 
     def fence_products(self):
-        pass
+        self._shared.fenced[self._shared.role] = True
 
     def commit_products(self):
         self._shared.commit_products()
 
     def wait_products(self, groups, *sums):
+        from emulator import Value
+
         self._shared.wait_products(groups)
-        return [list(part) for part in sums]
+        self._shared.fenced[self._shared.role] = False
+        results = self._shared.results
+        return [[Value("f", results[id(x.x)][1].copy()) if id(x.x) in results else x for x in part] for part in sums]
 
     def fence_proxy(self):
         self._shared.fence_proxy()

@@ -142,7 +142,8 @@ def by_warpgroups(c: Spec, rows: int, keys: int, heads: int, device: Any) -> Spe
 
     `heads` counts those of all sequences. With fewer blocks than multiprocessors, keys are divided, which it does not.
     """
-    large = hopper.spec_of(c) if is_on_warpgroups() else None
+    is_tuned = (c.task, c.storage, c.E, c.Ev) in _tuned
+    large = hopper.spec_of(c) if is_on_warpgroups() and not is_tuned else None
     if large is None or rows < large.rows or keys < large.columns or kernels.shared(large) > device.shared_memory:
         return c
     return large if 4 * -(-rows // large.rows) * heads > 3 * resident(large, device) else c
@@ -215,7 +216,7 @@ def use(task: str, storage: str, E: int, Ev: int, config: Spec | None) -> None:
     global _changes
     _changes += 1
     for_call.cache_clear()
-    fused_dq.cache_clear()
+    _fused_dq.cache_clear()
     if config is None:
         _tuned.pop(key, None)
     else:
@@ -235,9 +236,13 @@ def is_deterministic() -> bool:
     return os.environ.get(DETERMINISTIC) == "1"
 
 
-@lru_cache(maxsize=256)
 def fused_dq(c: Spec, device: Any) -> Spec | None:
     """The kernel of a tile of keys that adds gradients of queries too; None where it does not exist or does not fit."""
+    return _fused_dq(c, device, is_on_warpgroups())
+
+
+@lru_cache(maxsize=256)
+def _fused_dq(c: Spec, device: Any, on_warpgroups: bool) -> Spec | None:
     shapes = _SHAPES["fused_dq", "tensor", "half"]
     E = max(c.E, c.Ev)
     if c.product != "tensor" or E not in shapes or (c.is_largest and E == 128):
@@ -247,7 +252,7 @@ def fused_dq(c: Spec, device: Any) -> Spec | None:
     if tuned is not None:
         slots, warps, columns = tuned.slots, tuned.warps, tuned.columns
     c = c.with_(fused_dq=True, slots=slots, warps=warps, columns=columns)
-    large = hopper_backward.spec_of(c) if is_on_warpgroups() else None
+    large = hopper_backward.spec_of(c) if on_warpgroups and tuned is None else None
     if large is not None and kernels.shared(large) <= device.shared_memory:
         return large
     if c.is_large:

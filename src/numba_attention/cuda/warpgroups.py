@@ -22,6 +22,10 @@ AT_ONCE = 4  # copies that are written out: with more of them, their addresses o
 class Slabs(Tile):
     """A tile of 16-bit numbers as slabs of 64 columns; chunk c of row r of a slab lies at c ^ r % 8 of its line."""
 
+    def __post_init__(self) -> None:
+        if self.offset % ALIGNMENT or self.slab % ALIGNMENT:
+            raise ValueError(f"slabs begin at multiples of {ALIGNMENT} bytes, got {self}")
+
     @property
     def slab(self) -> int:
         """Bytes from a slab to the next."""
