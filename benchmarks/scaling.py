@@ -1,0 +1,86 @@
+"""How work is shared out among the threads of this machine: ``python benchmarks/scaling.py [--threads 1 2 4 8 16]``.
+
+For each number of threads the time of a forward pass, a backward pass, a step of decoding and packed sequences, and
+the efficiency: the time with one thread, divided by the number of threads and by the time with so many. Beside it a
+product of matrices and PyTorch's attention, where PyTorch is installed: they say what the machine itself allows, as
+its clock falls and its caches are shared where more cores work.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+import numba
+import numpy as np
+
+import numba_attention as na
+
+
+def works():
+    """Name of each work, and a function that does it."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, np.float32)
+
+    q, k, v, grad = (normal(1, 16, 2048, 64) for _ in range(4))
+    out, lse = na.attention(q, k, v, return_lse=True)
+    cache = na.KVCache.from_arrays(*(normal(1, 8, 65536, 128) for _ in range(2)))
+    step = normal(1, 32, 1, 128)
+    ends = np.cumsum([0, *([1000, 300, 40, 660] * 8)])
+    packed = [normal(int(ends[-1]), 8, 64) for _ in range(3)]
+    return {
+        "forward H16 L2048 E64": lambda: na.attention(q, k, v),
+        "forward causal": lambda: na.attention(q, k, v, is_causal=True),
+        "backward": lambda: na.attention_backward(grad, q, k, v, out, lse),
+        "decode H32/8 S65536 E128": lambda: na.attention_decode(step, cache),
+        "varlen 32 sequences": lambda: na.attention_varlen(*packed, cu_seqlens_q=ends, cu_seqlens_k=ends),
+    }
+
+
+def peers():
+    """PyTorch's product of matrices and attention, and what sets its number of threads."""
+    try:
+        import torch
+    except ImportError:
+        return {}, lambda n: None
+    a, b = torch.randn(2, 4096, 4096)
+    q, k, v = torch.randn(3, 1, 16, 2048, 64)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return {"torch matmul 4096": lambda: a @ b, "torch forward": lambda: attend(q, k, v)}, torch.set_num_threads
+
+
+def seconds(call, least=0.3):
+    call()
+    taken, begin = [], time.perf_counter()
+    while len(taken) < 5 or time.perf_counter() - begin < least:
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    cores = os.cpu_count() or 1
+    counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= min(cores, numba.config.NUMBA_NUM_THREADS)]
+    parser.add_argument("--threads", type=int, nargs="+", default=counts)
+    counts = parser.parse_args().threads
+    others, set_threads = peers()
+    calls = works() | others
+    print(f"{cores} cores, float32, median milliseconds (efficiency)")
+    print(f"| work | {' | '.join(f'{n} threads' for n in counts)} |\n| --- |{' --- |' * len(counts)}")
+    for name, call in calls.items():
+        cells, first = [], 0.0
+        for n in counts:
+            numba.set_num_threads(n)
+            set_threads(n)
+            taken = seconds(call)
+            first = first or taken * counts[0]
+            cells.append(f"{1e3 * taken:.2f} ({first / n / taken:.2f})")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
