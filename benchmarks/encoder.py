@@ -31,7 +31,7 @@ def ours(threads):
 
 
 def torch_sdpa(threads):
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import minilm_torch
 
     minilm_torch.torch.set_num_threads(threads)

@@ -1,4 +1,7 @@
-"""Fractions of what the machine can do, measured beside the work: a history of these survives a noisy machine."""
+"""Times beside what the machine can do, measured in turns: a history of these survives a noisy machine.
+
+asv takes what is lower for better, so each is a time over that of a ceiling.
+"""
 
 import numba
 
@@ -17,11 +20,11 @@ class _Ratios:
         (result,) = run([ROWS[row]], threads=numba.get_num_threads(), rounds=3, seconds=0.1, contenders=CONTENDERS)
         if "ours" in result.skipped:
             raise RuntimeError(result.skipped["ours"])
-        return result.metrics[name]
+        return 1 / result.metrics[name]
 
 
 class Gemm(_Ratios):
-    """Rate of the two products over the rate of NumPy's matrix product in the same precision."""
+    """Time over that of the same products at the rate of NumPy's matrix product in the same precision."""
 
     params = (
         [
@@ -38,29 +41,29 @@ class Gemm(_Ratios):
         ],
     )
 
-    def track_of_gemm(self, row):
+    def track_beside_gemm(self, row):
         return self.metric(row, "gemm")
 
-    track_of_gemm.unit = "of gemm"
+    track_beside_gemm.unit = "x gemm's time"
 
 
 class Plain(_Ratios):
-    """Rate with an option or another dtype over the plain float32 rate."""
+    """Time with an option or another dtype over that of the plain call in float32."""
 
     params = ([name for name, row in ROWS.items() if row.baseline is not None],)
 
-    def track_of_plain(self, row):
+    def track_beside_plain(self, row):
         return self.metric(row, "own")
 
-    track_of_plain.unit = "of the plain rate"
+    track_beside_plain.unit = "x the plain time"
 
 
 class Read(_Ratios):
-    """Bytes of query, key and value over the time, beside the read bandwidth of the memory."""
+    """Time over that of reading query, key and value at the read bandwidth of the memory."""
 
     params = (["decode H32 Hkv8 L1 S8192 E128"],)
 
-    def track_of_read_bandwidth(self, row):
+    def track_beside_reading(self, row):
         return self.metric(row, "read")
 
-    track_of_read_bandwidth.unit = "of read bandwidth"
+    track_beside_reading.unit = "x the time of reading"
