@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -145,3 +147,18 @@ def test_reports(tmp_path):
 def test_bars_stand_on_the_page_about_performance():
     page = Path(__file__).parent.parent / "docs" / "performance.md"
     assert bars_as_markdown(list(ROWS.values())) in page.read_text(encoding="utf-8")
+
+
+def test_benchmarks_import_without_peers():
+    """asv imports every file of the folder, in an environment without the peers, and fails if one does."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    code = f"""
+import importlib, pathlib, sys
+for name in ("dask", "torch", "jax", "transformers", "onnxruntime", "cupy", "triton"):
+    sys.modules[name] = None
+sys.path.insert(0, {str(folder.parent)!r})
+for path in sorted(pathlib.Path({str(folder)!r}).glob("*.py")):
+    importlib.import_module("benchmarks." + path.stem)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
