@@ -346,18 +346,6 @@ def test_jax():
     np.testing.assert_allclose(many[1], loss(q, slopes, 2 * table), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["score_mod", "mask_mod"])
-def test_the_backend_cuda_refuses(name):
-    from numba_attention.backends.cuda_launch import check_size
-    from numba_attention.options import Options
-    from numba_attention.problem.dense import build
-
-    options = Options(**{name: BOTH[name]}, mod_args=arguments(2))
-    problem = build(*draw(L=4, S=4), options, None, False)
-    with pytest.raises(NotImplementedError, match=f"{name} is not available on the backend 'cuda'"):
-        check_size(problem)
-
-
 # Arguments
 
 
