@@ -108,8 +108,9 @@ def products(c):
 
 
 @pytest.mark.parametrize("E", FEATURES)
-def test_tensor_cores(instructions, E):
-    """float16 and bfloat16: every product is there once, and nothing of it goes through local memory."""
+def test_tensor_cores(instructions, monkeypatch, E):
+    """float16 and bfloat16 by mma.sync: every product is there once, and nothing of it goes through local memory."""
+    monkeypatch.setenv(tile_shapes.WGMMA, "0")
     common = E in (64, 128)
     pairs = [(arch, "bfloat16" if n % 2 else "float16") for n, arch in enumerate(ARCHS) if common or n % 2]
     for arch, storage in every(ARCHS, STORAGES[:2]) if THOROUGH else pairs:
