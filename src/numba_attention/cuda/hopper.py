@@ -13,13 +13,13 @@ import numpy as np
 from .blocks import FORWARD, Block, Lanes, block_of, packed_block, work_item
 from .emit import I32, Emit, KernelFunction, Regs, Target
 from .forward import write_rows
-from .loading import LOADING, make_landed, make_loads, rows_of, rows_that_are_whole
+from .loading import make_landed, make_loads, make_once, rows_of, rows_that_are_whole
 from .parameters import PARAMETERS, Parameters
 from .products import Layout
 from .softmax import fold, relative, start, total
 from .spec import Spec
-from .tiles import fetch, scale_rows
-from .warpgroups import AT_ONCE, GROUP, ROWS, Ring, Slabs, Warpgroups, init_barriers, make_shares, make_waits
+from .tiles import fetch
+from .warpgroups import AT_ONCE, GROUP, ROWS, Ring, Slabs, Warpgroups, init_barriers, make_roles, make_waits
 
 # Head dimension: warpgroups that compute, keys of a tile, slots of a ring, loads in flight before one is waited for,
 # and registers of a thread of the warpgroup that loads and of the others.
@@ -66,12 +66,9 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
     value_is_there, value_slot_is_empty, release_value = make_waits(on, values)
     load_keys, load_last_keys = make_loads(on, BLOCK, c.storage, "key", keys)
     load_values, load_last_values = make_loads(on, BLOCK, c.storage, "value", values)
-    give_registers, take_registers = make_shares(on, few_registers, many_registers)
+    warpgroup, give_registers, take_registers = make_roles(on, few_registers, many_registers)
+    publish_queries, queries_are_there = make_once(on, queries, at.landed)
     landed_but_some, landed = make_landed(on, lag)
-
-    @macro("i", "i")
-    def warpgroup(e: Emit, thread: I32) -> I32:
-        return thread // GROUP
 
     @macro("", "i", "i")
     def prepare(e: Emit, base: I32, thread: I32) -> None:
@@ -97,14 +94,6 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
         fetch(e, queries, e.opaque(base), rows, e.opaque(thread), GROUP, c.storage, True, most=AT_ONCE)
         e.commit()
 
-    @macro("", PARAMETERS, "i", "i")
-    def publish_queries(e: Emit, p: Parameters, base: I32, thread: I32) -> None:
-        e.wait(1)
-        e.sync_named(e.const("i", LOADING), GROUP)
-        scale_rows(e, queries, base, p.real("prescale", "f"), thread, GROUP)
-        e.fence_proxy()
-        e.arrive(base + at.landed)
-
     # Loads have numbers: 0 is the first tile of keys, 2 n - 1 that of keys number n, 2 n + 2 that of values number n.
     # A number that stands for no tile, behind the last keys, counts as a load of nothing.
 
@@ -124,11 +113,6 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
     def begin_rows(e: Emit, p: Parameters) -> tuple[Regs, Regs, Regs]:
         nobody = e.const("i", 0) > 0
         return start(e, product, features, None, nobody, p.real("factor", "f"))
-
-    @macro("i", "i")
-    def queries_are_there(e: Emit, base: I32) -> I32:
-        passed: I32 = e.has_passed(base + at.landed, e.const("i", 0))
-        return passed
 
     @macro("", "i")
     def wait_for_turn(e: Emit, group: I32) -> None:
@@ -315,8 +299,7 @@ def shared(c: Spec) -> int:
 
 def spec_of(c: Spec) -> Spec | None:
     """The kernel here that does what a kernel of `forward` does; None if there is none."""
-    of_halves = c.arch == "sm_90a" and c.product == "tensor" and c.E == c.Ev and c.E in SHAPES
-    if c.task != "forward" or not of_halves or not c.is_plain:
+    if c.task != "forward" or c.E not in SHAPES or not c.suits_warpgroups:
         return None
     groups, columns, *_ = SHAPES[c.E]
     # A sum of bfloat16 numbers may overflow, and then the NaN-safe kernel repeats the row with smaller weights.

@@ -13,12 +13,12 @@ import numpy as np
 from .backward import NAMES, copy_facts, mended, write_own
 from .blocks import FACTS, Block, Lanes, block_of, packed_block, work_item
 from .emit import I32, I64, Emit, KernelFunction, Regs, Target
-from .loading import LOADING, make_landed, make_loads, rows_of, rows_that_are_whole
+from .loading import make_landed, make_loads, make_once, rows_of, rows_that_are_whole
 from .parameters import PARAMETERS, Parameters
 from .softmax import recenter
 from .spec import Spec
-from .tiles import fetch, scale_rows
-from .warpgroups import AT_ONCE, GROUP, LINE, ROWS, Ring, Slabs, Warpgroups, init_barriers, make_shares, make_waits
+from .tiles import fetch
+from .warpgroups import AT_ONCE, GROUP, LINE, ROWS, Ring, Slabs, Warpgroups, init_barriers, make_roles, make_waits
 
 # Head dimension: slots of a ring, loads in flight before one is waited for, registers of a thread that loads and of
 # one that computes.
@@ -72,12 +72,9 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
     grad_is_there, grad_slot_is_empty, release_grad = make_waits(on, at.grads)
     load_queries, load_last_queries = make_loads(on, BLOCK, c.storage, "query", at.queries)
     load_grads, load_last_grads = make_loads(on, BLOCK, c.storage, "grad_out", at.grads)
-    give_registers, take_registers = make_shares(on, few_registers, many_registers)
+    warpgroup, give_registers, take_registers = make_roles(on, few_registers, many_registers)
+    publish_own, own_is_there = make_once(on, at.key, at.landed)
     landed_but_some, landed = make_landed(on, lag)
-
-    @macro("i", "i")
-    def warpgroup(e: Emit, thread: I32) -> I32:
-        return thread // GROUP
 
     @macro("", "i", "i")
     def prepare(e: Emit, base: I32, thread: I32) -> None:
@@ -105,14 +102,6 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
             fetch(e, tile, e.opaque(base), rows, e.opaque(thread), GROUP, c.storage, True, most=AT_ONCE)
         e.commit()
 
-    @macro("", PARAMETERS, "i", "i")
-    def publish_own(e: Emit, p: Parameters, base: I32, thread: I32) -> None:
-        e.wait(1)
-        e.sync_named(e.const("i", LOADING), GROUP)
-        scale_rows(e, at.key, base, p.real("prescale", "f"), thread, GROUP)
-        e.fence_proxy()
-        e.arrive(base + at.landed)
-
     @macro("", BLOCK, "i", "i", "i", "i", "i")
     def load_facts(e: Emit, b: Block, base: I32, thread: I32, n: I32, head: I32, row: I32) -> None:
         source = b.places["delta"] + e.wide(head) * b.p.delta_head
@@ -129,11 +118,6 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
         e.arrive(barrier, load >= 0)
 
     # What the others do.
-
-    @macro("i", "i")
-    def own_is_there(e: Emit, base: I32) -> I32:
-        passed: I32 = e.has_passed(base + at.landed, e.const("i", 0))
-        return passed
 
     @macro(f"{K} {V}")
     def zeros(e: Emit) -> tuple[Regs, Regs]:
@@ -367,7 +351,6 @@ def shared(c: Spec) -> int:
 
 def spec_of(c: Spec) -> Spec | None:
     """The kernel here that does what a kernel of `backward` with ``fused_dq`` does; None if there is none."""
-    of_halves = c.arch == "sm_90a" and c.product == "tensor" and c.E == c.Ev and c.E in SHAPES
-    if c.task != "key" or not c.fused_dq or not of_halves or not c.is_plain:
+    if c.task != "key" or not c.fused_dq or c.E not in SHAPES or not c.suits_warpgroups:
         return None
     return c.with_(product="wgmma", slots=1, warps=4 * GROUPS, columns=QUERIES)

@@ -2,8 +2,9 @@
 
 from .blocks import Block
 from .emit import I32, I64, Emit, Macro, Packed, Target
-from .tiles import Rows, fetch
-from .warpgroups import AT_ONCE, GROUP, Ring, fetch_whole
+from .parameters import PARAMETERS, Parameters
+from .tiles import Rows, fetch, scale_rows
+from .warpgroups import AT_ONCE, GROUP, Ring, Slabs, fetch_whole
 
 LOADING = 8  # the named barrier of the warpgroup that loads; those of others have the numbers from 1 on
 
@@ -23,6 +24,28 @@ def make_landed(on: Target, lag: int) -> tuple[Macro, Macro]:
         e.fence_proxy()
 
     return landed_but_some, landed
+
+
+def make_once(on: Target, tile: Slabs, landed: int) -> tuple[Macro, Macro]:
+    """Make the macros for what is loaded once, before the first tile of a ring: to say that it is there, and to ask.
+
+    `tile` is the operand that is multiplied by the power of two in the scale; `landed` is the barrier.
+    """
+
+    @on.macro("", PARAMETERS, "i", "i")
+    def publish(e: Emit, p: Parameters, base: I32, thread: I32) -> None:
+        e.wait(1)
+        e.sync_named(e.const("i", LOADING), GROUP)
+        scale_rows(e, tile, base, p.real("prescale", "f"), thread, GROUP)
+        e.fence_proxy()
+        e.arrive(base + landed)
+
+    @on.macro("i", "i")
+    def is_there(e: Emit, base: I32) -> I32:
+        passed: I32 = e.has_passed(base + landed, e.const("i", 0))
+        return passed
+
+    return publish, is_there
 
 
 def rows_of(b: Block, name: str, address: I64, row: I32, most: I32) -> Rows:

@@ -161,6 +161,11 @@ class Spec:
         )  # fmt: skip
         return self == plain
 
+    @property
+    def suits_warpgroups(self) -> bool:
+        """Whether a kernel of sm_90a whose warpgroups have roles may do what this one does, if it has such tiles."""
+        return self.arch == "sm_90a" and self.product == "tensor" and self.E == self.Ev and self.is_plain
+
     def with_(self, **changes: Any) -> "Spec":
         return replace(self, **changes)
 

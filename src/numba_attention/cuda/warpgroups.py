@@ -175,8 +175,12 @@ def make_waits(on: Target, ring: Ring) -> tuple[Macro, Macro, Macro]:
     return is_full, is_empty, release
 
 
-def make_shares(on: Target, few: int, many: int) -> tuple[Macro, Macro]:
-    """Make the macros by which the warpgroup that loads keeps few registers, and the others take many."""
+def make_roles(on: Target, few: int, many: int) -> tuple[Macro, Macro, Macro]:
+    """Make the macros that give a thread's warpgroup, and its registers: few where it loads, many where it computes."""
+
+    @on.macro("i", "i")
+    def warpgroup(e: Emit, thread: I32) -> I32:
+        return thread // GROUP
 
     @on.macro("")
     def give(e: Emit) -> None:
@@ -186,4 +190,4 @@ def make_shares(on: Target, few: int, many: int) -> tuple[Macro, Macro]:
     def take(e: Emit) -> None:
         e.set_registers(many, more=True)
 
-    return give, take
+    return warpgroup, give, take
