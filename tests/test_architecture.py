@@ -1,6 +1,7 @@
 """Imports run one way, and importing the package is cheap: nothing compiles, nothing optional is loaded."""
 
 import ast
+import pickle
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import numba_attention
+from numba_attention import nn
 from numba_attention.cpu import cache
 from numba_attention.device import cubins
 
@@ -137,7 +139,7 @@ def test_kernels_know_nothing_of_calls():
 
 
 def test_no_numba_above_the_backends():
-    above = [path for path in FILES if path.parent.name in ("", "problem", "caches", ROOT.name)]
+    above = [path for path in FILES if path.parent.name in ("", "problem", "caches", "nn", ROOT.name)]
     above = [path for path in above if path.stem not in ("__main__", "show_config", "torch", "jax", "onnx", "plot")]
     for module in ["backends/__init__", "backends/reference", *map(name_of, above)]:
         for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))):
@@ -157,6 +159,14 @@ def test_caches_know_nothing_of_who_reads_them():
             "options",
             "validation",
         }, path
+
+
+@pytest.mark.parametrize(
+    "name", ["layer.attention.MultiHeadAttention", "layer.attention.Context", *(f"nn.{name}" for name in nn.__all__)]
+)
+def test_public_places_of_classes_that_pickles_name(name):
+    module, _, attribute = f"numba_attention.{name}".rpartition(".")
+    assert pickle.loads(f"c{module}\n{attribute}\n.".encode()).__name__ == attribute
 
 
 def test_reference_stands_alone():

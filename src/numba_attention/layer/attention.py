@@ -2,62 +2,32 @@
 
 from __future__ import annotations  # short types in help()
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import markup
-from ..api import attention, attention_backward, attention_weights
 from ..options import Array, Gradients, OptionArguments, gather, takes_options
-from ..problem.dense import sum_to
-from ..rotary import Turn, rotate
-from ..validation import as_flag, as_ints, check_like
-from ..varlen import attention_varlen, attention_varlen_backward
-from . import second
-from .cached import Cache, attend
-from .inputs import check_inputs, hide_padding
+from ..validation import as_flag, check_like
+from . import cached, passes, second
+from .cached import Cache
+from .heads import Heads, Positions
 from .lazy import LazyContext, implementation_for
-from .parameters import INPUTS, Weights
-from .positions import Turns, default_places, packed_places, places_of, turned
-from .projection import linear, linear_backward, without_idle_rows
-
-Positions = ArrayLike | tuple[ArrayLike, ArrayLike]
-
-# The input projections that one product can compute, as (first, last + 1), by whether key is query and value is key.
-_RUNS = {
-    (True, True): ((0, 3),),
-    (True, False): ((0, 2), (2, 3)),
-    (False, True): ((0, 1), (1, 3)),
-    (False, False): ((0, 1), (1, 2), (2, 3)),
-}
+from .passes import Context
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class Context:
-    """What `MultiHeadAttention.backward` needs from one call of `forward`."""
+class LayerArguments(OptionArguments, total=False):
+    """What every call of the layer takes by name, for type checkers: the options of `attention` and some of its own."""
 
-    layer: MultiHeadAttention
-    inputs: tuple[Array, Array | None, Array | None]  # query, key and value as the caller passed them
-    q: Array  # (..., H, L, E)
-    k: Array  # (..., Hkv, S, E)
-    v: Array  # (..., Hkv, S, E)
-    turns: tuple[Turn, Turn] | None  # the rotations of q and k
-    heads: Array  # (..., L, H, E), the output of attention
-    lse: Array | None  # (..., H, L); None if nothing will be differentiated
-    options: dict[str, Any]  # those of `attention`
-    starts: Array | None = None  # cu_seqlens of packed sequences: q, k, v are (T, heads, E) then, heads (T, H, E)
-
-    @property
-    def sources(self) -> tuple[int, int, int]:
-        """Return which of the inputs queries, keys and values were projected from."""
-        of_keys = 0 if self.inputs[1] is None else 1
-        return 0, of_keys, of_keys if self.inputs[2] is None else 2
+    key_padding_mask: ArrayLike | None
+    positions: Positions | None
+    average_weights: bool
+    training: bool
 
 
-class MultiHeadAttention(Weights):
+class MultiHeadAttention(Heads):
     r"""Project, attend with several heads, project back: ``concat(head_1 .. head_H) @ out_proj.weight.T + bias``.
 
     Parameters
@@ -134,35 +104,15 @@ class MultiHeadAttention(Weights):
 
     @overload
     def __call__(
-        self,
-        query: Array,
-        key: Array | None = ...,
-        value: Array | None = ...,
-        *,
-        key_padding_mask: ArrayLike | None = ...,
-        cache: Cache | None = ...,
-        ids: ArrayLike | None = ...,
-        cu_seqlens: ArrayLike | None = ...,
-        positions: Positions | None = ...,
-        need_weights: Literal[False] = ...,
-        average_weights: bool = ...,
-        training: bool = ...,
-        **options: Unpack[OptionArguments],
-    ) -> Array: ...
+        self, query: Array, key: Array | None = ..., value: Array | None = ..., *, cache: Cache | None = ...,
+        ids: ArrayLike | None = ..., cu_seqlens: ArrayLike | None = ...,
+        need_weights: Literal[False] = ..., **options: Unpack[LayerArguments],
+    ) -> Array: ...  # fmt: skip
     @overload
     def __call__(
-        self,
-        query: Array,
-        key: Array | None = ...,
-        value: Array | None = ...,
-        *,
-        key_padding_mask: ArrayLike | None = ...,
-        positions: Positions | None = ...,
-        need_weights: Literal[True],
-        average_weights: bool = ...,
-        training: bool = ...,
-        **options: Unpack[OptionArguments],
-    ) -> tuple[Array, Array]: ...
+        self, query: Array, key: Array | None = ..., value: Array | None = ..., *,
+        need_weights: Literal[True], **options: Unpack[LayerArguments],
+    ) -> tuple[Array, Array]: ...  # fmt: skip
     @takes_options()
     def __call__(
         self,
@@ -245,44 +195,25 @@ class MultiHeadAttention(Weights):
                 raise ValueError("cu_seqlens must be None with a cache")
             if need_weights:
                 raise ValueError("need_weights must be False with a cache; see attention_weights")
-            return self._attend_cache(query, key, value, key_padding_mask, cache, ids, positions, settings)
+            return cached.attend(self, query, key, value, key_padding_mask, cache, ids, positions, settings)
         if ids is not None:
             raise ValueError("ids must be None without a cache")
         ctx = self._attend_any(
             query, key, value, key_padding_mask, cu_seqlens, positions, need_weights, settings, False
         )
-        result: Array | tuple[Array, Array] = self._result(ctx, need_weights, average_weights)
+        result: Array | tuple[Array, Array] = passes.result(self, ctx, need_weights, average_weights)
         return result
 
     @overload
     def forward(
-        self,
-        query: Array,
-        key: Array | None = ...,
-        value: Array | None = ...,
-        *,
-        key_padding_mask: ArrayLike | None = ...,
-        cu_seqlens: ArrayLike | None = ...,
-        positions: Positions | None = ...,
-        need_weights: Literal[False] = ...,
-        average_weights: bool = ...,
-        training: bool = ...,
-        **options: Unpack[OptionArguments],
-    ) -> tuple[Array, Context]: ...
+        self, query: Array, key: Array | None = ..., value: Array | None = ..., *, cu_seqlens: ArrayLike | None = ...,
+        need_weights: Literal[False] = ..., **options: Unpack[LayerArguments],
+    ) -> tuple[Array, Context]: ...  # fmt: skip
     @overload
     def forward(
-        self,
-        query: Array,
-        key: Array | None = ...,
-        value: Array | None = ...,
-        *,
-        key_padding_mask: ArrayLike | None = ...,
-        positions: Positions | None = ...,
-        need_weights: Literal[True],
-        average_weights: bool = ...,
-        training: bool = ...,
-        **options: Unpack[OptionArguments],
-    ) -> tuple[tuple[Array, Array], Context]: ...
+        self, query: Array, key: Array | None = ..., value: Array | None = ..., *,
+        need_weights: Literal[True], **options: Unpack[LayerArguments],
+    ) -> tuple[tuple[Array, Array], Context]: ...  # fmt: skip
     @takes_options()
     def forward(
         self,
@@ -337,7 +268,7 @@ class MultiHeadAttention(Weights):
         need_weights = as_flag("need_weights", need_weights)
         average_weights = as_flag("average_weights", average_weights)
         ctx = self._attend_any(query, key, value, key_padding_mask, cu_seqlens, positions, need_weights, settings, True)
-        return self._result(ctx, need_weights, average_weights), ctx
+        return passes.result(self, ctx, need_weights, average_weights), ctx
 
     def backward(
         self, grad_out: Array, ctx: Context, *, mod_grads: ArrayLike | Literal["all"] | None = None
@@ -406,33 +337,8 @@ class MultiHeadAttention(Weights):
             gradients, self.grads = ctx.backward(grad_out, mod_grads)
             return gradients
         grad_out, lse = self._check(grad_out, ctx)
-        weight, bias = self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias")
-        grad, grad_weight, grad_bias = _gradients(grad_out, _features(ctx.heads), weight, bias is not None)
-        grads_by_name: dict[str, Array | None] = {"out_proj.weight": grad_weight, "out_proj.bias": grad_bias}
-        if ctx.starts is None:
-            of_heads = attention_backward(
-                self._heads(grad), ctx.q, ctx.k, ctx.v, ctx.heads.swapaxes(-3, -2), lse, mod_grads=mod_grads,
-                **ctx.options,
-            )  # fmt: skip
-        else:
-            of_heads = self._packed_gradients(self._heads(grad).swapaxes(0, 1), ctx, lse, mod_grads)
-        of_inputs: list[Array | None] = [None, None, None]
-        for first, last in self._runs(ctx.inputs[1] is None, ctx.inputs[2] is None):
-            source = ctx.sources[first]
-            x = ctx.inputs[source]
-            assert x is not None
-            grad = self._joined_gradient(of_heads[:3][first:last], ctx.turns, first, x.shape[:-1])
-            weight, bias = self._joined(first, last)
-            grad, grad_weight, grad_bias = _gradients(grad, x, weight, bias is not None)
-            for n in range(first, last):
-                heads = self._place(n, first)
-                rows = slice(heads.start * self.head_dim, heads.stop * self.head_dim)
-                grads_by_name[f"{INPUTS[n]}.weight"] = grad_weight[rows]
-                grads_by_name[f"{INPUTS[n]}.bias"] = None if grad_bias is None else grad_bias[rows]
-            so_far = of_inputs[source]
-            of_inputs[source] = grad if so_far is None else np.add(so_far, grad, out=so_far)
-        self.grads = {name: array for name in self._parameters if (array := grads_by_name[name]) is not None}
-        return Gradients(of_inputs[0], of_inputs[1], of_inputs[2], *of_heads[3:])
+        gradients, self.grads = passes.gradients(self, grad_out, ctx, lse, mod_grads)
+        return gradients
 
     def jvp(self, tangents: Gradients, ctx: Context, *, parameters: Mapping[str, Array] | None = None) -> Array:
         """Derivative of the output of `forward` along a direction of the inputs and parameters.
@@ -561,10 +467,10 @@ class MultiHeadAttention(Weights):
                 raise ValueError("need_weights must be False for arrays of Dask; see attention_weights")
             return lazy.attend(self, query, key, value, padding, cu_seqlens, positions, options)
         if cu_seqlens is None:
-            return self._attend(query, key, value, padding, positions, options, return_lse)
+            return passes.attend(self, query, key, value, padding, positions, options, return_lse)
         if need_weights or key is not None or value is not None:
             raise ValueError("cu_seqlens is for self-attention without need_weights: key and value must be None")
-        return self._attend_packed(query, padding, cu_seqlens, positions, options, return_lse)
+        return passes.attend_packed(self, query, padding, cu_seqlens, positions, options, return_lse)
 
     def _settings(self, settings: dict[str, Any], given: Mapping[str, Any], training: bool) -> dict[str, Any]:
         """Add dropout to the options of a call in training."""
@@ -574,106 +480,6 @@ class MultiHeadAttention(Weights):
             if settings["seed"] is None:
                 settings["seed"] = int(self._rng.integers(2**64, dtype=np.uint64))
         return settings
-
-    def _attend(
-        self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None,
-        positions: Positions | None, options: dict[str, Any], return_lse: bool,
-    ) -> Context:  # fmt: skip
-        """Project the inputs and attend, up to the output of the heads."""
-        is_given = key is not None, value is not None
-        features = self.embed_dim, self.kdim, self.vdim
-        query, key, value, batch = check_inputs(query, key, value, features, self.dtype)
-        options["backend"] = self.backend
-        if padding is not None:
-            hide_padding(options, padding, key.shape[-2])
-        q, k, v = self._project(query, key, value)
-        turns = self._turns(positions, (*batch, query.shape[-2]), (*batch, key.shape[-2]), not is_given[0])
-        if turns is None and self._rotation is not None:
-            places = default_places(self._rotation, query.shape[-2], key.shape[-2], batch, options)
-            turns = places.turns(self.dtype)
-        if turns is not None:
-            q, k = turned(q, turns[0]), turned(k, turns[1])
-        # The memory layout is (..., L, H, E), so that the last projection reads the heads side by side without a copy.
-        heads = np.empty((*batch, query.shape[-2], self.num_heads, self.head_dim), self.dtype)
-        lse = None
-        if return_lse:
-            _, lse = attention(q, k, v, out=heads.swapaxes(-3, -2), return_lse=True, **options)
-        else:
-            attention(q, k, v, out=heads.swapaxes(-3, -2), **options)
-        inputs = query, key if is_given[0] else None, value if is_given[1] else None
-        return Context(self, inputs, q, k, v, turns, heads, lse, options)
-
-    def _attend_cache(
-        self, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None, cache: Cache, ids: Any,
-        positions: Positions | None, options: dict[str, Any],
-    ) -> Array:  # fmt: skip
-        """Project the inputs, append to the cache, attend to it, and project the result."""
-        is_self = key is None
-        query, key, value, _ = check_inputs(query, key, value, (self.embed_dim, self.kdim, self.vdim), self.dtype)
-        if padding is not None:
-            raise ValueError(
-                "key_padding_mask must be None with a cache: say how many of the new keys are there with key_lengths=, "
-                "and what may be attended to with mask=, about all cached keys or the newest (True = may attend)"
-            )
-        flat = query.ndim == key.ndim == value.ndim == 2
-        q, k, v = self._project(query, key, value)
-        if flat:
-            q, k, v = q[None], k[None], v[None]
-        turns = self._turns(positions, query.shape[:-1], key.shape[:-1], is_self)
-        heads = attend(cache, ids, q, k, v, turns or self._rotation, options | {"backend": self.backend})
-        out = linear(_features(heads), self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias"))
-        return out[0] if flat else out
-
-    def _attend_packed(
-        self, query: Array, padding: ArrayLike | None, cu_seqlens: ArrayLike, positions: Positions | None,
-        options: dict[str, Any], return_lse: bool,
-    ) -> Context:  # fmt: skip
-        """Self-attention of packed sequences, laid end to end, up to the output of the heads."""
-        inputs = query, None, None
-        options["backend"] = self.backend
-        query, key, value, _ = check_inputs(query, None, None, (self.embed_dim, self.kdim, self.vdim), self.dtype)
-        if query.ndim != 2:
-            raise ValueError(f"query must have shape (tokens, {self.embed_dim}) with cu_seqlens, got {query.shape}")
-        if padding is not None:
-            raise ValueError("key_padding_mask must be None with cu_seqlens, where there is no padding")
-        q, k, v = self._project(query, key, value)
-        starts = as_ints("cu_seqlens", cu_seqlens)
-        turns = self._turns(positions, (len(query),), (len(query),), True)
-        if turns is None and self._rotation is not None:
-            if options["query_offset"] is not None:
-                raise ValueError("query_offset must be None with cu_seqlens and rotary positions")
-            # `attention_varlen` checks the offsets, and its errors name them.
-            turns = packed_places(self._rotation, len(query), starts).turns(self.dtype)
-        if turns is not None:
-            q, k = turned(q, turns[0]), turned(k, turns[1])
-        heads = np.empty((len(query), self.num_heads, self.head_dim), self.dtype)
-        q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))
-        lse = None
-        if return_lse:
-            _, lse = attention_varlen(q, k, v, starts, starts, out=heads, return_lse=True, **options)
-        else:
-            attention_varlen(q, k, v, starts, starts, out=heads, **options)
-        return Context(self, inputs, q, k, v, turns, heads, lse, options, starts)
-
-    def _packed_gradients(self, grad: Array, ctx: Context, lse: Array, mod_grads: Any) -> Gradients:
-        """Return the gradients of the heads of packed sequences, as (heads, T, E)."""
-        assert ctx.starts is not None
-        grads = attention_varlen_backward(
-            grad, ctx.q, ctx.k, ctx.v, ctx.heads, lse, ctx.starts, ctx.starts, mod_grads=mod_grads, **ctx.options
-        )
-        q, k, v = (None if x is None else x.swapaxes(0, 1) for x in grads[:3])
-        return grads._replace(query=q, key=k, value=v)
-
-    def _result(self, ctx: Context | LazyContext, need_weights: bool, average_weights: bool) -> Any:
-        """Project the joined heads to the result that the caller gets."""
-        if isinstance(ctx, LazyContext):
-            return ctx.result()
-        out = linear(_features(ctx.heads), self._parameters["out_proj.weight"], self._parameters.get("out_proj.bias"))
-        if not need_weights:
-            return out
-        if average_weights:
-            return out, _averaged(ctx.q, ctx.k, ctx.options)
-        return out, attention_weights(ctx.q, ctx.k, **ctx.options)
 
     def _check(self, grad_out: Any, ctx: Any) -> tuple[Array, Array]:
         """Check the arguments of `backward`; return the gradient, and the lse of the context."""
@@ -688,82 +494,6 @@ class MultiHeadAttention(Weights):
         if ctx.layer is not self:
             raise ValueError("ctx must come from forward of the same layer")
         return ctx.lse
-
-    def _runs(self, key_too: bool, value_too: bool) -> tuple[tuple[int, int], ...]:
-        """Return the products of the input, each of the projections first .. last - 1.
-
-        `key_too` says that key is the array query, and `value_too` that value is the array key.
-        """
-        return _RUNS[False, False] if self._packed is None else _RUNS[key_too, value_too]
-
-    def _project(self, query: Array, key: Array, value: Array) -> list[Array]:
-        """Return queries (..., H, L, E), keys and values (..., Hkv, S, E), as views of products with features last."""
-        inputs, projected = (query, key, value), []
-        for first, last in self._runs(key is query, value is key):
-            heads = self._heads(linear(inputs[first], *self._joined(first, last)))
-            projected += [heads[..., self._place(n, first), :, :] for n in range(first, last)]
-        return projected
-
-    def _joined_gradient(
-        self, grads: Sequence[Array | None], turns: tuple[Turn, Turn] | None, first: int, rows: tuple[int, ...]
-    ) -> Array:
-        """Join gradients of heads (..., heads, n, E) to that of the product (*rows, features) they are views of.
-
-        The copy cannot be avoided, because the features of a row must be contiguous.
-        """
-        count = self._place(first + len(grads) - 1, first).stop
-        joined = np.empty((*rows, count * self.head_dim), self.dtype)
-        heads = self._heads(joined)
-        for n, grad in enumerate(grads, first):
-            assert grad is not None
-            own = heads[..., self._place(n, first), :, :]
-            if turns is None or n == 2:
-                own[...] = grad
-            elif grad.shape == own.shape:
-                rotate(grad, turns[n].back(), own)
-            else:  # rows whose positions differ between sequences: see `turned`
-                rotate(grad, turns[n].back(), grad)
-                own[...] = sum_to(grad, own.shape)
-        return joined
-
-    def _turns(
-        self, positions: Positions | None, of_queries: tuple[int, ...], of_keys: tuple[int, ...], is_self: bool
-    ) -> Turns | None:
-        """Return the turns at the positions of the caller, or None without any."""
-        if positions is None:
-            return None
-        if self._rotation is None:
-            raise ValueError("positions must be None for a layer without rotary=")
-        return places_of(self._rotation, positions, of_queries, of_keys, is_self, self.dtype).turns(self.dtype)
-
-    def _heads(self, features: Array) -> Array:
-        """(..., L, heads * E) -> (..., heads, L, E)."""
-        *rows, size = features.shape
-        return features.reshape(*rows, size // self.head_dim, self.head_dim).swapaxes(-3, -2)
-
-
-def _features(heads: Array) -> Array:
-    """(..., L, heads, E) -> (..., L, heads * E)."""
-    return heads.reshape(*heads.shape[:-2], heads.shape[-2] * heads.shape[-1])
-
-
-def _gradients(grad: Array, x: Array, weight: Array, need_bias: bool) -> tuple[Array, Array, Array | None]:
-    """Return the gradients of a projection."""
-    x = without_idle_rows(x, grad)
-    grad_x, grad_weight, grad_bias = linear_backward(grad, x, weight, need_bias)
-    assert grad_x is not None
-    return grad_x, grad_weight, grad_bias
-
-
-def _averaged(query: Array, key: Array, options: dict[str, Any]) -> Array:
-    """Return the mean of the probabilities over the heads, one head at a time: memory for two maps and not for H."""
-    H = query.shape[-3]
-    total = attention_weights(query, key, heads=[0], **options)
-    for h in range(1, H):
-        total += attention_weights(query, key, heads=[h], **options)
-    total /= H
-    mean: Array = total[..., 0, :, :]
-    return mean
 
 
 __all__ = ["MultiHeadAttention"]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..api import attention, merge_attention
 from ..caches import KVCache, PagedKVCache
@@ -12,12 +13,36 @@ from ..options import Array
 from ..problem.rolling import refuse_positional
 from ..rotary import Rotation, rotate
 from ..validation import as_ints, as_window, broadcast_to
+from .heads import Heads, Positions
+from .inputs import check_inputs
 from .positions import Turns
 
 Cache = KVCache | PagedKVCache
 
 
 def attend(
+    layer: Heads, query: Array, key: Array | None, value: Array | None, padding: ArrayLike | None, cache: Cache,
+    ids: Any, positions: Positions | None, options: dict[str, Any],
+) -> Array:  # fmt: skip
+    """Project the inputs, append to the cache, attend to it, and project the result."""
+    is_self = key is None
+    query, key, value, _ = check_inputs(query, key, value, (layer.embed_dim, layer.kdim, layer.vdim), layer.dtype)
+    if padding is not None:
+        raise ValueError(
+            "key_padding_mask must be None with a cache: say how many of the new keys are there with key_lengths=, "
+            "and what may be attended to with mask=, about all cached keys or the newest (True = may attend)"
+        )
+    flat = query.ndim == key.ndim == value.ndim == 2
+    q, k, v = layer._project(query, key, value)
+    if flat:
+        q, k, v = q[None], k[None], v[None]
+    turns = layer._turns(positions, query.shape[:-1], key.shape[:-1], is_self)
+    heads = _attend(cache, ids, q, k, v, turns or layer._rotation, options | {"backend": layer.backend})
+    out = layer._project_back(heads)
+    return out[0] if flat else out
+
+
+def _attend(
     cache: Cache, ids: Any, q: Array, k: Array, v: Array, rotation: Rotation | Turns | None, options: dict[str, Any]
 ) -> Array:
     """Append k and v, (batch, Hkv, T, E), and return the attention of q, (batch, H, L, E), as (batch, L, H, E).

@@ -13,9 +13,10 @@ from ..options import Array, Gradients
 from ..problem.second import check_parts, given_parts
 from ..second import attention_backward_jvp, attention_jvp
 from ..validation import check_like
+from .heads import as_features
 from .parameters import INPUTS
 from .positions import turned
-from .projection import linear, linear_backward
+from .projection import linear, linear_backward, without_idle_rows
 
 
 class Direction(NamedTuple):
@@ -76,9 +77,11 @@ def double_backward(layer: Any, ctx: Any, direction: Direction, grad_out: Array)
     for n, (name, source, *of_heads) in enumerate(zip(INPUTS, ctx.sources, first[:3], along[:3], strict=True)):
         x, moved_x, moved_weight = ctx.inputs[source], direction.inputs[source], direction.of(name)[0]
         grad, change = (_joined(layer, ctx, heads, n, x.shape[:-1]) for heads in of_heads)
-        moved_grad, of_weight, of_bias = linear_backward(change, _seen(x, change), names[f"{name}.weight"])
+        moved_grad, of_weight, of_bias = linear_backward(change, without_idle_rows(x, change), names[f"{name}.weight"])
         if moved_x is not None:
-            of_weight += linear_backward(grad, _seen(moved_x, grad), names[f"{name}.weight"], False, False)[1]
+            of_weight += linear_backward(grad, without_idle_rows(moved_x, grad), names[f"{name}.weight"], False, False)[
+                1
+            ]
         assert moved_grad is not None
         if moved_weight is not None:
             moved_grad += linear(grad, moved_weight.T)
@@ -149,9 +152,4 @@ def _features(ctx: Any, heads: Array) -> Array:
     """Join the heads of attention, or of the context, which has them beside the features."""
     if heads is not ctx.heads and ctx.starts is None:
         heads = heads.swapaxes(-3, -2)
-    return heads.reshape(*heads.shape[:-2], heads.shape[-2] * heads.shape[-1])
-
-
-def _seen(x: Array, grad: Array) -> Array:
-    """Replace rows by 0 that give nothing: rows of padding have the gradient 0 and may contain anything."""
-    return x if np.isfinite(x).all() else np.where(grad.any(axis=-1, keepdims=True), x, 0)
+    return as_features(heads)

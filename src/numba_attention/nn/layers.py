@@ -1,0 +1,264 @@
+"""Layers with arrays of their own, or with none: linear, embedding, norms, activations."""
+
+from __future__ import annotations  # short types in help()
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ..layer.projection import linear, linear_backward
+from ..options import Array
+from .functions import inverse_root, normal_probability, sigmoid, tanh_probability
+
+Seed = np.random.Generator | int | None
+Parameters = dict[str, Array]
+
+
+class Module:
+    """A layer that is made of others: its parameters and gradients are those of its attributes that are layers.
+
+    The parameter ``weight`` of the attribute ``embed`` is ``"embed.weight"``; layers in a list ``blocks`` are
+    ``"blocks.0"`` and so on. Subclasses write `forward` and `backward`.
+    """
+
+    def parts(self) -> dict[str, Any]:
+        """Return the layers among the attributes, by name."""
+        found: dict[str, Any] = {}
+        for name, part in vars(self).items():
+            if hasattr(part, "backward"):
+                found[name] = part
+            elif isinstance(part, list | tuple):
+                found |= {f"{name}.{n}": one for n, one in enumerate(part) if hasattr(one, "backward")}
+        return found
+
+    def parameters(self) -> Parameters:
+        """Return the parameters by name: the arrays themselves."""
+        return {f"{name}.{key}": x for name, part in self.parts().items() for key, x in part.parameters().items()}
+
+    @property
+    def grads(self) -> Parameters:
+        """Gradients of the parameters by name, from the last `backward`."""
+        return {f"{name}.{key}": x for name, part in self.parts().items() for key, x in part.grads.items()}
+
+    def forward(self, x: Array) -> tuple[Any, Any]:
+        """Return the result, and what `backward` needs."""
+        raise NotImplementedError
+
+    def __call__(self, x: Array, *arguments: Any, **options: Any) -> Any:
+        """Return the result of `forward` alone."""
+        return self.forward(x, *arguments, **options)[0]
+
+
+class _Leaf(Module):
+    """A layer with arrays of its own."""
+
+    _names: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self._grads: Parameters = {}
+
+    def parameters(self) -> Parameters:
+        """Return the parameters by name: the arrays themselves."""
+        return {name: getattr(self, name) for name in self._names if getattr(self, name) is not None}
+
+    @property
+    def grads(self) -> Parameters:
+        """Gradients of the parameters by name, from the last `backward`."""
+        return self._grads
+
+
+class Linear(_Leaf):
+    """``x @ weight.T + bias``, over the last axis.
+
+    Parameters
+    ----------
+    inputs, outputs : int
+        Features.
+    rng : numpy.random.Generator or int, optional
+        Generator or seed of the weights, uniform with such a limit that outputs vary as much as inputs.
+    dtype : {numpy.float32, numpy.float64}
+    bias : bool, default True
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention.nn as nn
+    >>> layer = nn.Linear(8, 3, rng=0)
+    >>> y, ctx = layer.forward(np.ones((2, 5, 8), np.float32))
+    >>> y.shape, layer.backward(np.ones_like(y), ctx).shape, layer.grads["weight"].shape
+    ((2, 5, 3), (2, 5, 8), (3, 8))
+    """
+
+    _names = ("weight", "bias")
+
+    def __init__(
+        self, inputs: int, outputs: int, rng: Seed = None, dtype: Any = np.float32, *, bias: bool = True
+    ) -> None:
+        super().__init__()
+        limit = math.sqrt(3 / inputs)
+        self.weight = np.random.default_rng(rng).uniform(-limit, limit, (outputs, inputs)).astype(dtype)
+        self.bias = np.zeros(outputs, dtype) if bias else None
+
+    def forward(self, x: Array) -> tuple[Array, Array]:
+        """Return the result, and what `backward` needs."""
+        return linear(x, self.weight, self.bias), x
+
+    def backward(self, grad: Array, x: Array) -> Array:
+        """Return the gradient of x, and set `grads`."""
+        grad_x, weight, bias = linear_backward(grad, x, self.weight, self.bias is not None)
+        self._grads = {"weight": weight} | ({} if bias is None else {"bias": bias})
+        assert grad_x is not None
+        return grad_x
+
+
+class Embedding(_Leaf):
+    """A vector for each token.
+
+    Parameters
+    ----------
+    tokens, features : int
+        How many vectors, and how long.
+    rng : numpy.random.Generator or int, optional
+    dtype : {numpy.float32, numpy.float64}
+    """
+
+    _names = ("weight",)
+
+    def __init__(self, tokens: int, features: int, rng: Seed = None, dtype: Any = np.float32) -> None:
+        super().__init__()
+        self.weight = np.random.default_rng(rng).standard_normal((tokens, features)).astype(dtype)
+
+    def forward(self, x: Array) -> tuple[Array, Array]:
+        """Return the vectors of tokens (...), and what `backward` needs."""
+        return self.weight[x], x
+
+    def backward(self, grad: Array, tokens: Array) -> None:
+        """Set `grads`. Tokens have no gradient."""
+        order = np.argsort(tokens, axis=None, kind="stable")
+        sorted_tokens, rows = tokens.ravel()[order], grad.reshape(-1, grad.shape[-1])[order]
+        weight = np.zeros_like(self.weight)
+        if len(rows):
+            starts = np.flatnonzero(np.r_[True, sorted_tokens[1:] != sorted_tokens[:-1]])
+            weight[sorted_tokens[starts]] = np.add.reduceat(rows, starts)
+        self._grads = {"weight": weight}
+
+
+class LayerNorm(_Leaf):
+    """`layer_norm` with a weight and a bias of its own.
+
+    Parameters
+    ----------
+    features : int
+    dtype : {numpy.float32, numpy.float64}
+    eps : float, default 1e-5
+    """
+
+    _names = ("weight", "bias")
+
+    def __init__(self, features: int, dtype: Any = np.float32, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = np.ones(features, dtype), np.zeros(features, dtype), eps
+
+    def forward(self, x: Array) -> tuple[Array, Any]:
+        """Return the result, and what `backward` needs."""
+        centred = x - x.mean(axis=-1, keepdims=True)
+        inverse = inverse_root(centred, self.eps)
+        centred *= inverse
+        return centred * self.weight + self.bias, (centred, inverse)
+
+    def backward(self, grad: Array, ctx: Any) -> Array:
+        """Return the gradient of x, and set `grads`."""
+        x, inverse = ctx
+        rows = tuple(range(x.ndim - 1))
+        self._grads = {"weight": (grad * x).sum(axis=rows), "bias": grad.sum(axis=rows)}
+        grad = grad * self.weight
+        result: Array = inverse * (grad - grad.mean(-1, keepdims=True) - x * (grad * x).mean(-1, keepdims=True))
+        return result
+
+
+class RMSNorm(_Leaf):
+    """Each row divided by the root of its mean square, then scaled, as in LLaMA.
+
+    Parameters
+    ----------
+    features : int
+    dtype : {numpy.float32, numpy.float64}
+    eps : float, default 1e-6
+        Added to the mean square.
+
+    References
+    ----------
+    .. [1] Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, equation 4.
+    """
+
+    _names = ("weight",)
+
+    def __init__(self, features: int, dtype: Any = np.float32, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.eps = np.ones(features, dtype), eps
+
+    def forward(self, x: Array) -> tuple[Array, Any]:
+        """Return the result, and what `backward` needs."""
+        inverse = inverse_root(x, self.eps)
+        normed = x * inverse
+        return normed * self.weight, (normed, inverse)
+
+    def backward(self, grad: Array, ctx: Any) -> Array:
+        """Return the gradient of x, and set `grads`."""
+        x, inverse = ctx
+        self._grads = {"weight": (grad * x).sum(axis=tuple(range(x.ndim - 1)))}
+        grad = grad * self.weight
+        result: Array = inverse * (grad - x * (grad * x).mean(-1, keepdims=True))
+        return result
+
+
+class GELU(_Leaf):
+    """`gelu`, or with ``approximate=True`` the formula with tanh that GPT-2 uses.
+
+    References
+    ----------
+    .. [1] Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, section 2.
+    """
+
+    def __init__(self, approximate: bool = False) -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, x: Array) -> tuple[Array, Any]:
+        """Return the result, and what `backward` needs."""
+        p = tanh_probability(x) if self.approximate else normal_probability(x)
+        return x * p, (x, p)
+
+    def backward(self, grad: Array, ctx: Any) -> Array:
+        """Return the gradient of x."""
+        x, p = ctx
+        if self.approximate:
+            a, b = x.dtype.type(math.sqrt(2 / math.pi)), x.dtype.type(0.044715)
+            density = 2 * p * (1 - p) * a * (1 + 3 * b * x * x)
+        else:
+            density = x.dtype.type(1 / math.sqrt(2 * math.pi)) * np.exp(x * x * x.dtype.type(-0.5))
+        result: Array = grad * (p + x * density)
+        return result
+
+
+class SiLU(_Leaf):
+    """``x / (1 + exp(-x))``, also called swish.
+
+    References
+    ----------
+    .. [1] Elfwing et al., "Sigmoid-Weighted Linear Units", 2017, section 2.
+    """
+
+    def forward(self, x: Array) -> tuple[Array, Any]:
+        """Return the result, and what `backward` needs."""
+        p = sigmoid(x)
+        return x * p, (x, p)
+
+    def backward(self, grad: Array, ctx: Any) -> Array:
+        """Return the gradient of x."""
+        x, p = ctx
+        result: Array = grad * (p + x * p * (1 - p))
+        return result
+
+
+__all__ = ["GELU", "Embedding", "LayerNorm", "Linear", "Module", "RMSNorm", "SiLU"]
