@@ -57,6 +57,15 @@ def torch():
 
 
 @pytest.fixture
+def synchronous():
+    """Tasks of Dask run one after the other, in this thread."""
+    import dask
+
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+@pytest.fixture
 def device(monkeypatch):
     """A device that is the host, whose kernels are the reference backend."""
     from device import HostDriver, reference_on

@@ -10,49 +10,20 @@ from hypothesis import strategies as st
 
 import numba_attention as na
 from cases import DTYPES
-from numba_attention.options import Options
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
 nad = pytest.importorskip("numba_attention.dask")
+blocks = pytest.importorskip("dask_blocks")
 
-
-@pytest.fixture(autouse=True)
-def _synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
-
-
-def chop(rng, n):
-    """Random chunks of an axis: uneven, often of 1, sometimes empty."""
-    if n == 0:
-        return (0,)
-    cuts = np.sort(rng.choice(np.arange(1, n), size=rng.integers(0, min(n, 6)), replace=False)) if n > 1 else []
-    chunks = [int(x) for x in np.diff([0, *cuts, n])]
-    if rng.random() < 0.1:
-        chunks.insert(int(rng.integers(0, len(chunks) + 1)), 0)
-    return tuple(chunks)
-
-
-def lazy(rng, x):
-    return da.from_array(x, chunks=tuple(chop(rng, n) for n in x.shape))
-
-
-def tilt(score, batch, head, i, j, table, factor):
-    return score + factor * table[head] * (i - 2 * j + batch)
-
-
-def sieve(batch, head, i, j, table, factor):
-    return (i + 3 * j + 2 * head + batch) % 4 != 0
+pytestmark = pytest.mark.usefixtures("synchronous")
 
 
 def call_of(rng, dtype=np.float64):
     """Draw query, key, value and options: everything mixed."""
     B = tuple(int(x) for x in rng.integers(1, 4, size=rng.integers(0, 3)))
-    Hkv = int(rng.integers(1, 4))
-    H = Hkv * int(rng.choice([1, 1, 2, 3]))
+    H, Hkv, E, Ev = blocks.heads_and_features(rng)
     L, S = (int(rng.integers(1, 40)) if rng.random() < 0.95 else 0 for _ in range(2))
-    E, Ev = int(rng.choice([4, 8])), int(rng.choice([4, 8, 5]))
 
     def narrow(b):
         sizes = tuple(n if rng.random() < 0.8 else 1 for n in b)
@@ -67,113 +38,33 @@ def call_of(rng, dtype=np.float64):
         q, k, v, B = q.reshape(L, E), k.reshape(S, E), v.reshape(S, Ev), ()
     full = (*B, H, L, S)
 
-    def some():
+    def per_pair():
         sizes = tuple(n if rng.random() < 0.6 else 1 for n in full)
         return sizes[int(rng.integers(0, 3)) if rng.random() < 0.4 else 0 :]
 
     def per_sequence(low, high):
         return int(rng.integers(low, high)) if rng.random() < 0.3 else rng.integers(low, high, size=B)
 
-    options = {
-        "is_causal": [True, "top-left", "bottom-right"][rng.integers(3)],
-        "window": [None if rng.random() < 0.3 else int(rng.integers(0, 12)) for _ in range(2)],
-        "query_offset": per_sequence(-20, 40),
-        "softcap": 2.0,
-        "scale": 0.7,
-        "alibi_slopes": rng.random(H if rng.random() < 0.5 else (*B, H)),
-        "sinks": rng.standard_normal(H),
-        "key_lengths": per_sequence(0, S + 1),
-        "query_lengths": per_sequence(0, L + 1),
-        "prefix_lengths": per_sequence(0, S + 1),
-        "mask": rng.random(some()) < rng.choice([0.7, 0.05]),
-        "bias": rng.standard_normal(some()),
-        "score_mod": tilt,
-        "mask_mod": sieve,
-        "dropout_p": 0.3,
-        "seed": 7,
-        "mod_args": (rng.standard_normal(H), 0.25),
-    }
-    assert set(options) == set(Options._fields)
-    options["bias"][rng.random(options["bias"].shape) < 0.1] = -np.inf
-    options = {name: x for name, x in options.items() if rng.random() < 0.3 or name in ("seed", "mod_args")}
-    if not {"score_mod", "mask_mod"} & set(options):
-        options.pop("mod_args")
-    if options.get("window") is not None and options["window"][0] is not None:
-        options.pop("prefix_lengths", None)
+    options = blocks.options_of(rng, B, H, (L, S), per_sequence, per_pair)
     if "mask" in options and options["mask"].shape[-2:] == (L, S) and L and S and rng.random() < 0.4:
         options["mask"] = na.BlockMask.from_array(options["mask"])
     return (q, k, v), options
 
 
-def errors(got, want):
-    """Return the largest error, relative to the largest number of at least 1."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    same = (got == want) | (np.isnan(got) & np.isnan(want))
-    errors = np.abs(np.subtract(got, want, out=np.zeros(got.shape), where=~same))
-    return float(np.max(errors, initial=0) / np.max(np.abs(want[np.isfinite(want)]), initial=1))
-
-
-def check(seed, dtype=np.float64, backend="reference", limits=(1e-12, 1e-12)):
-    rng = np.random.default_rng(seed)
-    arrays, options = call_of(rng, dtype)
-    wide = [x.astype(np.float64) for x in arrays]
-    want, want_lse = na.attention(*wide, return_lse=True, backend="reference", **options)
-    blocks = [lazy(rng, x) if rng.random() < 0.9 else x for x in arrays]
-    more = {"backend": backend, "split_every": int(rng.integers(2, 5)), "stream": bool(rng.random() < 0.3)}
-    for name in ("mask", "bias"):
-        if isinstance(options.get(name), np.ndarray) and rng.random() < 0.5:
-            more[name] = lazy(rng, options[name])
-    over_blocks = options | more
-    out, lse = nad.attention(*blocks, return_lse=True, **over_blocks)
-    assert (out.dtype, out.shape, lse.shape) == (arrays[0].dtype, want.shape, want_lse.shape)
-    got, got_lse = dask.compute(out, lse)
-    assert (got.dtype, got_lse.dtype) == (out.dtype, lse.dtype)
-    assert errors(got, want) < limits[0]
-    assert errors(got_lse, want_lse) < limits[0]
-    grad_out = rng.standard_normal(want.shape).astype(dtype)
-    grad_lse = rng.standard_normal(want_lse.shape).astype(got_lse.dtype) if rng.random() < 0.5 else None
-    if "score_mod" in options:
-        over_blocks["mod_grads"] = "all"
-    wanted = na.attention_backward(
-        grad_out.astype(np.float64), *wide, want, want_lse, backend="reference", **options,
-        grad_lse=None if grad_lse is None else grad_lse.astype(np.float64), mod_grads=over_blocks.get("mod_grads"),
-    )  # fmt: skip
-    lazy_grads = nad.attention_backward(
-        lazy(rng, grad_out),
-        *blocks,
-        out,
-        lse,
-        grad_lse=None if grad_lse is None else lazy(rng, grad_lse),
-        **over_blocks,
-    )
-    inputs = dict(zip(("query", "key", "value"), arrays, strict=True)) | options
-    grads = na.Gradients(*dask.compute(*lazy_grads))
-    for name in na.Gradients._fields:
-        got, want = getattr(grads, name), getattr(wanted, name)
-        assert (got is None) == (want is None), name
-        if got is None:
-            continue
-        if name == "mod_args":
-            assert got[1] is want[1] is None
-            inputs[name], got, want = options[name][0], got[0], want[0]
-        assert (got.shape, got.dtype) == (inputs[name].shape, inputs[name].dtype), name
-        assert errors(got, want) < limits[1], name
-
-
 @settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1))
 def test_any_chunks_and_options(seed):
-    check(seed)
+    rng = np.random.default_rng(seed)
+    arrays, options = call_of(rng)
+    blocks.check(rng, "attention", arrays, [], options)
 
 
-LIMITS = {"float32": (2e-6, 1e-5), "float16": (6e-4, 2e-3), "bfloat16": (5e-3, 1.5e-2)}
-
-
-@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("dtype", blocks.LIMITS)
 @pytest.mark.parametrize("seed", range(6))
 def test_dtypes_on_kernels(dtype, seed):
-    check(seed, DTYPES[dtype], "cpu", LIMITS[dtype])
+    rng = np.random.default_rng(seed)
+    arrays, options = call_of(rng, DTYPES[dtype])
+    blocks.check(rng, "attention", arrays, [], options, "cpu", blocks.LIMITS[dtype])
 
 
 # Behaviour of what is lazy.

@@ -6,16 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import numba_attention as na
-from test_dask import errors, lazy, tilt
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
+blocks = pytest.importorskip("dask_blocks")
 
-
-@pytest.fixture(autouse=True)
-def _synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
+pytestmark = pytest.mark.usefixtures("synchronous")
+errors, lazy, tilt = blocks.errors, blocks.lazy, blocks.tilt
 
 
 def some(rng, **options):

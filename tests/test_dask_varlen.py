@@ -7,18 +7,12 @@ from hypothesis import strategies as st
 
 import numba_attention as na
 from cases import DTYPES
-from numba_attention.options import Options
-from test_dask import LIMITS, errors, lazy, sieve, tilt
 
-dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
 nad = pytest.importorskip("numba_attention.dask")
+blocks = pytest.importorskip("dask_blocks")
 
-
-@pytest.fixture(autouse=True)
-def _synchronous():
-    with dask.config.set(scheduler="synchronous"):
-        yield
+pytestmark = pytest.mark.usefixtures("synchronous")
 
 
 def packed_call(rng, dtype=np.float64):
@@ -29,13 +23,11 @@ def packed_call(rng, dtype=np.float64):
         keys = rows
     starts = [np.concatenate([[0], np.cumsum(x)]) for x in (rows, keys)]
     (T_q, T_k), L, S = (int(x[-1]) for x in starts), int(rows.max(initial=0)), int(keys.max(initial=0))
-    Hkv = int(rng.integers(1, 4))
-    H = Hkv * int(rng.choice([1, 1, 2, 3]))
-    E, Ev = int(rng.choice([4, 8])), int(rng.choice([4, 8, 5]))
+    H, Hkv, E, Ev = blocks.heads_and_features(rng)
     shapes = (T_q, H, E), (T_k, Hkv, E), (T_k, Hkv, Ev)
     arrays = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
-    def some():
+    def per_pair():
         axes = [n, H, int(rng.choice([L, T_q])), int(rng.choice([S, T_k]))]
         axes = [size if rng.random() < 0.6 else 1 for size in axes]
         first = int(rng.integers(0, 3)) if axes[0] == 1 and rng.random() < 0.5 else 0
@@ -45,32 +37,7 @@ def packed_call(rng, dtype=np.float64):
         high = np.broadcast_to(high, n)
         return (low + (high - low) * rng.random(n)).astype(int)
 
-    options = {
-        "is_causal": [True, "top-left", "bottom-right"][rng.integers(3)],
-        "window": [None if rng.random() < 0.3 else int(rng.integers(0, 12)) for _ in range(2)],
-        "query_offset": per_sequence(-20, 40),
-        "softcap": 2.0,
-        "scale": 0.7,
-        "alibi_slopes": rng.random(H if rng.random() < 0.5 else (n, H)),
-        "sinks": rng.standard_normal(H),
-        "key_lengths": per_sequence(0, keys + 1),
-        "query_lengths": per_sequence(0, rows + 1),
-        "prefix_lengths": per_sequence(0, keys + 1),
-        "mask": rng.random(some()) < rng.choice([0.7, 0.05]),
-        "bias": rng.standard_normal(some()),
-        "score_mod": tilt,
-        "mask_mod": sieve,
-        "dropout_p": 0.3,
-        "seed": 7,
-        "mod_args": (rng.standard_normal(H), 0.25),
-    }
-    assert set(options) == set(Options._fields)
-    options["bias"][rng.random(options["bias"].shape) < 0.1] = -np.inf
-    options = {name: x for name, x in options.items() if rng.random() < 0.3 or name in ("seed", "mod_args")}
-    if not {"score_mod", "mask_mod"} & set(options):
-        options.pop("mod_args")
-    if options.get("window") is not None and options["window"][0] is not None:
-        options.pop("prefix_lengths", None)
+    options = blocks.options_of(rng, (n,), H, (rows, keys), per_sequence, per_pair)
     if "mask" in options and L and S:
         for size, sequences in (((L, S), n), ((T_q, T_k), 1)):
             leading = options["mask"].shape[:-3]
@@ -80,60 +47,19 @@ def packed_call(rng, dtype=np.float64):
     return arrays, starts, options
 
 
-def check(seed, dtype=np.float64, backend="reference", limits=(1e-12, 1e-12)):
-    rng = np.random.default_rng(seed)
-    arrays, starts, options = packed_call(rng, dtype)
-    wide = [x.astype(np.float64) for x in arrays]
-    want, want_lse = na.attention_varlen(*wide, *starts, return_lse=True, backend="reference", **options)
-    blocks = [lazy(rng, x) if rng.random() < 0.9 else x for x in arrays]
-    more = {"backend": backend, "split_every": int(rng.integers(2, 5)), "stream": bool(rng.random() < 0.3)}
-    for name in ("mask", "bias"):
-        if isinstance(options.get(name), np.ndarray) and rng.random() < 0.5:
-            more[name] = lazy(rng, options[name])
-    over_blocks = options | more
-    out, lse = nad.attention_varlen(*blocks, *starts, return_lse=True, **over_blocks)
-    assert (out.dtype, out.shape, lse.shape) == (arrays[0].dtype, want.shape, want_lse.shape)
-    got, got_lse = dask.compute(out, lse)
-    assert (got.dtype, got_lse.dtype) == (out.dtype, lse.dtype)
-    assert errors(got, want) < limits[0]
-    assert errors(got_lse, want_lse) < limits[0]
-    grad_out = rng.standard_normal(want.shape).astype(dtype)
-    grad_lse = rng.standard_normal(want_lse.shape).astype(got_lse.dtype) if rng.random() < 0.5 else None
-    if "score_mod" in options:
-        over_blocks["mod_grads"] = "all"
-    wanted = na.attention_varlen_backward(
-        grad_out.astype(np.float64), *wide, want, want_lse, *starts, backend="reference", **options,
-        grad_lse=None if grad_lse is None else grad_lse.astype(np.float64), mod_grads=over_blocks.get("mod_grads"),
-    )  # fmt: skip
-    lazy_grad_lse = None if grad_lse is None else lazy(rng, grad_lse)
-    lazy_grads = nad.attention_varlen_backward(
-        lazy(rng, grad_out), *blocks, out, lse, *starts, grad_lse=lazy_grad_lse, **over_blocks
-    )
-    inputs = dict(zip(("query", "key", "value"), arrays, strict=True)) | options
-    grads = na.Gradients(*dask.compute(*lazy_grads))
-    for name in na.Gradients._fields:
-        got, want = getattr(grads, name), getattr(wanted, name)
-        assert (got is None) == (want is None), name
-        if got is None:
-            continue
-        if name == "mod_args":
-            assert got[1] is want[1] is None
-            inputs[name], got, want = options[name][0], got[0], want[0]
-        assert (got.shape, got.dtype) == (inputs[name].shape, inputs[name].dtype), name
-        # A sum over all pairs, of terms that depend on the rounded output.
-        assert errors(got, want) < limits[1] * (3 if name == "mod_args" else 1), name
-
-
 @settings(max_examples=80)
 @given(st.integers(0, 2**32 - 1))
 def test_any_chunks_and_options(seed):
-    check(seed)
+    rng = np.random.default_rng(seed)
+    blocks.check(rng, "attention_varlen", *packed_call(rng))
 
 
-@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("dtype", blocks.LIMITS)
 @pytest.mark.parametrize("seed", range(6))
 def test_dtypes_on_kernels(dtype, seed):
-    check(seed, DTYPES[dtype], "cpu", LIMITS[dtype])
+    rng = np.random.default_rng(seed)
+    call = packed_call(rng, DTYPES[dtype])
+    blocks.check(rng, "attention_varlen", *call, "cpu", blocks.LIMITS[dtype])
 
 
 def whole_and_lazy(tokens, chunks, H=2, E=4):

@@ -12,6 +12,8 @@ from numba_attention.options import OptionArguments, Options
 
 LAYER = na.MultiHeadAttention(8, 2, rng=0)
 
+# How the tasks of Dask run, which all functions for its arrays take.
+RUNNING = ("backend", "threads", "split_every", "stream")
 # What each has besides options.
 ENTRY_POINTS = {
     "attention": (lambda: na.attention, {"query", "key", "value", "return_lse", "out", "backend"}),
@@ -62,15 +64,31 @@ ENTRY_POINTS = {
             "training",
         },
     ),
+    "dask": (lambda: _bridge("dask"), {"query", "key", "value", "return_lse", *RUNNING}),
+    "dask_backward": (
+        lambda: _bridge("dask", "attention_backward"),
+        {"grad_out", "query", "key", "value", "out", "lse", "grad_lse", "mod_grads", *RUNNING},
+    ),
+    "dask_varlen": (
+        lambda: _bridge("dask", "attention_varlen"),
+        {"query", "key", "value", "cu_seqlens_q", "cu_seqlens_k", "return_lse", *RUNNING},
+    ),
+    "dask_varlen_backward": (
+        lambda: _bridge("dask", "attention_varlen_backward"),
+        {
+            "grad_out", "query", "key", "value", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "grad_lse", "mod_grads",
+            *RUNNING,
+        },
+    ),
     "torch": (lambda: _bridge("torch"), {"query", "key", "value", "return_lse", "backend"}),
     "jax": (lambda: _bridge("jax"), {"query", "key", "value", "return_lse", "backend"}),
 }  # fmt: skip
 DEFAULTS = {"attention_decode": {"is_causal": "bottom-right"}}
 
 
-def _bridge(name):
+def _bridge(name, function="attention"):
     pytest.importorskip(name)
-    return pytest.importorskip(f"numba_attention.{name}").attention
+    return getattr(pytest.importorskip(f"numba_attention.{name}"), function)
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)
@@ -87,6 +105,16 @@ def test_the_two_declarations_agree():
     assert tuple(OptionArguments.__annotations__) == Options._fields
     types, of_fields = get_type_hints(OptionArguments), get_type_hints(Options)
     assert types == {name: of_fields[name] for name in types}
+
+
+def test_the_two_declarations_of_how_tasks_run_agree():
+    arguments = pytest.importorskip("numba_attention.dask.arguments")
+    types, of_fields = get_type_hints(arguments.Arguments), get_type_hints(arguments.Running)
+    assert types == get_type_hints(OptionArguments) | of_fields
+    assert arguments.Running._fields == RUNNING
+    text = inspect.getdoc(_bridge("dask"))
+    for name in RUNNING:
+        assert f"\n{name} : " in text
 
 
 def test_every_array_option_says_what_its_axes_are():

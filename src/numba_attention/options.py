@@ -221,11 +221,13 @@ def unknown(entry: Callable[..., Any], arguments: Mapping[str, Any]) -> TypeErro
     return TypeError(f"{entry.__qualname__}() got an unexpected keyword argument {name!r}{hint}")
 
 
-def takes_options(**defaults: Any) -> Callable[[Function], Function]:
+def takes_options(also: Any = None, **defaults: Any) -> Callable[[Function], Function]:
     """Let the signature of a function that ends with ``**options`` name every option, with its type and default.
 
     Parameters
     ----------
+    also : type, optional
+        A named tuple like `Options`, with the further arguments that several functions share. They come last.
     **defaults
         Defaults of this function that differ from those of `Options`.
     """
@@ -233,18 +235,25 @@ def takes_options(**defaults: Any) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        options = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=defaults.get(name, Options._field_defaults[name]),
-                annotation=annotation.__forward_arg__,
-            )
-            for name, annotation in OptionArguments.__annotations__.items()
-            if name not in signature.parameters
-        ]
+
+        def parameters(types: Mapping[str, Any], of: Any) -> list[inspect.Parameter]:
+            return [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=defaults.get(name, of._field_defaults[name]),
+                    annotation=annotation.__forward_arg__,
+                )
+                for name, annotation in types.items()
+                if name not in signature.parameters
+            ]
+
+        options = parameters(OptionArguments.__annotations__, Options)
+        shared = [] if also is None else parameters(also.__annotations__, also)
         first = next((n for n, p in enumerate(own) if p.kind is p.KEYWORD_ONLY), len(own))
-        function.__signature__ = signature.replace(parameters=[*own[:first], *options, *own[first:]])  # type: ignore[attr-defined]
+        function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*own[:first], *options, *own[first:], *shared]
+        )
         return function
 
     return decorate

@@ -1,20 +1,49 @@
-"""Checks of the arguments of calls with Dask arrays, before a graph is built."""
+"""Arguments of calls with Dask arrays: what all entry points share, and checks before a graph is built."""
 
-from typing import Any
+from __future__ import annotations  # short types in help()
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..backends.cpu_rules import limits_of
+from ..device.arrays import on_device
 from ..masks.blockmask import BlockMask
 from ..mods.compiled import check_bounds
 from ..mods.language import MASK, SCORE
 from ..mods.rules import describe, find
-from ..options import PER_SCORE, Options
+from ..options import PER_SCORE, OptionArguments, Options, gather
 from ..problem.dense import Problem
 from ..validation import as_array
 from .graph import is_dask
 
 FAN = 8  # parts that one task merges or adds: half as deep as a binary tree, and few parts wait at a time
+
+
+class Running(NamedTuple):
+    """How the tasks of a call run, as the caller passed it: their text stands in the docstring of `dense.attention`."""
+
+    backend: str | None = None
+    threads: int | None = None
+    split_every: int = FAN
+    stream: bool | None = None
+
+
+class Arguments(OptionArguments, total=False):
+    """The options and the fields of `Running` by name, for type checkers."""
+
+    backend: str | None
+    threads: int | None
+    split_every: int
+    stream: bool | None
+
+
+def gathered(entry: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[Options, Running]:
+    """Return the options that an entry point was called with, checked, and how its tasks are to run."""
+    running = {name: arguments[name] for name in Running._fields if name in arguments}
+    options = {name: x for name, x in arguments.items() if name not in running}
+    return checked(gather(entry, options)), Running(**running)
 
 
 def checked(options: Options) -> Options:
@@ -27,7 +56,7 @@ def checked(options: Options) -> Options:
             raise TypeError(f"{name} is needed in every task and must be a NumPy array; pass {name}.compute()")
     for name in PER_SCORE:
         x = getattr(options, name)
-        if x is not None and not is_dask(x) and not isinstance(x, BlockMask):
+        if x is not None and not is_dask(x) and not isinstance(x, BlockMask) and not on_device(x):
             converted: dict[str, Any] = {name: as_array(name, x)}
             options = options._replace(**converted)
     return options
@@ -43,11 +72,17 @@ def check_mods(problem: Problem) -> None:
 
 
 def headers(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Return arrays without memory for Dask arrays, and anything else as it is."""
+    """Return arrays without memory for Dask arrays and for arrays on a GPU, and anything else as it is."""
     for name, x in arrays.items():
         if is_dask(x) and any(np.isnan(n) for n in x.shape):
             raise ValueError(f"{name} has chunks of unknown size; call {name}.compute_chunk_sizes() first")
-    return {name: empty(x.shape, x.dtype) if is_dask(x) else x for name, x in arrays.items()}
+    return {name: empty(x.shape, x.dtype) if is_dask(x) or on_device(x) else x for name, x in arrays.items()}
+
+
+def headers_of_call(arrays: dict[str, Any], options: Options) -> tuple[dict[str, Any], Options]:
+    """Return headers of the arrays of a call, and options with headers of mask and bias."""
+    h = headers(arrays | {name: getattr(options, name) for name in PER_SCORE})
+    return {name: h[name] for name in arrays}, options._replace(**{name: h[name] for name in PER_SCORE})
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -9,7 +9,7 @@ from ..backends import check_name, select
 from ..options import Gradients, Options
 from ..validation import as_flag, lse_dtype_of
 from . import chunks, passes
-from .arguments import without_arrays
+from .arguments import Running, check_mods, without_arrays
 from .graph import Operands, on_chunks
 from .layout import Layout
 from .tasks import Run, mods_of
@@ -25,16 +25,18 @@ class How(NamedTuple):
     stream: bool  # whether tasks load blocks of keys themselves
 
 
-def how_of(backend: Any, threads: Any, split_every: Any, stream: Any, layout: Layout, arrays: Arrays) -> How:
-    """Check the arguments that only calls with Dask arrays have, and that the graph is not too large."""
-    fan = fan_of(split_every)
+def how_of(running: Running, layout: Layout, arrays: Arrays) -> How:
+    """Check how tasks are to run, that mods read inside their arrays, and that the graph is not too large."""
+    check_mods(layout.problem)
+    fan = fan_of(running.split_every)
     chunks.check_tasks(layout, fan)
-    run = Run(backend_of(backend, *arrays), threads_of(threads))
-    return How(run, fan, is_streamed(stream, layout, *arrays[1:]))
+    run = Run(backend_of(running.backend, *arrays), threads_of(running.threads))
+    return How(run, fan, is_streamed(running.stream, layout, *arrays[1:]))
 
 
-def forward(layout: Layout, arrays: Arrays, settings: Options, how: How) -> tuple[Any, Any]:
+def forward(layout: Layout, arrays: Arrays, settings: Options, running: Running) -> tuple[Any, Any]:
     """Return out, of shape (..., H, L, Ev), and lse."""
+    how = how_of(running, layout, arrays)
     p = layout.problem
     operands = Operands(layout, *arrays, settings, mods_of(settings), how.stream)
     token = tokenize("attention", _identity(operands, settings, how))
@@ -44,10 +46,11 @@ def forward(layout: Layout, arrays: Arrays, settings: Options, how: How) -> tupl
 
 
 def backward(
-    layout: Layout, arrays: Arrays, of_rows: dict[str, Any], settings: Options, how: How,
+    layout: Layout, arrays: Arrays, of_rows: dict[str, Any], settings: Options, running: Running,
     mod_grads: tuple[int, ...] | None,
 ) -> Gradients:  # fmt: skip
     """Return the gradients; `of_rows` are the arrays grad_out, out, lse and grad_lse (or None)."""
+    how = how_of(running, layout, arrays)
     p = layout.problem
     operands = Operands(layout, *arrays, settings, mods_of(settings), how.stream)
     results = passes.Results(layout, p.Ev, p.result.ndim == 2)

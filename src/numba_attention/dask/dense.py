@@ -6,26 +6,22 @@ from typing import Any, Literal, Unpack
 
 from numpy.typing import ArrayLike
 
-from ..options import Gradients, OptionArguments, gather, takes_options
+from ..options import Gradients, takes_options
 from ..problem.dense import build, build_backward
 from ..validation import as_flag
-from .arguments import FAN, check_mods, checked, empty, headers
-from .calls import backward, forward, how_of
+from .arguments import Arguments, Running, empty, gathered, headers_of_call
+from .calls import backward, forward
 from .graph import layout_of
 
 
-@takes_options()
+@takes_options(Running)
 def attention(
     query: Any,
     key: Any,
     value: Any,
     *,
     return_lse: bool = False,
-    backend: str | None = None,
-    threads: int | None = None,
-    split_every: int = FAN,
-    stream: bool | None = None,
-    **options: Unpack[OptionArguments],
+    **options: Unpack[Arguments],
 ) -> Any:
     """`numba_attention.attention` over Dask arrays, lazily: each visible pair of blocks is one task.
 
@@ -51,7 +47,7 @@ def attention(
         worker, else 1, because workers run as many tasks at a time as they have threads. Under the synchronous
         scheduler, by default, as many as Numba has.
     split_every : int, default 8
-        How many results over different keys one task merges.
+        How many results over different keys one task merges, and how many sums one task of the backward pass adds.
     stream : bool, optional
         Whether tasks load their blocks of keys and values themselves, once for each block of rows, and do not share
         them. By default True if `key` and `value` are larger than a quarter of the memory of a worker.
@@ -96,18 +92,15 @@ def attention(
     >>> bool(np.allclose(out.compute(), same))
     True
     """
-    settings = checked(gather(attention, options))
-    h = headers({"query": query, "key": key, "value": value, "mask": settings.mask, "bias": settings.bias})
-    of_headers = settings._replace(mask=h["mask"], bias=h["bias"])
-    problem = build(h["query"], h["key"], h["value"], of_headers, None, True, empty)
-    check_mods(problem)
+    settings, running = gathered(attention, options)
+    h, of_headers = headers_of_call({"query": query, "key": key, "value": value}, settings)
+    problem = build(**h, options=of_headers, out=None, return_lse=True, empty=empty)
     layout = layout_of(problem, query, key, value, settings)
-    how = how_of(backend, threads, split_every, stream, layout, (query, key, value))
-    out, lse = forward(layout, (query, key, value), settings, how)
+    out, lse = forward(layout, (query, key, value), settings, running)
     return (out, lse) if as_flag("return_lse", return_lse) else out
 
 
-@takes_options()
+@takes_options(Running)
 def attention_backward(
     grad_out: Any,
     query: Any,
@@ -118,11 +111,7 @@ def attention_backward(
     *,
     grad_lse: Any = None,
     mod_grads: ArrayLike | Literal["all"] | None = None,
-    backend: str | None = None,
-    threads: int | None = None,
-    split_every: int = FAN,
-    stream: bool | None = None,
-    **options: Unpack[OptionArguments],
+    **options: Unpack[Arguments],
 ) -> Gradients:
     """`numba_attention.attention_backward` over Dask arrays, lazily: each visible pair of blocks is one task.
 
@@ -138,10 +127,8 @@ def attention_backward(
         Gradient of the loss with respect to `lse`.
     mod_grads : "all" or int or sequence of int, optional
         Which arrays in `mod_args` get a gradient, as in `numba_attention.attention_backward`.
-    **options, backend, threads, stream
+    **options, backend, threads, split_every, stream
         As in `attention`.
-    split_every : int, default 8
-        How many sums one task adds, where a gradient is the sum of several.
 
     Returns
     -------
@@ -179,21 +166,13 @@ def attention_backward(
     >>> key.shape
     (2, 100, 16)
     """
-    settings = checked(gather(attention_backward, options))
-    h = headers(
-        {"query": query, "key": key, "value": value, "mask": settings.mask, "bias": settings.bias}
-        | {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
-    )
-    of_headers = settings._replace(mask=h["mask"], bias=h["bias"])
-    whole = build_backward(
-        h["grad_out"], h["query"], h["key"], h["value"], h["out"], h["lse"], h["grad_lse"], mod_grads, of_headers, empty
-    )  # fmt: skip
-    problem = whole.forward
-    check_mods(problem)
-    layout = layout_of(problem, query, key, value, settings)
-    how = how_of(backend, threads, split_every, stream, layout, (query, key, value))
+    settings, running = gathered(attention_backward, options)
+    arrays = {"grad_out": grad_out, "query": query, "key": key, "value": value}
+    h, of_headers = headers_of_call(arrays | {"out": out, "lse": lse, "grad_lse": grad_lse}, settings)
+    whole = build_backward(**h, mod_grads=mod_grads, options=of_headers, empty=empty)
+    layout = layout_of(whole.forward, query, key, value, settings)
     of_rows = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
-    return backward(layout, (query, key, value), of_rows, settings, how, whole.mod_grads)
+    return backward(layout, (query, key, value), of_rows, settings, running, whole.mod_grads)
 
 
 __all__ = ["attention", "attention_backward"]

@@ -8,16 +8,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..masks.blockmask import BlockMask
-from ..options import Gradients, OptionArguments, Options, gather, takes_options
+from ..options import Gradients, Options, takes_options
 from ..problem.packed import build, build_backward
 from ..validation import as_flag
-from .arguments import FAN, check_mods, checked, empty, headers
-from .calls import backward, forward, how_of
+from .arguments import Arguments, Running, empty, gathered, headers_of_call
+from .calls import backward, forward
 from .graph import is_dask, packed_layout_of
 from .passes import OPERANDS
 
 
-@takes_options()
+@takes_options(Running)
 def attention_varlen(
     query: Any,
     key: Any,
@@ -26,11 +26,7 @@ def attention_varlen(
     cu_seqlens_k: ArrayLike,
     *,
     return_lse: bool = False,
-    backend: str | None = None,
-    threads: int | None = None,
-    split_every: int = FAN,
-    stream: bool | None = None,
-    **options: Unpack[OptionArguments],
+    **options: Unpack[Arguments],
 ) -> Any:
     """`numba_attention.attention_varlen` over Dask arrays, lazily: chunks of tokens may cut sequences anywhere.
 
@@ -77,20 +73,20 @@ def attention_varlen(
     >>> bool(np.allclose(out[70:].compute().swapaxes(0, 1), same))
     True
     """
-    settings = _four_axes(checked(gather(attention_varlen, options)))
+    settings, running = gathered(attention_varlen, options)
+    settings = _four_axes(settings)
     _check_offsets(cu_seqlens_q, cu_seqlens_k)
-    h = headers({"query": query, "key": key, "value": value, "mask": settings.mask, "bias": settings.bias})
-    of_headers = settings._replace(mask=h["mask"], bias=h["bias"])
-    problem = build(h["query"], h["key"], h["value"], cu_seqlens_q, cu_seqlens_k, of_headers, None, True, empty)
-    check_mods(problem)
+    h, of_headers = headers_of_call({"query": query, "key": key, "value": value}, settings)
+    offsets = {"cu_q": cu_seqlens_q, "cu_k": cu_seqlens_k}
+    problem = build(**h, **offsets, options=of_headers, out=None, return_lse=True, empty=empty)
     arrays = heads_first(query), heads_first(key), heads_first(value)
     layout = packed_layout_of(problem, *arrays, settings)
-    out, lse = forward(layout, arrays, settings, how_of(backend, threads, split_every, stream, layout, arrays))
+    out, lse = forward(layout, arrays, settings, running)
     out = heads_first(out)
     return (out, lse) if as_flag("return_lse", return_lse) else out
 
 
-@takes_options()
+@takes_options(Running)
 def attention_varlen_backward(
     grad_out: Any,
     query: Any,
@@ -103,11 +99,7 @@ def attention_varlen_backward(
     *,
     grad_lse: Any = None,
     mod_grads: ArrayLike | Literal["all"] | None = None,
-    backend: str | None = None,
-    threads: int | None = None,
-    split_every: int = FAN,
-    stream: bool | None = None,
-    **options: Unpack[OptionArguments],
+    **options: Unpack[Arguments],
 ) -> Gradients:
     """`numba_attention.attention_varlen_backward` over Dask arrays, lazily.
 
@@ -150,23 +142,17 @@ def attention_varlen_backward(
     >>> grads.key.shape, grads.key.chunks[0]
     ((120, 2, 16), (50, 50, 20))
     """
-    settings = _four_axes(checked(gather(attention_varlen_backward, options)))
+    settings, running = gathered(attention_varlen_backward, options)
+    settings = _four_axes(settings)
     _check_offsets(cu_seqlens_q, cu_seqlens_k)
-    h = headers(
-        {"query": query, "key": key, "value": value, "mask": settings.mask, "bias": settings.bias}
-        | {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
-    )
-    of_headers = settings._replace(mask=h["mask"], bias=h["bias"])
-    whole = build_backward(
-        h["grad_out"], h["query"], h["key"], h["value"], h["out"], h["lse"], h["grad_lse"], cu_seqlens_q, cu_seqlens_k,
-        mod_grads, of_headers, empty,
-    )  # fmt: skip
-    check_mods(whole.forward)
+    inputs = {"grad_out": grad_out, "query": query, "key": key, "value": value}
+    h, of_headers = headers_of_call(inputs | {"out": out, "lse": lse, "grad_lse": grad_lse}, settings)
+    offsets = {"cu_q": cu_seqlens_q, "cu_k": cu_seqlens_k}
+    whole = build_backward(**h, **offsets, mod_grads=mod_grads, options=of_headers, empty=empty)
     arrays = heads_first(query), heads_first(key), heads_first(value)
     layout = packed_layout_of(whole.forward, *arrays, settings)
-    how = how_of(backend, threads, split_every, stream, layout, arrays)
     of_rows = {"grad_out": heads_first(grad_out), "out": heads_first(out), "lse": lse, "grad_lse": grad_lse}
-    grads = backward(layout, arrays, of_rows, settings, how, whole.mod_grads)
+    grads = backward(layout, arrays, of_rows, settings, running, whole.mod_grads)
     of_arrays: dict[str, Any] = {name: heads_first(x) for name in OPERANDS if (x := grads.of(name)) is not None}
     if grads.bias is not None:
         of_bias: Any = options["bias"]
