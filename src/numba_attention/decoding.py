@@ -168,7 +168,7 @@ def _over_gap(
 ) -> Array | tuple[Array, Array]:
     """Attend to what a rolling cache keeps: in one call, or in one for the first keys and one for the newest."""
     parts = over_gap(query, contents, settings)
-    if select(backend, query).on_device:
+    if contents.originals is None and select(backend, query).on_device:
         parts = [(contents.gathered(), options) for contents, options in parts]
     if len(parts) == 1:
         return _attend(query, *parts[0], return_lse, out, backend)
@@ -205,7 +205,7 @@ def _decode_on_device(
     chosen: Backend, query: Array, key: Array, value: Array, key_scale: Array | None, value_scale: Array | None,
     contents: Contents, options: Options, return_lse: bool, out: Array | None = None, empty: Empty = np.empty,
 ) -> Array | tuple[Array, Array]:  # fmt: skip
-    contents_on_device = contents._replace(key=key, value=value, key_scale=key_scale, value_scale=value_scale)
+    contents_on_device = contents.of((key, value, key_scale, value_scale))
     S = int(contents.lengths.max(initial=0))
     for name in ("mask", "bias"):
         array = getattr(options, name)

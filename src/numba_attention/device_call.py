@@ -13,75 +13,20 @@ from .cuda import tile_shapes
 from .device import arrays, replay, runtime
 from .device.driver import identity
 from .device.headers import address_of, held
+from .device.operands import Operands
+from .errors import kind_of
 from .masks.blockmask import BlockMask
 from .options import NO_OPTIONS, PER_SCORE, Array, Options
-from .validation import as_array, as_bools, as_floats, check_out, kind_of
+from .validation import as_array, as_bools, as_floats, check_out
 
 Result = TypeVar("Result")
 
 
-class Call:
+class Call(Operands):
     """One call on a GPU: its device and stream, and the conversion of its arguments and results.
 
-    Parameters
-    ----------
-    operands : dict of str to array
-        The arrays that determine the device, by the name of the argument. The first one determines the kind of results.
+    The first operand determines the kind of results.
     """
-
-    def __init__(self, operands: dict[str, Any]) -> None:
-        families = {name: arrays.family_of(x) for name, x in operands.items()}
-        self._families = {id(operands[name]): family for name, family in families.items()}
-        self._places: dict[str, int] = {}  # the number of the GPU of each argument
-        stream = None
-        self._leader = ""  # the library whose stream the call uses
-        for name, family in families.items():
-            if family is not arrays.HOST:
-                self._place(name, family, operands[name])
-                if stream is None:
-                    self._leader = family.name
-                    stream = family.stream(operands[name], self._places[name]) or runtime.DEFAULT_STREAM
-        self.device = next(iter(self._places.values())) if self._places else runtime.driver.current()
-        self.stream = stream or runtime.DEFAULT_STREAM
-        self.family = next(iter(families.values()), arrays.HOST)
-        self._others: set[int] = set()  # other streams, of inputs
-        self._waits = False
-        # Headers by identity of their arrays: in self-attention, query, key and value are one array.
-        self._headers: dict[int, tuple[Any, Array]] = {}
-
-    def _place(self, name: str, family: arrays.Family, x: Any) -> None:
-        self._places[name] = family.ordinal(x)
-        if len(set(self._places.values())) > 1:
-            said = ", ".join(f"{name} is on GPU {ordinal}" for name, ordinal in self._places.items())
-            raise ValueError(f"{' and '.join(self._places)} must be on one GPU: {said}")
-
-    def device_array(self, name: str, x: Any) -> Array:
-        """Make the header of an array. An array on the host is copied to the device."""
-        entry = self._headers.get(id(x))
-        if entry is None:
-            entry = self._headers[id(x)] = x, self._device_array(name, x)
-        return entry[1]
-
-    def _device_array(self, name: str, x: Any) -> Array:
-        family = self._families.get(id(x)) or arrays.family_of(x)
-        if family is arrays.HOST:
-            if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
-                raise TypeError(f"{name} must be a numpy.ndarray or an array on a GPU, got {kind_of(x)}")
-            if x.dtype.hasobject or x.dtype.names:
-                return x  # the checks of dtypes refuse it, with a message of their own
-            return runtime.upload(np.asarray(x), self.stream)
-        if name not in self._places:
-            self._place(name, family, x)
-        same = family.one_stream and family.name == self._leader
-        stream = self.stream if same else family.stream(x, self.device)
-        if stream is not None and stream != self.stream and stream not in self._others:
-            runtime.driver.wait(self.stream, stream)
-            self._others.add(stream)
-        self._waits |= family.name == "jax"
-        try:
-            return family.take(x, self.stream)
-        except (TypeError, BufferError) as error:
-            raise TypeError(f"{name}: {error}") from error
 
     def options(self, settings: Options) -> Options:
         """Move mask and bias to the device, and all other options to the host."""
@@ -138,13 +83,6 @@ class Call:
             parts = [self.give(x) for x in result]
             return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
         return result
-
-    def finish(self) -> None:
-        """Let the streams of inputs wait for the work: inputs may be changed or freed as soon as this returns."""
-        for stream in self._others:
-            runtime.driver.wait(stream, self.stream)
-        if self._waits:  # a library that cannot wait for a stream
-            runtime.driver.synchronize(self.stream)
 
 
 def _of_host(inputs: dict[str, Any]) -> dict[str, Array]:

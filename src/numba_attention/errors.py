@@ -1,4 +1,6 @@
-"""Exceptions that callers may want to catch by name."""
+"""Exceptions that callers may want to catch by name, and how their messages name a type."""
+
+from typing import Any
 
 
 class BackendUnavailableError(RuntimeError):
@@ -11,3 +13,8 @@ class CacheFullError(ValueError):
 
 class NumbaAttentionWarning(UserWarning):
     """Something works, but not as well as it could (for example, there is no folder for the kernel cache)."""
+
+
+def kind_of(x: Any) -> str:
+    """Return the full name of the type of x."""
+    return f"{type(x).__module__}.{type(x).__qualname__}"

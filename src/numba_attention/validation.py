@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .device.arrays import on_device
+from .errors import kind_of
 from .foreign import how_to_convert
 from .narrowing import largest_computed
 from .options import Array, Options
@@ -82,10 +83,6 @@ def advice_for(name: str, dtype: np.dtype[Any]) -> str:
     if dtype.kind in "iubf":
         return f"convert it with {name}.astype(numpy.float32)"
     return "convert it to floating point"
-
-
-def kind_of(x: Any) -> str:
-    return f"{type(x).__module__}.{type(x).__qualname__}"
 
 
 def lse_dtype_of(q: Array) -> type[np.floating[Any]]:

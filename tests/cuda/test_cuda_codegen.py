@@ -60,13 +60,23 @@ def device(arch):
 
 
 @pytest.fixture(scope="module")
-def instructions(tmp_path_factory):
-    """A function that counts the instructions of machine code by name."""
+def disassembled(tmp_path_factory):
+    """A function that returns the instructions of machine code as text."""
     program, path = disassembler(), tmp_path_factory.mktemp("code") / "kernel.cubin"
 
-    def count(code):
+    def disassemble(code):
         path.write_bytes(code)
-        text = subprocess.run([program, "-c", path], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([program, "-c", path], capture_output=True, text=True, check=True).stdout
+
+    return disassemble
+
+
+@pytest.fixture(scope="module")
+def instructions(disassembled):
+    """A function that counts the instructions of machine code by name."""
+
+    def count(code):
+        text = disassembled(code)
         return Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", text, re.MULTILINE))
 
     return count
@@ -290,6 +300,23 @@ def test_sums(of, to):
         kernels.compile_(Spec("reduce", of, 32, 32, to=to, arch="sm_90a")),
         Spec("reduce", of, 32, 32, arch="sm_90a"),
     )
+
+
+@pytest.mark.parametrize(("of", "to"), [("float32", "int8"), ("float64", "float8_e4m3fn"), ("float64", "float16"),
+                                        ("float16", "bfloat16"), ("int8", "int8")])  # fmt: skip
+def test_append(of, to):
+    for arch in ARCHS if THOROUGH else ARCHS[:1]:
+        c = Spec("append", of, 32, 32, aligned=False, to=to, arch=arch)
+        check(kernels.compile_(c), c)
+
+
+def test_append_copies_sixteen_bytes_at_a_time(disassembled):
+    c = Spec("append", "float32", 32, 32, to="float32", arch="sm_90a")
+    compiled = kernels.compile_(c)
+    check(compiled, c)
+    loads, stores = (re.findall(rf"{name}\S*", disassembled(compiled.code)) for name in ("LDG", "STG"))
+    assert all(".128" in each for each in loads + stores)
+    assert len(loads) == len(stores) + 1, "an entry of the list too"
 
 
 def test_a_kernel_compiles_to_the_same_code():

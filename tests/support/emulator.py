@@ -109,11 +109,12 @@ class Value:
 
 
 def round_half(dtype, x):
-    """The 16 bits of float32 numbers, to the nearest, ties to even."""
-    x = np.ascontiguousarray(x, np.float32)
+    """The 16 bits of float32 numbers (f16: of float64 too), to the nearest, ties to even."""
+    x = np.ascontiguousarray(x)
     if dtype == "f16":
         with np.errstate(over="ignore"):
             return x.astype(np.float16).view(np.uint16).astype(np.uint32)
+    assert x.dtype == np.float32
     bits = x.view(np.uint32)
     return np.where(np.isnan(x), np.uint32(0x7FC0), (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16)
 
@@ -290,8 +291,8 @@ class Emit(WarpgroupEmit):
         return [Value(kind, numbers[:, n].copy()) for n in range(count)]
 
     def _bytes(self, kind, values):
-        dtype = np.uint16 if kind == "h" else DTYPES[kind]
-        assert all(x.kind == ("i" if kind == "h" else kind) for x in values)
+        dtype = {"h": np.uint16, "b": np.uint8}.get(kind) or DTYPES[kind]
+        assert all(x.kind == ("i" if kind in "hb" else kind) for x in values)
         return np.stack([self._all(x).astype(dtype) for x in values], 1).view(np.uint8)
 
     # What a warp does together.

@@ -34,8 +34,9 @@ def warmup_jobs() -> list[tuple[str, Callable[[], object]]]:
 
 
 def common_kernels(device: Device) -> list[Spec]:
-    """Return the kernels of a GPU that most calls use: plain and masked ones, decoding, gradients."""
-    specs: dict[str, Spec] = {}
+    """Return the kernels of a GPU that most calls use: plain and masked ones, decoding, caches, gradients."""
+    copies = Spec("append", "float32", 32, 32, to="float32", arch=device.arch)  # to a cache of any dtype
+    specs: dict[str, Spec] = {copies.name: copies}
     for storage in ("bfloat16", "float16", "float32"):
         for E in (64, 128):
             for hides in (False, True):

@@ -11,9 +11,9 @@ from ..device.arrays import on_device, take
 from ..errors import BackendUnavailableError
 from ..options import Array
 from ..validation import FAR, as_array, as_ndarray, is_bfloat16
+from .device_storage import DeviceStorage
 from .storage import SCALED, Arrays, Storage, ml_dtype, storage_format
 
-ON_GPU = "arrays on a GPU"
 _NATIVE = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16))
 
 
@@ -134,8 +134,9 @@ def check_held(
     if kind != dtype:
         for name, x in zip(names, arrays[:2], strict=True):
             check_features(name, x)
-    reason = ON_GPU if originals is not None else why_read_only(*(x for x in arrays if x is not None))
-    return Held(arrays, dtype, storage_format(kind.name, dtype), reason, originals)
+    reason = why_read_only(*(x for x in arrays if x is not None))
+    form = storage_format(kind.name, dtype)
+    return Held(arrays, dtype, form if originals is None else DeviceStorage.of(form), reason, originals)
 
 
 def _check_pair(key: Any, value: Any, names: tuple[str, str], middle: str) -> np.dtype[Any]:
@@ -212,17 +213,7 @@ def _taken(named: dict[str, Any]) -> tuple[Any, tuple[Any, Any, Any, Any] | None
     return tuple(headers.get(name) for name in named), arrays
 
 
-def check_on_host(reason: str | None) -> None:
-    """Refuse what only caches on the host can do."""
-    if reason is ON_GPU:
-        raise ValueError(
-            f"this cache was made from {reason}, which it only reads: write new tokens to the arrays themselves, and "
-            "make the cache again with from_arrays"
-        )
-
-
 def check_writeable(reason: str | None) -> None:
     """Refuse to write to arrays that cannot be written to."""
-    check_on_host(reason)
     if reason is not None:
         raise ValueError(f"this cache was made from {reason} and cannot be written to; pass copies to from_arrays")

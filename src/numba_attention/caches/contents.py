@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..device.arrays import to_host
 from ..options import Array
-from .storage import decode
+from .storage import Arrays, decode, token_pages
 
 _MOST = 2**16  # bytes of a page table up to which comparing it takes less time than planning a call
 
@@ -37,6 +38,7 @@ class Contents(NamedTuple):
     dtype: np.dtype[Any]  # that of queries and results
     originals: tuple[Any, Any, Any, Any] | None = None  # the four arrays as the caller passed them, if on a GPU
     gap: Gap | None = None  # of a rolling cache that has dropped tokens; there `lengths` counts the kept ones
+    by_tokens: bool = False  # whether the arrays are `token_pages` of those of the cache, and pages have one token
 
     def look(self) -> tuple[Any, ...] | None:
         """Return what determines a call, besides the arrays of keys and values; None if it is too large to compare."""
@@ -44,7 +46,7 @@ class Contents(NamedTuple):
             return self.storage, self.lengths.tobytes()
         if self.table.nbytes > _MOST:
             return None
-        return self.storage, self.lengths.tobytes(), self.table.shape, self.table.tobytes()
+        return self.storage, self.lengths.tobytes(), self.by_tokens, self.table.shape, self.table.tobytes()
 
     def gathered(self) -> "Contents":
         """Return a copy of what a rolling cache keeps, in one array, in order of position."""
@@ -54,10 +56,26 @@ class Contents(NamedTuple):
             name: None if x is None else x[table, :, 0].swapaxes(1, 2).copy()
             for name, x in zip(self._fields[:4], self[:4], strict=True)
         }
-        return self._replace(**copies, table=None)
+        return self._replace(**copies, table=None, by_tokens=False)
+
+    def on_host(self) -> "Contents":
+        """Return the contents with copies of arrays on a GPU."""
+        if self.originals is None:
+            return self
+        key, value, key_scale, value_scale = map(to_host, self.originals)
+        return self.of((key, value, key_scale, value_scale))._replace(originals=None)
+
+    def of(self, arrays: Arrays) -> "Contents":
+        """Return the same contents of other arrays: copies of those of the cache, or headers of them."""
+        if self.by_tokens and self.originals is not None:
+            arrays = token_pages(arrays)
+        key, value, key_scale, value_scale = arrays
+        return self._replace(key=key, value=value, key_scale=key_scale, value_scale=value_scale)
 
     def dense(self) -> tuple[Array, Array]:
         """Return key and value as float64 (n, Hkv, max(lengths), E), zero past each length."""
+        if self.originals is not None:
+            return self.on_host().dense()
         return self._dense(self.key, self.key_scale), self._dense(self.value, self.value_scale)
 
     def _dense(self, codes: Array, scale: Array | None) -> Array:

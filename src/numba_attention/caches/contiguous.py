@@ -16,13 +16,13 @@ from .checks import (
     check_ints,
     check_lengths,
     check_new,
-    check_on_host,
     check_size,
     check_writeable,
 )
 from .contents import Contents
-from .rolling import check_truncated, check_window, kept, token_pages
-from .storage import Arrays, Storage, blocks, each_token, megabytes, storage_format
+from .device_storage import Originals
+from .rolling import check_truncated, check_window, kept
+from .storage import Arrays, Storage, each_token, megabytes, storage_format, token_pages
 
 SHOWN = 16  # sequences in the picture of a cache
 
@@ -135,9 +135,7 @@ class KVCache:
         Ev = E if value_dim is None else check_size("value_dim", value_dim)
         kind = check_dtype(dtype)
         form = storage_format(storage, kind)
-        span, first = check_window(window, keep_first)
-        if span is not None and shape[2] < span + first:
-            raise ValueError(f"capacity must be at least window + keep_first, {span + first}, got {shape[2]}")
+        span, first = check_window(window, keep_first, shape[2])
         key, key_scale = form.allocate((*shape, E))
         value, value_scale = form.allocate((*shape, Ev))
         self._hold(
@@ -177,6 +175,8 @@ class KVCache:
         key_scale: Array | None = None,
         value_scale: Array | None = None,
         dtype: DTypeLike | None = None,
+        window: int | None = None,
+        keep_first: int = 0,
     ) -> Self:
         """Make a cache of existing arrays, without a copy.
 
@@ -186,8 +186,8 @@ class KVCache:
         ----------
         key : ndarray, shape (batch, Hkv, capacity, E)
             float32, float64, float16 or ``ml_dtypes.bfloat16`` with any strides, or 8-bit codes with scales. If it is
-            read-only, or shares memory with `value`, nothing can be appended. An array on a GPU stays there, and
-            `attention_decode` reads it there; the cache cannot append to it.
+            read-only, or shares memory with `value`, nothing can be appended. An array on a GPU stays there:
+            `attention_decode` reads it there, and kernels append to it.
         value : ndarray, shape (batch, Hkv, capacity, Ev)
             In the dtype of `key`.
         lengths : int or array of int, shape (batch,), optional
@@ -198,6 +198,9 @@ class KVCache:
         dtype : dtype, optional
             The dtype of queries and results, if `key` and `value` have fewer bits: float16 or bfloat16, with contiguous
             features, or 8 bits with scales. By default it is their own, or float32 if there are scales.
+        window : int, optional
+        keep_first : int, default 0
+            Let the cache roll, as in `KVCache`; no token has dropped out yet.
 
         Returns
         -------
@@ -226,9 +229,10 @@ class KVCache:
         if lengths is None:
             lengths = capacity
         held = check_lengths("lengths", to_host(lengths), n, capacity, "the capacity")
+        span, first = check_window(window, keep_first, capacity)
         self = cls.__new__(cls)
         contents = Contents(*checked.arrays, None, held, checked.form.name, checked.dtype, checked.originals)
-        self._hold(contents, checked.form, checked.read_only)
+        self._hold(contents, checked.form, checked.read_only, span, first)
         return self
 
     def append(self, key: Array, value: Array, lengths: ArrayLike | None = None) -> None:
@@ -237,7 +241,8 @@ class KVCache:
         Parameters
         ----------
         key : ndarray, shape (batch, Hkv, T, E)
-            In the dtype of the cache, any strides. It is copied.
+            In the dtype of the cache, any strides. It is copied. Of a cache on a GPU it is on the same one, or on the
+            host; it is copied in the order of its stream.
         value : ndarray, shape (batch, Hkv, T, Ev)
             In the dtype of the cache.
         lengths : int or array of int, shape (batch,), optional
@@ -252,6 +257,9 @@ class KVCache:
             cannot be written to. The cache is as it was.
         """
         stored = self._stored
+        if stored.originals is not None:
+            self._append_on_gpu(stored.originals, key, value, lengths)
+            return
         T = key.shape[2] if type(key) is np.ndarray and key.ndim == 4 else -1
         if (  # appending a token takes a few microseconds, so arguments that are right are not checked one by one
             T < 0
@@ -261,10 +269,7 @@ class KVCache:
             or key.shape != (self.batch, self.num_kv_heads, T, self.head_dim)
             or value.shape != (self.batch, self.num_kv_heads, T, self.value_dim)
         ):
-            check_on_host(self._read_only)
-            key = check_new("key", key, (self.batch, self.num_kv_heads, -1, self.head_dim), self.dtype)
-            T = key.shape[2]
-            value = check_new("value", value, (self.batch, self.num_kv_heads, T, self.value_dim), self.dtype)
+            key, value, T = self._checked(key, value)
         if self._read_only is not None:
             check_writeable(self._read_only)
         length = self._common
@@ -288,18 +293,31 @@ class KVCache:
             stored.key[:, :, start] = key[:, :, 0]
             stored.value[:, :, start] = value[:, :, 0]
         else:
-            for part in blocks(T, self.batch * self.num_kv_heads * self.head_dim):
-                where = (slice(None), slice(None), slice(start + part.start, start + part.stop))
-                form.write(stored.key, stored.key_scale, where, key[:, :, part])
-                form.write(stored.value, stored.value_scale, where, value[:, :, part])
+            form.extend(stored[:4], key, value, start)
         self._common = None  # until it is true again: a signal handler may end this call between any two lines
         self._lengths.fill(length + T)
         self._common = length + T
+
+    def _append_on_gpu(self, originals: Originals, key: Any, value: Any, lengths: Any) -> None:
+        with self._form.using(originals, key=key, value=value) as (key, value):
+            key, value, T = self._checked(key, value)
+            check_writeable(self._read_only)
+            self._append_ragged(key, value, T, T if lengths is None else to_host(lengths))
+
+    def _checked(self, key: Any, value: Any) -> tuple[Array, Array, int]:
+        """Check keys and values to be appended; return them and how many tokens they have."""
+        key = check_new("key", key, (self.batch, self.num_kv_heads, -1, self.head_dim), self.dtype)
+        T = key.shape[2]
+        return key, check_new("value", value, (self.batch, self.num_kv_heads, T, self.value_dim), self.dtype), T
 
     def _append_ragged(self, key: Array, value: Array, T: int, lengths: ArrayLike) -> None:
         stored, old = self._stored, self._lengths
         added = check_lengths("lengths", lengths, self.batch, T, "the number of tokens given")
         over = np.flatnonzero(old + added > self.capacity)
+        if self._form.on_device and self._common is not None and not over.size and (added == T).all():
+            self._form.extend(stored[:4], key, value, self._common)
+            self._change_lengths(old + added)
+            return
         if over.size and self.window is None:
             raise CacheFullError(self._full(int(over[0]), int(added[over[0]])))
         sequence, token = each_token(added)
@@ -326,13 +344,16 @@ class KVCache:
         """Return a function that undoes the next `append` of at most so many tokens."""
         lengths, oldest = self._lengths.copy(), self._oldest.copy()
         rows = np.arange(self.batch)[:, None]
-        places = self._slot(lengths[:, None] + np.arange(added)) if self.window is not None else None
-        old = [] if places is None else [None if x is None else x[rows, :, places] for x in self._stored[:4]]
+        put_back = None
+        if self.window is not None:
+            places = self._slot(lengths[:, None] + np.arange(added))
+            with self._form.using(self._stored.originals):
+                put_back = self._form.saved(self._stored[:4], rows, places)
 
         def undo() -> None:
-            for x, numbers in zip(self._stored[:4], old, strict=False):
-                if x is not None:
-                    x[rows, :, places] = numbers
+            if put_back is not None:
+                with self._form.using(self._stored.originals):
+                    put_back()
             self._oldest[:] = oldest
             self._change_lengths(lengths)
 
@@ -387,10 +408,8 @@ class KVCache:
         check_writeable(self._read_only)
         moved = np.flatnonzero(source != np.arange(self.batch))
         longest = min(int(self._lengths[source[moved]].max(initial=0)), self.capacity)
-        for x in self._stored[:4]:
-            if x is not None:
-                for part in blocks(longest, x[moved, :, :1].size):
-                    x[moved, :, part] = x[source[moved], :, part]
+        with self._form.using(self._stored.originals):
+            self._form.move(self._stored[:4], source[moved], moved, longest)
         self._oldest[:] = self._oldest[source]
         self._change_lengths(self._lengths[source])
 
@@ -469,6 +488,7 @@ class KVCache:
         if self.window is None:
             return self._stored
         stored, lengths = self._stored, self._lengths.copy()
+        originals = stored.originals
         counts, gap = kept(lengths, self._oldest, self.window, self.keep_first)
         if not gap.dropped.any():
             return stored
@@ -482,7 +502,7 @@ class KVCache:
         for i, start in enumerate((gap.dropped % ring).tolist()):
             table[i, first:] = twice[start : start + longest]
         table += np.arange(self.batch)[:, None] * (self.num_kv_heads * self.capacity)
-        return Contents(*self._tokens, table, counts, stored.storage, stored.dtype, None, gap)
+        return Contents(*self._tokens, table, counts, stored.storage, stored.dtype, originals, gap, by_tokens=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_tokens": None}  # views of the arrays, which a copy must make of its own

@@ -18,14 +18,13 @@ from .checks import (
     check_ints,
     check_lengths,
     check_new,
-    check_on_host,
     check_size,
     check_writeable,
 )
 from .contents import Contents, Gap
 from .pages import PageTable
-from .rolling import check_truncated, check_window, kept, token_pages
-from .storage import Arrays, Storage, each_token, megabytes, storage_format
+from .rolling import check_truncated, check_window, kept
+from .storage import Arrays, Storage, each_token, megabytes, storage_format, token_pages
 
 SHOWN = 1024  # pages in the picture of a cache
 
@@ -165,6 +164,8 @@ class PagedKVCache:
         key_scale: Array | None = None,
         value_scale: Array | None = None,
         dtype: DTypeLike | None = None,
+        window: int | None = None,
+        keep_first: int = 0,
     ) -> Self:
         """Make a cache of existing pages, without a copy.
 
@@ -174,8 +175,8 @@ class PagedKVCache:
         ----------
         key_pages : ndarray, shape (num_pages, Hkv, page_size, E)
             float32, float64, float16, ``ml_dtypes.bfloat16``, or 8-bit codes with scales; features contiguous. If it
-            is read-only, or shares memory with `value_pages`, nothing can be appended. Arrays on a GPU stay there, and
-            `attention_decode` reads them there; the cache can neither append to them nor fork.
+            is read-only, or shares memory with `value_pages`, nothing can be appended. Arrays on a GPU stay there:
+            `attention_decode` reads them there, and kernels append to them.
         value_pages : ndarray, shape (num_pages, Hkv, page_size, Ev)
             In the dtype of `key_pages`, features contiguous.
         block_table : array of int, shape (n, blocks)
@@ -188,6 +189,9 @@ class PagedKVCache:
         dtype : dtype, optional
             The dtype of queries and results, if the pages have fewer bits. By default it is their own, or float32 if
             there are scales.
+        window : int, optional
+        keep_first : int, default 0
+            Let sequences roll, as in `PagedKVCache`; no token has dropped out yet.
 
         Returns
         -------
@@ -225,8 +229,9 @@ class PagedKVCache:
         if wrong.any():
             i, j = np.argwhere(wrong)[0]
             raise ValueError(f"block_table must name pages from 0 to {num_pages - 1}, got {table[i, j]} at [{i}, {j}]")
+        span, first = check_window(window, keep_first)
         self = cls.__new__(cls)
-        self._hold(*checked)
+        self._hold(*checked, span, first)
         self._pages.adopt(held, np.where(used, table, -1))
         return self
 
@@ -259,7 +264,8 @@ class PagedKVCache:
         ids : array of int, shape (n,)
             Which sequences, each at most once.
         key : ndarray, shape (n, Hkv, T, E)
-            In the dtype of the cache, any strides. It is copied.
+            In the dtype of the cache, any strides. It is copied. Of a cache on a GPU it is on the same one, or on the
+            host; it is copied in the order of its stream.
         value : ndarray, shape (n, Hkv, T, Ev)
             In the dtype of the cache.
         lengths : int or array of int, shape (n,), optional
@@ -275,8 +281,14 @@ class PagedKVCache:
             An argument has the wrong type, dtype or shape, or is out of range, or the cache was made of arrays that
             cannot be written to. The cache is as it was.
         """
-        check_on_host(self._read_only)
         rows = self._rows("ids", ids, distinct=True)
+        if self._originals is None:
+            self._append(rows, key, value, lengths)
+            return
+        with self._form.using(self._originals, key=key, value=value) as (key, value):
+            self._append(rows, key, value, None if lengths is None else to_host(lengths))
+
+    def _append(self, rows: Array, key: Array, value: Array, lengths: ArrayLike | None) -> None:
         n = len(rows)
         T = check_array("key", key).shape[2]
         key = check_new("key", key, (n, self.num_kv_heads, -1, self.head_dim), self.dtype)
@@ -334,9 +346,7 @@ class PagedKVCache:
         """Append tokens of which `sequence` and `source` say where they are in key and value."""
         growth = self._pages.grow(rows, added)
         if len(growth.copies):
-            for x in self._arrays:
-                if x is not None:
-                    x[growth.copies] = x[growth.shared]
+            self._form.move(self._arrays, growth.shared, growth.copies, self.page_size)
         block, place = np.divmod(growth.filled[sequence] + each_token(added)[1], self.page_size)
         self._form.scatter(self._arrays, key, value, (sequence, source), (growth.pages[sequence, block], place))
         self._pages.commit(growth)
@@ -361,7 +371,6 @@ class PagedKVCache:
         TypeError
             `id` is no integer.
         """
-        check_on_host(self._read_only)
         table, lengths, dropped = self._pages.look(self._ids("id", [self._one(id)]))
         return int(self._pages.add(lengths, table, dropped)[0])
 
@@ -535,7 +544,7 @@ class PagedKVCache:
             tokens[i, : min(count, first)] = all_tokens[: min(count, first)]
             start = first + left_out - before
             tokens[i, first:count] = all_tokens[start : start + max(count - first, 0)]
-        return Contents(*self._tokens, tokens, counts, self.storage, self.dtype, self._originals, gap)
+        return Contents(*self._tokens, tokens, counts, self.storage, self.dtype, self._originals, gap, by_tokens=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_tokens": None}  # views of the arrays, which a copy must make of its own

@@ -8,22 +8,23 @@ one token), and the positions that are missing between the first and the newest 
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from ..options import Array
 from .checks import check_size
 from .contents import Gap
-from .storage import Arrays
 
 
-def check_window(window: Any, keep_first: Any) -> tuple[int | None, int]:
-    """Check the arguments of a cache that say which tokens it keeps."""
+def check_window(window: Any, keep_first: Any, capacity: int | None = None) -> tuple[int | None, int]:
+    """Check the arguments of a cache that say which tokens it keeps, and that it has room for them."""
     first = check_size("keep_first", keep_first, 0)
     if window is None:
         if first:
             raise ValueError(f"keep_first must be 0 without a window, got {first}")
         return None, 0
-    return check_size("window", window), first
+    span = check_size("window", window)
+    if capacity is not None and capacity < span + first:
+        raise ValueError(f"capacity must be at least window + keep_first, {span + first}, got {capacity}")
+    return span, first
 
 
 def kept(lengths: Array, oldest: Array, window: int, keep_first: int) -> tuple[Array, Gap]:
@@ -45,25 +46,6 @@ def kept(lengths: Array, oldest: Array, window: int, keep_first: int) -> tuple[A
     begin = np.maximum(np.maximum(oldest, lengths - window), keep_first)
     counts = np.minimum(lengths, keep_first) + np.maximum(lengths - begin, 0)
     return counts, Gap(keep_first, begin - keep_first)
-
-
-def token_pages(arrays: Arrays) -> Arrays:
-    """View arrays (n, heads, places, features) as pages of one token.
-
-    Page ``(i * heads) * places + s`` is place s of row i: the number of its place in memory for the first head. The
-    pages overlap, since each has the stride of all heads.
-    """
-    codes = arrays[0]
-    n, heads, places, _ = codes.shape
-    pages = (n * heads - heads + 1) * places
-
-    def view(x: Array) -> Array:
-        row = x.strides[2]
-        return as_strided(x, (pages, heads, 1, *x.shape[3:]), (row, x.strides[1], row, *x.strides[3:]))
-
-    key, value, key_scale, value_scale = arrays
-    scales = (None if x is None else view(x) for x in (key_scale, value_scale))
-    return view(key), view(value), *scales  # type: ignore[return-value]
 
 
 def check_truncated(lengths: Array, oldest: Array, keep_first: int, name: str = "lengths") -> None:

@@ -1,12 +1,15 @@
 """Storage formats of a cache: numbers as they are, rounded to fewer bits, or 8-bit codes with a scale for each row."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
+from ..device.headers import held, strided
 from ..narrowing import FEW, ROOT, largest, saturated, surely_fits
 from ..options import Array
 
@@ -23,6 +26,8 @@ _BLOCK = 2**16  # numbers that are encoded at a time, so that temporaries stay i
 @dataclass(frozen=True)
 class Storage:
     """A storage format."""
+
+    on_device: ClassVar[bool] = False  # whether arrays are headers of memory of a GPU: `DeviceStorage`
 
     name: str
     dtype: np.dtype[Any]  # of stored numbers or codes
@@ -73,6 +78,14 @@ class Storage:
         else:
             codes[where] = x if surely_fits(x, self.dtype) else saturated(x, self.dtype)
 
+    def extend(self, arrays: Arrays, key: Array, value: Array, start: int) -> None:
+        """Store token t of every sequence n at place ``start + t`` of row n."""
+        n, heads, tokens, features = key.shape
+        for part in blocks(tokens, n * heads * features):
+            where = (slice(None), slice(None), slice(start + part.start, start + part.stop))
+            self.write(arrays[0], arrays[2], where, key[:, :, part])
+            self.write(arrays[1], arrays[3], where, value[:, :, part])
+
     def scatter(
         self, arrays: Arrays, key: Array, value: Array, source: tuple[Array, Array], to: tuple[Array, Array]
     ) -> None:
@@ -82,6 +95,48 @@ class Storage:
             i, t = source[0][part], source[1][part]
             self.write(arrays[0], arrays[2], where, key[i, :, t])
             self.write(arrays[1], arrays[3], where, value[i, :, t])
+
+    def using(self, originals: Any, **new: Any) -> AbstractContextManager[list[Array]]:
+        """Return a context in which the arrays of a cache may be written to; it gives the new arrays to be read."""
+        return nullcontext(list(new.values()))
+
+    def move(self, arrays: Arrays, sources: Array, targets: Array, tokens: int) -> None:
+        """Let rows (or pages) become copies of others, all at once, in their first places."""
+        for x in arrays:
+            if x is not None:
+                for part in blocks(tokens, x[targets, :, :1].size):
+                    x[targets, :, part] = x[sources, :, part]
+
+    def saved(self, arrays: Arrays, rows: Array, places: Array) -> Callable[[], None]:
+        """Return a function that stores again what is at some places (n, m) of rows (n, 1) now."""
+        old = [None if x is None else x[rows, :, places] for x in arrays]
+
+        def undo() -> None:
+            for x, numbers in zip(arrays, old, strict=True):
+                if x is not None:
+                    x[rows, :, places] = numbers
+
+        return undo
+
+
+def token_pages(arrays: Arrays) -> Arrays:
+    """View arrays (n, heads, places, features) as pages of one token.
+
+    Page ``(i * heads) * places + s`` is place s of row i: the number of its place in memory for the first head. The
+    pages overlap, since each has the stride of all heads.
+    """
+    codes = arrays[0]
+    n, heads, places, _ = codes.shape
+    pages = (n * heads - heads + 1) * places
+
+    def view(x: Array) -> Array:
+        row = x.strides[2]
+        shape, strides = (pages, heads, 1, *x.shape[3:]), (row, x.strides[1], row, *x.strides[3:])
+        return as_strided(x, shape, strides) if held(x) is None else strided(x, shape, strides)
+
+    key, value, key_scale, value_scale = arrays
+    scales = (None if x is None else view(x) for x in (key_scale, value_scale))
+    return view(key), view(value), *scales  # type: ignore[return-value]
 
 
 def each_token(lengths: Array) -> tuple[Array, Array]:

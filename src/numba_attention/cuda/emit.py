@@ -255,10 +255,10 @@ class Emit(Warpgroup):
         return low, high
 
     def to_half(self, dtype: str, x: Value) -> Value:
-        """The 16 bits of a rounded float32, in 32; done in integers for bf16, which needs no sm_80."""
+        """The 16 bits of a rounded float32 (f16: or float64), in 32; bf16 by integers, which need no sm_80."""
         if dtype == "f16":
-            code = "{ .reg .b16 l; cvt.rn.f16.f32 l, $1; cvt.u32.u16 $0, l; }"
-            return self._asm(code, "=r,f", [x], "i")
+            code = f"{{ .reg .b16 l; cvt.rn.f16.{_PTX[x.kind]} l, $1; cvt.u32.u16 $0, l; }}"
+            return self._asm(code, f"=r,{x.kind}", [x], "i")
         bits = self.bits("i", x)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return self.select(self.is_nan(x), self.const("i", 0x7FC0), rounded)
@@ -304,7 +304,7 @@ class Emit(Warpgroup):
         return self._load("shared", "r", kind, address, count, None)
 
     def store(self, kind: str, address: Value, values: Sequence[Value], where: Value) -> None:
-        """Write 1, 2 or 4 neighbours where a predicate holds; "h" takes the low 16 bits of 32."""
+        """Write 1, 2 or 4 neighbours where a predicate holds; "h" takes the low 16 bits of 32, and "b" the low 8."""
         self._store("global", "l", kind, address, values, where)
 
     def store_shared(self, kind: str, address: Value, values: Sequence[Value], where: Value | None = None) -> None:
@@ -479,10 +479,10 @@ class Emit(Warpgroup):
         operands = list(values)
         if kind == "h":
             operands = [Value(self._b, "h", self._b.trunc(x.llvm, TYPES["h"])) for x in values]
-        register = {"i": "r", "l": "l", "f": "f", "d": "d", "h": "h"}[kind]
+        register = {"i": "r", "l": "l", "f": "f", "d": "d", "h": "h", "b": "r"}[kind]
         count = len(operands)
         names = ",".join(f"${n}" for n in range(1, count + 1))
-        target = f"st.{space}{f'.v{count}' if count > 1 else ''}.{_PTX[kind]} [$0], "
+        target = f"st.{space}{f'.v{count}' if count > 1 else ''}.{_PTX.get(kind, 'b8')} [$0], "
         target += f"{{{names}}};" if count > 1 else f"{names};"
         self._predicated(target, ",".join([letter] + [register] * count), [address, *operands], where)
 

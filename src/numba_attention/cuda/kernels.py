@@ -22,6 +22,7 @@ def make(c: Spec, on: Target) -> KernelFunction:
 
 def _maker(c: Spec) -> Callable[[Spec, Target], KernelFunction]:
     from . import (
+        append,
         backward,
         bias,
         combine,
@@ -42,7 +43,7 @@ def _maker(c: Spec) -> Callable[[Spec, Target], KernelFunction]:
         "key": backward.make_backward, "bias": bias.make_bias, "weights": probabilities.make_weights,
         "mods": mod_gradients.make_mod_gradients, "delta": rowwise.make_delta, "round": rowwise.make_round,
         "normalizers": normalizers.make_normalizers, "sinks": rowwise.make_sinks,
-        "reduce": rowwise.make_reduce,
+        "reduce": rowwise.make_reduce, "append": append.make_append,
     }  # fmt: skip
     return makers[c.task]
 
@@ -77,12 +78,11 @@ def shared(c: Spec) -> int:
 
 def compile_(c: Spec) -> Any:
     """Compile a kernel for the architecture it names; the log of the assembler comes with it."""
-    integers = 4 + 5 * AXES if c.task == "reduce" else len(INTEGERS)
     try:
         from . import toolchain
 
         function = make(c, toolchain.Intrinsics)
-        return toolchain.compile_kernel(function, integers, len(REALS), c.threads, c.arch, c.blocks)
+        return toolchain.compile_kernel(function, _integers(c), len(REALS), c.threads, c.arch, c.blocks)
     except Exception as error:
         missing = diagnosis.no_compiler()
         if missing is not None:
@@ -109,6 +109,19 @@ def ship(c: Spec, folder: Path) -> Path:
     return cubins.ship(folder, c.name, lambda: compile_(c).code, sources(c))
 
 
+def _integers(c: Spec) -> int:
+    """How many integers a kernel takes."""
+    if c.task == "append":
+        from .append import INTEGERS as OF_APPEND
+
+        return len(OF_APPEND)
+    return 4 + 5 * AXES if c.task == "reduce" else len(INTEGERS)
+
+
 def addresses(c: Spec) -> tuple[int, ...]:
     """Which integers of a kernel are addresses."""
+    if c.task == "append":
+        from .append import ADDRESSES as OF_APPEND
+
+        return OF_APPEND
     return (0, 1) if c.task == "reduce" else tuple(INTEGERS.index(name) for name in ADDRESSES)

@@ -38,7 +38,7 @@ class Mods:
 class Spec:
     """The settings of one kernel: its task, storage, options and tile shape."""
 
-    task: str  # "forward", "combine", "delta", "query", "key", "round", "bias", "mods", "sinks", "weights", "reduce"
+    task: str  # as in `kernels`: "forward", "query", "key", "weights", "combine" and so on
     storage: str  # of query, key, value and out
     E: int  # head dimensions of tiles
     Ev: int
@@ -64,7 +64,7 @@ class Spec:
     split_kv: bool = False  # several blocks share the keys of a row, and `combine` joins them
     flags: bool = False  # rows whose result is not finite are flagged for the NaN-safe kernel
     nan_safe: bool = False  # recomputes flagged rows without multiplying what they do not see
-    to: str = ""  # storage of the result of "reduce"
+    to: str = ""  # storage of the result of "reduce" and "append"
     only: str = ""  # the one gradient of a tile of keys, "key" or "value", where registers do not suffice for both
     fused_dq: bool = False  # the kernel of a tile of keys adds dQ too, by atomics in any order
     by_fours: bool = False  # sums of dQ in memory have the four features of a thread of wgmma side by side

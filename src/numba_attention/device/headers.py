@@ -55,6 +55,13 @@ def held(array: Any) -> Held | None:
     return base if type(base) is Held else None
 
 
+def strided(array: Array, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
+    """Make the header of the memory of another with other strides, from the same address on."""
+    base = held(array)
+    assert base is not None
+    return header(address_of(array), shape, strides, array.dtype, base.owner, base.device, not array.flags.writeable)
+
+
 def address_of(array: Array) -> int:
     return int(array.__array_interface__["data"][0])
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import kind_of
 from ..options import Array
-from ..validation import kind_of
 from . import runs
 from .runs import EMPTY, FULL, TILE, Runs
 

@@ -5,8 +5,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ..errors import kind_of
 from ..options import Array, Gradients, Options
-from ..validation import check_like, kind_of, lse_dtype_of
+from ..validation import check_like, lse_dtype_of
 from . import dense, packed
 from .dense import BackwardProblem, Empty, Problem, Reduce, weights_of_sinks
 from .packed import _over, _over_tokens
