@@ -229,6 +229,26 @@ def _with_out(call: Call, result: Any, target: Array | None, out: Any) -> Any:
     return results if isinstance(result, tuple) else out
 
 
+def placed(x: Array, like: Any) -> Any:
+    """Copy an array on the host to the GPU of another array, and return an array of the same library."""
+    call = Call({"like": like})
+    with runtime.using(call.device, call.stream):
+        array = call.empty(x.shape, x.dtype)
+        if x.size:
+            runtime.driver.write(address_of(array), x, call.stream)
+        return call.give(array)
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    """Return zeros on the GPU of another array, as an array of the same library."""
+    call = Call({"like": like})
+    with runtime.using(call.device, call.stream):
+        array = call.empty(shape, dtype)
+        if array.size:
+            runtime.driver.clear(address_of(array), array.nbytes, call.stream)
+        return call.give(array)
+
+
 def through_host(function: Callable[..., Any], **arguments: Any) -> Any:
     """Call a function that has no kernel: copy its arguments to the host, and its results back to the GPU."""
     parts = [

@@ -24,6 +24,7 @@ class Family:
     conversion = "numpy.from_dlpack(x)"  # for messages of functions that take NumPy arrays only
     bridge: str | None = None  # the module of this package that differentiates `attention` for these arrays
     on_device = True  # as backends whose functions take another way
+    is_lazy = False  # whether arrays are not in memory
 
     def take(self, name: str, x: Any) -> Array:
         """View an array as one of NumPy."""
@@ -208,6 +209,7 @@ class DaskFamily(Family):
     """Arrays of Dask, which are not in memory: the module for them builds a graph."""
 
     name = "arrays of Dask"
+    is_lazy = True
     conversion = "x.compute()"
 
     def call(self, function: Callable[..., Any], arguments: dict[str, Any], options: Mapping[str, Any]) -> Any:

@@ -202,11 +202,37 @@ class NumbaArray(Interface):
 
 
 class CupyArray(Interface):
-    """As an array of CuPy shows itself."""
+    """As an array of CuPy shows itself, with as much of its arithmetic as sums of blocks take."""
 
     strides = property(lambda self: self.header.strides)
+    ndim = property(lambda self: self.header.ndim)
+    nbytes = property(lambda self: self.header.nbytes)
     device = property(lambda self: types.SimpleNamespace(id=self.ordinal))
     data = property(lambda self: types.SimpleNamespace(ptr=self.header.ctypes.data))
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
+
+    def __len__(self):
+        return len(self.header)
+
+    def __add__(self, other):
+        return CupyArray(self.header + other.header)
+
+    def __setitem__(self, index, value):
+        self.header[index] = getattr(value, "header", value)
+
+    def astype(self, dtype, copy=True):
+        return self if self.dtype == dtype and not copy else CupyArray(self.header.astype(dtype))
+
+    def transpose(self, axes):
+        return CupyArray.of(self.header.transpose(axes))
+
+    def swapaxes(self, a, b):
+        return CupyArray.of(self.header.swapaxes(a, b))
+
+    def __dask_tokenize__(self):
+        return "CupyArray", self.shape, str(self.dtype), self.header.tobytes()
 
 
 class JaxArray(ByDLPack):

@@ -117,7 +117,14 @@ def select(name: str | None, *arrays: Any) -> Backend:
 
 def _select_for_others(name: str, arrays: Sequence[Any]) -> Backend:
     """Return the backend for arrays that are not all of NumPy's own type, or the family that the call goes to."""
-    some_on_device = any(map(on_device, arrays))
+    are_on_device = list(map(on_device, arrays))
+    some_on_device = any(are_on_device)
+    if not all(are_on_device):
+        family = family_for(arrays)
+        if (
+            family is not None and family.is_lazy
+        ):  # its tasks choose, on machines that may have a GPU where this has none
+            return cast(Backend, family)
     if name == "auto":
         name = "cuda" if some_on_device else "cpu"
     chosen = _get(name)

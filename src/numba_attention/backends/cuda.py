@@ -66,7 +66,7 @@ def forward(problem: Problem) -> None:
     work = Work(p)
     group = p.H // p.Hkv
     few = p.L * group if p.L * group <= FEW else 0
-    c = work.spec("forward", is_aligned(p.query, p.key, p.value, p.out))
+    c = work.spec("forward", is_aligned(p.query, p.key, p.value, p.out), p.out)
     alone, split, join, repeat = _kernels(c, p.sinks is not None, few, group, work.device)
     rows, heads = (few, p.Hkv) if alone.pack_gqa else (p.L, p.H)
     number = len(work.sequences)
@@ -102,7 +102,7 @@ def _kernels(c: Spec, sinks: bool, few: int, group: int, device: Device) -> tupl
     c = c.with_(sinks=sinks, pack_gqa=few > 0 and group > 1)
     if few:
         c = tile_shapes.few(c, few, device)
-    join = Spec("combine", c.storage, c.E, c.Ev, warps=4, pack_gqa=c.pack_gqa, flags=c.flags, arch=c.arch)
+    join = Spec("combine", c.storage, c.E, c.Ev, warps=4, pack_gqa=c.pack_gqa, flags=c.flags, to=c.to, arch=c.arch)
     return c, c.with_(split_kv=True, flags=False), join, tile_shapes.nan_safe(c, device)
 
 

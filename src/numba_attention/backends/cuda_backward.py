@@ -61,7 +61,7 @@ def run(g: BackwardProblem) -> None:
         tiles = -(-p.L // c.rows)
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
     aligned = is_aligned(p.query, p.key, p.value, g.grad_out, g.query, g.key, g.value)
-    of_queries, of_keys = work.spec("query", aligned), work.spec("key", aligned)
+    of_queries, of_keys = work.spec("query", aligned, g.query), work.spec("key", aligned, g.key)
     single = None if sums is None else tile_shapes.fused_dq(of_keys, work.device)
     if p.S:
         for c in tile_shapes.parts(of_keys) if single is None else [single]:
@@ -102,7 +102,7 @@ def kernels_of(c: Spec, device: Device) -> list[Spec]:
 
 def _round(c: Spec, single: Spec) -> Spec:
     """Return the kernel that rounds the sums of dQ of another kernel."""
-    return c.with_(fused_dq=False, flags=single.flags, by_fours=single.product == "wgmma")
+    return c.with_(fused_dq=False, flags=single.flags, to=single.to, by_fours=single.product == "wgmma")
 
 
 def _small(task: str, work: Work) -> Spec:

@@ -121,16 +121,20 @@ class Work:
         for name, x in numbers.items():
             self._integers[_AT[name]] = int(x)
 
-    def spec(self, task: str, aligned: bool) -> Spec:
-        """Return the specification of the kernel for a task, with the options of this call."""
+    def spec(self, task: str, aligned: bool, result: Array | None = None) -> Spec:
+        """Return the specification of the kernel for a task, with the options of this call.
+
+        If the kernel writes a `result`, it may have another type than the operands: see `problem.dense.widened`.
+        """
         p = self.p
         product = tile_shapes.product_of(self.storage, self.device, max(p.E, p.Ev))
-        return tile_shapes.for_call(
+        c = tile_shapes.for_call(
             task, self.storage, p.E, p.Ev, product, self.device,
             p.softcap is not None, p.alibi_slopes is not None, "" if p.bias is None else storage_of(p.bias.dtype),
             p.mask is not None, p.dropout > 0, is_paged(p), self.hides, aligned, stored_of(p),
             device_rules.mods_of(self._rules, task in ("query", "key")), p.blocks is not None,
         )  # fmt: skip
+        return c if result is None or result.dtype == p.query.dtype else c.with_(to=storage_of(result.dtype))
 
     def gradients_of_mods(self, places: tuple[int, ...]) -> Mods | None:
         """Return the rules of the kernel of the gradients of these arrays."""

@@ -122,7 +122,7 @@ def write_own(b: Block, lanes: Lanes, grads: dict[str, tuple[Layout, Regs]], thr
             address = b.places[grad] + e.wide(at) * getattr(b.p, f"{grad}_row")
             width = b.p.int("Ev" if name == "value" else "E")
             begin, column = product.lane_feature(lane), getattr(b.p, f"{grad}_column")
-            write_row(e, c.storage, c.aligned, features, registers, z, address, column, begin, width, in_bounds)
+            write_row(e, c.result, c.aligned, features, registers, z, address, column, begin, width, in_bounds)
         if c.flags:
             bad = across(e, product, bad, lambda a, b: a | b)
             b.mark(at, bad, in_bounds & product.lane_column(lane).equals(0))

@@ -121,7 +121,7 @@ def make_combine(c: Spec, on: Target) -> KernelFunction:
             return x
 
         some = (total > 0.0) | e.is_nan(total)
-        half, bad = HALVES.get(c.storage), e.const("i", 0)
+        half, bad = HALVES.get(c.result), e.const("i", 0)
         for n in range(-(-c.Ev // threads)):
             feature = thread + n * threads
             inside = feature < c.Ev
@@ -130,7 +130,7 @@ def make_combine(c: Spec, on: Target) -> KernelFunction:
             address = b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row
             y = e.to_half(half, y) if half else y
             where = in_bounds & inside & (feature < b.p.int("Ev"))
-            e.store(KINDS[c.storage], address + e.wide(feature) * b.p.out_column, [y], where)
+            e.store(KINDS[c.result], address + e.wide(feature) * b.p.out_column, [y], where)
         of_row = e.select(some & valid, lse(e, top, total, b.p.real("unit", kind)), e.const(kind, -math.inf))
         address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
         e.store(kind, address, [of_row], in_bounds & thread.equals(0) & (b.p.lse > 0))

@@ -103,7 +103,7 @@ def write_rows(
             b.mark(b.first + row, bad, in_bounds & begins)
         address = b.places["out"] + apart * b.p.out_head + e.wide(i) * b.p.out_row
         first, width = product.lane_feature(lane), b.p.int("Ev")
-        write_row(e, c.storage, c.aligned, features, registers, x, address, b.p.out_column, first, width, in_bounds)
+        write_row(e, c.result, c.aligned, features, registers, x, address, b.p.out_column, first, width, in_bounds)
         of_row = e.select(some & valid, lse(e, m[slot], l[slot], b.p.real("unit", kind)), low)
         address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
         e.store(kind, address, [of_row], in_bounds & begins & (b.p.lse > 0))

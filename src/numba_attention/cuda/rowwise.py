@@ -98,7 +98,7 @@ def make_round(c: Spec, on: Target) -> KernelFunction:
             at = place_by_fours(feature) if c.by_fours else feature
             values = e.load("f", source + e.wide(at) * 4, 2, where=in_bounds & (feature < c.E))
             bad = bad | not_finite(e, values)
-            write_row(e, c.storage, c.aligned, pair, [0, 1], values, target, p.grad_query_column, feature,
+            write_row(e, c.result, c.aligned, pair, [0, 1], values, target, p.grad_query_column, feature,
                       p.int("E"), in_bounds)  # fmt: skip
         if c.flags:
             for distance in (16, 8, 4, 2, 1):

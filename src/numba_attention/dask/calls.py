@@ -10,8 +10,8 @@ from ..options import Gradients, Options
 from ..validation import as_flag, lse_dtype_of
 from . import chunks, passes
 from .arguments import Running, check_mods, without_arrays
-from .graph import Operands, on_chunks
-from .layout import Layout
+from .graph import Operands, device_meta, on_chunks, placed
+from .layout import Layout, counts
 from .tasks import Run, mods_of
 
 Arrays = tuple[Any, Any, Any]  # query, key, value, of shape (..., heads, length, features)
@@ -23,6 +23,7 @@ class How(NamedTuple):
     run: Run
     fan: int  # parts that one task merges or adds
     stream: bool  # whether tasks load blocks of keys themselves
+    like: Any  # an array like the blocks on a GPU, where tasks run then; None for blocks on the host
 
 
 def how_of(running: Running, layout: Layout, arrays: Arrays) -> How:
@@ -30,15 +31,18 @@ def how_of(running: Running, layout: Layout, arrays: Arrays) -> How:
     check_mods(layout.problem)
     fan = fan_of(running.split_every)
     chunks.check_tasks(layout, fan)
-    run = Run(backend_of(running.backend, *arrays), threads_of(running.threads))
-    return How(run, fan, is_streamed(running.stream, layout, *arrays[1:]))
+    like = device_meta(*arrays)
+    run = Run(backend_of(running.backend, like is not None), threads_of(running.threads))
+    if counts(layout.problem) and (like is not None or run.backend == "cuda"):
+        raise NotImplementedError("dropout and mods of Dask arrays need blocks on the host, and not backend cuda")
+    return How(run, fan, is_streamed(running.stream, layout, *arrays[1:]), like)
 
 
 def forward(layout: Layout, arrays: Arrays, settings: Options, running: Running) -> tuple[Any, Any]:
     """Return out, of shape (..., H, L, Ev), and lse."""
     how = how_of(running, layout, arrays)
     p = layout.problem
-    operands = Operands(layout, *arrays, settings, mods_of(settings), how.stream)
+    operands = Operands(layout, *arrays, settings, mods_of(settings), how.like, how.stream)
     token = tokenize("attention", _identity(operands, settings, how))
     results = passes.Results(layout, p.Ev, p.result.ndim == 2)
     dtypes = p.query.dtype, np.dtype(lse_dtype_of(p.query))
@@ -52,10 +56,10 @@ def backward(
     """Return the gradients; `of_rows` are the arrays grad_out, out, lse and grad_lse (or None)."""
     how = how_of(running, layout, arrays)
     p = layout.problem
-    operands = Operands(layout, *arrays, settings, mods_of(settings), how.stream)
+    operands = Operands(layout, *arrays, settings, mods_of(settings), how.like, how.stream)
     results = passes.Results(layout, p.Ev, p.result.ndim == 2)
     rows = {
-        name: None if x is None else on_chunks(x, results.lse if "lse" in name else results.out)
+        name: None if x is None else placed(name, on_chunks(x, results.lse if "lse" in name else results.out), how.like)
         for name, x in of_rows.items()
     }
     names = [None if x is None else x.name for x in rows.values()]
@@ -78,14 +82,17 @@ def _identity(operands: Operands, settings: Options, how: How) -> list[Any]:
     return [names, without_arrays(settings), operands.layout.token, how.run, how.fan, loaded, list(operands.tasks)]
 
 
-def backend_of(backend: str | None, *arrays: Any) -> str:
+def backend_of(backend: str | None, on_device: bool) -> str:
     """Return the backend that tasks are to use; "auto" for blocks on a GPU, if nothing else was chosen."""
     if backend is not None:
-        return check_name(backend, "backend")
+        if check_name(backend, "backend") in ("cpu", "reference") and on_device:
+            raise ValueError(f"backend must be 'cuda' for blocks on a GPU, or be left out, got {backend!r}")
+        return backend
+    if on_device:
+        return "auto"
     chosen: Any = select(None)
     name: str = chosen.__name__.rpartition(".")[2]
-    are_numpy = all(isinstance(getattr(x, "_meta", x), np.ndarray) for x in arrays)
-    return "auto" if name == "cpu" and not are_numpy else name
+    return name
 
 
 def is_streamed(stream: Any, layout: Any, key: Any, value: Any) -> bool:

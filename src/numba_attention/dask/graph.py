@@ -11,15 +11,18 @@ from typing import Any
 import dask.array as da
 import numpy as np
 from dask._task_spec import Alias, DataNode, List, Task, TaskRef, convert_legacy_graph
+from dask.array.utils import meta_from_array
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
+from ..device.arrays import on_device
 from ..masks.blockmask import BlockMask
 from ..options import Options
 from ..philox import BLOCK
 from ..problem.dense import Problem
 from .layout import Chunks, Heads, Index, Layout, at_multiples, blocks_of_heads, counts
 from .packed import PackedLayout, at_multiples_within
+from .tasks import to_device
 
 Key = tuple[Any, ...]
 __all__ = [
@@ -29,11 +32,13 @@ __all__ = [
     "Task",
     "TaskRef",
     "array",
+    "device_meta",
     "is_dask",
     "key_of",
     "layout_of",
     "on_chunks",
     "packed_layout_of",
+    "placed",
     "tree",
 ]
 
@@ -61,6 +66,27 @@ def on_chunks(x: Any, chunks: Sequence[Chunks]) -> Any:
 def lowered(x: Any) -> Any:
     """Return an array whose keys are final: with array.query-planning, those of a rechunk or a transpose are not."""
     return type(x)(x.expr.lower_completely()) if hasattr(x, "expr") else x
+
+
+def device_meta(*arrays: Any) -> Any:
+    """Return an array without elements that is like the blocks on a GPU; None if all blocks are on the host."""
+    metas = (getattr(x, "_meta", x) for x in arrays)
+    return next((meta for meta in metas if on_device(meta)), None)
+
+
+def placed(name: str, x: Any, like: Any) -> Any:
+    """Return a Dask array whose blocks are where those like `like` are: one task for each block copies it to a GPU.
+
+    Without `like`, blocks must be on the host.
+    """
+    if on_device(x._meta):
+        if like is None:
+            raise TypeError(f"{name} has blocks on a GPU, and query, key and value have not; all must be in one place")
+        return x
+    if like is None:
+        return x
+    meta = meta_from_array(like, ndim=x.ndim, dtype=x.dtype)
+    return lowered(x.map_blocks(to_device, like=like, dtype=x.dtype, meta=meta))
 
 
 def _chunks_of(axis: int, size: int, *arrays: Any) -> Chunks:
@@ -116,20 +142,24 @@ class Operands:
         For `mask` and `bias`.
     mods : object, optional
         What tasks with a `score_mod` or `mask_mod` need beside it.
+    like : array, optional
+        What blocks on a GPU are like, where all blocks are to be.
     stream : bool
         Whether the tasks that read a block of keys load it themselves. A load that is a task of its own is kept by
         Dask until its last reader is done; as each block of rows reads all keys, all of them would be in memory.
     """
 
     def __init__(
-        self, layout: Layout, query: Any, key: Any, value: Any, options: Options, mods: Any, stream: bool
+        self, layout: Layout, query: Any, key: Any, value: Any, options: Options, mods: Any, like: Any, stream: bool
     ) -> None:
         batch, heads, (rows, keys) = layout.scores[:-3], layout.heads, layout.scores[-2:]
-        self.layout = layout
-        self.query = on_chunks(query, (*batch, heads.query, rows, (query.shape[-1],)))
-        self.key, self.value = (on_chunks(x, (*batch, heads.key, keys, (x.shape[-1],))) for x in (key, value))
+        self.layout, self.like = layout, like
+        of_keys = (*batch, heads.key, keys)
+        self.query = self._placed("query", query, (*batch, heads.query, rows, (query.shape[-1],)))
+        self.key = self._placed("key", key, (*of_keys, (key.shape[-1],)))
+        self.value = self._placed("value", value, (*of_keys, (value.shape[-1],)))
         self.mask, self.bias = (
-            None if x is None or isinstance(x, BlockMask) else on_chunks(x, layout.chunks_of(name))
+            None if x is None or isinstance(x, BlockMask) else self._placed(name, x, layout.chunks_of(name))
             for name, x in (("mask", options.mask), ("bias", options.bias))
         )
         self.mods = None if mods is None else DataNode(f"attention-mods-{tokenize(mods)}", mods)
@@ -137,6 +167,9 @@ class Operands:
         if stream:
             for x in (self.key, self.value):
                 self.loads |= loads_of(x)
+
+    def _placed(self, name: str, x: Any, chunks: Sequence[Chunks]) -> Any:
+        return placed(name, on_chunks(x, chunks), self.like)
 
     @property
     def arrays(self) -> list[Any]:
@@ -218,9 +251,16 @@ def tree(tasks: dict[Key, Task], name: Key, keys: list[Key], function: Callable[
     return keys[0]
 
 
-def array(name: str, tasks: dict[Key, Task], inputs: Sequence[Any], dtype: Any, chunks: Sequence[Chunks]) -> Any:
-    """Return the Dask array whose blocks are tasks of a graph that reads blocks of `inputs`."""
+def array(
+    name: str, tasks: dict[Key, Task], inputs: Sequence[Any], dtype: Any, chunks: Sequence[Chunks], like: Any = None
+) -> Any:
+    """Return the Dask array whose blocks are tasks of a graph that reads blocks of `inputs`.
+
+    The blocks are arrays of NumPy, or else like `like`.
+    """
     meta = np.empty((0,) * len(chunks), dtype)
+    if like is not None:
+        meta = meta_from_array(like, ndim=len(chunks), dtype=dtype)
     if hasattr(inputs[0], "expr"):
         from dask.array._array_expr._collection import from_graph
 

@@ -23,7 +23,7 @@ from ..rotary import Rotation, Turn, rotate
 from ..validation import as_ints, check_like
 from .arguments import FAN, headers
 from .dense import attention, attention_backward
-from .graph import Key, List, Task, TaskRef, array, is_dask, lowered, on_chunks, tree
+from .graph import Key, List, Task, TaskRef, array, device_meta, is_dask, lowered, on_chunks, tree
 from .layout import Index
 from .tasks import kernel_threads
 from .varlen import attention_varlen, attention_varlen_backward, heads_first
@@ -197,6 +197,9 @@ def attend(
         if any(map(is_dask, x if isinstance(x, tuple | list) else [x])):
             raise TypeError(f"{name} is needed to build the graph and must be a NumPy array; pass {name}.compute()")
     given = {"query": query, "key": key, "value": value}
+    for name, x in given.items():
+        if device_meta(x) is not None:
+            raise TypeError(f"{name} has blocks on a GPU; the parameters of a layer are on the host, as blocks must be")
     inputs = query, key, value
     empties = headers(given)
     for name, x in given.items():  # the same array is the same header

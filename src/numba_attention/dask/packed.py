@@ -25,8 +25,13 @@ class Piece(NamedTuple):
     starts_q: Array  # offsets of the sequences within `rows` and `keys`
     starts_k: Array
     options: Options
-    origin: Origin
+    origin: Origin | None  # where it matters
     where: dict[str, tuple[slice, ...]]  # the part of a block of `mask` and `bias`
+
+    @property
+    def starts(self) -> dict[str, Array]:
+        """The offsets, by name."""
+        return {"starts_q": self.starts_q, "starts_k": self.starts_k}
 
     def of(self, name: str, block: Any) -> Any:
         """Return the part of a block of `mask` or `bias`."""
@@ -184,7 +189,7 @@ class PackedLayout(Layout):
                 axes = [tokens if are_tokens else positions for are_tokens, tokens, positions in readings]
                 where[name] = _index_of(np.shape(x), (own, slice(None), *axes))
         starts_q, starts_k = (np.concatenate([[0], np.cumsum(n)]) for n in (rows, keys))
-        origin = Origin(np.arange(own.start, own.stop), self.edges[0][h], before_keys)
+        origin = Origin(np.arange(own.start, own.stop), self.edges[0][h], before_keys) if counts(p) else None
         return Piece(*of_tokens, starts_q, starts_k, Options(**options), origin, where)
 
     def _of_sinks(self, h: int, r: int) -> Pieces:
@@ -201,8 +206,7 @@ class PackedLayout(Layout):
         lengths = np.clip(p.query_lengths[own] - (starts - self.packing.query_starts[own]), 0, rows)
         starts_q = np.concatenate([[0], np.cumsum(rows)])
         options = Options(scale=p.scale, query_lengths=lengths, sinks=p.sinks[self._heads(h)])
-        origin = Origin(np.arange(own.start, own.stop))
-        return (Piece(slice(None), slice(None), starts_q, np.zeros_like(starts_q), options, origin, {}),)
+        return (Piece(slice(None), slice(None), starts_q, np.zeros_like(starts_q), options, None, {}),)
 
     def _heads(self, h: int) -> slice:
         return slice(*self.edges[0][h : h + 2])

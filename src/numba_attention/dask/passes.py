@@ -57,8 +57,8 @@ def forward(
         outs[out_key] = Task(out_key, tasks.out_of, state, dtype)
         lses[lse_key] = Task(lse_key, tasks.lse_of, state)
     return (
-        array(out, states | outs, operands.arrays, dtype, results.out),
-        array(lse, states | lses, operands.arrays, lse_dtype, results.lse),
+        array(out, states | outs, operands.arrays, dtype, results.out, operands.like),
+        array(lse, states | lses, operands.arrays, lse_dtype, results.lse, operands.like),
     )
 
 
@@ -141,8 +141,8 @@ def backward(
     grads = {}
     for name, dtype in dtypes.items():
         chunks = (layout.heads.query,) if name == "sinks" else arrays[name].chunks
-        sums = _sums(f"attention-{name}-{token}", name, parts[name], chunks, dtype, fan)
-        grads[name] = array(f"attention-{name}-{token}", of_pairs | sums, inputs, dtype, chunks)
+        sums = _sums(f"attention-{name}-{token}", name, parts[name], chunks, dtype, fan, operands.like)
+        grads[name] = array(f"attention-{name}-{token}", of_pairs | sums, inputs, dtype, chunks, operands.like)
     for n, (name, x) in enumerate(mod_args.items()):
         whole = tuple((size,) for size in x.shape)
         sums = _sums(f"attention-mod-{n}-{token}", name, parts[name], whole, x.dtype, fan)
@@ -186,15 +186,16 @@ def _heads_of(layout: Layout, results: Results, batch: Index, h: int) -> tuple[i
 
 
 def _sums(
-    name: str, field: str, parts: dict[Index, list[Key]], chunks: Sequence[Chunks], dtype: Any, fan: int
-) -> dict[Key, Task]:
+    name: str, field: str, parts: dict[Index, list[Key]], chunks: Sequence[Chunks], dtype: Any, fan: int,
+    like: Any = None,
+) -> dict[Key, Task]:  # fmt: skip
     """Return the tasks that add up one gradient, block by block."""
     sums: dict[Key, Task] = {}
     for where in product(*(range(len(c)) for c in chunks)):
         key, keys = (name, *where), parts.get(where)
         if not keys:
             shape = tuple(c[i] for c, i in zip(chunks, where, strict=True))
-            sums[key] = Task(key, tasks.zeros, shape, dtype)
+            sums[key] = Task(key, tasks.zeros, shape, dtype, like)
             continue
         groups = keys
         level = 0

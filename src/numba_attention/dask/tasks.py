@@ -8,19 +8,19 @@ import linecache
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
-from ..api import attention as attend
-from ..api import attention_backward as differentiate
-from ..backends import select
+from .. import device_call
+from ..backends import Backend, select
+from ..device.arrays import on_device
 from ..merging import merge as merge_parts
 from ..mods.rules import as_arguments
 from ..options import Array, Gradients, Options
-from ..problem.dense import WHOLE, Origin, build, build_backward, finish, wide_empty
+from ..problem.dense import WHOLE, Empty, Origin, build, build_backward, finish, widened
 from ..problem.packed import build as build_packed
 from ..problem.packed import build_backward as build_packed_backward
 from ..problem.packed import finish as finish_packed
@@ -89,6 +89,26 @@ def kernel_threads(threads: int | None) -> Iterator[None]:
         numba.set_num_threads(before)
 
 
+def threads_for(chosen: Backend, run: Run) -> Any:
+    """Return what a task calls a backend in: kernels on a GPU have no threads of the host that could be limited."""
+    return nullcontext() if chosen.on_device else kernel_threads(run.threads)
+
+
+def to_device(block: Array, like: Any) -> Any:
+    """Copy a block to the GPU of the worker, as an array of the library of `like`."""
+    return device_call.placed(np.asarray(block), like)
+
+
+def _filled(value: float, shape: tuple[int, ...], dtype: Any, like: Any) -> Array:
+    """Return an array of one number, where another array is."""
+    if not on_device(like):
+        return np.full(shape, value, dtype)
+    array: Array = device_call.zeros(shape, np.dtype(dtype), like)
+    if value:
+        array[...] = value
+    return array
+
+
 def _wide_type(x: Array) -> Any:
     """Return the type of parts of results for arrays like x."""
     return np.float32 if x.dtype.itemsize == 2 else x.dtype
@@ -110,24 +130,41 @@ def part(
     origin: Origin | None = None, mods: Mods | None = None,
 ) -> State:  # fmt: skip
     """Attend to one block of keys; `options` of packed sequences are the pieces of the pair."""
-    if not isinstance(options, Options):
-        return _part_in_pieces(query, key, value, mask, bias, options, run, mods)
-    options = _with_arrays(options, mask, bias, mods)
-    with kernel_threads(run.threads):
-        chosen = select(run.backend, query, key, value)
-        if chosen.on_device:
-            query, key, value = wide(query), wide(key), wide(value)
-            return attend(query, key, value, return_lse=True, backend=run.backend, **options._asdict())
-        problem = build(query, key, value, options, None, True, wide_empty)
-        problem.origin = origin or WHOLE
-        chosen.forward(problem)
+    chosen = select(run.backend, query, key, value)
+    with threads_for(chosen, run):
+        if not isinstance(options, Options):
+            return _part_in_pieces(chosen, query, key, value, mask, bias, options, mods)
+        return _attend(chosen, query, key, value, _with_arrays(options, mask, bias, mods), origin)
+
+
+def _attend(
+    chosen: Backend, query: Array, key: Array, value: Array, options: Options, origin: Origin | None,
+    starts: dict[str, Array] | None = None,
+) -> State:  # fmt: skip
+    """Attend, on a GPU or on the host; `starts` are the offsets of packed sequences."""
+    arrays, starts = {"query": query, "key": key, "value": value}, starts or {}
+    if chosen.on_device:
+        return device_call.run(_forward, chosen, arrays, options, small=starts, origin=origin)
+    return _forward(chosen, **arrays, **starts, options=options, origin=origin, empty=np.empty)
+
+
+def _forward(
+    backend: Backend, query: Array, key: Array, value: Array, options: Options, origin: Origin | None, empty: Empty,
+    starts_q: Array | None = None, starts_k: Array | None = None,
+) -> State:  # fmt: skip
+    if starts_q is None:
+        problem = build(query, key, value, options, None, True, widened(empty))
+    else:
+        problem = build_packed(query, key, value, starts_q, starts_k, options, None, True, widened(empty))
+    problem.origin = origin or WHOLE
+    backend.forward(problem)
     assert problem.result_lse is not None
     return problem.result, problem.result_lse
 
 
 def no_keys(query: Array, heads: tuple[int, ...], Ev: int, options: Options | Pieces, run: Run) -> State:
     """Return the state of rows that see nothing; `heads` are the axes of keys before their length."""
-    key, value = (np.empty((*heads, 0, n), query.dtype) for n in (query.shape[-1], Ev))
+    key, value = (_filled(0, (*heads, 0, n), query.dtype, query) for n in (query.shape[-1], Ev))
     return part(query, key, value, None, None, options, run)
 
 
@@ -155,11 +192,14 @@ def pair_gradients(
     `out` and `lse` are those of all keys. `left` is a pair of the same rows, `above` one of the same keys.
     """
     bias = wide(bias)
-    rows = grad_out, query, key, value, out, lse, grad_lse
-    if isinstance(options, Options):
-        grads = _gradients(*rows, _with_arrays(options, mask, bias, mods), run, origin, mod_grads)
-    else:
-        grads = _gradients_in_pieces(*rows, mask, bias, options, run, mods, mod_grads)
+    chosen = select(run.backend, grad_out, query, key, value)
+    rows = {"query": query, "grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
+    arrays = rows | {"key": key, "value": value}
+    with threads_for(chosen, run):
+        if isinstance(options, Options):
+            grads = _differentiate(chosen, arrays, _with_arrays(options, mask, bias, mods), origin, mod_grads)
+        else:
+            grads = _gradients_in_pieces(chosen, arrays, mask, bias, options, mods, mod_grads)
     sums: dict[str, Any] = {} if left is None else {"query": add([left, grads], "query")}
     if left is not None and grads.mod_args is not None:
         places = [n for n, x in enumerate(grads.mod_args) if x is not None]
@@ -170,72 +210,74 @@ def pair_gradients(
     return grads._replace(**sums)
 
 
-def _gradients(
-    grad_out: Array, query: Array, key: Array, value: Array, out: Array, lse: Array, grad_lse: Any, options: Options,
-    run: Run, origin: Origin | None, mod_grads: Any,
+def _differentiate(
+    chosen: Backend, arrays: dict[str, Any], options: Options, origin: Origin | None, mod_grads: Any,
+    starts: dict[str, Array] | None = None,
 ) -> Gradients:  # fmt: skip
-    with kernel_threads(run.threads):
-        chosen = select(run.backend, grad_out, query, key, value)
-        if chosen.on_device:
-            grad_out, query, key, value, out = (wide(x) for x in (grad_out, query, key, value, out))
-            more: dict[str, Any] = {"grad_lse": grad_lse, "backend": run.backend, **options._asdict()}
-            return differentiate(grad_out, query, key, value, out, lse, **more)
-        problem = build_backward(grad_out, query, key, value, out, lse, grad_lse, mod_grads, options, wide_empty)
-        problem.forward.origin = origin or WHOLE
-        chosen.backward(problem)
-        return finish(problem, chosen.reduce)
+    """Return gradients, on a GPU or on the host; `starts` are the offsets of packed sequences."""
+    starts = starts or {}
+    if chosen.on_device:
+        return device_call.run(_backward, chosen, arrays, options, small=starts, origin=origin, mod_grads=mod_grads)
+    return _backward(chosen, **arrays, **starts, options=options, origin=origin, mod_grads=mod_grads, empty=np.empty)
+
+
+def _backward(
+    backend: Backend, query: Array, key: Array, value: Array, grad_out: Array, out: Array, lse: Array, grad_lse: Any,
+    options: Options, origin: Origin | None, mod_grads: Any, empty: Empty, starts_q: Array | None = None,
+    starts_k: Array | None = None,
+) -> Gradients:  # fmt: skip
+    given: dict[str, Any] = {"options": options, "mod_grads": mod_grads, "empty": widened(empty)}
+    rows = grad_out, query, key, value, out, lse, grad_lse
+    if starts_q is None:
+        problem, close = build_backward(*rows, **given), finish
+    else:
+        problem, close = build_packed_backward(*rows, starts_q, starts_k, **given), finish_packed
+    problem.forward.origin = origin or WHOLE
+    backend.backward(problem)
+    return close(problem, backend.reduce)
 
 
 def _part_in_pieces(
-    query: Array, key: Array, value: Array, mask: Any, bias: Any, pieces: Pieces, run: Run, mods: Mods | None
+    chosen: Backend, query: Array, key: Array, value: Array, mask: Any, bias: Any, pieces: Pieces, mods: Mods | None
 ) -> State:
     """Attend to one block of keys of packed sequences, as (heads, tokens, features)."""
     H, T, _ = query.shape
-    out, lse = np.zeros((T, H, value.shape[-1]), _wide_type(query)), np.full((H, T), -np.inf, lse_dtype_of(query))
-    with kernel_threads(run.threads):
-        chosen = select(run.backend, query, key, value)
-        for piece in pieces:
-            rows, keys = piece.rows, piece.keys
-            options = _with_arrays(piece.options, piece.of("mask", mask), piece.of("bias", bias), mods)
-            q, k, v = (x.swapaxes(0, 1) for x in (query[:, rows], key[:, keys], value[:, keys]))
-            problem = build_packed(q, k, v, piece.starts_q, piece.starts_k, options, None, True, wide_empty)
-            problem.origin = piece.origin
-            chosen.forward(problem)
-            out[rows], lse[:, rows] = problem.result, problem.result_lse
+    out = _filled(0, (T, H, value.shape[-1]), _wide_type(query), query)
+    lse = _filled(-np.inf, (H, T), lse_dtype_of(query), query)
+    for piece in pieces:
+        rows, keys = piece.rows, piece.keys
+        options = _with_arrays(piece.options, piece.of("mask", mask), piece.of("bias", bias), mods)
+        q, k, v = (x.swapaxes(0, 1) for x in (query[:, rows], key[:, keys], value[:, keys]))
+        out[rows], lse[:, rows] = _attend(chosen, q, k, v, options, piece.origin, piece.starts)
     return out.swapaxes(0, 1), lse
 
 
 def _gradients_in_pieces(
-    grad_out: Array, query: Array, key: Array, value: Array, out: Array, lse: Array, grad_lse: Any, mask: Any,
-    bias: Any, pieces: Pieces, run: Run, mods: Mods | None, mod_grads: Any,
-) -> Gradients:  # fmt: skip
+    chosen: Backend, arrays: dict[str, Any], mask: Any, bias: Any, pieces: Pieces, mods: Mods | None, mod_grads: Any
+) -> Gradients:
     mod_args = () if mods is None else mods.restore()
-    dq, dk, dv = (np.zeros(x.shape, _wide_type(x)) for x in (query, key, value))
-    of_bias = None if bias is None else np.zeros_like(bias)
-    of_sinks = np.zeros(len(query), lse.dtype)
+    operands = query, key, value = arrays["query"], arrays["key"], arrays["value"]
+    lse, grad_lse = arrays["lse"], arrays["grad_lse"]
+    dq, dk, dv = (_filled(0, x.shape, _wide_type(x), x) for x in operands)
+    of_bias = None if bias is None else _filled(0, bias.shape, bias.dtype, query)
+    of_sinks = _filled(0, (len(query),), lse.dtype, query)
     of_args = {n: np.zeros_like(mod_args[n]) for n in mod_grads or ()}
-    with kernel_threads(run.threads):
-        chosen = select(run.backend, grad_out, query, key, value)
-        for piece in pieces:
-            rows, keys = piece.rows, piece.keys
-            options = _with_arrays(piece.options, piece.of("mask", mask), piece.of("bias", bias), mods)
-            do, q, o = (x[:, rows].swapaxes(0, 1) for x in (grad_out, query, out))
-            k, v = (x[:, keys].swapaxes(0, 1) for x in (key, value))
-            problem = build_packed_backward(
-                do, q, k, v, o, lse[:, rows], None if grad_lse is None else grad_lse[:, rows], piece.starts_q,
-                piece.starts_k, mod_grads, options, wide_empty,
-            )  # fmt: skip
-            problem.forward.origin = piece.origin
-            chosen.backward(problem)
-            grads = finish_packed(problem, chosen.reduce)
-            for total, grad, where in zip((dq, dk, dv), problem.inputs, (rows, keys, keys), strict=True):
-                total[:, where] += grad.swapaxes(0, 1)
-            if of_bias is not None:
-                of_bias[piece.where["bias"]] += grads.bias
-            if grads.sinks is not None:
-                of_sinks += grads.sinks
-            for n, total in of_args.items():
-                total += grads.of(f"mod_args[{n}]")
+    for piece in pieces:
+        rows, keys = piece.rows, piece.keys
+        options = _with_arrays(piece.options, piece.of("mask", mask), piece.of("bias", bias), mods)
+        parts = {name: arrays[name][:, rows].swapaxes(0, 1) for name in ("query", "grad_out", "out")}
+        parts |= {"lse": lse[:, rows], "grad_lse": None if grad_lse is None else grad_lse[:, rows]}
+        parts |= {"key": key[:, keys].swapaxes(0, 1), "value": value[:, keys].swapaxes(0, 1)}
+        grads = _differentiate(chosen, parts, options, piece.origin, mod_grads, piece.starts)
+        for total, grad, where in zip((dq, dk, dv), grads[:3], (rows, keys, keys), strict=True):
+            assert grad is not None
+            total[:, where] += grad.swapaxes(0, 1)
+        if of_bias is not None:
+            of_bias[piece.where["bias"]] += grads.bias
+        if grads.sinks is not None:
+            of_sinks += grads.sinks
+        for n, total in of_args.items():
+            total += grads.of(f"mod_args[{n}]")
     args = None if mod_grads is None else tuple(of_args.get(n) for n in range(len(mod_args)))
     return Gradients(dq, dk, dv, of_bias, of_sinks, args)
 
@@ -245,7 +287,7 @@ def no_keys_gradients(
     options: Options | Pieces, run: Run,
 ) -> Gradients:  # fmt: skip
     """Return the gradients of rows that see their sinks only."""
-    key, value = (np.empty((*heads, 0, n), query.dtype) for n in (query.shape[-1], out.shape[-1]))
+    key, value = (_filled(0, (*heads, 0, n), query.dtype, query) for n in (query.shape[-1], out.shape[-1]))
     return pair_gradients(grad_out, query, key, value, out, lse, grad_lse, None, None, options, run)
 
 
@@ -258,6 +300,6 @@ def add(parts: Sequence[Any], name: str, dtype: Any = None) -> Array:
     return total if dtype is None else total.astype(dtype, copy=False)
 
 
-def zeros(shape: tuple[int, ...], dtype: Any) -> Array:
+def zeros(shape: tuple[int, ...], dtype: Any, like: Any = None) -> Array:
     """Return the gradient of a block that no row sees."""
-    return np.zeros(shape, dtype)
+    return _filled(0, shape, dtype, like)

@@ -42,12 +42,16 @@ class Empty(Protocol):
         """Allocate an uninitialised array."""
 
 
-def wide_empty(shape: tuple[int, ...], dtype: Any, /) -> Array:
-    """Allocate a result in float32 in place of a half type: kernels do not round it then.
+def widened(empty: Empty) -> Empty:
+    """Return a function that allocates results in float32 in place of a half type: kernels do not round them then.
 
     Parts of a result that are merged or added up later are rounded once, at the end.
     """
-    return np.empty(shape, np.float32 if np.dtype(dtype).itemsize == 2 else dtype)
+
+    def wide_empty(shape: tuple[int, ...], dtype: Any, /) -> Array:
+        return empty(shape, np.dtype(np.float32) if np.dtype(dtype).itemsize == 2 else dtype)
+
+    return wide_empty
 
 
 class Reduce(Protocol):
@@ -115,7 +119,7 @@ class Problem:
     query: Array  # (*batch, H, L, E)
     key: Array  # (*batch, Hkv, S, E)
     value: Array  # (*batch, Hkv, S, Ev)
-    out: Array  # (*batch, H, L, Ev), to be written; dtype of query, or float32 for a half type: see `wide_empty`
+    out: Array  # (*batch, H, L, Ev), to be written; dtype of query, or float32 for a half type: see `widened`
     lse: Array | None  # (*batch, H, L), float32 (float64 for float64 input), to be written if not None
     result: Array  # `out` as the caller sees it: without the head axis if every input was 2-D
     result_lse: Array | None
