@@ -37,11 +37,13 @@ def attention(
     **options
         As in `numba_attention.attention`. Lengths, offsets, slopes and sinks are numbers or NumPy arrays, because they
         decide which blocks exist; so are `mod_args`, which every task gets. Dropout and mods count positions, keys,
-        heads and sequences as in one call. With dropout, blocks of keys begin at multiples of 32.
+        heads and sequences as in one call, and need blocks on the host. With dropout, blocks of keys begin at
+        multiples of 32.
     return_lse : bool, default False
         Also return the natural log of the softmax denominator of each row.
     backend : {"auto", "cpu", "cuda", "reference"}, optional
         As in `numba_attention.attention`. What `set_backend` and `use_backend` say is looked up now, in this process.
+        Blocks on a GPU are computed there, by "cuda".
     threads : int, optional
         Threads of the kernels of one task. By default NUMBA_NUM_THREADS if that is set in the environment of the
         worker, else 1, because workers run as many tasks at a time as they have threads. Under the synchronous
@@ -60,7 +62,7 @@ def attention(
 
     Raises
     ------
-    TypeError, ValueError, BackendUnavailableError
+    TypeError, ValueError, NotImplementedError, BackendUnavailableError
         As in `numba_attention.attention`, at once. Also for chunks of unknown size, and for chunks that would make
         more than 500,000 tasks: the message says which would do.
 
