@@ -129,3 +129,51 @@ def test_too_many_tasks():
     x = da.zeros((2**20, 1, 64), chunks=(1024, 1, 64), dtype=np.float32)
     with pytest.raises(ValueError, match=r"query.rechunk\(\{0: \d+\}\) and key.rechunk\(\{0: \d+\}\)"):
         na.attention_varlen(x, x, x, [0, 2**20], [0, 2**20])
+
+
+SEQUENCES = {
+    "one": [2**20],
+    "many short": [512] * 2048,
+    "of all lengths": [2**19, *[1000] * 300, 7, 0, 2**17],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("memory", [2**29, 2**32])
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_suggested_chunks(name, memory):
+    starts = np.cumsum([0, *SEQUENCES[name]])
+    shape_q, shape_k = (int(starts[-1]), 8, 64), (int(starts[-1]), 2, 64)
+    sizes = nad.suggest_chunks(shape_q, shape_k, "float32", starts, workers=2, threads=1, memory=memory)
+    for c, n in zip((*sizes[0], *sizes[1]), (*shape_q, *shape_k), strict=True):
+        assert min(1, n) <= c <= n
+    assert sizes[0][1] == 4 * sizes[1][1]
+    of_tasks = 3 * 4 * (3 * np.prod(sizes[0]) + 2 * np.prod(sizes[1]))
+    assert of_tasks <= 1.1 * memory / 4
+    q, k = (da.zeros(s, chunks=c, dtype=np.float32) for s, c in zip((shape_q, shape_k), sizes, strict=True))
+    out = na.attention_varlen(q, k, k, starts, starts)
+    number = sum(key[0].startswith("attention-part") for key in dict(out.__dask_graph__()))
+    work = 4 * 8 * 64 * np.square(np.diff(starts), dtype=float).sum() / 1e11
+    if of_tasks < 0.4 * memory / 4:  # not bound by memory: tasks of a quarter of a second or longer, but for a few
+        assert number <= max(3 * 8, 4 * work)
+    if name == "many short":
+        assert sizes[0][0] == sizes[1][0]  # blocks of keys of other sequences would be read for nothing
+        assert number <= 2 * len(q.chunks[0]) * len(q.chunks[1])
+
+
+def test_suggested_chunks_refuse():
+    shape = (100, 2, 8)
+    with pytest.raises(ValueError, match="cu_seqlens_q must go from 0 to 100"):
+        nad.suggest_chunks(shape, shape, "float32", [0, 99])
+    with pytest.raises(ValueError, match="shape_q must be \\(tokens, heads, features\\)"):
+        nad.suggest_chunks((1, *shape), (1, *shape), "float32", [0, 100])
+    with pytest.raises(ValueError, match="cu_seqlens_k must have the 2 offsets"):
+        nad.suggest_chunks(shape, shape, "float32", [0, 100], [0, 50, 100])
+    with pytest.raises(ValueError, match="cu_seqlens_q must be given"):
+        nad.suggest_chunks(shape, shape, "float32", None, [0, 50, 100])
+
+
+def test_a_faster_worker_gets_larger_chunks():
+    shape, workers = (2**16, 2, 64), {"workers": 2, "threads": 1, "memory": 2**34}
+    slow, fast = (nad.suggest_chunks(shape, shape, "float32", [0, 2**16], rate=r, **workers)[0] for r in (1e11, 1e14))
+    assert slow[0] * slow[1] < fast[0] * fast[1]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import chunks as _chunks
 from .dense import attention, attention_backward
@@ -19,19 +20,24 @@ def suggest_chunks(
     shape_q: Sequence[int],
     shape_k: Sequence[int],
     dtype: Any = np.float32,
+    cu_seqlens_q: ArrayLike | None = None,
+    cu_seqlens_k: ArrayLike | None = None,
     *,
     value_dim: int | None = None,
     workers: int | None = None,
     threads: int | None = None,
     memory: int | None = None,
+    rate: float = _chunks.RATE,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Suggest chunks of query and key for `attention`: as large as memory allows, as many as threads need.
 
     Parameters
     ----------
     shape_q, shape_k : sequence of int
-        Shapes (..., H, L, E) of query and (..., Hkv, S, E) of key.
+        Shapes (..., H, L, E) of query and (..., Hkv, S, E) of key; with offsets, (T_q, H, E) and (T_k, Hkv, E).
     dtype : dtype, default float32
+    cu_seqlens_q, cu_seqlens_k : array of int, shape (n + 1,), optional
+        Offsets of packed sequences, for chunks for `attention_varlen`. By default, those of keys are those of queries.
     value_dim : int, optional
         Features of `value`; by default those of `key`.
     workers : int, optional
@@ -41,6 +47,9 @@ def suggest_chunks(
         Tasks that a worker runs at a time.
     memory : int, optional
         Bytes of memory of a worker.
+    rate : float, default 1e11
+        Operations a second of one of these tasks: 1e11 is about what a core with AVX-512 computes in float32, and 1e14
+        a GPU in half types.
 
     Returns
     -------
@@ -48,12 +57,20 @@ def suggest_chunks(
         Sizes of the chunks of each axis, as `dask.array.Array.rechunk` and `dask.array.from_zarr` take them. Those of
         `value` are those of `key`, with the features of `value`.
 
+    Raises
+    ------
+    ValueError
+        Shapes without heads with offsets, or offsets that are not those of the tokens.
+
     Notes
     -----
     One key head and its query heads in a chunk. A quarter of the memory holds the blocks of the tasks that run and of
-    two that wait, and there are at least four tasks for each thread, unless they would be shorter than a second at
-    100 GFLOP/s. Rows are a quarter of the keys or more, because keys and values travel once for each block of rows.
-    Where such tasks would be shorter than 0.1 s, heads and sequences share a chunk.
+    two that wait, and there are at least four tasks for each thread, unless they would be shorter than a second. Rows
+    are a quarter of the keys or more, because keys and values travel once for each block of rows. Where such tasks
+    would be shorter than 0.1 s, heads and sequences share a chunk.
+
+    Of packed sequences, only pairs of blocks with a sequence in common are tasks. So where many sequences fit into a
+    chunk, those of queries and of keys are alike: a block of rows would read keys of other sequences in vain.
 
     Examples
     --------
@@ -61,12 +78,16 @@ def suggest_chunks(
     >>> shape = (1, 16, 1_048_576, 64)
     >>> nad.suggest_chunks(shape, shape, workers=64, threads=16, memory=64 * 2**30)
     ((1, 1, 32768, 64), (1, 1, 131072, 64))
+    >>> shape, starts = (1_048_576, 16, 64), range(0, 1_048_577, 1024)  # 1024 sequences of 1024 tokens
+    >>> nad.suggest_chunks(shape, shape, "float32", starts, workers=2, threads=1, memory=4 * 2**30)
+    ((262144, 1, 64), (262144, 1, 64))
     """
     here = None if None not in (workers, threads, memory) else _chunks.workers_here()
     given = (workers, threads, memory)
     chosen = [x if x is not None else here[n] for n, x in enumerate(given)] if here else given
     Ev = shape_k[-1] if value_dim is None else value_dim
-    return _chunks.suggest(shape_q, shape_k, np.dtype(dtype).itemsize, Ev, _chunks.Workers(*chosen))
+    shape = _chunks.shape_of(shape_q, shape_k, np.dtype(dtype).itemsize, Ev, cu_seqlens_q, cu_seqlens_k)
+    return _chunks.suggest(shape, _chunks.Workers(*chosen), rate).chunks(shape, shape_q, shape_k)
 
 
 def warmup(client: Any = None) -> dict[str, float]:

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .layout import Layout
+from ..options import Array
+from ..problem.packed import offsets
+from .layout import Chunks, Layout
 
 MOST_TASKS = 500_000  # the scheduler of distributed is one process, which takes 1 to 1.6 ms of CPU a task
-RATE = 1e11  # operations a second that a core is assumed to compute
+RATE = 1e11  # operations a second that a thread of a worker is assumed to compute
 LONG = 1.0  # seconds of a task beside which the 3 to 5 ms of CPU that distributed takes for it are nothing
 SHORT = 0.1  # seconds of a task beside which they are 5 %
 SHARE = 4  # this part of the memory of a worker is for the blocks of tasks that run or wait
@@ -56,67 +58,121 @@ class Block(NamedTuple):
     rows: int
     keys: int
 
-    def size(self, group: int, E: int, Ev: int, itemsize: int) -> int:
+    def chunks(self, shape: "Shape", shape_q: Sequence[int], shape_k: Sequence[int]) -> tuple[Chunks, Chunks]:
+        """Return the sizes along the axes of query, and along those of key."""
+        heads, E = self.heads, shape.E
+        if shape.starts is not None:
+            return _at_most((self.rows, heads * shape.group, E), shape_q), _at_most((self.keys, heads, E), shape_k)
+        of_query, of_key = (heads * shape.group, self.rows, E), (heads, self.keys, E)
+        return _at_most((*self.batch, *of_query), shape_q), _at_most((*self.batch, *of_key), shape_k)
+
+
+def _at_most(sizes: Chunks, shape: Sequence[int]) -> Chunks:
+    """Return the sizes of the last axes, at most those of an array."""
+    return tuple(min(c, n) for c, n in zip(sizes[len(sizes) - len(shape) :], shape, strict=True))
+
+
+class Shape(NamedTuple):
+    """Sizes of a whole call; a packed one has no batch, and tokens of all sequences as rows and keys."""
+
+    batch: tuple[int, ...]
+    Hkv: int
+    group: int
+    rows: int
+    keys: int
+    E: int
+    Ev: int
+    itemsize: int
+    starts: tuple[Array, Array] | None = None  # cu_seqlens_q and cu_seqlens_k of packed sequences
+
+    def size(self, block: Block) -> int:
         """Return the bytes of the blocks of a task and of its result, which is in float32 at least."""
-        rows, keys = self.rows * group, self.keys
-        one = rows * E * itemsize + keys * (E + Ev) * itemsize + rows * (2 * Ev + 1) * max(4, itemsize)
-        return math.prod(self.batch) * self.heads * one
+        rows, keys = block.rows * self.group, block.keys
+        operands = (rows * self.E + keys * (self.E + self.Ev)) * self.itemsize
+        results = rows * (2 * self.Ev + 1) * max(4, self.itemsize)
+        return math.prod(block.batch) * block.heads * (operands + results)
 
-    def seconds(self, group: int, E: int, Ev: int) -> float:
-        """Return how long one core takes for a task."""
-        return 2 * math.prod(self.batch) * self.heads * group * self.rows * self.keys * (E + Ev) / RATE
+    def number(self, block: Block) -> int:
+        """Return how many tasks there are, one for each pair of blocks that has a sequence in common."""
+        whole, sizes = (*self.batch, self.Hkv), (*block.batch, block.heads)
+        return math.prod(-(-n // c) for n, c in zip(whole, sizes, strict=True)) * self._pairs(block.rows, block.keys)
+
+    def seconds(self, block: Block, rate: float) -> float:
+        """Return how long one thread takes for a task."""
+        if self.starts is None:
+            pairs = float(math.prod(block.batch) * block.heads * block.rows * block.keys)
+        else:
+            rows, keys = (np.diff(x).astype(np.float64) for x in self.starts)
+            pairs = self.Hkv * float(rows @ keys) / max(self.number(block), 1)
+        return 2 * self.group * pairs * (self.E + self.Ev) / rate
+
+    def _pairs(self, rows: int, keys: int) -> int:
+        if self.starts is None:
+            return -(-self.rows // rows) * -(-self.keys // keys)
+        starts_q, starts_k = self.starts
+        begin = np.arange(0, self.rows, rows)
+        first = np.searchsorted(starts_q, begin, side="right") - 1
+        last = np.searchsorted(starts_q, np.minimum(begin + rows, self.rows), side="left")
+        from_key, to_key = starts_k[first], starts_k[last]
+        return int(np.where(to_key > from_key, (to_key - 1) // keys - from_key // keys + 1, 1).sum())
+
+    def halve(self, block: Block) -> Block:
+        """Divide rows or keys. Where blocks have many whole sequences, both: keys of others would be read in vain."""
+        rows, keys = block.rows, block.keys
+        if self.starts is not None:
+            longest_q, longest_k = (int(np.diff(x).max(initial=1)) for x in self.starts)
+            if rows > 2 * longest_q and keys > 2 * longest_k:
+                return block._replace(rows=-(-rows // 2), keys=-(-keys // 2))
+        if keys > 4 * rows or rows == 1:
+            return block._replace(keys=-(-keys // 2))
+        return block._replace(rows=-(-rows // 2))
 
 
-def suggest(
-    shape_q: Sequence[int], shape_k: Sequence[int], itemsize: int, Ev: int, workers: Workers
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return sizes of blocks for query and for key; see `numba_attention.dask.suggest_chunks`."""
-    *batch_q, H, L, E = [*(1,) * (3 - len(shape_q)), *shape_q]
-    *batch_k, Hkv, S, _ = [*(1,) * (3 - len(shape_k)), *shape_k]
-    batch = np.broadcast_shapes(tuple(batch_q), tuple(batch_k))
-    group = H // Hkv if Hkv else 1
+def shape_of(
+    shape_q: Sequence[int], shape_k: Sequence[int], itemsize: int, Ev: int, cu_seqlens_q: Any, cu_seqlens_k: Any
+) -> Shape:
+    """Return the sizes of a call, packed if there are offsets."""
+    if cu_seqlens_q is None:
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_q must be given where cu_seqlens_k is")
+        *batch_q, H, L, E = [*(1,) * (3 - len(shape_q)), *shape_q]
+        *batch_k, Hkv, S, _ = [*(1,) * (3 - len(shape_k)), *shape_k]
+        batch = np.broadcast_shapes(tuple(batch_q), tuple(batch_k))
+        return Shape(batch, Hkv, H // Hkv if Hkv else 1, L, S, E, Ev, itemsize)
+    for name, shape in (("shape_q", shape_q), ("shape_k", shape_k)):
+        if len(shape) != 3:
+            raise ValueError(f"{name} must be (tokens, heads, features) with cu_seqlens_q, got {tuple(shape)}")
+    (T_q, H, E), (T_k, Hkv, _) = shape_q, shape_k
+    starts_q = offsets("cu_seqlens_q", cu_seqlens_q, T_q)
+    starts_k = offsets("cu_seqlens_k", cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, T_k)
+    if len(starts_q) != len(starts_k):
+        raise ValueError(f"cu_seqlens_k must have the {len(starts_q)} offsets of cu_seqlens_q, got {len(starts_k)}")
+    return Shape((), Hkv, H // Hkv if Hkv else 1, T_q, T_k, E, Ev, itemsize, (starts_q, starts_k))
+
+
+def suggest(shape: Shape, workers: Workers, rate: float) -> Block:
+    """Return sizes of blocks; see `numba_attention.dask.suggest_chunks`."""
     budget = workers.memory / SHARE / (workers.threads + 2)
     cores = workers.number * workers.threads
-    block = Block((1,) * len(batch), 1, max(L, 1), max(S, 1))
-
-    def size(block: Block) -> int:
-        return block.size(group, E, Ev, itemsize)
-
-    def number(block: Block) -> int:
-        sizes, whole = (*block.batch, block.heads, block.rows, block.keys), (*batch, Hkv, L, S)
-        return math.prod(-(-n // c) for n, c in zip(whole, sizes, strict=True))
-
+    block = Block((1,) * len(shape.batch), 1, max(shape.rows, 1), max(shape.keys, 1))
     # A block of keys travels once for each block of rows, so rows are halved only when keys are fewer than four times
     # as many: for each row there are also the output and its parts.
-    while size(block) > budget and block.rows + block.keys > 2:
-        block = _halve(block)
+    while shape.size(block) > budget and block.rows + block.keys > 2:
+        block = shape.halve(block)
     # Fewer tasks than threads: smaller ones, as long as each is long.
-    while number(block) < EACH * cores and block.seconds(group, E, Ev) > 2 * LONG:
-        block = _halve(block)
+    while shape.number(block) < EACH * cores and shape.seconds(block, rate) > 2 * LONG:
+        block = shape.halve(block)
     # Many short tasks: more heads in each, then more sequences.
     sizes = [block.heads, *reversed(block.batch)]
-    for axis, n in enumerate([Hkv, *reversed(batch)]):
+    for axis, n in enumerate([shape.Hkv, *reversed(shape.batch)]):
         while sizes[axis] < n:
             more = [*sizes[:axis], min(2 * sizes[axis], n), *sizes[axis + 1 :]]
             larger = block._replace(heads=more[0], batch=tuple(reversed(more[1:])))
-            short = block.seconds(group, E, Ev) < SHORT
-            if not short or size(larger) > budget or number(larger) < EACH * cores:
+            short = shape.seconds(block, rate) < SHORT
+            if not short or shape.size(larger) > budget or shape.number(larger) < EACH * cores:
                 break
             sizes, block = more, larger
-    of_query = (*block.batch, block.heads * group, block.rows, E)
-    of_key = (*block.batch, block.heads, block.keys, E)
-    return _for(of_query, shape_q), _for(of_key, shape_k)
-
-
-def _halve(block: Block) -> Block:
-    if block.keys > 4 * block.rows or block.rows == 1:
-        return block._replace(keys=-(-block.keys // 2))
-    return block._replace(rows=-(-block.rows // 2))
-
-
-def _for(sizes: tuple[int, ...], shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the sizes of the last axes, at most those of an array."""
-    return tuple(min(c, n) for c, n in zip(sizes[len(sizes) - len(shape) :], shape, strict=True))
+    return block
 
 
 def count_tasks(layout: Layout, fan: int) -> int:

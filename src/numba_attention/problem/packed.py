@@ -81,7 +81,7 @@ def _packed_operands(query: Any, key: Any, value: Any) -> tuple[Array, Array, Ar
 
 
 def _packing(cu_q: Any, cu_k: Any, q: Array, k: Array) -> Packing:
-    of_queries, of_keys = _starts("cu_seqlens_q", cu_q, q.shape[1]), _starts("cu_seqlens_k", cu_k, k.shape[1])
+    of_queries, of_keys = offsets("cu_seqlens_q", cu_q, q.shape[1]), offsets("cu_seqlens_k", cu_k, k.shape[1])
     if len(of_queries) != len(of_keys):
         raise ValueError(
             "cu_seqlens_q and cu_seqlens_k must be about the same sequences, "
@@ -90,8 +90,9 @@ def _packing(cu_q: Any, cu_k: Any, q: Array, k: Array) -> Packing:
     return Packing(of_queries[:-1], np.diff(of_queries), of_keys[:-1], np.diff(of_keys))
 
 
-def _starts(name: str, offsets: Any, total: int) -> Array:
-    array = as_ints(name, offsets)
+def offsets(name: str, x: Any, total: int) -> Array:
+    """Check the offsets of packed sequences, with so many tokens in all."""
+    array = as_ints(name, x)
     if array.ndim != 1 or not array.size:
         raise ValueError(f"{name} must have shape (sequences + 1,), got {array.shape}")
     if array[0] != 0 or array[-1] != total:
