@@ -68,14 +68,15 @@ def synchronous():
 @pytest.fixture
 def device(monkeypatch):
     """A device that is the host, whose kernels are the reference backend."""
-    from device import HostDriver, reference_on
-    from numba_attention.backends import cuda
+    from device import HostDriver, merged_by_host, reference_on
+    from numba_attention.backends import cuda, device_merge
     from numba_attention.device import runtime
 
     driver = HostDriver()
     monkeypatch.setattr(runtime, "driver", driver)
     for name, function in reference_on(driver).items():
         monkeypatch.setattr(cuda, name, function)
+    monkeypatch.setattr(device_merge, "merge", merged_by_host)
     return driver
 
 

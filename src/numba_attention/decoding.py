@@ -174,10 +174,7 @@ def _over_gap(
         return _attend(query, *parts[0], return_lse, out, backend)
     results = [_attend(query, *part, True, out if n else None, backend) for n, part in enumerate(parts)]
     outs, lses = zip(*results, strict=True)
-    merged, lse = merge(outs, lses)
-    if out is not None:
-        out[...] = merged
-        merged = out
+    merged, lse = merge(outs, lses, out=out)
     return (merged, lse) if as_flag("return_lse", return_lse) else merged
 
 

@@ -5,6 +5,7 @@ from typing import Any, cast
 import numpy as np
 
 from . import device_call
+from .device import runtime
 from .device.arrays import on_device
 from .options import Array
 from .validation import as_flag, as_ndarray, check_like, is_supported
@@ -12,15 +13,46 @@ from .validation import as_flag, as_ndarray, check_like, is_supported
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def merge(outs: Any, lses: Any, packed: bool | None = None) -> tuple[Any, Any]:
-    """Merge n results; see `numba_attention.merge_attention`."""
+def merge(outs: Any, lses: Any, packed: bool | None = None, out: Any = None) -> tuple[Any, Any]:
+    """Merge n results; see `numba_attention.merge_attention`. `out` is an array for the merged one, if not None."""
     if _on_device(outs) or _on_device(lses):
-        return cast(tuple[Any, Any], device_call.through_host(merge, outs=outs, lses=lses, packed=packed))
+        return _merge_on_device(outs, lses, packed, out)
     parts, logs, packed = _checked(outs, lses, packed)
     with np.errstate(all="ignore"):  # as in `attention`, infinities and NaNs are results
-        out, lse, _ = _merge(parts, logs)
+        merged, lse, _ = _merge(parts, logs)
     lse = lse.astype(logs[0].dtype)
-    return out.astype(parts[0].dtype), np.ascontiguousarray(lse.T) if packed else lse
+    if out is None:
+        out = merged.astype(parts[0].dtype)
+    else:
+        out[...] = merged
+    return out, np.ascontiguousarray(lse.T) if packed else lse
+
+
+def _merge_on_device(outs: Any, lses: Any, packed: bool | None, out: Any) -> tuple[Any, Any]:
+    """Merge results of which some are on a GPU, where the merged ones are too; the others are copied there."""
+    from .backends import device_merge
+
+    given = {"outs": outs, "lses": lses}
+    named = {
+        f"{name}[{n}]" if isinstance(stack, list | tuple) else name: x
+        for name, stack in given.items()
+        for n, x in enumerate(stack if isinstance(stack, list | tuple) else [stack])
+    }
+    call = device_call.Call(dict(sorted(named.items(), key=lambda item: not on_device(item[1]))))
+    with runtime.using(call.device, call.stream):
+        headers = {name: call.device_array(name, x) for name, x in named.items()}
+        outs, lses = (
+            [headers[f"{name}[{n}]"] for n in range(len(stack))] if isinstance(stack, list | tuple) else headers[name]
+            for name, stack in given.items()
+        )
+        parts, logs, packed = _checked(outs, lses, packed)
+        merged = call.empty(parts[0].shape, parts[0].dtype) if out is None else call.device_array("out", out)
+        shape = logs[0].shape[::-1] if packed else logs[0].shape
+        lse = call.empty(shape, logs[0].dtype)
+        device_merge.merge(parts, logs, merged, lse.T if packed else lse)
+        result = call.give(merged) if out is None else out, call.give(lse)
+        call.finish()
+        return result
 
 
 def merge_backward(
@@ -102,7 +134,12 @@ def _on_device(arrays: Any) -> bool:
 
 def _arrays(name: str, stack: Any) -> list[Array]:
     try:
-        parts = list(as_ndarray(name, stack) if isinstance(stack, np.ndarray) else stack)
+        if isinstance(stack, np.ndarray):
+            stack = as_ndarray(name, stack)
+            # With the ellipsis, parts without axes are arrays too, which may be headers of memory of a GPU.
+            parts = [stack[n, ...] for n in range(len(stack))]
+        else:
+            parts = list(stack)
     except TypeError as error:
         if isinstance(stack, np.ndarray) and stack.ndim:
             raise

@@ -319,6 +319,13 @@ def test_append_copies_sixteen_bytes_at_a_time(disassembled):
     assert len(loads) == len(stores) + 1, "an entry of the list too"
 
 
+@pytest.mark.parametrize(("of", "to"), [("float32", "float32"), ("float16", "float64"), ("bfloat16", "float32")])
+def test_merge(of, to):
+    for arch in ARCHS if THOROUGH else ARCHS[:1]:
+        c = Spec("merge", of, 32, 32, aligned=True, to=to, arch=arch)
+        check(kernels.compile_(c), c)
+
+
 def test_a_kernel_compiles_to_the_same_code():
     """What the cache on disk counts on: the code of a kernel follows from its name."""
     c = Spec("combine", "float16", 64, 64, warps=4, arch="sm_80")

@@ -29,6 +29,7 @@ def _maker(c: Spec) -> Callable[[Spec, Target], KernelFunction]:
         forward,
         hopper,
         hopper_backward,
+        merge,
         mod_gradients,
         normalizers,
         probabilities,
@@ -44,6 +45,7 @@ def _maker(c: Spec) -> Callable[[Spec, Target], KernelFunction]:
         "mods": mod_gradients.make_mod_gradients, "delta": rowwise.make_delta, "round": rowwise.make_round,
         "normalizers": normalizers.make_normalizers, "sinks": rowwise.make_sinks,
         "reduce": rowwise.make_reduce, "append": append.make_append,
+        "merge": merge.make_merge,
     }  # fmt: skip
     return makers[c.task]
 
@@ -111,17 +113,17 @@ def ship(c: Spec, folder: Path) -> Path:
 
 def _integers(c: Spec) -> int:
     """How many integers a kernel takes."""
-    if c.task == "append":
-        from .append import INTEGERS as OF_APPEND
+    if c.task in ("append", "merge"):
+        from . import append, merge
 
-        return len(OF_APPEND)
+        return len(append.INTEGERS if c.task == "append" else merge.INTEGERS)
     return 4 + 5 * AXES if c.task == "reduce" else len(INTEGERS)
 
 
 def addresses(c: Spec) -> tuple[int, ...]:
     """Which integers of a kernel are addresses."""
-    if c.task == "append":
-        from .append import ADDRESSES as OF_APPEND
+    if c.task in ("append", "merge"):
+        from . import append, merge
 
-        return OF_APPEND
+        return append.ADDRESSES if c.task == "append" else merge.ADDRESSES
     return (0, 1) if c.task == "reduce" else tuple(INTEGERS.index(name) for name in ADDRESSES)

@@ -64,7 +64,7 @@ class Spec:
     split_kv: bool = False  # several blocks share the keys of a row, and `combine` joins them
     flags: bool = False  # rows whose result is not finite are flagged for the NaN-safe kernel
     nan_safe: bool = False  # recomputes flagged rows without multiplying what they do not see
-    to: str = ""  # storage of the results, if not `storage`
+    to: str = ""  # storage of the results, if not `storage`; of lse in "merge"
     only: str = ""  # the one gradient of a tile of keys, "key" or "value", where registers do not suffice for both
     fused_dq: bool = False  # the kernel of a tile of keys adds dQ too, by atomics in any order
     by_fours: bool = False  # sums of dQ in memory have the four features of a thread of wgmma side by side
