@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import numba_attention as na
+from cases import DTYPES
 
 da = pytest.importorskip("dask.array")
 distributed = pytest.importorskip("distributed")
@@ -78,6 +79,59 @@ def test_a_worker_killed_in_the_middle():
             np.testing.assert_array_equal(a, b)
     want = na.attention(*arrays, is_causal=True)
     np.testing.assert_allclose(undisturbed[0], want, atol=2e-6)
+
+
+def kernels_in_memory(client):
+    """How many kernels the workers have compiled or loaded."""
+
+    def number():
+        import gc
+
+        from numba_attention.cpu.cache import Kernel
+
+        return sum(isinstance(x, Kernel) and x.origin != "" for x in gc.get_objects())
+
+    return sum(client.run(number).values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_first_tasks_compile_nothing_after_a_warm_up(dtype):
+    """Long and short blocks, single rows, packed sequences, gradients, a layer: no kernel that is not there already."""
+    rng = np.random.default_rng(0)
+    starts = [0, 3, 200, 700]
+    lengths = 1, 20, 700  # of the queries
+    with cluster(1) as workers, distributed.Client(workers) as client:
+        nad.warmup(client, [dtype])
+        before = kernels_in_memory(client)
+        assert before > 5
+        results = []
+        for chunk in (1, 33, 70, 300):
+            for L in lengths:
+                k = da.from_array(rng.standard_normal((2, 700, 32)).astype(DTYPES[dtype]), chunks=(1, 350, 32))
+                q = da.from_array(
+                    rng.standard_normal((4, L, 32)).astype(DTYPES[dtype]), chunks=(2, max(chunk, L // 9), 32)
+                )
+                out, lse = na.attention(q, k, k, is_causal="bottom-right", return_lse=True)
+                grads = na.attention_backward(out, q, k, k, out, lse, is_causal="bottom-right")
+                results += [out.sum(), *(x.sum() for x in grads[:3])]
+        x = k.transpose((1, 0, 2))
+        out, lse = na.attention_varlen(x, x, x, starts, starts, return_lse=True)
+        grads = na.attention_varlen_backward(out, x, x, x, out, lse, starts, starts)
+        results += [out.sum(), *(x.sum() for x in grads[:3])]
+        if dtype == "float32":
+            layer = na.MultiHeadAttention(64, 2, rng=0)
+            y, ctx = layer.forward(da.from_array(rng.standard_normal((300, 64), dtype=np.float32), chunks=(70, 64)))
+            layer.backward(y, ctx)
+            results += [y, layer.grads]
+        dask.compute(*results)
+        assert kernels_in_memory(client) == before
+
+
+def test_warm_up_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match=r"dtypes must be among .*, got 'int8'"):
+        nad.warmup(None, [np.int8])
+    with pytest.raises(ValueError, match="backend must be 'cpu' or 'cuda'"):
+        nad.warmup(None, backend="reference")
 
 
 def _states(dask_scheduler):

@@ -78,6 +78,19 @@ def warmup_jobs() -> list[tuple[str, Callable[[], None]]]:
     return [*jobs, ("attention_weights, float32", job(worker("float32", "weights")))]
 
 
+def kernels_of_parts(storage: str) -> list[Kernel]:
+    """Return all kernels that blocks of a larger problem may need, of any size, forward and backward.
+
+    Their results are in float32 for half types: see `problem.dense.widened`.
+    """
+    if storage == "float16" and not HOST.f16:
+        storage = "float32"
+    wide = storage in ("float16", "bfloat16")
+    vectors = (0, 1, 2) if NARROWS else (0,)
+    tasks = [("decode", 0), *((task, n) for task in ("forward", "backward") for n in vectors)]
+    return [worker(storage, task, vectors=n, wide=wide) for task, n in tasks]
+
+
 def forward(problem: Problem) -> None:
     """Write ``problem.out`` and ``problem.lse``."""
     _run(with_block_mask(problem), weights=False)

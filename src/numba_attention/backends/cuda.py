@@ -28,13 +28,16 @@ def unusable() -> str | None:
     return runtime.unusable()
 
 
-def warmup_jobs() -> list[tuple[str, Callable[[], object]]]:
+def warmup_jobs(wide: bool = False) -> list[tuple[str, Callable[[], object]]]:
     """Return the names of the common kernels for the first GPU, each with a function that compiles it."""
-    return [(c.name, partial(kernels.compiled, c)) for c in common_kernels(runtime.driver.device(0))]
+    return [(c.name, partial(kernels.compiled, c)) for c in common_kernels(runtime.driver.device(0), wide)]
 
 
-def common_kernels(device: Device) -> list[Spec]:
-    """Return the kernels of a GPU that most calls use: plain and masked ones, decoding, caches, gradients."""
+def common_kernels(device: Device, wide: bool = False) -> list[Spec]:
+    """Return the kernels of a GPU that most calls use: plain and masked ones, decoding, caches, gradients.
+
+    If `wide`, results are in float32 for half types: see `problem.dense.widened`.
+    """
     copies = Spec("append", "float32", 32, 32, to="float32", arch=device.arch)  # to a cache of any dtype
     specs: dict[str, Spec] = {copies.name: copies}
     for storage in ("bfloat16", "float16", "float32"):
@@ -44,6 +47,8 @@ def common_kernels(device: Device) -> list[Spec]:
                 c = tile_shapes.for_call(
                     "forward", storage, E, E, product, device, False, False, "", False, False, False, hides, True
                 )
+                if wide and storage != "float32":
+                    c = c.with_(to="float32")
                 alone, _, _, repeat = _kernels(c, False, 0, 1, device)
                 found = [alone, *cuda_backward.kernels_of(c, device)]
                 if hides:
@@ -103,7 +108,7 @@ def _kernels(c: Spec, sinks: bool, few: int, group: int, device: Device) -> tupl
     if few:
         c = tile_shapes.few(c, few, device)
     join = Spec("combine", c.storage, c.E, c.Ev, warps=4, pack_gqa=c.pack_gqa, flags=c.flags, to=c.to, arch=c.arch)
-    return c, c.with_(split_kv=True, flags=False), join, tile_shapes.nan_safe(c, device)
+    return c, c.with_(split_kv=True, flags=False, to=""), join, tile_shapes.nan_safe(c, device)
 
 
 def _splits(blocks: int, key_tiles: int, resident: int) -> int:

@@ -87,13 +87,15 @@ def _is_single(p: Problem) -> bool:
 def kernels_of(c: Spec, device: Device) -> list[Spec]:
     """Return the gradient kernels of a call with plain options whose forward pass runs the kernel `c`."""
     queries, keys = (
-        tile_shapes.with_options(tile_shapes.base(task, c.storage, c.E, c.Ev, device), flags=c.flags, aligned=c.aligned)
+        tile_shapes.with_options(
+            tile_shapes.base(task, c.storage, c.E, c.Ev, device), flags=c.flags, aligned=c.aligned
+        ).with_(to=c.to)
         for task in ("query", "key")
     )
     single = None if tile_shapes.is_deterministic() else tile_shapes.fused_dq(keys, device)
     small = Spec("delta", c.storage, c.E, c.Ev, warps=ROWS, fused_dq=single is not None, arch=c.arch)
     specs = [small, *tile_shapes.parts(keys), queries] if single is None else [small, single]
-    specs.append(tile_shapes.normalizers(c, device))
+    specs.append(tile_shapes.normalizers(c.with_(to=""), device))
     if single is not None:
         specs.append(_round(small.with_(task="round"), single))
     repeat = [tile_shapes.nan_safe(x, device) for x in (queries, *tile_shapes.parts(keys))] if c.flags else []

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from . import chunks as _chunks
 from .dense import attention, attention_backward
@@ -90,45 +90,73 @@ def suggest_chunks(
     return _chunks.suggest(shape, _chunks.Workers(*chosen), rate).chunks(shape, shape_q, shape_k)
 
 
-def warmup(client: Any = None) -> dict[str, float]:
-    """Compile or load the common kernels on every worker, so that no task has to.
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+def warmup(client: Any = None, dtypes: Sequence[DTypeLike] = DTYPES, *, backend: str = "cpu") -> dict[str, float]:
+    """Compile or load on every worker what tasks need, so that no task has to: blocks of any size, and gradients.
 
     Parameters
     ----------
     client : distributed.Client, optional
         By default the current one.
+    dtypes : sequence of dtype, optional
+        Those of the arrays. By default "float32", "float64", "float16" and "bfloat16".
+    backend : {"cpu", "cuda"}
+        "cuda" compiles the common kernels of the first GPU of each worker, of all dtypes.
 
     Returns
     -------
     dict
         Seconds that it took, by the address of the worker.
 
+    Raises
+    ------
+    ValueError
+        An unknown dtype or backend.
+
     Notes
     -----
-    Compiling takes some 3 seconds a kernel, and looks like a worker that hangs if a task does it. Machines that share
-    the folder of the kernel cache (NUMBA_ATTENTION_CACHE_DIR), and are alike, load what one of them has compiled.
+    Compiling takes some 3 seconds a kernel, and looks like a worker that hangs if a task does it. There are seven
+    kernels for each dtype with AVX-512, and three elsewhere: with results in float32 for half types, as merges and sums
+    of blocks take them. Workers that share the folder of the kernel cache (NUMBA_ATTENTION_CACHE_DIR), and are alike,
+    load what one of them has compiled. `score_mod` and `mask_mod` are compiled by the first task that has them, in a
+    tenth of a second.
 
     Examples
     --------
     >>> from distributed import Client  # doctest: +SKIP
     >>> client = Client()  # doctest: +SKIP
-    >>> na.dask.warmup(client)  # doctest: +SKIP
+    >>> na.dask.warmup(client, ["float32"])  # doctest: +SKIP
     {'tcp://127.0.0.1:40001': 0.02, 'tcp://127.0.0.1:40003': 0.02}
     """
     from distributed import get_client
 
-    seconds: dict[str, float] = (get_client() if client is None else client).run(_warm)
+    names = [x if isinstance(x, str) else np.dtype(x).name for x in ([dtypes] if isinstance(dtypes, str) else dtypes)]
+    for name in names:
+        if name not in DTYPES:
+            raise ValueError(f"dtypes must be among {DTYPES}, got {name!r}")
+    if backend not in ("cpu", "cuda"):
+        raise ValueError(f"backend must be 'cpu' or 'cuda', got {backend!r}")
+    seconds: dict[str, float] = (get_client() if client is None else client).run(_warm, names, backend)
     return seconds
 
 
-def _warm() -> float:
+def _warm(dtypes: Sequence[str], backend: str) -> float:
     from time import perf_counter
 
-    from ..backends.cpu import warmup_jobs
+    from ..backends import cpu, cuda
+    from ..layer.projection import kernel_of
 
     start = perf_counter()
-    for _, job in warmup_jobs():
-        job()
+    if backend == "cuda":
+        for _, job in cuda.warmup_jobs(wide=True):
+            job()
+        return perf_counter() - start
+    kernels = [kernel for name in dtypes for kernel in cpu.kernels_of_parts(name)]
+    kernels += [kernel_of(name)[0] for name in dtypes if name in ("float32", "float64")]  # of layers
+    for kernel in (*cpu.entries(), *kernels):
+        kernel.address  # noqa: B018
     return perf_counter() - start
 
 
