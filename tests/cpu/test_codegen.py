@@ -78,7 +78,8 @@ def test_loop_keeps_its_block_in_registers(name, fma, register, storage, role):
 def test_sums_of_the_backward_pass(name, fma, register, storage, which):
     spec = Spec(storage, detect(*HOSTS[name]), "backward")
     rows, vectors = sum_blocks(spec)[which]
-    loop = innermost(assembly(micro_kernel(spec, "sum", (rows, vectors), bf16_dot=False), HOSTS[name]), fma)
+    fma = "vdpbf16ps" if spec.bf16_dot else fma
+    loop = innermost(assembly(micro_kernel(spec, "sum", (rows, vectors)), HOSTS[name]), fma)
     number = len(re.findall(rf"\b{fma}\w*\b.*{register}", loop))
     assert number > 0
     assert number % (rows * vectors) == 0

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..sequence_record import SEQUENCE
-from . import stages, tiles
+from . import pairs, stages, tiles
 from .dropout import drop_gradients
 from .gemm import micro_kernel
 from .mods import call_tile
@@ -80,7 +80,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     """Make the function that one thread runs: take work items until none is left."""
     BM, BN, MR = spec.query_tile, spec.key_tile, spec.block[0]
     vector, element = spec.vector, spec.element
-    size, row_bytes = vector.bytes, BM * vector.bytes
+    size, row_bytes, vectors = vector.bytes, BM * vector.bytes, spec.block[1]
     bf16_dot, widens_kv, item_size = spec.bf16_dot, spec.widens_kv, spec.out_element.size
     real: Any = vector.dtype
     infinity = math.inf
@@ -98,7 +98,9 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     scoring = make_scoring(spec)
     place_rows, pack_rows, products, hides_all, _, score_tile, _ = scoring
     list_of, tile_of, runs_of, clip = make_visible(spec)
-    mm_query = micro_kernel(spec, "output", bf16_dot=False)
+    mm_query = micro_kernel(spec, "output")
+    pair_keys, drop_halves = pairs.pair_rows(spec), pairs.drop_nonfinite(spec)
+    narrow, pair = pairs.narrow_tile(spec), pairs.pair_tile(spec)
     gather = tiles.gather_tile(spec, element)
     widen = tiles.widen_tile(spec)
     write_tile = tiles.scatter_tile(spec)
@@ -255,18 +257,23 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         """dQ^T += K^T dS^T."""
         keys = p.key + s.key + head * p.key_head + j0 * p.key_row
         row, column = p.key_row, p.key_column
-        if widens_kv:
-            keys, row, column = at + p.at_keys, p.E * size, size  # the copy in the compute type that the scores used
-        if bf16_dot or nan_safe:
-            wide = at + p.at_wide_keys
-            widen(wide, p.key + s.key + head * p.key_head + j0 * p.key_row, p.key_row, p.key_column, n, p.E)
-            keys, row, column = wide, p.E * size, size
+        grad_scores, depth, packed = at + p.at_grad_scores, n, at + p.at_packed_keys
+        if bf16_dot:
+            pair_keys(packed, keys, row, column, n, p.E)
+            keys, row, column = packed, p.E * size, size
+            grad_scores, depth = at + p.at_paired, (n + 1) // 2
             if nan_safe:
-                drop_nonfinite(wide, n * p.E)
+                drop_halves(packed, depth * 2 * p.E)
+        elif nan_safe:
+            widen(packed, keys, row, column, n, p.E)
+            keys, row, column = packed, p.E * size, size
+            drop_nonfinite(packed, n * p.E)
+        elif widens_kv:
+            keys, row, column = at + p.at_keys, p.E * size, size  # the copy in the compute type that the scores used
         for e in range(0, p.E, MR):
             mm_query(
                 at + p.at_out + e * row_bytes, row_bytes, keys + e * column, column, row, min(MR, p.E - e),
-                at + p.at_grad_scores, row_bytes, n, at + p.at_state + RESCALE * row_bytes,
+                grad_scores, row_bytes, depth, at + p.at_state + RESCALE * row_bytes,
             )  # fmt: skip
 
     @spec.jit
@@ -311,6 +318,11 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             scale_scores(grad_scores, n, real(p.gradient_prescale))
         if p.cap_outer != 0:
             multiply_kept(grad_scores, n, at + p.at_cap_slopes)
+        if bf16_dot:  # the last three products are of rounded weights and gradients of scores, as the first two are
+            padded = (n + SUM_ROWS - 1) // SUM_ROWS * SUM_ROWS
+            pair(grad_scores, at + p.at_paired, padded, vectors)
+            narrow(grad_scores, padded)
+            narrow(weights, padded)
         add_query_gradient(p, s, at, head, j0, n, nan_safe)
         if nan_safe:
             return

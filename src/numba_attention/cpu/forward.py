@@ -69,7 +69,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     carry, add_tiles = second_level(spec), add_two_tiles(spec)
     pack_values = pairs.pair_rows(spec) if bf16_dot else tiles.widen_tile(spec)
     write_tile, power_below = tiles.scatter_tile(spec), power_below_of(spec)
-    has_nan = tiles.has_nan(spec)
+    has_nan, drop_halves = tiles.has_nan(spec), pairs.drop_nonfinite(spec)
     drop = make_drop(spec, pairs=bf16_dot and with_output)
     value_at = tiles.load_value(spec)
 
@@ -77,10 +77,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def drop_nonfinite(p: Any, at: int, n: int) -> None:
         """Zero what is NaN or infinite among the packed values."""
         if bf16_dot:
-            halves = values_of(p, at)
-            for x in range(((n + 1) // 2) * p.Ev * 2):
-                if halves[x] & 0x7F80 == 0x7F80:
-                    halves[x] = 0
+            drop_halves(at + p.at_values, (n + 1) // 2 * 2 * p.Ev)
         else:
             packed = values_of(p, at)
             for x in range(n * p.Ev):

@@ -32,7 +32,19 @@ class _BFloat(ir.Type):
 BF32 = ir.VectorType(_BFloat(), 32)
 
 
-def micro_kernel(spec: Spec, role: str, block: tuple[int, int] | None = None, bf16_dot: bool | None = None) -> Any:
+def narrow(b: Builder, low: Value, high: Value) -> Value:
+    """Round two vectors to bfloat16, one after the other: NaN stays NaN, subnormal numbers become 0 (AVX512_BF16)."""
+    return call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF32, high, low)
+
+
+def pack_pairs(b: Builder, low: Value, high: Value) -> Value:
+    """Round two vectors to bfloat16 and interleave them into 32-bit words."""
+    both = narrow(b, low, high)
+    order = ir.Constant(ir.VectorType(I32, 32), [i // 2 + 16 * (i % 2) for i in range(32)])
+    return b.bitcast(b.shuffle_vector(both, both, order), ir.VectorType(I32, 16))
+
+
+def micro_kernel(spec: Spec, role: str, block: tuple[int, int] | None = None) -> Any:
     """Make ``mm(c, c_stride, a, a_row, a_k, rows, b, b_stride, k, x)``; addresses and strides in bytes.
 
     Role "product": C = A B.
@@ -41,11 +53,9 @@ def micro_kernel(spec: Spec, role: str, block: tuple[int, int] | None = None, bf
     Role "sum": C = C + A B.
 
     With fewer than MR `rows` the last one stands in for the missing: C is computed whole (the scratch has room), and
-    nothing beyond A is read. With bfloat16 dot products (`bf16_dot`, by default where the spec has them), A and B hold
-    pairs along k in 32-bit words.
+    nothing beyond A is read. Where the spec has bfloat16 dot products, A and B hold pairs along k in 32-bit words.
     """
-    bf16_dot = spec.bf16_dot if bf16_dot is None else bf16_dot
-    vector = spec.vector
+    bf16_dot, vector = spec.bf16_dot, spec.vector
     MR, NV = block or spec.block
     width = vector.bytes * vector.width
 

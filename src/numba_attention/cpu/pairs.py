@@ -5,12 +5,15 @@ The siblings of `tiles` for hosts that multiply bfloat16 natively (AVX512_BF16).
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 
 from .elements import bfloat16_bits
-from .simd import F32, I16, I32, I64, Builder, Value, at, load, loop, pointer, routine, store
+from .gemm import narrow, pack_pairs
+from .simd import F32, I16, I32, I64, Builder, Value, at, load, loop, pointer, routine, store, void_pointer
 from .spec import Spec
 from .tiles import row_group
+from .views import UNBOUNDED, carray
 
 
 def _half_word(b: Builder, p: Value) -> Value:
@@ -196,3 +199,58 @@ def pair_rows(spec: Spec) -> Any:
             one_by_one(tile, source, row_stride, stride, rows, count)
 
     return pair
+
+
+def pair_tile(spec: Spec) -> Any:
+    """Make ``pair(tile, target, n, vectors)``: target[r, c] = the pair (2r, c), (2r+1, c) of rounded float32.
+
+    Rows have so many vectors; n, their number, is even. The target may be where the tile is.
+    """
+    vector = spec.vector
+    width = vector.bytes * vector.width
+
+    def build(b: Builder, tile: Value, target: Value, n: Value, vectors: Value) -> None:
+        row_bytes = b.mul(vectors, I64(width))
+
+        def row(i: Value, carried: list[Value]) -> list[Value]:
+            def column(v: Value, inner: list[Value]) -> list[Value]:
+                p, q = inner
+                store(b, pack_pairs(b, vector.load(b, p), vector.load(b, at(b, p, row_bytes))), q, align=4)
+                return [at(b, p, width), at(b, q, width)]
+
+            p, q = loop(b, vectors, carried, column)
+            return [at(b, p, row_bytes), q]
+
+        loop(b, b.lshr(n, I64(1)), [pointer(b, tile), pointer(b, target)], row)
+
+    return routine("tile target n vectors", build)
+
+
+def narrow_tile(spec: Spec) -> Any:
+    """Make ``narrow(tile, n)``: n rows of a tile of float32, an even number, become bfloat16, one after another."""
+    vector = spec.vector
+    width = vector.bytes * vector.width
+
+    def build(b: Builder, tile: Value, n: Value) -> None:
+        def step(i: Value, carried: list[Value]) -> list[Value]:
+            p, q = carried
+            store(b, narrow(b, vector.load(b, p), vector.load(b, p, width)), q, align=2)
+            return [at(b, p, 2 * width), at(b, q, width)]
+
+        number = b.mul(b.lshr(n, I64(1)), I64(spec.block[1]))
+        loop(b, number, [pointer(b, tile), pointer(b, tile)], step)
+
+    return routine("tile n", build)
+
+
+def drop_nonfinite(spec: Spec) -> Any:
+    """Make ``drop(tile, count)``: of so many bfloat16 numbers NaN and infinity become 0."""
+
+    @spec.jit
+    def drop(tile: int, count: int) -> None:
+        halves = carray(void_pointer(tile), UNBOUNDED, np.uint16)
+        for x in range(count):
+            if halves[x] & 0x7F80 == 0x7F80:
+                halves[x] = 0
+
+    return drop

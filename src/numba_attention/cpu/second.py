@@ -194,7 +194,7 @@ def make_second(
     ) -> None:  # fmt: skip
         """target[e, lane] += sum_j source[j, e] tile[j, lane]; if `nan_safe`, of finite numbers alone."""
         if nan_safe:
-            wide = at + p.at_wide_keys
+            wide = at + p.at_packed_keys
             widen(wide, source, row, column, n, features)
             drop_nonfinite(wide, n * features)
             source, row, column = wide, features * size, size

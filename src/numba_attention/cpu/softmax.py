@@ -18,8 +18,8 @@ from typing import Any
 from llvmlite import ir
 
 from .exp import EXP2_BF16, EXP2_F32, EXP2_F64, exp2_product, lowest_argument
-from .gemm import BF32
-from .simd import I32, I64, Builder, Value, Vector, at, call, loop, pointer, routine, store
+from .gemm import pack_pairs
+from .simd import I64, Builder, Value, Vector, at, loop, pointer, routine, store
 from .spec import Spec
 
 # Rows of the state scratch, each one vector block of query_tile values.
@@ -80,7 +80,7 @@ def _weigh_rows(
             totals[v] = b.fadd(totals[v], p0)
             p1 = weigh(at(b, row, row_bytes), v)
             totals[v] = b.fadd(totals[v], p1)
-            store(b, _pack_pairs(b, p0, p1), out, v * width, align=4)
+            store(b, pack_pairs(b, p0, p1), out, v * width, align=4)
         return [at(b, row, 2 * row_bytes), at(b, out, row_bytes), *totals]
 
     zeros = [vector.const(0.0)] * NV
@@ -127,13 +127,6 @@ def softmax_step(spec: Spec, pairs: bool) -> Any:
             vector.store(b, vector.fma(b, before, rescale, totals[v]), px, SUM * row_bytes + v * width)
 
     return routine(f"scores n state factor:{_real(spec)} weights", build)
-
-
-def _pack_pairs(b: Builder, low: Value, high: Value) -> Value:
-    """Round two vectors to bfloat16 and interleave them into 32-bit words."""
-    both = call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF32, high, low)
-    order = ir.Constant(ir.VectorType(I32, 32), [i // 2 + 16 * (i % 2) for i in range(32)])
-    return b.bitcast(b.shuffle_vector(both, both, order), ir.VectorType(I32, 16))
 
 
 def normalised_weights(spec: Spec, pairs: bool = False) -> Any:
@@ -286,7 +279,7 @@ def softmax_gradient(spec: Spec) -> Any:
 
     def build(b: Builder, scores: Value, grads: Value, n: Value, state: Value, factor: Value) -> None:
         px = pointer(b, state)
-        exponential = _exponential(spec, b, factor, False)
+        exponential = _exponential(spec, b, factor, spec.bf16_dot)
         slack = vector.splat(b, b.fdiv(ir.Constant(vector.element, SLACK), factor))
         highest, inverse, delta = (
             [vector.load(b, px, row * row_bytes + v * width) for v in range(NV)] for row in (MAX, INVERSE, SUM)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from .gemm import micro_kernel
+from .pairs import pair_tile
 from .simd import I64, Builder, Value, at, load, loop, pointer, routine, store, void_pointer
 from .softmax import SUM_ROWS
 from .spec import Spec
@@ -25,12 +26,14 @@ def add_products(spec: Spec) -> Any:
     """Make ``add(sums, tile, panels, n, features)``: sums[j, e] += sum_lane tile[j, lane] rows[lane, e].
 
     `panels` holds the rows as `copy_rows` laid them out, `features` is padded; rows of the tile from n to the next
-    multiple of `SUM_ROWS` must be 0.
+    multiple of `SUM_ROWS` must be 0. With bfloat16 dot products the tile is one that `pairs.narrow_tile` has rounded.
     """
     vector = spec.vector
-    BM, size, row_bytes = spec.query_tile, vector.bytes, spec.query_tile * vector.bytes
+    BM, size = spec.query_tile, vector.bytes
+    depth = BM // 2 if spec.bf16_dot else BM  # in words
+    row_bytes = depth * size
     (rows_wide, _), (rows_two, _), (rows_one, _) = blocks = sum_blocks(spec)
-    mm_wide, mm_two, mm_one = (micro_kernel(spec, "sum", block, bf16_dot=False) for block in blocks)
+    mm_wide, mm_two, mm_one = (micro_kernel(spec, "sum", block) for block in blocks)
     wide, two, one = (n * vector.width for _, n in blocks)
 
     @spec.jit
@@ -40,17 +43,17 @@ def add_products(spec: Spec) -> Any:
         while features - e >= wide:
             for j in range(0, n, rows_wide):
                 c, a, b = sums + j * pitch + e * size, tile + j * row_bytes, panels + e * BM * size
-                mm_wide(c, pitch, a, row_bytes, size, rows_wide, b, wide * size, BM, 0)
+                mm_wide(c, pitch, a, row_bytes, size, rows_wide, b, wide * size, depth, 0)
             e += wide
         while features - e >= two:
             for j in range(0, n, rows_two):
                 c, a, b = sums + j * pitch + e * size, tile + j * row_bytes, panels + e * BM * size
-                mm_two(c, pitch, a, row_bytes, size, rows_two, b, two * size, BM, 0)
+                mm_two(c, pitch, a, row_bytes, size, rows_two, b, two * size, depth, 0)
             e += two
         if features - e >= one:
             for j in range(0, n, rows_one):
                 c, a, b = sums + j * pitch + e * size, tile + j * row_bytes, panels + e * BM * size
-                mm_one(c, pitch, a, row_bytes, size, rows_one, b, one * size, BM, 0)
+                mm_one(c, pitch, a, row_bytes, size, rows_one, b, one * size, depth, 0)
 
     return add
 
@@ -61,12 +64,13 @@ def copy_rows(spec: Spec) -> Any:
     A panel is as many features as the widest micro-kernel takes, of all rows, so that a panel fits the cache without
     gaps: of 128 features in one piece, the half in use shares half of the sets of the cache (2 % slower). NaN and
     infinity become 0, because weights may be 0 and 0 * NaN is NaN; `marks` is a table of int64 that is set to DIRTY for
-    rows that had some, or 0. Returns whether any had.
+    rows that had some, or 0. Returns whether any had. With bfloat16 dot products a panel becomes pairs of rows.
     """
     vector = spec.vector
-    BM, size = spec.query_tile, vector.bytes
+    BM, W, size = spec.query_tile, vector.width, vector.bytes
     real: Any = vector.dtype
     wide, two = spec.block[1] * vector.width, 2 * vector.width
+    bf16_dot, pair = spec.bf16_dot, pair_tile(spec)
     widen, has_nan, drop_nonfinite = widen_tile(spec), any_nan(spec), drop_nonfinite_of(spec)
 
     @spec.jit
@@ -84,17 +88,19 @@ def copy_rows(spec: Spec) -> Any:
             for lane in range(BM):
                 widen(panel + lane * width * size, addresses[lane] + e * stride, 0, stride, 1, count)
             e += width
-        if not has_nan(panels, padded):
-            return False
+        nonfinite: bool = has_nan(panels, padded)
         e = 0
-        while e < padded:
+        while (nonfinite or bf16_dot) and e < padded:
             left = padded - e
             width = wide if left >= wide else two if left >= two else left
-            for lane in range(BM):
-                if drop_nonfinite(panels + (e * BM + lane * width) * size, width) and marks != 0:
+            panel = panels + e * BM * size
+            for lane in range(BM if nonfinite else 0):
+                if drop_nonfinite(panel + lane * width * size, width) and marks != 0:
                     dirty[lane] = max(dirty[lane], DIRTY)
+            if bf16_dot:
+                pair(panel, panel, BM, width // W)
             e += width
-        return True
+        return nonfinite
 
     return copy
 
