@@ -14,6 +14,7 @@ from caching import filled
 from device import Tensor, fake_torch
 from emulator import emulated
 from numba_attention.backends import cuda_launch
+from numba_attention.cuda import softmax, tile_shapes
 
 F16, BF16, F32, F64 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64)
 EPS = {F16: 2.0**-11, BF16: 2.0**-8, F32: 2.0**-24, F64: 2.0**-53}
@@ -263,3 +264,83 @@ def test_a_page_that_another_thread_frees_is_never_read(gpu):
         patch.setattr(cuda_launch.Work, "_of_cache", lambda self, p, c: original(self, p, c._replace(table=table)))
         out = na.attention_decode(q, cache, backend="cuda")
     assert out.shape == q.shape
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_gradients_of_scores_that_are_small_differences_of_large_products(gpu, dtype):
+    """Where products cancel, a score is known to within the rounding of the products: still no weight is above 1."""
+    rng = np.random.default_rng(0)
+    row = rng.standard_normal(8).astype(dtype)
+    query = (rng.integers(-2, 3, (1, 1, 17, 1)) * row).astype(dtype)
+    key = np.stack([row[[4, 5, 6, 7, 0, 1, 2, 3]], row[[7, 6, 5, 4, 3, 2, 1, 0]]])[None, None]
+    key[..., 4:] *= -1  # orthogonal to all queries: every score is 0 but for rounding
+    scale = {F32: 1e28, F64: 1e240}[dtype]
+    value, grad = (rng.standard_normal(x.shape).astype(dtype) for x in (key, query))
+    out, lse = na.attention(query, key, value, scale=scale, return_lse=True, backend="cuda")
+    grads = na.attention_backward(grad, query, key, value, out, lse, scale=scale, backend="cuda")
+    assert (np.abs(grads.value) <= 1.05 * np.abs(grad).sum(-2, keepdims=True)).all()
+
+
+def _slope(score, batch, head, i, j, slopes):
+    return score + slopes[head]
+
+
+@pytest.mark.parametrize("kernel", ["fused", "two passes", "wgmma", "bias", "mods", "nan"])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)
+def test_recomputed_weights_are_at_most_1(monkeypatch, dtype, kernel):
+    """An lse that is too small stands for scores that come out too large; every kernel cuts P at 2**SLACK."""
+    half = dtype in (F16, BF16)
+    if not half and kernel in ("two passes", "wgmma"):
+        pytest.skip("one kernel for all")
+    rng, large = np.random.default_rng(1), kernel == "wgmma"
+    L, S, E = (256, 256, 64) if large else (20, 33, 16)
+    q, k, v = (rng.standard_normal((1, 2, n, E)).astype(dtype) for n in (L, S, S))
+    grad = rng.standard_normal(q.shape).astype(dtype)
+    out, lse, p = textbook(q[0], k[0], v[0])
+    lse, out = lse[None].astype(np.float64 if dtype == F64 else np.float32), out[None].astype(dtype)
+    lse[0, 0, ::3] -= 5
+    options, more = {}, {}
+    if kernel == "bias":
+        options = {"bias": np.zeros((2, L, S), np.float32)}
+    if kernel == "mods":
+        options, more = {"score_mod": _slope, "mod_args": (np.zeros(2, np.float32),)}, {"mod_grads": "all"}
+    if kernel == "nan":
+        grad[0, 1, 2, 1] = np.nan  # rows that see it are computed again without what is hidden
+        options = {"is_causal": True}
+    if kernel == "two passes":
+        monkeypatch.setenv(tile_shapes.DETERMINISTIC, "1")
+    if kernel != "wgmma":
+        monkeypatch.setenv(tile_shapes.WGMMA, "0")
+    with emulated(monkeypatch, races=False, multiprocessors=1) as driver:
+        got = na.attention_backward(grad, q, k, v, out, lse, **options, **more, backend="cuda")
+    assert any(c.product == "wgmma" for c in driver.configs.values()) == large
+    q, k, v, grad, out, lse = (x[0].astype(np.float64) for x in (q, k, v, grad, out, lse))
+    scores = q @ k.swapaxes(-1, -2) * E**-0.5
+    if kernel == "nan":
+        scores = np.where(np.tri(L, S, dtype=bool), scores, -np.inf)
+    p = np.minimum(np.exp(scores - lse[..., None]), 2.0**softmax.SLACK)
+    assert (p > 1).any()
+    ds = p * (grad @ v.swapaxes(-1, -2) - (grad * out).sum(-1, keepdims=True))
+    limit = {F16: 4e-3, BF16: 3e-2, F32: 1e-5, F64: 1e-12}[dtype]
+    head = slice(0, 1) if kernel == "nan" else slice(None)
+    for found, want in ((got.query, ds @ k * E**-0.5), (got.key, ds.swapaxes(-1, -2) @ q * E**-0.5),
+                        (got.value, p.swapaxes(-1, -2) @ grad)):  # fmt: skip
+        close(found[0, head], want[head], limit)
+    if kernel == "bias":
+        close(got.bias, ds, max(limit, 1e-6))
+    if kernel == "mods":
+        close(got.mod_args[0], ds.sum((-1, -2)), max(limit, 1e-6))
+    if kernel == "nan":
+        seen = np.isnan(got.query[0, 1].astype(np.float64)).any(-1)
+        assert seen.tolist() == [row == 2 for row in range(L)]
+
+
+@pytest.mark.parametrize("sink", [-3.4e38, -1e9 - 33, 1e9 + 33, 30.0])
+@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
+def test_gradient_of_a_sink_whose_log_sum_exp_is_rounded(gpu, sink, dtype):
+    """The weight of a sink is 1 where no key is seen, or all are far below: dlse arrives as it is."""
+    query, key, value = np.ones((1, 5, 4), dtype), np.ones((1, 3, 4), dtype), np.ones((1, 3, 2), dtype)
+    options = {"sinks": np.array([sink]), "key_lengths": 0 if sink < 0 else 3, "backend": "cuda"}
+    out, lse = na.attention(query, key, value, **options, return_lse=True)
+    grads = na.attention_backward(out, query, key, value, out, lse, grad_lse=np.ones_like(lse), **options)
+    np.testing.assert_allclose(grads.sinks, [5.0], rtol=1e-6)

@@ -154,6 +154,9 @@ class Emit(WarpgroupEmit):
         zeros = (a.x == 0) & (other == 0)  # of which the one without a sign is the larger
         return Value(a.kind, np.where(zeros, a.x + other, np.fmax(a.x, other)))
 
+    def at_most(self, x, limit, native):
+        return Value(x.kind, np.minimum(x.x, DTYPES[x.kind](limit)))
+
     def wide(self, x):
         assert x.kind == "i"
         return Value("l", x.x.astype(np.int64))

@@ -30,7 +30,7 @@ from .emit import I32, I64, SIZES, Emit, KernelFunction, Macro, Pred, Regs, Targ
 from .parameters import PARAMETERS, Parameters
 from .products import Layout, TensorCores
 from .results import not_finite, write_row
-from .softmax import across, recenter
+from .softmax import across, recenter, recompute
 from .spec import Spec, compute_capability, lay_out
 from .tiles import CHUNK, Tile
 from .visits import aligned, make_visits
@@ -243,7 +243,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         """P of scores; hidden scores weigh 0."""
         factor, weights = b.p.real("factor", kind), []
         for x, offset in zip(s, of_queries(e, "offset", b, base, e.opaque(thread), shift), strict=True):
-            weight = e.exp2(e.fma(x, factor, offset))
+            weight = recompute(e, x, factor, offset, c.has_nan_minimum)
             weights.append(e.select(product.is_hidden(e, x), x, weight) if nan_safe else weight)
         return weights
 

@@ -10,7 +10,7 @@ from .blocks import BACKWARD, Block, Lanes, block_of, make_landed, make_scale, p
 from .dropout import kept
 from .emit import I32, Emit, KernelFunction, Pred, Real, Regs, Target
 from .parameters import PARAMETERS, Parameters, Sequence
-from .softmax import recenter
+from .softmax import recenter, recompute
 from .spec import Spec, lay_out
 
 NAMES = (*BACKWARD, "grad_bias")
@@ -97,7 +97,7 @@ def make_bias(c: Spec, on: Target) -> KernelFunction:
         for n, (slot, _) in enumerate(layout.elements):
             delta, offset, _ = facts[slot]
             hidden = product.is_hidden(e, s[n]) if c.nan_safe else s[n].equals(low)
-            weight = e.exp2(e.fma(apart[n], factor, offset))
+            weight = recompute(e, apart[n], factor, offset, c.has_nan_minimum)
             sums.append(acc[n] + e.select(hidden, zero, weight * (dp[n] - delta)))
         return sums
 

@@ -177,6 +177,13 @@ class Emit(Warpgroup):
             return self._asm("max.f64 $0, $1, $2;", "=d,d,d", [a, other], "d")
         return self.select(a > other, a, other)
 
+    def at_most(self, x: Value, limit: float, native: bool) -> Value:
+        """The number or, if it is larger, a limit; NaN stays NaN. `native`: in one instruction, from sm_80 on."""
+        most = self.const(x.kind, limit)
+        if native and x.kind == "f":
+            return self._asm("min.NaN.f32 $0, $1, $2;", "=f,f,f", [x, most], "f")
+        return self.select(x > most, most, x)
+
     def wide(self, x: Value) -> Value:
         """64 bits, of 32 with their sign."""
         return Value(self._b, "l", self._b.sext(x.llvm, TYPES["l"]))

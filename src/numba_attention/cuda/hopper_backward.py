@@ -15,7 +15,7 @@ from .blocks import FACTS, Block, Lanes, block_of, packed_block, work_item
 from .emit import I32, I64, Emit, KernelFunction, Regs, Target
 from .loading import make_landed, make_loads, make_once, rows_of, rows_that_are_whole
 from .parameters import PARAMETERS, Parameters
-from .softmax import recenter
+from .softmax import recenter, recompute
 from .spec import Spec
 from .tiles import fetch
 from .warpgroups import AT_ONCE, GROUP, LINE, ROWS, Ring, Slabs, Warpgroups, init_barriers, make_roles, make_waits
@@ -172,7 +172,7 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
     def weigh(e: Emit, p: Parameters, base: I32, thread: I32, n: I32, s: Regs) -> Regs:
         """P of scores."""
         factor, offsets = p.real("factor", "f"), of_columns(e, "offset", base, thread, n)
-        return [e.exp2(e.fma(x, factor, offset)) for x, offset in zip(s, offsets, strict=True)]
+        return [recompute(e, x, factor, offset, True) for x, offset in zip(s, offsets, strict=True)]
 
     @macro(f"{W} {W}", "i", "i", "i", S, S)
     def differentiate(e: Emit, base: I32, thread: I32, n: I32, p: Regs, dp: Regs) -> tuple[Regs, Regs]:

@@ -12,7 +12,7 @@ from .dropout import first_of_block, kept
 from .emit import I32, SIZES, Emit, KernelFunction, Real, Regs, Target, Value
 from .instructions import Evaluation
 from .parameters import PARAMETERS, Parameters
-from .softmax import recenter
+from .softmax import recenter, recompute
 from .spec import Spec
 
 
@@ -89,7 +89,7 @@ def make_mod_gradients(c: Spec, on: Target) -> KernelFunction:
         for n, (slot, _) in enumerate(layout.elements):
             delta, offset, _ = facts[slot]
             hidden = product.is_hidden(e, s[n]) if c.nan_safe else s[n].equals(float("-inf"))
-            weight = e.exp2(e.fma(apart[n], factor, offset))
+            weight = recompute(e, apart[n], factor, offset, c.has_nan_minimum)
             result.append(e.select(hidden | weight.equals(0.0), zero, weight * (dp[n] - delta)))
         return result
 

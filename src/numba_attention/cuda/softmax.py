@@ -24,6 +24,7 @@ LARGEST = {"f": float.fromhex("0x1.fffffep127"), "d": sys.float_info.max}
 FAR = {"f": 2.0**22, "d": 2.0**51}
 # The lse beyond which its rounding error is a relative error of the denominator of more than 3e-5 (float64: 4e-9).
 ROUNDED = {"f": 2.0**10, "d": 2.0**25}
+SLACK = 2.0**-6  # binary logarithm of how far a recomputed weight may exceed 1
 # Overflow: with weights of at most 2**-LIFT, up to 2**29 values near the largest number have a finite sum.
 LIFT = 30
 
@@ -150,6 +151,15 @@ def relative(e: Emit, m: Regs, l: Regs, factor: Real, lift: I32 | None = None) -
 def lse(e: Emit, maximum: Real, total: Real, unit: Real) -> Real:
     """The natural logarithm of the denominator of a row, of its maximum and the sum of weights relative to it."""
     return e.fma(maximum, unit, e.log2(total) * LN2)
+
+
+def recompute(e: Emit, score: Real, factor: Real, offset: Real, native: bool) -> Real:
+    """P of a score, exp(score - lse) as 2**(score * factor + offset), in a backward pass.
+
+    No weight exceeds 1 by more than `SLACK` allows: where a score is the small difference of large products, summed in
+    another order than in the forward pass, it may lie above lse by any amount. `native` is that of `Emit.at_most`.
+    """
+    return e.exp2(e.at_most(e.fma(score, factor, offset), SLACK, native))
 
 
 def is_far(e: Emit, lse: Real) -> Pred:

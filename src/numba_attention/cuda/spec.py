@@ -167,6 +167,11 @@ class Spec:
         return self == plain
 
     @property
+    def has_nan_minimum(self) -> bool:
+        """Whether one instruction finds the smaller of two numbers, and NaN if either is."""
+        return compute_capability(self.arch) >= (8, 0)
+
+    @property
     def suits_warpgroups(self) -> bool:
         """Whether a kernel of sm_90a whose warpgroups have roles may do what this one does, if it has such tiles."""
         return self.arch == "sm_90a" and self.product == "tensor" and self.E == self.Ev and self.is_plain
