@@ -4,20 +4,27 @@ Each level of CPUs is compiled by a process of its own, because a process compil
 compile for GPUs.
 """
 
+import base64
+import hashlib
 import multiprocessing
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from . import atomic, kernel_cache
 
 if TYPE_CHECKING:
     from .cpu.cache import Kernel
     from .cuda.spec import Spec
     from .device.driver import Device
 
+SUFFIXES = (".cubin", ".kernel")  # of machine code for GPUs and for CPUs
 TASKS = ("forward", "decode", "weights", "backward", "second")
 STORAGES = ("float32", "float64", "float16", "bfloat16")
 SHORT = ("float16", "bfloat16", "int8", "float8_e4m3fn")  # storage formats of caches that have other numbers
@@ -100,6 +107,60 @@ def build_for_gpus(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def pack(folder: Path, into: Path) -> Path:
+    """Pack the kernels in a folder as a wheel, which processes find where it is installed.
+
+    Parameters
+    ----------
+    folder : Path
+        With the files that `build` and `build_for_gpus` wrote.
+    into : Path
+        Folder of the wheel, made if it does not exist.
+
+    Returns
+    -------
+    Path
+        The wheel ``numba_attention_kernels``, of the version of this package, which it requires: a kernel is found by
+        the digest of its sources.
+
+    Raises
+    ------
+    RuntimeError
+        There are no kernels in the folder.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if not files:
+        raise RuntimeError(f"there are no kernels in {folder}")
+    package = kernel_cache.PACKAGE
+    version = metadata.version("numba-attention")
+    about = f"{package}-{version}.dist-info"
+    contents = {f"{package}/{path.name}": path.read_bytes() for path in files}
+    contents[f"{package}/__init__.py"] = b'"""Kernels of numba-attention that were compiled elsewhere."""\n'
+    contents[f"{about}/METADATA"] = (
+        f"Metadata-Version: 2.1\nName: {package.replace('_', '-')}\nVersion: {version}\n"
+        f"Summary: Compiled kernels of numba-attention\nRequires-Dist: numba-attention=={version}\n"
+    ).encode()
+    contents[f"{about}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: numba-attention\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
+    record = f"{about}/RECORD"
+    lines = [f"{name},sha256={_encoded(data)},{len(data)}\n" for name, data in contents.items()]
+    contents[record] = "".join([*lines, f"{record},,\n"]).encode()
+    into.mkdir(parents=True, exist_ok=True)
+    path = into / f"{package}-{version}-py3-none-any.whl"
+    with atomic.replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as wheel:
+        for name, data in contents.items():
+            entry = zipfile.ZipInfo(name)  # of 1980: the same kernels make the same wheel
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o100644 << 16
+            wheel.writestr(entry, data)
+    return path
+
+
+def _encoded(data: bytes) -> str:
+    """Return the digest of a file as the record of a wheel has it."""
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
 
 def gpu_of(arch: str) -> "Device":

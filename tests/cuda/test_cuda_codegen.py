@@ -383,6 +383,39 @@ def test_a_folder_for_every_architecture(tmp_path):
         assert arch.encode() in code, "what the assembler was asked for"
 
 
+def test_a_wheel_of_kernels_is_installed_and_found(tmp_path):
+    """By pip, into a folder of its own; a process then compiles nothing, neither for a GPU nor for the CPU."""
+    folder, wheels, site = (tmp_path / name for name in ("kernels", "wheels", "site"))
+    only = "delta-float32-64x64"
+    command = ["-m", "numba_attention", "kernels", "build", str(folder), "--arch", "sm_80", "--only", only]
+    done = subprocess.run([sys.executable, *command, "--wheel", str(wheels)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = wheels.iterdir()
+    assert wheel.name in done.stdout.split()
+    assert shipping.pack(folder, tmp_path / "again").read_bytes() == wheel.read_bytes()
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run(pip, capture_output=True, check=True)
+    (name,) = (path.name for path in folder.iterdir())
+    assert (site / "numba_attention_kernels" / name).read_bytes() == (folder / name).read_bytes()
+    code = f"""
+from numba_attention import shipping
+from numba_attention.backends.cuda import common_kernels
+from numba_attention.cuda import kernels
+kernels.compile_ = None
+(c,) = (c for c in common_kernels(shipping.gpu_of("sm_80")) if {only!r} in c.name)
+print(kernels.compiled(c).name)
+"""
+    variables = os.environ | {"NUMBA_ATTENTION_CACHE_DIR": str(tmp_path / "cache")}
+    for path, returncode in ((f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", 0), (None, 1)):
+        env = variables if path is None else variables | {"PYTHONPATH": path}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+        assert done.returncode == returncode, done.stdout + done.stderr
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(RuntimeError, match="no kernels in"):
+        shipping.pack(empty, wheels)
+
+
 def test_command_knows_architectures(tmp_path):
     command = [sys.executable, "-m", "numba_attention", "kernels", "build", str(tmp_path), "--arch", "sm_90"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -116,6 +116,9 @@ def build(
         ),
     ] = None,
     only: Annotated[str, typer.Option(help="Parts of names of kernels, separated by commas. Default: all.")] = "",
+    wheel: Annotated[
+        Path | None, typer.Option(help="Also write a wheel of all kernels in FOLDER, to this folder.")
+    ] = None,
 ) -> None:
     """Compile kernels for CPUs or GPUs into a folder, from which NUMBA_ATTENTION_KERNELS lets processes load."""
     from .. import shipping
@@ -137,6 +140,8 @@ def build(
             shipping.build(folder, level or list(LEVELS), only, report)
         if archs:
             shipping.build_for_gpus(folder, archs, only, report)
+        if wheel is not None:
+            report(shipping.pack(folder, wheel).name)
     except (OSError, RuntimeError) as error:
         _fail(error)
 
