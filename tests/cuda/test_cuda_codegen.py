@@ -282,6 +282,18 @@ def test_nothing_spills(arch, storage, E):
         check(kernels.compile_(c), c)
 
 
+@pytest.mark.parametrize("storage", STORAGES[:2])
+def test_gradients_of_keys_with_every_option_at_once(storage):
+    """The kernel that needs most registers; it alone has narrower tiles."""
+    of = device("sm_90a")
+    for n, columns in ((4, 16), (3, 32)):
+        options = dict(list(OPTIONS.items())[-n:])
+        c = tile_shapes.with_options(tile_shapes.base("key", storage, 256, 256, of), **options, flags=True)
+        of_keys, _ = tile_shapes.parts(c)
+        assert of_keys.columns == columns
+        check(kernels.compile_(of_keys), of_keys)
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_old_gpus(storage):
     """Before sm_80 there are neither asynchronous copies nor matrices of these types, and less shared memory.

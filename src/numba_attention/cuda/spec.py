@@ -96,6 +96,10 @@ class Spec:
         return self.softcap or self.alibi or bool(self.bias) or self.mask
 
     @property
+    def has_all_options(self) -> bool:
+        return self.softcap and self.alibi and bool(self.bias) and self.mask
+
+    @property
     def is_largest(self) -> bool:
         """Whether dropout, lists or rules of a caller come beside other stages, which takes yet more registers."""
         beside = self.mods is not None or self.lists

@@ -264,7 +264,10 @@ def parts(c: Spec) -> list[Spec]:
     """The kernels of a tile of keys: one for both gradients, or one for each where two sums need too many registers."""
     if c.task != "key" or max(c.E, c.Ev) <= 128:
         return [c]
-    return [c.with_(only="key"), c.with_(only="value")]
+    of_keys = c.with_(only="key")
+    if c.product == "tensor" and max(c.E, c.Ev) > 192 and c.has_all_options:
+        of_keys = of_keys.with_(columns=16)  # 32 would spill 28 bytes on sm_90a
+    return [of_keys, c.with_(only="value")]
 
 
 def weights(c: Spec, device: Any) -> Spec:
