@@ -9,6 +9,7 @@ import numba_attention as na
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
+nad = pytest.importorskip("numba_attention.dask")
 blocks = pytest.importorskip("dask_blocks")
 
 pytestmark = pytest.mark.usefixtures("synchronous")
@@ -21,7 +22,7 @@ def some(rng, **options):
 
 def call_of(rng):
     """Draw a layer, its inputs (query, key, value) and the other arguments of a call."""
-    Hkv, group, E = int(rng.integers(1, 3)), int(rng.integers(1, 3)), int(rng.choice([4, 8]))
+    Hkv, group, E = int(rng.integers(1, 4)), int(rng.integers(1, 3)), int(rng.choice([4, 8]))
     H = Hkv * group
     dims = (int(rng.integers(3, 12)), int(rng.integers(3, 12)), int(rng.integers(3, 12)))
     packed, is_self = rng.random() < 0.25, rng.random() < 0.5
@@ -86,7 +87,9 @@ def check(seed):
     if inputs[1] is not None and rng.random() < 0.2:
         blocks[0] = inputs[0]
     parameters = {name: x.copy() for name, x in layer.parameters().items()}
-    out, lazy_ctx = layer.forward(*blocks, **over_blocks)
+    of_a_block = int(rng.integers(1, layer.num_heads + 1)) if rng.random() < 0.5 else layer.num_heads
+    with nad.heads_per_block(of_a_block):
+        out, lazy_ctx = layer.forward(*blocks, **over_blocks)
     assert isinstance(out, da.Array)
     assert (out.shape, out.dtype) == (want.shape, want.dtype)
     for x in layer.parameters().values():  # a call has the parameters of its time
@@ -169,3 +172,29 @@ def test_names_are_those_of_inputs_and_parameters():
     before = layer(x).name
     layer.parameters()["out_proj.bias"][0] += 1
     assert layer(x).name != before
+
+
+@pytest.mark.parametrize(("heads_of_a_block", "blocks_of_query"), [(2, 4), (1, 8), (3, 3), (8, 1)])
+def test_no_task_has_the_parameters_of_more_than_one_block_of_heads(heads_of_a_block, blocks_of_query):
+    layer = na.MultiHeadAttention(32, 8, num_kv_heads=4, rotary=True, rng=0)
+    x = da.zeros((2, 40, 32), chunks=(1, 11, 32), dtype=np.float32)
+    with nad.heads_per_block(heads_of_a_block):
+        y, ctx = layer.forward(x, is_causal=True)
+    layer.backward(y, ctx)
+    weights = {ctx.parameters[name].name for name in layer.parameters() if name.endswith("weight")}
+    graph = {}
+    for lazies in (y, *layer.grads.values()):
+        graph |= dict(lazies.__dask_graph__())
+    seen = set()
+    for key, task in graph.items():
+        of_parameters = {k for k in getattr(task, "dependencies", ()) if k[0] in weights}
+        assert len(of_parameters) <= 1, key
+        seen |= of_parameters
+    assert len([key for key in seen if key[0] == ctx.parameters["q_proj.weight"].name]) == blocks_of_query
+    rows = max(ctx.parameters["q_proj.weight"].chunks[0])
+    assert rows <= -(-heads_of_a_block // 2) * 2 * 4
+    for name, x in layer.parameters().items():
+        assert layer.grads[name].shape == x.shape
+    for number, error in ((0, ValueError), (1.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="number must be"), nad.heads_per_block(number):
+            pass

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from . import chunks as _chunks
 from .dense import attention, attention_backward
+from .layer import heads_per_block
 from .varlen import attention_varlen, attention_varlen_backward
 
 
@@ -161,5 +162,6 @@ def _warm(dtypes: Sequence[str], backend: str) -> float:
 
 
 __all__ = [
-    "attention", "attention_backward", "attention_varlen", "attention_varlen_backward", "suggest_chunks", "warmup",
+    "attention", "attention_backward", "attention_varlen", "attention_varlen_backward", "heads_per_block",
+    "suggest_chunks", "warmup",
 ]  # fmt: skip

@@ -1,11 +1,19 @@
 """`MultiHeadAttention` over Dask arrays: projections of blocks of rows, and attention over all blocks between them.
 
-A block of rows has all heads. Gradients of parameters are sums over the blocks, added up in a tree.
+A block of rows has all heads, or blocks of heads have parameters of their own (`heads_per_block`), as in tensor
+parallelism [1]_: each projects to its heads, and what they project back is summed. Gradients of parameters are sums
+over the blocks of rows. Sums are added up in a tree.
+
+References
+----------
+.. [1] Shoeybi et al., "Megatron-LM", 2019, section 3 (self-attention divided by heads).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -24,7 +32,7 @@ from ..validation import as_ints, check_like
 from .arguments import FAN, headers
 from .dense import attention, attention_backward
 from .graph import Key, List, Task, TaskRef, array, device_meta, is_dask, lowered, on_chunks, tree
-from .layout import Index
+from .layout import Chunks, Heads, Index, blocks_of_heads
 from .tasks import kernel_threads
 from .varlen import attention_varlen, attention_varlen_backward, heads_first
 
@@ -32,7 +40,7 @@ from .varlen import attention_varlen, attention_varlen_backward, heads_first
 class Rows(NamedTuple):
     """A lazy array with blocks of rows, whose axes are (in front, batch, heads, L, features), some of them missing.
 
-    There is one block along all axes but the batch and the rows.
+    There is one block along all axes but the batch, the heads and the rows.
     """
 
     array: Any
@@ -52,11 +60,11 @@ class Rows(NamedTuple):
         of_array = self.array.chunks[self.front :]
         return *of_array[: self.batch], of_array[self.batch + self.heads]
 
-    def block(self, index: Index) -> TaskRef:
-        """Return the block at an index (*batch, row); axes of size 1 are broadcast."""
+    def block(self, index: Index, h: int) -> TaskRef:
+        """Return the block at an index (*batch, row), of a block of heads; axes of size 1 are broadcast."""
         *batch, row = index
         of_batch = batch[len(batch) - self.batch :]
-        where = (*(0,) * self.front, *of_batch, *(0,) * self.heads, row, *(0,) * self.features)
+        where = (*(0,) * self.front, *of_batch, *(h,) * self.heads, row, *(0,) * self.features)
         one_block = (len(chunks) == 1 for chunks in self.array.chunks)
         return TaskRef((self.array.name, *(0 if one else i for one, i in zip(one_block, where, strict=True))))
 
@@ -66,7 +74,6 @@ class Side(NamedTuple):
 
     name: str
     x: Rows
-    heads: int
     places: Rows | None  # where rows are rotated to
     rotation: tuple[Rotation, bool] | None  # and whether places have three axes
 
@@ -84,15 +91,19 @@ class Context(LazyContext):
         Those of `attention`.
     starts : ndarray, optional
         cu_seqlens of packed sequences.
+    heads : Heads
+        The blocks of heads.
     """
 
-    def __init__(self, layer: Any, inputs: tuple[Any, Any, Any], sides: list[Side], options: Any, starts: Any) -> None:
+    def __init__(
+        self, layer: Any, inputs: tuple[Any, Any, Any], sides: list[Side], options: Any, starts: Any, heads: Heads
+    ) -> None:
         self.layer, self.inputs, self.sides, self.options, self.starts = layer, inputs, sides, options, starts
-        copies = {name: x.copy() for name, x in layer.parameters().items()}
-        self.parameters = {name: on_chunks(x, tuple((n,) for n in x.shape)) for name, x in copies.items()}
-        E = layer.head_dim
+        self.splits = dict(zip(INPUTS, ((heads.query, 0), (heads.key, 0), (heads.key, 0)), strict=True))
+        self.splits["out_proj"] = heads.query, 1
+        self.parameters = {name: self._in_blocks(name, x.copy()) for name, x in layer.parameters().items()}
         projected = [
-            self._per_row(_project, [side.x, side.places], side.name, (side.heads, E), (side.rotation, E))
+            self._to_heads(_project, [side.x, side.places], side.name, (side.rotation, layer.head_dim))
             for side in sides
         ]
         if starts is None:
@@ -104,9 +115,15 @@ class Context(LazyContext):
             self.attended, self.lse = attention_varlen(q, k, v, starts, starts, return_lse=True, **options)
             self.heads = Rows(lowered(heads_first(self.attended)), heads=1)
 
+    def _in_blocks(self, name: str, x: Array) -> Any:
+        """Return a parameter as a lazy array in blocks of heads."""
+        heads, axis = self.splits[name.partition(".")[0]]
+        features = tuple(n * self.layer.head_dim for n in heads)
+        return on_chunks(x, tuple(features if n == axis else (size,) for n, size in enumerate(x.shape)))
+
     def result(self) -> Any:
         """Project the heads back."""
-        return self._per_row(_project_back, [self.heads], "out_proj", (self.layer.embed_dim,))
+        return self._from_heads(_project_back, [self.heads], "out_proj", self.layer.embed_dim)
 
     def backward(self, grad_out: Any, mod_grads: Any) -> tuple[Gradients, dict[str, Any]]:
         """Return the gradients of the inputs, and of the parameters by name."""
@@ -115,7 +132,7 @@ class Context(LazyContext):
         check_like("grad_out", headers({"grad_out": grad_out})["grad_out"], shape, self.layer.dtype)
         grad_rows = Rows(on_chunks(grad_out, (*heads.chunks, shape[-1:])))
         grads = self._of_parameters("out_proj", [grad_rows, heads, None])
-        grad = self._per_row(_back_to_heads, [grad_rows], "out_proj", (self.layer.num_heads, E), (E,))
+        grad = self._to_heads(_back_to_heads, [grad_rows], "out_proj", (E,))
         if self.starts is None:
             of_rows = grad, *self.projected, self.attended, self.lse
             of_heads = attention_backward(*of_rows, mod_grads=mod_grads, **self.options)
@@ -130,63 +147,116 @@ class Context(LazyContext):
             x = Rows(on_chunks(side.x.array, (*own.chunks, side.x.array.shape[-1:])))
             places = None if side.places is None or side.rotation is None else _in_blocks(side.places, own)
             grads |= self._of_parameters(side.name, [own, x, places], side.rotation)
-            size = x.array.shape[-1:]
-            grad = _sum_to(
-                self._per_row(_to_input, [own, places], side.name, size, (side.rotation,)), self.inputs[source].shape
-            )
+            grad = self._from_heads(_to_input, [own, places], side.name, x.array.shape[-1], (side.rotation,))
+            grad = _sum_to(grad, self.inputs[source].shape)
             so_far = of_inputs[source]
             of_inputs[source] = grad if so_far is None else so_far + grad.rechunk(so_far.chunks)
         by_name = {name: grads[name] for name in self.parameters}
         return Gradients(of_inputs[0], of_inputs[1], of_inputs[2], *of_heads[3:]), by_name
 
-    def _graph(
-        self, function: Callable[..., Any], rows: Sequence[Rows | None], name: str, constants: tuple[Any, ...],
-        extra: tuple[int, int] = (0, 0),
-    ) -> tuple[str, dict[Key, Task], list[Any], tuple[tuple[int, ...], ...]]:  # fmt: skip
-        """Return a task for each block of rows: a function of the blocks of `rows`, of the parameters, of constants.
-
-        Keys of the tasks have so many axes, of one block, before and after that of the rows.
-        """
+    def _work(
+        self, function: Callable[..., Any], rows: Sequence[Rows | None], name: str, constants: tuple[Any, ...]
+    ) -> Work:
         own = [self.parameters.get(f"{name}.{kind}") for kind in ("weight", "bias")]
         inputs = [x.array for x in rows if x is not None] + [x for x in own if x is not None]
         label = f"attention-layer{function.__name__.replace('_', '-')}-"
         label += tokenize([None if x is None else x.array.name for x in rows], [x.name for x in inputs], constants)
-        weights = [None if x is None else TaskRef((x.name, *(0,) * x.ndim)) for x in own]
-        assert rows[0] is not None
-        chunks = rows[0].chunks
-        tasks: dict[Key, Task] = {}
-        for index in product(*(range(len(c)) for c in chunks)):
-            key = (label, *index[:-1], *(0,) * extra[0], index[-1], *(0,) * extra[1])
-            blocks = [None if x is None else x.block(index) for x in rows]
-            tasks[key] = Task(key, function, *blocks, *weights, *constants)
-        return label, tasks, inputs, chunks
+        return Work(function, rows, own[0], own[1], self.splits[name], constants, label, inputs)
 
-    def _per_row(
-        self, function: Callable[..., Any], rows: Sequence[Rows | None], name: str, sizes: tuple[int, ...],
+    def _to_heads(
+        self, function: Callable[..., Any], rows: Sequence[Rows | None], name: str, constants: tuple[Any, ...]
+    ) -> Any:
+        """Return the lazy array (..., heads, L, E) of a function of blocks of rows, and of the parameters of heads."""
+        work = self._work(function, rows, name, constants)
+        graph: dict[Key, Task] = {}
+        for index, h in product(work.indices, range(len(work.heads))):
+            key = (work.label, *index[:-1], h, index[-1], 0)
+            graph[key] = work.task(key, index, h)
+        *batch, lengths = work.chunks
+        chunks = (*batch, work.heads, lengths, (self.layer.head_dim,))
+        return array(work.label, graph, work.inputs, self.layer.dtype, chunks)
+
+    def _from_heads(
+        self, function: Callable[..., Any], rows: Sequence[Rows | None], name: str, size: int,
         constants: tuple[Any, ...] = (),
     ) -> Any:  # fmt: skip
-        """Return the lazy array of a function of blocks of rows, (..., L, D) or (..., H, L, E) as there are `sizes`."""
-        *heads, last = ((n,) for n in sizes)
-        label, graph, inputs, (*batch, lengths) = self._graph(function, rows, name, constants, (len(heads), 1))
-        return array(label, graph, inputs, self.layer.dtype, (*batch, *heads, lengths, last))
+        """Return the lazy array (..., L, size) of a function of blocks of rows, summed over the blocks of heads."""
+        work = self._work(function, rows, name, constants)
+        graph: dict[Key, Task] = {}
+        one = len(work.heads) == 1
+        for index in work.indices:
+            key = (work.label, *index, 0)
+            parts = [key if one else (f"{work.label}-part", *index, h) for h in range(len(work.heads))]
+            graph |= {part: work.task(part, index, h) for h, part in enumerate(parts)}
+            if not one:
+                last = tree(graph, (f"{work.label}-sum", *index), parts, _add, FAN)
+                graph[key] = Task(key, _add, List(TaskRef(last)))
+        return array(work.label, graph, work.inputs, self.layer.dtype, (*work.chunks, (size,)))
 
     def _of_parameters(
         self, name: str, rows: Sequence[Rows | None], rotation: tuple[Rotation, bool] | None = None
     ) -> dict[str, Any]:
-        """Return the gradients of the parameters of a projection.
+        """Return the gradients of the parameters of a projection, in the blocks of heads of the parameters.
 
         Each block has a matrix, whose last column is the gradient of the bias.
         """
-        label, graph, inputs, _ = self._graph(_to_parameters, rows, name, (rotation,))
-        N, K = self.parameters[f"{name}.weight"].shape
-        total = (f"{label}-total", 0, 0)
-        last = tree(graph, (f"{label}-sum",), list(graph), _add, FAN)
-        graph[total] = Task(total, _add, List(TaskRef(last)))
-        whole = array(total[0], graph, inputs, self.layer.dtype, ((N,), (K + 1,)))
-        grads = {f"{name}.weight": whole[:, :K]}
-        if f"{name}.bias" in self.parameters:
-            grads[f"{name}.bias"] = whole[:, K]
+        work = self._work(_to_parameters, rows, name, (rotation,))
+        weight, bias, dtype = self.parameters[f"{name}.weight"], self.parameters.get(f"{name}.bias"), self.layer.dtype
+        graph: dict[Key, Task] = {}
+        weights: dict[Key, Task] = {}
+        biases: dict[Key, Task] = {}
+        for h in range(len(work.heads)):
+            parts = {(work.label, h, *index): index for index in work.indices}
+            graph |= {key: work.task(key, index, h) for key, index in parts.items()}
+            total = TaskRef(tree(graph, (f"{work.label}-sum", h), list(parts), _add, FAN))
+            key: Key = (f"{work.label}-weight", *work.place(h))
+            weights[key] = Task(key, _weight_of, total)
+            if bias is not None and h < len(bias.chunks[0]):
+                key = (f"{work.label}-bias", h)
+                biases[key] = Task(key, _bias_of, total)
+        grads = {f"{name}.weight": array(f"{work.label}-weight", graph | weights, work.inputs, dtype, weight.chunks)}
+        if bias is not None:
+            grads[f"{name}.bias"] = array(f"{work.label}-bias", graph | biases, work.inputs, dtype, bias.chunks)
         return grads
+
+
+class Work(NamedTuple):
+    """A function of each block of rows and each block of heads."""
+
+    function: Callable[..., Any]
+    rows: Sequence[Rows | None]
+    weight: Any
+    bias: Any
+    split: tuple[Chunks, int]  # the blocks of heads, and the axis of the weight that they divide
+    constants: tuple[Any, ...]
+    label: str
+    inputs: list[Any]
+
+    @property
+    def heads(self) -> Chunks:
+        return self.split[0]
+
+    @property
+    def chunks(self) -> tuple[Chunks, ...]:
+        """The blocks of batch and rows."""
+        assert self.rows[0] is not None
+        return self.rows[0].chunks
+
+    @property
+    def indices(self) -> list[Index]:
+        """Those of the blocks of rows, (*batch, row)."""
+        return list(product(*(range(len(c)) for c in self.chunks)))
+
+    def place(self, h: int) -> tuple[int, int]:
+        """Return which block of the weight belongs to a block of heads."""
+        return (h, 0) if self.split[1] == 0 else (0, h)
+
+    def task(self, key: Key, index: Index, h: int) -> Task:
+        """Return the task of a block of rows and a block of heads; a bias that has no heads is that of the first."""
+        blocks = [None if x is None else x.block(index, h) for x in self.rows]
+        has_bias = self.bias is not None and h < len(self.bias.chunks[0])
+        bias = TaskRef((self.bias.name, h)) if has_bias else None
+        return Task(key, self.function, *blocks, TaskRef((self.weight.name, *self.place(h))), bias, *self.constants)
 
 
 def attend(
@@ -229,21 +299,71 @@ def attend(
     elif rotation is not None:
         places = default_places(rotation, q.shape[-2], k.shape[-2], batch, options)
     arrays = query, query if key is None else key, (query if key is None else key) if value is None else value
-    counts = layer.num_heads, layer.num_kv_heads, layer.num_kv_heads
-    sides = [_side(n, x, heads, places) for n, (x, heads) in enumerate(zip(arrays, counts, strict=True))]
-    return Context(layer, inputs, sides, options, starts)
+    sides = [_side(n, x, places) for n, x in enumerate(arrays)]
+    size = layer.num_heads if _heads.get() is None else _heads.get()
+    heads = blocks_of_heads(da.core.normalize_chunks(size, (layer.num_heads,))[0], layer.num_kv_heads)
+    return Context(layer, inputs, sides, options, starts, heads)
 
 
-def _side(n: int, x: Any, heads: int, places: Places | None) -> Side:
+_heads: ContextVar[int | None] = ContextVar("numba_attention_heads_per_block", default=None)
+
+
+@contextmanager
+def heads_per_block(number: int) -> Iterator[None]:
+    """Divide the heads of layers, and their parameters, in the calls inside a ``with`` block.
+
+    Parameters
+    ----------
+    number : int
+        Query heads of a block. With grouped queries, a block contains whole groups or lies inside one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the number is no int, or less than 1.
+
+    Notes
+    -----
+    A task needs the parameters of the heads of one block only, so that none holds those of all heads, and rows are
+    projected by several tasks. What the blocks of heads project back is summed, which adds to each position a part for
+    each block [1]_. Gradients of parameters are lazy arrays with a chunk for each block.
+
+    References
+    ----------
+    .. [1] Shoeybi et al., "Megatron-LM", 2019, section 3 (self-attention divided by heads).
+
+    Examples
+    --------
+    >>> import dask.array as da, numpy as np, numba_attention as na
+    >>> layer = na.MultiHeadAttention(64, 8, rng=0)
+    >>> x = da.ones((1, 100, 64), chunks=(1, 30, 64), dtype=np.float32)
+    >>> with na.dask.heads_per_block(2):
+    ...     y, ctx = layer.forward(x)
+    >>> _ = layer.backward(y, ctx)
+    >>> layer.grads["q_proj.weight"].chunks
+    ((16, 16, 16, 16), (64,))
+    """
+    if isinstance(number, bool) or not isinstance(number, int | np.integer):
+        raise TypeError(f"number must be an int, got {type(number).__qualname__}")
+    if number < 1:
+        raise ValueError(f"number must be at least 1, got {number}")
+    token = _heads.set(int(number))
+    try:
+        yield
+    finally:
+        _heads.reset(token)
+
+
+def _side(n: int, x: Any, places: Places | None) -> Side:
     """Return projection n of an input."""
     if places is None or n == 2:
-        return Side(INPUTS[n], _whole_features(x), heads, None, None)
+        return Side(INPUTS[n], _whole_features(x), None, None)
     own, along_axes = (places.queries, places.keys)[n], places.along_axes[n]
     of_batch = own.shape[1:-1] if along_axes else own.shape[:-1]
     shape = *np.broadcast_shapes(of_batch, x.shape[:-2]), *x.shape[-2:]
     rows = _whole_features(x if shape == x.shape else _broadcast(x, shape))
     lazy = _in_blocks(Rows(own, int(along_axes), features=0), rows)
-    return Side(INPUTS[n], rows, heads, lazy, (places.rotation, along_axes))
+    return Side(INPUTS[n], rows, lazy, (places.rotation, along_axes))
 
 
 def _whole_features(x: Any) -> Rows:
@@ -310,6 +430,14 @@ def _to_parameters(grad: Array, x: Array, places: Any, weight: Array, bias: Any,
     return np.concatenate([of_weight, of_bias[:, None]], axis=1)
 
 
+def _weight_of(total: Array) -> Array:
+    return np.ascontiguousarray(total[:, :-1])
+
+
+def _bias_of(total: Array) -> Array:
+    return total[:, -1].copy()
+
+
 def _turned_back(grad: Array, places: Any, rotation: Any) -> Array:
     if rotation is None:
         return grad
@@ -335,4 +463,4 @@ def _add(parts: Sequence[Array]) -> Array:
     return total
 
 
-__all__ = ["Context", "attend"]
+__all__ = ["Context", "attend", "heads_per_block"]
