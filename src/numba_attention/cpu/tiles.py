@@ -258,6 +258,39 @@ def fetch_rows(spec: Spec) -> Any:
     return routine("rows first count offset n", build)
 
 
+def fetch_head(spec: Spec) -> Any:
+    """Make ``fetch(key, key_row, value, value_row, queries, query_head, outs, out_head, first, count, n, of_rows)``.
+
+    It prefetches n bytes of `count` rows each of keys and values, which begin at `key` and `value`, and `of_rows` bytes
+    of those that are so far behind the rows in the tables `queries` and `outs`, from `first` on.
+    """
+    last = I64(spec.query_tile - 1)
+
+    def build(
+        b: Builder, key: Value, key_row: Value, value: Value, value_row: Value, queries: Value, query_head: Value,
+        outs: Value, out_head: Value, first: Value, count: Value, n: Value, of_rows: Value,
+    ) -> None:  # fmt: skip
+        def fetch(rows: list[Value], size: Value) -> None:
+            def line(k: Value, _: list[Value]) -> list[Value]:
+                for p in rows:
+                    prefetch(b, at(b, p, b.mul(k, I64(LINE))))
+                return []
+
+            loop(b, b.sdiv(b.add(size, I64(LINE - 1)), I64(LINE)), [], line)
+
+        def row(i: Value, carried: list[Value]) -> list[Value]:
+            lane = b.add(first, i)
+            lane = b.select(b.icmp_signed("<", lane, last), lane, last)
+            query = at(b, row_group(b, queries, lane, 1, 0), query_head)
+            fetch(carried, n)
+            fetch([query, at(b, row_group(b, outs, lane, 1, 0), out_head)], of_rows)
+            return [at(b, carried[0], key_row), at(b, carried[1], value_row)]
+
+        loop(b, count, [pointer(b, key), pointer(b, value)], row)
+
+    return routine("key key_row value value_row queries query_head outs out_head first count n of_rows", build)
+
+
 def copy_bytes(spec: Spec) -> Any:
     """Make ``copy(target, rows, offset, count, n)``: n bytes at `offset` of each of `count` rows, one after another.
 
