@@ -174,6 +174,11 @@ def rest(arch, storage, E):
     forward = tile_shapes.base("forward", storage, E, E, of)
     full = tile_shapes.with_options(forward, **OPTIONS)
     yield full.with_(sinks=True, flags=True)
+    if forward.product != "simt":  # the threads of tensor cores have pairs of keys
+        in_pairs = tile_shapes.with_options(tile_shapes.base("query", storage, E, E, of), **OPTIONS, flags=True)
+        yield full.with_(sinks=True, flags=True, pairs=True)
+        yield in_pairs.with_(pairs=True)
+        yield tile_shapes.bias(in_pairs.with_(pairs=True), of)
     yield tile_shapes.with_options(forward, mask=True, aligned=False)
     yield tile_shapes.nan_safe(full, of)
     steps = tile_shapes.few(full.with_(pack_gqa=True, paged=True, sinks=True), 4, of)
@@ -280,6 +285,28 @@ def test_nothing_spills(arch, storage, E):
         found = found[FEATURES.index(E) % 3 :: 3]
     for c in found:
         check(kernels.compile_(c), c)
+
+
+@pytest.mark.parametrize("of_bias", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("task", ["forward", "query"])
+def test_bias_and_mask_in_pairs(disassembled, task, of_bias):
+    """A thread has two neighbours of a row: each pair is one load of twice the size."""
+    of, counts = device("sm_80"), []
+    for pairs in (False, True):
+        c = tile_shapes.with_options(tile_shapes.base(task, "float16", 64, 64, of), bias=of_bias, mask=True)
+        c = c.with_(pairs=pairs)
+        compiled = kernels.compile_(c)
+        check(compiled, c)
+        loads = re.findall(r"\bLDG\.E(?:\.CONSTANT)?((?:\.(?:64|128|U16|U8))?) ", disassembled(compiled.code))
+        counts.append(Counter(loads))
+    one, two = counts
+    single, double = {"float32": ("", ".64"), "bfloat16": (".U16", ""), "float64": (".64", ".128")}[of_bias]
+    elements = c.slots * 2 * c.columns // 4  # of a thread
+    assert (one[".U8"], two[".U8"]) == (elements, 0)
+    assert two[double] - one[double] == elements // 2
+    assert two[".U16"] == elements // 2
+    if single != ".U16":
+        assert one[single] - two[single] == elements
 
 
 @pytest.mark.parametrize("storage", STORAGES[:2])

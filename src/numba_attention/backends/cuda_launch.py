@@ -44,6 +44,20 @@ def is_aligned(*arrays: Array) -> bool:
     return True
 
 
+def _has_pairs(p: Problem) -> bool:
+    """Whether two neighbours of bias and mask can be read at once: rows begin at even elements and have no gaps."""
+    arrays = [x for x in (p.bias, p.mask) if x is not None]
+    if not arrays or p.packing is not None:
+        return False
+    for x in arrays:
+        pair = 2 * x.itemsize
+        if x.strides[-1] != x.itemsize or x.shape[-1] % 2 or address_of(x) % pair:
+            return False
+        if any(stride % pair for stride in x.strides[:-1]):
+            return False
+    return True
+
+
 _AT = {name: n for n, name in enumerate(INTEGERS)}
 _STRIDES = {name: [_AT[f"{name}_{axis}"] for axis in ("head", "row", "column")] for name in ARRAYS}
 
@@ -132,7 +146,7 @@ class Work:
             task, self.storage, p.E, p.Ev, product, self.device,
             p.softcap is not None, p.alibi_slopes is not None, "" if p.bias is None else storage_of(p.bias.dtype),
             p.mask is not None, p.dropout > 0, is_paged(p), self.hides, aligned, stored_of(p),
-            device_rules.mods_of(self._rules, task in ("query", "key")), p.blocks is not None,
+            device_rules.mods_of(self._rules, task in ("query", "key")), p.blocks is not None, _has_pairs(p),
         )  # fmt: skip
         return c if result is None or result.dtype == p.query.dtype else c.with_(to=storage_of(result.dtype))
 

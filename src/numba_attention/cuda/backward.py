@@ -170,6 +170,8 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
             begin = first_of_block(begin)
         if lists:
             begin = aligned(begin)
+        if c.pairs:
+            begin = begin & -2
         return [begin, end, all_begin, e.select(mended(b), begin - begin, all_end)]
 
     @macro("", BLOCK, "i", "i")

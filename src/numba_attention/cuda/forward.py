@@ -151,6 +151,8 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
             begin = first_of_block(begin)
         if lists:
             begin = aligned(begin)
+        if c.pairs:
+            begin = begin & -2
         if split_kv:
             tiles = (e.max(end - begin, 0) + columns - 1) // columns  # (integer division is unsigned)
             share = (tiles + b.p.int("splits") - 1) // b.p.int("splits") * columns

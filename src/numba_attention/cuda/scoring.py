@@ -6,12 +6,13 @@ of columns.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ..intervals import bind, keys_of_row, rows_of_key
-from .emit import I32, I64, Emit, Real, Regs
-from .formats import read
+from .emit import I32, I64, Emit, Pred, Real, Regs, Value
+from .formats import read, read_pair
 from .instructions import Evaluation
 from .parameters import Parameters, Sequence, clamp
 from .products import Layout, Product
@@ -145,8 +146,8 @@ class Scores:
         if c.bias:
             least = e.const(kind, -LARGEST[kind])
             biased = []
-            for (slot, _), place, in_bounds, x in zip(self.layout.elements, places, inside, s, strict=True):
-                y = _converted(e, kind, read(e, c.bias, self.at("bias", inputs, slot, *place), in_bounds))
+            for z, x in zip(self.elements("bias", c.bias, inputs, places, inside), s, strict=True):
+                y = _converted(e, kind, z)
                 total = x + y if is_natural else e.fma(x, rest, y)
                 # Only a bias of -inf hides: a sum of finite numbers that underflows to -inf becomes the least number.
                 hides = y.equals(-math.inf)
@@ -157,15 +158,27 @@ class Scores:
         elif c.has_score_mod and self.nan_safe:
             s = [e.select(x.equals(-math.inf), low, x) for x in s]
         if c.mask:
-            masked = []
-            for (slot, _), place, in_bounds, x in zip(self.layout.elements, places, inside, s, strict=True):
-                shown = e.load("b", self.at("mask", inputs, slot, *place), where=in_bounds)
-                masked.append(e.select(shown > 0, x, low))
-            s = masked
+            shown = self.elements("mask", "bool", inputs, places, inside)
+            s = [e.select(y > 0, x, low) for y, x in zip(shown, s, strict=True)]
         if c.mods is not None and c.mods.mask is not None:
             visible = self._run(c.mods.mask, inputs, s)
             s = [e.select(own[0], x, low) for own, x in zip(visible, s, strict=True)]
         return s, derivatives
+
+    def elements(
+        self, name: str, storage: str, inputs: StageInputs, places: list[tuple[I32, I32]], inside: list[Pred]
+    ) -> Iterator[Value]:
+        """The elements of the bias or the mask, each read when it is asked for; 0 out of bounds.
+
+        ``c.pairs``: two neighbours of a thread are one load. The second may lie beyond the last valid key, and not
+        beyond the row in memory; such scores are hidden afterwards.
+        """
+        for n in range(0, len(places), 2 if self.c.pairs else 1):
+            address = self.at(name, inputs, self.layout.elements[n][0], *places[n])
+            if self.c.pairs:
+                yield from read_pair(self.e, storage, address, inside[n])
+            else:
+                yield read(self.e, storage, address, inside[n])
 
     def _run(self, program: Any, inputs: StageInputs, s: Regs) -> list[Regs]:
         """What a program computes for each score."""

@@ -55,6 +55,7 @@ class Spec:
     mask: bool = False
     mods: Mods | None = None
     lists: bool = False  # visits the tiles in the lists of a block mask
+    pairs: bool = False  # neighbours of bias and mask are read at once: rows of both begin at even elements
     dropout: bool = False
     sinks: bool = False
     paged: bool = False
@@ -151,8 +152,8 @@ class Spec:
     @property
     def name(self) -> str:
         """All that distinguishes this kernel from others."""
-        options = [n for n in ("aligned", "softcap", "alibi", "mask", "lists", "dropout", "sinks", "paged", "pack_gqa",
-                               "split_kv", "flags", "nan_safe", "gather_rows", "fused_dq", "by_fours")
+        options = [n for n in ("aligned", "softcap", "alibi", "mask", "pairs", "lists", "dropout", "sinks", "paged",
+                               "pack_gqa", "split_kv", "flags", "nan_safe", "gather_rows", "fused_dq", "by_fours")
                    if getattr(self, n)]  # fmt: skip
         words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",
                  f"{self.warps}w{self.columns}c{self.blocks}b{self.only}{self.to}", *options]  # fmt: skip

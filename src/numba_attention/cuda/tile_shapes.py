@@ -107,14 +107,18 @@ def fitted(c: Spec, device: Any) -> Spec:
 def for_call(
     task: str, storage: str, E: int, Ev: int, product: str, device: Any, softcap: bool, alibi: bool, bias: str,
     mask: bool, dropout: bool, paged: bool, flags: bool, aligned: bool, kv_storage: str = "",
-    mods: Mods | None = None, lists: bool = False,
+    mods: Mods | None = None, lists: bool = False, pairs: bool = False,
 ) -> Spec:  # fmt: skip
-    """The kernel of a task with the options of a call."""
+    """The kernel of a task with the options of a call.
+
+    `pairs`: bias and mask can be read in pairs, which the threads of tensor cores have, of keys where rows are queries.
+    """
     c = base(task, storage, E, Ev, device)
     assert c.product == product
     c = with_options(
         c, softcap=softcap, alibi=alibi, bias=bias, mask=mask, dropout=dropout, paged=paged, flags=flags,
-        kv_storage=kv_storage, mods=mods, lists=lists, aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
+        kv_storage=kv_storage, mods=mods, lists=lists, pairs=pairs and product != "simt" and task != "key",
+        aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
     )  # fmt: skip
     return fitted(c, device)  # codes of a cache need shared memory beside the tiles
 
@@ -192,7 +196,7 @@ def nan_safe(c: Spec, device: Any) -> Spec:
         slots = 1
     product = c.with_(
         product="simt", slots=slots, across=8, warps=4, columns=32 if c.task == "forward" else 16, nan_safe=True,
-        flags=False, split_kv=False, aligned=c.aligned and c.storage not in HALVES,
+        flags=False, split_kv=False, aligned=c.aligned and c.storage not in HALVES, pairs=False,
     )  # fmt: skip
     return fitted(product, device)
 
@@ -275,7 +279,7 @@ def weights(c: Spec, device: Any) -> Spec:
     slots = 4 if c.storage != "float64" and not c.is_large else 2
     spec = c.with_(
         task="weights", product="simt", slots=slots, across=8, warps=4, columns=32, nan_safe=True, flags=False,
-        gather_rows=True, aligned=c.aligned and c.storage not in HALVES, Ev=32,
+        pairs=False, gather_rows=True, aligned=c.aligned and c.storage not in HALVES, Ev=32,
     )  # fmt: skip
     return fitted(spec, device)
 
@@ -283,12 +287,14 @@ def weights(c: Spec, device: Any) -> Spec:
 def normalizers(c: Spec, device: Any) -> Spec:
     """The kernel of `normalizers`; its products are those of the gradients, so that scores have the same bits."""
     slots = 1 if c.product != "simt" else min(c.slots, 4 if c.storage != "float64" else 2)
-    return fitted(c.with_(task="normalizers", slots=slots, warps=4, columns=32, flags=False, Ev=32), device)
+    return fitted(
+        c.with_(task="normalizers", slots=slots, warps=4, columns=32, flags=False, pairs=False, Ev=32), device
+    )
 
 
 def bias(c: Spec, device: Any, task: str = "bias") -> Spec:
     """The kernel of the gradient of a bias, or of `mod_args`."""
-    spec = c.with_(task=task, flags=False, nan_safe=False)
+    spec = c.with_(task=task, flags=False, nan_safe=False, pairs=c.pairs and task == "bias")
     small = max(c.E, c.Ev) <= 64
     if spec.product == "simt":
         slots = 1 if c.dropout or c.mods is not None else (4 if small else 2) // (2 if c.storage == "float64" else 1)
