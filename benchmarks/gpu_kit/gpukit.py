@@ -120,7 +120,7 @@ EXTRA = {}  # of NA_KIT_EMULATE: other kernels, by name: how many integers, and 
 
 def _emulate(runtime):
     from numba_attention.cuda import kernels
-    from numba_attention.cuda.parameters import AXES, INTEGERS, REALS
+    from numba_attention.cuda.parameters import REALS
     from numba_attention.device import cubins
 
     specs, regions, emulators = {}, {}, {}
@@ -159,7 +159,7 @@ def _emulate(runtime):
                 emulator.run(make(emulator), tuple(grid[:3]), threads, shared, integers, [0.0], list(regions.items()))
                 return 0
             c = specs[name.decode()][0]
-            number = 4 + 5 * AXES if c.task == "reduce" else len(INTEGERS)
+            number = kernels.integers(c)
             integers = [ctypes.c_int64.from_address(parameters[n]).value for n in range(number)]
             reals = [ctypes.c_double.from_address(parameters[number + n]).value for n in range(len(REALS))]
             if c not in emulators:

@@ -309,6 +309,82 @@ def decode_pages_int8():
     return near("out", got, want, 3e-2)
 
 
+def there(x):
+    """The header of a copy on the GPU."""
+    from numba_attention.device import runtime
+
+    with runtime.using(0, runtime.DEFAULT_STREAM):
+        return runtime.upload(np.ascontiguousarray(x), runtime.stream())
+
+
+def here(header):
+    from numba_attention.device import runtime
+
+    out = np.empty(header.shape, header.dtype)
+    with runtime.using(0, runtime.DEFAULT_STREAM):
+        runtime.download(header, out, runtime.stream())
+    return out
+
+
+@step
+def append_on_the_device():
+    """A cache of arrays on the GPU stores what one on the host stores, in every format, and rolls."""
+    import numba_attention as na
+    from numba_attention.device.dlpack import Exported
+
+    said = []
+    for dtype, storage, window in (("float16", None, None), ("float32", "int8", None), ("float16", "int8", 40),
+                                   ("bfloat16", "float16", None), ("float64", "float8", 33),
+                                   ("float32", "bfloat16", 60)):  # fmt: skip
+        host = na.KVCache(2, 2, 64, 64, dtype=dtypes(dtype), storage=storage, window=window)
+        headers = [None if x is None else there(np.zeros_like(x)) for x in host._stored[:4]]
+        arrays = [None if x is None else Exported(x) for x in headers]
+        scales = {} if arrays[2] is None else {"key_scale": arrays[2], "value_scale": arrays[3]}
+        cache = na.KVCache.from_arrays(*arrays[:2], 0, dtype=dtypes(dtype), window=window, **scales)
+        for T, lengths in ((50, [50, 41]), (1, None), (9, [9, 3]), (20, [2, 19] if window is None else None)):
+            key, value = (normal(2, 2, T, 64, dtype=dtype) for _ in range(2))
+            host.append(key, value, lengths)
+            cache.append(Exported(there(key)), Exported(there(value)), lengths)
+        used = np.arange(64) < np.minimum(host.lengths, 64)[:, None, None]
+        for name, x, y in zip("kv", headers[:2], host._stored[:2], strict=True):
+            x, y = (np.where(used[..., None], z.astype(np.float64), 0) for z in (here(x), y))
+            said.append(near(f"{dtype} {storage} {name}", x, y, 0.0))
+        q = normal(2, 4, 1, 64, dtype=dtype)
+        want = na.attention_decode(q, host, backend="reference")
+        said.append(near("out", na.attention_decode(q, cache), want, max(LIMITS[dtype], 1e-5)))
+    return " ".join(said)
+
+
+@step
+def merge_on_the_device():
+    import numba_attention as na
+    from numba_attention.backends import device_merge
+    from numba_attention.device import runtime
+
+    said = []
+    for dtype, Ev in (("float32", 33), ("float16", 128), ("float64", 64), ("bfloat16", 96)):
+        outs = [normal(2, 3, 40, Ev, dtype=dtype) for _ in range(3)]
+        lses = [8 * normal(2, 3, 40, dtype="float64" if dtype == "float64" else "float32") for _ in range(3)]
+        lses[0][0, 0, :5] = lses[1][0, 0, :2] = lses[2][0, 0, :1] = -np.inf
+        out, lse = there(np.zeros_like(outs[0])), there(np.zeros_like(lses[0]))
+        with runtime.using(0, runtime.DEFAULT_STREAM):
+            device_merge.merge(list(map(there, outs)), list(map(there, lses)), out, lse)
+        want, want_lse = na.merge_attention(wide(*outs), wide(*lses))
+        said += [near(f"{dtype} out", here(out), want, LIMITS[dtype]),
+                 near("lse", here(lse), want_lse, 1e-12 if dtype == "float64" else 2e-6)]  # fmt: skip
+    return " ".join(said)
+
+
+@step
+def bias_and_mask_in_pairs():
+    """Rows of an even number of keys, with a window whose tiles begin at odd ones."""
+    shown, said = RNG.random((2, 40, 50)) < 0.8, []
+    for dtype, of_bias in (("float16", "float32"), ("bfloat16", "float64"), ("float16", "float16")):
+        options = {"bias": normal(2, 40, 50, dtype=of_bias), "mask": shown, "window": (7, 9)}
+        said += [forward(dtype, L=40, S=50, **options), both(dtype, **options)]
+    return " ".join(said)
+
+
 @step
 def nothing_leaks():
     import numba_attention as na

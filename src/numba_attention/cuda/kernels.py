@@ -84,7 +84,7 @@ def compile_(c: Spec) -> Any:
         from . import toolchain
 
         function = make(c, toolchain.Intrinsics)
-        return toolchain.compile_kernel(function, _integers(c), len(REALS), c.threads, c.arch, c.blocks)
+        return toolchain.compile_kernel(function, integers(c), len(REALS), c.threads, c.arch, c.blocks)
     except Exception as error:
         missing = diagnosis.no_compiler()
         if missing is not None:
@@ -111,7 +111,7 @@ def ship(c: Spec, folder: Path) -> Path:
     return cubins.ship(folder, c.name, lambda: compile_(c).code, sources(c))
 
 
-def _integers(c: Spec) -> int:
+def integers(c: Spec) -> int:
     """How many integers a kernel takes."""
     if c.task in ("append", "merge"):
         from . import append, merge
