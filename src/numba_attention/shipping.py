@@ -191,7 +191,7 @@ def _kernels() -> "Iterator[Kernel]":
         for kv_storage in SHORT:
             if kv_storage != storage:
                 yield from (cpu_resources.worker(storage, task, kv_storage) for task in ("decode", "forward"))
-    yield from (kernel_of(storage)[0] for storage in STORAGES[:2])
+    yield from (kernel_of(storage, task)[0] for storage in STORAGES[:2] for task in ("linear", "rowwise"))
 
 
 def _main(folder: str, only: str) -> None:

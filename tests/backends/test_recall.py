@@ -409,3 +409,49 @@ def test_steps_of_several_tokens(L, paged, usual):
         assert not usual or n < 2
         want = na.attention_decode(query, cache, return_lse=True, scale=0.3, out=np.empty_like(got[0]))
         assert bits(got) == bits(want)
+
+
+STEPS = [
+    {"is_causal": True},
+    {"scale": 0.3},
+    {"is_causal": True, "rotary": True},
+    {"is_causal": True, "paged": True},
+    {"is_causal": True, "num_kv_heads": 2, "rotary": True, "paged": True},
+]
+
+
+@pytest.mark.parametrize("options", STEPS, ids=str)
+def test_steps_of_a_layer(options, usual):
+    """One new token at a time: remembered, and with the bits of the usual way, which an explicit offset takes."""
+    options = dict(options)
+    heads, rotary, paged = options.pop("num_kv_heads", 4), options.pop("rotary", None), options.pop("paged", False)
+    layer = na.MultiHeadAttention(32, 4, num_kv_heads=heads, rotary=rotary, rng=0)
+    x = np.random.default_rng(0).standard_normal((2, 20, 32), dtype=np.float32)
+    caches = []
+    for _ in range(2):
+        cache = na.PagedKVCache(20, 4, heads, 8) if paged else na.KVCache(2, heads, 30, 8)
+        if paged:
+            cache.add(2)
+        caches.append(cache)
+        layer(x[:, :5], cache=cache, **options)
+    for n in range(5, 20):
+        usual.clear()
+        got = layer(x[:, n : n + 1], cache=caches[0], **options)
+        if n > 7:
+            assert not usual
+        assert bits(layer(x[:, n : n + 1], cache=caches[1], query_offset=n, **options)) == bits(got)
+    whole = layer(x, is_causal=True, **{name: x for name, x in options.items() if name != "is_causal"})
+    if options.get("is_causal"):
+        np.testing.assert_allclose(got, whole[:, -1:], atol=1e-5)
+
+
+def test_a_step_of_a_layer_that_is_refused_leaves_the_cache_as_it_was(monkeypatch):
+    layer, cache = na.MultiHeadAttention(32, 4, rng=0), na.KVCache(2, 4, 30, 8)
+    x = np.ones((2, 1, 32), np.float32)
+    layer(x, cache=cache, is_causal=True)
+    kept = cache.key.copy()
+    for wrong in ({"window": (-1, 0)}, {"scale": float("nan")}, {"alibi_slopes": [1.0] * 3}, {"key_lengths": [2, 1]}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            layer(x, cache=cache, **wrong)
+        assert cache.lengths.tolist() == [1, 1]
+        np.testing.assert_array_equal(cache.key, kept)

@@ -3,7 +3,6 @@
 import ast
 import importlib.util
 import io
-import itertools
 import json
 import re
 import subprocess
@@ -55,7 +54,7 @@ def test_a_sentence_does_not_depend_on_its_batch(model):
     texts = ["short", "a sentence of some more words than that one has", "what it costs"]
     together = model.encode(texts)
     alone = np.concatenate([model.encode([text]) for text in texts])
-    np.testing.assert_allclose(together, alone, atol=1e-6)
+    np.testing.assert_array_equal(together, alone)
 
 
 def test_packed_sequences_of_all_lengths(model):
@@ -64,19 +63,25 @@ def test_packed_sequences_of_all_lengths(model):
     sequences = [rng.integers(1000, 30000, n).tolist() for n in (3, 256, 1, 200, 57, 256, 2, 130, 9)]
     together = model.encode_tokens(sequences)
     for embedding, sequence in zip(together, sequences, strict=True):
-        np.testing.assert_allclose(embedding, model.encode_tokens([sequence])[0], atol=1e-6)
+        np.testing.assert_array_equal(embedding, model.encode_tokens([sequence])[0])
     with pytest.raises(ValueError, match=r"sequences\[1\] is empty"):
         model.encode_tokens([[101, 102], [], [101]])
     assert model.encode_tokens([]).shape == (0, 384)
 
 
-def test_batches_are_of_limited_size():
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_batches_are_of_equal_size(threads):
+    """As many for each thread, so that all finish together."""
     lengths = np.random.default_rng(0).integers(1, 257, 100).tolist()
-    batches = _batches(lengths)
+    batches = _batches(lengths, threads)
     assert sorted(n for batch in batches for n in batch) == list(range(100))
     sizes = [sum(lengths[n] for n in batch) for batch in batches]
-    assert max(sizes) <= BATCH
-    assert all(a + b > BATCH for a, b in itertools.pairwise(sizes))  # no two that could have been one
+    assert len(batches) % threads == 0
+    assert max(sizes) <= BATCH + 256
+    assert max(sizes) - min(sizes) <= 256
+    assert sum(sizes) > (len(batches) - threads) * BATCH  # fewer would have been too large
+    assert _batches([], threads) == []
+    assert _batches([7], threads) == [[0]]
 
 
 def test_meaning_is_found(model):

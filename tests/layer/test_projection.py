@@ -58,7 +58,7 @@ def check(x, weight, bias, grad):
 @pytest.fixture(params=[1, 2])
 def threads(request, monkeypatch):
     """Work of any size on so many threads."""
-    resources, *_ = projection._modules()
+    resources, *_ = projection.modules()
     if request.param > numba.config.NUMBA_NUM_THREADS:
         pytest.skip("one core")
     monkeypatch.setattr(resources, "SMALL", 0)

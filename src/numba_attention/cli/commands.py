@@ -86,9 +86,10 @@ def demo(
 def warmup() -> None:
     """Compile the common kernels, also of a GPU, and put them into the cache, so that no later call waits for them."""
     from ..backends import backends, cpu, cuda
+    from ..layer import projection
     from ..show_config import show_config
 
-    jobs = [*cpu.warmup_jobs(), *(cuda.warmup_jobs() if backends()["cuda"] else [])]
+    jobs = [*cpu.warmup_jobs(), *projection.warmup_jobs(), *(cuda.warmup_jobs() if backends()["cuda"] else [])]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(jobs))

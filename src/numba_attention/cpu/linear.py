@@ -5,7 +5,8 @@ wherever it is. So strides are arbitrary, and y = x W^T, dx = dy W and dW = dy^T
 be as fast, but its threads spin for 0.1 s after a product and hold the cores that attention's threads then wait for.
 
 A number of the output is the same sum in the same order whatever the other rows and columns: no bit depends on which
-operand is in the lanes, how the work is cut, or the threads.
+operand is in the lanes, how the work is cut, or the threads. An activation is applied to a finished tile while it is in
+the cache.
 """
 
 import struct
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import tiles
+from .activations import activate_tile
 from .gemm import micro_kernel
 from .params import STOPPED
 from .scratch import Area, lay_out, views
@@ -29,7 +31,7 @@ NO_BIAS, ADD_BIAS, SUM_LANES = range(3)  # what `bias` is for: nothing, added to
 
 ADDRESSES = ("lanes", "numbers", "out", "bias", "counter", "scratch")
 INTEGERS = (
-    "items", "blocks", "slabs", "panels", "slab", "chunk", "depth", "bias_use",
+    "items", "blocks", "slabs", "panels", "slab", "chunk", "depth", "bias_use", "activation",
     "P", "Q", "K", "lanes_row", "lanes_k", "numbers_row", "numbers_k",
     "out_lane", "out_row", "out_group", "bias_lane", "bias_row", "bias_group",
     "scratch_size", "tile_size", "at_tiles", "at_packed", "at_rows", "at_out_rows", "at_sums", "at_ones",
@@ -79,6 +81,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     sums_of, ones_of = views(areas_of(spec), "sums ones")
     gather = tiles.gather_tile(spec, spec.element)
     scatter, copy = tiles.scatter_tile(spec), tiles.widen_tile(spec)
+    activate = activate_tile(spec)
     mm = micro_kernel(spec, "sum")
     mm_one = micro_kernel(spec, "sum", (1, spec.block[1]))  # for a single row: a third of the time of four
 
@@ -126,6 +129,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     def write(p: Any, at: int, panel: int, lane: int, row: int, rows: int, group: int) -> None:
         n = min(BM, p.P - lane)
         tile = at + p.at_tiles + panel * p.tile_size
+        if p.activation != 0:
+            activate(tile, tile, rows, p.activation)
         out = p.out + group * p.out_group + lane * p.out_lane + row * p.out_row
         if p.out_lane == size:
             for j in range(rows):

@@ -9,7 +9,8 @@ from ..api import attention, merge_attention
 from ..caches import KVCache, PagedKVCache
 from ..caches.checks import check_ints, check_lengths
 from ..decoding import attention_decode
-from ..options import Array
+from ..options import Array, Options
+from ..problem.cached import is_plain
 from ..problem.rolling import refuse_positional
 from ..rotary import Rotation, rotate
 from ..validation import as_ints, as_window, broadcast_to
@@ -62,12 +63,17 @@ def _attend(
             "query_offset", as_ints("query_offset", options["query_offset"]), before.shape
         )
     if isinstance(rotation, Rotation):
-        of_queries, of_keys = (_positions(x, first) for x, first in ((q, options["query_offset"]), (k, before)))
+        of_queries = of_keys = _positions(q, options["query_offset"])
+        if options["query_offset"] is not before or k.shape[2] != q.shape[2]:
+            of_keys = _positions(k, before)
         rotation = rotation.of_length(of_queries, of_keys)
-        rotation = rotation.turn(of_queries, q.dtype), rotation.turn(of_keys, k.dtype)
+        turn = rotation.turn(of_queries, q.dtype)
+        rotation = turn, turn if of_keys is of_queries else rotation.turn(of_keys, k.dtype)
     if rotation is not None:
         rotate(q, rotation[0], q)
         rotate(k, rotation[1], k)
+    if _is_step(cache, q, k, options, before):
+        return _attend_step(cache, _ids(cache, ids), q, k, v, options["scale"])
     lengths, options["key_lengths"] = options.get("key_lengths"), None
     if lengths is not None:
         lengths = check_lengths("key_lengths", lengths, len(k), k.shape[2], "the number of new keys")
@@ -87,6 +93,33 @@ def _attend(
         undo()
         raise
     return heads
+
+
+def _is_step(cache: Cache, q: Array, k: Array, options: dict[str, Any], before: Array) -> bool:
+    """Whether each sequence has one query, which sees all keys there will be, and options are those of a plain step.
+
+    `attention_decode` then needs no option but `scale`, and recognises calls like earlier ones.
+    """
+    if q.shape[2] != 1 or cache.window is not None or options["backend"] is not None:
+        return False
+    is_causal = options["is_causal"]
+    sees_all = is_causal is False or (is_causal is True and k.shape[2] == 1)
+    others = {name: x for name, x in options.items() if name != "backend"}
+    return sees_all and options["query_offset"] is before and is_plain(Options(**others | {"query_offset": None}))
+
+
+def _attend_step(cache: Cache, ids: Any, q: Array, k: Array, v: Array, scale: float | None) -> Array:
+    options: Any = {} if scale is None else {"scale": scale}
+    undo = cache._saved(k.shape[2]) if isinstance(cache, KVCache) else cache._saved(ids)
+    _append(cache, ids, k, v, None)
+    try:
+        # Without `out`: for one query, (batch, H, 1, E) in memory is (batch, 1, H, E) too.
+        heads = attention_decode(q, cache, ids=ids, **options)
+    except BaseException:  # also KeyboardInterrupt
+        undo()
+        raise
+    assert isinstance(heads, np.ndarray)
+    return heads.swapaxes(1, 2)
 
 
 def _ids(cache: Cache, ids: Any) -> Any:

@@ -63,13 +63,15 @@ def attend(
         q, k = turned(q, turns[0]), turned(k, turns[1])
     # The memory layout is (..., L, H, E), so that the last projection reads the heads side by side without a copy.
     heads = np.empty((*batch, query.shape[-2], layer.num_heads, layer.head_dim), layer.dtype)
-    lse = None
-    if return_lse:
-        _, lse = attention(q, k, v, out=heads.swapaxes(-3, -2), return_lse=True, **options)
-    else:
-        attention(q, k, v, out=heads.swapaxes(-3, -2), **options)
+    _, lse = _with_lse(attention, q, k, v, out=heads.swapaxes(-3, -2), return_lse=return_lse, **options)
     inputs = query, key if is_given[0] else None, value if is_given[1] else None
     return Context(layer, inputs, q, k, v, turns, heads, lse, options)
+
+
+def _with_lse(function: Any, *arguments: Any, **options: Any) -> tuple[Array, Array | None]:
+    """Return the two results of an attention function; None for an lse that was not asked for."""
+    result = function(*arguments, **options)
+    return result if isinstance(result, tuple) else (result, None)
 
 
 def attend_packed(
@@ -94,13 +96,8 @@ def attend_packed(
         turns = packed_places(layer._rotation, len(query), starts).turns(layer.dtype)
     if turns is not None:
         q, k = turned(q, turns[0]), turned(k, turns[1])
-    heads = np.empty((len(query), layer.num_heads, layer.head_dim), layer.dtype)
     q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))
-    lse = None
-    if return_lse:
-        _, lse = attention_varlen(q, k, v, starts, starts, out=heads, return_lse=True, **options)
-    else:
-        attention_varlen(q, k, v, starts, starts, out=heads, **options)
+    heads, lse = _with_lse(attention_varlen, q, k, v, starts, starts, return_lse=return_lse, **options)
     return Context(layer, inputs, q, k, v, turns, heads, lse, options, starts)
 
 

@@ -5,6 +5,7 @@ the next parallel kernel needs: attention right after a NumPy product takes up t
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from ..bounded import BoundedCache
 from ..options import Array
+from .activations import check_activation, coefficients_of, with_numpy
 
 ITEMS = 16  # work items to aim for, so that many threads have work and finish together
 SLAB = 512  # largest number of rows of an item, so that its tile of outputs, 128 KiB, stays in the L2 cache
@@ -22,8 +24,10 @@ DEPTH = 1024  # terms of a partial sum: adding it to the others costs 3 %
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)  # native; dtypes of the other byte order compare as different
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None, out: Array | None = None) -> Array:
-    """Project the last axis: ``x @ weight.T + bias``.
+def linear(
+    x: Array, weight: Array, bias: Array | None = None, out: Array | None = None, activation: str | None = None
+) -> Array:
+    """Project the last axis: ``x @ weight.T + bias``, and apply an activation to the result.
 
     Parameters
     ----------
@@ -32,14 +36,21 @@ def linear(x: Array, weight: Array, bias: Array | None = None, out: Array | None
     bias : ndarray, shape (N,), optional
     out : ndarray, shape (..., N), optional
         Array for the result.
+    activation : {"gelu", "gelu_tanh", "silu"}, optional
+        Applied to each tile of the result while it is in the cache, with the same bits as afterwards.
 
     Returns
     -------
     ndarray, shape (..., N)
 
+    Raises
+    ------
+    ValueError
+        There is no such activation.
+
     See Also
     --------
-    linear_backward : the gradients.
+    linear_backward : the gradients, of the product without activation.
 
     Notes
     -----
@@ -53,17 +64,21 @@ def linear(x: Array, weight: Array, bias: Array | None = None, out: Array | None
     array([[ 3.5, 12. ],
            [ 3.5, 12. ]])
     """
-    if not _usable(x, weight, bias, out) or weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
-        return _with_numpy(x, weight, bias, out)
+    check_activation(activation)
+    if not usable(x, weight, bias, out) or weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
+        return _with_numpy(x, weight, bias, out, activation)
     N = len(weight)
     shape = (*x.shape[:-1], N)
     if not (bias is None or bias.shape == (N,)) or not (out is None or out.shape == shape):
-        return _with_numpy(x, weight, bias, out)
+        return _with_numpy(x, weight, bias, out, activation)
     if out is not None and _can_be_written(out, x, weight, bias):
         target = out
     else:
         target = np.empty(shape, x.dtype)
-    _multiply(_matrix(x), weight, _matrix(target), bias)
+    coefficients = None if activation is None else coefficients_of(activation, x.dtype)
+    _multiply(as_matrix(x), weight, as_matrix(target), bias, coefficients=coefficients)
+    if activation is not None and coefficients is None:
+        with_numpy(activation, target, target)
     if out is None or target is out:
         return target
     np.copyto(out, target)
@@ -100,16 +115,16 @@ def linear_backward(
     >>> grad_x.shape, grad_weight[0], grad_bias
     ((4, 3), array([4., 4., 4.]), array([4., 4.]))
     """
-    if not _usable(grad, x, weight) or (*x.shape[:-1], *weight.shape) != (*grad.shape, *x.shape[-1:]):
+    if not usable(grad, x, weight) or (*x.shape[:-1], *weight.shape) != (*grad.shape, *x.shape[-1:]):
         return _backward_with_numpy(grad, x, weight, need_bias, need_input)
-    rows = _matrix(grad)
+    rows = as_matrix(grad)
     grad_x = None
     if need_input:
         grad_x = np.empty(x.shape, x.dtype)
-        _multiply(rows, weight.T, _matrix(grad_x))
+        _multiply(rows, weight.T, as_matrix(grad_x))
     grad_weight = np.empty(weight.shape, x.dtype)
     grad_bias = np.empty(len(weight), x.dtype) if need_bias else None
-    _multiply(rows.T, _matrix(x).T, grad_weight, sums=grad_bias, long=True)
+    _multiply(rows.T, as_matrix(x).T, grad_weight, sums=grad_bias, long=True)
     return grad_x, grad_weight, grad_bias
 
 
@@ -121,13 +136,13 @@ def without_idle_rows(x: Array, grad: Array) -> Array:
     return x if np.isfinite(x).all() else np.where(grad.any(axis=-1, keepdims=True), x, 0)
 
 
-def _usable(*arrays: Array | None) -> bool:
+def usable(*arrays: Array | None) -> bool:
     """Whether the kernel can read these arrays, and at least one is not None."""
     first = arrays[0]
     if type(first) is not np.ndarray or first.dtype not in (_F32, _F64):
         return False
     dtype = first.dtype
-    return all(a is None or (type(a) is np.ndarray and a.dtype == dtype) for a in arrays) and _modules() is not None
+    return all(a is None or (type(a) is np.ndarray and a.dtype == dtype) for a in arrays) and modules() is not None
 
 
 def _can_be_written(out: Array, *others: Array | None) -> bool:
@@ -136,10 +151,12 @@ def _can_be_written(out: Array, *others: Array | None) -> bool:
     return matrix and not any(np.may_share_memory(out, other) for other in others if other is not None)
 
 
-def _with_numpy(x: Array, weight: Array, bias: Array | None, out: Array | None) -> Array:
+def _with_numpy(x: Array, weight: Array, bias: Array | None, out: Array | None, activation: str | None) -> Array:
     result: Array = np.matmul(x, np.asarray(weight).T)
     if bias is not None:
         result = result + bias
+    if activation is not None:
+        result = with_numpy(activation, result)
     if out is None:
         return result
     np.copyto(out, result)
@@ -149,26 +166,27 @@ def _with_numpy(x: Array, weight: Array, bias: Array | None, out: Array | None) 
 def _backward_with_numpy(
     grad: Array, x: Array, weight: Array, need_bias: bool, need_input: bool
 ) -> tuple[Array | None, Array, Array | None]:
-    rows = _matrix(np.asarray(grad))
+    rows = as_matrix(np.asarray(grad))
     grad_bias = np.sum(rows, axis=0) if need_bias else None
-    return np.matmul(grad, weight) if need_input else None, rows.T @ _matrix(np.asarray(x)), grad_bias
+    return np.matmul(grad, weight) if need_input else None, rows.T @ as_matrix(np.asarray(x)), grad_bias
 
 
-def _matrix(x: Array) -> Array:
+def as_matrix(x: Array) -> Array:
+    """(..., K) -> (rows, K)."""
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 @cache
-def _modules() -> Any:
+def modules() -> Any:
     """Import the modules that need Numba at their first use, because the reference backend works without Numba."""
     try:
         from numba.core import config
 
         from ..backends import cpu_resources
-        from ..cpu import linear as kernels
+        from ..cpu import linear, rowwise
     except ImportError:
         return None
-    return None if config.DISABLE_JIT else (cpu_resources, kernels)
+    return None if config.DISABLE_JIT else (cpu_resources, linear, rowwise)
 
 
 class _Plan(NamedTuple):
@@ -188,21 +206,26 @@ SMALL_PLAN = 4096  # bytes of a plan and its key, roughly
 
 
 def _multiply(
-    a: Array, b: Array, out: Array, bias: Array | None = None, sums: Array | None = None, long: bool = False
-) -> None:
+    a: Array, b: Array, out: Array, bias: Array | None = None, sums: Array | None = None, long: bool = False,
+    coefficients: Array | None = None,
+) -> None:  # fmt: skip
     """Write ``out[i, j] = sum_k a[i, k] b[j, k] + bias[j]`` and ``sums[i] = sum_k a[i, k]``.
 
-    In a `long` sum, k counts the rows of a batch, and the order of summation may differ from that in another batch.
+    `coefficients` are those of an activation, and are never freed. In a `long` sum, k counts the rows of a batch, and
+    the order of summation may differ from that in another batch.
     """
     if not out.size:
         if sums is not None:
             np.sum(a, axis=1, out=sums)
         return
-    cpu_resources, kernels = _modules()
-    key = a.dtype, a.shape, a.strides, b.shape, b.strides, out.strides, bias is None or bias.strides, sums is None, long
+    cpu_resources, kernels, _ = modules()
+    key = (
+        a.dtype, a.shape, a.strides, b.shape, b.strides, out.strides, bias is None or bias.strides, sums is None, long,
+        id(coefficients),
+    )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
-        plan = _make_plan(a, b, out, bias, sums, long)
+        plan = _make_plan(a, b, out, bias, sums, long, coefficients)
         _plans.add(key, plan, SMALL_PLAN)
     if plan.swapped and sums is not None:
         np.sum(a, axis=1, dtype=np.float64, out=sums)
@@ -232,20 +255,32 @@ def _multiply(
 
 
 @cache
-def kernel_of(storage: str) -> Any:
-    """Return the kernel of the products of numbers in `storage`, and what it is compiled for."""
-    from ..cpu import launch
+def kernel_of(storage: str, task: str = "linear") -> Any:
+    """Return the kernel of the products, or of the functions of rows, for `storage`, and what it is compiled for."""
+    from ..cpu import launch, linear, rowwise
     from ..cpu.cache import Kernel
-    from ..cpu.linear import make_worker
     from ..cpu.simd import HOST
     from ..cpu.spec import Spec
 
-    spec = Spec(storage, HOST, "linear")
-    return Kernel(spec.name, lambda: make_worker(spec), launch.SIGNATURE), spec
+    spec = Spec(storage, HOST, task)
+    make = {"linear": linear, "rowwise": rowwise}[task].make_worker
+    return Kernel(spec.name, lambda: make(spec), launch.SIGNATURE), spec
 
 
-def _make_plan(a: Array, b: Array, out: Array, bias: Array | None, sums: Array | None, long: bool) -> _Plan:
-    _, kernels = _modules()
+def warmup_jobs() -> list[tuple[str, Callable[[], object]]]:
+    """Return the names of the common kernels of layers, each with a function that compiles it."""
+
+    def job(storage: str, task: str) -> Callable[[], object]:
+        return lambda: kernel_of(storage, task)[0].address
+
+    names = {"linear": "products of layers", "rowwise": "norms and activations"}
+    return [(f"{names[task]}, {storage}", job(storage, task)) for task in names for storage in ("float32", "float64")]
+
+
+def _make_plan(
+    a: Array, b: Array, out: Array, bias: Array | None, sums: Array | None, long: bool, coefficients: Array | None
+) -> _Plan:
+    _, kernels, _ = modules()
     kernel, spec = kernel_of(out.dtype.name)
     straight, crossed = (_cut(spec, *operands, long) for operands in ((a, b), (b, a)))
     swapped = crossed.cost < straight.cost
@@ -262,6 +297,7 @@ def _make_plan(a: Array, b: Array, out: Array, bias: Array | None, sums: Array |
         "slab": cut.slab,
         "chunk": kernels.chunk_of(K),
         "depth": -(-K // groups),
+        "activation": 0 if coefficients is None else coefficients.ctypes.data,
         "P": len(lanes),
         "Q": len(numbers),
         "K": K,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..layer.attention import MultiHeadAttention
+from ..layer.projection import linear
 from ..options import Array
 from .layers import GELU, LayerNorm, Linear, Module, RMSNorm, Seed, SiLU
 
@@ -53,6 +54,15 @@ class MLP(Module):
             self.gate = Linear(features, hidden, rng, dtype, bias=bias)
         self.activation = _ACTIVATIONS[activation]()
         self.narrow = Linear(hidden, features, rng, dtype, bias=bias)
+
+    def __call__(self, x: Array) -> Array:
+        """Return the result of `forward` alone: the activation is part of the first product."""
+        first = getattr(self, "gate", self.wide)
+        hidden = linear(x, first.weight, first.bias, activation=self.activation.name)
+        if first is not self.wide:
+            hidden *= self.wide(x)
+        y: Array = self.narrow(hidden)
+        return y
 
     def forward(self, x: Array) -> tuple[Array, Any]:
         """Return the result, and what `backward` needs."""

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from ..layer.activations import probability
 from ..layer.projection import linear, linear_backward
+from ..layer.rowwise import activated, inverse_root, normalized
 from ..options import Array
-from .functions import inverse_root, normal_probability, sigmoid, tanh_probability
 
 Seed = np.random.Generator | int | None
 Parameters = dict[str, Array]
@@ -143,7 +144,37 @@ class Embedding(_Leaf):
         self._grads = {"weight": weight}
 
 
-class LayerNorm(_Leaf):
+class _Norm(_Leaf):
+    """A norm of rows; `forward` computes nothing that only gradients need."""
+
+    weight: Array
+    bias: Array | None
+    eps: float
+    _center = False
+
+    def forward(self, x: Array) -> tuple[Array, Array]:
+        """Return the result, and what `backward` needs."""
+        return normalized(x, self.weight, self.bias, self.eps, center=self._center), x
+
+    def backward(self, grad: Array, x: Array) -> Array:
+        """Return the gradient of x, and set `grads`."""
+        if self._center:
+            x = x - x.mean(axis=-1, keepdims=True)
+        inverse = inverse_root(x, self.eps)
+        x = x * inverse
+        rows = tuple(range(x.ndim - 1))
+        self._grads = {"weight": (grad * x).sum(axis=rows)}
+        if self.bias is not None:
+            self._grads["bias"] = grad.sum(axis=rows)
+        grad = grad * self.weight
+        result: Array = grad - x * (grad * x).mean(-1, keepdims=True)
+        if self._center:
+            result -= grad.mean(-1, keepdims=True)
+        result *= inverse
+        return result
+
+
+class LayerNorm(_Norm):
     """`layer_norm` with a weight and a bias of its own.
 
     Parameters
@@ -154,29 +185,14 @@ class LayerNorm(_Leaf):
     """
 
     _names = ("weight", "bias")
+    _center = True
 
     def __init__(self, features: int, dtype: Any = np.float32, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = np.ones(features, dtype), np.zeros(features, dtype), eps
 
-    def forward(self, x: Array) -> tuple[Array, Any]:
-        """Return the result, and what `backward` needs."""
-        centred = x - x.mean(axis=-1, keepdims=True)
-        inverse = inverse_root(centred, self.eps)
-        centred *= inverse
-        return centred * self.weight + self.bias, (centred, inverse)
 
-    def backward(self, grad: Array, ctx: Any) -> Array:
-        """Return the gradient of x, and set `grads`."""
-        x, inverse = ctx
-        rows = tuple(range(x.ndim - 1))
-        self._grads = {"weight": (grad * x).sum(axis=rows), "bias": grad.sum(axis=rows)}
-        grad = grad * self.weight
-        result: Array = inverse * (grad - grad.mean(-1, keepdims=True) - x * (grad * x).mean(-1, keepdims=True))
-        return result
-
-
-class RMSNorm(_Leaf):
+class RMSNorm(_Norm):
     """Each row divided by the root of its mean square, then scaled, as in LLaMA.
 
     Parameters
@@ -192,27 +208,34 @@ class RMSNorm(_Leaf):
     """
 
     _names = ("weight",)
+    bias = None
 
     def __init__(self, features: int, dtype: Any = np.float32, eps: float = 1e-6) -> None:
         super().__init__()
         self.weight, self.eps = np.ones(features, dtype), eps
 
-    def forward(self, x: Array) -> tuple[Array, Any]:
-        """Return the result, and what `backward` needs."""
-        inverse = inverse_root(x, self.eps)
-        normed = x * inverse
-        return normed * self.weight, (normed, inverse)
 
-    def backward(self, grad: Array, ctx: Any) -> Array:
-        """Return the gradient of x, and set `grads`."""
-        x, inverse = ctx
-        self._grads = {"weight": (grad * x).sum(axis=tuple(range(x.ndim - 1)))}
-        grad = grad * self.weight
-        result: Array = inverse * (grad - x * (grad * x).mean(-1, keepdims=True))
+class _Activation(_Leaf):
+    """A function of each number, ``x * probability(x)``."""
+
+    name: str
+
+    def forward(self, x: Array) -> tuple[Array, Array]:
+        """Return the result, and what `backward` needs."""
+        return activated(self.name, x), x
+
+    def backward(self, grad: Array, x: Array) -> Array:
+        """Return the gradient of x."""
+        p = probability(self.name, x)
+        result: Array = grad * (p + x * self._slope(x, p))
         return result
 
+    def _slope(self, x: Array, p: Array) -> Array:
+        """Return the derivative of the probability p."""
+        raise NotImplementedError
 
-class GELU(_Leaf):
+
+class GELU(_Activation):
     """`gelu`, or with ``approximate=True`` the formula with tanh that GPT-2 uses.
 
     References
@@ -224,24 +247,21 @@ class GELU(_Leaf):
         super().__init__()
         self.approximate = approximate
 
-    def forward(self, x: Array) -> tuple[Array, Any]:
-        """Return the result, and what `backward` needs."""
-        p = tanh_probability(x) if self.approximate else normal_probability(x)
-        return x * p, (x, p)
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The name of the activation."""
+        return "gelu_tanh" if self.approximate else "gelu"
 
-    def backward(self, grad: Array, ctx: Any) -> Array:
-        """Return the gradient of x."""
-        x, p = ctx
+    def _slope(self, x: Array, p: Array) -> Array:
+        real = x.dtype.type
         if self.approximate:
-            a, b = x.dtype.type(math.sqrt(2 / math.pi)), x.dtype.type(0.044715)
-            density = 2 * p * (1 - p) * a * (1 + 3 * b * x * x)
-        else:
-            density = x.dtype.type(1 / math.sqrt(2 * math.pi)) * np.exp(x * x * x.dtype.type(-0.5))
-        result: Array = grad * (p + x * density)
-        return result
+            slope: Array = 2 * p * (1 - p) * real(math.sqrt(2 / math.pi)) * (1 + real(3 * 0.044715) * x * x)
+            return slope
+        density: Array = real(1 / math.sqrt(2 * math.pi)) * np.exp(x * x * real(-0.5))
+        return density
 
 
-class SiLU(_Leaf):
+class SiLU(_Activation):
     """``x / (1 + exp(-x))``, also called swish.
 
     References
@@ -249,16 +269,11 @@ class SiLU(_Leaf):
     .. [1] Elfwing et al., "Sigmoid-Weighted Linear Units", 2017, section 2.
     """
 
-    def forward(self, x: Array) -> tuple[Array, Any]:
-        """Return the result, and what `backward` needs."""
-        p = sigmoid(x)
-        return x * p, (x, p)
+    name = "silu"
 
-    def backward(self, grad: Array, ctx: Any) -> Array:
-        """Return the gradient of x."""
-        x, p = ctx
-        result: Array = grad * (p + x * p * (1 - p))
-        return result
+    def _slope(self, x: Array, p: Array) -> Array:
+        slope: Array = p * (1 - p)
+        return slope
 
 
 __all__ = ["GELU", "Embedding", "LayerNorm", "Linear", "Module", "RMSNorm", "SiLU"]
