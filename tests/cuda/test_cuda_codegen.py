@@ -162,6 +162,21 @@ def test_float32_on_tensor_cores(instructions, monkeypatch, E):
             assert found["HMMA"] > 0
 
 
+@pytest.mark.parametrize(("arch", "storage", "E"), [("sm_80", "bfloat16", 64), ("sm_90a", "float16", 64)])
+def test_results_in_float32(instructions, arch, storage, E):
+    """Parts of rows that are merged later: tensor cores as without, no register in memory, no conversion of results."""
+    found = {}
+    for c in common_kernels(device(arch), wide=True):
+        if c.to == "float32" and (c.storage, c.E) == (storage, E) and c.aligned and not (c.nan_safe or c.pack_gqa):
+            compiled = kernels.compile_(c)
+            check(compiled, c)
+            found[c.task] = instructions(compiled.code)
+            assert c.product != "wgmma"
+    assert set(found) == {"forward", "key", "combine", "round"}
+    assert found["forward"]["HMMA"] > 0
+    assert not {"F2F", "F2FP"} & set(found["round"])
+
+
 def rest(arch, storage, E):
     """Every other kernel for one head dimension, with most that it can be asked for."""
     of = device(arch)
