@@ -75,9 +75,11 @@ def test_exp2_makes_no_subnormal_numbers(bits, table):
 @pytest.mark.parametrize(("bits", "table", "limit"), [(32, EXP2_F32, 4), (64, EXP2_F64, 5)])
 def test_tanh(bits, table, limit):
     magnitude = np.r_[np.random.default_rng(0).uniform(0, 12, 200_000), np.logspace(-8, 0, 20_000), 50.0, 1e6]
-    x, result = apply(lambda v, b, y: tanh(v, b, y, table), bits, np.r_[magnitude, -magnitude])
+    x, result = apply(lambda v, b, y: tanh(v, b, y, v.element(1.0), table), bits, np.r_[magnitude, -magnitude])
     assert ulps(result, np.tanh(x.astype(np.longdouble))).max() <= limit
-    _, special = apply(lambda v, b, y: tanh(v, b, y, table), bits, np.array([np.inf, -np.inf, 0.0, np.nan]))
+    _, special = apply(
+        lambda v, b, y: tanh(v, b, y, v.element(1.0), table), bits, np.array([np.inf, -np.inf, 0.0, np.nan])
+    )
     assert list(special[:3]) == [1, -1, 0]
     assert np.isnan(special[3])
 

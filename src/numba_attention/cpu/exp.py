@@ -52,16 +52,19 @@ def horner(vector: Vector, b: Builder, x: Value, coefficients: tuple[float, ...]
     return p
 
 
-def tanh(vector: Vector, b: Builder, x: Value, coefficients: tuple[float, ...]) -> Value:
-    """tanh(x) = -u / (2 + u) with u = exp(-2|x|) - 1, accurate relative to the result for small x too.
+def tanh(vector: Vector, b: Builder, x: Value, factor: Value, coefficients: tuple[float, ...]) -> Value:
+    """tanh(x * factor), for a factor (a scalar) of at least 0, accurate relative to the result for small x too.
 
-    With 2**f = 1 + f r(f), u = 2**n f r(f) + (2**n - 1) loses nothing where n = 0.
+    It is -u / (2 + u) with u = exp(-2|x * factor|) - 1. With 2**f = 1 + f r(f), u = 2**n f r(f) + (2**n - 1) loses
+    nothing where n = 0.
     """
-    lowest = vector.const(-vector.exponent_bias)
-    y = clamp(vector, b, b.fmul(vector.abs(b, x), vector.const(-2 * 1.4426950408889634)), lowest)
+    c = b.fmul(factor, ir.Constant(vector.element, -2 * 1.4426950408889634))
+    highest = vector.splat(b, b.fdiv(ir.Constant(vector.element, -float(vector.exponent_bias)), c))
+    c = vector.splat(b, c)
+    size = vector.min(b, highest, vector.abs(b, x))  # NaN stays NaN
     magic = vector.const(1.5 * 2.0**vector.mantissa)
-    t = b.fadd(y, magic)
-    f = b.fsub(y, b.fsub(t, magic))
+    t = vector.fma(b, size, c, magic)
+    f = vector.fma(b, size, c, b.fsub(magic, t))
     rest = b.fmul(f, horner(vector, b, f, coefficients[:-1]))
     one = vector.const(1.0)
     power = b.add(b.shl(vector.bits_of(b, t), vector.iconst(vector.mantissa)), vector.bits_of(b, one))

@@ -141,7 +141,7 @@ class Instructions:
             case "log2":
                 return exp.log2(vector, b, x)
             case "tanh":
-                return exp.tanh(vector, b, x, table)
+                return exp.tanh(vector, b, x, vector.element(1.0), table)
             case "sin" | "cos":
                 return exp.sin(vector, b, x, op == "cos")
             case "pow":

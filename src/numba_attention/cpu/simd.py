@@ -6,6 +6,7 @@ IR.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
@@ -212,6 +213,22 @@ def loop(
         phi.add_incoming(first, before)
         phi.add_incoming(later, last)
         results.append(phi)
+    return results
+
+
+def interleave(b: Builder, count: int, body: Callable[[int], Any]) -> list[Any]:
+    """Build body(0) .. body(count - 1), which must not depend on one another, and let their instructions take turns.
+
+    One after another, chains of 20 to 30 dependent instructions fill the scheduler of the processor before it sees the
+    next chain (softcap: 11.7 cycles a vector on Zen 5 instead of 8.7); LLVM keeps the order.
+    """
+    block, marks, results = b.block, [len(b.block.instructions)], []
+    for v in range(count):
+        results.append(body(v))
+        marks.append(len(block.instructions))
+    assert b.block is block, "interleaved code has no branches"
+    parts = [block.instructions[i:j] for i, j in pairwise(marks)]
+    block.instructions[marks[0] :] = [x for turn in zip_longest(*parts) for x in turn if x is not None]
     return results
 
 

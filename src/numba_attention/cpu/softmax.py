@@ -19,7 +19,7 @@ from llvmlite import ir
 
 from .exp import EXP2_BF16, EXP2_F32, EXP2_F64, exp2_product, lowest_argument
 from .gemm import pack_pairs
-from .simd import I64, Builder, Value, Vector, at, loop, pointer, routine, store
+from .simd import I64, Builder, Value, Vector, at, interleave, loop, pointer, routine, store
 from .spec import Spec
 
 # Rows of the state scratch, each one vector block of query_tile values.
@@ -67,11 +67,13 @@ def _weigh_rows(
 
     def single(i: Value, carried: list[Value]) -> list[Value]:
         row, *totals = carried
-        for v in range(NV):
+
+        def replace(v: int) -> Value:
             p = weigh(row, v)
             vector.store(b, p, row, v * width)
-            totals[v] = b.fadd(totals[v], p)
-        return [at(b, row, row_bytes), *totals]
+            return b.fadd(totals[v], p)
+
+        return [at(b, row, row_bytes), *interleave(b, NV, replace)]
 
     def pair(i: Value, carried: list[Value]) -> list[Value]:
         row, out, *totals = carried

@@ -16,7 +16,7 @@ from llvmlite import ir
 
 from .elements import Element
 from .exp import EXP2_F32, EXP2_F64, clamp, tanh
-from .simd import I64, Builder, Value, at, load, loop, pointer, routine, splat, store
+from .simd import I64, Builder, Value, at, interleave, load, loop, pointer, routine, splat, store
 from .softmax import FIRST, POSITION, SLOPE, SPAN, TILE_MAX
 from .spec import Spec
 from .tiles import gather_tile, row_group
@@ -37,12 +37,13 @@ def _tile_pass(spec: Spec, b: Builder, scores: Value, n: Value, body: Body, stat
 
     def step(j: Value, carried: list[Value]) -> list[Value]:
         row, *highest = carried
-        for v in range(NV):
+
+        def replace(v: int) -> list[Value]:
             x = body(b, j, v, vector.load(b, row, v * width))
             vector.store(b, x, row, v * width)
-            if highest:
-                highest[v] = vector.max(b, x, highest[v])
-        return [at(b, row, NV * width), *highest]
+            return [vector.max(b, x, highest[v])] if highest else []
+
+        return [at(b, row, NV * width), *(x for new in interleave(b, NV, replace) for x in new)]
 
     _, *highest = loop(b, n, [pointer(b, scores), *start], step)
     for v, x in enumerate(highest):
@@ -89,9 +90,11 @@ def softcap(spec: Spec) -> Any:
 
     def build(b: Builder, scores: Value, n: Value, inner: Value, outer: Value, state: Value) -> None:
         vector = spec.vector
-        x, y = vector.splat(b, inner), vector.splat(b, outer)
+        negative = b.fcmp_ordered("<", inner, vector.element(0.0))
+        size = b.select(negative, b.fneg(inner), inner)
+        y = vector.splat(b, b.select(negative, b.fneg(outer), outer))
         table = EXP2_F64 if vector.bits == 64 else EXP2_F32
-        _tile_pass(spec, b, scores, n, lambda b, j, v, s: b.fmul(y, tanh(vector, b, b.fmul(s, x), table)), state)
+        _tile_pass(spec, b, scores, n, lambda b, j, v, s: b.fmul(y, tanh(vector, b, s, size, table)), state)
 
     return routine(f"scores n inner:{_real(spec)} outer:{_real(spec)} state", build)
 
