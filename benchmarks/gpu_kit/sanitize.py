@@ -19,6 +19,8 @@ RUNS = [
     ("memcheck", "warpgroups_E128_causal"),
     ("racecheck", "warpgroups_E64"),
     ("synccheck", "warpgroups_E128_causal"),
+    ("racecheck", "latent_backward"),
+    ("memcheck", "latent_decode"),
     ("racecheck", "float32_two_tiles"),
     ("memcheck", "all_options"),
     ("racecheck", "decode_split"),

@@ -91,10 +91,11 @@ def forward(dtype, L=17, S=33, E=32, Ev=None, H=2, Hkv=None, B=1, **options):
     return " ".join([near("out", out, want, LIMITS[dtype]), near("lse", lse, want_lse, 2e-6)])
 
 
-def both(dtype, L=40, S=50, E=64, H=2, Hkv=None, **options):
+def both(dtype, L=40, S=50, E=64, Ev=None, H=2, Hkv=None, **options):
     import numba_attention as na
 
-    q, k, v = (normal(1, h, n, E, dtype=dtype) for h, n in ((H, L), (Hkv or H, S), (Hkv or H, S)))
+    shapes = (H, L, E), (Hkv or H, S, E), (Hkv or H, S, Ev or E)
+    q, k, v = (normal(1, *shape, dtype=dtype) for shape in shapes)
     want, want_lse = na.attention(*wide(q, k, v), **options, return_lse=True, backend="reference")
     out, lse, grad = want.astype(q.dtype), want_lse.astype(np.float64 if dtype == "float64" else np.float32), normal(
         *want.shape, dtype=dtype)  # fmt: skip
@@ -383,6 +384,27 @@ def bias_and_mask_in_pairs():
         options = {"bias": normal(2, 40, 50, dtype=of_bias), "mask": shown, "window": (7, 9)}
         said += [forward(dtype, L=40, S=50, **options), both(dtype, **options)]
     return " ".join(said)
+
+
+@step
+def latent_forward():
+    """Head dimensions of multi-head latent attention: features in slices, results in slabs."""
+    return forward("bfloat16", L=40, S=70, E=576, Ev=512, H=2, Hkv=1, is_causal=True)
+
+
+@step
+def latent_decode():
+    import numba_attention as na
+
+    q, latent = normal(1, 128, 1, 576, dtype="bfloat16"), normal(1, 1, 500, 576, dtype="bfloat16")
+    got = na.attention_decode(q, na.KVCache.from_arrays(latent, latent[..., :512]), backend="cuda")
+    want = na.attention(*wide(q, latent, latent[..., :512]), backend="reference")
+    return near("out", got, want, LIMITS["bfloat16"])
+
+
+@step
+def latent_backward():
+    return both("bfloat16", L=40, S=50, E=576, Ev=512, H=2, Hkv=1, is_causal=True)
 
 
 @step

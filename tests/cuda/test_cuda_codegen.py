@@ -35,6 +35,8 @@ SHARED = {"sm_75": 65536, "sm_80": 166912, "sm_90a": 232448, "sm_120": 101376}
 ARCHS = ("sm_80", "sm_90a", "sm_120")
 STORAGES = ("float16", "bfloat16", "float32", "float64")
 STORED = ("int8", "float8_e4m3fn", "bfloat16")
+LARGE = [("sm_90a", "bfloat16", 576, 512), ("sm_80", "float16", 576, 512), ("sm_80", "float32", 320, 320),
+         ("sm_90a", "float64", 512, 512), ("sm_120", "bfloat16", 1024, 1024)]  # fmt: skip
 OPTIONS = {"softcap": True, "alibi": True, "bias": "float32", "mask": True}
 
 
@@ -90,11 +92,11 @@ def check(compiled, c):
     assert kernels.shared(c) <= SHARED[c.arch]
 
 
-def plain(arch, storage, E):
+def plain(arch, storage, E, Ev=None):
     """The kernels without options for one head dimension."""
     for task in ("forward", "query", "key"):
-        yield from tile_shapes.parts(tile_shapes.base(task, storage, E, E, device(arch)))
-    single = tile_shapes.fused_dq(tile_shapes.base("key", storage, E, E, device(arch)), device(arch))
+        yield from tile_shapes.parts(tile_shapes.base(task, storage, E, Ev or E, device(arch)))
+    single = tile_shapes.fused_dq(tile_shapes.base("key", storage, E, Ev or E, device(arch)), device(arch))
     if single is not None:
         yield single
 
@@ -177,20 +179,20 @@ def test_results_in_float32(instructions, arch, storage, E):
     assert not {"F2F", "F2FP"} & set(found["round"])
 
 
-def rest(arch, storage, E):
+def rest(arch, storage, E, Ev=None):
     """Every other kernel for one head dimension, with most that it can be asked for."""
-    of = device(arch)
+    of, Ev = device(arch), Ev or E
     for task in ("forward", "query", "key"):  # of calls that are causal and no more
-        causal = tile_shapes.with_options(tile_shapes.base(task, storage, E, E, of), flags=True)
+        causal = tile_shapes.with_options(tile_shapes.base(task, storage, E, Ev, of), flags=True)
         yield from tile_shapes.parts(causal)
     single = tile_shapes.fused_dq(causal, of)
     if single is not None:
         yield single
-    forward = tile_shapes.base("forward", storage, E, E, of)
+    forward = tile_shapes.base("forward", storage, E, Ev, of)
     full = tile_shapes.with_options(forward, **OPTIONS)
     yield full.with_(sinks=True, flags=True)
     if forward.product != "simt":  # the threads of tensor cores have pairs of keys
-        in_pairs = tile_shapes.with_options(tile_shapes.base("query", storage, E, E, of), **OPTIONS, flags=True)
+        in_pairs = tile_shapes.with_options(tile_shapes.base("query", storage, E, Ev, of), **OPTIONS, flags=True)
         yield full.with_(sinks=True, flags=True, pairs=True)
         yield in_pairs.with_(pairs=True)
         yield tile_shapes.bias(in_pairs.with_(pairs=True), of)
@@ -200,7 +202,7 @@ def rest(arch, storage, E):
     yield steps.with_(split_kv=True)
     yield tile_shapes.few(forward.with_(pack_gqa=True), 16, of).with_(split_kv=True)
     yield tile_shapes.nan_safe(steps, of)
-    held = STORED[FEATURES.index(E) % 3]
+    held = STORED[FEATURES.index(min(E, FEATURES[-1])) % 3]
     if held != storage:
         yield tile_shapes.fitted(tile_shapes.with_options(forward, kv_storage=held), of)
         of_codes = tile_shapes.with_options(forward, **OPTIONS, kv_storage=held, paged=True).with_(
@@ -214,14 +216,14 @@ def rest(arch, storage, E):
         )
     yield tile_shapes.weights(full, of)
     yield tile_shapes.normalizers(full, of)
-    yield tile_shapes.bias(tile_shapes.with_options(tile_shapes.base("query", storage, E, E, of), **OPTIONS), of)
+    yield tile_shapes.bias(tile_shapes.with_options(tile_shapes.base("query", storage, E, Ev, of), **OPTIONS), of)
     for task in ("query", "key"):
-        c = tile_shapes.with_options(tile_shapes.base(task, storage, E, E, of), **OPTIONS, flags=True)
+        c = tile_shapes.with_options(tile_shapes.base(task, storage, E, Ev, of), **OPTIONS, flags=True)
         for part in tile_shapes.parts(c):
             yield part
             yield tile_shapes.nan_safe(part, of)
     single = tile_shapes.fused_dq(
-        tile_shapes.with_options(tile_shapes.base("key", storage, E, E, of), **OPTIONS, flags=True), of
+        tile_shapes.with_options(tile_shapes.base("key", storage, E, Ev, of), **OPTIONS, flags=True), of
     )
     if single is not None:
         yield single
@@ -234,14 +236,16 @@ def rest(arch, storage, E):
         yield tile_shapes.few(dropped.with_(pack_gqa=True, sinks=True), 4, of).with_(split_kv=True)
         yield tile_shapes.weights(dropped, of)
         for task in ("query", "key"):
-            c = tile_shapes.with_options(tile_shapes.base(task, storage, E, E, of), **options, dropout=True, flags=True)
+            c = tile_shapes.with_options(
+                tile_shapes.base(task, storage, E, Ev, of), **options, dropout=True, flags=True
+            )
             for part in tile_shapes.parts(tile_shapes.fitted(c, of)):
                 yield part
                 yield tile_shapes.nan_safe(part, of)
         single = tile_shapes.fused_dq(c, of)
         if single is not None:
             yield single
-        of_queries = tile_shapes.base("query", storage, E, E, of)
+        of_queries = tile_shapes.base("query", storage, E, Ev, of)
         yield tile_shapes.bias(tile_shapes.with_options(of_queries, **{**OPTIONS, **options}, dropout=True), of)
     # Lists of a block mask, alone and with all else.
     for options in ({}, OPTIONS):
@@ -251,7 +255,7 @@ def rest(arch, storage, E):
         yield tile_shapes.few(listed.with_(pack_gqa=True, sinks=True), 4, of).with_(split_kv=True)
         yield tile_shapes.normalizers(listed, of)
         for task in ("query", "key"):
-            shape = tile_shapes.base(task, storage, E, E, of)
+            shape = tile_shapes.base(task, storage, E, Ev, of)
             c = tile_shapes.with_options(shape, **options, lists=True, flags=True)
             for part in tile_shapes.parts(tile_shapes.fitted(c, of)):
                 yield part
@@ -268,7 +272,7 @@ def rest(arch, storage, E):
         yield tile_shapes.weights(ruled, of)
         yield tile_shapes.normalizers(ruled, of)
         for task in ("query", "key"):
-            shape = tile_shapes.base(task, storage, E, E, of)
+            shape = tile_shapes.base(task, storage, E, Ev, of)
             c = tile_shapes.with_options(shape, **options, mods=mods_of_all(True), flags=True)
             for part in tile_shapes.parts(tile_shapes.fitted(c, of)):
                 yield part
@@ -276,13 +280,16 @@ def rest(arch, storage, E):
         single = tile_shapes.fused_dq(c, of)
         if single is not None:
             yield single
-        of_queries = tile_shapes.base("query", storage, E, E, of)
+        of_queries = tile_shapes.base("query", storage, E, Ev, of)
         summed = tile_shapes.with_options(forward, **options, mods=mods_of_all(False, (0,)))
         yield tile_shapes.bias(summed, of, "mods")
         with_bias = {**OPTIONS, **options}
         yield tile_shapes.bias(tile_shapes.with_options(of_queries, **with_bias, mods=mods_of_all(True)), of)
-    yield Spec("combine", storage, E, E, warps=4, pack_gqa=True, flags=True, arch=arch)
-    yield Spec("delta", storage, E, E, warps=4, fused_dq=single is not None, arch=arch)
+    yield Spec(
+        "combine", storage, forward.E, forward.Ev, warps=4, pack_gqa=True, flags=True, arch=arch,
+        E_slices=forward.E_slices, Ev_slices=forward.Ev_slices,
+    )  # fmt: skip
+    yield Spec("delta", storage, E, Ev, warps=4, fused_dq=single is not None, arch=arch)
 
 
 def shares():
@@ -334,6 +341,34 @@ def test_gradients_of_keys_with_every_option_at_once(storage):
         of_keys, _ = tile_shapes.parts(c)
         assert of_keys.columns == columns
         check(kernels.compile_(of_keys), of_keys)
+
+
+def sliced_products(c):
+    """As `products`, where features pass in slices: a loop over all but the last, which stands after it."""
+    of_scores, steps = c.columns // 8 * (c.E // 16), 2 if c.task == "query" or c.only == "key" else 1
+    reads = c.E // 16 * (1 + c.columns // 16)
+    return (
+        2 * steps * of_scores + c.Ev // 8 * (c.columns // 16),
+        2 * steps * reads + c.columns // 16 * (c.Ev // 16),
+    )
+
+
+@pytest.mark.parametrize(("arch", "storage", "E", "Ev"), LARGE)
+def test_large_heads(instructions, arch, storage, E, Ev):
+    """Features in slices, whatever their number: nothing spills, and no loop over slices is unrolled."""
+    for c in plain(arch, storage, E, Ev):
+        assert c.is_sliced
+        compiled = kernels.compile_(c)
+        check(compiled, c)
+        found = instructions(compiled.code)
+        assert not found["LDL"] + found["STL"]
+        if c.product == "tensor":
+            assert (found["HMMA"], found["LDSM"]) == sliced_products(c), c.name
+    found = list(rest(arch, storage, E, Ev))
+    if not THOROUGH:  # a tenth of them, other ones for each
+        found = found[LARGE.index((arch, storage, E, Ev)) :: 10]
+    for c in found:
+        check(kernels.compile_(c), c)
 
 
 @pytest.mark.parametrize("storage", STORAGES)

@@ -303,6 +303,9 @@ class Emit(WarpgroupEmit):
     def shuffle_xor(self, x, distance):
         return Value(x.kind, self._all(x)[np.arange(self.n) ^ distance])
 
+    def sync_block(self):
+        self._shared.sync()
+
     def sync_warp(self):
         self._shared.sync_warp()
 
@@ -343,6 +346,7 @@ class Emit(WarpgroupEmit):
         return [Value("f", made[:, g + 8 * (n // 2), 2 * t + n % 2].ravel()) for n in range(4)]
 
     def loop(self, count, state, body):
+        count = max(np.unique(count.x).item(), 1) if isinstance(count, Value) else count
         for n in range(count):
             state = body(Value("i", n), list(state))
         return state

@@ -70,8 +70,8 @@ def forward(problem: Problem) -> None:
     p = with_block_mask(problem)
     work = Work(p)
     group = p.H // p.Hkv
-    few = p.L * group if p.L * group <= FEW else 0
     c = work.spec("forward", is_aligned(p.query, p.key, p.value, p.out), p.out)
+    few = p.L * group if p.L * group <= FEW or _is_packed(c, p.L, group) else 0
     alone, split, join, repeat = _kernels(c, p.sinks is not None, few, group, work.device)
     rows, heads = (few, p.Hkv) if alone.pack_gqa else (p.L, p.H)
     number = len(work.sequences)
@@ -81,34 +81,48 @@ def forward(problem: Problem) -> None:
     items = number * tiles if listed is None else len(listed)
     if not items:
         return
-    splits = _splits(items * heads, -(-p.S // alone.columns), tile_shapes.resident(alone, work.device))
+    splits = _splits(items * heads * alone.slabs, -(-p.S // alone.columns), tile_shapes.resident(alone, work.device))
     padded_rows = tiles * alone.rows
     work.set(tiles=tiles, flag_rows=padded_rows, splits=splits, number=number)
     work.upload_sequences()
     if listed is not None:
         work.put("work", upload(listed))
     if alone.flags:
-        work.mark_rows(number * heads * padded_rows)
+        work.mark_rows(alone, number * heads * padded_rows)
     if splits == 1:
         work.launch_tiles(alone, tiles, items, heads)
     else:
-        work.empty("partial", splits * number * heads * padded_rows * (alone.Ev + HEAD), work.real)
-        work.launch(split, (items, heads, splits))
-        work.launch(join, (number * padded_rows, heads, 1))
+        sums = splits * alone.slabs * number * heads * padded_rows
+        work.empty("partial", sums * (alone.Ev + HEAD), work.real)
+        work.launch(split, (items, heads, splits * split.slabs))
+        work.launch(join, (number * padded_rows, heads, join.slabs))
     if alone.flags:
         work.put("work", None)
         tiles = -(-rows // repeat.rows)
-        work.launch(repeat, (number * tiles, heads, 1), tiles=tiles)
+        work.launch(repeat, (number * tiles, heads, repeat.slabs), tiles=tiles)
 
 
 @lru_cache(maxsize=512)
 def _kernels(c: Spec, sinks: bool, few: int, group: int, device: Device) -> tuple[Spec, Spec, Spec, Spec]:
     """Return four kernels: for all keys, for a part of the keys, for joining parts, and for repeating marked rows."""
     c = c.with_(sinks=sinks, pack_gqa=few > 0 and group > 1)
-    if few:
+    if 0 < few <= FEW:
         c = tile_shapes.few(c, few, device)
-    join = Spec("combine", c.storage, c.E, c.Ev, warps=4, pack_gqa=c.pack_gqa, flags=c.flags, to=c.to, arch=c.arch)
+    elif few:
+        c = tile_shapes.no_more_rows(c, few)
+    join = Spec(
+        "combine", c.storage, c.E, c.Ev, warps=4, pack_gqa=c.pack_gqa, flags=c.flags, to=c.to, arch=c.arch,
+        E_slices=c.E_slices, Ev_slices=c.Ev_slices,
+    )  # fmt: skip
     return c, c.with_(split_kv=True, flags=False, to=""), join, tile_shapes.nan_safe(c, device)
+
+
+def _is_packed(c: Spec, L: int, group: int) -> bool:
+    """Return whether the query heads of a key head are rows of one tile, though they are not few.
+
+    Multi-head latent attention (DeepSeek-V2, 2024) decodes with 16 to 128 heads of one latent key: they read it once.
+    """
+    return c.is_sliced and group > 1 and c.rows > (L * group - 1 if c.lists else L)
 
 
 def _splits(blocks: int, key_tiles: int, resident: int) -> int:

@@ -122,7 +122,7 @@ def _own(work: Work, c: Spec, repeat: Spec, heads: int, length: int, rows: int) 
         return
     work.put("work", None if listed is None else upload(listed))
     if work.hides:
-        work.mark_rows(number * heads * tiles * rows)
+        work.mark_rows(c, number * heads * tiles * rows)
     if c.task == "round":
         work.launch(c, (items, heads, 1), tiles=tiles, flag_rows=tiles * rows, number=number)
     else:
@@ -131,7 +131,7 @@ def _own(work: Work, c: Spec, repeat: Spec, heads: int, length: int, rows: int) 
         repeat = tile_shapes.nan_safe(repeat, work.device)
         work.put("work", None)
         tiles = -(-length // repeat.rows)
-        work.launch(repeat, (number * tiles, heads, 1), tiles=tiles)
+        work.launch(repeat, (number * tiles, heads, repeat.slabs), tiles=tiles)
 
 
 def _of_bias(g: BackwardProblem, work: Work, of_bias: Array, aligned: bool) -> None:

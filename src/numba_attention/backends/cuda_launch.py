@@ -160,17 +160,21 @@ class Work:
         self.put(name, array)
         return array
 
-    def mark_rows(self, rows: int) -> None:
-        """Allocate a flag for each row and, before them, a cleared header that says whether any flag is set."""
-        self.put("flags", runtime.empty(rows + HEAD, np.int32, self.stream, cleared=4 * HEAD))
+    def mark_rows(self, c: Spec, rows: int) -> None:
+        """Allocate a flag for each row of a kernel and, before them, a cleared one that says whether any is set.
+
+        Where several slabs share the flag of a row, it is cleared too.
+        """
+        cleared = HEAD + rows if c.is_sliced else HEAD
+        self.put("flags", runtime.empty(rows + HEAD, np.int32, self.stream, cleared=4 * cleared))
 
     def upload_sequences(self) -> None:
         self.put("sequences", upload(self.sequences))
 
     def launch_tiles(self, c: Spec, tiles: int, items: int, heads: int, **numbers: int) -> None:
-        """Launch blocks for `items` tiles of all sequences, at most `tiles` of each, and for `heads` heads."""
+        """Launch blocks for `items` tiles of all sequences, at most `tiles` of each, for `heads` heads and slabs."""
         together = tile_shapes.heads_together(heads, tiles, tile_shapes.resident(c, self.device))
-        self.launch(c, (items << together, heads >> together, 1), tiles=tiles, together=together, **numbers)
+        self.launch(c, (items << together, heads >> together, c.slabs), tiles=tiles, together=together, **numbers)
         self.set(together=0)
 
     def launch(self, c: Spec, grid: tuple[int, int, int], **numbers: int) -> None:

@@ -8,6 +8,8 @@ Every kernel recomputes the weights, P = exp(S - lse), as 2**(score * factor + o
 delta = rowsum(dO O) - dlse; `rowwise` computes delta and offsets. Where the lse of a row is too large to determine its
 denominator, `normalizers` provides the maximum of the row, which is subtracted from its scores first. The operands
 that are summed over are double-buffered: the next tile is copied while this one is used.
+
+Features beyond those of tiles pass in slices (`operands`): a block owns a slab of the features of one gradient.
 """
 
 import numpy as np
@@ -27,6 +29,7 @@ from .blocks import (
 )
 from .dropout import first_of_block, is_dropped, kept, mark, unmark
 from .emit import I32, I64, SIZES, Emit, KernelFunction, Macro, Pred, Regs, Target
+from .operands import Operands, both
 from .parameters import PARAMETERS, Parameters
 from .products import Layout, TensorCores
 from .results import not_finite, write_row
@@ -68,17 +71,28 @@ class Tiles:
         self.own_names = of[c.task]
         self.other_names = of["key" if c.task == "query" else "query"]
         rows, columns, kept = c.rows, c.columns, c.compute
-        self.own = lay_out((rows, c.E, kept), (rows, c.Ev, kept))
-        first = self.own[1].end
-        self.other = [
-            Tile(columns, c.E, kept, first),
-            Tile(columns, c.Ev, kept, first + columns * c.E * self.own[0].size),
-        ]
-        self.facts = self.other[1].end
         self.size = 8 if kept == "float64" else 4
-        end = self.facts + (columns * len(FACTS) * self.size if c.task == "key" else 0)
-        self.period = end - first  # bytes from one buffer to the next
-        self.end = first + 2 * self.period
+        facts = columns * len(FACTS) * self.size if c.task == "key" else 0
+        self.period = 0  # bytes from one buffer to the next
+        if c.is_sliced:
+            names = self.own_names[0], self.other_names[0]
+            if c.only == "value":  # no dP
+                self.operands = [Operands(c, names)]
+            else:
+                self.operands = list(both(c, self.own_names, self.other_names))
+            self.slab = Tile(columns, c.Ev, kept, self.operands[-1].end)
+            self.facts = self.slab.end
+            self.end = self.facts + facts
+        else:
+            self.own = lay_out((rows, c.E, kept), (rows, c.Ev, kept))
+            first = self.own[1].end
+            self.other = [
+                Tile(columns, c.E, kept, first),
+                Tile(columns, c.Ev, kept, first + columns * c.E * self.own[0].size),
+            ]
+            self.facts = self.other[1].end
+            self.period = self.facts + facts - first
+            self.end = first + 2 * self.period
         product = c.make_product()
         if c.fused_dq:
             self.grads = Tile(rows, columns, kept, self.end)
@@ -98,8 +112,13 @@ def mended(b: Block) -> Pred:
     return far | (b.first + b.c.rows > b.span.rows) if b.c.fused_dq else far
 
 
-def write_own(b: Block, lanes: Lanes, grads: dict[str, tuple[Layout, Regs]], thread: I32) -> None:
-    """Store the sums of the rows that a block owns, each with its layout; mark rows that are not finite."""
+def write_own(
+    b: Block, lanes: Lanes, grads: dict[str, tuple[Layout, Regs]], thread: I32, feature: I32 | None = None
+) -> None:
+    """Store the sums of the rows that a block owns, from a feature on; mark rows that are not finite.
+
+    Each has its layout.
+    """
     e, c, product = b.e, b.c, lanes.product
     thread = e.opaque(thread)
     lane, kind = thread & 31, product.kind
@@ -122,6 +141,7 @@ def write_own(b: Block, lanes: Lanes, grads: dict[str, tuple[Layout, Regs]], thr
             address = b.places[grad] + e.wide(at) * getattr(b.p, f"{grad}_row")
             width = b.p.int("Ev" if name == "value" else "E")
             begin, column = product.lane_feature(lane), getattr(b.p, f"{grad}_column")
+            begin = begin if feature is None else begin + feature
             write_row(e, c.result, c.aligned, features, registers, z, address, column, begin, width, in_bounds)
         if c.flags:
             bad = across(e, product, bad, lambda a, b: a | b)
@@ -129,7 +149,10 @@ def write_own(b: Block, lanes: Lanes, grads: dict[str, tuple[Layout, Regs]], thr
 
 
 def make_backward(c: Spec, on: Target) -> KernelFunction:
-    """Make the kernel of ``c.task``, "query" or "key"; its grid is tiles for some heads (of keys), and all of those."""
+    """Make the kernel of ``c.task``, "query" or "key".
+
+    Its grid is tiles for some heads (of keys), all of those, and slabs.
+    """
     cuda, macro, shared_address, landed = on.cuda, on.macro, on.shared(), make_landed(c, on)
     of_keys = c.task == "key"
     product, tiles = c.make_product(), Tiles(c)
@@ -140,15 +163,15 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     lanes = Lanes(c, product)
     layout = lanes.layout
     keeps = {"query": ("query",), "key": ("key", "value")}[c.task] if not c.only else (c.only,)
-    sums = {name: product.features(c.Ev if name == "value" else c.E) for name in keeps}
+    sums = {name: product.features(c.Ev if name == "value" or c.is_sliced else c.E) for name in keeps}
     S = f"{kind}{len(layout)}"
     first, second = f"{kind}{len(sums[keeps[0]])}", f"{kind}{len(sums[keeps[-1]])}" if len(keeps) == 2 else f"{kind}1"
     names = NAMES[c.task]
     staged = c.is_staged
-    own, other = tiles.own, tiles.other
-    scale_own = make_scale(c, on, own[0])
+    sliced, slab_width = c.is_sliced, c.Ev
+    scale_own = make_scale(c, on, tiles.operands[0].all if sliced else tiles.own[0])
     nan_safe, two = c.nan_safe, len(keeps) == 2
-    wants_key, wants_value = "key" in keeps, "value" in keeps
+    wants_ds, wants_value = "value" != c.only, "value" in keeps
     period, fused_dq = tiles.period, c.fused_dq
     BLOCK = packed_block(c, names)
     any_marked, marked = make_marks(c, on, BLOCK)
@@ -176,21 +199,44 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", BLOCK, "i", "i")
     def load_own(e: Emit, b: Block, base: I32, thread: I32) -> None:
-        for name, tile in zip(tiles.own_names, own, strict=True):
+        if sliced:
+            for operands in tiles.operands:
+                operands.load_a(b, base, thread, b.first, b.span.rows)
+            return
+        for name, tile in zip(tiles.own_names, tiles.own, strict=True):
             b.load_tile(name, tile, base, thread, b.first, b.span.rows)
+
+    def of_head(b: Block, name: str, g: I32) -> Block:
+        """A block whose array of queries of that name is that of head g of the group."""
+        if of_keys:
+            b.places[name] = b.places[name] + b.e.wide(g) * getattr(b.p, f"{name}_head")
+        return b
 
     @macro("", BLOCK, "i", "i", "i", "i", "i")
     def load_other(e: Emit, b: Block, base: I32, thread: I32, j: I32, g: I32, shift: I32) -> None:
         """Copy the tiles from column j on, of head g of the group, to the buffer that begins `shift` bytes further."""
+        if sliced:
+            of_scores = tiles.operands[0]
+            of_scores.load_b(of_head(b, of_scores.names[1], g), base, thread, j, b.span.columns)
+            return b.commit()
         base = base + shift
-        for name, tile in zip(tiles.other_names, other, strict=True):
-            if of_keys:
-                b.places[name] = b.places[name] + e.wide(g) * getattr(b.p, f"{name}_head")
-            b.load_tile(name, tile, base, thread, j, b.span.columns)
+        for name, tile in zip(tiles.other_names, tiles.other, strict=True):
+            of_head(b, name, g).load_tile(name, tile, base, thread, j, b.span.columns)
+        load_facts(b, base, thread, j, g)
+
+    def load_facts(b: Block, base: I32, thread: I32, j: I32, g: I32) -> None:
+        e = b.e
         if of_keys:
             copy_facts(e, kind, base + tiles.facts, b.places["delta"] + e.wide(g) * b.p.delta_head, j, b.span.columns,
                        columns, e.opaque(thread), threads, c.aligned)  # fmt: skip
         b.commit()
+
+    @macro("", BLOCK, "i", "i", "i", "i", "i")
+    def load_slab(e: Emit, b: Block, base: I32, thread: I32, j: I32, g: I32, feature: I32) -> None:
+        """Copy what P or dS is multiplied by, from a feature on."""
+        name = tiles.other_names[0 if wants_ds else 1]
+        of_head(b, name, g).load_tile(name, tiles.slab, base, thread, j, b.span.columns, feature)
+        load_facts(b, base, thread, j, g)
 
     @macro("i i", "i", "i", "i", "i")
     def following(e: Emit, j: I32, g: I32, begin: I32, end: I32) -> tuple[I32, I32]:
@@ -204,9 +250,27 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         zero = e.const(kind, 0.0)
         return [zero] * len(sums[keeps[0]]), [zero] * (len(sums[keeps[-1]]) if two else 1)
 
-    @macro(S, "i", "i", "i")
-    def multiply(e: Emit, base: I32, thread: I32, shift: I32) -> Regs:
-        return product.scores(e, own[0], other[0], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
+    def products(n: int, b: Block, base: I32, thread: I32, shift: I32, j: I32, g: I32) -> Regs:
+        """Q K^T (0) or dO V^T (1), or their transposes."""
+        e = b.e
+        if not sliced:
+            base, where = e.opaque(base), lanes.split(e.opaque(thread))
+            return product.scores(e, tiles.own[n], tiles.other[n], base, *where, shift=shift)
+        of_dp = tiles.operands[1] if wants_ds and n == 0 else None
+
+        def beside() -> None:
+            if of_dp is not None:
+                of_dp.load_b(of_head(b, of_dp.names[1], g), base, thread, j, b.span.columns)
+                b.commit()
+
+        own = tiles.operands[n]
+        return own.scores(
+            of_head(b, own.names[1], g), product, e.opaque(base), e.opaque(thread), j, b.span.columns, beside
+        )
+
+    @macro(S, BLOCK, "i", "i", "i", "i", "i")
+    def multiply(e: Emit, b: Block, base: I32, thread: I32, shift: I32, j: I32, g: I32) -> Regs:
+        return products(0, b, base, thread, shift, j, g)
 
     @macro(f"{S} {S}" if c.has_slopes else S, BLOCK, "i", "i", "i", S)
     def stages(e: Emit, b: Block, thread: I32, j: I32, g: I32, s: Regs) -> Regs | tuple[Regs, Regs]:
@@ -255,13 +319,13 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         keeps = kept(b, lanes, thread, j, g if of_keys else None)
         return [mark(e, x, keep) for x, keep in zip(p, keeps, strict=True)]
 
-    @macro(S, BLOCK, "i", "i", "i", S, *([S] if c.has_slopes else []))
+    @macro(S, BLOCK, "i", "i", "i", "i", "i", S, *([S] if c.has_slopes else []))
     def differentiate(
-        e: Emit, b: Block, base: I32, thread: I32, shift: I32, p: Regs,
+        e: Emit, b: Block, base: I32, thread: I32, shift: I32, j: I32, g: I32, p: Regs,
         derivatives: Regs | None = None,
     ) -> Regs:  # fmt: skip
         """Compute dS from P: multiply by dO V^T - delta and by the derivatives of the stages."""
-        dp = product.scores(e, own[1], other[1], e.opaque(base), *lanes.split(e.opaque(thread)), shift=shift)
+        dp = products(1, b, base, thread, shift, j, g)
         zero = e.const(kind, 0.0)
         ds = []
         if c.dropout:
@@ -285,10 +349,9 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
 
         return add
 
-    add_first = add_to(
-        keeps[0], other[1] if keeps[0] == "value" else other[0], first
-    )  # dQ += dS K, dK += dS^T Q, dV += P^T dO
-    add_second = add_to("value", other[1], second)
+    summed = [tiles.slab] * 2 if sliced else tiles.other
+    add_first = add_to(keeps[0], summed[keeps[0] == "value"], first)  # dQ += dS K, dK += dS^T Q, dV += P^T dO
+    add_second = add_to("value", summed[1], second)
 
     @macro("", "i", "i", S)
     def leave(e: Emit, base: I32, thread: I32, ds: Regs) -> None:
@@ -300,7 +363,9 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         """Add dS K of this tile to the sums of dQ in global memory, by atomics."""
         warp, lane = lanes.split(e.opaque(thread))
         assert isinstance(product, TensorCores)
-        total, row, feature, has_part = product.transposed(e, tiles.grads, own[0], e.opaque(base), warp, lane, c.warps)
+        total, row, feature, has_part = product.transposed(
+            e, tiles.grads, tiles.own[0], e.opaque(base), warp, lane, c.warps
+        )
         factor = b.p.real("rest", kind)
         at = b.places["sum_query"] + e.wide(g) * b.p.sum_query_head + e.wide(feature + (lane & 3) * 2) * 4
         for slot in (0, 1):
@@ -311,9 +376,10 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                 x = [total[4 * n + 2 * slot + part] * factor for part in (0, 1)]
                 e.add(address + 32 * n, x, where, together)
 
-    @macro("", BLOCK, "i", first, second)
-    def finish(e: Emit, b: Block, thread: I32, x: Regs, y: Regs) -> None:
-        write_own(b, lanes, {name: (sums[name], part) for name, part in zip(keeps, (x, y), strict=False)}, thread)
+    @macro("", BLOCK, "i", "i", first, second)
+    def finish(e: Emit, b: Block, thread: I32, feature: I32, x: Regs, y: Regs) -> None:
+        grads = {name: (sums[name], part) for name, part in zip(keeps, (x, y), strict=False)}
+        write_own(b, lanes, grads, thread, feature if sliced else None)
 
     slopes, dropout = c.has_slopes, c.dropout
 
@@ -322,6 +388,9 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread = np.int32(cuda.threadIdx.x)
         at_x, at_y = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
+        feature = np.int32(0)
+        if sliced:
+            feature = np.int32(np.int32(cuda.blockIdx.z) * slab_width)
         if nan_safe:
             if any_marked(parameters) == 0:
                 return
@@ -355,9 +424,18 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                         next_j, until, next_words, next_g = visit(block, turn, last, begin)
                 else:
                     next_j, next_g = following(j, g, begin, end)
-                if next_g < group:
-                    load_other(block, base, thread, next_j, next_g, np.int32(period - shift))
-                s = multiply(base, thread, shift)
+                if sliced:
+                    load_slab(block, base, thread, j, g, feature)
+                else:
+                    if next_g < group:
+                        load_other(block, base, thread, next_j, next_g, np.int32(period - shift))
+                s = multiply(block, base, thread, shift, j, g)
+                if sliced:
+                    landed()
+                    cuda.syncthreads()
+                    if not wants_ds:
+                        if next_g < group:
+                            load_other(block, base, thread, next_j, next_g, shift)
                 if staged:
                     if slopes:
                         s, derivatives = stages(block, thread, j, g, s)
@@ -379,11 +457,15 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                         y = add_second(base, thread, shift, y, p)
                     else:
                         x = add_first(base, thread, shift, x, p)
-                if wants_key or not of_keys:
+                if wants_ds:
                     if slopes:
-                        ds = differentiate(block, base, thread, shift, p, derivatives)
+                        ds = differentiate(block, base, thread, shift, j, g, p, derivatives)
                     else:
-                        ds = differentiate(block, base, thread, shift, p)
+                        ds = differentiate(block, base, thread, shift, j, g, p)
+                    if sliced:
+                        cuda.syncthreads()
+                        if next_g < group:
+                            load_other(block, base, thread, next_j, next_g, shift)
                     x = add_first(base, thread, shift, x, ds)
                     if fused_dq:
                         leave(base, thread, ds)
@@ -395,6 +477,6 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                     j, g = following(j, g, begin, end)
                 shift = np.int32(period - shift)
         block, group = find_work(parameters, at_x, at_y)
-        finish(block, thread, x, y)
+        finish(block, thread, feature, x, y)
 
     return kernel

@@ -9,9 +9,11 @@ import numpy as np
 from .blocks import BACKWARD, Block, Lanes, block_of, make_landed, make_scale, packed_block, stage
 from .dropout import kept
 from .emit import I32, Emit, KernelFunction, Pred, Real, Regs, Target
+from .operands import both
 from .parameters import PARAMETERS, Parameters, Sequence
+from .products import Product
 from .softmax import recenter, recompute
-from .spec import Spec, lay_out
+from .spec import Spec
 
 NAMES = (*BACKWARD, "grad_bias")
 
@@ -20,12 +22,33 @@ class Tiles:
     """Shared memory: a tile of each operand, reused for the sums of the tile at the end."""
 
     def __init__(self, c: Spec) -> None:
-        kept = c.compute
-        self.query, self.grad_out, self.key, self.value = lay_out(
-            (c.rows, c.E, kept), (c.rows, c.Ev, kept), (c.columns, c.E, kept), (c.columns, c.Ev, kept)
-        )
-        self.size = 8 if kept == "float64" else 4
-        self.end = max(self.value.end, c.rows * c.columns * self.size)
+        self.s, self.dp = both(c, ("query", "grad_out"), ("key", "value"))
+        self.size = 8 if c.compute == "float64" else 4
+        self.end = max(self.s.end, self.dp.end, c.rows * c.columns * self.size)
+
+    def load(self, b: Block, base: I32, thread: I32, j: I32) -> None:
+        """Copy the operands; of slices, all of those of the rows, and the first one of the keys."""
+        self.s.load_a(b, base, thread, b.first, b.span.rows)
+        self.dp.load_a(b, base, thread, b.first, b.span.rows)
+        self.s.load_b(b, base, thread, j, b.span.columns)
+        if not b.c.is_sliced:
+            self.dp.load_b(b, base, thread, j, b.span.columns)
+        b.commit()
+
+    def scores(self, b: Block, product: Product, base: I32, thread: I32, j: I32) -> Regs:
+        """Q K^T."""
+
+        def beside() -> None:
+            self.dp.load_b(b, base, thread, j, b.span.columns)
+            b.commit()
+
+        return self.s.scores(b, product, base, thread, j, b.span.columns, beside)
+
+    def gradients(self, b: Block, product: Product, base: I32, thread: I32, j: I32) -> Regs:
+        """The gradient of the weights, dO V^T, after the scores."""
+        if b.c.is_sliced:
+            self.dp.arrived(b.e)
+        return self.dp.scores(b, product, base, thread, j, b.span.columns)
 
 
 def make_bias(c: Spec, on: Target) -> KernelFunction:
@@ -39,7 +62,7 @@ def make_bias(c: Spec, on: Target) -> KernelFunction:
     layout = lanes.layout
     S = f"{kind}{len(layout)}"
     size = tiles.size
-    scale_queries = make_scale(c, on, tiles.query)
+    scale_queries = make_scale(c, on, tiles.s.all)
     BLOCK = packed_block(c, NAMES)
 
     @macro("i8", PARAMETERS, "i", "i")
@@ -69,19 +92,15 @@ def make_bias(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", BLOCK, "i", "i", "i")
     def load(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
-        for name, tile in (("query", tiles.query), ("grad_out", tiles.grad_out)):
-            b.load_tile(name, tile, base, thread, b.first, b.span.rows)
-        for name, tile in (("key", tiles.key), ("value", tiles.value)):
-            b.load_tile(name, tile, base, thread, j, b.span.columns)
-        b.commit()
+        tiles.load(b, base, thread, j)
 
     @macro(S, BLOCK, "i", "i", "i", S)
     def add(e: Emit, b: Block, base: I32, thread: I32, j: I32, acc: Regs) -> Regs:
         """Add the dS of one tile: P (dO V^T - delta), before the slope of the softcap, which comes before the bias."""
-        s = product.scores(e, tiles.query, tiles.key, e.opaque(base), *lanes.split(e.opaque(thread)))
+        s = tiles.scores(b, product, e.opaque(base), e.opaque(thread), j)
         s = stage(b, lanes, thread, j, s)[0]
         s = lanes.scores(b, thread, j).hide(s, b.span)
-        dp = product.scores(e, tiles.grad_out, tiles.value, e.opaque(base), *lanes.split(e.opaque(thread)))
+        dp = tiles.gradients(b, product, e.opaque(base), e.opaque(thread), j)
         zero, low, sums, factor = e.const(kind, 0.0), float("-inf"), [], b.p.real("factor", kind)
         facts = []
         for row in lanes.rows(thread):

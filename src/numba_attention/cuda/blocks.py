@@ -56,8 +56,11 @@ class Block:
         return self.p.heads // self.p.group if self.c.pack_gqa or self.c.task == "key" else self.p.heads
 
     def mark(self, row: I32, bad: I32, where: Pred) -> None:
-        """Flag a row whose result is not finite, for the NaN-safe kernel, and flag that there is one."""
-        self.e.store("i", self.flag_at(row), [bad], where)
+        """Flag a row whose result is not finite, for the NaN-safe kernel, and flag that there is one.
+
+        Slabs of a row share its flag, which is 0 before.
+        """
+        self.e.store("i", self.flag_at(row), [bad], where & (bad > 0) if self.c.is_sliced else where)
         self.e.store("i", self.p.flags, [self.e.const("i", 1)], where & (bad > 0))
 
     def is_marked(self, row: I32, in_bounds: Pred) -> I32:
@@ -85,14 +88,19 @@ class Block:
         at = Sequence(self.e, self.p, self.index).head + self.e.wide(head)
         return self.e.convert(kind, self.e.load("d", self.p.sinks + at * 8) * self.p.real("per_unit", "d"))
 
-    def load_tile(self, name: str, tile: Tile, base: I32, thread: I32, row: I32, most: I32) -> None:
-        """Copy rows `row` to `most` of an array to a tile: E features of queries and keys, Ev of values."""
+    def load_tile(
+        self, name: str, tile: Tile, base: I32, thread: I32, row: I32, most: I32, feature: I32 | None = None
+    ) -> None:
+        """Copy rows `row` to `most` of an array to a tile: E features of queries and keys, Ev of values.
+
+        Those before `feature`, if there are such, are left out.
+        """
         e, c, p = self.e, self.c, self.p
         base, thread = e.opaque(base), e.opaque(thread)
         if c.kv_storage and name in OF_KEYS:
-            return self._load_stored(name, tile, base, thread, row, most)
+            return self._load_stored(name, tile, base, thread, row, most, feature)
         stride, column = getattr(p, f"{name}_row"), getattr(p, f"{name}_column")
-        width = p.int("E" if name in ("query", "key") else "Ev")
+        width = self._width(name, feature)
         more: dict[str, Value] = {}
         address = self.places[name]
         if name in OF_KEYS:
@@ -103,17 +111,28 @@ class Block:
             member, group = getattr(p, f"{name}_head"), p.int("group")
             address, most = address + e.wide(self.head) * p.group * member, most * group
             more = {"group": group, "member": member}
+        if feature is not None:
+            address = address + e.wide(feature) * column
         rows = Rows(address, stride, column, most - row, width, row, **more)
         fetch(e, tile, base, rows, thread, c.threads, c.storage, c.aligned)
 
-    def _load_stored(self, name: str, tile: Tile, base: I32, thread: I32, row: I32, most: I32) -> None:
+    def _width(self, name: str, feature: I32 | None) -> I32:
+        """How many features an array has, from a feature on."""
+        width = self.p.int("E" if name in ("query", "key") else "Ev")
+        return width if feature is None else width - feature
+
+    def _load_stored(
+        self, name: str, tile: Tile, base: I32, thread: I32, row: I32, most: I32, feature: I32 | None
+    ) -> None:
         """Copy codes and their scales to a tile of codes, or the numbers that they stand for to a tile of numbers."""
         e, c, p = self.e, self.c, self.p
         rows, scales = (
             Rows(self.places[x], getattr(p, f"{x}_row"), getattr(p, f"{x}_column"), most - row,
-                 p.int("E" if name == "key" else "Ev"), row, **self._pages(x))
+                 self._width(name, feature), row, **self._pages(x))
             for x in (name, f"{name}_scale")
         )  # fmt: skip
+        if feature is not None:
+            rows = replace(rows, address=rows.address + e.wide(feature) * rows.column)
         scaled = SIZES[c.kv_storage] == 1
         fetch(e, tile, base, rows, thread, c.threads, c.kv_storage, c.aligned, scales if scaled else None)
         if scaled and isinstance(tile, Codes):

@@ -11,6 +11,7 @@ import numpy as np
 from .blocks import FORWARD, HEAD, Block, block_of, packed_block
 from .emit import I32, Emit, KernelFunction, Real, Regs, Target
 from .formats import HALVES, KINDS
+from .operands import own_slab
 from .parameters import PARAMETERS, Parameters
 from .results import not_finite
 from .softmax import LARGEST, lse
@@ -31,13 +32,18 @@ class Shared:
 
 
 def make_combine(c: Spec, on: Target) -> KernelFunction:
-    """Make the kernel; its grid is rows of all sequences, and heads."""
+    """Make the kernel; its grid is rows of all sequences, heads, and slabs."""
     cuda, macro, shared_address = on.cuda, on.macro, on.shared()
     kind, shared = "d" if c.storage == "float64" else "f", Shared(c)
     size, threads, warps = shared.size, c.threads, c.warps
     own = c.Ev // 32  # features of a lane
     C = f"{kind}{own}"
     BLOCK = packed_block(c, FORWARD)
+    sliced = c.is_sliced
+
+    @macro((PARAMETERS, "i"), PARAMETERS, "i")
+    def find_slab(e: Emit, p: Parameters, z: I32) -> tuple[Parameters, I32]:
+        return own_slab(e, c, p, z)
 
     @macro((BLOCK, "i", "i"), PARAMETERS, "i", "i")
     def find_row(e: Emit, p: Parameters, x: I32, head: I32) -> tuple[Block, I32, I32]:
@@ -63,7 +69,7 @@ def make_combine(c: Spec, on: Target) -> KernelFunction:
         for distance in (16, 8, 4, 2, 1):
             total = total + e.shuffle_xor(total, distance)
         e.store_shared(kind, base + (thread >> 5) * (2 * size), [top, total], (thread & 31).equals(0))
-        if c.flags:
+        if c.flags and not sliced:
             e.store("i", b.flag_at(row), [e.const("i", 0)], in_bounds & thread.equals(0))
 
     @macro(f"{kind} {kind} {C}", PARAMETERS, "i")
@@ -134,13 +140,15 @@ def make_combine(c: Spec, on: Target) -> KernelFunction:
         of_row = e.select(some & valid, lse(e, top, total, b.p.real("unit", kind)), e.const(kind, -math.inf))
         address = b.places["lse"] + apart * b.p.lse_head + e.wide(i) * b.p.lse_row
         e.store(kind, address, [of_row], in_bounds & thread.equals(0) & (b.p.lse > 0))
-        if c.flags:  # `find_sums` has stored 0, and every thread that stores here stores 1
+        if c.flags:  # the flag is 0 before, and every thread that stores here stores 1
             b.mark(row, e.const("i", 1), in_bounds & (bad > 0))
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         parameters = integers, reals
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread = np.int32(cuda.threadIdx.x)
+        if sliced:
+            parameters, _ = find_slab(parameters, np.int32(cuda.blockIdx.z))
         block, row, steps = find_row(parameters, np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y))
         find_sums(block, base, thread, row)
         cuda.syncthreads()

@@ -357,6 +357,10 @@ class Emit(Warpgroup):
         code = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
         return self._asm(code, f"={letter},{letter}", [x], x.kind, effect=True, together=True)
 
+    def sync_block(self) -> None:
+        """Wait for all threads of the block, in a macro; kernels say ``cuda.syncthreads``."""
+        self._effect("bar.sync 0;", "", [], together=True)
+
     def sync_warp(self) -> None:
         self._effect("bar.warp.sync -1;", "", [], together=True)
 
@@ -379,9 +383,12 @@ class Emit(Warpgroup):
     # Loops that are the same for all threads of a warp.
 
     def loop(
-        self, count: int, state: Sequence[Value], body: Callable[[Value, list[Value]], list[Value]]
+        self, count: int | Value, state: Sequence[Value], body: Callable[[Value, list[Value]], list[Value]]
     ) -> list[Value]:
-        """Run ``state = body(n, state)`` for n in range(count) as a loop of the machine."""
+        """Run ``state = body(n, state)`` for n in range(count), at least once, as a loop of the machine.
+
+        The compiler unrolls it if it likes to, unless the count is a register.
+        """
         b = self._b
         before = b.block
         block, after = b.append_basic_block("loop"), b.append_basic_block("after")
@@ -396,7 +403,8 @@ class Emit(Warpgroup):
                                       [following, *(x.llvm for x in results)], strict=True):  # fmt: skip
             phi.add_incoming(start, before)
             phi.add_incoming(result, last)
-        b.cbranch(b.icmp_signed("<", following, ir.Constant(TYPES["i"], count)), block, after)
+        end = count.llvm if isinstance(count, Value) else ir.Constant(TYPES["i"], count)
+        b.cbranch(b.icmp_signed("<", following, end), block, after)
         b.position_at_end(after)
         return results
 

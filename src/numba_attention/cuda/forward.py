@@ -3,6 +3,7 @@
 A block owns a tile of queries and visits the tiles of keys that any of its rows sees. Keys and values have one tile
 each in shared memory, filled by asynchronous copies: values are copied while scores are computed, and the next keys
 while values are summed. A quantized cache is copied as codes, which are converted to the tile once the copy has landed.
+Features beyond those of tiles pass in slices (`operands`), and a block owns a slab of the features of values.
 """
 
 import math
@@ -25,30 +26,32 @@ from .blocks import (
 from .dropout import drop as drop_weights
 from .dropout import first_of_block, kept
 from .emit import I32, Emit, KernelFunction, Regs, Target
+from .operands import Operands, own_slab
 from .parameters import PARAMETERS, Parameters
 from .products import Layout, Product
 from .results import not_finite, write_row
 from .softmax import across, fold, lse, relative, start, total
-from .spec import Spec, lay_out
+from .spec import Spec
 from .staging import Codes, unpack
 from .tiles import Tile
 from .visits import aligned, make_visits
 
 
-def tiles_of(c: Spec) -> tuple[Tile, Tile, Tile, int]:
-    """Tiles of queries, keys and values in shared memory, and the bytes of all."""
-    product = c.make_product()
-    q, k, v = lay_out((c.rows, c.E, c.compute), (c.columns, c.E, c.compute), (c.columns, c.Ev, c.compute))
+def tiles_of(c: Spec) -> tuple[Operands, Tile, int]:
+    """Queries and keys, and the tile of values, in shared memory, and the bytes of all."""
+    product, scored = c.make_product(), Operands(c, ("query", "key"))
+    v = Tile(c.columns, c.Ev, c.compute, scored.end)
     end = v.end
     if c.product == "simt":
         product.set_columns(c.columns)
         end += product.scratch * c.warps
-    return q, k, v, end
+    return scored, v, end
 
 
 def codes_of(c: Spec) -> tuple[Codes, Codes]:
     """The codes of a quantized cache that become tiles of keys and values; they lie behind those in shared memory."""
-    _, k, v, end = tiles_of(c)
+    scored, v, end = tiles_of(c)
+    k = scored.b
     keys = Codes(k.rows, k.columns, c.kv_storage, end)
     return keys, Codes(v.rows, v.columns, c.kv_storage, keys.end)
 
@@ -63,7 +66,7 @@ def repeats(c: Spec) -> bool:
 
 
 def _end(c: Spec) -> int:
-    return codes_of(c)[1].end if c.is_unpacked else tiles_of(c)[3]
+    return codes_of(c)[1].end if c.is_unpacked else tiles_of(c)[2]
 
 
 def shared(c: Spec) -> int:
@@ -75,7 +78,7 @@ def make_product(c: Spec) -> Product:
     product = c.make_product()
     if c.product == "simt":
         product.set_columns(c.columns)
-        product.at = tiles_of(c)[2].end
+        product.at = tiles_of(c)[1].end
     return product
 
 
@@ -116,14 +119,14 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
     kind = product.kind
     layout, features = product.layout(c.columns), product.features(c.Ev)
     lanes = Lanes(c, product)
-    q, k, v, _ = tiles_of(c)
+    scored, v, _ = tiles_of(c)
     unpacked, columns = c.is_unpacked, c.columns
     # `load_keys` and `load_values` copy to these: the tiles themselves, or codes.
-    keys, values = codes_of(c) if unpacked else (k, v)
+    keys, values = codes_of(c) if unpacked else (scored.b, v)
     # Chunks of codes in flight per thread: a block of one warp has no other warp to hide the latency of shared memory;
     # with several warps the registers are needed elsewhere.
     at_once = 4 if c.warps == 1 else 1
-    scale_queries = make_scale(c, on, q)
+    scale_queries = make_scale(c, on, scored.all)
     S, C, M = f"{kind}{len(layout)}", f"{kind}{len(features)}", f"{kind}{product.slots}"
     split_kv, nan_safe, dropout = c.split_kv, c.nan_safe, c.dropout
     may_repeat, at_lift = repeats(c), _end(c)
@@ -133,8 +136,12 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
     mixed = c.product == "tensor" and max(c.E, c.Ev) <= 64
     BLOCK = packed_block(c, FORWARD)
     any_marked, marked = make_marks(c, on, BLOCK)
-    lists = c.lists
+    lists, sliced = c.lists, c.is_sliced
     list_of, visit, show = make_visits(c, on, BLOCK, lanes)
+
+    @macro((PARAMETERS, "i"), PARAMETERS, "i")
+    def find_slab(e: Emit, p: Parameters, z: I32) -> tuple[Parameters, I32]:
+        return own_slab(e, c, p, z)
 
     @macro(BLOCK, PARAMETERS, "i", "i")
     def find_work(e: Emit, p: Parameters, x: I32, y: I32) -> Block:
@@ -162,11 +169,14 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", BLOCK, "i", "i")
     def load_queries(e: Emit, b: Block, base: I32, thread: I32) -> None:
-        b.load_tile("query", q, base, thread, b.first, b.rows)
+        scored.load_a(b, base, thread, b.first, b.rows)
 
     @macro("", BLOCK, "i", "i", "i")
     def load_keys(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
-        b.load_tile("key", keys, base, thread, j, b.span.columns)
+        if unpacked:
+            b.load_tile("key", keys, base, thread, j, b.span.columns)
+        else:
+            scored.load_b(b, base, thread, j, b.span.columns)
         b.commit()
 
     @macro("", BLOCK, "i", "i", "i")
@@ -176,7 +186,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", "i", "i")
     def unpack_keys(e: Emit, base: I32, thread: I32) -> None:
-        unpack(e, keys, k, e.opaque(base), e.opaque(thread), c.threads, at_once)
+        unpack(e, keys, scored.b, e.opaque(base), e.opaque(thread), c.threads, at_once)
 
     @macro("", "i", "i")
     def unpack_values(e: Emit, base: I32, thread: I32) -> None:
@@ -197,9 +207,9 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         factor = b.p.real("factor", kind)
         return start(e, product, features, sinks, first, factor, lift_of(e, base) if c.sinks else None)
 
-    @macro(S, "i", "i")
-    def multiply_keys(e: Emit, base: I32, thread: I32) -> Regs:
-        return product.scores(e, q, k, e.opaque(base), *lanes.split(e.opaque(thread)))
+    @macro(S, BLOCK, "i", "i", "i")
+    def multiply_keys(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> Regs:
+        return scored.scores(b, product, e.opaque(base), e.opaque(thread), j, b.span.columns)
 
     staged = c.is_staged
 
@@ -276,6 +286,8 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         base = shared_address(cuda.shared.array(0, np.uint8))
         thread, part = np.int32(cuda.threadIdx.x), np.int32(cuda.blockIdx.z)
         x, y = np.int32(cuda.blockIdx.x), np.int32(cuda.blockIdx.y)
+        if sliced:
+            parameters, part = find_slab(parameters, part)
         if nan_safe:
             if any_marked(parameters) == 0:
                 return
@@ -311,7 +323,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
                     unpack_keys(base, thread)
                     cuda.syncthreads()
                 load_values(block, base, thread, j)
-                s = multiply_keys(base, thread)
+                s = multiply_keys(block, base, thread, j)
                 if staged:
                     s = stages(block, thread, j, s)
                 if lists:

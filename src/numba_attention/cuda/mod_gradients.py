@@ -26,7 +26,7 @@ def make_mod_gradients(c: Spec, on: Target) -> KernelFunction:
     lanes = Lanes(c, product)
     layout = lanes.layout
     size = tiles.size
-    scale_queries = make_scale(c, on, tiles.query)
+    scale_queries = make_scale(c, on, tiles.s.all)
     BLOCK = packed_block(c, BACKWARD)
     mods = c.mods
     assert mods is not None
@@ -41,19 +41,15 @@ def make_mod_gradients(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", BLOCK, "i", "i", "i")
     def load(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
-        for name, tile in (("query", tiles.query), ("grad_out", tiles.grad_out)):
-            b.load_tile(name, tile, base, thread, b.first, b.span.rows)
-        for name, tile in (("key", tiles.key), ("value", tiles.value)):
-            b.load_tile(name, tile, base, thread, j, b.span.columns)
-        b.commit()
+        tiles.load(b, base, thread, j)
 
     @macro("", BLOCK, "i", "i", "i")
     def add(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
-        where = lanes.split(e.opaque(thread))
+        opaque = e.opaque(thread)
         scores, inputs = lanes.scores(b, thread, j), stage_inputs(b, lanes, thread)
-        s, _ = scores.stages(product.scores(e, tiles.query, tiles.key, e.opaque(base), *where), inputs)
+        s, _ = scores.stages(tiles.scores(b, product, e.opaque(base), opaque, j), inputs)
         s = scores.hide(s, b.span)
-        dp = product.scores(e, tiles.grad_out, tiles.value, e.opaque(base), *where)
+        dp = tiles.gradients(b, product, e.opaque(base), opaque, j)
         ds = of_scores(e, b, thread, j, s, dp)
         evaluation = Evaluation(e, b.p.mods, mods.gradients, mods.arguments, kind)
         # Elements and what is added to them: pairs that read at one place have one and the same index.

@@ -29,8 +29,8 @@ def make_normalizers(c: Spec, on: Target) -> KernelFunction:
     lanes = Lanes(c, product)
     layout = lanes.layout
     nothing = Layout(product.slots, (), 1)
-    q, k, _, _ = tiles_of(c)
-    scale_queries = make_scale(c, on, q)
+    scored = tiles_of(c)[0]
+    scale_queries = make_scale(c, on, scored.all)
     S, M = f"{kind}{len(layout)}", f"{kind}{product.slots}"
     BLOCK = packed_block(c, NAMES)
     lists = c.lists
@@ -58,12 +58,12 @@ def make_normalizers(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", BLOCK, "i", "i")
     def load_queries(e: Emit, b: Block, base: I32, thread: I32) -> None:
-        b.load_tile("query", q, base, thread, b.first, b.rows)
+        scored.load_a(b, base, thread, b.first, b.rows)
         b.commit()
 
     @macro("", BLOCK, "i", "i", "i")
     def load_keys(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
-        b.load_tile("key", k, base, thread, j, b.span.columns)
+        scored.load_b(b, base, thread, j, b.span.columns)
         b.commit()
 
     @macro(f"{M} {M}", BLOCK, "i")
@@ -74,7 +74,7 @@ def make_normalizers(c: Spec, on: Target) -> KernelFunction:
 
     @macro(S, BLOCK, "i", "i", "i")
     def scores(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> Regs:
-        s = product.scores(e, q, k, base, *lanes.split(thread))
+        s = scored.scores(b, product, base, thread, j, b.span.columns)
         if c.is_staged:
             s = stage(b, lanes, thread, j, s)[0]
         return lanes.scores(b, thread, j).hide(s, b.span)

@@ -45,6 +45,13 @@ class Parameters:
         """An integer that fits into 32 bits."""
         return self._e.narrow(self.integers[_INTEGERS[name]])
 
+    def with_(self, **integers: I64) -> "Parameters":
+        """Other values of some integers."""
+        others = list(self.integers)
+        for name, x in integers.items():
+            others[_INTEGERS[name]] = x
+        return Parameters(self._e, others, self.reals)
+
     def real(self, name: str, kind: str) -> Real:
         return self._e.convert(kind, self.reals[_REALS[name]])
 

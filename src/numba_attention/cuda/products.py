@@ -73,6 +73,11 @@ class Product(ABC):
     def scores(self, e: Emit, a: Tile, b: Tile, base: I32, warp: I32, lane: I32, shift: I32 | int = 0) -> Regs:
         """A B^T; B lies `shift` bytes behind its tile."""
 
+    def add_scores(self, e: Emit, s: Regs, a: Tile, b: Tile, base: I32, warp: I32, lane: I32, shift: I32) -> Regs:
+        """S + A B^T, whose sum over the features of these tiles is rounded apart: long chains of sums drift."""
+        own = self.scores(e, a, b, base, warp, lane, shift)
+        return [x + y for x, y in zip(s, own, strict=True)]
+
     @abstractmethod
     def add(self, e: Emit, c: Regs, p: Regs, b: Tile, base: I32, warp: I32, lane: I32, shift: I32 | int = 0) -> Regs:
         """C + P B, of P as `scores` gives it."""
@@ -135,6 +140,25 @@ class TensorCores(Product):
                         at = slice(8 * n + 4 * half, 8 * n + 4 * half + 4)
                         s[m][at] = e.multiply(self.half, left[m], right[2 * half : 2 * half + 2], s[m][at])
         return [x for part in s for x in part]
+
+    def add_scores(self, e: Emit, s: Regs, a: Tile, b: Tile, base: I32, warp: I32, lane: I32, shift: I32) -> Regs:
+        """Column by column, so that registers are for all fragments of A, of few features, and few sums."""
+        s, zero, per_tile, steps = list(s), e.const("f", 0.0), b.rows // 2, range(a.columns // 16)
+        rows = [a.row(base, warp * self.rows + (lane & 15), 16 * m) for m in range(self.tiles)]
+        left = [[e.load_matrices(a.chunk(place, lane >> 4, 2 * k), False) for k in steps] for place in rows]
+        for n in range(b.rows // 16):
+            place = b.row(base + shift, (lane & 7) + (lane >> 4) * 8, 16 * n)
+            own = [[zero] * 8 for _ in rows]
+            for k in steps:
+                right = e.load_matrices(b.chunk(place, (lane >> 3) & 1, 2 * k), False)
+                for m, sums in enumerate(own):
+                    for half in (0, 1):
+                        at = slice(4 * half, 4 * half + 4)
+                        sums[at] = e.multiply(self.half, left[m][k], right[2 * half : 2 * half + 2], sums[at])
+            for m, sums in enumerate(own):
+                first = m * per_tile + 8 * n
+                s[first : first + 8] = [x + y for x, y in zip(s[first : first + 8], sums, strict=True)]
+        return s
 
     def add(self, e: Emit, c: Regs, p: Regs, b: Tile, base: I32, warp: I32, lane: I32, shift: I32 | int = 0) -> Regs:
         c = list(c)

@@ -11,6 +11,7 @@ from .tiles import Tile
 from .warpgroups import GROUP, Warpgroups
 
 FEATURES = (32, 64, 96, 128, 192, 256)  # head dimensions that tiles have; others are filled up with zeros
+SLICE = 64  # features that pass at a time where head dimensions are larger than those of tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +41,8 @@ class Spec:
 
     task: str  # as in `kernels`: "forward", "query", "key", "weights", "combine" and so on
     storage: str  # of query, key, value and out
-    E: int  # head dimensions of tiles
-    Ev: int
+    E: int  # head dimensions of tiles; where features pass in slices, those of a slice
+    Ev: int  # and of the slab of a result that a block owns
     product: str = "simt"  # or "tensor", "tf32", "wgmma"
     slots: int = 8  # rows of a thread ("simt"), or 16 times of a warp
     across: int = 8
@@ -70,12 +71,15 @@ class Spec:
     fused_dq: bool = False  # the kernel of a tile of keys adds dQ too, by atomics in any order
     by_fours: bool = False  # sums of dQ in memory have the four features of a thread of wgmma side by side
     arch: str = ""
+    # Head dimensions beyond those of tiles (`operands`): slices of query and key, and of value and the gradient of out.
+    E_slices: int = 0
+    Ev_slices: int = 0
 
     @cached_property
     def _hash(self) -> int:
         return hash(tuple(getattr(self, f.name) for f in fields(self)))
 
-    def __hash__(self) -> int:  # of 28 fields, asked for several times in every call
+    def __hash__(self) -> int:  # of some 40 fields, asked for several times in every call
         return self._hash
 
     def __reduce__(self) -> Any:
@@ -123,7 +127,20 @@ class Spec:
     @property
     def is_unpacked(self) -> bool:
         """Whether keys and values are copied as codes, which become tiles in shared memory."""
-        return bool(self.kv_storage) and self.aligned
+        return bool(self.kv_storage) and self.aligned and not self.is_sliced
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether features pass through shared memory in slices."""
+        return self.E_slices > 0
+
+    @property
+    def slabs(self) -> int:
+        """How many blocks share out the columns of a result, each of which computes the scores."""
+        if not self.is_sliced:
+            return 1
+        of_values = self.task in ("forward", "combine") or self.only == "value"
+        return -(-(self.Ev_slices if of_values else self.E_slices) * self.E // self.Ev)
 
     @property
     def threads(self) -> int:
@@ -157,6 +174,8 @@ class Spec:
                    if getattr(self, n)]  # fmt: skip
         words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",
                  f"{self.warps}w{self.columns}c{self.blocks}b{self.only}{self.to}", *options]  # fmt: skip
+        if self.is_sliced:
+            words.append(f"{self.E_slices}x{self.Ev_slices}slices")
         named = [f"{n}_{getattr(self, n)}" for n in ("bias", "kv_storage") if getattr(self, n)]
         if self.mods is not None:
             named.append(f"mods_{self.mods.digest}")
@@ -186,11 +205,16 @@ class Spec:
 
 
 def padded(features: int) -> int:
-    """The tile that a head dimension fits into."""
+    """The tile that a head dimension fits into, or the slices."""
     for most in FEATURES:
         if features <= most:
             return most
-    raise ValueError(f"the CUDA backend has kernels for head dimensions up to {FEATURES[-1]}, got {features}")
+    return -(-features // SLICE) * SLICE
+
+
+def slab(features: int) -> int:
+    """The columns of a result that a block has registers for: as few slabs as possible, each as narrow as possible."""
+    return padded(-(-features // -(-features // FEATURES[-1])))
 
 
 def compute_capability(arch: str) -> tuple[int, int]:
@@ -206,4 +230,4 @@ def lay_out(*tiles: tuple[int, int, str]) -> list[Tile]:
     return placed
 
 
-__all__ = ["FEATURES", "HALVES", "SIZES", "Spec", "compute_capability", "lay_out", "padded"]
+__all__ = ["FEATURES", "HALVES", "SIZES", "SLICE", "Spec", "compute_capability", "lay_out", "padded", "slab"]

@@ -8,7 +8,7 @@ from ..device import runtime
 from ..errors import BackendUnavailableError
 from . import hopper, hopper_backward, kernels
 from .formats import HALVES
-from .spec import Mods, Spec, padded
+from .spec import FEATURES, SLICE, Mods, Spec, padded, slab
 from .visits import WIDTH
 
 ASYNCHRONOUS = (8, 0)  # first compute capability with asynchronous copies, and m16n8k16 on tensor cores
@@ -63,8 +63,7 @@ _changes = 0
 
 def base(task: str, storage: str, E: int, Ev: int, device: Any) -> Spec:
     """The kernel of a task without options: what multiplies, and its tiles, so that they fit into the device."""
-    E, Ev = padded(E), padded(Ev)
-    tuned = _tuned.get((task, storage, E, Ev))
+    tuned = _tuned.get((task, storage, padded(E), padded(Ev)))
     product = product_of(storage, device, max(E, Ev))
     if tuned is not None and tuned.product == product:
         return tuned.with_(arch=device.arch)
@@ -83,24 +82,41 @@ def product_of(storage: str, device: Any, E: int) -> str:
 
 def shaped(task: str, storage: str, E: int, Ev: int, product: str, device: Any) -> Spec:
     kind = "half" if product == "tensor" else "float64" if storage == "float64" else "float32"
+    of_E = of_Ev = 0
+    if max(E, Ev) > FEATURES[-1]:
+        width = SLICE // 2 if kind == "float64" else SLICE
+        of_E, of_Ev = max(-(-E // width), 1), max(-(-Ev // width), 1)
+        E, Ev = width, slab(max(Ev if task == "forward" else E, 1))
+    E, Ev = padded(E), padded(Ev)
     slots, warps, columns = _SHAPES[task, product, kind][max(E, Ev)]
-    return fitted(Spec(task, storage, E, Ev, product, slots, 8, warps, columns, arch=device.arch), device)
+    if of_E and task == "forward" and product == "tensor":
+        columns = min(columns, 48)  # sums of a slice are apart from the scores: with 64 columns they would spill
+    c = Spec(task, storage, E, Ev, product, slots, 8, warps, columns, arch=device.arch, E_slices=of_E, Ev_slices=of_Ev)
+    return fitted(c, device)
 
 
 def fitted(c: Spec, device: Any) -> Spec:
     """Fewer rows of a thread, warps or columns until the tiles fit into shared memory."""
     least = c.across if c.product == "simt" else 16
     while kernels.shared(c) > device.shared_memory:
+        if c.is_sliced and c.warps == 1 and c.slots > 1:
+            c = c.with_(slots=c.slots // 2)
+            continue
         if c.warps == 1 and c.columns <= least:
+            other = "float32, or " if c.storage == "float64" else ""
             raise BackendUnavailableError(
-                f"head dimensions {c.E} and {c.Ev} of {c.storage} need {kernels.shared(c):,} bytes of shared memory "
-                f"for a block, and this GPU has {device.shared_memory:,}; use float32, or backend='cpu'"
+                f"head dimensions {_features(c)} of {c.storage} need {kernels.shared(c):,} bytes of shared memory "
+                f"for a block, and this GPU has {device.shared_memory:,}; use {other}backend='cpu'"
             )
         if c.product == "simt" and c.slots == 8:  # two warps of 8 rows a thread would spill
             c = c.with_(slots=4)
             continue
         c = c.with_(warps=c.warps // 2) if c.warps > 1 else c.with_(columns=max(c.columns // 32 * 16, least))
     return c
+
+
+def _features(c: Spec) -> str:
+    return f"{c.E * (c.E_slices or 1)} and {c.E * c.Ev_slices if c.is_sliced else c.Ev}"
 
 
 @lru_cache(maxsize=1024)
@@ -162,12 +178,13 @@ def with_options(c: Spec, **options: Any) -> Spec:
     if (c.is_large and not (only_lists and c.task == "forward" and c.product == "tensor")) or c.kv_storage:
         if c.product == "simt":
             share = 4 if c.dropout and (c.is_staged or c.task == "key") else 2
-            return c.with_(slots=max(c.slots // share, 1))
+            columns = min(c.columns, 16) if c.is_sliced and c.slots == 1 else c.columns
+            return c.with_(slots=max(c.slots // share, 1), columns=columns)
         warps = c.warps * c.slots  # as many rows
         if c.kv_storage and c.is_large and max(c.E, c.Ev) > 128:
             warps = 4
         columns = min(c.columns, 32)
-        if c.is_largest and max(c.E, c.Ev) >= {"key": 128, "query": 256}.get(c.task, 512):
+        if c.is_largest and (c.is_sliced or max(c.E, c.Ev) >= {"key": 128, "query": 256}.get(c.task, 512)):
             columns = 16
         return c.with_(slots=1, warps=warps, columns=columns)
     if c.flags and c.task == "key" and c.product == "tensor" and max(c.E, c.Ev) == 64:
@@ -178,12 +195,19 @@ def with_options(c: Spec, **options: Any) -> Spec:
 def few(c: Spec, rows: int, device: Any) -> Spec:
     """The kernel for few rows and many keys: one warp a block, so that many blocks read at the same time."""
     if c.product != "simt":
-        columns = 64 if c.product == "tensor" and c.E <= 128 and not c.is_large else 32
+        columns = 64 if c.product == "tensor" and c.E <= 128 and not c.is_large and not c.is_sliced else 32
         if c.is_large and max(c.E, c.Ev) == 256:
             columns = 16
         return fitted(c.with_(slots=1, warps=1, columns=columns), device)
-    slots = 1 if rows <= 4 else 2 if rows <= 8 else min(4, c.slots)
+    slots = 1 if rows <= 4 else 2 if rows <= 8 or c.is_sliced else min(4, c.slots)
     return fitted(c.with_(slots=slots, warps=1, columns=32), device)
+
+
+def no_more_rows(c: Spec, rows: int) -> Spec:
+    """The kernel with as few warps as a tile of so many rows needs."""
+    while c.warps > 1 and c.rows >= 2 * rows:
+        c = c.with_(warps=c.warps // 2)
+    return c
 
 
 def nan_safe(c: Spec, device: Any) -> Spec:
@@ -192,10 +216,11 @@ def nan_safe(c: Spec, device: Any) -> Spec:
     slots = 2 if c.storage != "float64" else 1
     if c.task == "forward" and c.Ev <= 128 and not c.is_large:
         slots *= 2
-    if c.dropout and c.is_staged:
+    if (c.dropout and c.is_staged) or c.is_sliced:
         slots = 1
+    columns = 32 if c.task == "forward" else 8 if c.is_sliced and c.is_staged else 16
     product = c.with_(
-        product="simt", slots=slots, across=8, warps=4, columns=32 if c.task == "forward" else 16, nan_safe=True,
+        product="simt", slots=slots, across=8, warps=4, columns=columns, nan_safe=True,
         flags=False, split_kv=False, aligned=c.aligned and c.storage not in HALVES, pairs=False,
     )  # fmt: skip
     return fitted(product, device)
@@ -249,7 +274,7 @@ def fused_dq(c: Spec, device: Any) -> Spec | None:
 def _fused_dq(c: Spec, device: Any, on_warpgroups: bool) -> Spec | None:
     shapes = _SHAPES["fused_dq", "tensor", "half"]
     E = max(c.E, c.Ev)
-    if c.product != "tensor" or E not in shapes or (c.is_largest and E == 128):
+    if c.product != "tensor" or E not in shapes or c.is_sliced or (c.is_largest and E == 128):
         return None
     slots, warps, columns = shapes[E]
     tuned = _tuned.get(("fused_dq", c.storage, c.E, c.Ev))
@@ -266,12 +291,13 @@ def _fused_dq(c: Spec, device: Any, on_warpgroups: bool) -> Spec | None:
 
 def parts(c: Spec) -> list[Spec]:
     """The kernels of a tile of keys: one for both gradients, or one for each where two sums need too many registers."""
-    if c.task != "key" or max(c.E, c.Ev) <= 128:
+    if c.task != "key" or (max(c.E, c.Ev) <= 128 and not c.is_sliced):
         return [c]
     of_keys = c.with_(only="key")
     if c.product == "tensor" and max(c.E, c.Ev) > 192 and c.has_all_options:
         of_keys = of_keys.with_(columns=16)  # 32 would spill 28 bytes on sm_90a
-    return [of_keys, c.with_(only="value")]
+    of_values = c.with_(only="value")
+    return [of_keys, of_values.with_(Ev=slab(c.Ev_slices * c.E)) if c.is_sliced else of_values]
 
 
 def weights(c: Spec, device: Any) -> Spec:
@@ -297,7 +323,11 @@ def bias(c: Spec, device: Any, task: str = "bias") -> Spec:
     spec = c.with_(task=task, flags=False, nan_safe=False, pairs=c.pairs and task == "bias")
     small = max(c.E, c.Ev) <= 64
     if spec.product == "simt":
-        slots = 1 if c.dropout or c.mods is not None else (4 if small else 2) // (2 if c.storage == "float64" else 1)
+        slots = (
+            1
+            if c.dropout or c.mods is not None or c.is_sliced
+            else (4 if small else 2) // (2 if c.storage == "float64" else 1)
+        )
         spec = spec.with_(slots=slots, columns=32 if small else 16, nan_safe=True)
     else:
         spec = spec.with_(slots=1, warps=4 if max(c.E, c.Ev) <= 128 else 2, columns=32 if small else 16)
