@@ -4,6 +4,7 @@ A page holds the keys (or values) of `page_size` positions for all heads. Everyt
 pages is decided here; what is computed from the rows is the same, and so are its bits.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +99,7 @@ def make_sources(spec: Spec) -> Sources:
             for lane in range(BM):
                 saw = False
                 for j in range(n):
-                    if not np.isfinite(factors[j, lane]):
+                    if not math.isfinite(factors[j, lane]):
                         factors[j, lane] = 0
                         saw = saw or hidden[j, lane] == 0
                 hidden[0, lane] = saw
