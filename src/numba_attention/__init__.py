@@ -16,6 +16,7 @@ from .rotary import apply_rotary
 from .second import attention_backward_jvp, attention_double_backward, attention_jvp, merge_attention_jvp
 from .show_config import show_config
 from .varlen import attention_varlen, attention_varlen_backward
+from .warming import warmup
 
 __version__: str
 _RIMS = {"dask", "models", "nn", "onnx", "plot"}  # imported when first asked for
@@ -49,6 +50,7 @@ __all__ = [
     "set_backend",
     "show_config",
     "use_backend",
+    "warmup",
 ]
 
 

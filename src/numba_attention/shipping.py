@@ -8,27 +8,24 @@ import base64
 import hashlib
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import atomic, kernel_cache
 
 if TYPE_CHECKING:
-    from .cpu.cache import Kernel
     from .cuda.spec import Spec
     from .device.driver import Device
 
 SUFFIXES = (".cubin", ".kernel")  # of machine code for GPUs and for CPUs
-TASKS = ("forward", "decode", "weights", "backward", "second")
-STORAGES = ("float32", "float64", "float16", "bfloat16")
-SHORT = ("float16", "bfloat16", "int8", "float8_e4m3fn")  # storage formats of caches that have other numbers
-
+_PROGRAM = "import sys; from numba_attention.warming import write; write(*sys.argv[1:])"
 
 # Architectures of GPUs, with the bytes of shared memory that a block can have: A100; RTX 30; RTX 40 and L4; H100 and
 # H200; B200; RTX 50.
@@ -37,7 +34,13 @@ GPUS = {
 }  # fmt: skip
 
 
-def build(folder: Path, levels: list[str], only: str = "", report: Callable[[str], None] = lambda line: None) -> None:
+def build(
+    folder: Path,
+    levels: list[str],
+    only: str = "",
+    report: Callable[[str], None] = lambda line: None,
+    request: Any = None,
+) -> None:
     """Compile kernels for levels of CPUs and write them to a folder.
 
     Parameters
@@ -50,6 +53,9 @@ def build(folder: Path, levels: list[str], only: str = "", report: Callable[[str
         Parts of names of kernels, separated by commas; all kernels if empty.
     report : callable
         Is called with a line for each file.
+    request : optional
+        Which kernels, as `warming` describes them; by default those for all tasks, dtypes and formats of caches, and
+        for the functions in `mods`.
 
     Raises
     ------
@@ -62,12 +68,15 @@ def build(folder: Path, levels: list[str], only: str = "", report: Callable[[str
     # Settings of Numba would change the machine code, or for which CPU it is.
     base = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
     for level in levels:
-        command = [sys.executable, "-m", __name__, str(folder), only]
-        process = subprocess.Popen(command, env=base | {BUILD: level}, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", _PROGRAM, str(folder), only]
+        process = subprocess.Popen(command, env=base | {BUILD: level}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdin is not None
         assert process.stdout is not None
+        with process.stdin as pipe:
+            pickle.dump(request, pipe)
         with process.stdout as lines:
             for line in lines:
-                report(f"{level}: {line.strip()}")
+                report(f"{level}: {line.decode().strip()}")
         if process.wait():
             raise RuntimeError(f"the compiler for {level} ended with status {process.returncode}")
 
@@ -175,30 +184,3 @@ def _ship(c: "Spec", folder: Path) -> str:
     from .cuda import kernels
 
     return kernels.ship(c, folder).name
-
-
-def _kernels() -> "Iterator[Kernel]":
-    from .backends import cpu, cpu_resources
-    from .layer.projection import kernel_of
-
-    yield from cpu.entries()
-    for storage in STORAGES:
-        yield from (
-            cpu_resources.worker(storage, task) for task in ("forward", "decode", "weights", "backward", "second")
-        )
-        if cpu_resources.NARROWS:
-            yield from (cpu_resources.worker(storage, task, "", n) for task in ("forward", "backward") for n in (1, 2))
-        for kv_storage in SHORT:
-            if kv_storage != storage:
-                yield from (cpu_resources.worker(storage, task, kv_storage) for task in ("decode", "forward"))
-    yield from (kernel_of(storage, task)[0] for storage in STORAGES[:2] for task in ("linear", "rowwise"))
-
-
-def _main(folder: str, only: str) -> None:
-    for kernel in _kernels():
-        if not only or any(part in kernel.name for part in only.split(",")):
-            print(kernel.ship(Path(folder)).name, flush=True)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -1,5 +1,6 @@
 """Folders with kernels for levels of CPUs: a process that has one compiles nothing."""
 
+import math
 import os
 import struct
 import subprocess
@@ -8,8 +9,11 @@ import textwrap
 
 import pytest
 
-from numba_attention import kernel_cache, shipping
+import numba_attention as na
+from numba_attention import kernel_cache, shipping, warming
+from numba_attention.backends import cpu
 from numba_attention.cpu import cache, shipped
+from numba_attention.cpu.spec import Spec
 from numba_attention.cpu.target import LEVELS, level
 from numba_attention.errors import NumbaAttentionWarning
 
@@ -65,6 +69,92 @@ def test_an_installed_package_is_found(folder, tmp_path):
     path = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     assert attend(tmp_path / "cache", PYTHONPATH=path) == {"loaded"}
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+MODS = """
+    import numpy as np, numba_attention as na
+    from numba_attention.cpu import compiler_thread
+
+    def compile(function, what):
+        raise AssertionError(f"{what} is compiled")
+
+    compiler_thread.run = compile
+    reach = 9
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 40, 32), dtype=np.float32)
+    i, j = np.arange(3)[:, None], np.arange(40)
+    scores = q[:, :3].astype(float) @ k.astype(float).swapaxes(-1, -2) / np.sqrt(32)
+    if OWN:
+        slopes = np.array([0.5, 0.25])
+        scores = np.where(j - i <= reach, np.sin(scores), -np.inf)
+        out = na.attention(
+            q[:, :3], k, v, score_mod=lambda score, batch, head, i, j: math.sin(score),
+            mask_mod=lambda batch, head, i, j: j - i <= reach,
+        )
+    else:
+        slopes = np.array([0.5, 0.25], np.float32)
+        scores = scores - slopes[:, None, None] * abs(i - j)
+        out = na.attention(q[:, :3], k, v, score_mod=na.mods.alibi, mod_args=(slopes,))
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    np.testing.assert_allclose(out, weights / weights.sum(-1, keepdims=True) @ v, atol=1e-5)
+"""
+
+
+@HAS_LEVEL
+@pytest.mark.parametrize("own", [False, True])
+def test_kernels_of_mods_travel(tmp_path, own):
+    """Named mods are in every folder, a caller's own where `warmup` is told of them, closures and lambdas too."""
+    folder = tmp_path / "kernels"
+    if own:
+        reach = 9
+        written = na.warmup(
+            ["float32"], ["decode"], score_mod=lambda score, batch, head, i, j: math.sin(score),
+            mask_mod=lambda batch, head, i, j: j - i <= reach, folder=folder,
+        )  # fmt: skip
+        assert sorted(written) == sorted(path.name for path in folder.iterdir())
+    else:
+        lanes = Spec("float32", shipped.HOST, "decode").query_tile
+        mods = f"mod-score-f32x{lanes}"
+        shipping.build(folder, [level()], f"{ENTRIES},decode-float32-{shipped.HOST.name},{mods}")
+    env = os.environ | {kernel_cache.ENVIRONMENT: str(tmp_path / "cache"), kernel_cache.SHIPPED: str(folder)}
+    program = tmp_path / "program.py"  # mods are read from their source
+    program.write_text(f"import math\nOWN = {own}\n" + textwrap.dedent(MODS))
+    done = subprocess.run([sys.executable, program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_warmup_compiles_what_first_calls_need(monkeypatch):
+    """By default for float32, with gradients and the layer; and what it is asked for."""
+    default = {kernel.name for kernel in warming.kernels_for(None, None)}
+    host = shipped.HOST.name
+    for task, storage in (
+        ("forward", "float16"),
+        ("decode", "float32"),
+        ("backward", "float64"),
+        ("linear", "float32"),
+    ):
+        assert f"{task}-{storage}-{host}" in default
+    some = {kernel.name for kernel in warming.kernels_for(["bfloat16"], ["decode", "backward"], ["int8"])}
+    assert {f"decode-bfloat16-{host}", f"decode-bfloat16-int8-{host}", f"backward-bfloat16-{host}"} <= some
+    assert not some & (default - {kernel.name for kernel in cpu.entries()})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtypes": ["float8"]}, "dtypes: unknown name 'float8', expected some of float32, float64"),
+        ({"dtypes": "float32"}, r"dtypes must be a sequence of names, got 'float32'; write \['float32'\]"),
+        ({"tasks": ["gradients"]}, "tasks: unknown name 'gradients', expected some of attention, decode"),
+        ({"storage": ["int4"]}, "storage: unknown name 'int4'"),
+        ({"levels": ["x86-64-v3"]}, "levels are those of the kernels in a folder: pass folder, too"),
+        ({"folder": "kernels", "levels": ["x86-64-v9"]}, "levels: unknown name 'x86-64-v9'"),
+    ],
+)
+def test_warmup_refuses(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        na.warmup(**arguments)
+    assert list(tmp_path.iterdir()) == []
 
 
 @HAS_LEVEL

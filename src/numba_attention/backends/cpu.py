@@ -1,7 +1,6 @@
 """The CPU backend: converts a `Problem` to the records that kernels read, and launches the kernels."""
 
 import struct
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -60,22 +59,6 @@ def entries() -> tuple[Kernel, ...]:
     """Return the functions that Python calls."""
     recalled = again.match_three, again.match_six, again.forward, again.decode, again.backward
     return launch._launcher, launch._caller, addresses, *recalled
-
-
-def warmup_jobs() -> list[tuple[str, Callable[[], None]]]:
-    """Return the names of the common kernels, each with a function that compiles it."""
-
-    def job(kernel: Kernel) -> Callable[[], None]:
-        return lambda: (kernel.address, None)[1]
-
-    jobs = [(kernel.name, job(kernel)) for kernel in entries()]
-    storages = ("float32", "float64", "float16", "bfloat16")
-    jobs += [(f"attention, {storage}", job(worker(storage, "forward"))) for storage in storages]
-    jobs += [("attention, float32, few queries", job(worker("float32", "decode")))]
-    if NARROWS:
-        jobs += [(f"attention, float32, short, {n}", job(worker("float32", "forward", "", n))) for n in (1, 2)]
-    jobs += [(f"attention_backward, {storage}", job(worker(storage, "backward"))) for storage in storages[:2]]
-    return [*jobs, ("attention_weights, float32", job(worker("float32", "weights")))]
 
 
 def kernels_of_parts(storage: str) -> list[Kernel]:

@@ -47,7 +47,7 @@ def compiled_rules(p: Problem, task: str, few: bool, places: tuple[int, ...] = (
         An array is too short for the indices that are read from it.
     """
     arguments = describe(p.mod_args)
-    shape = _shape_of(p.query.dtype, few)
+    shape = shape_of(storage_of(p.query.dtype), few)
     kernels, gradient, has_slope = [], 0, False
     for role, function in ((SCORE, p.score_mod), (MASK, p.mask_mod)):
         if function is None:
@@ -71,9 +71,9 @@ def compiled_rules(p: Problem, task: str, few: bool, places: tuple[int, ...] = (
 
 
 @cache
-def _shape_of(dtype: Any, few: bool) -> tuple[int, int]:
-    """The bits of a score, and the rows of a tile."""
-    spec = Spec(storage_of(dtype), HOST, "decode" if few else "forward")
+def shape_of(storage: str, few: bool) -> tuple[int, int]:
+    """The bits of a score, and the rows of a tile, for queries in this storage."""
+    spec = Spec(storage, HOST, "decode" if few else "forward")
     return spec.vector.bits, spec.query_tile
 
 

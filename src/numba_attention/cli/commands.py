@@ -1,6 +1,8 @@
 """The commands of ``numba-attention``. Each calls the module that does the work."""
 
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -83,21 +85,38 @@ def demo(
 
 
 @app.command()
-def warmup() -> None:
+def warmup(
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Of queries: float32, float64, float16, bfloat16; repeat for several.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="What to be ready for: attention, decode, weights, backward, layer, second; repeat."),
+    ] = None,
+    storage: Annotated[
+        list[str] | None, typer.Option(help="Format of caches: float16, bfloat16, int8, float8_e4m3fn; repeat.")
+    ] = None,
+) -> None:
     """Compile the common kernels, also of a GPU, and put them into the cache, so that no later call waits for them."""
-    from ..backends import backends, cpu, cuda
-    from ..layer import projection
+    from .. import warming
+    from ..backends import backends, cuda
     from ..show_config import show_config
 
-    jobs = [*cpu.warmup_jobs(), *projection.warmup_jobs(), *(cuda.warmup_jobs() if backends()["cuda"] else [])]
+    try:
+        wanted = warming.kernels_for(dtype, task, storage or ())
+    except ValueError as error:
+        _fail(error)
+    jobs: list[tuple[str, Callable[[], object]]] = [(k.name, partial(getattr, k, "address")) for k in wanted]
+    if backends()["cuda"] and not (dtype or task or storage):
+        jobs += cuda.warmup_jobs()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(jobs))
+        bar = progress.add_task("", total=len(jobs))
         for name, job in jobs:
-            progress.update(task, description=name)
+            progress.update(bar, description=name)
             job()
-            progress.advance(task)
-        progress.update(task, description="kernels are ready")
+            progress.advance(bar)
+        progress.update(bar, description="kernels are ready")
     cache = show_config("dicts")["Kernel cache"]
     console.print(", ".join(cache.values()), soft_wrap=True)
 

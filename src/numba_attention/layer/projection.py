@@ -5,7 +5,6 @@ the next parallel kernel needs: attention right after a NumPy product takes up t
 """
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -265,16 +264,6 @@ def kernel_of(storage: str, task: str = "linear") -> Any:
     spec = Spec(storage, HOST, task)
     make = {"linear": linear, "rowwise": rowwise}[task].make_worker
     return Kernel(spec.name, lambda: make(spec), launch.SIGNATURE), spec
-
-
-def warmup_jobs() -> list[tuple[str, Callable[[], object]]]:
-    """Return the names of the common kernels of layers, each with a function that compiles it."""
-
-    def job(storage: str, task: str) -> Callable[[], object]:
-        return lambda: kernel_of(storage, task)[0].address
-
-    names = {"linear": "products of layers", "rowwise": "norms and activations"}
-    return [(f"{names[task]}, {storage}", job(storage, task)) for task in names for storage in ("float32", "float64")]
 
 
 def _make_plan(

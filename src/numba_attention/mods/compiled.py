@@ -12,6 +12,7 @@ from ..cpu.mods import BITS_ROWS, make_kernel
 from .language import MASK
 from .program import Bound, Program
 from .rules import Rule, as_arguments, describe, find
+from .values import Argument
 
 Array = np.ndarray[Any, Any]
 _bits_of = struct.Struct("=d").pack
@@ -23,9 +24,14 @@ def kernel_of(rule: Rule, task: str, program: Program, bits: int, lanes: int) ->
     key = task, bits, lanes, program.sites if task == "gradients" else ()
     kernel: Kernel | None = rule.kernels.get(key)
     if kernel is None:
-        digest = hashlib.sha256(f"{program.text}\n{rule.arguments}".encode()).hexdigest()[:32]
-        kernel = rule.kernels[key] = make_kernel(task, program, rule.arguments, digest, bits, lanes)
+        kernel = rule.kernels[key] = pass_of(task, program, rule.arguments, bits, lanes)
     return kernel
+
+
+def pass_of(task: str, program: Program, arguments: tuple[Argument, ...], bits: int, lanes: int) -> Kernel:
+    """Return the pass of a program, whose name has the program's digest."""
+    digest = hashlib.sha256(f"{program.text}\n{arguments}".encode()).hexdigest()[:32]
+    return make_kernel(task, program, arguments, digest, bits, lanes)
 
 
 def record_of(values: tuple[Any, ...], places: tuple[int, ...] = ()) -> Array:
