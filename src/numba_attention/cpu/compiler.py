@@ -263,8 +263,9 @@ def compile_whole(function: Callable[..., int], signature: Any) -> tuple[Any, An
     library, symbol = result.library, result.fndesc.llvm_func_name
     module = library.linked(symbol)
     # O3 takes 0.2 s more for code that is no faster; the hot loops are vectors already.
-    manager, builder = library.codegen._module_pass_manager(opt=min(2, int(config.OPT)), loop_vectorize=False)
-    manager.run(module, builder)
+    made = library.codegen._module_pass_manager(opt=min(2, int(config.OPT)), loop_vectorize=False)
+    manager, *more = made if isinstance(made, tuple) else (made,)  # LLVM's old manager, up to llvmlite 0.44, is alone
+    manager.run(module, *more)
     module.verify()
     return module, library.codegen._tm, symbol
 

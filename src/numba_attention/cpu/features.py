@@ -373,7 +373,7 @@ def pack_queries(spec: Spec) -> Any:
 
 def write_row(spec: Spec) -> Any:
     """Make ``write(target, stride, count, source, factor)``: target[e] = source[e] * factor, rounded, `count` times."""
-    vector, element = spec.vector, spec.out_element
+    vector, element, size = spec.vector, spec.out_element, spec.out_element.size
     kind = "f64" if vector.bits == 64 else "f32"
 
     def build(b: Builder, target: Value, stride: Value, count: Value, source: Value, factor: Value) -> None:
@@ -389,7 +389,7 @@ def write_row(spec: Spec) -> Any:
 
     @spec.jit
     def write(target: int, stride: int, count: int, source: int, factor: float) -> None:
-        if stride == element.size:
+        if stride == size:
             by_vector(target, 0, 1, count, source, 0, factor)
         else:
             one_by_one(target, stride, count, source, factor)
