@@ -261,8 +261,8 @@ def alibi(spec: Spec) -> Any:
 def add_bias(spec: Spec, element: Element) -> Any:
     """Make ``add(scores, n, rows, offset, stride, room, factor, state)``: s = s * factor + bias.
 
-    It is -inf wherever the bias is, whatever s was. Only -inf hides: a sum below all finite numbers, as ``finfo.min``
-    and a negative score have, becomes the lowest.
+    It is -inf wherever the bias or s is, as a rule (`score_mod`) leaves it. Only -inf hides: a sum below all finite
+    numbers, as ``finfo.min`` and a negative score have, becomes the lowest.
 
     `rows`, `offset` and `stride` say where the bias is, as in `tiles.gather_tile`, and `room` is a tile of scratch
     memory. Returns whether the maxima were written. Contiguous rows are transposed in registers, block by block, and
@@ -282,7 +282,7 @@ def add_bias(spec: Spec, element: Element) -> Any:
 
         def add(s: Value, x: Value) -> Value:
             total = clamp(vector, b, vector.fma(b, s, c, x), lowest)
-            return b.select(b.fcmp_ordered("==", x, hidden), hidden, total)
+            return b.select(b.fcmp_ordered("==", vector.min(b, s, x), hidden), hidden, total)
 
         return add
 
