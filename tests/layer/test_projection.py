@@ -315,7 +315,7 @@ def test_any_arrays(sizes, dtype, layouts, seed):
 def test_loop_keeps_its_block_in_registers(dtype):
     kernel, spec = projection.kernel_of(dtype)
     fma, register = ("fmla", r"v\d+\.") if HOST.name == "NEON" else ("vfmadd", {512: "%zmm", 256: "%ymm"}[HOST.bits])
-    loop = innermost(kernel.assembly(), fma)
+    loop = innermost(kernel.assembly(), fma, without=r"\bv?f?div")  # activations have polynomials and a division
     rows, vectors = spec.block
     number = len(re.findall(rf"\b{fma}\w*\b.*{register}", loop))
     assert number > 0
