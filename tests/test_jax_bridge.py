@@ -73,7 +73,7 @@ def test_gradients_by_finite_differences(jax, naj, x64, name):
         return made
 
     function(*inputs)
-    check_grads(jax.jit(function), inputs, order=1, modes=["rev"])
+    check_grads(jax.jit(function), inputs, order=1, modes=["fwd", "rev"])
 
 
 def test_seeds_of_dropout_may_be_traced(jax, naj):
@@ -257,70 +257,11 @@ def test_equal_calls_compile_once(jax, naj, caplog):
         caplog.clear()
         with jax.log_compiles():
             naj.attention(x, x, x, scale=scale)
-        return any("buffer_callback" in message for message in caplog.messages)
+        return any("XLA compilation" in message for message in caplog.messages)
 
     assert compiled(0.3)
     assert not compiled(0.3)
     assert compiled(0.4)
-
-
-def test_third_derivatives_and_forward_mode_are_refused(jax, naj):
-    x = normal(2, 3, 4, dtype=np.float32)
-
-    def loss(x):
-        return (naj.attention(x, x, x) ** 2).sum()
-
-    def summed(f):
-        return lambda x: (jax.grad(f)(x) ** 2).sum()
-
-    with pytest.raises(NotImplementedError, match="differentiated twice, not three times"):
-        jax.grad(summed(summed(loss)))(x)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(loss, (x,), (x,))
-
-    def of_table(t):
-        return naj.attention(x, x, x, score_mod=lambda s, b, h, i, j, t: s + t[j], mod_args=(t,)).sum()
-
-    with pytest.raises(NotImplementedError, match="has no second derivative"):
-        jax.grad(summed(of_table))(x[0, 0])
-
-
-@pytest.mark.parametrize("how", ["plain", "jit", "vmap"])
-@pytest.mark.parametrize("sinks", [False, True])
-def test_second_derivatives(jax, naj, how, sinks):
-    """A product of the gradients of all inputs with a direction, differentiated, against the formula."""
-    jnp = jax.numpy
-    shapes = {"query": (2, 4, 3), "key": (1, 5, 3), "value": (1, 5, 2), "bias": (2, 1, 5)}
-    shapes |= {"sinks": (2,)} if sinks else {}
-    x, u = ({name: normal(3, *shape, dtype=np.float32) for name, shape in shapes.items()} for _ in "xu")
-
-    def ours(x):
-        return naj.attention(**x, softcap=2.0, return_lse=True)
-
-    def formula(x):
-        k, v = (jnp.repeat(a, 2, 0) for a in (x["key"], x["value"]))
-        s = 2 * jnp.tanh(x["query"] @ k.swapaxes(-1, -2) / np.sqrt(3) / 2) + x["bias"]
-        sink = x["sinks"][:, None, None] if sinks else jnp.full((2, 1, 1), -jnp.inf)
-        lse = jax.nn.logsumexp(jnp.concatenate([s, jnp.broadcast_to(sink, (2, 4, 1))], -1), -1)
-        return jnp.exp(s - lse[..., None]) @ v, lse
-
-    def product(f):
-        def loss(x):
-            out, lse = f(x)
-            return (out**3).sum() + (lse**2).sum()
-
-        def along(x, u):
-            grads = jax.grad(loss)(x)
-            return sum(jnp.vdot(grads[name], u[name]) for name in x)
-
-        return jax.grad(along, argnums=(0, 1))
-
-    wrap = {"plain": lambda f: f, "jit": jax.jit, "vmap": jax.vmap}[how]
-    if how != "vmap":
-        x, u = ({name: a[0] for name, a in d.items()} for d in (x, u))
-    got, want = (wrap(product(f))(x, u) for f in (ours, formula))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-4 * max(1, np.abs(b).max()))
 
 
 def test_alibi_slopes_are_constants(jax, naj):

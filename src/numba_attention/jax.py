@@ -1,34 +1,22 @@
-"""`attention` for JAX arrays on the CPU, with gradients: ``import numba_attention.jax as naj``.
-
-XLA calls back into Python to compute attention, and the kernels read and write its buffers in place. This does not use
-`jax.pure_callback`, which copies its arguments with JAX inside the callback: on a machine with one core, that copy
-waits for the thread that runs the callback, and so for ever (jax issue 24255).
-"""
+"""`attention` for JAX arrays on the CPU, with its derivatives: ``import numba_attention.jax as naj``."""
 
 from __future__ import annotations  # short types in help()
 
-from collections.abc import Iterable, Iterator
-from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias, Unpack, overload
+from typing import Any, Literal, TypeAlias, Unpack, overload
 
 import numpy as np
 
-from . import api, second
 from .backends import select
 from .masks.blockmask import BlockMask
 from .narrowing import saturated
 from .options import (
     PER_CALL,
     PER_HEAD,
-    PER_SCORE,
     PER_SEQUENCE,
-    Gradients,
     OptionArguments,
     Options,
     gather,
-    is_mod_arg,
     join_mod_args,
-    place_of,
     split_mod_args,
     takes_options,
 )
@@ -38,40 +26,12 @@ from .validation import as_flag, as_seed
 try:
     import jax
     import jax.numpy as jnp
-    from jax.experimental.buffer_callback import buffer_callback
+
+    from .jax_primitive import ARRAYS, OF_CALL, Static, attention_with_lse
 except ImportError as error:
     raise ImportError("numba_attention.jax needs JAX 0.6.2 or newer; install it with: pip install jax") from error
 
 JaxArray: TypeAlias = jax.Array
-
-# Options that are arrays, which XLA passes at each call. The others are fixed when a function is traced.
-_ARRAYS = (*PER_SCORE, *PER_HEAD, *PER_SEQUENCE, *PER_CALL)
-# What is the same for all elements of a call, so that `jax.vmap` makes a call for each of its own.
-_OF_CALL = (*PER_CALL, "seed")
-# What gradients are differentiated by, and the beginning of the names of directions.
-_TWICE = (*Gradients._fields[:5], "out", "lse", "grad_out", "grad_lse")
-_TANGENT = "tangent of "
-
-
-class _Static(NamedTuple):
-    """The part of a call that is fixed when it is traced. It is hashable, so that equal calls share compiled code."""
-
-    ndim: int  # of query, key, value, mask and bias before `jax.vmap` adds axes in front
-    out_shape: tuple[int, ...]
-    dtype: str
-    settings: Options  # the options that are not arrays, and a `BlockMask`
-    backend: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Return the options that are not arrays, and the backend."""
-        fixed = {name: x for name, x in self.settings._asdict().items() if name not in _ARRAYS or x is not None}
-        del fixed["seed"]
-        return fixed | {"backend": self.backend}
-
-    def arguments(self, arrays: dict[str, Any]) -> dict[str, Any]:
-        """Return all arguments of a call with these arrays."""
-        return join_mod_args(arrays | self.options)
 
 
 @overload
@@ -104,7 +64,7 @@ def attention(
     backend: str | None = None,
     **options: Unpack[OptionArguments],
 ) -> JaxArray | tuple[JaxArray, JaxArray]:
-    """Exact scaled dot-product attention of JAX arrays, in linear memory; works under jit, grad and vmap.
+    """Exact scaled dot-product attention of JAX arrays, in linear memory; works under jit, grad, jvp and vmap.
 
     Parameters
     ----------
@@ -148,7 +108,8 @@ def attention(
         As in `numba_attention.attention`, when the function is traced. Only lengths that are traced themselves are
         checked later; what is wrong with them comes as a `jax.errors.JaxRuntimeError`.
     NotImplementedError
-        A third derivative is asked for, a second one with respect to `mod_args`, or one with respect to `alibi_slopes`.
+        A third derivative is asked for, or forward mode over forward mode; for `mod_args`, a second derivative or
+        forward mode; for `alibi_slopes`, any derivative.
 
     See Also
     --------
@@ -156,12 +117,13 @@ def attention(
 
     Notes
     -----
-    It can be differentiated twice in reverse mode, in linear memory too. JAX refuses forward mode, of which
-    `jax.hessian` consists in part: use ``jax.jacrev(jax.jacrev(f))``, or ``jax.grad`` of a product with ``jax.grad``.
+    It can be differentiated in forward and in reverse mode (`jax.jvp`, `jax.linearize`, `jax.grad`), and twice, in
+    linear memory too: forward over reverse (`jax.hessian`, ``jax.jvp`` of ``jax.grad``), reverse over reverse and
+    reverse over forward. See the page "Second derivatives".
 
-    Axes that `jax.vmap` adds become leading dimensions of one call. With `sinks`, `seed` or arrays in `mod_args` there
-    is a call for each element instead: sinks are one per head for a whole call, arrays of mods are the same for it, and
-    elements with the same seed have the same mask.
+    Axes that `jax.vmap` adds become leading dimensions of one call. There is a call for each element instead with
+    dropout, `score_mod` or `mask_mod`, which count the sequences of a call, and where elements have `sinks`, or
+    derivatives by them, of their own. Elements with the same seed have the same mask.
 
     Arrays must be on a CPU device. The number of threads is ``NUMBA_NUM_THREADS``: `numba.set_num_threads` counts
     for the thread that calls it, and XLA calls from threads of its own.
@@ -169,7 +131,7 @@ def attention(
     References
     ----------
     .. [1] Dao, "FlashAttention-2", 2023, algorithms 1 and 2.
-    .. [2] JAX documentation, "External callbacks" and "Custom derivative rules for Python code".
+    .. [2] JAX documentation, "JAX internals: primitives" and "External callbacks".
 
     Examples
     --------
@@ -183,10 +145,10 @@ def attention(
     """
     fixed_options, of_mods = split_mod_args(options, _is_array)
     settings = gather(attention, fixed_options)
-    arguments = {"query": query, "key": key, "value": value} | {name: getattr(settings, name) for name in _ARRAYS}
+    arguments = {"query": query, "key": key, "value": value} | {name: getattr(settings, name) for name in ARRAYS}
     arguments |= of_mods
     seed = None if settings.seed is None else _words_of_seed(settings.seed)
-    fixed: dict[str, Any] = dict.fromkeys(_ARRAYS) | {"seed": None if seed is None else 0}
+    fixed: dict[str, Any] = dict.fromkeys(ARRAYS) | {"seed": None if seed is None else 0}
     if isinstance(settings.mask, BlockMask):
         fixed["mask"] = arguments.pop("mask")
     arrays = {name: jnp.asarray(_as_wide_as_jax(x)) for name, x in arguments.items() if x is not None}
@@ -198,14 +160,14 @@ def attention(
     ranks = dict.fromkeys(PER_SEQUENCE, ndim - 3) | dict.fromkeys(PER_HEAD, ndim - 2)
     # Arrays get all their axes here, so that they still broadcast correctly when vmap adds one in front.
     for name, x in arrays.items():
-        if name not in _OF_CALL and name not in of_mods:
+        if name not in OF_CALL and name not in of_mods:
             arrays[name] = jnp.expand_dims(x, tuple(range(ranks.get(name, ndim) - x.ndim)))
     window = None if settings.window is None else tuple(None if x is None else int(x) for x in settings.window)
     settings = settings._replace(
         window=window, scale=problem.scale, softcap=problem.softcap, mod_args=tuple(settings.mod_args)
     )
-    static = _Static(ndim, problem.out.shape, str(problem.out.dtype), settings, chosen)
-    out, lse = (x[0] if problem.result.ndim < ndim else x for x in _attention(static, arrays))
+    static = Static(problem.out.shape, str(problem.out.dtype), settings, chosen)
+    out, lse = (x[0] if problem.result.ndim < ndim else x for x in attention_with_lse(static, arrays))
     return (out, lse) if as_flag("return_lse", return_lse) else out
 
 
@@ -253,158 +215,3 @@ def _check(
     problem = build(query, key, value, Options(**join_mod_args(options._asdict() | examples)), None, True)
     # The backend is returned by name, because the callback may run in a thread in which `use_backend` has no effect.
     return problem, vars(select(backend, query, key, value))["__name__"].rpartition(".")[2]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, arrays: dict[str, Any]) -> tuple[Any, Any]:
-    """Return out and lse, for arrays with all their axes."""
-    lse_dtype = "float64" if static.dtype == "float64" else "float32"
-    results = {
-        "out": jax.ShapeDtypeStruct(static.out_shape, static.dtype),
-        "lse": jax.ShapeDtypeStruct(static.out_shape[:-1], lse_dtype),
-    }
-    result = buffer_callback(_Forward(static), results, vmap_method="expand_dims")(**arrays)
-    return result["out"], result["lse"]
-
-
-def _forward(static: _Static, arrays: dict[str, Any]) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
-    perturbed = {name for name, x in arrays.items() if x.perturbed}
-    if "alibi_slopes" in perturbed:
-        raise NotImplementedError("alibi_slopes have no gradient here; pass jax.lax.stop_gradient(alibi_slopes)")
-    values = {name: x.value for name, x in arrays.items()}
-    result = _attention(static, values)
-    # A residual is a pytree, whose structure says which gradients are wanted: a dict with names and without arrays.
-    wanted = [name for name in arrays if name in perturbed and (name in Gradients._fields or is_mod_arg(name))]
-    return result, (values, *result, dict.fromkeys(wanted))
-
-
-def _backward(static: _Static, residual: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[dict[str, Any]]:
-    arrays, out, lse, wanted = residual
-    of_results = dict(zip(("grad_out", "grad_lse"), cotangents, strict=True))
-    of_results = {name: x for name, x in of_results.items() if not isinstance(x, jax.custom_derivatives.SymbolicZero)}
-    grads = dict.fromkeys(arrays)
-    if of_results and wanted:
-        grads |= _gradients(static, tuple(wanted), arrays | of_results | {"out": out, "lse": lse})
-    return (grads,)
-
-
-_attention.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gradients(static: _Static, wanted: tuple[str, ...], arrays: dict[str, Any]) -> dict[str, Any]:
-    results = {name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in wanted}
-    grads: dict[str, Any] = buffer_callback(_Backward(static), results, vmap_method="expand_dims")(**arrays)
-    return grads
-
-
-def _gradients_forward(static: _Static, wanted: tuple[str, ...], arrays: dict[str, Any]) -> tuple[Any, Any]:
-    moving = [name for name, x in arrays.items() if x.perturbed]
-    _refuse_second(name for name in moving if name not in _TWICE)
-    values = {name: x.value for name, x in arrays.items()}
-    return _gradients(static, wanted, values), (values, dict.fromkeys(moving))
-
-
-def _gradients_backward(
-    static: _Static, wanted: tuple[str, ...], residual: tuple[Any, Any], cotangents: dict[str, Any]
-) -> tuple[dict[str, Any]]:
-    arrays, moving = residual
-    zero = jax.custom_derivatives.SymbolicZero
-    direction = {name: x for name, x in cotangents.items() if not isinstance(x, zero)}
-    _refuse_second(name for name in direction if is_mod_arg(name))
-    grads = dict.fromkeys(arrays)
-    if direction and moving:
-        tangents = {_TANGENT + name: x for name, x in direction.items()}
-        grads |= _second(static, tuple(moving), arrays | tangents)
-    return (grads,)
-
-
-def _refuse_second(names: Iterable[str]) -> None:
-    for name in names:
-        raise NotImplementedError(f"{name} has no second derivative; pass jax.lax.stop_gradient({name})")
-
-
-_gradients.defvjp(_gradients_forward, _gradients_backward, symbolic_zeros=True)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _second(static: _Static, moving: tuple[str, ...], arrays: dict[str, Any]) -> dict[str, Any]:
-    """Return what comes back to the arguments of `_gradients`, with out and lse as arguments of their own."""
-    results = {name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in moving}
-    grads: dict[str, Any] = buffer_callback(_DoubleBackward(static), results, vmap_method="expand_dims")(**arrays)
-    return grads
-
-
-def _no_third_derivative(*arguments: Any) -> Any:
-    raise NotImplementedError("numba_attention.jax.attention can be differentiated twice, not three times")
-
-
-_second.defvjp(_no_third_derivative, _no_third_derivative)
-
-
-class _Forward(NamedTuple):
-    """The callback of `_attention`. It compares equal for equal calls, which are then compiled once."""
-
-    static: _Static
-
-    def __call__(self, context: Any, results: Any, **buffers: Any) -> None:
-        for targets, arrays in _calls(self.static, results, buffers):
-            _, lse = api.attention(**self.static.arguments(arrays), out=targets["out"], return_lse=True)
-            targets["lse"][...] = lse
-
-
-class _Backward(NamedTuple):
-    """The callback of `_gradients`."""
-
-    static: _Static
-
-    def __call__(self, context: Any, results: Any, **buffers: Any) -> None:
-        for targets, arrays in _calls(self.static, results, buffers):
-            if "grad_out" not in arrays:
-                arrays["grad_out"] = np.broadcast_to(np.zeros((), arrays["out"].dtype), arrays["out"].shape)
-            places = [place_of(name) for name in targets if is_mod_arg(name)]
-            grads = api.attention_backward(**self.static.arguments(arrays), mod_grads=places or None)
-            for name, target in targets.items():
-                target[...] = grads.of(name)
-
-
-class _DoubleBackward(NamedTuple):
-    """The callback of `_second`."""
-
-    static: _Static
-
-    def __call__(self, context: Any, results: Any, **buffers: Any) -> None:
-        for targets, arrays in _calls(self.static, results, buffers):
-            direction = Gradients(*(arrays.pop(_TANGENT + name, None) for name in Gradients._fields[:5]))
-            if "grad_out" not in arrays:
-                arrays["grad_out"] = np.broadcast_to(np.zeros((), arrays["out"].dtype), arrays["out"].shape)
-            arguments = self.static.arguments(arrays)
-            back = second.attention_double_backward(direction, through_saved=True, **arguments)
-            for name, target in targets.items():
-                target[...] = getattr(back, name)
-
-
-def _calls(static: _Static, *buffers: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """View buffers as arrays, and split axes that vmap added into several calls if one call cannot have them."""
-    results, arrays = ({name: np.asarray(x) for name, x in group.items()} for group in buffers)
-    added = arrays["query"].ndim - static.ndim
-    if added:
-        # Such an axis has size 1 if the input is the same for all calls, yet each call has a gradient of its own.
-        lead = np.broadcast_shapes(*(x.shape[:added] for x in arrays.values()))
-        arrays = {name: np.broadcast_to(x, lead + x.shape[added:]) for name, x in arrays.items()}
-    if added and any(name in _OF_CALL or is_mod_arg(name) for name in arrays):
-        for index in np.ndindex(lead):
-            yield (
-                {name: x[index] for name, x in results.items()},
-                _one_call({name: x[index] for name, x in arrays.items()}),
-            )
-    else:
-        yield results, _one_call(arrays)
-
-
-def _one_call(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of one call, with the seed as one number."""
-    if "seed" in arrays:
-        low, high = (int(word) for word in arrays["seed"])
-        arrays["seed"] = low | high << 32
-    return arrays
