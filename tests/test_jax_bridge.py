@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import numba_attention as na
+from numba_attention import api
 
 
 @pytest.fixture(scope="module")
@@ -281,8 +282,8 @@ def test_alibi_slopes_are_constants(jax, naj):
 def test_backend_is_chosen_when_traced(jax, naj, monkeypatch):
     """The callback may run in a thread that knows nothing of `use_backend`."""
     seen = []
-    forward = naj.api.attention
-    monkeypatch.setattr(naj.api, "attention", lambda *a, **k: (seen.append(k["backend"]), forward(*a, **k))[1])
+    forward = api.attention
+    monkeypatch.setattr(api, "attention", lambda *a, **k: (seen.append(k["backend"]), forward(*a, **k))[1])
     x = normal(2, 3, 4, dtype=np.float32)
     for name in ("reference", "cpu"):
         with na.use_backend(name):

@@ -281,6 +281,9 @@ def _calls(call: Call, *buffers: Arrays) -> Iterator[tuple[Arrays, Arrays]]:
     """View buffers as arrays, and split axes that vmap added into several calls if one call cannot have them."""
     views: list[Arrays] = [{name: np.asarray(x) for name, x in group.items()} for group in buffers]
     results, arrays = views
+    if not call.lead and "seed" not in arrays:
+        yield results, arrays
+        return
     added, mods = len(call.lead), (call.static.settings.score_mod, call.static.settings.mask_mod)
     # Dropout and mods count the sequences of a call. Sinks are one for each head of a call, as are their derivatives.
     is_numbered = "seed" in arrays or mods != (None, None)
