@@ -309,7 +309,10 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         """P of scores; hidden scores weigh 0."""
         factor, weights = b.p.real("factor", kind), []
         for x, offset in zip(s, of_queries(e, "offset", b, base, e.opaque(thread), shift), strict=True):
-            weight = recompute(e, x, factor, offset, c.has_nan_minimum)
+            if c.fused_dq and c.E > 96:  # all 255 registers are taken: the limit of a weight would spill one
+                weight = e.exp2(e.fma(x, factor, offset))
+            else:
+                weight = recompute(e, x, factor, offset, c.has_nan_minimum)
             weights.append(e.select(product.is_hidden(e, x), x, weight) if nan_safe else weight)
         return weights
 
