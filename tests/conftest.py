@@ -1,5 +1,6 @@
 """What every test file shares: a profile for hypothesis, backends left as they were found, what rounds leave out."""
 
+import importlib
 import signal
 import sys
 import threading
@@ -54,6 +55,16 @@ def torch():
     torch = pytest.importorskip("torch")
     torch.set_num_threads(1)
     return torch
+
+
+@pytest.fixture(scope="session")
+def jax():
+    return pytest.importorskip("jax")
+
+
+@pytest.fixture(scope="session")
+def naj(jax):
+    return importlib.import_module("numba_attention.jax")
 
 
 @pytest.fixture

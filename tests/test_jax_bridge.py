@@ -1,6 +1,5 @@
 """numba_attention.jax: gradients by finite differences and against JAX's attention, transformations, no deadlock."""
 
-import importlib
 import inspect
 import os
 import subprocess
@@ -10,24 +9,14 @@ import numpy as np
 import pytest
 
 import numba_attention as na
+from jax_doubles import doubles
 from numba_attention import api
-
-
-@pytest.fixture(scope="module")
-def jax():
-    return pytest.importorskip("jax")
-
-
-@pytest.fixture(scope="module")
-def naj(jax):
-    return importlib.import_module("numba_attention.jax")
 
 
 @pytest.fixture
 def x64(jax):
     """Doubles in this test, and in no other."""
-    switch = jax.enable_x64 if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental").enable_x64
-    with switch(True):
+    with doubles(jax):
         yield
 
 

@@ -1,7 +1,5 @@
 """numba_attention.jax: derivatives in every order of modes, against Jacobian and Hessian of the formula in float64."""
 
-import importlib
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
@@ -10,27 +8,11 @@ import pytest
 from hypothesis import given, settings
 
 from dropout_mask import kept
+from jax_doubles import doubles
 
 B, H, L, S = 2, 2, 2, 3
 SHAPES = {"query": (B, H, L, 2), "key": (B, 1, S, 2), "value": (B, 1, S, 1), "bias": (1, H, 1, S), "sinks": (H,)}
 ABSENT = {"bias": 0, "sinks": -np.inf}  # what means the same
-
-
-@pytest.fixture(scope="module")
-def jax():
-    return pytest.importorskip("jax")
-
-
-@pytest.fixture(scope="module")
-def naj(jax):
-    return importlib.import_module("numba_attention.jax")
-
-
-@contextmanager
-def doubles(jax):
-    switch = jax.enable_x64 if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental").enable_x64
-    with switch(True):
-        yield
 
 
 def draw_inputs(rng):

@@ -3,12 +3,11 @@
 import sys
 
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 
 import numba_attention as na
-from device import CupyArray, NumbaArray, Tensor, fake_cupy, fake_numba_cuda, fake_torch
+from device import CupyArray, NumbaArray, Tensor, fake_cupy, fake_torch, install
 from emulator import emulated
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -18,9 +17,7 @@ PAIRS = [(dtype, storage) for dtype in DTYPES for storage in STORAGES if storage
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", fake_torch())
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
-    monkeypatch.setattr(numba, "cuda", fake_numba_cuda(), raising=False)
+    install(monkeypatch)
     with emulated(monkeypatch) as driver:
         yield driver
 

@@ -1,14 +1,11 @@
 """Results on a GPU are merged there: formulas in float64 on plain arrays, and what is empty as on the host."""
 
-import sys
-
-import numba
 import numpy as np
 import pytest
 
 import numba_attention as na
 from cases import DTYPES
-from device import CupyArray, NumbaArray, Tensor, fake_cupy, fake_numba_cuda, fake_torch
+from device import CupyArray, NumbaArray, Tensor, install
 from emulator import emulated
 
 BOUNDS = {"float32": 3e-6, "float64": 1e-14, "float16": 1e-3, "bfloat16": 8e-3}
@@ -16,9 +13,7 @@ BOUNDS = {"float32": 3e-6, "float64": 1e-14, "float16": 1e-3, "bfloat16": 8e-3}
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", fake_torch())
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
-    monkeypatch.setattr(numba, "cuda", fake_numba_cuda(), raising=False)
+    install(monkeypatch)
     with emulated(monkeypatch) as driver:
         yield driver
 

@@ -12,7 +12,6 @@ import types
 from pathlib import Path
 
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 
@@ -29,8 +28,8 @@ from device import (
     Tensor,
     fake_cupy,
     fake_jax,
-    fake_numba_cuda,
     fake_torch,
+    install,
 )
 from numba_attention.backends import cuda as backend
 from numba_attention.device import arrays, runtime
@@ -45,9 +44,7 @@ Q, K, V = (RNG.standard_normal((2, heads, 7, 8), dtype=np.float32) for heads in 
 def libraries(monkeypatch, device):
     """Fakes of every library, and what each is."""
     made = {"torch": fake_torch(), "cupy": fake_cupy(), "jax": fake_jax()}
-    for name, module in made.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(numba, "cuda", fake_numba_cuda(), raising=False)
+    install(monkeypatch, **made)
     return types.SimpleNamespace(**made)
 
 

@@ -4,12 +4,11 @@ import sys
 import threading
 from functools import partial
 
-import numba
 import numpy as np
 import pytest
 
 import numba_attention as na
-from device import CupyArray, NumbaArray, Tensor, fake_cupy, fake_numba_cuda, fake_torch
+from device import CupyArray, NumbaArray, Tensor, install
 from emulator import emulated
 from numba_attention.cuda import tile_shapes
 from numba_attention.device import constants, replay
@@ -20,9 +19,7 @@ KINDS = {"torch": Tensor, "cupy": CupyArray, "numba": NumbaArray}
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", fake_torch())
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
-    monkeypatch.setattr(numba, "cuda", fake_numba_cuda(), raising=False)
+    install(monkeypatch)
     monkeypatch.setattr(replay, "_recorded", replay.BoundedCache())
     with emulated(monkeypatch, races=False) as driver:
         yield driver

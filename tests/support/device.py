@@ -2,11 +2,13 @@
 
 import array
 import ctypes
+import sys
 import types
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numba
 import numpy as np
 
 from numba_attention.cuda.parameters import REALS
@@ -353,6 +355,13 @@ def fake_numba_cuda():
         external_stream=lambda handle: ("stream", handle),
         as_cuda_array=lambda exported, sync: NumbaArray.of(exported._array),
     )
+
+
+def install(monkeypatch, **libraries):
+    """Put fakes of libraries in the place of real ones: of PyTorch and CuPy, or of these; and of Numba's own arrays."""
+    for name, library in (libraries or {"torch": fake_torch(), "cupy": fake_cupy()}).items():
+        monkeypatch.setitem(sys.modules, name, library)
+    monkeypatch.setattr(numba, "cuda", fake_numba_cuda(), raising=False)
 
 
 def _bfloat16():

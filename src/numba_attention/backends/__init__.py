@@ -121,10 +121,8 @@ def _select_for_others(name: str, arrays: Sequence[Any]) -> Backend:
     some_on_device = any(are_on_device)
     if not all(are_on_device):
         family = family_for(arrays)
-        if (
-            family is not None and family.is_lazy
-        ):  # its tasks choose, on machines that may have a GPU where this has none
-            return cast(Backend, family)
+        if family is not None and family.is_lazy:
+            return cast(Backend, family)  # its tasks choose, on machines that may have a GPU where this has none
     if name == "auto":
         name = "cuda" if some_on_device else "cpu"
     chosen = _get(name)

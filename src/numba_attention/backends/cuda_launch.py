@@ -13,7 +13,7 @@ from ..cuda.softmax import LOG2E
 from ..cuda.spec import Mods, Spec
 from ..device import runtime
 from ..device.constants import upload
-from ..device.headers import address_of
+from ..device.headers import address_of, has_whole_words
 from ..intervals import FAR, keys_of_rows, rows_of_keys
 from ..options import Array
 from ..problem.dense import WHOLE, Problem
@@ -34,28 +34,14 @@ def check_size(p: Problem) -> None:
 
 
 def is_aligned(*arrays: Array) -> bool:
-    """Whether rows begin at multiples of 16 bytes and have no gaps, as asynchronous copies of 16 bytes require."""
-    for x in arrays:
-        size = x.itemsize
-        if x.strides[-1] != size or x.shape[-1] * size % 16 or address_of(x) % 16:
-            return False
-        if any(stride % 16 for stride in x.strides[:-1]):
-            return False
-    return True
+    """Whether rows are whole words of 16 bytes, as asynchronous copies of 16 bytes require."""
+    return all(has_whole_words(x, 16) for x in arrays)
 
 
 def _has_pairs(p: Problem) -> bool:
-    """Whether two neighbours of bias and mask can be read at once: rows begin at even elements and have no gaps."""
+    """Whether two neighbours of bias and mask can be read at once."""
     arrays = [x for x in (p.bias, p.mask) if x is not None]
-    if not arrays or p.packing is not None:
-        return False
-    for x in arrays:
-        pair = 2 * x.itemsize
-        if x.strides[-1] != x.itemsize or x.shape[-1] % 2 or address_of(x) % pair:
-            return False
-        if any(stride % pair for stride in x.strides[:-1]):
-            return False
-    return True
+    return bool(arrays) and p.packing is None and all(has_whole_words(x, 2 * x.itemsize) for x in arrays)
 
 
 _AT = {name: n for n, name in enumerate(INTEGERS)}

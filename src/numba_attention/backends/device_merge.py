@@ -9,7 +9,7 @@ from ..cuda.merge import AXES, PART
 from ..cuda.parameters import REALS
 from ..cuda.spec import Spec
 from ..device import runtime
-from ..device.headers import address_of
+from ..device.headers import address_of, has_whole_words
 from ..options import Array
 from .device_sums import add_up
 from .records import storage_of
@@ -40,8 +40,9 @@ def merge(parts: list[Array], logs: list[Array], out: Array, lse: Array) -> None
     ]
     table = runtime.upload(np.array(entries[:-1], np.int64), runtime.stream())
     assert table.shape[1] == len(PART)
+    pairs = out.itemsize == 2 and all(has_whole_words(x, 4) for x in arrays[0])
     c = Spec(
-        "merge", storage_of(out.dtype), 32, 32, warps=WARPS, aligned=all(map(_has_pairs, arrays[0])),
+        "merge", storage_of(out.dtype), 32, 32, warps=WARPS, aligned=pairs,
         to=storage_of(lse.dtype), arch=runtime.current_device().arch,
     )  # fmt: skip
     integers = [address_of(table), *entries[-1], *shape[1:], len(parts), rows, out.shape[-1]]
@@ -75,10 +76,3 @@ def _contiguous(x: Array) -> Array:
     copy = runtime.empty(x.shape, x.dtype, stream)
     add_up(x, copy, runtime.current_device().arch, stream)
     return copy
-
-
-def _has_pairs(x: Array) -> bool:
-    """Whether the features of a half type can be read in pairs."""
-    if x.strides[-1] != x.itemsize or x.shape[-1] % 2:
-        return False
-    return all(n % 4 == 0 for n in (address_of(x), *x.strides[:-1]))

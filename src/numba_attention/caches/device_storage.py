@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..device import runtime
-from ..device.headers import address_of
+from ..device.headers import address_of, has_whole_words
 from ..device.operands import Operands
 from ..options import Array
 from .storage import Arrays, Storage
@@ -119,7 +119,7 @@ def _write(
             f"a call can append up to 2**31 rows to a cache on a GPU, got {tokens} tokens of {heads} heads"
         )
     copied = source.dtype == target.dtype and not scaled
-    wide = copied and all(map(_is_aligned, (x for side in sides for x in side[:2])))
+    wide = copied and all(has_whole_words(x, CHUNK) for side in sides for x in side[:2])
     of, to = source.dtype.name, target.dtype.name
     if copied:
         of = to = "float32" if wide else append.element_storage(source.itemsize)
@@ -140,11 +140,3 @@ def _write(
     c = Spec("append", of, 32, 32, warps=WARPS, aligned=wide, to=to, arch=device.arch)
     grid = (-(-tokens * heads // WARPS), len(sides), 1)
     runtime.launch(kernels.compiled(c), grid, integers, [0.0] * len(REALS), runtime.stream())
-
-
-def _is_aligned(x: Array) -> bool:
-    """Whether rows begin at multiples of 16 bytes and have no gaps."""
-    size = x.itemsize
-    if (x.shape[-1] > 1 and x.strides[-1] != size) or x.shape[-1] * size % CHUNK or address_of(x) % CHUNK:
-        return False
-    return not any(stride % CHUNK for stride in x.strides[:-1])

@@ -21,6 +21,7 @@ import dask.array as da
 import numpy as np
 from dask.base import tokenize
 
+from ..layer.heads import as_features
 from ..layer.inputs import check_inputs, hide_padding
 from ..layer.lazy import LazyContext
 from ..layer.parameters import INPUTS
@@ -452,8 +453,7 @@ def _turn(places: Array, rotation: tuple[Rotation, bool], dtype: Any) -> Turn:
 
 def _joined(heads: Array) -> Array:
     """(..., heads, L, E) -> (..., L, heads * E)."""
-    rows = heads.swapaxes(-3, -2)
-    return rows.reshape(*rows.shape[:-2], rows.shape[-2] * rows.shape[-1])
+    return as_features(heads.swapaxes(-3, -2))
 
 
 def _add(parts: Sequence[Array]) -> Array:

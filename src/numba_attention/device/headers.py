@@ -66,6 +66,13 @@ def address_of(array: Array) -> int:
     return int(array.__array_interface__["data"][0])
 
 
+def has_whole_words(array: Array, size: int) -> bool:
+    """Return whether rows have no gaps, and are whole words of so many bytes, at multiples of that size."""
+    if array.strides[-1] != array.itemsize or array.shape[-1] * array.itemsize % size:
+        return False
+    return not any(n % size for n in (address_of(array), *array.strides[:-1]))
+
+
 def stored(array: Array) -> Array:
     """Return the part of a broadcast array that is in memory: one element of every axis with stride 0."""
     # The ellipsis keeps an array without axes an array. NumPy would otherwise read its element to make a scalar.

@@ -17,7 +17,6 @@ import numpy as np
 
 from ..options import Array
 
-TERMS = 8  # coefficients that a kernel reads
 _LOG2E = 1 / math.log(2)
 _COEFFICIENTS = {
     # A minimax fit by linear programming: the error of Phi is at most 3e-8 before rounding.
@@ -42,6 +41,8 @@ def coefficients_of(name: str, dtype: np.dtype[Any]) -> Array | None:
     """Return the coefficients that a kernel reads; None where they are not exact enough, for GELU in float64."""
     if name == "gelu" and dtype == np.float64:
         return None
+    from ..cpu.activations import TERMS
+
     coefficients = np.zeros(TERMS, dtype)
     coefficients[: len(_COEFFICIENTS[name])] = _COEFFICIENTS[name]
     return coefficients
