@@ -36,6 +36,16 @@ def nothing_remembered(monkeypatch):
         monkeypatch.setattr(getattr(recall, name), "table", recall.NOTHING)
 
 
+@pytest.fixture(autouse=True)
+def one_thread_on_workqueue():
+    """Workqueue, which runs where OpenMP is not installed, takes one call at a time, so that all go the usual way."""
+    before = numba.get_num_threads()
+    if na.show_config("dicts")["CPU"]["threading layer"] == "workqueue":
+        numba.set_num_threads(1)
+    yield
+    numba.set_num_threads(before)
+
+
 @pytest.fixture
 def usual(monkeypatch):
     """How many calls went the usual way."""
