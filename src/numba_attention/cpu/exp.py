@@ -1,5 +1,6 @@
 """exp2, tanh, logarithms, powers, sine and cosine on vectors, by polynomials."""
 
+import numpy as np
 from llvmlite import ir
 
 from .simd import I8, I16, I32, Builder, Value, Vector, call
@@ -59,6 +60,8 @@ def tanh(vector: Vector, b: Builder, x: Value, factor: Value, coefficients: tupl
     nothing where n = 0.
     """
     c = b.fmul(factor, ir.Constant(vector.element, -2 * 1.4426950408889634))
+    largest = ir.Constant(vector.element, float(-np.finfo(vector.dtype).max))
+    c = b.select(b.fcmp_ordered("<", c, largest), largest, c)  # an infinite c times a score of 0 would be NaN
     highest = vector.splat(b, b.fdiv(ir.Constant(vector.element, -float(vector.exponent_bias)), c))
     c = vector.splat(b, c)
     size = vector.min(b, highest, vector.abs(b, x))  # NaN stays NaN
