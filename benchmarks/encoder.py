@@ -1,4 +1,4 @@
-"""The demo's encoder as a whole beside PyTorch's, on equal tokens: ``python benchmarks/encoder.py [--into README.md]``.
+"""The demo's encoder as a whole beside PyTorch's, on equal tokens: ``python benchmarks/encoder.py [--json FILE]``.
 
 As ``numba-attention bench`` does it: a process for each contender, turns, rests between them, ratios within a round and
 their median. PyTorch gets the batch size that is fastest for it. Reading text is left out; all use the same tokenizer.
@@ -6,6 +6,7 @@ their median. PyTorch gets the batch size that is fastest for it. Reading text i
 
 import argparse
 import datetime
+import json
 import multiprocessing
 import statistics
 import sys
@@ -15,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-START, END = "<!-- encoder:start -->", "<!-- encoder:end -->"
 REST = 0.15  # seconds; OpenBLAS's threads spin for 0.1 after a product
 BATCHES = (8, 16, 32, 64, 128)  # sentences, tried by PyTorch
 
@@ -71,7 +71,7 @@ def serve(name, threads, pipe):
         pipe.send((time.perf_counter() - start, embeddings))
 
 
-def measure(threads, rounds):
+def time_works(threads, rounds):
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for name in CONTENDERS:
@@ -101,23 +101,31 @@ def measure(threads, rounds):
         pipe.send(None)
 
 
-def table(threads, rounds):
+def measure(threads, rounds):
+    """Return the seconds of every round, by work and contender, and the circumstances."""
     from importlib.metadata import version
 
+    found = {"date": datetime.date.today().isoformat(), "threads": threads, "rounds": rounds, "works": {}}
+    found["versions"] = {name: version(name) for name in ("numba-attention", "numpy", "torch")}
+    for work, sequences, seconds in time_works(threads, rounds):
+        found["works"][work] = {"tokens": sum(map(len, sequences)), "seconds": seconds}
+        print(work, {name: f"{min(times):.3f}-{max(times):.3f} s" for name, times in seconds.items()}, file=sys.stderr)
+    return found
+
+
+def as_markdown(found):
     names = list(CONTENDERS)
     lines = ["| encoder, float32 | tokens/s | " + " | ".join(f"x {name}" for name in names[1:]) + " |"]
     lines += ["| --- |" + " ---: |" * len(names)]
-    for work, sequences, seconds in measure(threads, rounds):
-        tokens = sum(map(len, sequences))
-        cells = [work, f"{tokens / statistics.median(seconds['ours']):.0f}"]
+    for work, measured in found["works"].items():
+        seconds = measured["seconds"]
+        cells = [work, f"{measured['tokens'] / statistics.median(seconds['ours']):.0f}"]
         for name in names[1:]:
             ratios = [other / own for other, own in zip(seconds[name], seconds["ours"], strict=True)]
             cells.append(f"{statistics.median(ratios):.2f}")
         lines.append("| " + " | ".join(cells) + " |")
-        spread = {name: f"{min(times):.3f}-{max(times):.3f} s" for name, times in seconds.items()}
-        print(work, spread, file=sys.stderr)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("numba-attention", "numpy", "torch"))
-    lines += ["", f"{threads} threads; {versions}; {datetime.date.today()}; medians of {rounds} rounds."]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    lines += ["", f"{found['threads']} threads; {versions}; {found['date']}; medians of {found['rounds']} rounds."]
     return "\n".join(lines)
 
 
@@ -125,14 +133,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--into", type=Path, help=f"put the table between {START} and {END} of this file")
+    parser.add_argument("--json", type=Path, help="write every measured number to this file")
     arguments = parser.parse_args()
-    text = table(arguments.threads, arguments.rounds)
-    print(text)
-    if arguments.into is not None:
-        before, _, rest = arguments.into.read_text(encoding="utf-8").partition(START)
-        _, _, after = rest.partition(END)
-        arguments.into.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+    found = measure(arguments.threads, arguments.rounds)
+    print(as_markdown(found))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

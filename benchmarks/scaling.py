@@ -7,9 +7,12 @@ its clock falls and its caches are shared where more cores work.
 """
 
 import argparse
+import datetime
+import json
 import os
 import statistics
 import time
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -61,25 +64,42 @@ def seconds(call, least=0.3):
     return statistics.median(taken)
 
 
+def measure(counts):
+    """Return the median milliseconds of each work by the number of threads, and the circumstances."""
+    others, set_threads = peers()
+    found = {"date": datetime.date.today().isoformat(), "cores": os.cpu_count(), "works": {}}
+    for name, call in (works() | others).items():
+        taken = found["works"][name] = {}
+        for n in counts:
+            numba.set_num_threads(n)
+            set_threads(n)
+            taken[str(n)] = float(f"{1e3 * seconds(call):.4g}")
+    return found
+
+
+def as_markdown(found):
+    works = found["works"]
+    counts = list(map(int, next(iter(works.values()))))
+    lines = [f"| work | {' | '.join(f'{n} threads' for n in counts)} |\n| --- |{' ---: |' * len(counts)}"]
+    for name, taken in works.items():
+        first = counts[0] * taken[str(counts[0])]
+        cells = [f"{taken[str(n)]:.4g} ({first / n / taken[str(n)]:.2f})" for n in counts]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", f"{found['cores']} processors, float32, median milliseconds (efficiency); {found['date']}."]
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     cores = os.cpu_count() or 1
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= min(cores, numba.config.NUMBA_NUM_THREADS)]
     parser.add_argument("--threads", type=int, nargs="+", default=counts)
-    counts = parser.parse_args().threads
-    others, set_threads = peers()
-    calls = works() | others
-    print(f"{cores} cores, float32, median milliseconds (efficiency)")
-    print(f"| work | {' | '.join(f'{n} threads' for n in counts)} |\n| --- |{' --- |' * len(counts)}")
-    for name, call in calls.items():
-        cells, first = [], 0.0
-        for n in counts:
-            numba.set_num_threads(n)
-            set_threads(n)
-            taken = seconds(call)
-            first = first or taken * counts[0]
-            cells.append(f"{1e3 * taken:.2f} ({first / n / taken:.2f})")
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    parser.add_argument("--json", type=Path, help="write every measured number to this file")
+    arguments = parser.parse_args()
+    found = measure(arguments.threads)
+    print(as_markdown(found))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

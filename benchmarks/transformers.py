@@ -7,6 +7,7 @@ with attention that computes nothing.
 """
 
 import argparse
+import datetime
 import json
 import resource
 import statistics
@@ -109,6 +110,20 @@ def peak(implementation, threads):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def as_markdown(found):
+    lines = ["| model | ours | theirs | x |", "| --- | ---: | ---: | ---: |"]
+    for name, times in found["models"].items():
+        row = ROWS[name]
+        ours, theirs = times["numba_attention"], times[row.peer]
+        ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+        lines.append(f"| {name} | {min(ours) * 1e3:.0f} ms | `{row.peer}` {min(theirs) * 1e3:.0f} ms | {ratio:.2f} |")
+    if "extra MiB" in found:
+        lines.append(f"| Gemma 2 L16384, extra memory | {found['extra MiB']:.0f} MiB | | |")
+    kind = "Processor time" if found["cpu"] else "Time"
+    lines += ["", f"{kind} with {found['threads']} threads, float32, {found['rounds']} rounds; {found['date']}."]
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
@@ -116,6 +131,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action="store_true", help="measure the memory too, which takes a minute")
     parser.add_argument("--cpu", action="store_true", help="processor time of one thread, for a busy machine")
+    parser.add_argument("--json", type=Path, help="write every measured number to this file")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     settings = parser.parse_args()
@@ -133,21 +149,18 @@ def main():
         command = [sys.executable, __file__, "--threads", str(settings.threads), *arguments]
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
-    print("| model | ours | theirs | x | asked for |\n| --- | ---: | ---: | ---: | ---: |")
-    for name, row in ROWS.items():
+    found = {"date": datetime.date.today().isoformat(), "threads": settings.threads, "cpu": settings.cpu}
+    found |= {"rounds": settings.rounds, "models": {}}
+    for name in ROWS:
         if settings.rows.lower() in name.lower():
             clock = ["--cpu"] if settings.cpu else []
-            times = child("--rounds", str(settings.rounds), "--one", name, *clock)
-            ours, theirs = times["numba_attention"], times[row.peer]
-            ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-            print(
-                f"| {name} | {min(ours) * 1e3:.0f} ms | {row.peer} {min(theirs) * 1e3:.0f} ms | {ratio:.2f} "
-                f"| {row.bar} |",
-                flush=True,
-            )
+            found["models"][name] = child("--rounds", str(settings.rounds), "--one", name, *clock)
     if settings.memory:
-        extra = child("--peak", "numba_attention") - child("--peak", "nothing")
-        print(f"| Gemma 2 L16384, extra memory | {extra:.0f} MiB | | | < {MEMORY.bar:.0f} MiB |")
+        found["extra MiB"] = child("--peak", "numba_attention") - child("--peak", "nothing")
+    print(as_markdown(found))
+    print("asked for:", ", ".join(f"{name} {row.bar}" for name, row in ROWS.items()), f"; below {MEMORY.bar:.0f} MiB")
+    if settings.json is not None:
+        settings.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

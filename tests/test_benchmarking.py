@@ -11,6 +11,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+from benchmarks.tables import tables
 from rich.console import Console
 
 from numba_attention.benchmarking import (
@@ -20,7 +21,8 @@ from numba_attention.benchmarking import (
     as_json,
     as_markdown,
     as_table,
-    bars_as_markdown,
+    circumstances,
+    from_json,
     insert,
     left_out,
 )
@@ -128,25 +130,42 @@ def test_a_first_call_compiles():
 
 
 def test_reports(tmp_path):
-    facts = show_config("dicts")
-    table = as_markdown([example()], facts, threads=2, rounds=3)
+    found = circumstances(show_config("dicts"), 2, 3)
+    table = as_markdown([example()], found)
     assert "| small | 2 s |" in table
     assert "| 2.50 |" in table
-    assert not re.search(r"FAIL|verdict|bar\b|\(2\.00\)", table)
+    assert "2 threads" in table
+    assert not re.search(r"FAIL|verdict|bar\b|\(2\.00\)|\*\*", table)
+    assert "| 2.50 (2.00) | not measured | **0.50** (0.60) |" in as_markdown([example()], found, bars=True)
     terminal = io.StringIO()
     Console(width=200, file=terminal).print(as_table([example()]))
     for text in ("2.50 (2.00)", "FAIL", "verdict", "not measured"):
         assert text in terminal.getvalue()
     assert left_out([example(), example()]) == ["onnxruntime left out of small, small: not installed"]
-    assert '"rounds": 3' in as_json([example()], facts, 2, 3)
     (tmp_path / "page.md").write_text("no markers")
     with pytest.raises(ValueError, match="has no <!-- bench:start -->"):
         insert(tmp_path / "page.md", table)
 
 
-def test_bars_stand_on_the_page_about_performance():
-    page = Path(__file__).parent.parent / "docs" / "performance.md"
-    assert bars_as_markdown(list(ROWS.values())) in page.read_text(encoding="utf-8")
+def test_a_file_of_figures_is_read_as_it_was_written():
+    found = circumstances(show_config("dicts"), 2, 3)
+    row = ROWS["softcap 2048 E64"]
+    times = Result(row, {"ours": [1.0, 2.0, 4.0], "own": [1.0, 2.0, 3.0]}, {"torch": "has no softcap"})
+    changed = Result(replace(ROWS["tiny H8 64 E64"], L=65), {"ours": [1.0]})
+    results, then = from_json(as_json([times, changed, Result(SMALL, {"ours": [1.0]})], found))
+    assert then == found
+    assert [result.row for result in results] == list(ROWS.values())
+    by_name = {result.row.name: result for result in results}
+    assert by_name["softcap 2048 E64"] == times
+    assert not by_name["tiny H8 64 E64"].seconds, "figures of other work"
+    assert not by_name["full 4096 E64"].seconds, "figures of nothing"
+
+
+def test_pages_say_what_the_files_of_figures_say():
+    for page, name, text in tables():
+        assert f"<!-- {name}:start -->\n{text}\n<!-- {name}:end -->" in page.read_text(encoding="utf-8"), (
+            f"{page.name}: run python -m benchmarks.tables"
+        )
 
 
 def test_benchmarks_import_without_peers():

@@ -15,7 +15,7 @@ How a figure is measured, and why:
 - A library whose result differs from ours is not timed, and the report says so.
 """
 
-from .report import as_json, as_markdown, as_table, bars_as_markdown, insert, left_out
+from .report import as_json, as_markdown, as_table, circumstances, from_json, insert, left_out
 from .rows import ROWS, Row
 from .runner import Result, run
 
@@ -26,7 +26,8 @@ __all__ = [
     "as_json",
     "as_markdown",
     "as_table",
-    "bars_as_markdown",
+    "circumstances",
+    "from_json",
     "insert",
     "left_out",
     "run",

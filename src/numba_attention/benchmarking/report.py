@@ -4,7 +4,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Sequence
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..atomic import replacing
 from ..show_config import Facts
-from .rows import Row
+from .rows import ROWS
 from .runner import Result
 
 # Metric of `runner.Result`: heading of its column, and format of its figures. Times have a format of their own.
@@ -27,7 +27,6 @@ _COLUMNS: dict[str, tuple[str, str]] = {
     "onnxruntime": ("x ONNX RT", ".2f"),
     "own": ("x plain", ".2f"),
 }
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 
 
 def as_table(results: list[Result]) -> Table:
@@ -45,16 +44,34 @@ def as_table(results: list[Result]) -> Table:
     return table
 
 
-def as_markdown(results: list[Result], facts: Facts, threads: int, rounds: int) -> str:
-    """Return the measured figures as a Markdown table, without bars, and the circumstances of the measurement below."""
+def circumstances(facts: Facts, threads: int, rounds: int) -> dict[str, Any]:
+    """Return what a reader of the figures must know: when, on what, with which versions they were measured."""
+    wanted = ("numba-attention", "numba", "numpy", "torch", "onnxruntime", "python")
+    versions = facts["Versions"]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": f"{_processor()}, {facts['CPU']['SIMD']}",
+        "versions": {name: v.partition(" ")[0] for name in wanted if (v := versions[name]) != "not installed"},
+        "threads": threads,
+        "rounds": rounds,
+    }
+
+
+def as_markdown(results: list[Result], found: dict[str, Any], *, bars: bool = False) -> str:
+    """Return the measured figures as a Markdown table, and the circumstances of the measurement below.
+
+    With `bars`, the bar that a figure is held to follows it in parentheses, and figures that miss theirs are bold.
+    """
     lines = ["| " + " | ".join(_headings()) + " |", "| --- |" + " ---: |" * len(_COLUMNS)]
-    lines += ["| " + " | ".join(_cells(result, bars=False)) + " |" for result in results]
-    versions = ", ".join(f"{name} {version}" for name, version in _versions(facts).items())
-    spread = max((result.spread for result in results), default=0.0)
+    lines += ["| " + " | ".join(_cells(result, bars=bars, bold=bars)) + " |" for result in results]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    spreads = [result.spread for result in results if result.seconds]
     lines += [
         "",
-        f"{_processor()}, {facts['CPU']['SIMD']}; {threads} threads; {versions}; {datetime.date.today()}. "
-        f"Every figure is the median of {rounds} rounds; our own times varied by up to ±{spread:.0%} between rounds. "
+        f"{found['processor']}; {found['threads']} threads; {versions}; {found['date']}. "
+        f"Every figure is the median of {found['rounds']} rounds; our own times varied by up to "
+        f"±{max(spreads, default=0.0):.0%} between rounds, in half of the rows by less than "
+        f"±{statistics.median(spreads or [0.0]):.1%}. "
         "GF/s: billions of floating-point operations of the matrix products in a second. % gemm: this rate, relative "
         "to NumPy's own matrix product in the same precision. % read: bytes of the inputs in a second, relative to the "
         "read bandwidth of the memory. x: how many times as fast as the other library; x plain: the rate relative to "
@@ -63,30 +80,25 @@ def as_markdown(results: list[Result], facts: Facts, threads: int, rounds: int) 
     return "\n".join(lines)
 
 
-def bars_as_markdown(rows: Sequence[Row]) -> str:
-    """Return the bars of the rows as a Markdown table, for docs/performance.md."""
-    names = [name for name in _COLUMNS if any(name in row.bars for row in rows)]
-    lines = ["| work | " + " | ".join(_COLUMNS[name][0] for name in names) + " |", "| --- |" + " ---: |" * len(names)]
-    for row in rows:
-        if row.bars:
-            cells = [_format(name, row.bars[name]) if name in row.bars else "-" for name in names]
-            lines.append("| " + " | ".join([row.name, *cells]) + " |")
-    return "\n".join(lines)
+def as_json(results: list[Result], found: dict[str, Any]) -> str:
+    """Return everything that was measured, every round of it, with one row of the benchmark on a line."""
+    rows = ",\n".join(json.dumps(_plain(result)) for result in results)
+    return f'{json.dumps(found, indent=1)[:-2]},\n "rows": [\n{rows}\n]}}'
 
 
-def as_json(results: list[Result], facts: Facts, threads: int, rounds: int) -> str:
-    """Return everything that was measured, every round of it."""
-    return json.dumps(
-        {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "processor": _processor(),
-            "threads": threads,
-            "rounds": rounds,
-            "config": facts,
-            "rows": [_plain(result) for result in results],
-        },
-        indent=1,
-    )
+def from_json(text: str) -> tuple[list[Result], dict[str, Any]]:
+    """Read what `as_json` wrote, for the rows that exist today.
+
+    A row that is not in the text, or whose work is another now, has no figures.
+    """
+    found = json.loads(text)
+    rows = {row["name"]: row for row in found.pop("rows")}
+    results = []
+    for row in ROWS.values():
+        then = rows.get(row.name, {})
+        same = then.get("flops") == row.flops and then.get("bytes") == row.bytes
+        results.append(Result(row, then["seconds"], then["skipped"]) if same else Result(row))
+    return results, found
 
 
 def left_out(results: list[Result]) -> list[str]:
@@ -98,14 +110,18 @@ def left_out(results: list[Result]) -> list[str]:
     return [f"{name} left out of {', '.join(where)}: {why}" for (name, why), where in rows.items()]
 
 
-def insert(path: Path, text: str) -> None:
-    """Replace what stands between the two markers of a file."""
-    before, start, rest = path.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise ValueError(f"{path} has no {START} and {END}")
-    with replacing(path) as unfinished:
-        unfinished.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+def insert(path: Path, text: str, name: str = "bench") -> None:
+    """Replace what stands between the two markers of a file, `<!-- name:start -->` and `<!-- name:end -->`."""
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    page = path.read_text(encoding="utf-8")
+    before, has_start, rest = page.partition(start)
+    _, has_end, after = rest.partition(end)
+    if not (has_start and has_end):
+        raise ValueError(f"{path} has no {start} and {end}")
+    made = f"{before}{start}\n{text}\n{end}{after}"
+    if made != page:
+        with replacing(path) as unfinished:
+            unfinished.write_text(made, encoding="utf-8")
 
 
 _NUMBERS = {heading for heading, _ in _COLUMNS.values()}
@@ -115,13 +131,16 @@ def _headings() -> list[str]:
     return ["work", *(heading for heading, _ in _COLUMNS.values())]
 
 
-def _cells(result: Result, *, bars: bool) -> list[str]:
+def _cells(result: Result, *, bars: bool, bold: bool = False) -> list[str]:
     metrics, row = result.metrics, result.row
     cells = [row.name]
     for name in _COLUMNS:
         has_bar = bars and name in row.bars
         if name in metrics:
-            cells.append(_format(name, metrics[name]) + (f" ({_format(name, row.bars[name])})" if has_bar else ""))
+            figure = _format(name, metrics[name])
+            missed = bold and has_bar and not result.verdicts[name]
+            figure = f"**{figure}**" if missed else figure
+            cells.append(figure + (f" ({_format(name, row.bars[name])})" if has_bar else ""))
         else:
             cells.append("not measured" if has_bar else "-")
     return cells
@@ -145,17 +164,12 @@ def _duration(us: float) -> str:
     return f"{us:.3g} µs"
 
 
-def _versions(facts: Facts) -> dict[str, str]:
-    wanted = ("numba-attention", "numba", "numpy", "torch", "onnxruntime", "python")
-    return {name: v.partition(" ")[0] for name in wanted if (v := facts["Versions"][name]) != "not installed"}
-
-
 def _plain(result: Result) -> dict[str, Any]:
     return {
         "name": result.row.name,
         "flops": result.row.flops,
         "bytes": result.row.bytes,
-        "seconds": result.seconds,
+        "seconds": {name: [float(f"{t:.5g}") for t in times] for name, times in result.seconds.items()},
         "skipped": result.skipped,
         "metrics": result.metrics,
         "bars": result.row.bars,
@@ -173,4 +187,4 @@ def _processor() -> str:
     return f"{platform.processor() or platform.machine()} ({os.cpu_count()} CPUs)"
 
 
-__all__ = ["END", "START", "as_json", "as_markdown", "as_table", "bars_as_markdown", "insert", "left_out"]
+__all__ = ["as_json", "as_markdown", "as_table", "circumstances", "from_json", "insert", "left_out"]

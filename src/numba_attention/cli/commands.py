@@ -206,11 +206,11 @@ def bench(
         results = benchmarking.run(
             selected, threads=threads, rounds=rounds, seconds=seconds, contenders=contenders, progress=advance
         )
-    circumstances = (show_config("dicts"), threads, rounds)
+    found = benchmarking.circumstances(show_config("dicts"), threads, rounds)
     if json is not None:
         with replacing(json) as unfinished:
-            unfinished.write_text(benchmarking.as_json(results, *circumstances) + "\n", encoding="utf-8")
-    table = benchmarking.as_markdown(results, *circumstances)
+            unfinished.write_text(benchmarking.as_json(results, found) + "\n", encoding="utf-8")
+    table = benchmarking.as_markdown(results, found)
     if into is not None:
         benchmarking.insert(into, table)
     if markdown:
