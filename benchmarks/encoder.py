@@ -71,7 +71,7 @@ def serve(name, threads, pipe):
         pipe.send((time.perf_counter() - start, embeddings))
 
 
-def time_works(threads, rounds):
+def turns_of_works(threads, rounds):
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for name in CONTENDERS:
@@ -107,7 +107,7 @@ def measure(threads, rounds):
 
     found = {"date": datetime.date.today().isoformat(), "threads": threads, "rounds": rounds, "works": {}}
     found["versions"] = {name: version(name) for name in ("numba-attention", "numpy", "torch")}
-    for work, sequences, seconds in time_works(threads, rounds):
+    for work, sequences, seconds in turns_of_works(threads, rounds):
         found["works"][work] = {"tokens": sum(map(len, sequences)), "seconds": seconds}
         print(work, {name: f"{min(times):.3f}-{max(times):.3f} s" for name, times in seconds.items()}, file=sys.stderr)
     return found
