@@ -53,6 +53,26 @@ print(peak() - before - sum(x.nbytes for x in results if x is not None))
     assert child(code) < 64 * MiB
 
 
+@pytest.mark.peer
+def test_extra_memory_of_second_derivatives_through_jax():
+    """A matrix of all scores would take 256 MiB, and JAX's own attention takes ten of them."""
+    pytest.importorskip("jax")
+    code = """
+import jax, jax.numpy as jnp, numba_attention.jax as naj
+from numba_attention.benchmarking.memory import level, peak
+loss = lambda x: jnp.sum(naj.attention(x, x, x) ** 2)
+product = jax.jit(lambda x: jax.jvp(jax.grad(loss), (x,), (x,))[1])
+product(jnp.ones((1, 64, 64))).block_until_ready()
+x = jax.random.normal(jax.random.key(0), (1, 8192, 64))
+call = product.lower(x).compile()
+filling = level()
+before = peak()
+call(x).block_until_ready()
+print(peak() - before)
+"""
+    assert child(code) < 96 * MiB
+
+
 def test_measurement_sees_a_copy():
     code = """
 from numba_attention.benchmarking.memory import peak, ready

@@ -80,8 +80,9 @@ def attention(
     bias : array of float, broadcastable to (..., H, L, S), optional
         Added to the scaled scores; differentiable.
     **options
-        The others as in `numba_attention.attention`. Arrays may be traced, and have no gradients; numbers and names
-        are fixed when a function is traced.
+        The others in the signature above: their types, shapes and meanings stand in
+        ``help(numba_attention.attention)``. Arrays may be traced, and have no derivatives; numbers and names are fixed
+        when a function is traced.
     sinks : array of float, shape (H,), optional
         One extra logit per head in the softmax denominator; differentiable.
     seed : int or array of int, optional

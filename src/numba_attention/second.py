@@ -42,30 +42,45 @@ def attention_jvp(
     Parameters
     ----------
     tangents : Gradients
-        The direction (query, key, value, bias, sinks): each of the shape and dtype of its input, None for 0.
-    query, key, value : ndarray
-        As in `attention`.
+        The direction, a named tuple (query, key, value, bias, sinks): each of the shape and dtype of its argument, or
+        None for 0, which takes no product. Its last field, `mod_args`, must be None.
+    query : ndarray, shape (..., H, L, E)
+        float32, float64, float16 or ``ml_dtypes.bfloat16`` on the host, of any strides; (L, E) is one head.
+    key : ndarray, shape (..., Hkv, S, E)
+        dtype of `query`; H must be a multiple of Hkv. Leading dimensions broadcast.
+    value : ndarray, shape (..., Hkv, S, Ev)
+        dtype of `query`; Ev may differ from E.
     out, lse : ndarray, shape (..., H, L, Ev) and (..., H, L), optional
-        What `attention` returned, if it is known: pass both or neither.
+        What `attention` returned with ``return_lse=True`` for the same arguments, if it is known: pass both or neither.
     cu_seqlens_q, cu_seqlens_k : array of int, shape (n + 1,), optional
-        Offsets of packed sequences. Arrays are then as in `attention_varlen` and `attention_varlen_backward`.
+        Offsets of packed sequences: pass both or neither. Arrays are then as in `attention_varlen`: `query` and what
+        belongs to it (T_q, H, E or Ev), `key` and `value` (T_k, Hkv, E or Ev), `lse` and what belongs to it (H, T_q).
     **options
-        As in `attention`.
+        Every option of `attention`, from `mask` to `seed`, by the names in the signature above: their types, shapes and
+        meanings stand in ``help(numba_attention.attention)`` and, with offsets of packed sequences, in that of
+        `attention_varlen`. Only `bias` and `sinks` can move; the others, `mod_args` and
+        `alibi_slopes` among them, are constants.
     backend : {"auto", "cpu", "reference"}, optional
-        As in `attention`.
+        Overrides `set_backend` and `use_backend` for this call. "cuda" has no second derivatives.
 
     Returns
     -------
     Tangents
-        Named tuple (out, lse, out_tangent, lse_tangent), of the shapes and dtypes of `out` and `lse`. A row that may
+        Named tuple (out, lse, out_tangent, lse_tangent): `out` and its tangent have the shape (..., H, L, Ev) and the
+        dtype of `query`, `lse` and its tangent (..., H, L) in float32 (float64 for float64 input). A row that may
         attend to nothing has tangents of 0.
 
     Raises
     ------
-    TypeError, ValueError, BackendUnavailableError
-        As in `attention`.
+    TypeError
+        `tangents` is not a `Gradients`, or an argument has a dtype or type that cannot be taken.
+    ValueError
+        A shape, length or option is out of range, a tangent does not have the shape and dtype of its argument or
+        belongs to one that was not passed, or only one of `out` and `lse`, or of the offsets, was passed.
     NotImplementedError
-        The backend "cuda" was chosen, or a tangent for `mod_args` was given.
+        The backend "cuda" was chosen, also by arrays on a GPU, or a tangent for `mod_args` was given.
+    BackendUnavailableError
+        The backend that was asked for cannot run here.
 
     See Also
     --------
@@ -138,31 +153,55 @@ def attention_backward_jvp(
     Parameters
     ----------
     tangents : Gradients
-        The direction (query, key, value, bias, sinks): each of the shape and dtype of its input, None for 0.
-    grad_out, query, key, value, out, lse
-        As in `attention_backward`.
+        The direction, a named tuple (query, key, value, bias, sinks): each of the shape and dtype of its argument, or
+        None for 0, which takes no product. Its last field, `mod_args`, must be None.
+    grad_out : ndarray, shape (..., H, L, Ev)
+        Gradient of some loss with respect to `out`, in the dtype of `query`.
+    query : ndarray, shape (..., H, L, E)
+        float32, float64, float16 or ``ml_dtypes.bfloat16`` on the host, of any strides; (L, E) is one head.
+    key : ndarray, shape (..., Hkv, S, E)
+        dtype of `query`; H must be a multiple of Hkv. Leading dimensions broadcast.
+    value : ndarray, shape (..., Hkv, S, Ev)
+        dtype of `query`; Ev may differ from E.
+    out, lse : ndarray, shape (..., H, L, Ev) and (..., H, L)
+        What `attention` returned with ``return_lse=True``.
     out_tangent, lse_tangent : ndarray, shape (..., H, L, Ev) and (..., H, L)
-        What `attention_jvp` returned for this direction.
+        What `attention_jvp` returned for this direction, in the dtypes of `out` and `lse`.
     grad_lse : ndarray, shape (..., H, L), optional
-        As in `attention_backward`.
-    grad_out_tangent, grad_lse_tangent : ndarray, optional
-        Tangents of `grad_out` and `grad_lse`, where these move too.
+        Gradient of the loss with respect to `lse`, in its dtype, where `lse` was used too.
+    grad_out_tangent : ndarray, shape (..., H, L, Ev), optional
+        Tangent of `grad_out`, in its dtype, where it moves too: of a loss that is not linear in `out`.
+    grad_lse_tangent : ndarray, shape (..., H, L), optional
+        The same of `grad_lse`.
     cu_seqlens_q, cu_seqlens_k : array of int, shape (n + 1,), optional
-        Offsets of packed sequences. Arrays are then as in `attention_varlen` and `attention_varlen_backward`.
+        Offsets of packed sequences: pass both or neither. Arrays are then as in `attention_varlen`: `query` and what
+        belongs to it (T_q, H, E or Ev), `key` and `value` (T_k, Hkv, E or Ev), `lse` and what belongs to it (H, T_q).
     **options
-        What `attention` was called with.
+        Every option of `attention`, from `mask` to `seed`, by the names in the signature above: their types, shapes and
+        meanings stand in ``help(numba_attention.attention)`` and, with offsets of packed sequences, in that of
+        `attention_varlen`. Pass what `attention` was called with.
     backend : {"auto", "cpu", "reference"}, optional
-        As in `attention`.
+        Overrides `set_backend` and `use_backend` for this call. "cuda" has no second derivatives.
 
     Returns
     -------
-    gradients, tangents : Gradients
-        What `attention_backward` returns, and its derivative along the direction.
+    gradients : Gradients
+        What `attention_backward` returns: each of the shape and dtype of its argument, None for a bias or sinks that
+        were not passed, and for `mod_args`.
+    tangents : Gradients
+        Their derivative along the direction, of the same shapes and dtypes.
 
     Raises
     ------
-    TypeError, ValueError, BackendUnavailableError, NotImplementedError
-        As in `attention_jvp`.
+    TypeError
+        `tangents` is not a `Gradients`, or an argument has a dtype or type that cannot be taken.
+    ValueError
+        A shape, length or option is out of range, a tangent does not have the shape and dtype of its argument or
+        belongs to one that was not passed, or only one of the offsets was passed.
+    NotImplementedError
+        The backend "cuda" was chosen, also by arrays on a GPU, or a tangent for `mod_args` was given.
+    BackendUnavailableError
+        The backend that was asked for cannot run here.
 
     See Also
     --------
@@ -170,7 +209,10 @@ def attention_backward_jvp(
 
     Notes
     -----
-    Seventeen products for each pair of a query and a key, five of them for the gradients themselves.
+    With ``D = P * (dP - delta)``, ``dP = dO V.T`` and ``delta = rowsum(dO * O) - dlse``, the gradient of the scores
+    moves by ``P * ((dS - mu) * (dP - delta) + ddP - ddelta)``, where mu is the tangent of `lse`. That takes 17 products
+    for each pair of a query and a key, five of them for the gradients themselves, in O(L + S) memory for each head. See
+    the page "Second derivatives".
 
     References
     ----------
@@ -248,33 +290,54 @@ def attention_double_backward(
     Parameters
     ----------
     grad_grads : Gradients
-        Gradients of some loss with respect to what `attention_backward` returned: each of its shape and dtype, None
-        for 0.
-    grad_out, query, key, value, out, lse
-        What `attention_backward` was called with.
+        Gradients of some loss with respect to what `attention_backward` returned, a named tuple (query, key, value,
+        bias, sinks): each of its shape and dtype, or None for 0, which takes no product. Its last field, `mod_args`,
+        must be None.
+    grad_out : ndarray, shape (..., H, L, Ev)
+        What `attention_backward` was called with, in the dtype of `query`.
+    query : ndarray, shape (..., H, L, E)
+        float32, float64, float16 or ``ml_dtypes.bfloat16`` on the host, of any strides; (L, E) is one head.
+    key : ndarray, shape (..., Hkv, S, E)
+        dtype of `query`; H must be a multiple of Hkv. Leading dimensions broadcast.
+    value : ndarray, shape (..., Hkv, S, Ev)
+        dtype of `query`; Ev may differ from E.
+    out, lse : ndarray, shape (..., H, L, Ev) and (..., H, L)
+        What `attention` returned with ``return_lse=True``.
     grad_lse : ndarray, shape (..., H, L), optional
-        As in `attention_backward`.
+        What `attention_backward` was called with, in the dtype of `lse`.
     through_saved : bool, default False
         Whether `out` and `lse` count as arguments of their own. By default they are functions of query, key and
         value, and the result is complete. Else they get gradients too, which a framework for automatic
         differentiation adds to others that they have and hands on to one plain backward pass.
     cu_seqlens_q, cu_seqlens_k : array of int, shape (n + 1,), optional
-        Offsets of packed sequences. Arrays are then as in `attention_varlen` and `attention_varlen_backward`.
+        Offsets of packed sequences: pass both or neither. Arrays are then as in `attention_varlen`: `query` and what
+        belongs to it (T_q, H, E or Ev), `key` and `value` (T_k, Hkv, E or Ev), `lse` and what belongs to it (H, T_q).
     **options
-        What `attention` was called with.
+        Every option of `attention`, from `mask` to `seed`, by the names in the signature above: their types, shapes and
+        meanings stand in ``help(numba_attention.attention)`` and, with offsets of packed sequences, in that of
+        `attention_varlen`. Pass what `attention` was called with.
     backend : {"auto", "cpu", "reference"}, optional
-        As in `attention`.
+        Overrides `set_backend` and `use_backend` for this call. "cuda" has no second derivatives.
 
     Returns
     -------
     SecondGradients
-        Named tuple (query, key, value, bias, sinks, grad_out, grad_lse, out, lse), each of the shape and dtype of the
-        argument; `out` and `lse` are None without `through_saved`.
+        Gradients of the same loss, a named tuple (query, key, value, bias, sinks, grad_out, grad_lse, out, lse): each
+        of the shape and dtype of the argument, summed over axes along which it was broadcast and over query heads that
+        share a key/value head. `bias` and `sinks` are None if they were not passed, `out` and `lse` without
+        `through_saved`; `grad_lse` is there whether or not it was passed. A row that may attend to nothing gives 0.
 
     Raises
     ------
-    TypeError, ValueError, BackendUnavailableError, NotImplementedError
-        As in `attention_jvp`.
+    TypeError
+        `grad_grads` is not a `Gradients`, or an argument has a dtype or type that cannot be taken.
+    ValueError
+        A shape, length or option is out of range, a gradient does not have the shape and dtype of its argument or
+        belongs to one that was not passed, or only one of the offsets was passed.
+    NotImplementedError
+        The backend "cuda" was chosen, also by arrays on a GPU, or a gradient of `mod_args` was given.
+    BackendUnavailableError
+        The backend that was asked for cannot run here.
 
     See Also
     --------
@@ -332,20 +395,33 @@ def merge_attention_jvp(
 
     Parameters
     ----------
-    outs, lses, packed
-        As in `merge_attention`.
-    out_tangents, lse_tangents : sequence of n arrays, or one stacked array
+    outs : sequence of n arrays, or one stacked array, each shape (..., L, Ev)
+        `out` of `attention_jvp` for the same queries, in float32, float64, float16 or bfloat16; packed (T, H, Ev).
+    lses : sequence of n arrays, or one stacked array, each shape (..., L)
+        Their log-sum-exps: float32, or float64 for float64 results; packed (H, T).
+    out_tangents, lse_tangents : sequences of n arrays, or stacked arrays
         Tangents of the outputs and log-sum-exps, of their shapes and dtypes.
+    packed : bool, optional
+        Whether results are packed. By default the shapes tell; pass True if there are as many tokens as heads, where
+        both readings fit and (L, Ev) of each head is meant.
 
     Returns
     -------
-    out, lse, out_tangent, lse_tangent : ndarray
-        As of `merge_attention`, and their tangents.
+    out, out_tangent : ndarray, shape (..., L, Ev)
+        dtype of `outs`.
+    lse, lse_tangent : ndarray, shape (..., L)
+        float32, or float64 if `lses` are.
 
     Raises
     ------
     TypeError, ValueError
-        As in `merge_attention`, and for tangents that do not match.
+        Different numbers of arrays, none at all, or shapes and dtypes that do not match.
+    NotImplementedError
+        An array is on a GPU.
+
+    See Also
+    --------
+    attention_jvp, merge_attention
 
     Notes
     -----

@@ -67,7 +67,8 @@ def attention(
     bias : Tensor or array of float, broadcastable to (..., H, L, S), optional
         Added to the scaled scores. A tensor that requires a gradient gets one.
     **options
-        Other options as in `numba_attention.attention`, as tensors or arrays. They have no gradients.
+        The others in the signature above, arrays as tensors or arrays: their types, shapes and meanings stand in
+        ``help(numba_attention.attention)``. They have no derivatives.
     mod_args : tuple of tensors, arrays and numbers, optional
         What `score_mod` and `mask_mod` are called with. A tensor that requires a gradient gets one.
     sinks : Tensor or array of float, shape (H,), optional
