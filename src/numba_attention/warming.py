@@ -181,8 +181,8 @@ def _of_task(task: str, dtype: str, storage: list[str]) -> "Iterator[Kernel]":
         return
     kind = "forward" if task == "attention" else task
     yield worker(dtype, kind)
-    if task in ("attention", "backward") and NARROWS:  # of short sequences
-        yield from (worker(dtype, kind, "", vectors) for vectors in (1, 2))
+    if task in ("attention", "backward"):  # of short sequences
+        yield from (worker(dtype, kind, "", vectors) for vectors in NARROWS)
     if task in ("attention", "decode"):
         yield from (worker(dtype, kind, stored) for stored in storage if stored != dtype)
 

@@ -55,13 +55,14 @@ def test_this_host_is_one_of_them():
 
 @pytest.mark.parametrize("role", ["scores", "output"])
 @pytest.mark.parametrize("storage", ["float32", "float64"])
+@pytest.mark.parametrize("narrow", [0, 1, 2])
 @pytest.mark.parametrize(
     ("name", "fma", "register"),
     [("AVX-512", "vfmadd", "%zmm"), ("AVX2", "vfmadd", "%ymm"), ("NEON", r"fmla", r"v\d+\.")],
 )
-def test_loop_keeps_its_block_in_registers(name, fma, register, storage, role):
+def test_loop_keeps_its_block_in_registers(name, fma, register, narrow, storage, role):
     host: Host = detect(*HOSTS[name])
-    spec = Spec(storage, host)
+    spec = Spec(storage, host, vectors=narrow)
     rows, vectors = spec.block
     loop = innermost(assembly(micro_kernel(spec, role), HOSTS[name]), fma)
     number = len(re.findall(rf"\b{fma}\w*\b.*{register}", loop))

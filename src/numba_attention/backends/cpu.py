@@ -16,15 +16,15 @@ from ..cpu import recall as again
 from ..cpu.cache import Kernel
 from ..cpu.objects import headers_are_known
 from ..cpu.params import ADDRESSES, ARRAYS, REST, pack_addresses
-from ..cpu.simd import HOST
-from ..cpu.spec import Spec
+from ..cpu.simd import HOST, Host
+from ..cpu.spec import Spec, usual_vectors
 from ..options import Array
 from ..problem.dense import NUMBERS, WHOLE, BackwardProblem, Problem
 from ..problem.dense import sum_to as reduce  # noqa: F401
 from ..sequence_record import SEQUENCE
 from . import cpu_backward, recall
 from .cpu_masks import with_block_mask
-from .cpu_resources import NARROWS, SMALL, Buffers, addresses, put_back, take, threads_for, worker
+from .cpu_resources import NARROWS, SMALL, Buffers, addresses, narrows_of, put_back, take, threads_for, worker
 from .cpu_rules import Rules, compiled_rules
 from .records import (
     address_of,
@@ -69,7 +69,7 @@ def kernels_of_parts(storage: str) -> list[Kernel]:
     if storage == "float16" and not HOST.f16:
         storage = "float32"
     wide = storage in ("float16", "bfloat16")
-    vectors = (0, 1, 2) if NARROWS else (0,)
+    vectors = (0, *NARROWS)
     tasks = [("decode", 0), *((task, n) for task in ("forward", "backward") for n in vectors)]
     return [worker(storage, task, vectors=n, wide=wide) for task, n in tasks]
 
@@ -149,8 +149,7 @@ def _kernels_for(p: Problem, weights: bool) -> list[tuple[bool, int, Array | Non
     group = p.H // p.Hkv if p.Hkv else 1
     most = least = 0 if unfit else FEW // group
     narrows = (
-        NARROWS
-        and not weights
+        not weights
         and p.left is None
         and (p.cache is None and p.blocks is None and p.score_mod is None and p.mask_mod is None)
     )
@@ -344,22 +343,32 @@ def _recipe(
 FEW = 2 * HOST.bits // 32  # query rows of a key/value head up to which the kernel with features in the lanes is used
 
 
-# Costs of a tile of so many vectors, 0 for the usual 4, relative to the least that these would be worth.
-_COSTS = {0: 0.96 * 4, 2: 1.02 * 2, 1: 1.05}
+def tiles_of(host: Host) -> dict[int, tuple[int, float]]:
+    """Return vectors and cost of a tile, in vectors of the usual tile, by `Spec.vectors`: 0 for the usual number.
+
+    The usual tile is taken unless another saves 4 %.
+    """
+    usual = usual_vectors(host)
+    return {0: (usual, 0.96 * usual)} | {n: (n, n * share) for n, share in narrows_of(host).items()}
+
+
+_TILES = tiles_of(HOST)
 
 
 @cache
 def vectors_for(rows: int, width: int) -> int:
-    """Return the number of vectors of queries in a tile for so many rows of a key/value head; 0 means the usual number.
-
-    The usual tile is taken unless another saves 4 %.
-    """
-    return min(_COSTS, key=lambda n: _COSTS[n] * -(-rows // ((n or 4) * width)))
+    """Return the number of vectors of a tile for so many rows of a key/value head; 0 means the usual number."""
+    return vectors_for_all(np.array([rows]), width)
 
 
 def vectors_for_all(rows: Array, width: int) -> int:
     """Return the number of vectors for sequences that one kernel computes: a second kernel would cost 0.1 ms."""
-    return min(_COSTS, key=lambda n: _COSTS[n] * int((-(-rows // ((n or 4) * width))).sum()))
+
+    def cost(n: int) -> float:
+        vectors, of_tile = _TILES[n]
+        return of_tile * int((-(-rows // (vectors * width))).sum())
+
+    return min(_TILES, key=cost)
 
 
 def _spec_of(p: Problem, few: bool, vectors: int) -> Spec:

@@ -146,12 +146,12 @@ def _vectors_for(p: Problem) -> int:
     Fewer are taken only where each sequence is one tile, whose gradients then have the same bits: those of keys and
     values are summed tile by tile.
     """
-    if not NARROWS or not p.Hkv:
+    if not p.Hkv:
         return 0
     if p.blocks is not None or p.score_mod is not None or p.mask_mod is not None:
         return 0
     rows, width = p.L * (p.H // p.Hkv), HOST.bits // (64 if p.query.itemsize == 8 else 32)
-    return next((n for n in (1, 2) if rows <= n * width), 0)
+    return min((n for n in NARROWS if rows <= n * width), default=0)
 
 
 def _run_waves(

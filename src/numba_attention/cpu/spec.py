@@ -7,6 +7,11 @@ from .machine_code import part
 from .simd import Host, Vector
 
 
+def usual_vectors(host: Host) -> int:
+    """Return the number of vectors of queries in a tile for long sequences."""
+    return 4 if host.registers == 32 else 3 if host.bits == 256 else 2
+
+
 class Spec(NamedTuple):
     """What one family of kernels is compiled for: how the numbers are stored, and the host."""
 
@@ -71,9 +76,9 @@ class Spec(NamedTuple):
         """Rows x vectors that stay in registers: flat within 7 % among those that fit, half the speed where none do."""
         if self.task == "decode":  # few queries, so that a tile is one vector of them
             return (4, 1)
-        if self.vectors:
-            return (8, self.vectors)
-        return (4, 4) if self.host.registers == 32 else (4, 3) if self.host.bits == 256 else (4, 2)
+        vectors = self.vectors or usual_vectors(self.host)
+        # Beside the block, registers hold a row of vectors and a broadcast number.
+        return (8 if 9 * vectors < self.host.registers else 4), vectors
 
     @property
     def query_tile(self) -> int:
