@@ -1,4 +1,4 @@
-"""Fork safety: which locks a forked child can use, and whether it may use OpenMP.
+"""Fork safety: which locks a forked child can use.
 
 The module is imported with the package and registers handlers, so it knows of every later fork. A child has only the
 thread that forked: a lock that another thread of the parent held would never be released, so a child gets new locks.
@@ -7,7 +7,6 @@ and would otherwise wait for ever for a lock that this thread holds.
 """
 
 import os
-import sys
 import threading
 import time
 from typing import Any
@@ -20,7 +19,7 @@ _renewed: list[Any] = []
 _awaited: list[Any] = []
 _forking = threading.RLock()
 _held: list[Any] = []
-_broken = _openmp_is_lost = False
+_broken = False
 
 
 def renewed() -> Any:
@@ -52,14 +51,6 @@ def holds_locks() -> bool:
     return bool(_held)
 
 
-def openmp_is_lost() -> bool:
-    """Whether Numba's parallel functions must not be used in this child.
-
-    GNU OpenMP ends a child process that enters a parallel region, of any function, after its parent entered one.
-    """
-    return _openmp_is_lost
-
-
 def _before_fork() -> None:
     _forking.acquire()
     end = time.monotonic() + PATIENCE
@@ -76,24 +67,12 @@ def _release() -> None:
 
 
 def _in_child() -> None:
-    global _broken, _openmp_is_lost
+    global _broken
     lost = _awaited[len(_held) :]
     _release()
     for lock in (*lost, *_renewed):
         lock._at_fork_reinit()
     _broken = _broken or bool(lost)
-    _openmp_is_lost = _openmp_is_lost or _uses_gnu_openmp()
-
-
-def _uses_gnu_openmp() -> bool:
-    """Whether Numba has started threads of GNU OpenMP. Does not import Numba itself, which the process may not use."""
-    parallel = sys.modules.get("numba.np.ufunc.parallel")
-    try:
-        if parallel is None or parallel.threading_layer() != "omp":
-            return False
-    except ValueError:  # no threading layer has been started
-        return False
-    return getattr(sys.modules.get("numba.np.ufunc.omppool"), "openmp_vendor", "GNU") == "GNU"
 
 
 if hasattr(os, "register_at_fork"):

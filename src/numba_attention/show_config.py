@@ -21,7 +21,7 @@ def show_config(mode: Literal["stdout"] = ...) -> None: ...
 @overload
 def show_config(mode: Literal["dicts"]) -> Facts: ...
 def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> Facts | None:
-    """Show versions, threads, threading layer, SIMD width, GPUs and the kernel cache, for a bug report.
+    """Show versions, threads, SIMD width, GPUs and the kernel cache, for a bug report.
 
     Parameters
     ----------
@@ -37,11 +37,6 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> Facts | None:
     ------
     ValueError
         Unknown mode.
-
-    Notes
-    -----
-    Numba chooses its threading layer at the first parallel call of a process and does not change it again. This
-    function makes such a call.
 
     Examples
     --------
@@ -81,7 +76,6 @@ def _versions() -> dict[str, str]:
 def _cpu() -> dict[str, str]:
     import numba
 
-    from .cpu.launch import threading_layer
     from .cpu.simd import HOST
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -90,7 +84,6 @@ def _cpu() -> dict[str, str]:
         "SIMD": f"{HOST.name}, {HOST.bits} bits, {HOST.registers} registers",
         "instructions": ", ".join(extras) or "none beyond the base set",
         "threads": f"{numba.get_num_threads()} in use of {numba.config.NUMBA_NUM_THREADS}; {usable} CPUs usable",
-        "threading layer": threading_layer(),
     }
 
 

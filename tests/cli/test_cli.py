@@ -44,7 +44,7 @@ def files(folder):
 
 def test_info(cli):
     output = cli("info")
-    for word in ("numba", "threading layer", "SIMD", "Kernel cache", "reference"):
+    for word in ("numba", "threads", "SIMD", "Kernel cache", "reference"):
         assert word in output
 
 

@@ -17,7 +17,7 @@ from numba_attention.cpu.spec import Spec
 from numba_attention.cpu.target import LEVELS, level
 from numba_attention.errors import NumbaAttentionWarning
 
-ENTRIES = "launch,call,addresses"
+ENTRIES = "launch,call,serve,addresses"
 HAS_LEVEL = pytest.mark.skipif(not level(), reason="this CPU has no level for which kernels are shipped")
 
 ATTEND = """
@@ -208,9 +208,9 @@ def test_object_files_of_every_level(tmp_path, name):
     if not sys.platform.startswith("linux"):
         pytest.skip("reads ELF files")
     machine = {"x86_64": 62, "aarch64": 183}[LEVELS[name].architecture]
-    shipping.build(tmp_path, [name], "launch,addresses")
+    shipping.build(tmp_path, [name], "launch,serve,addresses")
     paths = list(tmp_path.iterdir())
-    assert len(paths) == 2
+    assert len(paths) == 3
     for path in paths:
         code = path.read_bytes()[32:].partition(b"\0")[2]
         assert code[:4] == b"\x7fELF"
@@ -220,7 +220,8 @@ def test_object_files_of_every_level(tmp_path, name):
 
 ALLOWED = {
     "PyErr_Occurred", "PyErr_SetString", "PyEval_RestoreThread", "PyEval_SaveThread", "PyExc_IndexError",
-    "PyExc_TypeError", "PyLong_AsLongLong", "PyLong_FromLongLong", "memset", "memcpy",
+    "PyExc_TypeError", "PyLong_AsLongLong", "PyLong_FromLongLong", "PyThread_acquire_lock", "PyThread_release_lock",
+    "memset", "memcpy", "sched_yield",
 }  # fmt: skip
 
 

@@ -201,7 +201,7 @@ def test_settings_survive_in_the_child(layer):
 
     def check():
         assert numba.get_num_threads() == 1
-        assert na.show_config("dicts")["CPU"]["threading layer"]
+        assert na.show_config("dicts")["CPU"]["threads"].startswith("1 in use")
         work.check()
 
     in_child(check)

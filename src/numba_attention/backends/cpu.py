@@ -10,7 +10,7 @@ from numba.core import config
 
 from ..bounded import BoundedCache
 from ..caches.contents import Contents
-from ..cpu import decode, launch
+from ..cpu import decode, launch, pool
 from ..cpu import forward as kernels
 from ..cpu import recall as again
 from ..cpu.cache import Kernel
@@ -58,7 +58,7 @@ def unusable() -> str | None:
 def entries() -> tuple[Kernel, ...]:
     """Return the functions that Python calls."""
     recalled = again.match_three, again.match_six, again.forward, again.decode, again.backward
-    return launch._launcher, launch._caller, addresses, *recalled
+    return launch._launcher, launch._caller, pool.serve, addresses, *recalled
 
 
 def kernels_of_parts(storage: str) -> list[Kernel]:
@@ -279,7 +279,7 @@ def _machine(entry: str) -> recall.Machine:
         "decode": (again.match_six, again.decode),
         "backward": (again.match_six, again.backward),
     }[entry]
-    return recall.Machine(match.call, run.call, take, put_back, threads_for, launch.pool)
+    return recall.Machine(match.call, run.call, take, put_back, threads_for, pool.address_for)
 
 
 def _forward_recipe(p: Problem, row: list[int], arrays: tuple[Array, ...]) -> recall.Recipe | None:

@@ -237,20 +237,15 @@ def forward(
     if n < 0:
         return None
     recipe = recipes[n]
-    number, pool, size = 1, 0, 0
-    if not recipe.alone:
-        number = machine.threads_for(recipe.items, recipe.flops)
-        if number > 1:
-            pool, size = machine.pool()
-            if not pool:
-                return None
+    number = 1 if recipe.alone else machine.threads_for(recipe.items, recipe.flops)
+    pool = 0 if number == 1 else machine.pool(number)
     out = np.empty(*recipe.results[0])
     lse = np.empty(*recipe.results[1]) if return_lse else None
     own = machine.take()
     try:
         failed = machine.run(
             query, key, value, out, lse, recipe.template_address, own.params_address, own.counter_address,
-            own.reserve(number * recipe.scratch_size)[1], recipe.worker, pool, size, number,
+            own.reserve(number * recipe.scratch_size)[1], recipe.worker, pool, number,
         )  # fmt: skip
     finally:
         machine.put_back(own)
@@ -286,11 +281,8 @@ def decode(
         return None
     splits = -(-keys // steps.split) if steps.split and keys > steps.split else 1
     items = recipe.items * splits
-    number, pool, size = machine.threads_for(items, flops), 0, 0
-    if number > 1:
-        pool, size = machine.pool()
-        if not pool:
-            return None
+    number = machine.threads_for(items, flops)
+    pool = 0 if number == 1 else machine.pool(number)
     out = np.empty(*recipe.results[0])
     lse = np.empty(*recipe.results[1]) if return_lse else None
     own = machine.take()
@@ -300,7 +292,7 @@ def decode(
         failed = machine.run(
             query, key, value, out, lse, key_scale, value_scale, lengths, lengths if table is None else table,
             recipe.template_address, own.params_address, own.counter_address,
-            own.reserve(room + steps.size + partial)[1], recipe.worker, pool, size, number,
+            own.reserve(room + steps.size + partial)[1], recipe.worker, pool, number,
             steps.address, steps.number, keys, splits, items, room, steps.split, table is not None,
         )  # fmt: skip
     finally:
@@ -326,20 +318,15 @@ def backward(
     if n < 0:
         return None
     recipe = recipes[n]
-    number, pool, size = 1, 0, 0
-    if not recipe.alone:
-        number = machine.threads_for(recipe.items, recipe.flops)
-        if number > 1:
-            pool, size = machine.pool()
-            if not pool:
-                return None
+    number = 1 if recipe.alone else machine.threads_for(recipe.items, recipe.flops)
+    pool = 0 if number == 1 else machine.pool(number)
     of_query, of_key, of_value = (np.empty(*result) for result in recipe.results)
     own = machine.take()
     try:
         failed = machine.run(
             grad_out, query, key, value, out, lse, of_query, of_key, of_value, recipe.template_address,
             own.params_address, own.counter_address, own.reserve(number * recipe.scratch_size)[1], recipe.worker,
-            pool, size, number,
+            pool, number,
         )  # fmt: skip
     finally:
         machine.put_back(own)

@@ -12,10 +12,10 @@ import numpy as np
 
 from ..sequence_record import SEQUENCE
 from .cache import Function
-from .launch import _call, _call_on_threads
 from .machine_code import part
 from .objects import ALIGNED, DESCR, DIMS, FLAGS, ND, STRIDES, TYPE, data_of
 from .params import ADDRESSES, PARAMS
+from .pool import call_on_threads, call_worker
 from .simd import void_pointer
 from .views import carray
 
@@ -127,23 +127,23 @@ def _begin(template: int, params: int, counter: int, scratch: int) -> None:
 
 
 @part
-def _run(worker: int, params: int, pool: int, size: int, threads: int) -> int:
+def _run(worker: int, params: int, pool: int, threads: int) -> int:
     if threads == 1:
-        return int(_call(worker, params, np.int64(0)))
-    return int(_call_on_threads(pool, size, worker, params, threads))
+        return int(call_worker(worker, params, np.int64(0)))
+    return int(call_on_threads(pool, worker, params, threads))
 
 
 def _make_forward() -> Callable[..., int]:
     def recall_forward(
         query: int, key: int, value: int, out: int, lse: int, template: int, params: int, counter: int, scratch: int,
-        worker: int, pool: int, size: int, threads: int,
+        worker: int, pool: int, threads: int,
     ) -> int:  # fmt: skip
         _begin(template, params, counter, scratch)
         p = carray(void_pointer(params), WORDS, np.int64)
         p[0], p[1], p[2], p[3] = data_of(query), data_of(key), data_of(value), data_of(out)
         if p[LSE] != 0:
             p[LSE] = data_of(lse)
-        return int(_run(worker, params, pool, size, threads))
+        return int(_run(worker, params, pool, threads))
 
     return recall_forward
 
@@ -158,7 +158,7 @@ def _stride_of(array: int) -> int:
 def _make_decode() -> Callable[..., int]:
     def recall_decode(
         query: int, key: int, value: int, out: int, lse: int, key_scale: int, value_scale: int, lengths: int,
-        table: int, template: int, params: int, counter: int, scratch: int, worker: int, pool: int, size: int,
+        table: int, template: int, params: int, counter: int, scratch: int, worker: int, pool: int,
         threads: int, sequences: int, number: int, longest: int, splits: int, items: int, room: int, split: int,
         paged: int,
     ) -> int:  # fmt: skip
@@ -197,7 +197,7 @@ def _make_decode() -> Callable[..., int]:
             counts = carray(void_pointer(p[COUNTS]), items, np.int64)
             for n in range(items):
                 counts[n] = 0
-        return int(_run(worker, params, pool, size, threads))
+        return int(_run(worker, params, pool, threads))
 
     return recall_decode
 
@@ -206,20 +206,20 @@ def _make_backward() -> Callable[..., int]:
     def recall_backward(
         grad_out: int, query: int, key: int, value: int, out: int, lse: int,
         grad_query: int, grad_key: int, grad_value: int,
-        template: int, params: int, counter: int, scratch: int, worker: int, pool: int, size: int, threads: int,
+        template: int, params: int, counter: int, scratch: int, worker: int, pool: int, threads: int,
     ) -> int:  # fmt: skip
         _begin(template, params, counter, scratch)
         p = carray(void_pointer(params), WORDS, np.int64)
         p[0], p[1], p[2], p[3] = data_of(query), data_of(key), data_of(value), data_of(out)
         p[LSE], p[GRAD_OUT] = data_of(lse), data_of(grad_out)
         p[GRAD_QUERY], p[GRAD_KEY], p[GRAD_VALUE] = data_of(grad_query), data_of(grad_key), data_of(grad_value)
-        return int(_run(worker, params, pool, size, threads))
+        return int(_run(worker, params, pool, threads))
 
     return recall_backward
 
 
 match_three = Function("match-three", _make_match_three, objects=3, integers=4, nogil=False)
 match_six = Function("match-six", _make_match_six, objects=6, integers=4, nogil=False)
-forward = Function("recall-forward", _make_forward, objects=5, integers=8)
-decode = Function("recall-decode", _make_decode, objects=9, integers=16)
-backward = Function("recall-backward", _make_backward, objects=9, integers=8)
+forward = Function("recall-forward", _make_forward, objects=5, integers=7)
+decode = Function("recall-decode", _make_decode, objects=9, integers=15)
+backward = Function("recall-backward", _make_backward, objects=9, integers=7)

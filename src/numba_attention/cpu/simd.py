@@ -269,9 +269,20 @@ def fetch_add(typing_context: Any, address: Any, n: Any) -> Any:
 
     def codegen(context: Any, builder: Builder, sig: Any, args: Sequence[Value]) -> Value:
         counter = builder.inttoptr(args[0], I64.as_pointer())
-        return builder.atomic_rmw("add", counter, args[1], "acq_rel")
+        return builder.atomic_rmw("add", counter, args[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def compare_exchange(typing_context: Any, address: Any, old: Any, new: Any) -> Any:
+    """Atomically replace the int64 at an address if it is `old`; whether it was."""
+
+    def codegen(context: Any, builder: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        pointer = builder.inttoptr(args[0], I64.as_pointer())
+        return builder.extract_value(builder.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -282,6 +293,20 @@ def fetch(typing_context: Any, address: Any) -> Any:
         return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "monotonic", 8)
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def pause(typing_context: Any) -> Any:
+    """Tell the processor that this thread looks at a word again and again."""
+
+    def codegen(context: Any, builder: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        if HOST.name == "NEON":
+            call(builder, "llvm.aarch64.isb", ir.VoidType(), I32(15))
+        elif HOST.name != "generic":
+            call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 HOST = detect(*target())
