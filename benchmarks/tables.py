@@ -6,13 +6,14 @@ A figure is measured into a file, and the pages are written from the files, so t
     python benchmarks/encoder.py --json benchmarks/measured/encoder.json
     python benchmarks/transformers.py --memory --json benchmarks/measured/transformers.json
     python benchmarks/scaling.py --json benchmarks/measured/scaling.json
+    python benchmarks/beside.py --json benchmarks/measured/beside.json
     python -m benchmarks.tables
 """
 
 import json
 from pathlib import Path
 
-from benchmarks import encoder, scaling, transformers
+from benchmarks import beside, encoder, scaling, transformers
 from numba_attention import benchmarking
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +58,7 @@ def tables():
         (ROOT / "README.md", encoder),
         (performance, scaling),
         (ROOT / "docs" / "transformers.md", transformers),
+        (ROOT / "docs" / "threads.md", beside),
     ):
         name = Path(script.__file__).stem
         yield page, name, script.as_markdown(json.loads((MEASURED / f"{name}.json").read_text(encoding="utf-8")))

@@ -7,7 +7,6 @@ read once, and `merge_attention` joins that with each sequence's own part, exact
     python examples/cascade.py
 """
 
-import os
 import statistics
 import time
 
@@ -54,7 +53,6 @@ def caches(shared, own):
 
 
 def main():
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin: see docs/threads.md
     query, shared, own = arrays()
     short, long, paged = caches(shared, own)
     batch, prefix, length = len(query), shared.shape[2], own.shape[3]

@@ -14,7 +14,6 @@ References
 """
 
 import argparse
-import os
 import time
 from pathlib import Path
 
@@ -181,8 +180,6 @@ def main():
     parser.add_argument("--out", type=Path, help="folder for pictures, which need matplotlib")
     arguments = parser.parse_args()
 
-    # NumPy has the cores between two calls of attention, whose threads, while they wait, would spin on one of them.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     (images, digits), (test_images, test_digits) = load(arguments.seed)
     rng = np.random.default_rng(arguments.seed)
     model = VisionTransformer(rng=rng, dropout=arguments.dropout)

@@ -10,7 +10,6 @@ they are kept.
 """
 
 import argparse
-import os
 import statistics
 import time
 
@@ -180,7 +179,6 @@ def show_batch(decoder, model, tokenizer, texts):
 
 
 def main():
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin: see docs/threads.md
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", default="The old man looked at the sea and")
     parser.add_argument("--tokens", type=int, default=100, help="how many to generate; at most 128 with the prompt's")

@@ -15,7 +15,6 @@ References
 """
 
 import argparse
-import os
 import time
 from pathlib import Path
 
@@ -249,8 +248,6 @@ def main():
         if unknown := set(words_of(text)) - WORDS.keys():
             parser.error(f"not a number word: {', '.join(sorted(unknown))}")
 
-    # NumPy has the cores between two calls of attention, whose threads, while they wait, would spin on one of them.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     rng = np.random.default_rng(arguments.seed)
     known, held_out = split(LARGEST, rng)
     numbers, tests = draw(known, 20_000, rng), np.unique(draw(held_out, 2_000, rng))

@@ -76,6 +76,7 @@ def _versions() -> dict[str, str]:
 def _cpu() -> dict[str, str]:
     import numba
 
+    from .cpu.launch import threads
     from .cpu.simd import HOST
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -83,7 +84,7 @@ def _cpu() -> dict[str, str]:
     return {
         "SIMD": f"{HOST.name}, {HOST.bits} bits, {HOST.registers} registers",
         "instructions": ", ".join(extras) or "none beyond the base set",
-        "threads": f"{numba.get_num_threads()} in use of {numba.config.NUMBA_NUM_THREADS}; {usable} CPUs usable",
+        "threads": f"{threads()} in use of {numba.config.NUMBA_NUM_THREADS}; {usable} CPUs usable",
     }
 
 

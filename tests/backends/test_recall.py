@@ -37,11 +37,8 @@ def nothing_remembered(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def one_thread_on_workqueue():
-    """Workqueue, which runs where OpenMP is not installed, takes one call at a time, so that all go the usual way."""
+def number_of_threads():
     before = numba.get_num_threads()
-    if na.show_config("dicts")["CPU"]["threading layer"] == "workqueue":
-        numba.set_num_threads(1)
     yield
     numba.set_num_threads(before)
 

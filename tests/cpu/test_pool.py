@@ -125,6 +125,46 @@ def test_no_call_waits_for_helpers_that_are_elsewhere(own_pool):
     assert not thread.is_alive()
 
 
+def in_a_process(code, seconds=120):
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "4"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == 0, done.stderr
+
+
+def test_threads_of_python_are_coroutines():
+    """As gevent makes them: a function that is "started" runs at the next wait of its caller, or at once."""
+    in_a_process("""
+        import _thread
+        _thread.start_new_thread = lambda function, arguments: function(*arguments)
+        import numpy as np, numba, numba_attention as na
+        x = np.ones((1, 8, 64, 64), np.float32)
+        assert (na.attention(x, x, x) == 1).all()
+        try:
+            numba.threading_layer()
+        except ValueError:  # Numba's threads were not started either
+            pass
+        else:
+            raise AssertionError("a threading layer runs")
+    """)
+
+
+def test_small_stacks():
+    """The least that Python allows, for threads of the caller's: kernels need more."""
+    in_a_process("""
+        import threading
+        threading.stack_size(2**15)
+        import numpy as np, numba_attention as na
+        x = np.ones((1, 8, 128, 256), np.float32)
+        for _ in range(3):
+            out, lse = na.attention(x, x, x, is_causal=True, return_lse=True)
+            np.testing.assert_allclose(out, 1, atol=1e-6)
+            na.attention_backward(x, x, x, x, out, lse, is_causal=True)
+            na.attention(*(y.astype("f2") for y in (x, x, x)), softcap=5.0)
+        assert threading.stack_size() == 2**15
+    """)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_process_ends_with_helpers_at_work_and_asleep():
     code = """
@@ -139,9 +179,5 @@ def test_process_ends_with_helpers_at_work_and_asleep():
             assert os.waitpid(child, 0)[1] == 0
             time.sleep(0.01)
     """
-    environment = {**os.environ, "NUMBA_NUM_THREADS": "4"}
     for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
+        in_a_process(code)

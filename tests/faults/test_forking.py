@@ -56,9 +56,8 @@ def make_users_function():
     return double
 
 
-@pytest.mark.parametrize("layer", LAYERS)
 @isolated
-def test_after_use(layer):
+def test_after_use():
     want = work.prepare()
 
     def compute():
@@ -70,9 +69,8 @@ def test_after_use(layer):
     compute()
 
 
-@pytest.mark.parametrize("layer", LAYERS)
 @isolated
-def test_before_use(layer):
+def test_before_use():
     in_child(work.check)
     work.check()
 
@@ -92,9 +90,8 @@ def test_after_a_parallel_function_of_the_user(layer, used):
     work.check()
 
 
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
 @isolated
-def test_while_another_thread_computes(layer):
+def test_while_another_thread_computes():
     want, done = work.prepare(), threading.Event()
 
     def loop():
@@ -158,9 +155,8 @@ def test_while_another_thread_compiles_a_function_of_the_user():
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
 @isolated
-def test_multiprocessing(layer, method):
+def test_multiprocessing(method):
     work.prepare()
     context = multiprocessing.get_context(method)
     if method == "forkserver":
@@ -193,9 +189,8 @@ def test_pool_that_is_forked_from_a_thread():
     work.same(results[0], work.forward())
 
 
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
 @isolated
-def test_settings_survive_in_the_child(layer):
+def test_settings_survive_in_the_child():
     work.prepare()
     numba.set_num_threads(1)
 

@@ -199,7 +199,7 @@ def test_files_of_others_in_the_folder_stay(folder):
     assert [name for name in names if not Path(folder, name).exists()] == []
 
 
-@isolated(NUMBA_THREADING_LAYER="workqueue")
+@isolated
 def test_folder_cannot_be_listed(folder):
     needs_root()
     import_all()
@@ -231,7 +231,7 @@ def public(folder=None):
         yield shared
 
 
-@isolated(NUMBA_THREADING_LAYER="workqueue")
+@isolated
 def test_nobody_reads_what_root_has_filled(folder):
     """An image whose kernels were compiled when it was built, run by a user without rights or a home."""
     needs_root()
@@ -249,7 +249,7 @@ def test_nobody_reads_what_root_has_filled(folder):
 
 
 @pytest.mark.parametrize("where", ["a folder of root", "a file", "nowhere"])
-@isolated(NUMBA_THREADING_LAYER="workqueue")
+@isolated
 def test_nobody_has_no_place_to_write(where):
     needs_root()
     import_all()

@@ -1,4 +1,4 @@
-"""Python threads on every threading layer of Numba, of which each process has one."""
+"""Calls from several Python threads, and beside parallel functions of Numba on each of its threading layers."""
 
 import contextlib
 import threading
@@ -33,9 +33,8 @@ def together(functions):
 
 
 @pytest.mark.parametrize("name", ["forward", "mixed"])
-@pytest.mark.parametrize("layer", LAYERS)
 @isolated
-def test_first_parallel_call_from_eight_threads(layer, name):
+def test_first_parallel_call_from_eight_threads(name):
     """Also the first load of the kernels: nothing in the process has run before."""
     work.textbook()
     names = ["forward"] if name == "forward" else ["forward", "backward", "decode", "varlen"]
@@ -43,13 +42,11 @@ def test_first_parallel_call_from_eight_threads(layer, name):
         numba.set_num_threads(1)
         work._forward_once()
     together([lambda name=name: work.check([name]) for name in (names * 8)[:8]])
-    assert numba.threading_layer() == layer
     work.check()
 
 
-@pytest.mark.parametrize("layer", LAYERS)
 @isolated
-def test_calls_of_every_kind_from_eight_threads(layer):
+def test_calls_of_every_kind_from_eight_threads():
     want = work.prepare()
 
     def loop(first):
@@ -64,9 +61,8 @@ def test_calls_of_every_kind_from_eight_threads(layer):
     together([lambda first=first: loop(first) for first in range(8)])
 
 
-@pytest.mark.parametrize("layer", LAYERS)
 @isolated
-def test_threads_of_different_numbers_of_threads(layer):
+def test_threads_of_different_numbers_of_threads():
     want = work.prepare()
 
     def loop(number):
@@ -78,10 +74,10 @@ def test_threads_of_different_numbers_of_threads(layer):
     together([lambda number=number: loop(number) for number in (1, 2, 1, 2)])
 
 
-@pytest.mark.parametrize("layer", ["omp", "tbb"])
+@pytest.mark.parametrize("layer", LAYERS)
 @isolated
 def test_beside_a_parallel_function_of_the_user(layer):
-    """Which the workqueue layer cannot do: two regions at once end the process, and only one of them is ours."""
+    """One loop of that function: on workqueue two at once end the process, whoever runs them."""
     want = work.prepare()
     sums = make_sums()
 
@@ -89,7 +85,10 @@ def test_beside_a_parallel_function_of_the_user(layer):
         for _ in range(50):
             work.same(call(), want)
 
-    together([lambda: loop(work.forward, want["forward"]), lambda: loop(lambda: [sums(10_000)], [sums(10_000)])] * 2)
+    def ours():
+        loop(work.forward, want["forward"])
+
+    together([ours, lambda: loop(lambda: [sums(10_000)], [sums(10_000)]), ours])
 
 
 @isolated(NUMBA_THREADING_LAYER="workqueue")
@@ -99,9 +98,8 @@ def test_after_a_parallel_function_of_the_user_on_workqueue():
     together([work.check] * 4)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
 @isolated
-def test_threads_come_and_go(layer):
+def test_threads_come_and_go():
     """Each thread has buffers of its own, which end with it."""
     want = work.prepare()
     for _ in range(100):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 LAYERS = ["omp", "workqueue", "tbb"]
-FIRST = ["omp", *(pytest.param(layer, marks=pytest.mark.slow) for layer in LAYERS[1:])]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 needs_signals = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
 
@@ -61,13 +60,11 @@ def run(body, layer="omp", timeout=240, prepare=PREPARE, **environment):
     return done.stdout
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_first_parallel_calls_of_many_threads(layer):
-    """Workqueue aborts a process in which two threads enter a region at once."""
+def test_first_parallel_calls_of_many_threads():
     run(
         """
         small = [x[:, :, :1, :4] for x in (q, k, v)]
-        na.attention(*small)  # kernels are loaded; no parallel region yet
+        na.attention(*small)  # kernels are loaded; no helpers yet
         assert na.attention_backward(small[0], *small, *na.attention(*small, return_lse=True))
         barrier, wrong = threading.Barrier(8), []
 
@@ -82,12 +79,10 @@ def test_first_parallel_calls_of_many_threads(layer):
         [t.start() for t in threads]; [t.join() for t in threads]
         assert not wrong, wrong[0]
         """,
-        layer,
     )
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_naming_the_threading_layer_beside_calls(layer):
+def test_show_config_beside_calls():
     run(
         """
         small = [x[:, :, :1, :4] for x in (q, k, v)]
@@ -106,7 +101,6 @@ def test_naming_the_threading_layer_beside_calls(layer):
         [t.start() for t in threads]; [t.join() for t in threads]
         assert not wrong, wrong[0]
         """,
-        layer,
     )
 
 
@@ -151,8 +145,7 @@ NESTED = """
 """
 
 
-@pytest.mark.parametrize("layer", ["workqueue", pytest.param("omp", marks=pytest.mark.slow)])
-def test_nested_call_at_every_line(layer):
+def test_nested_call_at_every_line():
     """A trace function stands for a handler or finalizer: it calls between any two lines of the package."""
     run(
         PREPARE
@@ -185,14 +178,12 @@ def test_nested_call_at_every_line(layer):
             raise AssertionError(name) from error
     assert steps > 500, steps
     """,
-        layer,
         prepare="",
     )
 
 
 @needs_signals
-@pytest.mark.parametrize("layer", FIRST[:2])
-def test_calls_from_a_signal_handler(layer):
+def test_calls_from_a_signal_handler():
     run(
         PREPARE
         + NESTED
@@ -212,7 +203,6 @@ def test_calls_from_a_signal_handler(layer):
             same(result, wanted[name])
     assert seen > 50, seen
     """,
-        layer,
         prepare="",
     )
 
@@ -374,8 +364,7 @@ def test_no_lock_of_the_package_is_inherited_locked():
 
 
 @needs_fork
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_fork_while_a_kernel_runs(layer):
+def test_fork_while_a_kernel_runs():
     run(
         """
         numba.set_num_threads(2)
@@ -394,7 +383,6 @@ def test_fork_while_a_kernel_runs(layer):
             assert status == 0, status
         thread.join()
         """,
-        layer,
     )
 
 
@@ -433,8 +421,7 @@ LONG = """
 
 
 @needs_signals
-@pytest.mark.parametrize("layer", FIRST)
-def test_interrupt(layer):
+def test_interrupt():
     """Ctrl-C is heard within half a second, and everything is usable afterwards."""
     run(
         PREPARE
@@ -466,14 +453,12 @@ def test_interrupt(layer):
         thread.join()
         np.testing.assert_array_equal(na.attention(q, k, v), small)
     """,
-        layer,
         prepare="",
     )
 
 
 @needs_signals
-@pytest.mark.parametrize("layer", FIRST)
-def test_handlers_run_in_long_calls(layer):
+def test_handlers_run_in_long_calls():
     """What raises nothing changes nothing: the call goes on, to the bits of a call that nothing disturbed."""
     run(
         PREPARE
@@ -500,7 +485,6 @@ def test_handlers_run_in_long_calls(layer):
     during = [t for t in seen if begin < t < end - 0.01]
     assert len(during) >= 3, (begin, end, seen)
     """,
-        layer,
         prepare="",
     )
 

@@ -54,7 +54,7 @@ class Backend(StrEnum):
 
 @app.command()
 def info() -> None:
-    """Show versions, threads, threading layer, SIMD width, GPUs and the kernel cache."""
+    """Show versions, threads, SIMD width, GPUs and the kernel cache."""
     from ..show_config import show_config
 
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -1,4 +1,4 @@
-"""Machine code as a built-in function of Python.
+"""Machine code as a built-in function of Python, and as what a thread begins with.
 
 A built-in function is a few machine instructions around a kernel: it reads the integers from Python's objects, lets
 other threads of Python run while the kernel does, and makes an integer of the result. A call takes 0.06 us; by `ctypes`
@@ -28,8 +28,20 @@ class Arguments(NamedTuple):
 
 
 def symbol_of(kernel: str) -> str:
-    """The symbol of the built-in function around the kernel with this symbol."""
-    return f"{kernel}.builtin"
+    """The symbol of the function that `build` or `build_entry` makes around the kernel with this symbol."""
+    return f"{kernel}.outer"
+
+
+def build_entry(kernel: str) -> Any:
+    """The LLVM module of a C function of a pointer around a kernel of an int64, for PyThread_start_new_thread."""
+    module = ir.Module()
+    convention = cpu_target.target_context.call_conv
+    inner = ir.Function(module, convention.get_function_type(types.int64, [types.int64]), kernel)
+    outer = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), symbol_of(kernel))
+    b = ir.IRBuilder(outer.append_basic_block())
+    convention.call_function(b, inner, types.int64, [types.int64], [b.ptrtoint(outer.args[0], I64)])
+    b.ret_void()
+    return llvm.parse_assembly(str(module))
 
 
 def build(kernel: str, arguments: Arguments) -> Any:

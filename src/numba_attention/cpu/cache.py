@@ -9,7 +9,7 @@ is a miss.
 import hashlib
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +222,18 @@ class Function(Kernel):
         return builtin.make(self.address, self.name)  # type: ignore[no-any-return]
 
     def _compile(self) -> MachineCode:
-        return compile_kernel(self._function(), self._signature, self._arguments)
+        return compile_kernel(self._function(), self._signature, partial(builtin.build, arguments=self._arguments))
 
     @property
     def _kind(self) -> str:
         return f"{super()._kind} {self._arguments}"
+
+
+class ThreadEntry(Kernel):
+    """A kernel of one int64 that a thread begins with, at `address`, as a C function of one pointer."""
+
+    def __init__(self, name: str, make: Callable[[], Callable[[int], int]]) -> None:
+        super().__init__(name, make, types.int64(types.int64))
+
+    def _compile(self) -> MachineCode:
+        return compile_kernel(self._function(), self._signature, builtin.build_entry)

@@ -22,6 +22,7 @@ import llvmlite.binding.ffi
 from numba.core.compiler_lock import global_compiler_lock
 
 from .. import forks
+from . import stacks
 
 _llvm_lock = getattr(getattr(llvmlite.binding.ffi.lib, "_lock", None), "_lock", None)
 
@@ -94,7 +95,8 @@ def run(function: Callable[[], Any], what: str) -> Any:
                 lock.release()
         else:
             try:
-                _thread.start_new_thread(job.run, ())
+                with stacks.of_size(stacks.COMPILERS):
+                    _thread.start_new_thread(job.run, ())
             except RuntimeError:  # the system has no more threads, or the interpreter is shutting down
                 job.run()
         if job.wait():

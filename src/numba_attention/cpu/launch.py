@@ -8,7 +8,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from . import pool
+from . import pool, stacks
 from .cache import Function, Kernel
 from .pool import call_on_threads, call_worker
 
@@ -29,14 +29,22 @@ def _make_caller() -> Any:
     return call_alone
 
 
-# Function pointers: one parallel region serves all kernels, whose workers are plain functions called by address. A
-# kernel is compiled once, for serial and parallel use.
+# Workers are plain functions called by address, so that one launcher serves all kernels, and a kernel is compiled once
+# for serial and parallel use.
 _launcher = Function("launch", _make_launcher, objects=0, integers=4)
 _caller = Function("call", _make_caller, objects=0, integers=2)
 
 
 def threads() -> int:
-    """How many threads a call may use: as set by `numba.set_num_threads` in this thread."""
+    """How many threads a call may use: as set by `numba.set_num_threads` in this thread.
+
+    `numba.get_num_threads` starts Numba's threading layer, which kernels have no use for, and fails where none can be
+    loaded. Before the layer runs nobody can have set a number.
+    """
+    try:
+        numba.threading_layer()
+    except ValueError:
+        return int(numba.config.NUMBA_NUM_THREADS)
     return int(numba.get_num_threads())
 
 
@@ -77,7 +85,8 @@ def run_interruptibly(worker: Kernel, params: int, number: int, stop: Callable[[
     call = _Call(worker, params, number, kept)
     try:
         try:
-            _thread.start_new_thread(call.work, ())
+            with stacks.of_size(stacks.KERNELS):
+                _thread.start_new_thread(call.work, ())
         except RuntimeError:  # the system has no more threads: the call runs here, and cannot be interrupted
             return run(worker, params, number)
         call.wait()

@@ -7,7 +7,6 @@ import llvmlite.binding as llvm
 from numba import njit
 
 from . import builtin
-from .builtin import Arguments
 from .target import machine
 
 
@@ -66,14 +65,16 @@ except (ImportError, AttributeError, TypeError):  # a Numba that is built otherw
         return llvm.parse_assembly(result.library.get_llvm_str()), machine(), result.fndesc.llvm_func_name
 
 
-def compile_kernel(function: Callable[..., int], signature: Any, arguments: Arguments | None = None) -> MachineCode:
-    """Compile a kernel; with `arguments`, as a built-in function that passes these.
+def compile_kernel(
+    function: Callable[..., int], signature: Any, wrap: Callable[[str], Any] | None = None
+) -> MachineCode:
+    """Compile a kernel; with `wrap`, as the function that this builds around the kernel with a symbol (`builtin`).
 
     Numba's compiler must not be interrupted by what calls it again: see `compiler_thread`.
     """
     module, emitter, symbol = _compile(function, signature)
-    if arguments is not None:
-        module.link_in(builtin.build(symbol, arguments))
+    if wrap is not None:
+        module.link_in(wrap(symbol))
         symbol = builtin.symbol_of(symbol)
     return MachineCode(emitter.emit_object(module), symbol)
 

@@ -13,7 +13,6 @@ the call still has tickets, how many, and how many helpers work for it; its gene
 calls. Whoever works for a call has counted itself in before, so that all that belongs to it is there until it leaves.
 """
 
-import _thread
 import ctypes
 import os
 from collections.abc import Callable
@@ -27,7 +26,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .. import forks
-from .cache import Function
+from . import stacks
+from .cache import ThreadEntry
 from .machine_code import part
 from .simd import HOST, I8, I32, I64, Builder, Value, call, compare_exchange, fetch, fetch_add, pause, void_pointer
 from .views import carray
@@ -40,7 +40,7 @@ FIRST_SLOT = 3 * LINE
 GATE, OWNER, WORKER, PARAMS, FAILED, WAITING, LOCK = 0, *range(LINE, LINE + 6)  # of a slot, which has two lines
 SLOT = 2 * LINE
 FIRST_HELPER = FIRST_SLOT + SLOTS * SLOT
-ASLEEP, WAKE = 0, 1  # of a helper, which has one line
+ASLEEP, WAKE, POOL, NUMBER = range(4)  # of a helper, which has one line
 # The gate: helpers at work, tickets that are left, whether the call is open, generation.
 RUNNING, TICKET, TICKETS, OPEN, GENERATION = 2**16 - 1, 2**16, 2**31 - 2**16, 2**31, 2**32
 # A thread listens before it sleeps, because waking it costs the caller 3 us and takes 10 to 50 us. After each round it
@@ -108,10 +108,10 @@ def _release(typing_context: Any, lock: Any) -> Any:
 
 @intrinsic
 def _yield(typing_context: Any) -> Any:
-    """Let another thread of the system run on this core, if there is one (POSIX)."""
+    """Let another thread of the system run on this core, if there is one (POSIX; Windows)."""
 
     def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
-        return b.sext(call(b, "sched_yield", I32), I64)
+        return b.sext(call(b, "SwitchToThread" if os.name == "nt" else "sched_yield", I32), I64)
 
     return types.int64(), codegen
 
@@ -197,9 +197,9 @@ def _help(pool: int, slot: int) -> bool:
 
 
 def _make_serve() -> Any:
-    def serve(memory: int, pool: int, number: int) -> int:
-        """What a helper does, for ever. `memory` is the pool's array, which lives as long as the helper."""
-        helper = pool + 8 * (FIRST_HELPER + LINE * number)
+    def serve(helper: int) -> int:
+        """What a helper does, for ever."""
+        pool, number = _word(helper + 8 * POOL), _word(helper + 8 * NUMBER)
         slots = pool + 8 * FIRST_SLOT
         while True:
             heard = fetch_add(pool + 8 * BELL, 0)
@@ -222,40 +222,61 @@ def _make_serve() -> Any:
     return serve
 
 
-serve = Function("serve", _make_serve, objects=1, integers=2)
+serve = ThreadEntry("serve", _make_serve)
+
+
+def _python(name: str, result: Any, *arguments: Any) -> Any:
+    """A function of Python's C API, of its stable ABI."""
+    return ctypes.PYFUNCTYPE(result, *arguments)((name, ctypes.pythonapi))
+
+
+_allocate = _python("PyMem_RawCalloc", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
+_allocate_lock = _python("PyThread_allocate_lock", ctypes.c_void_p)
+_acquire_lock = _python("PyThread_acquire_lock", ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+# Not by `_thread`: a helper runs no Python, and what gevent has that module start are not threads of the system.
+_start_thread = _python("PyThread_start_new_thread", ctypes.c_ulong, ctypes.c_void_p, ctypes.c_void_p)
+NO_THREAD = ctypes.c_ulong(-1).value
 
 
 def _new_lock() -> int:
     """The address of a lock of Python that is held."""
-    allocate, acquire = ctypes.pythonapi.PyThread_allocate_lock, ctypes.pythonapi.PyThread_acquire_lock
-    allocate.restype, acquire.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int]
-    lock = allocate()
+    lock = _allocate_lock()
     if not lock:
         raise MemoryError("no lock for a thread")
-    acquire(lock, 1)
+    _acquire_lock(lock, 1)
     return int(lock)
+
+
+def _new_words(number: int) -> Any:
+    """Zeros at the begin of a line, which are never freed: a helper reads them as long as the process lives."""
+    size = 8 * (number + LINE)
+    address = _allocate(1, size)
+    if not address:
+        raise MemoryError("no memory for the threads of a pool")
+    words = np.ctypeslib.as_array((ctypes.c_int64 * (number + LINE)).from_address(address))
+    return words[-address % (8 * LINE) // 8 :][:number]
 
 
 class _Pool:
     def __init__(self) -> None:
         capacity = int(numba.config.NUMBA_NUM_THREADS) - 1
-        self._memory = np.zeros(FIRST_HELPER + LINE * (capacity + 1), np.int64)
-        address = self._memory.ctypes.data
-        words = self._memory[-address % (8 * LINE) // 8 :]
+        words = _new_words(FIRST_HELPER + LINE * capacity)
         self.address = words.ctypes.data
         words[CAPACITY] = capacity
         words[FIRST_SLOT:FIRST_HELPER].reshape(SLOTS, SLOT)[:, LOCK] = [_new_lock() for _ in range(SLOTS)]
-        words[FIRST_HELPER + WAKE :: LINE][:capacity] = [_new_lock() for _ in range(capacity)]
+        helpers = words[FIRST_HELPER:].reshape(capacity, LINE)
+        helpers[:, WAKE] = [_new_lock() for _ in range(capacity)]
+        helpers[:, POOL], helpers[:, NUMBER] = self.address, range(capacity)
         self._unused = list(range(capacity))[::-1]
-        self.size = 1
+        self.size = 1  # a caller, and the helpers that have been started
 
     def grow(self, threads: int) -> None:
         """Start helpers, unless there are enough or the system has no more threads."""
         while self.size < threads and self._unused:
-            number = self._unused.pop()
-            try:
-                _thread.start_new_thread(serve.call, (self._memory, self.address, number))
-            except RuntimeError:
+            number = self._unused.pop()  # by one operation: a signal handler that calls the package must not get it too
+            with stacks.of_size(stacks.KERNELS):
+                thread = _start_thread(serve.address, self.address + 8 * (FIRST_HELPER + LINE * number))
+            if thread == NO_THREAD:
                 self._unused.append(number)
                 return
             self.size += 1
@@ -275,7 +296,7 @@ def address_for(threads: int) -> int:
                 _pool = _Pool()
             pool = _pool
             pool.grow(threads)
-    return pool.address
+    return int(pool.address)
 
 
 def _forget() -> None:
