@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 import numba_attention as na
-from numba_attention.nn import gelu, layer_norm, linear
+from numba_attention.nn import layer_norm, linear
 
 LAYER, HEAD = 10, 5
 EXAMPLE = "CC(C)S.CN(C)C=O.Fc1cccnc1F.O=C([O-])[O-].[K+].[K+]>>CC(C)Sc1ncccc1F"
@@ -149,16 +149,19 @@ class Reactions:
         for _ in range(self.layers):
             attended, weights = self.attention(x, need_weights=True, average_weights=False)
             maps.append(weights)
-            x = self._norm(x + attended, self.block, "attention.LayerNorm")
-            hidden = gelu(self._project(x, self.block, "ffn"))
-            x = self._norm(x + self._project(hidden, self.block, "ffn_output"), self.block, "full_layer_layer_norm")
+            x = self._norm(attended, self.block, "attention.LayerNorm", residual=x)
+            hidden = self._project(x, self.block, "ffn", activation="gelu")
+            out = self._project(hidden, self.block, "ffn_output")
+            x = self._norm(out, self.block, "full_layer_layer_norm", residual=x)
         return tokens, np.stack(maps)
 
-    def _norm(self, x, weights, name):
-        return layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"], self.eps)
+    def _norm(self, x, weights, name, residual=None):
+        """The norm of x, or of x + residual in one pass."""
+        return layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"], self.eps, residual=residual)
 
-    def _project(self, x, weights, name):
-        return linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+    def _project(self, x, weights, name, activation=None):
+        """A product, of which bias and activation are part."""
+        return linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"], activation=activation)
 
 
 def element(token):
