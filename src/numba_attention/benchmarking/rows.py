@@ -14,7 +14,14 @@ _SHARES = {"": 1, "tenth": 0.1, "causal": 0.5, "all": 1}
 _SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 
-FIRST_CALL = "first call"  # of `attention` in a new process, in which nothing is compiled and no kernel is cached
+# Calls of x, of shape (B, H, L, E), in a new process, in which nothing is compiled and no kernel is cached.
+FIRST_CALLS = {
+    "first call": "na.attention(x, x, x)",
+    "first call of few queries": "na.attention(x[:, :, :1], x, x)",
+    "first call of weights": "na.attention_weights(x, x)",
+    "first call of the layer": "na.MultiHeadAttention(x.shape[-1], 2, rng=0)(x[0])",
+    "first call of gradients": "na.attention_backward(x, x, x, x, x, np.ones(x.shape[:-1], x.dtype)).query",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Row:
     dropout: float = 0.0
     mod: str = ""  # a `score_mod`, of `rules.mod_of`; its arrays get gradients too in "backward"
     # "backward", "both" one after the other, or second derivatives: "jvp", "double backward" without the forward pass,
-    # and "hvp", a Hessian-vector product by PyTorch's bridge. Or FIRST_CALL.
+    # and "hvp", a Hessian-vector product by PyTorch's bridge. Or one of FIRST_CALLS.
     task: str = "forward"
     bars: dict[str, float] = field(default_factory=dict)  # metric of `runner.Result`: its least value (us: its largest)
     baseline: "Row | None" = None  # the row whose rate the metric "own" is relative to
@@ -64,9 +71,8 @@ class Row:
             "both": 4 * E + 3 * Ev,
             "jvp": 3 * E + 3 * Ev,
             "double backward": 7 * E + 5 * Ev,
-            FIRST_CALL: E + Ev,
             "hvp": 14 * E + 10 * Ev,
-        }[self.task]
+        }.get(self.task, 0)
         return 2 * self.B * self.H * self.pairs * features
 
     @property
@@ -208,7 +214,10 @@ def _rows() -> dict[str, Row]:
         smallest,
         replace(smallest, name="backward 1x1x1x64", task="backward", bars={"us": 6.0}),
         replace(_plain(16, 64), name="backward H8 16 E64", task="backward", bars={"torch": 2.0}),
-        replace(_plain(64, 64), name="first call, empty kernel cache", task=FIRST_CALL, bars={"us": 4e6}),
+        *(
+            replace(_plain(64, 64), name=f"{task}, empty kernel cache", task=task, bars={"us": bar})
+            for task, bar in zip(FIRST_CALLS, (4e6, 4e6, 4e6, 5e6, 5e6), strict=True)
+        ),
         back,
         long_back,
         causal_back,
@@ -271,4 +280,14 @@ def scale(row: Row) -> float:
     return 1 / math.sqrt(row.E)
 
 
-__all__ = ["FIRST_CALL", "ROWS", "Row", "block_mask", "directions", "gradient_of_out", "inputs", "numpy_dtype", "scale"]
+__all__ = [
+    "FIRST_CALLS",
+    "ROWS",
+    "Row",
+    "block_mask",
+    "directions",
+    "gradient_of_out",
+    "inputs",
+    "numpy_dtype",
+    "scale",
+]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .contenders import CONTENDERS, GEMM_SIZE, READ_BYTES, Skipped
-from .rows import FIRST_CALL, Row
+from .rows import FIRST_CALLS, Row
 from .worker import Worker
 
 _REST = 0.15  # seconds between turns, because OpenBLAS and ONNX Runtime spin for 0.1 s after one
@@ -35,7 +35,7 @@ class Result:
             return {}
         ours = np.array(self.seconds["ours"])
         metrics = {"us": 1e6 * _median(ours)}
-        if self.row.task == FIRST_CALL:
+        if self.row.task in FIRST_CALLS:
             return metrics
         metrics["rate"] = self.row.flops / _median(ours) / 1e9
         for name in ("einsum", "torch", "onnxruntime"):
@@ -132,7 +132,7 @@ def _prepare(result: Result, names: list[str], workers: dict[str, Worker]) -> li
     samples: dict[str, list[float]] = {}
     row = result.row
     for name in names:
-        if (name == "own" and row.baseline is None) or (name != "ours" and row.task == FIRST_CALL):
+        if (name == "own" and row.baseline is None) or (name != "ours" and row.task in FIRST_CALLS):
             continue
         try:
             work = row.baseline if name == "own" and row.baseline is not None else row
