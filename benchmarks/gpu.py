@@ -279,7 +279,7 @@ def rows() -> list[Row]:
     made += [forward(128, 4096, False, "float16"), forward(256, 4096, False), forward(32, 4096, False)]
     made += [backward(E, L, causal) for causal in (False, True) for E in (64, 128) for L in (4096, 8192, 16384)]
     made += [decode(1, 8192), decode(1, 65536), decode(64, 8192), decode(64, 32768), decode(64, 8192, page_size=16)]
-    made += [decode(1, 65536, int8=True), decode(64, 8192, int8=True)]
+    made += [decode(1, 65536, int8=True), decode(64, 8192, int8=True), decode(64, 8192, H=64, Hkv=1)]
     made += [forward(64, 4096, False, "float32", bars={"TFLOP/s": 20})]
     made += [forward(64, 4096, False, "float32", tf32=True, bars={"TFLOP/s": 30})]
     return [*made, overhead()]

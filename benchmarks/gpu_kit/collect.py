@@ -49,6 +49,8 @@ def plain():
     table = np.arange(64 * 512).reshape(64, 512)
     pages = np.zeros((64 * 512, 8, 16, 128), bf16)
     na.attention_decode(q, na.PagedKVCache.from_arrays(pages, pages, table, np.full(64, 8192)), backend="cuda")
+    q, k = np.zeros((64, 64, 1, 128), bf16), np.zeros((64, 1, 8192, 128), bf16)
+    na.attention_decode(q, na.KVCache.from_arrays(k, k), backend="cuda")
     q = np.zeros((1, 8, 128, 64), bf16)
     na.attention(q, q, q, backend="cuda")
 

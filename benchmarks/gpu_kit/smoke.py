@@ -298,6 +298,16 @@ def decode_split():
 
 
 @step
+def decode_many_heads():
+    """More query heads of a key head than a tile has rows: several tiles, whose keys are divided."""
+    import numba_attention as na
+
+    q, k, v = normal(1, 160, 1, 128, dtype="bfloat16"), *(normal(1, 1, 3000, 128, dtype="bfloat16") for _ in range(2))
+    got = na.attention_decode(q, na.KVCache.from_arrays(k, v), backend="cuda")
+    return near("out", got, na.attention(*wide(q, k, v), backend="reference"), LIMITS["bfloat16"])
+
+
+@step
 def decode_pages_int8():
     import numba_attention as na
 

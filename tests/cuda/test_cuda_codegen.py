@@ -201,6 +201,11 @@ def rest(arch, storage, E, Ev=None):
     steps = tile_shapes.few(full.with_(pack_gqa=True, paged=True, sinks=True), 4, of)
     yield steps.with_(split_kv=True)
     yield tile_shapes.few(forward.with_(pack_gqa=True), 16, of).with_(split_kv=True)
+    packed = full.with_(pack_gqa=True, paged=True, sinks=True)
+    yield tile_shapes.no_more_rows(packed, 20).with_(split_kv=True)
+    yield packed.with_(flags=True)
+    for rows in (20, 128):
+        yield tile_shapes.no_more_rows(forward.with_(pack_gqa=True, split_kv=True), rows)
     yield tile_shapes.nan_safe(steps, of)
     held = STORED[FEATURES.index(min(E, FEATURES[-1])) % 3]
     if held != storage:

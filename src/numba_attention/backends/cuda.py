@@ -21,7 +21,7 @@ from .records import per_head
 
 on_device = True
 
-FEW = 16  # rows of a key head, over all its query heads, up to which they are one tile, as in decoding
+FEW = 16  # rows of a key head, over all its query heads, up to which they are one tile of one warp, as in decoding
 
 
 def unusable() -> str | None:
@@ -77,7 +77,7 @@ def forward(problem: Problem) -> None:
     number = len(work.sequences)
     alone = tile_shapes.by_warpgroups(alone, rows, p.S, number * heads, work.device)
     tiles = -(-rows // alone.rows)
-    listed = None if alone.pack_gqa else work_list(p, work.sequences, alone.rows)
+    listed = work_list(p, work.sequences, alone.rows, group=group if alone.pack_gqa else 1)
     items = number * tiles if listed is None else len(listed)
     if not items:
         return
@@ -118,11 +118,14 @@ def _kernels(c: Spec, sinks: bool, few: int, group: int, device: Device) -> tupl
 
 
 def _is_packed(c: Spec, L: int, group: int) -> bool:
-    """Return whether the query heads of a key head are rows of one tile, though they are not few.
+    """Return whether the query heads of a key head are rows of the same tiles, though they are not few.
 
-    Multi-head latent attention (DeepSeek-V2, 2024) decodes with 16 to 128 heads of one latent key: they read it once.
+    If a tile has more rows than there are queries, that takes fewer tiles than one or more for each head, and each tile
+    reads the keys once for several heads: 16 to 128 of one latent key in multi-head latent attention (DeepSeek-V2,
+    2024), all heads in multi-query attention. A tile of a block mask visits what any of its rows sees, which heads with
+    masks of their own may share little of: more than one tile could then be more work.
     """
-    return c.is_sliced and group > 1 and c.rows > (L * group - 1 if c.lists else L)
+    return group > 1 and c.rows > (L * group - 1 if c.lists else L)
 
 
 def _splits(blocks: int, key_tiles: int, resident: int) -> int:

@@ -190,17 +190,20 @@ def _span(p: Problem, sequences: Array) -> list[Array]:
     return [low, high, sequences["queries"], sequences["keys"], sequences["prefix"]]
 
 
-def work_list(p: Problem, sequences: Array, rows: int, of_keys: bool = False) -> Array | None:
-    """Return the list of all tiles of packed sequences, those with most work first; None where no list is needed."""
+def work_list(p: Problem, sequences: Array, rows: int, of_keys: bool = False, group: int = 1) -> Array | None:
+    """Return the list of all tiles of packed sequences, those with most work first; None where no list is needed.
+
+    A position has `group` rows of the tiles.
+    """
     if len(sequences) < 2 or p.packing is None:
         return None
-    tiles = -(-sequences["key_rows" if of_keys else "rows"] // rows)
+    tiles = -(-sequences["key_rows" if of_keys else "rows"] * group // rows)
     index = np.repeat(np.arange(len(sequences)), tiles)
     tile = np.arange(len(index)) - (np.cumsum(tiles) - tiles)[index]
     seen_by = rows_of_keys if of_keys else keys_of_rows
     span = _span(p, sequences[index])
-    last = np.minimum((tile + 1) * rows, sequences["keys" if of_keys else "queries"][index]) - 1
-    work = seen_by(np.maximum(last, 0), *span)[1] - seen_by(tile * rows, *span)[0]
+    last = np.minimum(((tile + 1) * rows - 1) // group, sequences["keys" if of_keys else "queries"][index] - 1)
+    work = seen_by(np.maximum(last, 0), *span)[1] - seen_by(tile * rows // group, *span)[0]
     order = np.argsort(-work, kind="stable")
     listed: Array = (index[order] << 32) | tile[order]
     return listed.astype(np.int64)

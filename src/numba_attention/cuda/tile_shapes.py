@@ -206,7 +206,8 @@ def few(c: Spec, rows: int, device: Any) -> Spec:
 def no_more_rows(c: Spec, rows: int) -> Spec:
     """The kernel with as few warps as a tile of so many rows needs."""
     while c.warps > 1 and c.rows >= 2 * rows:
-        c = c.with_(warps=c.warps // 2)
+        # Two warps of 8 rows a thread would spill.
+        c = c.with_(slots=4) if c.product == "simt" and c.slots == 8 else c.with_(warps=c.warps // 2)
     return c
 
 
