@@ -79,7 +79,7 @@ def synchronous():
 @pytest.fixture
 def device(monkeypatch):
     """A device that is the host, whose kernels are the reference backend."""
-    from device import HostDriver, merged_by_host, reference_on
+    from device import HostDriver, merge_differentiated_by_host, merged_by_host, reference_on
     from numba_attention.backends import cuda, device_merge
     from numba_attention.device import runtime
 
@@ -88,6 +88,7 @@ def device(monkeypatch):
     for name, function in reference_on(driver).items():
         monkeypatch.setattr(cuda, name, function)
     monkeypatch.setattr(device_merge, "merge", merged_by_host)
+    monkeypatch.setattr(device_merge, "merge_backward", merge_differentiated_by_host)
     return driver
 
 

@@ -247,24 +247,3 @@ def zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
         if array.size:
             runtime.driver.clear(address_of(array), array.nbytes, call.stream)
         return call.give(array)
-
-
-def through_host(function: Callable[..., Any], **arguments: Any) -> Any:
-    """Call a function that has no kernel: copy its arguments to the host, and its results back to the GPU."""
-    parts = [
-        x for argument in arguments.values() for x in (argument if isinstance(argument, list | tuple) else [argument])
-    ]
-    call = Call({"arrays": next(x for x in parts if arrays.on_device(x))})
-
-    def on_host(x: Any) -> Any:
-        return [on_host(part) for part in x] if isinstance(x, list | tuple) else arrays.to_host(x)
-
-    def on_device(x: Any) -> Any:
-        if isinstance(x, list | tuple):
-            return type(x)(on_device(part) for part in x)
-        array = call.empty(x.shape, x.dtype)
-        runtime.driver.write(address_of(array), x, call.stream)
-        return call.family.give(array, call.stream)
-
-    with runtime.using(call.device, call.stream):
-        return on_device(function(**{name: on_host(x) for name, x in arguments.items()}))

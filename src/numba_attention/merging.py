@@ -1,13 +1,13 @@
 """Merging attention results over disjoint sets of keys: pairs (out, lse) are a monoid whose identity has lse = -inf."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
 
 from . import device_call
-from .device import runtime
 from .device.arrays import on_device
-from .options import Array
+from .options import NO_OPTIONS, Array
 from .validation import as_flag, as_ndarray, check_like, is_supported
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
@@ -16,7 +16,7 @@ _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 def merge(outs: Any, lses: Any, packed: bool | None = None, out: Any = None) -> tuple[Any, Any]:
     """Merge n results; see `numba_attention.merge_attention`. `out` is an array for the merged one, if not None."""
     if _on_device(outs) or _on_device(lses):
-        return _merge_on_device(outs, lses, packed, out)
+        return cast(tuple[Any, Any], _there(_merge_on_device, {"outs": outs, "lses": lses}, packed=packed, out=out))
     parts, logs, packed = _checked(outs, lses, packed)
     with np.errstate(all="ignore"):  # as in `attention`, infinities and NaNs are results
         merged, lse, _ = _merge(parts, logs)
@@ -28,31 +28,18 @@ def merge(outs: Any, lses: Any, packed: bool | None = None, out: Any = None) -> 
     return out, np.ascontiguousarray(lse.T) if packed else lse
 
 
-def _merge_on_device(outs: Any, lses: Any, packed: bool | None, out: Any) -> tuple[Any, Any]:
-    """Merge results of which some are on a GPU, where the merged ones are too; the others are copied there."""
-    from .backends import device_merge
-
-    given = {"outs": outs, "lses": lses}
+def _there(function: Callable[..., Any], given: dict[str, Any], **rest: Any) -> Any:
+    """Call a function of lists of arrays, or stacked ones, some of them on a GPU, where the others are copied."""
+    counts = {name: len(x) if isinstance(x, list | tuple) else None for name, x in given.items()}
     named = {
-        f"{name}[{n}]" if isinstance(stack, list | tuple) else name: x
+        f"{name}[{n}]" if counts[name] is not None else name: x
         for name, stack in given.items()
-        for n, x in enumerate(stack if isinstance(stack, list | tuple) else [stack])
+        for n, x in enumerate(stack if counts[name] is not None else [stack])
     }
-    call = device_call.Call(dict(sorted(named.items(), key=lambda item: not on_device(item[1]))))
-    with runtime.using(call.device, call.stream):
-        headers = {name: call.device_array(name, x) for name, x in named.items()}
-        outs, lses = (
-            [headers[f"{name}[{n}]"] for n in range(len(stack))] if isinstance(stack, list | tuple) else headers[name]
-            for name, stack in given.items()
-        )
-        parts, logs, packed = _checked(outs, lses, packed)
-        merged = call.empty(parts[0].shape, parts[0].dtype) if out is None else call.device_array("out", out)
-        shape = logs[0].shape[::-1] if packed else logs[0].shape
-        lse = call.empty(shape, logs[0].dtype)
-        device_merge.merge(parts, logs, merged, lse.T if packed else lse)
-        result = call.give(merged) if out is None else out, call.give(lse)
-        call.finish()
-        return result
+
+    # The first one says where results are.
+    named = dict(sorted(named.items(), key=lambda item: not on_device(item[1])))
+    return device_call.run(function, None, named, NO_OPTIONS, counts=tuple(counts.values()), **rest)
 
 
 def merge_backward(
@@ -60,14 +47,11 @@ def merge_backward(
 ) -> tuple[list[Any], list[Any]]:
     """Differentiate `merge`; see `numba_attention.merge_attention_backward`."""
     if _on_device(outs) or _on_device(lses) or on_device(grad_out):
-        arguments = {"outs": outs, "lses": lses, "grad_out": grad_out, "grad_lse": grad_lse, "packed": packed}
-        return cast(tuple[list[Any], list[Any]], device_call.through_host(merge_backward, **arguments))
+        given = {"outs": outs, "lses": lses, "grad_out": grad_out, "grad_lse": grad_lse}
+        of_outs, of_lses = _there(_merge_backward_on_device, given, packed=packed)
+        return list(of_outs), list(of_lses)
     parts, logs, packed = _checked(outs, lses, packed)
-    grad_out = check_like("grad_out", grad_out, parts[0].shape, parts[0].dtype)
-    if grad_lse is not None:
-        shape = logs[0].shape[::-1] if packed else logs[0].shape
-        grad_lse = check_like("grad_lse", grad_lse, shape, logs[0].dtype)
-        grad_lse = grad_lse.T if packed else grad_lse
+    grad_out, grad_lse = _checked_gradients(grad_out, grad_lse, parts, logs, packed)
     grad_outs, grad_lses = [], []
     with np.errstate(all="ignore"):
         out, _, weights = _merge(parts, logs)
@@ -79,6 +63,57 @@ def merge_backward(
             grad_of_log = np.where(empty, 0, weight * inner).astype(log.dtype)
             grad_lses.append(np.ascontiguousarray(grad_of_log.T) if packed else grad_of_log)
     return grad_outs, grad_lses
+
+
+def _checked_gradients(
+    grad_out: Any, grad_lse: Any, parts: list[Array], logs: list[Array], packed: bool
+) -> tuple[Array, Array | None]:
+    """Return the gradients of merged results, that of lse with the axes of the rows of the parts."""
+    grad_out = check_like("grad_out", grad_out, parts[0].shape, parts[0].dtype)
+    if grad_lse is None:
+        return grad_out, None
+    shape = logs[0].shape[::-1] if packed else logs[0].shape
+    grad_lse = check_like("grad_lse", grad_lse, shape, logs[0].dtype)
+    return grad_out, grad_lse.T if packed else grad_lse
+
+
+def _merge_on_device(
+    _: Any, *, counts: tuple[int | None, ...], options: Any, empty: Any, packed: bool | None, out: Any = None,
+    **headers: Any,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Merge results on a GPU, of which there are headers."""
+    from .backends import device_merge
+
+    outs, lses = _stacks(("outs", "lses"), counts, headers)
+    parts, logs, packed = _checked(outs, lses, packed)
+    merged = empty(parts[0].shape, parts[0].dtype) if out is None else out
+    lse = empty(logs[0].shape[::-1] if packed else logs[0].shape, logs[0].dtype)
+    device_merge.merge(parts, logs, merged, lse.T if packed else lse)
+    return merged, lse
+
+
+def _merge_backward_on_device(
+    _: Any, *, counts: tuple[int | None, ...], options: Any, empty: Any, packed: bool | None, **headers: Any
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Differentiate `merge` on a GPU."""
+    from .backends import device_merge
+
+    outs, lses, grad_out, grad_lse = _stacks(("outs", "lses", "grad_out", "grad_lse"), counts, headers)
+    parts, logs, packed = _checked(outs, lses, packed)
+    grad_out, grad_lse = _checked_gradients(grad_out, grad_lse, parts, logs, packed)
+    grad_outs = [empty(x.shape, x.dtype) for x in parts]
+    grad_lses = [empty(x.shape[::-1] if packed else x.shape, x.dtype) for x in logs]
+    of_rows = [x.T for x in grad_lses] if packed else grad_lses
+    device_merge.merge_backward(grad_out, grad_lse, parts, logs, grad_outs, of_rows)
+    return tuple(grad_outs), tuple(grad_lses)
+
+
+def _stacks(names: tuple[str, ...], counts: tuple[int | None, ...], headers: dict[str, Any]) -> list[Any]:
+    """Return the arguments that `_there` has taken apart."""
+    return [
+        headers[name] if count is None else [headers[f"{name}[{n}]"] for n in range(count)]
+        for name, count in zip(names, counts, strict=True)
+    ]
 
 
 def merge_jvp(

@@ -413,10 +413,11 @@ def test_append_copies_sixteen_bytes_at_a_time(disassembled):
     assert len(loads) == len(stores) + 1, "an entry of the list too"
 
 
+@pytest.mark.parametrize("task", ["merge", "merge_backward"])
 @pytest.mark.parametrize(("of", "to"), [("float32", "float32"), ("float16", "float64"), ("bfloat16", "float32")])
-def test_merge(of, to):
+def test_merge(of, to, task):
     for arch in ARCHS if THOROUGH else ARCHS[:1]:
-        c = Spec("merge", of, 32, 32, aligned=True, to=to, arch=arch)
+        c = Spec(task, of, 32, 32, aligned=True, to=to, arch=arch)
         check(kernels.compile_(c), c)
 
 

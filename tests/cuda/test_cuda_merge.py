@@ -53,6 +53,7 @@ def test_formula(gpu, dtype, n, Ev):
     np.testing.assert_array_equal(on_host(stacked[0]), on_host(out))
     assert {c.task for c in gpu.configs.values()} == {"merge"}
     assert all(kind == "write" and size <= 72 * n for kind, size, _ in gpu.copies), "only the table of parts"
+    assert len(gpu.copies) == (0 if n < 3 else 2), "of separate arrays, and of more than two"
 
 
 @pytest.mark.parametrize(("dtype", "lse_dtype"), [("float16", np.float64), ("bfloat16", np.float64),
@@ -151,3 +152,98 @@ def test_out_of_a_rolling_cache(gpu):
     want = na.attention_decode(query, host, alibi_slopes=[0.3, 0.1], backend="reference")
     np.testing.assert_allclose(on_host(out), want, atol=1e-6)
     assert not any(kind == "read" for kind, *_ in gpu.copies)
+
+
+def textbook_gradients(grad_out, grad_lse, outs, lses):
+    """In float64: each part has its share of the gradient; its lse gains what the part has more than the whole."""
+    outs, lses = (np.array([np.asarray(x, np.float64) for x in stack]) for stack in (outs, lses))
+    out, lse = textbook(outs, lses)
+    shares, grad = np.exp(lses - lse), np.asarray(grad_out, np.float64)
+    of_lse = 0 if grad_lse is None else np.asarray(grad_lse, np.float64)
+    return shares[..., None] * grad, shares * ((grad * (outs - out)).sum(-1) + of_lse)
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "Ev"), [(1, 64), (2, 33), (2, 300), (5, 200)])
+def test_gradients(gpu, dtype, n, Ev, with_lse):
+    outs, lses = some(n, (2, 3, 5, Ev), dtype)
+    (grad_out,), (grad_lse,) = some(1, (2, 3, 5, Ev), dtype, seed=1)
+    grad_lse = grad_lse if with_lse else None
+    want, want_lse = textbook_gradients(grad_out, grad_lse, outs, lses)
+    of_lse = None if grad_lse is None else Tensor(grad_lse)
+    lists = [Tensor(x) for x in outs], [Tensor(x) for x in lses]
+    stacks = [Tensor(np.stack(x)) for x in (outs, lses)]
+    for given in (lists, stacks):
+        got, got_lse = na.merge_attention_backward(Tensor(grad_out), of_lse, *given)
+        assert type(got) is type(got_lse) is list
+        for x, right, part in zip(got, want, outs, strict=True):
+            assert on_host(x).dtype == part.dtype
+            np.testing.assert_allclose(on_host(x).astype(float), right, atol=4 * BOUNDS[dtype], rtol=BOUNDS[dtype])
+        for x, right, log in zip(got_lse, want_lse, lses, strict=True):
+            assert on_host(x).dtype == log.dtype
+            np.testing.assert_allclose(on_host(x), right, atol=2e-12 if dtype == "float64" else 2e-4)
+    assert {c.task for c in gpu.configs.values()} == {"merge_backward"}
+    assert all(kind == "write" and size <= 144 * n for kind, size, _ in gpu.copies), "only the table of parts"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_what_is_empty_or_not_finite_are_as_on_the_host(gpu, dtype):
+    outs, lses = some(3, (1, 9, 8), dtype)
+    (grad_out,), (grad_lse,) = some(1, (1, 9, 8), dtype, seed=1)
+    inf, nan = np.inf, np.nan
+    for row, values in enumerate(
+        ((-inf, -inf, -inf), (-inf, 1, 2), (1, -inf, -inf), (nan, 1, -inf), (1e4, -1e4, 0), (-1e30, 1, 2))
+    ):
+        for part, x in enumerate(values):
+            lses[part][0, row] = x
+            if x == -inf:
+                outs[part][0, row] = nan
+    outs[1][0, 7], grad_out[0, 8] = nan, inf
+    want = na.merge_attention_backward(grad_out, grad_lse, outs, lses)
+    got = na.merge_attention_backward(
+        CupyArray(grad_out), CupyArray(grad_lse), [CupyArray(x) for x in outs], [CupyArray(x) for x in lses]
+    )
+    for x, y in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+        limit = 1e-4 if x.shape == lses[0].shape and dtype != "float64" else BOUNDS[dtype]
+        np.testing.assert_allclose(on_host(x).astype(float), y.astype(float), rtol=limit, atol=4 * limit)
+
+
+def test_gradients_of_packed_sequences_and_any_strides(gpu):
+    outs, lses = some(3, (7, 4, 16), "float32")
+    (grad_out,), (grad_lse,) = some(1, (7, 4, 16), "float32", seed=1)
+    packed = [np.ascontiguousarray(x.T) for x in lses]
+    want = na.merge_attention_backward(grad_out, np.ascontiguousarray(grad_lse.T), outs, packed)
+    got = na.merge_attention_backward(
+        Tensor(grad_out), Tensor(np.ascontiguousarray(grad_lse.T)), list(map(Tensor, outs)), list(map(Tensor, packed))
+    )
+    turned = [Tensor.of(Tensor(np.ascontiguousarray(x.swapaxes(0, 1))).header.swapaxes(0, 1)) for x in outs]
+    again = na.merge_attention_backward(Tensor(grad_out), Tensor(np.ascontiguousarray(grad_lse.T)), turned,
+                                        list(map(Tensor, packed)))  # fmt: skip
+    for found in (got, again):
+        for x, y in zip([*found[0], *found[1]], [*want[0], *want[1]], strict=True):
+            assert on_host(x).shape == y.shape
+            np.testing.assert_allclose(on_host(x), y, atol=1e-5)
+    outs, lses = some(2, (2, 3, 2, 4, 8), "float32")
+    (grad_out,), (grad_lse,) = some(1, (2, 3, 2, 4, 8), "float32", seed=1)
+
+    def apart(x):  # no axis of rows follows another
+        wide = Tensor(np.zeros(tuple(n + 1 for n in x.shape), x.dtype))
+        wide.array[tuple(slice(n) for n in x.shape)] = x
+        return Tensor.of(wide.header[tuple(slice(n) for n in x.shape)])
+
+    want = na.merge_attention_backward(grad_out, grad_lse, outs, lses)
+    got = na.merge_attention_backward(apart(grad_out), apart(grad_lse), list(map(apart, outs)), list(map(apart, lses)))
+    for x, y in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+        np.testing.assert_allclose(on_host(x), y, atol=1e-5)
+
+
+def test_gradients_without_features(gpu):
+    """Of lse there is one all the same."""
+    outs, lses = [np.zeros((2, 3, 0), np.float32)] * 2, some(2, (2, 3, 1), "float32")[1]
+    grad_lse = np.ones((2, 3), np.float32)
+    _, got = na.merge_attention_backward(
+        Tensor(outs[0]), Tensor(grad_lse), list(map(Tensor, outs)), list(map(Tensor, lses))
+    )
+    for x, y in zip(got, np.exp(lses) / np.exp(lses).sum(0), strict=True):
+        np.testing.assert_allclose(on_host(x), y, rtol=1e-5)

@@ -357,3 +357,49 @@ def test_steps_of_decoding(give, gpu, repeated, page_size, storage):
         cache, host = (na.PagedKVCache.from_arrays(f(k), f(v), table, lengths) for f in (give, np.asarray))
         close([na.attention_decode(give(q), cache)], [na.attention_decode(q, host, backend="reference")])
         assert len(repeated) == 2
+
+
+def some_parts(n, seed, shape=(2, 3, 5, 8)):
+    rng = np.random.default_rng(seed)
+    outs = [rng.standard_normal(shape, dtype=np.float32) for _ in range(n)]
+    return outs, [rng.standard_normal(shape[:-1], dtype=np.float32) for _ in range(n)]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_merging(give, gpu, repeated, stacked):
+    """Two parts, or stacked ones: other calls of their kind have other arrays, at other distances."""
+    kept = []
+    for seed in range(3):
+        outs, lses = some_parts(5 if stacked else 2, seed)
+        kept.append(give(np.zeros(1000 * seed + 1, np.float32)))
+        there = [give(np.stack(x)) if stacked else [give(y) for y in x] for x in (outs, lses)]
+        got, want = na.merge_attention(*there), na.merge_attention(outs, lses)
+        close(got, want)
+        close(na.merge_attention(*there, packed=False), want)
+        grads = na.merge_attention_backward(*map(give, want), *there)
+        right = na.merge_attention_backward(*want, outs, lses)
+        close([*grads[0], *grads[1]], [*right[0], *right[1]])
+        assert type(grads[0]) is type(grads[1]) is list
+    assert len(repeated) == (4 if stacked else 6), "gradients of five parts are separate arrays"
+    assert len(gpu.copies) == (3 if stacked else 0)
+
+
+def test_merging_of_separate_parts_is_planned(gpu, repeated):
+    """Arrays that happen to lie at equal distances do not in the next call."""
+    room = Tensor(np.zeros((9, 2, 3, 5, 8), np.float32))
+    for places in ((0, 1, 2), (0, 2, 7), (8, 1, 3)):
+        outs, lses = some_parts(3, places[1])
+        for n, x in zip(places, outs, strict=True):
+            room.array[n] = x
+        there = [Tensor.of(room.header[n]) for n in places]
+        close(na.merge_attention(there, list(map(Tensor, lses))), na.merge_attention(outs, lses))
+    assert not repeated
+
+
+def test_merging_one_array_twice(gpu, repeated):
+    (a, b), (x, y) = some_parts(2, 0)
+    a, b, x, y = map(Tensor, (a, b, x, y))
+    for outs, lses in (([a, a], [x, y]), ([a, b], [x, y]), ([b, b], [y, x]), ([b, a], [x, x])):
+        want = na.merge_attention([z.array for z in outs], [z.array for z in lses])
+        close(na.merge_attention(outs, lses), want)
+    assert len(repeated) == 1

@@ -395,3 +395,12 @@ def merged_by_host(parts, logs, out, lse):
 
     with np.errstate(all="ignore"):
         out[...], lse[...], _ = merging._merge(parts, logs)
+
+
+def merge_differentiated_by_host(grad_out, grad_lse, parts, logs, grad_parts, grad_logs):
+    """What stands for the kernel of its gradient."""
+    from numba_attention import merging
+
+    found = merging.merge_backward(grad_out, grad_lse, parts, logs)
+    for target, x in zip([*grad_parts, *grad_logs], [*found[0], *found[1]], strict=True):
+        target[...] = x

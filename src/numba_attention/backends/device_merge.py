@@ -1,15 +1,16 @@
-"""Merging of results on a GPU: the table of parts, and the launch of the kernel."""
+"""Merging of results on a GPU, and its gradient: where the arrays of the parts are, and the launch of the kernel."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
 from ..cuda import kernels
-from ..cuda.merge import AXES, PART
+from ..cuda.merge import ARRAYS, AXES, entry_of, integers_of
 from ..cuda.parameters import REALS
 from ..cuda.spec import Spec
 from ..device import runtime
-from ..device.headers import address_of, has_whole_words
+from ..device.headers import address_of, has_whole_words, held
 from ..options import Array
 from .device_sums import add_up
 from .records import storage_of
@@ -19,45 +20,100 @@ WARPS = 4
 
 def merge(parts: list[Array], logs: list[Array], out: Array, lse: Array) -> None:
     """Write the merged results of parts to `out`, of the shape of each part, and to `lse`, of that of its rows."""
-    rows = math.prod(lse.shape)
-    if not rows:
+    _launch("merge", {"out": [*parts, out], "lse": [*logs, lse]})
+
+
+def merge_backward(
+    grad_out: Array, grad_lse: Array | None, parts: list[Array], logs: list[Array], grad_parts: list[Array],
+    grad_logs: list[Array],
+) -> None:  # fmt: skip
+    """Write the gradients of `merge` with respect to each part and its lse, from those of the merged ones."""
+    # Where there is no gradient of lse, an lse stands for it in what depends on strides.
+    arrays = {
+        "out": [*parts, grad_out], "lse": [*logs, logs[0] if grad_lse is None else grad_lse], "grad_out": grad_parts,
+        "grad_lse": grad_logs,
+    }  # fmt: skip
+    _launch("merge_backward", arrays, **({"lse": 0} if grad_lse is None else {}))
+
+
+def _launch(task: str, arrays: dict[str, list[Array]], **numbers: int) -> None:
+    """Launch a kernel; of `out` and `lse`, the merged ones follow those of the parts. `numbers` replace integers."""
+    rows, number = arrays["lse"][0].shape, len(arrays["lse"]) - 1
+    if not math.prod(rows):
         return
-    if rows >= 2**31:
-        raise ValueError(f"the CUDA backend merges up to 2**31 rows, got {rows}")
-    arrays = [*parts, out], [*logs, lse]
-    shape, strides = _collapsed(lse.shape, *arrays)
+    if math.prod(rows) >= 2**31:
+        raise ValueError(f"the CUDA backend merges up to 2**31 rows, got {math.prod(rows)}")
+    shape, entries = _entries(rows, arrays)
     if len(shape) > AXES:
-        arrays = [*map(_contiguous, parts), out], [*map(_contiguous, logs), lse]
-        shape, strides = _collapsed(lse.shape, *arrays)
+        given = number if task == "merge" else number + 1  # the others are results
+        arrays = {name: [*map(_contiguous, x[:given]), *x[given:]] for name, x in arrays.items()}
+        shape, entries = _entries(rows, arrays)
     if len(shape) > AXES:
         raise ValueError(f"out must not have more than {AXES} axes of rows that do not follow one another in memory")
-    missing = (0,) * (AXES - len(shape))
-    shape = (*(1 for _ in missing), *shape)
-    number = len(parts) + 1
-    entries = [
-        [address_of(x), *missing, *strides[n], x.strides[-1], address_of(log), *missing, *strides[number + n]]
-        for n, (x, log) in enumerate(zip(*arrays, strict=True))
-    ]
-    table = runtime.upload(np.array(entries[:-1], np.int64), runtime.stream())
-    assert table.shape[1] == len(PART)
-    pairs = out.itemsize == 2 and all(has_whole_words(x, 4) for x in arrays[0])
+    first = arrays["out"][0]
+    values = dict(zip(entry_of(ARRAYS["merge"]), [*entries["out"][-1], *entries["lse"][-1]], strict=True))
+    values |= {f"size_{axis}": size for axis, size in enumerate((1,) * (AXES - len(shape)) + shape)}
+    values |= {"parts": number, "rows": math.prod(rows), "features": first.shape[-1]}
+    counted = {name: _counted(arrays[name][:number], entries[name][:number]) for name in ARRAYS[task]}
+    for name, found in counted.items():
+        values |= {f"part_{x}": n for x, n in zip(entry_of((name,)), entries[name][0], strict=True)}
+        values |= dict(zip((f"part_{name}_second", f"part_{name}_step"), found or (0, 0), strict=True))
+    table = None  # kept until the launch
+    if None in counted.values():
+        joined = np.concatenate([np.array(entries[name][:number], np.int64) for name in ARRAYS[task]], axis=1)
+        table = runtime.upload(joined, runtime.stream())
+        values["table"] = address_of(table)
+    pairs = first.itemsize == 2 and all(has_whole_words(x, 4) for name in arrays for x in arrays[name] if "out" in name)
     c = Spec(
-        "merge", storage_of(out.dtype), 32, 32, warps=WARPS, aligned=pairs,
-        to=storage_of(lse.dtype), arch=runtime.current_device().arch,
+        task, storage_of(first.dtype), 32, 32, warps=WARPS, aligned=pairs, to=storage_of(arrays["lse"][0].dtype),
+        arch=runtime.current_device().arch,
     )  # fmt: skip
-    integers = [address_of(table), *entries[-1], *shape[1:], len(parts), rows, out.shape[-1]]
-    grid = (-(-rows // WARPS), 1, 1)
+    values |= numbers
+    integers = [values.get(name, 0) for name in integers_of(task)]
+    grid = (-(-math.prod(rows) // WARPS), 1, 1)
     runtime.launch(kernels.compiled(c), grid, integers, [0.0] * len(REALS), runtime.stream())
 
 
-def _collapsed(shape: tuple[int, ...], *groups: list[Array]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+def _counted(arrays: list[Array], entries: list[list[int]]) -> tuple[int, int] | None:
+    """Return what counting finds the array of each part by: the address of the second, or else a distance.
+
+    None where there is neither. It must hold in every call that has such arrays, wherever those are, as calls are
+    repeated with other addresses: so a distance must be within one array.
+    """
+    if any(entry[1:] != entries[0][1:] for entry in entries):
+        return None
+    addresses = [entry[0] for entry in entries]
+    steps = {b - a for a, b in pairwise(addresses)} or {0}
+    if len(steps) == 1 and all(held(x) is held(arrays[0]) for x in arrays):
+        return addresses[0], steps.pop()
+    return (addresses[1], 0) if len(addresses) == 2 else None
+
+
+def _entries(
+    rows: tuple[int, ...], arrays: dict[str, list[Array]]
+) -> tuple[tuple[int, ...], dict[str, list[list[int]]]]:
+    """Return the sizes of joined axes, and address and strides of each array as `cuda.merge.entry_of` has them.
+
+    Axes of rows that follow one another in every array are joined.
+    """
+    flat = [x for of_name in arrays.values() for x in of_name]
+    shape, strides = _collapsed(rows, flat)
+    missing = [0] * (AXES - len(shape))
+    found = iter(
+        [address_of(x), *missing, *own, *([x.strides[-1]] if x.ndim > len(rows) else [])]
+        for x, own in zip(flat, strides, strict=True)
+    )
+    return shape, {name: [next(found) for _ in of_name] for name, of_name in arrays.items()}
+
+
+def _collapsed(shape: tuple[int, ...], arrays: list[Array]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     """Join axes of rows that follow one another in every array; return their sizes, and the strides of each array."""
     sizes: list[int] = []
-    strides: list[list[int]] = [[] for group in groups for _ in group]
+    strides: list[list[int]] = [[] for _ in arrays]
     for axis, size in enumerate(shape):
         if size == 1:
             continue
-        own = [x.strides[axis] for group in groups for x in group]
+        own = [x.strides[axis] for x in arrays]
         if sizes and all(of[-1] == size * step for of, step in zip(strides, own, strict=True)):
             sizes[-1] *= size
             for of, step in zip(strides, own, strict=True):

@@ -45,7 +45,7 @@ def _maker(c: Spec) -> Callable[[Spec, Target], KernelFunction]:
         "mods": mod_gradients.make_mod_gradients, "delta": rowwise.make_delta, "round": rowwise.make_round,
         "normalizers": normalizers.make_normalizers, "sinks": rowwise.make_sinks,
         "reduce": rowwise.make_reduce, "append": append.make_append,
-        "merge": merge.make_merge,
+        "merge": merge.make_merge, "merge_backward": merge.make_merge,
     }  # fmt: skip
     return makers[c.task]
 
@@ -113,17 +113,21 @@ def ship(c: Spec, folder: Path) -> Path:
 
 def integers(c: Spec) -> int:
     """How many integers a kernel takes."""
-    if c.task in ("append", "merge"):
-        from . import append, merge
+    from . import append, merge
 
-        return len(append.INTEGERS if c.task == "append" else merge.INTEGERS)
-    return 4 + 5 * AXES if c.task == "reduce" else len(INTEGERS)
+    if c.task == "reduce":
+        return 4 + 5 * AXES
+    if c.task in merge.ARRAYS:
+        return len(merge.integers_of(c.task))
+    return len(append.INTEGERS if c.task == "append" else INTEGERS)
 
 
 def addresses(c: Spec) -> tuple[int, ...]:
     """Which integers of a kernel are addresses."""
-    if c.task in ("append", "merge"):
-        from . import append, merge
+    from . import append, merge
 
-        return append.ADDRESSES if c.task == "append" else merge.ADDRESSES
-    return (0, 1) if c.task == "reduce" else tuple(INTEGERS.index(name) for name in ADDRESSES)
+    if c.task == "reduce":
+        return 0, 1
+    if c.task in merge.ARRAYS:
+        return merge.addresses_of(c.task)
+    return append.ADDRESSES if c.task == "append" else tuple(INTEGERS.index(name) for name in ADDRESSES)
