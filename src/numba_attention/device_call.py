@@ -4,16 +4,15 @@
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from .caches.contents import Contents
 from .cuda import tile_shapes
 from .device import arrays, replay, runtime
-from .device.driver import identity
 from .device.headers import address_of, held
-from .device.operands import Operands
+from .device.operands import Operands, Seen, look
 from .errors import kind_of
 from .masks.blockmask import BlockMask
 from .options import NO_OPTIONS, PER_SCORE, Array, Options
@@ -146,31 +145,9 @@ def _is_plain(x: Any) -> bool:
     return kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, x)))
 
 
-class _Seen(NamedTuple):
-    """Everything that a call depends on, as a key for `replay`, and what differs between calls with that key."""
-
-    key: Any
-    addresses: list[int]
-    family: arrays.Family
-    device: int
-    stream: int
-
-    def repeat(self, recorded: replay.Recorded) -> Any:
-        driver, family, device, stream = runtime.driver, self.family, self.device, self.stream
-
-        def new(shape: tuple[int, ...], dtype: Any) -> tuple[Any, int]:
-            return family.new(shape, dtype, device, stream)
-
-        scratch = new if family.has_pool else None
-        if driver.of_thread() == device:  # entering a block takes 1 us
-            return recorded.repeat(driver, self.addresses, new, scratch, stream)
-        with driver.on(device):
-            return recorded.repeat(driver, self.addresses, new, scratch, stream)
-
-
 def _look(
     function: Callable[..., Any], operands: dict[str, Any], options: Options, rest: dict[str, Any]
-) -> _Seen | None:
+) -> Seen | None:
     """Return the key of a call that can be repeated: of arrays of one library on one stream, with plain options."""
     if options is not NO_OPTIONS and not all(map(_is_plain, options)):
         return None
@@ -179,42 +156,15 @@ def _look(
         if type(x) in _PLAIN:
             of_rest.append(x)
             continue
-        look = x.look() if isinstance(x, Contents) else x if _is_plain(x) else None
-        if look is None:
+        described = x.look() if isinstance(x, Contents) else x if _is_plain(x) else None
+        if described is None:
             return None
-        of_rest.append(look)
-    looks: list[Any] = []
-    addresses: list[int] = []
-    family = first = places = None
-    for x in operands.values():
-        if x is None:
-            looks.append(None)
-            continue
-        if family is None:
-            family, first = arrays.family_of(x), x
-        elif type(x) is not type(first):
-            return None
-        look = family.look(x)
-        if look is None or not look[1]:
-            return None
-        described, address = look
-        looks.append(described)
-        addresses.append(address)
-        if places is None:
-            places = described[3:]
-        elif described[3:] != places:  # on another device, or another stream
-            return None
-    if family is None or places is None:
+        of_rest.append(described)
+    seen = look(operands.values())
+    if seen is None:
         return None
-    device = places[0]
-    stream = family.stream(first, device) or runtime.DEFAULT_STREAM
-    alike = None if len(set(addresses)) == len(addresses) else tuple(map(addresses.index, addresses))
-    key = (
-        function, runtime.driver, family.name, *looks, *[address & 15 for address in addresses], alike,
-        None if options is NO_OPTIONS else (options, type(options.is_causal)), *of_rest,
-        stream, identity(stream), tile_shapes.state(),
-    )  # fmt: skip
-    return _Seen(key, addresses, family, device, stream)
+    of_options = None if options is NO_OPTIONS else (options, type(options.is_causal))
+    return seen.of(function, of_options, *of_rest, tile_shapes.state())
 
 
 def _with_out(call: Call, result: Any, target: Array | None, out: Any) -> Any:

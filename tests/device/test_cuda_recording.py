@@ -403,3 +403,63 @@ def test_merging_one_array_twice(gpu, repeated):
         want = na.merge_attention([z.array for z in outs], [z.array for z in lses])
         close(na.merge_attention(outs, lses), want)
     assert len(repeated) == 1
+
+
+@pytest.mark.parametrize("storage", [None, "int8", "float16"])
+def test_appending(give, gpu, repeated, storage):
+    """Steps of several layers, each at a place of its own; what is refused the first time is refused again."""
+    rng = np.random.default_rng(0)
+    hosts = [na.KVCache(2, 2, 9, 24, 16, storage=storage) for _ in range(2)]
+    for host in hosts:
+        for x in host._stored[:4]:
+            if x is not None:
+                x[...] = 0
+    there = []
+    for host in hosts:
+        *stored, key_scale, value_scale = (None if x is None else give(x) for x in host._stored[:4])
+        scales = {} if key_scale is None else {"key_scale": key_scale, "value_scale": value_scale}
+        there.append(na.KVCache.from_arrays(*stored, 0, dtype=np.float32, **scales))
+    count = []
+    for T in (3, 1, 1, 1, 3):
+        for host, cache in zip(hosts, there, strict=True):
+            key, value = (rng.standard_normal((2, 2, T, features), dtype=np.float32) for features in (24, 16))
+            host.append(key, value)
+            cache.append(give(key), give(value))
+        count.append(len(repeated))
+    assert all(kind == "read" for kind, *_ in gpu.copies)
+    # A scale has four bytes: its place in a word of sixteen is another at each step, until it comes again.
+    assert count == ([1, 2, 3, 4, 5] if storage == "int8" else [1, 2, 4, 6, 8])
+    for host, cache in zip(hosts, there, strict=True):
+        assert cache.lengths.tolist() == host.lengths.tolist() == [9, 9]
+        for x, y in zip(host._stored[:4], cache._stored.originals, strict=True):
+            if x is not None:
+                np.testing.assert_array_equal(x, y.array)
+    with pytest.raises(na.CacheFullError, match="3 more tokens"):
+        there[0].append(give(key), give(value))
+    with pytest.raises(ValueError, match="key must have 4 axes"):
+        there[0].append(give(key[0, 0]), give(value))
+    assert len(repeated) == count[-1]
+
+
+def test_appending_to_what_differs_is_planned(gpu, repeated):
+    """Other lengths, a ring, a cache that cannot be written to: they have looks that another cache has too."""
+    rng = np.random.default_rng(1)
+    key, value = (Tensor(rng.standard_normal((2, 2, 1, 8), dtype=np.float32)) for _ in range(2))
+
+    def made(**more):
+        return na.KVCache.from_arrays(*(Tensor(np.zeros((2, 2, 6, 8), np.float32)) for _ in range(2)), **more)
+
+    plain, other, ring = made(lengths=2), made(lengths=[2, 3]), made(lengths=2, window=4)
+    plain.append(key, value)
+    for cache in (other, ring):
+        cache.append(key, value)
+    plain.append(key, value, [1, 0])
+    assert not repeated
+    assert plain.lengths.tolist() == [4, 3]
+    assert other.lengths.tolist() == [3, 4]
+    read_only = made(lengths=2)
+    read_only._read_only = "it is the test's"
+    with pytest.raises(ValueError, match="test's"):
+        read_only.append(key, value)
+    made(lengths=5).append(key, value)
+    assert len(repeated) == 1

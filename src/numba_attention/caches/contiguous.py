@@ -20,7 +20,7 @@ from .checks import (
     check_writeable,
 )
 from .contents import Contents
-from .device_storage import Originals
+from .device_storage import DeviceStorage, Originals
 from .rolling import check_truncated, check_window, kept
 from .storage import Arrays, Storage, each_token, megabytes, storage_format, token_pages
 
@@ -299,7 +299,16 @@ class KVCache:
         self._common = length + T
 
     def _append_on_gpu(self, originals: Originals, key: Any, value: Any, lengths: Any) -> None:
-        with self._form.using(originals, key=key, value=value) as (key, value):
+        form, start, seen = self._form, self._common, None
+        assert isinstance(form, DeviceStorage)
+        if lengths is None and start is not None and self.window is None and self._read_only is None:
+            seen = form.look(originals, self._stored[:4], key, value, start)
+            # A call like an earlier one needs no checks but that of the capacity.
+            stop = start + key.shape[2] if seen is not None and len(key.shape) == 4 else self.capacity + 1
+            if seen is not None and stop <= self.capacity and form.repeat(seen):
+                self._change_lengths(np.full_like(self._lengths, stop))
+                return
+        with form.using(originals, seen, key=key, value=value) as (key, value):
             key, value, T = self._checked(key, value)
             check_writeable(self._read_only)
             self._append_ragged(key, value, T, T if lengths is None else to_host(lengths))

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..device import runtime
+from ..device import replay, runtime
 from ..device.headers import address_of, has_whole_words
-from ..device.operands import Operands
+from ..device.operands import Operands, Seen, look
 from ..options import Array
 from .storage import Arrays, Storage
 
@@ -36,20 +36,46 @@ class DeviceStorage(Storage):
     def of(cls, form: Storage) -> "DeviceStorage":
         return cls(form.name, form.dtype, form.limit, form.square)
 
+    def look(self, originals: Originals, arrays: Arrays, key: Any, value: Any, start: int) -> Seen | None:
+        """Return what storing new arrays from a place on depends on, with the addresses of that place; see `replay`."""
+        seen = look((key, value, *originals))
+        if seen is None:
+            return None
+        targets = (address_of(x) + start * x.strides[2] for x in arrays if x is not None)
+        return seen._replace(addresses=[*seen.addresses[:2], *targets]).of("append", self.name)
+
+    def repeat(self, seen: Seen) -> bool:
+        """Store as in an earlier call that differs in addresses alone, if there was one."""
+        recorded = replay.find(seen.key)
+        if recorded is not None:
+            seen.repeat(recorded)
+        return recorded is not None
+
     @contextmanager
-    def using(self, originals: Originals, **new: Any) -> Iterator[list[Array]]:
-        """Run a block in the order of the streams of a cache and of new arrays, whose headers it gets."""
+    def using(self, originals: Originals, seen: Seen | None = None, **new: Any) -> Iterator[list[Array]]:
+        """Run a block in the order of the streams of a cache and of new arrays, whose headers it gets.
+
+        What it does can then be repeated if it was `seen`.
+        """
         names = ("cache.key", "cache.value", "cache.key_scale", "cache.value_scale")
         held = {name: x for name, x in zip(names, originals, strict=True) if x is not None}
         call = Operands(new | held)
         with runtime.using(call.device, call.stream):
             for name, x in held.items():
                 call.device_array(name, x)  # waits for the stream of that array
-            yield [call.device_array(name, x) for name, x in new.items()]
+            if seen is None:
+                yield [call.device_array(name, x) for name, x in new.items()]
+            else:
+                with replay.recording(seen.addresses) as recorder:
+                    yield [call.device_array(name, x) for name, x in new.items()]
+                recorder.keep(seen.key, None)
             call.finish()
 
     def extend(self, arrays: Arrays, key: Array, value: Array, start: int) -> None:
-        _write(self._sides(arrays, key, value), self.limit is not None, len(key) * key.shape[2], start=start)
+        tokens = key.shape[2]
+        # The place is a part of the addresses, so that a call at another place repeats the launch.
+        places: Any = [None if x is None else x[:, :, start : start + tokens] for x in arrays]
+        _write(self._sides(places, key, value), self.limit is not None, len(key) * tokens)
 
     def scatter(
         self, arrays: Arrays, key: Array, value: Array, source: tuple[Array, Array], to: tuple[Array, Array]
@@ -102,10 +128,8 @@ def _copy(sources: Arrays, targets: Arrays, of: tuple[Array, Array], to: tuple[A
         _write(scales, False, len(to[0]), entries=(*of, *to))
 
 
-def _write(
-    sides: Sequence[Side], scaled: bool, tokens: int, start: int = 0, entries: tuple[Array, ...] | None = None
-) -> None:
-    """Launch the kernel that writes tokens: of `entries` (sequence, token, row, place), or all from a place on."""
+def _write(sides: Sequence[Side], scaled: bool, tokens: int, entries: tuple[Array, ...] | None = None) -> None:
+    """Launch the kernel that writes tokens: of `entries` (sequence, token, row, place), or each to its own place."""
     from ..cuda import append, kernels
     from ..cuda.parameters import REALS
     from ..cuda.spec import Spec
@@ -135,7 +159,7 @@ def _write(
     listed = None
     if entries is not None:
         listed = runtime.upload(np.stack(entries, axis=1).astype(np.int32), runtime.stream())
-    integers += [0 if listed is None else address_of(listed), heads, tokens, each, start]
+    integers += [0 if listed is None else address_of(listed), heads, tokens, each]
     device = runtime.current_device()
     c = Spec("append", of, 32, 32, warps=WARPS, aligned=wide, to=to, arch=device.arch)
     grid = (-(-tokens * heads // WARPS), len(sides), 1)

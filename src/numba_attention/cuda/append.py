@@ -22,8 +22,8 @@ SIDE = (
     "target_head", "target_place", "target_column", "scale_row", "scale_head", "scale_place", "features",
 )  # fmt: skip
 # Of both: the address of a list of (sequence, token, row, place) as int32, or 0; then token t of sequence n goes to
-# place `start` + t of row n, and each sequence has `each` tokens.
-COMMON = ("list", "heads", "tokens", "each", "start")
+# place t of row n, and each sequence has `each` tokens.
+COMMON = ("list", "heads", "tokens", "each")
 INTEGERS = (*(f"{side}_{name}" for side in ("key", "value") for name in SIDE), *COMMON)
 ADDRESSES = tuple(n for n, name in enumerate(INTEGERS) if name.endswith(("_source", "_target", "_scale", "list")))
 INTS = f"l{len(INTEGERS)}"
@@ -58,14 +58,14 @@ def make_append(c: Spec, on: Target) -> KernelFunction:
     @macro("l l l i", INTS, "i", "i", "i")
     def find(e: Emit, n: Regs, x: I32, side: I32, thread: I32) -> tuple[I64, I64, I64, I32]:
         """Where the row is read, where it and its scale are written, and its features: none where there is no row."""
-        listed, heads, tokens, of_each, start = (n[INTEGERS.index(name)] for name in COMMON)
+        listed, heads, tokens, of_each = (n[INTEGERS.index(name)] for name in COMMON)
         index = x * warps + (thread >> 5)
         token, head = index // e.narrow(heads), index % e.narrow(heads)
         inside = token < e.narrow(tokens)
         token = e.select(inside, token, token - token)
         entry = e.load("i", listed + e.wide(token) * 16, 4, where=listed > 0)
         per = e.narrow(of_each)
-        plain = [token // per, token % per, token // per, token % per + e.narrow(start)]
+        plain = [token // per, token % per, token // per, token % per]
         sequence, t, row, place = (e.wide(e.select(listed > 0, a, b)) for a, b in zip(entry, plain, strict=True))
 
         def at(name: str, *terms: tuple[str, I64]) -> I64:

@@ -1,12 +1,14 @@
-"""The arrays of a call: which device and stream they are on, and their headers, in the order of streams."""
+"""The arrays of a call: which device and stream they are on, their headers in the order of streams, and their looks."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import kind_of
 from ..options import Array
-from . import arrays, runtime
+from . import arrays, replay, runtime
+from .driver import identity
 
 
 class Operands:
@@ -80,3 +82,62 @@ class Operands:
             runtime.driver.wait(stream, self.stream)
         if self._waits:  # a library that cannot wait for a stream
             runtime.driver.synchronize(self.stream)
+
+
+class Seen(NamedTuple):
+    """Everything that a call depends on, as a key for `replay`, and what differs between calls with that key."""
+
+    key: Any
+    addresses: list[int]
+    family: arrays.Family
+    device: int
+    stream: int
+
+    def of(self, *more: Any) -> "Seen":
+        """Return the same with more in the key: what else the call depends on, and the alignment of its arrays."""
+        addresses = self.addresses
+        alike = None if len(set(addresses)) == len(addresses) else tuple(map(addresses.index, addresses))
+        return self._replace(key=(self.key, *[address & 15 for address in addresses], alike, *more))
+
+    def repeat(self, recorded: replay.Recorded) -> Any:
+        driver, family, device, stream = runtime.driver, self.family, self.device, self.stream
+
+        def new(shape: tuple[int, ...], dtype: Any) -> tuple[Any, int]:
+            return family.new(shape, dtype, device, stream)
+
+        scratch = new if family.has_pool else None
+        if driver.of_thread() == device:  # entering a block takes 1 us
+            return recorded.repeat(driver, self.addresses, new, scratch, stream)
+        with driver.on(device):
+            return recorded.repeat(driver, self.addresses, new, scratch, stream)
+
+
+def look(operands: Iterable[Any]) -> Seen | None:
+    """Return what a call with these arrays depends on; None unless all are of one library, on one stream."""
+    looks: list[Any] = []
+    addresses: list[int] = []
+    family = first = places = None
+    for x in operands:
+        if x is None:
+            looks.append(None)
+            continue
+        if family is None:
+            family, first = arrays.family_of(x), x
+        elif type(x) is not type(first):
+            return None
+        look = family.look(x)
+        if look is None or not look[1]:
+            return None
+        described, address = look
+        looks.append(described)
+        addresses.append(address)
+        if places is None:
+            places = described[3:]
+        elif described[3:] != places:  # on another device, or another stream
+            return None
+    if family is None or places is None:
+        return None
+    device = places[0]
+    stream = family.stream(first, device) or runtime.DEFAULT_STREAM
+    key = runtime.driver, family.name, *looks, stream, identity(stream)
+    return Seen(key, addresses, family, device, stream)
