@@ -25,12 +25,17 @@ def branches(score, batch, head, i, j, documents):
     return score if head == 1 else -score
 
 
+def power(score, batch, head, i, j):
+    return abs(score) ** 0.3
+
+
 CASES = [
     (mods.alibi, (np.ones(8, np.float32),)),
     (mods.softcap, (20.0,)),
     (mods.relative_positions, (np.ones((8, 257), np.float32),)),
     (branches, (np.ones(99, np.int32),)),
     (functions, ()),
+    (power, ()),
 ]
 
 

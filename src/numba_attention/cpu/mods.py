@@ -29,6 +29,7 @@ from .simd import (
     Host,
     Value,
     at,
+    interleave,
     load,
     loop,
     pointer,
@@ -44,6 +45,7 @@ TASKS = ("score", "slope", "kept", "curve", "mask", "gradients", "bits")
 # ("gradients").
 ARGUMENTS = "data tile n j0 batch head positions heads second third unit:f64"
 TILE = (types.int64,) * 10 + (types.float64,)
+LONG = ("exp", "exp2", "log", "log2", "tanh", "sin", "cos", "pow")
 BITS_ROWS = 64  # rows and keys of a tile of bits
 
 
@@ -179,20 +181,41 @@ class _Pass(Instructions):
             width = self.vector.bytes * self.W
             finish = self._begin(b)
 
-            def pair(j: Value, _: list[Value]) -> list[Value]:
+            def pair(j: Value) -> None:
                 kept = dict(self.values)
                 offset = b.add(b.mul(j, I64(self.vectors * width)), b.mul(v, I64(width)))
                 self._set_argument(b, "j", _PAIR, lambda _: b.trunc(b.add(self.j0, j), I32))
                 self._pair(b, j, v, offset)
                 self.values = kept
+
+            def one(j: Value, _: list[Value]) -> list[Value]:
+                pair(b.add(done, j))
                 return []
 
-            loop(b, self.n, [], pair)
+            def several(group: Value, _: list[Value]) -> list[Value]:
+                interleave(b, together, lambda k: pair(b.add(b.mul(group, I64(together)), I64(k))))
+                return []
+
+            done, together = I64(0), self.vector.host.registers // 8
+            if self._is_chain():
+                groups = b.udiv(self.n, I64(together))
+                loop(b, groups, [], several)
+                done = b.mul(groups, I64(together))
+            loop(b, b.sub(self.n, done), [], one)
             finish()
             self.values = kept
             return []
 
         loop(b, I64(self.vectors), [], rows)
+
+    def _is_chain(self) -> bool:
+        """Whether a score takes a long chain of instructions, so that those of several keys should take turns.
+
+        Not where instructions have branches, and not where so many numbers are needed that registers do not suffice.
+        """
+        ops = [line.op for n, line in enumerate(self.lines) if self.levels[n] == _PAIR]
+        is_long = 0 < sum(op in LONG for op in ops) <= 2
+        return self.task in ("score", "slope", "kept", "curve") and is_long and "load" not in ops
 
     def _levels(self, is_run: bool) -> tuple[list[int], list[bool]]:
         levels: list[int] = []
