@@ -165,9 +165,9 @@ def attention(
     >>> bool(np.allclose(out[..., 0, :], v[..., 0, :], atol=1e-6))  # the first query sees the first key only
     True
     """
-    again = out is None and backend is None and backends.is_host_default()
+    again = backend is None and backends.is_host_default()
     if again:
-        known = recall.forward(query, key, value, options, return_lse)
+        known = recall.forward(query, key, value, options, return_lse, out=out)
         if known is not None:
             return known
     settings = gather(attention, options)
@@ -189,7 +189,7 @@ def _attention(
     problem = build(query, key, value, options, out, return_lse, empty)
     chosen.forward(problem)
     if again and problem.plan is not None:
-        recall.learn_forward(query, key, value, options, problem)
+        recall.learn_forward(query, key, value, options, problem, out=out)
     if problem.result_lse is None:
         return problem.result
     return problem.result, problem.result_lse

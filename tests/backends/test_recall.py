@@ -32,7 +32,7 @@ OPTIONS = [
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch):
-    for name in ("_forward", "_backward", "_decode", "_packed_forward", "_packed_backward"):
+    for name in ("_forward", "_into", "_backward", "_decode", "_packed_forward", "_packed_backward"):
         monkeypatch.setattr(getattr(recall, name), "table", recall.NOTHING)
 
 
@@ -93,6 +93,71 @@ def test_bits_are_the_same(dtype, shapes, options, threads, usual):
         assert bool(usual) == broadcast
     finally:
         numba.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("dtype", "shapes", "options"), CASES[::2], ids=str)
+def test_results_in_arrays_of_the_caller(dtype, shapes, options, threads, usual):
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(threads, before))
+    try:
+        q, k, v = arrays(shapes, dtype)
+        for more in ({}, {"return_lse": True}):
+            first = na.attention(q, k, v, **options, **more)
+            like = first[0] if more else first
+            layouts = [
+                np.empty_like(like),
+                np.empty(like.T.shape, like.dtype).T,
+                np.empty((*like.shape, 2), like.dtype)[..., 1],
+            ]
+            for out in layouts:
+                for _ in range(3):
+                    na.attention(q, k, v, out=out, **options, **more)
+                out[...] = 7
+                usual.clear()
+                result = na.attention(q.copy(), k, v, out=out, **options, **more)
+                assert not usual
+                assert (result[0] if more else result) is out
+                assert bits(result) == bits(first)
+    finally:
+        numba.set_num_threads(before)
+
+
+def test_an_array_for_the_result_is_checked_as_ever(usual):
+    q, k, v = arrays(((2, 3, 8, 16),) * 2)
+    out = np.empty_like(q)
+    for _ in range(4):
+        na.attention(q, k, v, out=out)
+    assert len(usual) == 2
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out must be writeable"):
+        na.attention(q, k, v, out=out)
+    for x, name in ((q, "query"), (k, "key"), (v, "value")):
+        with pytest.raises(ValueError, match=f"shares memory with {name}"):
+            na.attention(q, k, v, out=x)
+    with pytest.raises(TypeError, match="out must have the dtype"):
+        na.attention(q, k, v, out=np.empty(q.shape))
+    with pytest.raises(ValueError, match="out must have shape"):
+        na.attention(q, k, v, out=np.empty_like(q[:1]))
+    with pytest.raises(ValueError, match="zero strides"):
+        na.attention(q, k, v, out=np.lib.stride_tricks.as_strided(out.copy(), out.shape, (0, *out.strides[1:])))
+    room = np.zeros((2, 6, 8, 16), np.float32)  # rows of the result between those of the query: no overlap, but near
+    room[:, ::2] = q
+    for _ in range(3):
+        na.attention(room[:, ::2], k, v, out=room[:, 1::2])
+    assert room[:, 1::2].tobytes() == na.attention(q, k, v).tobytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=str)
+def test_calls_of_a_layer(options, usual):
+    layer = na.MultiHeadAttention(32, 4, rng=0)
+    x = np.random.default_rng(0).standard_normal((2, 7, 32), dtype=np.float32)
+    first = layer(x, **options)
+    for _ in range(2):
+        layer(x, **options)
+    usual.clear()
+    assert layer(x.copy(), **options).tobytes() == first.tobytes()
+    assert not usual
 
 
 def learned(q, k, v, **options):

@@ -276,6 +276,7 @@ def _layout_of(cache: Contents) -> tuple[Any, ...]:
 def _machine(entry: str) -> recall.Machine:
     match, run = {
         "forward": (again.match_three, again.forward),
+        "into": (again.match_six, again.forward),
         "decode": (again.match_six, again.decode),
         "backward": (again.match_six, again.backward),
     }[entry]
@@ -448,5 +449,5 @@ def _split(plan: _Plan, p: Problem, sequences: Array) -> tuple[int, int]:
     return int(ends[-1]), int(splits.max())
 
 
-_RECIPES = {"forward": _forward_recipe, "decode": _decode_recipe, "backward": _backward_recipe}
+_RECIPES = {"forward": _forward_recipe, "into": _forward_recipe, "decode": _decode_recipe, "backward": _backward_recipe}
 recall.provide(recall.Provider(again.row_of, _RECIPES, _machine))

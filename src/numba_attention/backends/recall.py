@@ -108,7 +108,7 @@ class Memory:
 
     Parameters
     ----------
-    name : {"forward", "backward", "decode"}
+    name : {"forward", "into", "backward", "decode"}
         What the machine code and the recipes of these calls are found by.
     """
 
@@ -140,7 +140,7 @@ class Memory:
 
 
 NOTHING = _Table((), np.empty(0, np.int64), 0)
-_forward, _backward, _decode = (Memory(name) for name in ("forward", "backward", "decode"))
+_forward, _into, _backward, _decode = (Memory(name) for name in ("forward", "into", "backward", "decode"))
 _packed_forward, _packed_backward = Memory("forward"), Memory("backward")
 
 # Options that plans depend on and nothing else does; their values are compared together with their types.
@@ -217,13 +217,13 @@ def _decode_key(contents: Contents, options: Mapping[str, Any]) -> tuple[Any, ..
 
 
 def forward(
-    query: Any, key: Any, value: Any, options: Mapping[str, Any], return_lse: Any, offsets: Any = None
+    query: Any, key: Any, value: Any, options: Mapping[str, Any], return_lse: Any, offsets: Any = None, out: Any = None
 ) -> Array | tuple[Array, Array] | None:
     """Return the result of `attention` if a call like this one is remembered, else None.
 
-    With the `offsets` of queries and of keys: that of `attention_varlen`.
+    With the `offsets` of queries and of keys: that of `attention_varlen`. With `out`: written to that array.
     """
-    memory = _forward if offsets is None else _packed_forward
+    memory = _into if out is not None else _forward if offsets is None else _packed_forward
     recipes, _, address = memory.table
     if not address:
         return None
@@ -233,13 +233,17 @@ def forward(
             return None
         kind += 1
     machine = memory.machine
-    n = machine.match(query, key, value, kind, address, len(recipes), _ndarray)
+    into = () if out is None else (out, out, out)
+    n = machine.match(query, key, value, *into, kind, address, len(recipes), _ndarray)
     if n < 0:
         return None
     recipe = recipes[n]
+    if out is None:
+        out = np.empty(*recipe.results[0])
+    elif not out.flags.writeable or any(np.may_share_memory(out, x) for x in (query, key, value)):
+        return None
     number = 1 if recipe.alone else machine.threads_for(recipe.items, recipe.flops)
     pool = 0 if number == 1 else machine.pool(number)
-    out = np.empty(*recipe.results[0])
     lse = np.empty(*recipe.results[1]) if return_lse else None
     own = machine.take()
     try:
@@ -334,10 +338,14 @@ def backward(
     return Gradients(of_query, of_key, of_value)
 
 
-def learn_forward(query: Any, key: Any, value: Any, options: Options, problem: Problem, offsets: Any = None) -> None:
-    """Remember a call of `attention` or `attention_varlen` without `out`, whose plan the CPU backend had."""
-    memory, distinct = _memory_and_key(_forward, _packed_forward, options, offsets)
-    memory.learn((query, key, value), distinct, problem.lse is not None, problem)
+def learn_forward(
+    query: Any, key: Any, value: Any, options: Options, problem: Problem, offsets: Any = None, out: Any = None
+) -> None:
+    """Remember a call of `attention`, or of `attention_varlen` without `out`, whose plan the CPU backend had."""
+    memory, distinct = _memory_and_key(_forward if out is None else _into, _packed_forward, options, offsets)
+    # Machine code compares the headers of three arrays or of six.
+    arrays = (query, key, value) if out is None else (query, key, value, out, out, out)
+    memory.learn(arrays, distinct, problem.lse is not None, problem)
 
 
 def learn_decode(query: Any, contents: Contents, options: Options, problem: Problem) -> None:
