@@ -46,6 +46,7 @@ TASKS = ("score", "slope", "kept", "curve", "mask", "gradients", "bits")
 ARGUMENTS = "data tile n j0 batch head positions heads second third unit:f64"
 TILE = (types.int64,) * 10 + (types.float64,)
 LONG = ("exp", "exp2", "log", "log2", "tanh", "sin", "cos", "pow")
+TOGETHER = 4  # keys whose scores are computed in turns
 BITS_ROWS = 64  # rows and keys of a tile of bits
 
 
@@ -193,14 +194,14 @@ class _Pass(Instructions):
                 return []
 
             def several(group: Value, _: list[Value]) -> list[Value]:
-                interleave(b, together, lambda k: pair(b.add(b.mul(group, I64(together)), I64(k))))
+                interleave(b, TOGETHER, lambda k: pair(b.add(b.mul(group, I64(TOGETHER)), I64(k))))
                 return []
 
-            done, together = I64(0), self.vector.host.registers // 8
+            done = I64(0)
             if self._is_chain():
-                groups = b.udiv(self.n, I64(together))
+                groups = b.udiv(self.n, I64(TOGETHER))
                 loop(b, groups, [], several)
-                done = b.mul(groups, I64(together))
+                done = b.mul(groups, I64(TOGETHER))
             loop(b, b.sub(self.n, done), [], one)
             finish()
             self.values = kept
@@ -211,8 +212,11 @@ class _Pass(Instructions):
     def _is_chain(self) -> bool:
         """Whether a score takes a long chain of instructions, so that those of several keys should take turns.
 
-        Not where instructions have branches, and not where so many numbers are needed that registers do not suffice.
+        Not where instructions have branches, and not where so many numbers are needed that registers do not suffice:
+        with 16 those of two keys do not.
         """
+        if self.vector.host.registers < 32:
+            return False
         ops = [line.op for n, line in enumerate(self.lines) if self.levels[n] == _PAIR]
         is_long = 0 < sum(op in LONG for op in ops) <= 2
         return self.task in ("score", "slope", "kept", "curve") and is_long and "load" not in ops
