@@ -11,6 +11,7 @@ import pytest
 
 import numba_attention as na
 from cases import DTYPES
+from numba_attention import warming
 
 da = pytest.importorskip("dask.array")
 distributed = pytest.importorskip("distributed")
@@ -120,7 +121,8 @@ def test_the_first_tasks_compile_nothing_after_a_warm_up(dtype):
         results += [out.sum(), *(x.sum() for x in grads[:3])]
         if dtype == "float32":
             layer = na.MultiHeadAttention(64, 2, rng=0)
-            y, ctx = layer.forward(da.from_array(rng.standard_normal((300, 64), dtype=np.float32), chunks=(70, 64)))
+            tokens = da.from_array(rng.standard_normal((300, 64), dtype=np.float32), chunks=(70, 64))
+            y, ctx = layer.forward(tokens.map_blocks(na.nn.gelu))
             layer.backward(y, ctx)
             results += [y, layer.grads]
         dask.compute(*results)
@@ -128,10 +130,26 @@ def test_the_first_tasks_compile_nothing_after_a_warm_up(dtype):
 
 
 def test_warm_up_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match=r"dtypes must be among .*, got 'int8'"):
+    with pytest.raises(ValueError, match="dtypes: unknown name 'int8', expected some of float32"):
         nad.warmup(None, [np.int8])
+    with pytest.raises(ValueError, match="tasks: unknown name 'forward', expected some of attention"):
+        nad.warmup(None, ["float32"], ["forward"])
+    with pytest.raises(ValueError, match="tasks must be None for the backend 'cuda'"):
+        nad.warmup(None, tasks=["decode"], backend="cuda")
     with pytest.raises(ValueError, match="backend must be 'cpu' or 'cuda'"):
         nad.warmup(None, backend="reference")
+
+
+def test_every_task_of_the_warm_up_is_known_to_that_of_blocks():
+    names = [kernel.name for kernel in warming.kernels_of_blocks(["float32", "bfloat16"], warming.TASKS)]
+    for task in ("forward", "decode", "weights", "backward", "linear", "rowwise", "second"):
+        assert any(name.startswith(f"{task}-float32") for name in names), task
+    default = [kernel.name for kernel in warming.kernels_of_blocks(["bfloat16"], None)]
+    assert set(default) < set(names)
+    halves = [name for name in default if "bfloat16" in name]
+    assert halves
+    assert all(name.endswith("-wide") for name in halves)
+    assert any(name.startswith("rowwise-float32") for name in default)
 
 
 def _states(dask_scheduler):

@@ -20,6 +20,7 @@ STORAGES = ("float16", "bfloat16", "int8", "float8_e4m3fn")  # of caches that ha
 TASKS = ("attention", "decode", "weights", "backward", "layer", "second")
 # What `warmup` compiles by default beside all the tasks but "second" for float32.
 _OTHERS = (("attention", DTYPES[1:]), ("backward", ("float64",)), ("layer", ("float64",)))
+OF_BLOCKS = ("attention", "decode", "backward", "layer")  # what functions of Dask arrays call, block by block
 
 
 class Pass(NamedTuple):
@@ -112,6 +113,14 @@ def kernels_for(
     return list(kernels_of(_pairs(dtypes, tasks, storage), storage))
 
 
+def kernels_of_blocks(dtypes: Sequence[str], tasks: Sequence[str] | None) -> "list[Kernel]":
+    """The kernels of tasks, by default of `OF_BLOCKS`, for blocks of larger problems, of any size.
+
+    Their results are in float32 for half types: see `problem.dense.widened`.
+    """
+    return list(kernels_of(_pairs(dtypes, OF_BLOCKS if tasks is None else tasks, ()), wide=True))
+
+
 def _pairs(dtypes: Sequence[str] | None, tasks: Sequence[str] | None, storage: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs of a task and a dtype; what is wrong with the names is said here."""
     for what, given, known in (("dtypes", dtypes, DTYPES), ("tasks", tasks, TASKS), ("storage", storage, STORAGES)):
@@ -147,9 +156,9 @@ def _into(
 
 
 def kernels_of(
-    wanted: Iterable[tuple[str, str]], storage: Iterable[str] = (), passes: Iterable[Pass] = ()
+    wanted: Iterable[tuple[str, str]], storage: Iterable[str] = (), passes: Iterable[Pass] = (), wide: bool = False
 ) -> "Iterator[Kernel]":
-    """The kernels of pairs of a task and a dtype, and of `passes`, each once."""
+    """The kernels of pairs of a task and a dtype, and of `passes`, each once; `wide` is as in `cpu.spec.Spec`."""
     from .backends import cpu
 
     wanted, storage, passes = list(wanted), list(storage), list(passes)
@@ -158,7 +167,7 @@ def kernels_of(
     def all_of() -> "Iterator[Kernel]":
         yield from cpu.entries()
         for task, dtype in wanted:
-            yield from _of_task(task, dtype, storage)
+            yield from _of_task(task, dtype, storage, wide)
         for dtype in dict.fromkeys(dtype for _, dtype in wanted):
             for one in passes:
                 yield from _of_pass(one, dtype)
@@ -169,8 +178,9 @@ def kernels_of(
             yield kernel
 
 
-def _of_task(task: str, dtype: str, storage: list[str]) -> "Iterator[Kernel]":
+def _of_task(task: str, dtype: str, storage: list[str], wide: bool) -> "Iterator[Kernel]":
     from .backends.cpu_resources import NARROWS, worker
+    from .cpu.simd import HOST
 
     if task == "layer":
         from .layer.projection import kernel_of
@@ -179,10 +189,13 @@ def _of_task(task: str, dtype: str, storage: list[str]) -> "Iterator[Kernel]":
             kernel_of("float64" if dtype == "float64" else "float32", kind)[0] for kind in ("linear", "rowwise")
         )
         return
+    if wide and dtype == "float16" and not HOST.f16:
+        dtype = "float32"  # which blocks are converted to
+    wide = wide and task in OF_BLOCKS and dtype in ("float16", "bfloat16")
     kind = "forward" if task == "attention" else task
-    yield worker(dtype, kind)
+    yield worker(dtype, kind, wide=wide)
     if task in ("attention", "backward"):  # of short sequences
-        yield from (worker(dtype, kind, "", vectors) for vectors in NARROWS)
+        yield from (worker(dtype, kind, "", vectors, wide) for vectors in NARROWS)
     if task in ("attention", "decode"):
         yield from (worker(dtype, kind, stored) for stored in storage if stored != dtype)
 

@@ -28,8 +28,15 @@ def cupy(monkeypatch, device):
 
     module = fake_cupy()
     monkeypatch.setitem(sys.modules, "cupy", module)
+    # As Dask does for CuPy's own arrays.
+    registered = sys.modules["dask.array.dispatch"].concatenate_lookup._lookup
+    monkeypatch.setitem(registered, CupyArray, concatenated)
     monkeypatch.setattr(tasks.numba, "set_num_threads", touched)
     return module
+
+
+def concatenated(arrays, axis=0):
+    return CupyArray(np.concatenate([x.header for x in arrays], axis))
 
 
 def on_device(x, chunks):
@@ -53,8 +60,20 @@ def whole(x):
     return np.block(numbers(blocks))
 
 
+def flat(grads):
+    return [*grads[:5], *(grads.mod_args or ())]
+
+
 def normal(*shape, dtype=np.float32):
     return np.random.default_rng(sum(shape)).standard_normal(shape).astype(dtype)
+
+
+def tilt(score, batch, head, i, j, table, factor):
+    return score + factor * table[head] * (i - 2 * j + batch)
+
+
+def sieve(batch, head, i, j, table, factor):
+    return (i + 3 * j + 2 * head + batch) % 4 != 0
 
 
 SHAPES = (2, 4, 20, 8), (2, 2, 30, 8), (2, 2, 30, 5)
@@ -65,7 +84,13 @@ OPTIONS = {
     "sinks": {"sinks": np.ones(4, np.float32), "window": (5, 3), "key_lengths": [30, 4]},
     "query lengths": {"query_lengths": [5, 20], "alibi_slopes": np.full(4, 0.1)},
     "block mask": {"mask": na.BlockMask.from_array(np.tri(20, 30, dtype=bool))},
-}
+    "dropout": {"dropout_p": 0.3, "seed": 2**40 + 1, "is_causal": "bottom-right"},
+    "mods": {"score_mod": tilt, "mask_mod": sieve, "mod_args": (np.linspace(-1, 1, 4), 0.1)},
+    "everything": {
+        "dropout_p": 0.1, "seed": 5, "score_mod": tilt, "mask_mod": sieve, "mod_args": (np.linspace(-1, 1, 4), 0.1),
+        "sinks": np.ones(4, np.float32), "key_lengths": [30, 4],
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -80,19 +105,25 @@ def test_blocks_stay_on_the_device(device, name, dtype):
     np.testing.assert_allclose(whole(out), want, atol=limit)
     np.testing.assert_allclose(whole(lse), want_lse, atol=1e-5)
     grad = normal(*want.shape, dtype=dtype)
-    grads = na.attention_backward(on_device(grad, (1, 2, 7, 5)), *lazies, out, lse, **options)
-    wanted = na.attention_backward(grad.astype(np.float64), *wide, want, want_lse, backend="reference", **options)
-    for got, right in zip(grads[:5], wanted[:5], strict=True):
+    given = options | {"mod_grads": "all" if "score_mod" in options else None}
+    grads = na.attention_backward(on_device(grad, (1, 2, 7, 5)), *lazies, out, lse, **given)
+    wanted = na.attention_backward(grad.astype(np.float64), *wide, want, want_lse, backend="reference", **given)
+    for got, right in zip(flat(grads), flat(wanted), strict=True):
         assert (got is None) == (right is None)
         if got is not None:
             np.testing.assert_allclose(whole(got), right, atol=10 * limit)
     assert [kind for kind, *_ in device.copies if kind == "read"] == []
 
 
-def test_packed_blocks_stay_on_the_device(device):
+@pytest.mark.parametrize("name", ["sinks", "everything"])
+def test_packed_blocks_stay_on_the_device(device, name):
     arrays = [normal(60, heads, 8) for heads in (4, 2, 2)]
     starts = [0, 7, 7, 40, 60]
     bias, options = normal(4, 60, 60), {"is_causal": True, "sinks": np.zeros(4, np.float32)}
+    learned = {}
+    if name == "everything":
+        learned = {"mod_grads": 0}
+        options |= {name: x for name, x in OPTIONS[name].items() if name not in ("sinks", "key_lengths")}
     lazies = [on_device(x, (13, heads, 8)) for x, heads in zip(arrays, (2, 1, 1), strict=True)]
     lazy_bias = on_device(bias, (2, 13, 13))
     out, lse = na.attention_varlen(*lazies, starts, starts, return_lse=True, bias=lazy_bias, **options)
@@ -102,13 +133,15 @@ def test_packed_blocks_stay_on_the_device(device):
     np.testing.assert_allclose(whole(out), want, atol=1e-5)
     np.testing.assert_allclose(whole(lse), want_lse, atol=1e-5)
     grads = na.attention_varlen_backward(
-        on_device(want, (13, 4, 8)), *lazies, out, lse, starts, starts, bias=lazy_bias, **options
+        on_device(want, (13, 4, 8)), *lazies, out, lse, starts, starts, bias=lazy_bias, **options, **learned
     )
     wanted = na.attention_varlen_backward(
-        want, *arrays, want, want_lse, starts, starts, bias=bias, backend="reference", **options
+        want, *arrays, want, want_lse, starts, starts, bias=bias, backend="reference", **options, **learned
     )
-    for got, right in zip(grads[:5], wanted[:5], strict=True):
-        np.testing.assert_allclose(whole(got), right, atol=1e-4)
+    for got, right in zip(flat(grads), flat(wanted), strict=True):
+        assert (got is None) == (right is None)
+        if got is not None:
+            np.testing.assert_allclose(whole(got), right, atol=1e-4)
     assert [kind for kind, *_ in device.copies if kind == "read"] == []
 
 
@@ -134,8 +167,6 @@ def test_arrays_of_numpy_are_sent_once_for_each_block(device):
 def test_what_is_refused():
     q = on_device(normal(2, 20, 8), (1, 7, 8))
     x = da.from_array(normal(2, 20, 8), chunks=(1, 7, 8))
-    with pytest.raises(NotImplementedError, match="dropout and mods of Dask arrays need blocks on the host"):
-        na.attention(q, q, q, dropout_p=0.1, seed=0)
     with pytest.raises(ValueError, match="backend must be 'cuda' for blocks on a GPU"):
         na.attention(q, q, q, backend="cpu")
     with pytest.raises(TypeError, match="bias has blocks on a GPU, and query, key and value have not"):

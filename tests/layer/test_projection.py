@@ -313,7 +313,7 @@ def test_any_arrays(sizes, dtype, layouts, seed):
 @pytest.mark.skipif(not HOST.fma, reason="no fused multiply-add here")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_loop_keeps_its_block_in_registers(dtype):
-    kernel, spec = projection.kernel_of(dtype)
+    kernel, spec = projection.kernel_of(dtype, "linear")
     fma, register = ("fmla", r"v\d+\.") if HOST.name == "NEON" else ("vfmadd", {512: "%zmm", 256: "%ymm"}[HOST.bits])
     loop = innermost(kernel.assembly(), fma, without=r"\bv?f?div")  # activations have polynomials and a division
     rows, vectors = spec.block

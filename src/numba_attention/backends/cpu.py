@@ -24,7 +24,7 @@ from ..problem.dense import sum_to as reduce  # noqa: F401
 from ..sequence_record import SEQUENCE
 from . import cpu_backward, recall
 from .cpu_masks import with_block_mask
-from .cpu_resources import NARROWS, SMALL, Buffers, addresses, narrows_of, put_back, take, threads_for, worker
+from .cpu_resources import SMALL, Buffers, addresses, narrows_of, put_back, take, threads_for, worker
 from .cpu_rules import Rules, compiled_rules
 from .records import (
     address_of,
@@ -59,19 +59,6 @@ def entries() -> tuple[Kernel, ...]:
     """Return the functions that Python calls."""
     recalled = again.match_three, again.match_six, again.forward, again.decode, again.backward
     return launch._launcher, launch._caller, pool.serve, addresses, *recalled
-
-
-def kernels_of_parts(storage: str) -> list[Kernel]:
-    """Return all kernels that blocks of a larger problem may need, of any size, forward and backward.
-
-    Their results are in float32 for half types: see `problem.dense.widened`.
-    """
-    if storage == "float16" and not HOST.f16:
-        storage = "float32"
-    wide = storage in ("float16", "bfloat16")
-    vectors = (0, *NARROWS)
-    tasks = [("decode", 0), *((task, n) for task in ("forward", "backward") for n in vectors)]
-    return [worker(storage, task, vectors=n, wide=wide) for task, n in tasks]
 
 
 def forward(problem: Problem) -> None:

@@ -16,7 +16,7 @@ from ..device.constants import upload
 from ..device.headers import address_of, has_whole_words
 from ..intervals import FAR, keys_of_rows, rows_of_keys
 from ..options import Array
-from ..problem.dense import WHOLE, Problem
+from ..problem.dense import Problem
 from . import device_masks, device_rules
 from .records import fill_in, is_paged, sequences_of, storage_of, stored_of
 
@@ -25,10 +25,10 @@ HEADS = 65535  # CUDA's limit for the second dimension of a grid
 
 
 def check_size(p: Problem) -> None:
-    if p.origin is not WHOLE:
-        raise NotImplementedError("dropout of a block of a larger problem needs the CPU: pass backend='cpu'")
     if max(p.L, p.S) * max(p.H // max(p.Hkv, 1), 1) > MOST:
         raise ValueError(f"the CUDA backend takes up to {MOST} rows of a key head, got {p.L} queries and {p.S} keys")
+    if p.origin.key + p.S > MOST:
+        raise ValueError(f"the CUDA backend takes keys up to number {MOST}, got {p.S} from number {p.origin.key} on")
     if p.H > HEADS:
         raise ValueError(f"the CUDA backend takes up to {HEADS} heads, got {p.H}; make some of them a batch axis")
 
@@ -72,6 +72,7 @@ class Work:
         self.set(
             heads=p.H, group=p.H // p.Hkv if p.Hkv else 1, E=p.E, Ev=p.Ev, dropout=p.dropout, seed=p.seed,
             left=FAR if p.left is None else p.left, right=FAR if p.right is None else p.right,
+            first_key=p.origin.key, first_head=p.origin.head,
         )  # fmt: skip
         arrays = {
             "query": p.query, "key": p.key, "value": p.value, "out": p.out, "lse": p.lse, "bias": p.bias,

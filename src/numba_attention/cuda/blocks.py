@@ -292,10 +292,11 @@ def stage_inputs(b: Block, lanes: Lanes, thread: I32, head: I32 | None = None) -
         slopes = [of_head[id(h)] for h in heads]
     inputs = StageInputs(bias, mask, b.offset, rows, keys, slopes, heads_of_slots)
     if b.c.mods is not None:
-        s_record = Sequence(b.e, b.p, b.index)
-        numbers = {id(h): s_record.int("head") + h for h in {id(h): h for h in heads}.values()}
+        s_record, first_key = Sequence(b.e, b.p, b.index), b.p.int("first_key")
+        first_head = s_record.int("head") + b.p.int("first_head")
+        numbers = {id(h): first_head + h for h in {id(h): h for h in heads}.values()}
         inputs = replace(
             inputs, batch=s_record.int("number"), head_numbers=[numbers[id(h)] for h in heads],
-            first_position=s_record.int("offset"),
+            first_position=s_record.int("offset") + first_key, first_key=first_key,
         )  # fmt: skip
     return inputs

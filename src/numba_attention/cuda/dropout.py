@@ -29,10 +29,12 @@ def kept(b: Block, lanes: Lanes, thread: I32, column: I32, head: I32 | None = No
     seed = b.p.seed
     keys = philox.round_keys((seed & 0xFFFFFFFF, seed >> 32), lambda word, constant: word + constant)
     round_keys = [(e.narrow(first), e.narrow(second)) for first, second in keys]
-    offset, first_head, batch = s.int("offset"), s.int("head"), s.int("batch")
+    # The first key of a block of a larger problem is a multiple of 32: places in a group are those in the block.
+    first_key, first_head = b.p.int("first_key"), s.int("head") + b.p.int("first_head")
+    offset, first_group, batch = s.int("offset") + first_key, first_key >> 3, s.int("number")
 
     def words(position: I32, group: I32, of_head: I32) -> Regs:
-        counter = position + offset, group, of_head + first_head, batch
+        counter = position + offset, group + first_group, of_head + first_head, batch
         return philox.philox(counter, round_keys, lambda x, constant: e.multiply_wide(x, _signed(constant)))
 
     first = product.lane_column(thread & 31) + column

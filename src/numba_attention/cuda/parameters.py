@@ -13,7 +13,8 @@ INTEGERS = (
     *ADDRESSES,
     *(f"{name}_{axis}" for name in ARRAYS for axis in ("head", "row", "column")),
     "heads", "group", "E", "Ev", "left", "right", "tiles", "together", "flag_rows", "splits", "number", "inner_tiles",
-    "dropout", "seed", "page_size", "key_page", "value_page", "key_scale_page", "value_scale_page",
+    "dropout", "seed", "first_key", "first_head",  # the last two of the whole problem, for dropout and mods
+    "page_size", "key_page", "value_page", "key_scale_page", "value_scale_page",
     "list_heads",  # of a sequence
     # of the gradient of a bias: which sequences share its elements, how many heads, rows and keys do
     "bias_heads", "bias_rows", "bias_keys",

@@ -77,10 +77,12 @@ class StageInputs:
     keys: I32  # valid keys
     slopes: Regs  # of ALiBi, of each slot
     heads: Regs | None = None
-    # What rules of callers are called with: the number of the sequence, the head of each slot, the position of query 0.
+    # What rules of callers are called with: the number of the sequence, the head of each slot, the position of query 0
+    # and the number of key 0.
     batch: I32 | None = None
     head_numbers: Regs | None = None
     first_position: I32 | None = None
+    first_key: I32 | None = None
 
 
 class Scores:
@@ -193,13 +195,15 @@ class Scores:
 
         Pairs beyond the last have the position of the last.
         """
-        e, batch, heads, first = self.e, inputs.batch, inputs.head_numbers, inputs.first_position
+        e, batch, heads = self.e, inputs.batch, inputs.head_numbers
+        first, first_key = inputs.first_position, inputs.first_key
         assert batch is not None
         assert heads is not None
         assert first is not None
+        assert first_key is not None
         places = self.places()
         rows = {id(i): e.max(e.min(i, inputs.rows - 1), 0) + first for i, _ in places}
-        keys = {id(j): e.max(e.min(j, inputs.keys - 1), 0) for _, j in places}
+        keys = {id(j): e.max(e.min(j, inputs.keys - 1), 0) + first_key for _, j in places}
         results = []
         for (slot, _), (i, j), x in zip(self.layout.elements, places, s, strict=True):
             outputs = evaluation.run(score=x, batch=batch, head=heads[slot], i=rows[id(i)], j=keys[id(j)])

@@ -6,11 +6,14 @@ Functions of `numba_attention` of the same names hand over to these when they ar
 from __future__ import annotations  # short types in help()
 
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from ..backends import cuda
+from ..warming import DTYPES, kernels_of_blocks
 from . import chunks as _chunks
 from .dense import attention, attention_backward
 from .layer import heads_per_block
@@ -91,10 +94,13 @@ def suggest_chunks(
     return _chunks.suggest(shape, _chunks.Workers(*chosen), rate).chunks(shape, shape_q, shape_k)
 
 
-DTYPES = ("float32", "float64", "float16", "bfloat16")
-
-
-def warmup(client: Any = None, dtypes: Sequence[DTypeLike] = DTYPES, *, backend: str = "cpu") -> dict[str, float]:
+def warmup(
+    client: Any = None,
+    dtypes: Sequence[DTypeLike] = DTYPES,
+    tasks: Sequence[str] | None = None,
+    *,
+    backend: str = "cpu",
+) -> dict[str, float]:
     """Compile or load on every worker what tasks need, so that no task has to: blocks of any size, and gradients.
 
     Parameters
@@ -103,8 +109,11 @@ def warmup(client: Any = None, dtypes: Sequence[DTypeLike] = DTYPES, *, backend:
         By default the current one.
     dtypes : sequence of dtype, optional
         Those of the arrays. By default "float32", "float64", "float16" and "bfloat16".
+    tasks : sequence of str, optional
+        Some of those of `numba_attention.warmup`. By default "attention", "decode", "backward" and "layer": all that
+        functions and layers of Dask arrays call. "weights" and "second" are for functions that you map over blocks.
     backend : {"cpu", "cuda"}
-        "cuda" compiles the common kernels of the first GPU of each worker, of all dtypes.
+        "cuda" compiles the common kernels of the first GPU of each worker, of all dtypes and without `tasks`.
 
     Returns
     -------
@@ -114,15 +123,15 @@ def warmup(client: Any = None, dtypes: Sequence[DTypeLike] = DTYPES, *, backend:
     Raises
     ------
     ValueError
-        An unknown dtype or backend.
+        An unknown dtype, task or backend, or tasks for the backend "cuda".
 
     Notes
     -----
-    Compiling takes some 3 seconds a kernel, and looks like a worker that hangs if a task does it. There are seven
-    kernels for each dtype with AVX-512, and three elsewhere: with results in float32 for half types, as merges and sums
-    of blocks take them. Workers that share the folder of the kernel cache (NUMBA_ATTENTION_CACHE_DIR), and are alike,
-    load what one of them has compiled. `score_mod` and `mask_mod` are compiled by the first task that has them, in a
-    tenth of a second.
+    Compiling takes some 3 seconds a kernel, and looks like a worker that hangs if a task does it. There are up to
+    seven kernels for each dtype, which depends on the CPU: with results in float32 for half types, as merges and sums
+    of blocks take them. Layers have two more, in float32 and in float64: products, and norms with activations. Workers
+    that share the folder of the kernel cache (NUMBA_ATTENTION_CACHE_DIR), and are alike, load what one of them has
+    compiled. `score_mod` and `mask_mod` are compiled by the first task that has them, in a tenth of a second.
 
     Examples
     --------
@@ -134,30 +143,23 @@ def warmup(client: Any = None, dtypes: Sequence[DTypeLike] = DTYPES, *, backend:
     from distributed import get_client
 
     names = [x if isinstance(x, str) else np.dtype(x).name for x in ([dtypes] if isinstance(dtypes, str) else dtypes)]
-    for name in names:
-        if name not in DTYPES:
-            raise ValueError(f"dtypes must be among {DTYPES}, got {name!r}")
     if backend not in ("cpu", "cuda"):
         raise ValueError(f"backend must be 'cpu' or 'cuda', got {backend!r}")
-    seconds: dict[str, float] = (get_client() if client is None else client).run(_warm, names, backend)
+    if tasks is not None and backend == "cuda":
+        raise ValueError(f"tasks must be None for the backend 'cuda', which has no such tasks, got {tasks}")
+    kernels_of_blocks(names, tasks)  # an unknown name is found here, and not on every worker
+    seconds: dict[str, float] = (get_client() if client is None else client).run(_warm, names, tasks, backend)
     return seconds
 
 
-def _warm(dtypes: Sequence[str], backend: str) -> float:
-    from time import perf_counter
-
-    from ..backends import cpu, cuda
-    from ..layer.projection import kernel_of
-
+def _warm(dtypes: Sequence[str], tasks: Sequence[str] | None, backend: str) -> float:
     start = perf_counter()
     if backend == "cuda":
         for _, job in cuda.warmup_jobs(wide=True):
             job()
-        return perf_counter() - start
-    kernels = [kernel for name in dtypes for kernel in cpu.kernels_of_parts(name)]
-    kernels += [kernel_of(name)[0] for name in dtypes if name in ("float32", "float64")]  # of layers
-    for kernel in (*cpu.entries(), *kernels):
-        kernel.address  # noqa: B018
+    else:
+        for kernel in kernels_of_blocks(dtypes, tasks):
+            kernel.address  # noqa: B018 - compiles or loads it
     return perf_counter() - start
 
 

@@ -11,7 +11,7 @@ from ..validation import as_flag, lse_dtype_of
 from . import chunks, passes
 from .arguments import Running, check_mods, without_arrays
 from .graph import Operands, device_meta, on_chunks, placed
-from .layout import Layout, counts
+from .layout import Layout
 from .tasks import Run, mods_of
 
 Arrays = tuple[Any, Any, Any]  # query, key, value, of shape (..., heads, length, features)
@@ -33,8 +33,6 @@ def how_of(running: Running, layout: Layout, arrays: Arrays) -> How:
     chunks.check_tasks(layout, fan)
     like = device_meta(*arrays)
     run = Run(backend_of(running.backend, like is not None), threads_of(running.threads))
-    if counts(layout.problem) and (like is not None or run.backend == "cuda"):
-        raise NotImplementedError("dropout and mods of Dask arrays need blocks on the host, and not backend cuda")
     return How(run, fan, is_streamed(running.stream, layout, *arrays[1:]), like)
 
 

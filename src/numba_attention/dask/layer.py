@@ -34,7 +34,7 @@ from .arguments import FAN, headers
 from .dense import attention, attention_backward
 from .graph import Key, List, Task, TaskRef, array, device_meta, is_dask, lowered, on_chunks, tree
 from .layout import Chunks, Heads, Index, blocks_of_heads
-from .tasks import kernel_threads
+from .tasks import add, kernel_threads
 from .varlen import attention_varlen, attention_varlen_backward, heads_first
 
 
@@ -190,8 +190,8 @@ class Context(LazyContext):
             parts = [key if one else (f"{work.label}-part", *index, h) for h in range(len(work.heads))]
             graph |= {part: work.task(part, index, h) for h, part in enumerate(parts)}
             if not one:
-                last = tree(graph, (f"{work.label}-sum", *index), parts, _add, FAN)
-                graph[key] = Task(key, _add, List(TaskRef(last)))
+                last = tree(graph, (f"{work.label}-sum", *index), parts, add, FAN)
+                graph[key] = Task(key, add, List(TaskRef(last)))
         return array(work.label, graph, work.inputs, self.layer.dtype, (*work.chunks, (size,)))
 
     def _of_parameters(
@@ -209,7 +209,7 @@ class Context(LazyContext):
         for h in range(len(work.heads)):
             parts = {(work.label, h, *index): index for index in work.indices}
             graph |= {key: work.task(key, index, h) for key, index in parts.items()}
-            total = TaskRef(tree(graph, (f"{work.label}-sum", h), list(parts), _add, FAN))
+            total = TaskRef(tree(graph, (f"{work.label}-sum", h), list(parts), add, FAN))
             key: Key = (f"{work.label}-weight", *work.place(h))
             weights[key] = Task(key, _weight_of, total)
             if bias is not None and h < len(bias.chunks[0]):
@@ -454,13 +454,6 @@ def _turn(places: Array, rotation: tuple[Rotation, bool], dtype: Any) -> Turn:
 def _joined(heads: Array) -> Array:
     """(..., heads, L, E) -> (..., L, heads * E)."""
     return as_features(heads.swapaxes(-3, -2))
-
-
-def _add(parts: Sequence[Array]) -> Array:
-    total = parts[0]
-    for x in parts[1:]:
-        total = total + x
-    return total
 
 
 __all__ = ["Context", "attend", "heads_per_block"]

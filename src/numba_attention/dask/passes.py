@@ -145,8 +145,8 @@ def backward(
         grads[name] = array(f"attention-{name}-{token}", of_pairs | sums, inputs, dtype, chunks, operands.like)
     for n, (name, x) in enumerate(mod_args.items()):
         whole = tuple((size,) for size in x.shape)
-        sums = _sums(f"attention-mod-{n}-{token}", name, parts[name], whole, x.dtype, fan)
-        grads[name] = array(f"attention-mod-{n}-{token}", of_pairs | sums, inputs, x.dtype, whole)
+        sums = _sums(f"attention-mod-{n}-{token}", name, parts[name], whole, x.dtype, fan, operands.like)
+        grads[name] = array(f"attention-mod-{n}-{token}", of_pairs | sums, inputs, x.dtype, whole, operands.like)
     of_args = None if mod_grads is None else tuple(grads.get(f"mod_args[{n}]") for n in range(number))
     return Gradients(grads["query"], grads["key"], grads["value"], grads.get("bias"), grads.get("sinks"), of_args)
 
@@ -187,7 +187,7 @@ def _heads_of(layout: Layout, results: Results, batch: Index, h: int) -> tuple[i
 
 def _sums(
     name: str, field: str, parts: dict[Index, list[Key]], chunks: Sequence[Chunks], dtype: Any, fan: int,
-    like: Any = None,
+    like: Any,
 ) -> dict[Key, Task]:  # fmt: skip
     """Return the tasks that add up one gradient, block by block."""
     sums: dict[Key, Task] = {}

@@ -261,7 +261,7 @@ def _gradients_in_pieces(
     dq, dk, dv = (_filled(0, x.shape, _wide_type(x), x) for x in operands)
     of_bias = None if bias is None else _filled(0, bias.shape, bias.dtype, query)
     of_sinks = _filled(0, (len(query),), lse.dtype, query)
-    of_args = {n: np.zeros_like(mod_args[n]) for n in mod_grads or ()}
+    of_args = {n: _filled(0, mod_args[n].shape, mod_args[n].dtype, query) for n in mod_grads or ()}
     for piece in pieces:
         rows, keys = piece.rows, piece.keys
         options = _with_arrays(piece.options, piece.of("mask", mask), piece.of("bias", bias), mods)
@@ -276,8 +276,8 @@ def _gradients_in_pieces(
             of_bias[piece.where["bias"]] += grads.bias
         if grads.sinks is not None:
             of_sinks += grads.sinks
-        for n, total in of_args.items():
-            total += grads.of(f"mod_args[{n}]")
+        for n in of_args:
+            of_args[n] += grads.of(f"mod_args[{n}]")
     args = None if mod_grads is None else tuple(of_args.get(n) for n in range(len(mod_args)))
     return Gradients(dq, dk, dv, of_bias, of_sinks, args)
 
@@ -291,8 +291,8 @@ def no_keys_gradients(
     return pair_gradients(grad_out, query, key, value, out, lse, grad_lse, None, None, options, run)
 
 
-def add(parts: Sequence[Any], name: str, dtype: Any = None) -> Array:
-    """Add up the gradients of one input, in this order: fields of what a pair has, and sums; the last has a dtype."""
+def add(parts: Sequence[Any], name: str | None = None, dtype: Any = None) -> Array:
+    """Add up arrays, in this order: the gradient of this name where a part has several; the last sum has a dtype."""
     arrays: list[Any] = [x.of(name) if isinstance(x, Gradients) else x for x in parts]
     total: Array = arrays[0]
     for x in arrays[1:]:

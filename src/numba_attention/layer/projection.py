@@ -254,7 +254,7 @@ def _multiply(
 
 
 @cache
-def kernel_of(storage: str, task: str = "linear") -> Any:
+def kernel_of(storage: str, task: str) -> Any:
     """Return the kernel of the products, or of the functions of rows, for `storage`, and what it is compiled for."""
     from ..cpu import launch, linear, rowwise
     from ..cpu.cache import Kernel
@@ -270,7 +270,7 @@ def _make_plan(
     a: Array, b: Array, out: Array, bias: Array | None, sums: Array | None, long: bool, coefficients: Array | None
 ) -> _Plan:
     _, kernels, _ = modules()
-    kernel, spec = kernel_of(out.dtype.name)
+    kernel, spec = kernel_of(out.dtype.name, "linear")
     straight, crossed = (_cut(spec, *operands, long) for operands in ((a, b), (b, a)))
     swapped = crossed.cost < straight.cost
     cut = crossed if swapped else straight
