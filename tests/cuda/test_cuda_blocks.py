@@ -7,9 +7,10 @@ from cases import DTYPES, assert_close, grad_tolerance, tolerance
 from dropout_mask import kept
 from emulator import emulated
 from numba_attention.cuda import tile_shapes
-from numba_attention.dask import tasks
 from numba_attention.options import Options
 from numba_attention.problem.dense import Origin
+
+tasks = pytest.importorskip("numba_attention.dask.tasks")
 
 DROP = {"dropout_p": 0.3, "seed": 2**40 + 99}
 
@@ -128,6 +129,12 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_against_the_textbook(driver, name, dtype):
+    check(Block(*BLOCKS[name][:-1], dtype, BLOCKS[name][-1]), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_on_a_gpu(name, dtype):
     check(Block(*BLOCKS[name][:-1], dtype, BLOCKS[name][-1]), dtype)
 
 
