@@ -1,5 +1,7 @@
 """`attention` on the CPU against the reference: every case in every dtype, then what it may read and write."""
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -285,3 +287,30 @@ def test_only_minus_infinity_hides(dtype):
     for bias in (np.finfo(dtype).min, np.finfo(dtype).max):
         out = na.attention(query, key, value, bias=np.full((5, 5), bias, dtype))
         np.testing.assert_allclose(out, np.broadcast_to(value.mean(0), out.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_out_of_any_layout(order):
+    rng, shape = np.random.default_rng(0), (2, 3, 4, 5)
+    x = rng.standard_normal(shape, dtype=np.float32)
+    want = textbook_out(x)
+    for factor in (1, 2):
+        buffer = np.zeros([factor * shape[n] for n in order], np.float32)
+        out = buffer[tuple(slice(shape[n]) for n in order)].transpose(np.argsort(order))
+        assert na.attention(x, x, x, out=out) is out
+        np.testing.assert_allclose(out, want, atol=1e-6)
+
+
+def test_out_whose_rows_are_interleaved():
+    # Elements at 2 i + 3 j for i < 3, j < 2: axes reach over each other, and no two elements meet.
+    out = np.lib.stride_tricks.as_strided(np.zeros(20, np.float32), (3, 2), (8, 12))
+    x = np.random.default_rng(0).standard_normal((3, 2), dtype=np.float32)
+    na.attention(x, x, x, out=out)
+    np.testing.assert_allclose(out, textbook_out(x), atol=1e-6)
+
+
+def textbook_out(x):
+    """softmax(x x.T / sqrt(E)) x in float64."""
+    x = x.astype(np.float64)
+    weights = np.exp(x @ x.swapaxes(-1, -2) / np.sqrt(x.shape[-1]))
+    return weights / weights.sum(axis=-1, keepdims=True) @ x

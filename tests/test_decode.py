@@ -409,3 +409,13 @@ def test_a_sink_counts_once_however_many_splits_there_are():
     np.testing.assert_allclose(lse[:, 0], np.log(denominator), rtol=1e-6)
     want = np.einsum("hj,hje->he", np.exp(scores) / denominator[:, None], value)
     np.testing.assert_allclose(out[:, 0], want, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["key_scale", "value_scale"])
+def test_out_overlaps_the_scales_of_a_cache(name):
+    cache = na.KVCache(1, 2, 8, 4, storage="int8")
+    cache.append(*np.ones((2, 1, 2, 3, 4), np.float32))
+    scales = getattr(cache, name)
+    out = np.lib.stride_tricks.as_strided(scales, (1, 2, 1, 4), (0, scales.strides[1], 0, scales.itemsize))
+    with pytest.raises(ValueError, match=f"out must not overlap an input, it shares memory with {name}"):
+        na.attention_decode(np.ones((1, 2, 1, 4), np.float32), cache, out=out)

@@ -189,6 +189,89 @@ def test_cross_entropy():
     assert loss(scores) == pytest.approx(want)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_cross_entropy_of_scores_that_are_far_apart(dtype):
+    loss, grad = nn.cross_entropy(np.array([[0, 500], [300, 0]], dtype), np.array([0, 0]))
+    assert loss == 250  # the mean of 500 and 0; exp(-500) is 0
+    np.testing.assert_allclose(grad, [[-0.5, 0.5], [0, 0]], atol=1e-100)
+    assert grad.dtype == dtype
+
+
+def test_cross_entropy_leaves_rows_out():
+    scores = np.array([[np.nan, np.inf, 0], [0, 0, 0]])
+    loss, grad = nn.cross_entropy(scores, np.array([-100, 1]), np.array([False, True]))
+    assert loss == pytest.approx(math.log(3))
+    np.testing.assert_allclose(grad, [[0, 0, 0], [1 / 3, -2 / 3, 1 / 3]])
+    for nothing in (scores, scores[:0]):
+        loss, grad = nn.cross_entropy(nothing, np.full(len(nothing), -100), np.zeros(len(nothing), bool))
+        assert loss == 0
+        assert grad.shape == nothing.shape
+        assert not grad.any()
+
+
+@pytest.mark.parametrize(
+    ("target", "mask", "error", "message"),
+    [
+        ([0, -100], None, ValueError, "target must lie between 0 and 2, got -100"),
+        ([0, 3], None, ValueError, "target must lie between 0 and 2, got 3"),
+        ([0.0, 1.0], None, TypeError, "target must be integer"),
+        ([0, 1, 2], None, ValueError, "target must have the shape"),
+        ([0, 1], [1, 0], TypeError, "mask must be boolean"),
+        ([0, 1], [True, False, True], ValueError, "mask of shape"),
+    ],
+)
+def test_cross_entropy_refuses(target, mask, error, message):
+    with pytest.raises(error, match=message):
+        nn.cross_entropy(np.zeros((2, 3)), target, mask)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error"), [([-1], ValueError), ([5], ValueError), ([1.0], TypeError), ([True], TypeError)]
+)
+def test_embedding_refuses(tokens, error):
+    with pytest.raises(error, match="tokens must"):
+        nn.Embedding(5, 3, 0)(tokens)
+
+
+def test_embedding_of_lists():
+    layer = nn.Embedding(5, 3, 0, F)
+    y, ctx = layer.forward([[1], [1]])
+    layer.backward(np.ones_like(y), ctx)
+    np.testing.assert_array_equal(layer.grads["weight"], np.eye(5)[1][:, None] * 2 * np.ones(3))
+    assert layer([]).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("grads", "message"), [({}, "lacks x"), ({"x": np.ones(1)}, r"gradient of x must have its shape, \(2,\)")]
+)
+def test_adam_refuses(grads, message):
+    x = np.array([3.0, -2.0])
+    adam = nn.Adam({"x": x})
+    with pytest.raises(ValueError, match=message):
+        adam.step(grads)
+    assert adam.steps == 0
+    np.testing.assert_array_equal(x, [3, -2])
+
+
+def test_adam_shortens_the_gradients_of_its_own_parameters():
+    steps = []
+    for others in ({}, {"frozen": np.full(4, 1e6)}):
+        x = {"x": np.array([0.0])}
+        adam = nn.Adam(x, rate=0.1, clip=1.0)
+        adam.step({"x": np.array([0.5])} | others)
+        adam.step({"x": np.array([-0.1])} | others)
+        steps.append(x["x"])
+    np.testing.assert_array_equal(*steps)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, F])
+@pytest.mark.parametrize("layer", [nn.GELU(), nn.GELU(approximate=True), nn.SiLU()])
+@np.errstate(all="raise", under="ignore")
+def test_slopes_of_large_numbers(layer, dtype):
+    x = np.array([-1e30, -2e4, 2e4, 1e30], dtype)
+    np.testing.assert_array_equal(layer.backward(np.ones_like(x), x), [0, 0, 1, 1])
+
+
 def test_adam_finds_a_minimum():
     x = {"x": np.array([3.0, -2.0])}
     adam = nn.Adam(x, rate=0.1)

@@ -99,3 +99,5 @@ def test_a_table_of_another_size_is_refused():
     x, table = np.zeros((1, 2, 5, 4), np.float32), np.zeros((1, 5, 3), np.float32)
     with pytest.raises(ValueError, match="cos_cache must have a row of 2 numbers"):
         nao.rotary_embedding(x, table, table)
+    with pytest.raises(ValueError, match="position_ids must lie between 0 and 4, got -1 to 0"):
+        nao.rotary_embedding(x, table[0], table[0], np.array([[-1, 0]]))

@@ -15,7 +15,7 @@ from .api import attention as _attention
 from .api import attention_weights
 from .options import Array
 from .rotary import Turn, rotate
-from .validation import as_array, as_ints, as_ndarray
+from .validation import as_array, as_ints, as_ndarray, indices_within
 
 _DOUBLE = 11  # the number of float64 in TensorProto
 _PROBABILITIES = 3  # of the modes of qk_matmul_output
@@ -209,7 +209,7 @@ def rotary_embedding(
     for name, array in (("cos_cache", cos_cache), ("sin_cache", sin_cache)):
         table = as_ndarray(name, array)
         if position_ids is not None:
-            table = table[as_ints("position_ids", position_ids)]
+            table = table[indices_within("position_ids", position_ids, table.shape[0] if table.ndim else 0)]
         if table.shape != (x.shape[0], x.shape[2], half) or dim > x.shape[3]:
             raise ValueError(
                 f"{name} must have a row of {half} numbers for each of {x.shape[:1] + x.shape[2:3]} positions, half of "

@@ -109,7 +109,11 @@ def broadcast_batch(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def arrays_among(options: Options) -> dict[str, Any]:
-    return {name: np.asarray(x) for name, x in options._asdict().items() if isinstance(x, np.ndarray)}
+    """Return the arrays among the options by name, those in `mod_args` too."""
+    named = options._asdict()
+    if isinstance(options.mod_args, tuple | list):
+        named |= {f"mod_args[{n}]": x for n, x in enumerate(options.mod_args)}
+    return {name: np.asarray(x) for name, x in named.items() if isinstance(x, np.ndarray)}
 
 
 def check_out(
@@ -123,8 +127,8 @@ def check_out(
         raise ValueError(f"out must have shape {shape}, got {out.shape}")
     if not out.flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
-    if out.size and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
-        raise ValueError("out must not overlap itself, got an array with zero strides")
+    if overlaps_itself(out):
+        raise ValueError(f"out must not overlap itself, got shape {out.shape} with strides {out.strides}")
     for name, array in inputs.items():
         if np.may_share_memory(out, array) and overlap(out, array):
             raise ValueError(f"out must not overlap an input, it shares memory with {name}")
@@ -138,6 +142,30 @@ def overlap(a: Array, b: Array) -> bool:
         return bool(np.shares_memory(a, b, max_work=work))
     except np.exceptions.TooHardError:  # undecided after that work: count it as an overlap
         return True
+
+
+_TRIED = 2**22  # elements of an array with unusual strides whose places are compared
+
+
+def overlaps_itself(x: Array) -> bool:
+    """Whether two elements of an array share memory."""
+    if x.flags.c_contiguous or not x.size:
+        return False
+    axes = sorted((abs(stride), size) for stride, size in zip(x.strides, x.shape, strict=True) if size > 1)
+    reach = x.itemsize  # of all axes with smaller strides: axes that step over it cannot overlap
+    for stride, size in axes:
+        if stride < reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    if axes[0][0] < x.itemsize or x.size > _TRIED:  # too many to compare count as an overlap
+        return True
+    places = np.zeros(1, np.int64)
+    for stride, size in axes:
+        places = np.add.outer(places, stride * np.arange(size)).ravel()
+    places.sort()
+    return bool((np.diff(places) < x.itemsize).any())
 
 
 def scale_of(scale: Any, E: int, dtype: np.dtype[Any]) -> float:
@@ -252,11 +280,21 @@ def as_array(name: str, x: Any) -> Array:
 
 def as_ints(name: str, x: Any) -> Array:
     array = as_array(name, x)
+    if not array.size and not isinstance(x, np.ndarray):  # NumPy makes an empty list an array of float64
+        array = array.astype(np.int64)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integer, got {array.dtype}")
     if array.size and (int(array.max()) > FAR or int(array.min()) < -FAR):
         raise ValueError(f"{name} must lie within +-2**40, got values from {array.min()} to {array.max()}")
     return array.astype(np.int64)
+
+
+def indices_within(name: str, x: Any, count: int) -> Array:
+    """Check indices into an axis of `count` elements, none of which counts from the end."""
+    indices = as_ints(name, x)
+    if indices.size and (int(indices.min()) < 0 or int(indices.max()) >= count):
+        raise ValueError(f"{name} must lie between 0 and {count - 1}, got {indices.min()} to {indices.max()}")
+    return indices
 
 
 def lengths_within(name: str, x: Any, limit: int, batch: tuple[int, ...]) -> Array:

@@ -432,6 +432,23 @@ def test_out_overlaps_the_mask():
     refused(ValueError, "out.*overlap.*mask", na.attention, QUERY, KEY, VALUE, out=buffer, mask=mask)
 
 
+@pytest.mark.parametrize("option", ["score_mod", "mask_mod"])
+def test_out_overlaps_what_a_mod_reads(option):
+    buffer = np.zeros(RESULT, np.float32)
+
+    def reads(*arguments):
+        return arguments[-1][0] < 1 if option == "mask_mod" else arguments[-1][0]
+
+    options = {option: reads, "mod_args": (3, buffer[0, 0, 0])}
+    refused(ValueError, r"out.*overlap.*mod_args\[1\]", na.attention, QUERY, KEY, VALUE, out=buffer, **options)
+
+
+@pytest.mark.parametrize("strides", [(1, 1, 1, 1), (4, 4, 6, 1), (20, 20, 3, 1), (120, 30, 6, -2), (120, 6, 24, 0)])
+def test_out_overlaps_itself(strides):
+    out = np.lib.stride_tricks.as_strided(np.zeros(2000, np.float32)[1000:], RESULT, [4 * n for n in strides])
+    refused(ValueError, "out must not overlap itself", na.attention, QUERY, KEY, VALUE, out=out)
+
+
 # attention_weights: heads and rows.
 
 

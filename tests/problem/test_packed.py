@@ -92,3 +92,12 @@ def test_bad_input_of_the_backward_pass(change, error, message):
     na.attention_varlen_backward(**arguments)
     with pytest.raises(error, match=message):
         na.attention_varlen_backward(**arguments | change)
+
+
+def test_lengths_of_no_sequences_may_be_an_empty_list():
+    x = np.zeros((0, 2, 3, 4), np.float32)
+    out, lse = na.attention(x, x, x, key_lengths=[], query_lengths=[], query_offset=[], is_causal=True, return_lse=True)
+    assert out.shape == (0, 2, 3, 4)
+    assert lse.shape == (0, 2, 3)
+    with pytest.raises(TypeError, match="key_lengths must be integer"):
+        na.attention(x, x, x, key_lengths=np.zeros(0))

@@ -6,12 +6,15 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..layer.activations import probability
 from ..layer.projection import linear, linear_backward
 from ..layer.rowwise import activated, inverse_root, normalized
 from ..options import Array
+from ..validation import indices_within
 
+_FAR = 1e3  # beyond it an activation is x or 0, also in float64, and polynomials of x would overflow in float32
 Seed = np.random.Generator | int | None
 Parameters = dict[str, Array]
 
@@ -129,9 +132,13 @@ class Embedding(_Leaf):
         super().__init__()
         self.weight = np.random.default_rng(rng).standard_normal((tokens, features)).astype(dtype)
 
-    def forward(self, x: Array) -> tuple[Array, Array]:
-        """Return the vectors of tokens (...), and what `backward` needs."""
-        return self.weight[x], x
+    def forward(self, x: ArrayLike) -> tuple[Array, Array]:
+        """Return the vectors of tokens (...), and what `backward` needs.
+
+        Tokens are integers from 0; others are a TypeError or a ValueError.
+        """
+        tokens = indices_within("tokens", x, len(self.weight))
+        return self.weight[tokens], tokens
 
     def backward(self, grad: Array, tokens: Array) -> None:
         """Set `grads`. Tokens have no gradient."""
@@ -226,8 +233,9 @@ class _Activation(_Leaf):
 
     def backward(self, grad: Array, x: Array) -> Array:
         """Return the gradient of x."""
-        p = probability(self.name, x)
-        result: Array = grad * (p + x * self._slope(x, p))
+        near = np.clip(x, -_FAR, _FAR)
+        p = probability(self.name, near)
+        result: Array = grad * (p + near * self._slope(near, p))
         return result
 
     def _slope(self, x: Array, p: Array) -> Array:

@@ -4,28 +4,42 @@ from __future__ import annotations  # short types in help()
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..options import Array
+from ..validation import as_array, as_floats, as_ints, broadcast_to
 
 
-def cross_entropy(scores: Array, target: Array, mask: Array | None = None) -> tuple[float, Array]:
+def cross_entropy(scores: Array, target: ArrayLike, mask: ArrayLike | None = None) -> tuple[float, Array]:
     """Mean of ``-log(softmax(scores)[target])``, and its gradient.
 
     Parameters
     ----------
-    scores : ndarray, shape (..., classes)
-    target : ndarray of int, shape (...)
-        The right class of each row.
-    mask : ndarray of bool, shape (...), optional
-        Which rows count; by default all.
+    scores : ndarray of float, shape (..., classes)
+    target : array of int, shape (...)
+        The right class of each row, from 0.
+    mask : array of bool, broadcastable to (...), optional
+        Which rows count; by default all. Other rows may have any target and any scores, and their gradient is 0.
 
     Returns
     -------
     loss : float
+        0 if no row counts.
     grad : ndarray
-        Gradient with respect to `scores`.
+        Gradient with respect to `scores`, of its shape and dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has the wrong type or shape, or a row that counts has a target that is no class.
+
+    Notes
+    -----
+    A loss is ``log(sum(exp(scores - max))) - (scores[target] - max)``, which is finite where the weight of the target
+    underflows. Half types are computed in float32.
 
     Examples
     --------
@@ -34,14 +48,43 @@ def cross_entropy(scores: Array, target: Array, mask: Array | None = None) -> tu
     >>> round(loss, 4), grad[0]
     (0.6931, array([-0.16666667,  0.16666667]))
     """
-    rows = np.ones(np.shape(target), bool) if mask is None else np.asarray(mask)
-    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    p /= p.sum(axis=-1, keepdims=True)
-    at_target = np.take_along_axis(p, target[..., None], -1)
-    losses = -np.log(np.maximum(at_target[..., 0], np.finfo(p.dtype).tiny))
-    np.put_along_axis(p, target[..., None], at_target - 1, -1)
-    p *= (rows / rows.sum())[..., None].astype(p.dtype)
-    return float(losses[rows].mean()), p
+    scores, target = as_floats("scores", scores), as_ints("target", target)
+    if target.shape != scores.shape[:-1] or not scores.ndim:
+        raise ValueError(
+            f"target must have the shape of scores without its last axis, {scores.shape[:-1]}, got {target.shape}"
+        )
+    counted = _counted(mask, target.shape)
+    classes = scores.shape[-1]
+    wrong = counted & ((target < 0) | (target >= classes))
+    if wrong.any():
+        raise ValueError(
+            f"target must lie between 0 and {classes - 1}, got {target[wrong][0]}; leave rows out with mask="
+        )
+    number = int(counted.sum())
+    if not number:
+        return 0.0, np.zeros(scores.shape, scores.dtype)
+    wide = np.float32 if scores.dtype.itemsize == 2 else scores.dtype
+    p = np.where(counted[..., None], scores, 0).astype(wide, copy=False)
+    p -= p.max(axis=-1, keepdims=True)
+    places = np.where(counted, target, 0)[..., None]
+    losses = -np.take_along_axis(p, places, -1)[..., 0]
+    np.exp(p, out=p)
+    total = p.sum(axis=-1, keepdims=True)
+    losses += np.log(total[..., 0])
+    p /= total
+    np.put_along_axis(p, places, np.take_along_axis(p, places, -1) - 1, -1)
+    p *= (counted / number)[..., None].astype(wide)
+    return float(losses[counted].mean()), p.astype(scores.dtype, copy=False)
+
+
+def _counted(mask: Any, shape: tuple[int, ...]) -> Array:
+    """Return which rows count, as an array of bool of this shape."""
+    if mask is None:
+        return np.ones(shape, bool)
+    given = as_array("mask", mask)
+    if given.dtype != np.bool_:
+        raise TypeError(f"mask must be boolean (True = the row counts), got {given.dtype}; compare or cast it")
+    return broadcast_to("mask", given, shape)
 
 
 class Adam:
@@ -90,10 +133,28 @@ class Adam:
         self.steps = 0
 
     def step(self, grads: Mapping[str, Array], scale: float = 1.0) -> None:
-        """Change the parameters in place; `scale` is that of the learning rate, from a schedule."""
+        """Change the parameters in place.
+
+        Parameters
+        ----------
+        grads : dict of ndarray
+            The gradient of each parameter, of its shape. Gradients by other names are left out.
+        scale : float, default 1
+            Factor of the learning rate, from a schedule.
+
+        Raises
+        ------
+        ValueError
+            A parameter has no gradient, or one of another shape. Nothing has changed then.
+        """
+        for name, x in self.parameters.items():
+            if name not in grads:
+                raise ValueError(f"grads must have the gradient of each parameter, and lacks {name}")
+            if np.shape(grads[name]) != x.shape:
+                raise ValueError(f"the gradient of {name} must have its shape, {x.shape}, got {np.shape(grads[name])}")
         self.steps += 1
         first, second = self.betas
-        length = math.sqrt(sum(float(np.vdot(g, g)) for g in grads.values()))
+        length = math.sqrt(sum(float(np.vdot(grads[name], grads[name])) for name in self.parameters))
         shorten = min(1.0, self.clip / (length + 1e-12))
         rate = scale * self.rate * math.sqrt(1 - second**self.steps) / (1 - first**self.steps)
         for name, x in self.parameters.items():

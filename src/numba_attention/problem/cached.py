@@ -45,7 +45,8 @@ def build(
         full = empty(shape, q.dtype)
         result = full[0] if flat else full
     else:
-        inputs = {"query": q, "key": contents.key, "value": contents.value, **arrays_among(options)}
+        stored = {name: x for name, x in contents._asdict().items() if isinstance(x, np.ndarray)}
+        inputs = {"query": q, **stored, **arrays_among(options)}
         result, full = out, check_out(out, shape[1:] if flat else shape, q.dtype, inputs)
         if flat:
             full = full[None]

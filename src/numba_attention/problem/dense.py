@@ -278,7 +278,7 @@ def as_mod_grads(mod_grads: Any, p: Problem) -> tuple[int, ...] | None:
         if mod_grads != "all":
             raise ValueError(f"mod_grads must be 'all', or say which of mod_args by their indices, got {mod_grads!r}")
         return tuple(np.flatnonzero(are_reals).tolist())
-    places = np.atleast_1d(as_ints("mod_grads", mod_grads if np.size(mod_grads) else np.zeros(0, np.int64)))
+    places = np.atleast_1d(as_ints("mod_grads", mod_grads))
     for place in places.ravel().tolist():
         if not 0 <= place < len(p.mod_args):
             raise ValueError(f"mod_grads must lie between 0 and {len(p.mod_args) - 1}, got {place}")
