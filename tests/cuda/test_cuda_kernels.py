@@ -21,6 +21,7 @@ from caching import TOLERANCE, arrays, filled
 from cases import CASES, DTYPES, GROUPS, Case, assert_close, check, check_backward, grad_tolerance, tolerance
 from emulator import emulated
 from numba_attention.cuda import backward, forward, kernels, tile_shapes
+from numba_attention.options import Options
 from strategies import cases, dtypes
 
 THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
@@ -253,22 +254,39 @@ def test_the_same_call_has_the_same_bits(gpu):
         np.testing.assert_array_equal(a, b)
 
 
-def test_warmup_compiles_what_calls_need(monkeypatch):
-    """The kernels of plain calls are those compiled ahead."""
+@pytest.mark.parametrize("wide", [False, True])
+def test_warmup_compiles_what_calls_need(monkeypatch, wide):
+    """The kernels of plain calls are those compiled ahead; so are those of blocks of Dask, whose results are wide."""
     from numba_attention.backends import cuda
 
+    if wide:
+        tasks = pytest.importorskip("numba_attention.dask.tasks")
+        run = tasks.Run("cuda", None)
+
+    def attend(q, k, v, causal):
+        if wide:
+            return tasks.part(q, k, v, None, None, Options(is_causal=causal), run)
+        return na.attention(q, k, v, is_causal=causal, return_lse=True, backend="cuda")
+
+    def differentiate(q, k, v, out, lse, causal):
+        if wide:
+            options = Options(is_causal=causal)
+            return tasks.pair_gradients(q, q, k, v, out.astype(q.dtype), lse, None, None, None, options, run)
+        return na.attention_backward(out, q, k, v, out, lse, is_causal=causal, backend="cuda")
+
     with emulated(monkeypatch, races=False) as driver:
-        for _, job in cuda.warmup_jobs():
+        for _, job in cuda.warmup_jobs(wide):
             job()
         ahead = set(driver.configs)
         driver.configs.clear()
         for dtype in ("bfloat16", "float32"):
             q, k, v = (np.zeros((1, heads, 40, 64), DTYPES[dtype]) for heads in (8, 2, 2))
             for causal in (False, True):
-                out, lse = na.attention(q, k, v, is_causal=causal, return_lse=True, backend="cuda")
-                na.attention_backward(out, q, k, v, out, lse, is_causal=causal, backend="cuda")
-            na.attention(q[:, :, :1], *(np.zeros((1, 2, 300, 64), DTYPES[dtype]) for _ in range(2)), backend="cuda")
+                differentiate(q, k, v, *attend(q, k, v, causal), causal)
+            few = np.zeros((1, 2, 300, 64), DTYPES[dtype])
+            attend(q[:, :, :1], few, few, False)
         assert len(driver.configs) > 15
+        assert any(c.to for c in driver.configs.values()) >= wide
         assert set(driver.configs) <= ahead
 
 

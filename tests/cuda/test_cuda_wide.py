@@ -79,27 +79,6 @@ def test_gradients_are_not_rounded(gpu, monkeypatch, dtype, deterministic):
     np.testing.assert_allclose(got.sinks, rounded.sinks, rtol=1e-5)
 
 
-def test_warmup_compiles_what_blocks_need(monkeypatch):
-    from numba_attention.backends import cuda
-
-    with emulated(monkeypatch, races=False) as driver:
-        for _, job in cuda.warmup_jobs(wide=True):
-            job()
-        ahead = set(driver.configs)
-        driver.configs.clear()
-        for dtype in ("bfloat16", "float32"):
-            q, k, v = (np.zeros((1, heads, 40, 64), DTYPES[dtype]) for heads in (8, 2, 2))
-            for causal in (False, True):
-                options = Options(is_causal=causal)
-                out, lse = tasks.part(q, k, v, None, None, options, RUN)
-                rows = q, q, k, v, out.astype(q.dtype), lse
-                tasks.pair_gradients(*rows, None, None, None, options, RUN)
-            few = np.zeros((1, 2, 300, 64), DTYPES[dtype])
-            tasks.part(q[:, :, :1], few, few, None, None, Options(), RUN)
-        assert any(c.to for c in driver.configs.values())
-        assert set(driver.configs) <= ahead
-
-
 def test_not_on_warpgroups(gpu):
     """Kernels whose warpgroups have roles store what they read: others take their place."""
     from numba_attention.cuda.spec import Spec

@@ -50,9 +50,10 @@ def common_kernels(device: Device, wide: bool = False) -> list[Spec]:
                 if wide and storage != "float32":
                     c = c.with_(to="float32")
                 alone, _, _, repeat = _kernels(c, False, 0, 1, device)
-                found = [alone, *cuda_backward.kernels_of(c, device)]
+                packed, _, _, packed_repeat = _kernels(c, False, c.rows, 4, device)  # a short prompt of grouped heads
+                found = [alone, packed, *cuda_backward.kernels_of(c, device)]
                 if hides:
-                    found.append(repeat)
+                    found += [repeat, packed_repeat]
                 else:  # a step of decoding, with a key head for each query head, or for four
                     for group in (1, 4):
                         found += _kernels(c, False, group, group, device)[:3]

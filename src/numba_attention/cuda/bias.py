@@ -7,48 +7,12 @@ the other, and sums in registers. Where all rows or all keys share an element, i
 import numpy as np
 
 from .blocks import BACKWARD, Block, Lanes, block_of, make_landed, make_scale, packed_block, stage
-from .dropout import kept
 from .emit import I32, Emit, KernelFunction, Pred, Real, Regs, Target
-from .operands import both
 from .parameters import PARAMETERS, Parameters, Sequence
-from .products import Product
-from .softmax import recenter, recompute
+from .score_gradients import Tiles
 from .spec import Spec
 
 NAMES = (*BACKWARD, "grad_bias")
-
-
-class Tiles:
-    """Shared memory: a tile of each operand, reused for the sums of the tile at the end."""
-
-    def __init__(self, c: Spec) -> None:
-        self.s, self.dp = both(c, ("query", "grad_out"), ("key", "value"))
-        self.size = 8 if c.compute == "float64" else 4
-        self.end = max(self.s.end, self.dp.end, c.rows * c.columns * self.size)
-
-    def load(self, b: Block, base: I32, thread: I32, j: I32) -> None:
-        """Copy the operands; of slices, all of those of the rows, and the first one of the keys."""
-        self.s.load_a(b, base, thread, b.first, b.span.rows)
-        self.dp.load_a(b, base, thread, b.first, b.span.rows)
-        self.s.load_b(b, base, thread, j, b.span.columns)
-        if not b.c.is_sliced:
-            self.dp.load_b(b, base, thread, j, b.span.columns)
-        b.commit()
-
-    def scores(self, b: Block, product: Product, base: I32, thread: I32, j: I32) -> Regs:
-        """Q K^T."""
-
-        def beside() -> None:
-            self.dp.load_b(b, base, thread, j, b.span.columns)
-            b.commit()
-
-        return self.s.scores(b, product, base, thread, j, b.span.columns, beside)
-
-    def gradients(self, b: Block, product: Product, base: I32, thread: I32, j: I32) -> Regs:
-        """The gradient of the weights, dO V^T, after the scores."""
-        if b.c.is_sliced:
-            self.dp.arrived(b.e)
-        return self.dp.scores(b, product, base, thread, j, b.span.columns)
 
 
 def make_bias(c: Spec, on: Target) -> KernelFunction:
@@ -96,29 +60,11 @@ def make_bias(c: Spec, on: Target) -> KernelFunction:
 
     @macro(S, BLOCK, "i", "i", "i", S)
     def add(e: Emit, b: Block, base: I32, thread: I32, j: I32, acc: Regs) -> Regs:
-        """Add the dS of one tile: P (dO V^T - delta), before the slope of the softcap, which comes before the bias."""
+        """Add the dS of one tile, before the slope of the softcap, which comes before the bias."""
         s = tiles.scores(b, product, e.opaque(base), e.opaque(thread), j)
         s = stage(b, lanes, thread, j, s)[0]
         s = lanes.scores(b, thread, j).hide(s, b.span)
-        dp = tiles.gradients(b, product, e.opaque(base), e.opaque(thread), j)
-        zero, low, sums, factor = e.const(kind, 0.0), float("-inf"), [], b.p.real("factor", kind)
-        facts = []
-        for row in lanes.rows(thread):
-            at = b.first + row
-            in_bounds = at < b.span.rows
-            address = b.places["delta"] + e.wide(at) * b.p.delta_row
-            facts.append([e.load(kind, address + n * size, where=in_bounds) for n in range(3)])
-        apart = recenter(e, s, [facts[slot][2] for slot, _ in layout.elements])
-        if c.dropout:
-            scale = b.p.real("dropout_scale", kind)
-            keeps = kept(b, lanes, thread, j)
-            dp = [e.select(keep, x * scale, zero) for keep, x in zip(keeps, dp, strict=True)]
-        for n, (slot, _) in enumerate(layout.elements):
-            delta, offset, _ = facts[slot]
-            hidden = product.is_hidden(e, s[n]) if c.nan_safe else s[n].equals(low)
-            weight = recompute(e, apart[n], factor, offset, c.has_nan_minimum)
-            sums.append(acc[n] + e.select(hidden, zero, weight * (dp[n] - delta)))
-        return sums
+        return [x + y for x, y in zip(acc, tiles.gradients_of_scores(b, lanes, base, thread, j, s), strict=True)]
 
     @macro(S)
     def zeros(e: Emit) -> Regs:

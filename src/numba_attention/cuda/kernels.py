@@ -63,7 +63,7 @@ def _sources(module: str) -> str:
 @cache
 def shared(c: Spec) -> int:
     """Bytes of shared memory of a block."""
-    from . import backward, bias, combine, forward, hopper, hopper_backward
+    from . import backward, combine, forward, hopper, hopper_backward, score_gradients
 
     if c.product == "wgmma":
         return hopper.shared(c) if c.task == "forward" else hopper_backward.shared(c)
@@ -72,7 +72,7 @@ def shared(c: Spec) -> int:
     if c.task in ("query", "key"):
         return backward.Tiles(c).end
     if c.task in ("bias", "mods"):
-        return bias.Tiles(c).end
+        return score_gradients.Tiles(c).end
     if c.task in ("forward", "weights", "normalizers"):
         return forward.shared(c)
     return c.threads * 8 if c.task == "sinks" else 0

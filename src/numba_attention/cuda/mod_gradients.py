@@ -6,13 +6,12 @@ is summed in registers first, and over a warp where the element is the same for 
 
 import numpy as np
 
-from .bias import Tiles
 from .blocks import BACKWARD, Block, Lanes, block_of, make_landed, make_scale, packed_block, stage_inputs
-from .dropout import first_of_block, kept
-from .emit import I32, SIZES, Emit, KernelFunction, Real, Regs, Target, Value
+from .dropout import first_of_block
+from .emit import I32, SIZES, Emit, KernelFunction, Real, Target, Value
 from .instructions import Evaluation
 from .parameters import PARAMETERS, Parameters
-from .softmax import recenter, recompute
+from .score_gradients import Tiles
 from .spec import Spec
 
 
@@ -24,8 +23,6 @@ def make_mod_gradients(c: Spec, on: Target) -> KernelFunction:
     if c.product == "simt":
         product.set_columns(columns)
     lanes = Lanes(c, product)
-    layout = lanes.layout
-    size = tiles.size
     scale_queries = make_scale(c, on, tiles.s.all)
     BLOCK = packed_block(c, BACKWARD)
     mods = c.mods
@@ -49,8 +46,7 @@ def make_mod_gradients(c: Spec, on: Target) -> KernelFunction:
         scores, inputs = lanes.scores(b, thread, j), stage_inputs(b, lanes, thread)
         s, _ = scores.stages(tiles.scores(b, product, e.opaque(base), opaque, j), inputs)
         s = scores.hide(s, b.span)
-        dp = tiles.gradients(b, product, e.opaque(base), opaque, j)
-        ds = of_scores(e, b, thread, j, s, dp)
+        ds = tiles.gradients_of_scores(b, lanes, base, thread, j, s)
         evaluation = Evaluation(e, b.p.mods, mods.gradients, mods.arguments, kind)
         # Elements and what is added to them: pairs that read at one place have one and the same index.
         sums: dict[tuple[int, int], tuple[int, Value, Real]] = {}
@@ -69,25 +65,6 @@ def make_mod_gradients(c: Spec, on: Target) -> KernelFunction:
             lane = thread & 31
             some = x.equals(0.0) ^ 1
             e.add_anywhere(address, x, some & lane.equals(0) if uniform else some)
-
-    def of_scores(e: Emit, b: Block, thread: I32, j: I32, s: Regs, dp: Regs) -> Regs:
-        """P (dO V^T - delta), before the derivatives of the rule and of the softcap."""
-        zero, factor, facts, result = e.const(kind, 0.0), b.p.real("factor", kind), [], []
-        for row in lanes.rows(thread):
-            at = b.first + row
-            address = b.places["delta"] + e.wide(at) * b.p.delta_row
-            facts.append([e.load(kind, address + n * size, where=at < b.span.rows) for n in range(3)])
-        apart = recenter(e, s, [facts[slot][2] for slot, _ in layout.elements])
-        if c.dropout:
-            scale = b.p.real("dropout_scale", kind)
-            keeps = kept(b, lanes, thread, j)
-            dp = [e.select(keep, x * scale, zero) for keep, x in zip(keeps, dp, strict=True)]
-        for n, (slot, _) in enumerate(layout.elements):
-            delta, offset, _ = facts[slot]
-            hidden = product.is_hidden(e, s[n]) if c.nan_safe else s[n].equals(float("-inf"))
-            weight = recompute(e, apart[n], factor, offset, c.has_nan_minimum)
-            result.append(e.select(hidden | weight.equals(0.0), zero, weight * (dp[n] - delta)))
-        return result
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         parameters = integers, reals
