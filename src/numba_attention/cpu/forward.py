@@ -26,6 +26,7 @@ from .softmax import (
     SUM_HIGH,
     SUM_LOW,
     TILE_MAX,
+    invert_sums,
     normalised_weights,
     second_level,
     softmax_step,
@@ -71,13 +72,14 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     mm_output = micro_kernel(spec, "output")
     step_softmax = softmax_step(spec, pairs=bf16_dot and with_output)
     weigh = normalised_weights(spec, pairs=bf16_dot and with_output)
-    carry, add_tiles = second_level(spec), add_two_tiles(spec)
+    carry, add_tiles, invert = second_level(spec), add_two_tiles(spec), invert_sums(spec)
     pack_values = pairs.pair_rows(spec) if bf16_dot else tiles.widen_tile(spec)
     write_tile, power_below = tiles.scatter_tile(spec), power_below_of(spec)
     has_nan, drop_halves = tiles.has_nan(spec), pairs.drop_nonfinite(spec)
     drop = make_drop(spec, pairs=bf16_dot and with_output)
     value_at = tiles.load_value(spec)
-    fetch_head, prefetches = tiles.fetch_head(spec), with_output and not spec.kv_storage
+    fetch_two, fetch_rows = tiles.fetch_two(spec), tiles.fetch_rows(spec)
+    prefetches = with_output and not spec.kv_storage
 
     @spec.jit
     def drop_nonfinite(p: Any, at: int, n: int) -> None:
@@ -124,11 +126,15 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             first = e // MR * share
             if ahead and first < n:
                 j = j0 + first
-                fetch_head(
+                # Queries and outputs first: prefetches beyond what the processor can have in flight are lost, which
+                # those of the queries are behind those of keys and values (5 % slower).
+                if j0 == 0:
+                    rows = min(share, BM - first)
+                    fetch_rows(at + p.at_query_rows, first, rows, p.group * p.query_head, both // 2)
+                    fetch_rows(at + p.at_out_rows, first, rows, p.group * p.out_head, both // 2)
+                fetch_two(
                     p.key + s.key + (head + 1) * p.key_head + j * p.key_row, p.key_row,
-                    p.value + s.value + (head + 1) * p.value_head + j * p.value_row, p.value_row,
-                    at + p.at_query_rows, p.group * p.query_head, at + p.at_out_rows, p.group * p.out_head,
-                    first, share, both // 2, both // 2 if j0 == 0 else 0,
+                    p.value + s.value + (head + 1) * p.value_head + j * p.value_row, p.value_row, share, both // 2,
                 )  # fmt: skip
             mm_output(
                 out + e * row_bytes, row_bytes, values + e * column, column, row, min(MR, p.Ev - e),
@@ -313,16 +319,13 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 save_outputs(p, at)
         if normalized:
             restore_finite(p, at)
-        starts, stops = starts_of(p, at), stops_of(p, at)
-        for lane in range(BM):
-            total = lanes[SUM, lane]
-            inverse = real(0)
-            if total != 0:
-                inverse = real(p.dropout_scale) / total
-            elif starts[lane] < stops[lane] and not may_hide(p):
-                inverse = real(math.nan)  # keys were visible, and every score was -inf, which only infinite inputs give
-            lanes[RESCALE, lane] = inverse / lanes[INVERSE, lane] if normalized and total != 0 else inverse
-            lanes[INVERSE, lane] = inverse
+        if invert(at + p.at_state, real(p.dropout_scale), np.int64(normalized)):
+            starts, stops, hides = starts_of(p, at), stops_of(p, at), may_hide(p)
+            for lane in range(BM):
+                if lanes[SUM, lane] == 0:
+                    # Where keys were visible, and every score was -inf, which only infinite inputs give, NaN.
+                    value = real(math.nan) if starts[lane] < stops[lane] and not hides else real(0)
+                    lanes[INVERSE, lane] = lanes[RESCALE, lane] = value
         if not with_output:
             write_weights(p, s, at, head, listed, seen)
             return

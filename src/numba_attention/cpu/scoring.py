@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..intervals import bind, select
-from ..intervals import keys_of_row as rule_of_row
 from ..philox import BLOCK
 from . import features, pairs, stages, tiles
 from .elements import ELEMENTS
 from .gemm import micro_kernel
 from .mods import call_tile
-from .params import NEVER
+from .rows import begin_state as state_beginner
+from .rows import place_addresses
+from .rows import place_intervals as intervals_placer
 from .scratch import areas_of, views
 from .simd import void_pointer
-from .softmax import BEFORE, FIRST, MAX, POSITION, SLOPE, SPAN, SUM, SUM_HIGH, SUM_LOW, TILE_MAX
+from .softmax import FIRST, MAX, POSITION, SLOPE, SPAN, SUM, TILE_MAX
 from .sources import Sources, make_sources
 from .spec import Spec
 from .views import UNBOUNDED, carray
@@ -80,15 +80,25 @@ def make_scoring(spec: Spec) -> Scoring:
     clip_interval, tile_max = stages.clip_interval(spec), stages.tile_max(spec)
     sources = make_sources(spec)
     find_keys, scale = sources.find_keys, sources.scale
-    choose = spec.jit(bind(select, min, max, None))
-    keys_of_row = spec.jit(bind(rule_of_row, min, max, choose))
+    place, place_intervals, begin_state = place_addresses(spec), intervals_placer(spec), state_beginner(spec)
 
     state_of, starts_of, stops_of, positions_of = views(areas_of(spec), "state starts stops positions")
-    query_rows_of, out_rows_of, lse_rows_of, bias_rows_of, mask_rows_of, key_scale_rows_of, value_scale_rows_of = views(
-        areas_of(spec), "query_rows out_rows lse_rows bias_rows mask_rows key_scale_rows value_scale_rows"
-    )
     lane_rows_of, lane_heads_of = views(areas_of(spec), "lane_rows lane_heads")
+    key_scale_rows_of, value_scale_rows_of = views(areas_of(spec), "key_scale_rows value_scale_rows")
     (relative_of,) = views(areas_of(spec), "state", integer)
+
+    @spec.jit
+    def place_numbers_of_heads(p: Any, s: Any, at: int) -> None:
+        """Slopes and sinks of the tile's rows, to their state."""
+        lane_heads, positions, state = lane_heads_of(p, at), positions_of(p, at), state_of(p, at)
+        slopes = carray(void_pointer(p.slopes), UNBOUNDED, np.float64)
+        sinks = carray(void_pointer(p.sinks), UNBOUNDED, np.float64)
+        for lane in range(BM):
+            h = s.head + lane_heads[lane]
+            if p.slopes != 0:
+                state[SLOPE, lane] = slopes[s.batch * p.heads + h]
+            if p.sinks != 0 and positions[lane] < s.queries and sinks[h] != -infinity:
+                state[MAX, lane], state[SUM, lane] = sinks[h] / p.unit, 1
 
     @spec.jit
     def place_rows(p: Any, s: Any, at: int, head: int, first_row: int, count: int) -> tuple[int, int, int, int]:
@@ -96,53 +106,45 @@ def make_scoring(spec: Spec) -> Scoring:
 
         There are `count` rows, from `first_row` of a key/value head on, and of the next head where that one ends.
         """
-        query_rows, out_rows, lse_rows = query_rows_of(p, at), out_rows_of(p, at), lse_rows_of(p, at)
-        bias_rows, mask_rows = bias_rows_of(p, at), mask_rows_of(p, at)
-        starts, stops, positions = starts_of(p, at), stops_of(p, at), positions_of(p, at)
-        lane_rows, lane_heads = lane_rows_of(p, at), lane_heads_of(p, at)
-        key_scale_rows, value_scale_rows = key_scale_rows_of(p, at), value_scale_rows_of(p, at)
-        state = state_of(p, at)
+        queries, rows, heads = at + p.at_positions, at + p.at_lane_rows, at + p.at_lane_heads
+        positions, lane_rows, lane_heads = positions_of(p, at), lane_rows_of(p, at), lane_heads_of(p, at)
         chosen = carray(void_pointer(p.chosen), UNBOUNDED, np.int64)
-        slopes = carray(void_pointer(p.slopes), UNBOUNDED, np.float64)
-        sinks = carray(void_pointer(p.sinks), UNBOUNDED, np.float64)
-        G = p.group
-        any_start, any_stop, all_start, all_stop = NEVER, 0, 0, NEVER
+        chooses, G, last = p.chosen != 0, p.group, s.rows
         row = first_row // G
         g = first_row - row * G
         for lane in range(BM):
-            i = chosen[row] if p.chosen != 0 else row
-            h = head * G + g
-            query_rows[lane] = p.query + s.query + h * p.query_head + i * p.query_row
-            out_rows[lane] = p.out + s.out + h * p.out_head + row * p.out_row
-            lse_rows[lane] = p.lse + s.lse + h * p.lse_head + row * p.lse_row
-            bias_rows[lane] = p.bias + s.bias + h * p.bias_head + i * p.bias_row
-            mask_rows[lane] = p.mask + s.mask + h * p.mask_head + i * p.mask_row
-            start, stop = keys_of_row(i, s.offset - p.left, s.offset + p.right, s.queries, s.keys, s.prefix)
-            starts[lane], stops[lane], positions[lane] = start, stop, i + s.offset + p.first_key
-            lane_rows[lane], lane_heads[lane] = row, h
-            if start < stop:
-                any_start, any_stop = min(any_start, start), max(any_stop, stop)
-            all_start, all_stop = max(all_start, start), min(all_stop, stop)
-            if p.slopes != 0:
-                state[SLOPE, lane] = slopes[s.batch * p.heads + s.head + h]
-            sink = -infinity
-            if p.sinks != 0 and i < s.queries:
-                sink = sinks[s.head + h] / p.unit
-            state[MAX, lane] = sink
-            state[SUM, lane] = 0 if sink == -infinity else 1
-            state[BEFORE, lane] = -infinity
-            state[SUM_HIGH, lane] = state[SUM_LOW, lane] = 0
-            if quantized:
-                key_scale_rows[lane] = s.key_scale + h // G * p.key_scale_head
-                value_scale_rows[lane] = s.value_scale + h // G * p.value_scale_head
+            positions[lane] = chosen[row] if chooses else row  # the query, for now
+            lane_rows[lane], lane_heads[lane] = row, head * G + g
             if lane + 1 < count:  # unused lanes repeat the last row
                 g += 1
                 if g == G:
                     g = 0
                     row += 1
-                    if row == s.rows:
+                    if row == last:
                         row = 0
                         head += 1
+        place(at + p.at_query_rows, queries, heads, p.query + s.query, p.query_row, p.query_head)
+        place(at + p.at_out_rows, rows, heads, p.out + s.out, p.out_row, p.out_head)
+        if p.lse != 0:
+            place(at + p.at_lse_rows, rows, heads, p.lse + s.lse, p.lse_row, p.lse_head)
+        if p.bias != 0:
+            place(at + p.at_bias_rows, queries, heads, p.bias + s.bias, p.bias_row, p.bias_head)
+        if p.mask != 0:
+            place(at + p.at_mask_rows, queries, heads, p.mask + s.mask, p.mask_row, p.mask_head)
+        if quantized:
+            key_scale_rows, value_scale_rows = key_scale_rows_of(p, at), value_scale_rows_of(p, at)
+            for lane in range(BM):
+                h = lane_heads[lane] // G
+                key_scale_rows[lane] = s.key_scale + h * p.key_scale_head
+                value_scale_rows[lane] = s.value_scale + h * p.value_scale_head
+        any_start, any_stop, all_start, all_stop = place_intervals(
+            queries, at + p.at_starts, at + p.at_stops, s.offset - p.left, s.offset + p.right, s.queries, s.keys,
+            s.prefix,
+        )  # fmt: skip
+        begin_state(at + p.at_state)
+        if p.slopes != 0 or p.sinks != 0:
+            place_numbers_of_heads(p, s, at)
+        place(queries, queries, heads, s.offset + p.first_key, 1, 0)
         if p.dropout != 0:  # tiles of keys consist of whole groups of random numbers
             any_start = any_start // BLOCK * BLOCK
         return any_start, any_stop, all_start, all_stop

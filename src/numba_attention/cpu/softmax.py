@@ -16,10 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+from numba import types
 
 from .exp import EXP2_BF16, EXP2_F32, EXP2_F64, exp2_product, lowest_argument
 from .gemm import pack_pairs
-from .simd import I64, Builder, Value, Vector, at, interleave, loop, pointer, routine, store
+from .simd import I64, Builder, Value, Vector, at, interleave, loop, pointer, routine, splat, store
 from .spec import Spec
 
 # Rows of the state scratch, each one vector block of query_tile values.
@@ -230,6 +231,34 @@ def second_level(spec: Spec, online: bool = True) -> Any:
         loop(b, rows, [pointer(b, tile), pointer(b, high), pointer(b, low)], body)
 
     return routine(f"tile rows high low state factor:{_real(spec)}", build)
+
+
+def invert_sums(spec: Spec) -> Any:
+    """Make ``invert(state, scale, normalized)``: the row INVERSE becomes scale / SUM, and RESCALE too.
+
+    If `normalized`, RESCALE is also divided by what INVERSE was. Returns whether a sum is 0.
+    """
+    vector = spec.vector
+    NV = spec.block[1]
+    width = vector.bytes * vector.width
+    row_bytes = NV * width
+
+    def build(b: Builder, state: Value, scale: Value, normalized: Value) -> Value:
+        px = pointer(b, state)
+        c, zero, one = vector.splat(b, scale), vector.const(0.0), vector.const(1.0)
+        before = splat(b, b.icmp_signed("!=", normalized, I64(0)), vector.width)
+        no_sum = ir.Constant(ir.VectorType(ir.IntType(1), vector.width), [0] * vector.width)
+        for v in range(NV):
+            total = vector.load(b, px, SUM * row_bytes + v * width)
+            no_sum = b.or_(no_sum, b.fcmp_ordered("==", total, zero))
+            inverse = b.fdiv(c, total)
+            divisor = b.select(before, vector.load(b, px, INVERSE * row_bytes + v * width), one)
+            vector.store(b, b.fdiv(inverse, divisor), px, RESCALE * row_bytes + v * width)
+            vector.store(b, inverse, px, INVERSE * row_bytes + v * width)
+        lanes = b.bitcast(no_sum, ir.IntType(vector.width))
+        return b.icmp_signed("!=", lanes, ir.Constant(lanes.type, 0))
+
+    return routine(f"state scale:{_real(spec)} normalized", build, result=types.boolean)
 
 
 def power_below(spec: Spec) -> Any:

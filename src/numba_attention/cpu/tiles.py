@@ -243,52 +243,49 @@ def fetch_rows(spec: Spec) -> Any:
     """Make ``fetch(rows, first, count, offset, n)``: prefetch n bytes at `offset` of `count` rows of a table."""
 
     def build(b: Builder, rows: Value, first: Value, count: Value, offset: Value, n: Value) -> None:
-        def row(i: Value, _: list[Value]) -> list[Value]:
-            p = at(b, row_group(b, rows, b.add(first, i), 1, 0), offset)
+        table = at(b, pointer(b, rows), b.mul(first, I64(8)))
 
-            def line(k: Value, _: list[Value]) -> list[Value]:
-                prefetch(b, at(b, p, b.mul(k, I64(LINE))))
+        def line(k: Value, carried: list[Value]) -> list[Value]:
+            (start,) = carried
+
+            def row(i: Value, _: list[Value]) -> list[Value]:
+                prefetch(b, at(b, pointer(b, load(b, I64, table, b.mul(i, I64(8)), align=8)), start))
                 return []
 
-            loop(b, b.sdiv(b.add(n, I64(LINE - 1)), I64(LINE)), [], line)
-            return []
+            loop(b, count, [], row)
+            return [b.add(start, I64(LINE))]
 
-        loop(b, count, [], row)
+        loop(b, b.sdiv(b.add(n, I64(LINE - 1)), I64(LINE)), [offset], line)
 
     return routine("rows first count offset n", build)
 
 
-def fetch_head(spec: Spec) -> Any:
-    """Make ``fetch(key, key_row, value, value_row, queries, query_head, outs, out_head, first, count, n, of_rows)``.
+def fetch_two(spec: Spec) -> Any:
+    """Make ``fetch(first, first_row, second, second_row, count, n)``: prefetch n bytes of `count` rows of two arrays.
 
-    It prefetches n bytes of `count` rows each of keys and values, which begin at `key` and `value`, and `of_rows` bytes
-    of those that are so far behind the rows in the tables `queries` and `outs`, from `first` on.
+    Their rows begin at `first` and `second`. Rows that follow one another count as one: loops that end after two lines
+    take longer than the lines.
     """
-    last = I64(spec.query_tile - 1)
 
     def build(
-        b: Builder, key: Value, key_row: Value, value: Value, value_row: Value, queries: Value, query_head: Value,
-        outs: Value, out_head: Value, first: Value, count: Value, n: Value, of_rows: Value,
-    ) -> None:  # fmt: skip
-        def fetch(rows: list[Value], size: Value) -> None:
+        b: Builder, first: Value, first_row: Value, second: Value, second_row: Value, count: Value, n: Value
+    ) -> None:
+        dense = b.and_(b.icmp_signed("==", first_row, n), b.icmp_signed("==", second_row, n))
+        n = b.select(dense, b.mul(n, count), n)
+        count = b.select(dense, I64(1), count)
+
+        def row(i: Value, carried: list[Value]) -> list[Value]:
             def line(k: Value, _: list[Value]) -> list[Value]:
-                for p in rows:
+                for p in carried:
                     prefetch(b, at(b, p, b.mul(k, I64(LINE))))
                 return []
 
-            loop(b, b.sdiv(b.add(size, I64(LINE - 1)), I64(LINE)), [], line)
+            loop(b, b.sdiv(b.add(n, I64(LINE - 1)), I64(LINE)), [], line)
+            return [at(b, carried[0], first_row), at(b, carried[1], second_row)]
 
-        def row(i: Value, carried: list[Value]) -> list[Value]:
-            lane = b.add(first, i)
-            lane = b.select(b.icmp_signed("<", lane, last), lane, last)
-            query = at(b, row_group(b, queries, lane, 1, 0), query_head)
-            fetch(carried, n)
-            fetch([query, at(b, row_group(b, outs, lane, 1, 0), out_head)], of_rows)
-            return [at(b, carried[0], key_row), at(b, carried[1], value_row)]
+        loop(b, count, [pointer(b, first), pointer(b, second)], row)
 
-        loop(b, count, [pointer(b, key), pointer(b, value)], row)
-
-    return routine("key key_row value value_row queries query_head outs out_head first count n of_rows", build)
+    return routine("first first_row second second_row count n", build)
 
 
 def copy_bytes(spec: Spec) -> Any:
