@@ -241,3 +241,63 @@ def test_longer_sentences_are_cut(model):
     long = " ".join(["word"] * 500)
     assert len(model.tokenize([long])[0].ids) == 256
     assert len(SentenceEncoder(longest=10).tokenize([long])[0].ids) == 10
+
+
+@pytest.mark.parametrize(
+    ("longest", "error"), [(1, ValueError), (0, ValueError), (-1, ValueError), (True, TypeError), ("9", TypeError)]
+)
+def test_no_longest(longest, error):
+    with pytest.raises(error, match="longest must be"):
+        SentenceEncoder(longest=longest).encode(["word " * 600])
+
+
+@pytest.mark.parametrize(
+    ("sequences", "error", "message"),
+    [
+        ([[101, -1]], ValueError, "ids in sequences must lie between 0 and 30521, got -1 to 101"),
+        ([[101], [30522]], ValueError, "ids in sequences must lie between 0 and 30521"),
+        ([[101.5]], TypeError, "ids in sequences must be integer"),
+        ([[101], [5] * 513], ValueError, r"from 1 to 512 tokens, sequences\[1\] has 513"),
+    ],
+)
+def test_no_tokens(model, sequences, error, message):
+    with pytest.raises(error, match=message):
+        model.encode_tokens(sequences)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "error", "message"),
+    [
+        (None, TypeError, "sentences must be a sequence of str, or a path-like, got NoneType"),
+        ("one", TypeError, "sentences must be a sequence of str, got one str"),
+        (["a", 3], TypeError, "sentences must be str, got int at 1"),
+        (["a", "caf\udce9"], ValueError, r"sentences\[1\] has a surrogate"),
+    ],
+)
+def test_no_sentences(model, sentences, error, message):
+    for method in (model.encode, model.tokenize, model.transform):
+        with pytest.raises(error, match=message):
+            method(sentences)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((["a"],), TypeError, "sentence must be a str, got list"),
+        (("a", 6), ValueError, "block must lie between 0 and 5, got 6"),
+        (("a", -1), ValueError, "block must be at least 0"),
+        (("a", 1.5), TypeError, "block must be an integer"),
+    ],
+)
+def test_no_maps(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        model.attention_maps(*arguments)
+
+
+def test_files_of_sentences(tmp_path, model):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(b"\xef\xbb\xbfbuy oat milk\r\n\n call the plumber \n")  # as editors on Windows write it
+    np.testing.assert_array_equal(model.encode(path), model.encode(["buy oat milk", "call the plumber"]))
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"notes.txt is not a text file in UTF-8"):
+        model.encode(path)

