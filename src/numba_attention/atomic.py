@@ -23,7 +23,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     mode = target.stat().st_mode if target.exists() else None
     if mode is not None and not stat.S_ISREG(mode):
         raise OSError(errno.EEXIST, "Is no regular file, which alone can be replaced", os.fspath(path))
-    with tempfile.TemporaryDirectory(prefix=".numba-attention-", dir=target.parent) as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix=".numba-attention-", dir=target.parent)
+    except OSError as error:  # which would name a file that the caller does not know
+        raise OSError(error.errno, os.strerror(error.errno or 0), os.fspath(path)) from None
+    with temporary as folder:
         unfinished = Path(folder, target.name)
         yield unfinished
         if mode is not None:

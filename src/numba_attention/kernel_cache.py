@@ -136,7 +136,15 @@ def read_checked(path: Path, key: str) -> bytes | None:
 
 def write_checked(path: Path, key: str, payload: bytes, shared: bool = False) -> None:
     """Write a file atomically: other processes see the complete file or none. One that is `shared` all may read."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=_UNFINISHED)
+    try:
+        descriptor, temporary = _new_file(path)
+    except FileNotFoundError:  # the folder was deleted after this process had found it
+        if shared:
+            raise
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if reason := _distrust(os.stat(path.parent)):
+            raise PermissionError(f"the folder {reason}") from None
+        descriptor, temporary = _new_file(path)
     try:
         with open(descriptor, "wb") as file:
             file.write(_checksum(key, payload) + payload)
@@ -148,6 +156,10 @@ def write_checked(path: Path, key: str, payload: bytes, shared: bool = False) ->
         raise
     if not shared:
         _prune_once(path.parent)
+
+
+def _new_file(path: Path) -> tuple[int, str]:
+    return tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=_UNFINISHED)
 
 
 def _checksum(key: str, payload: bytes) -> bytes:

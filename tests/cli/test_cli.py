@@ -148,6 +148,8 @@ MISUSES = {
     "no array": (["text.npy", "key.npy", "value.npy"], "error"),
     "one dimension": (["flat.npy", "key.npy", "value.npy"], "query must have at least two dimensions"),
     "swapped": (["query.npy", "value.npy", "key.npy"], "head dimension"),
+    "no window": (["query.npy", "key.npy", "value.npy", "--window", ""], "a window is LEFT,RIGHT"),
+    "other batch": (["more.npy", "key.npy", "value.npy"], "leading dimensions of query and key and value"),
     "window": (["query.npy", "key.npy", "value.npy", "--window", "3"], "a window is LEFT,RIGHT"),
     "window of words": (["query.npy", "key.npy", "value.npy", "--window", "a,b"], "a window is LEFT,RIGHT"),
     "lengths": (["query.npy", "key.npy", "value.npy", "--key-lengths", "99"], "key_lengths must lie between 0 and 11"),
@@ -160,6 +162,7 @@ def test_run_misused(cli, arrays, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     np.savez("others.npz", query=arrays["query"])
     np.save("flat.npy", np.ones(3, np.float32))
+    np.save("more.npy", np.concatenate([arrays["query"]] * 2)[:3])
     (tmp_path / "text.npy").write_text("no array")
     before = sorted(tmp_path.iterdir())
     arguments, message = MISUSES[name]

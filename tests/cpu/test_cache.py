@@ -1,6 +1,7 @@
 """The kernel cache: hits, staleness, races between processes, damaged files, no place to write."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -120,6 +121,33 @@ def test_no_place_to_write(tmp_path, monkeypatch):
         assert kernel_cache.directory() is None
     assert kernel().call(1, 2) == 3
     kernel_cache.directory.cache_clear()
+
+
+@pytest.mark.filterwarnings("error")
+def test_folder_that_is_deleted_in_use_is_made_again(folder):
+    kernel().call(1, 2)
+    shutil.rmtree(folder)
+    assert kernel("after").call(1, 2) == 3
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    again = kernel("after")
+    again.call(1, 2)
+    assert again.origin == "loaded"
+
+
+def test_folder_that_somebody_else_makes_again_is_not_used(folder, monkeypatch):
+    monkeypatch.setattr(kernel_cache, "_warned", False)
+    kernel().call(1, 2)
+    shutil.rmtree(folder)
+    make = type(folder).mkdir
+
+    def others(self, *arguments, **options):
+        make(self)
+        self.chmod(0o777)
+
+    monkeypatch.setattr(type(folder), "mkdir", others)
+    with pytest.warns(NumbaAttentionWarning, match="can be written by others"):
+        assert kernel("after").call(1, 2) == 3
+    assert not list(folder.iterdir())
 
 
 def test_tilde_is_the_home_folder(tmp_path):

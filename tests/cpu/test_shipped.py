@@ -244,3 +244,11 @@ def test_command_knows_levels(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "unknown level 'x86-64-v9', expected some of x86-64-v4-bf16" in " ".join((done.stdout + done.stderr).split())
+
+
+def test_command_says_that_no_kernel_was_meant(tmp_path):
+    command = [sys.executable, "-m", "numba_attention", "kernels", "build", str(tmp_path)]
+    command += ["--level", "x86-64-v3", "--only", "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no kernel's name contains any of 'nothing'" in " ".join((done.stdout + done.stderr).split())

@@ -152,7 +152,11 @@ def build(
         if name not in shipping.GPUS:
             _fail(f"unknown architecture {name!r}, expected all or some of {', '.join(shipping.GPUS)}")
 
+    written = 0
+
     def report(line: str) -> None:
+        nonlocal written
+        written += 1
         console.print(line, soft_wrap=True)
 
     try:
@@ -160,6 +164,8 @@ def build(
             shipping.build(folder, level or list(LEVELS), only, report)
         if archs:
             shipping.build_for_gpus(folder, archs, only, report)
+        if not written:
+            _fail(f"no kernel's name contains any of {only!r}")
         if wheel is not None:
             report(shipping.pack(folder, wheel).name)
     except (OSError, RuntimeError) as error:
@@ -268,13 +274,13 @@ def run(
         options |= {
             "mask": mask and files.load(mask),
             "bias": bias and files.load(bias),
-            "window": window and files.window(window),
-            "query_offset": query_offset and files.numbers(query_offset, int),
-            "query_lengths": query_lengths and files.numbers(query_lengths, int),
-            "key_lengths": key_lengths and files.numbers(key_lengths, int),
-            "prefix_lengths": prefix_lengths and files.numbers(prefix_lengths, int),
-            "alibi_slopes": alibi_slopes and files.numbers(alibi_slopes, float),
-            "sinks": sinks and files.numbers(sinks, float),
+            "window": files.window(window),
+            "query_offset": files.numbers("query_offset", query_offset, int),
+            "query_lengths": files.numbers("query_lengths", query_lengths, int),
+            "key_lengths": files.numbers("key_lengths", key_lengths, int),
+            "prefix_lengths": files.numbers("prefix_lengths", prefix_lengths, int),
+            "alibi_slopes": files.numbers("alibi_slopes", alibi_slopes, float),
+            "sinks": files.numbers("sinks", sinks, float),
         }
         result = files.attend(inputs, out, lse, options)
     except (OSError, ValueError, TypeError, MemoryError, BackendUnavailableError) as error:

@@ -13,7 +13,7 @@ import numpy as np
 from ..api import attention
 from ..atomic import allocate, replacing
 from ..options import Array
-from ..validation import as_tensor
+from ..validation import as_tensor, broadcast_batch
 
 _NAMES = ("query", "key", "value")
 
@@ -44,12 +44,16 @@ def attend(inputs: Sequence[Path], out: Path, lse: Path | None, options: dict[st
     """
     if lse is not None and _is_same(out, lse):
         raise ValueError(f"the log-sum-exps must go to another file than the result, got {out} and {lse}")
+    for path in (out, lse):
+        if path is not None and path.suffix == ".npz":
+            raise ValueError(f"a result is one array, in a .npy, got {path}")
     query, key, value = arrays = _arrays(inputs)
     for name, array in zip(_NAMES, arrays, strict=True):
         if array.ndim < 2:
             raise ValueError(f"{name} must have at least two dimensions, got shape {array.shape}")
         as_tensor(name, array)
-    shape = (*np.broadcast_shapes(*(x.shape[:-3] for x in arrays)), *query.shape[-3:-1], value.shape[-1])
+    batch = broadcast_batch({name: x.shape[:-3] for name, x in zip(_NAMES, arrays, strict=True)})
+    shape = (*batch, *query.shape[-3:-1], value.shape[-1])
     with ExitStack() as files:
         unfinished = files.enter_context(replacing(out))
         unfinished_lse = None if lse is None else files.enter_context(replacing(lse))
@@ -75,8 +79,10 @@ def load(path: Path) -> Array:
     raise ValueError(f"{path} must be a .npy, with one array in it")
 
 
-def window(text: str) -> tuple[int | None, int | None]:
+def window(text: str | None) -> tuple[int | None, int | None] | None:
     """Read "256,256" or "256,none"."""
+    if text is None:
+        return None
     try:
         left, right = (None if part.strip().lower() == "none" else int(part) for part in text.split(","))
     except ValueError:
@@ -84,15 +90,17 @@ def window(text: str) -> tuple[int | None, int | None]:
     return left, right
 
 
-def numbers(text: str, kind: type[int] | type[float]) -> Array:
-    """Read "3,4,5", one number, or the path of a .npy."""
+def numbers(name: str, text: str | None, kind: type[int] | type[float]) -> Array | None:
+    """Read "3,4,5", one number, or the path of a .npy, for the option of this name."""
+    if text is None:
+        return None
     if text.endswith(".npy"):
         return load(Path(text))
     try:
         values = [kind(part) for part in text.split(",")]
     except ValueError:
         said = "integers" if kind is int else "numbers"
-        raise ValueError(f"expected {said} separated by commas, or the path of a .npy, got {text!r}") from None
+        raise ValueError(f"{name} must be {said} separated by commas, or the path of a .npy, got {text!r}") from None
     return np.array(values if len(values) > 1 or kind is float else values[0])
 
 
