@@ -200,7 +200,8 @@ def _run_kernel(
         items, most = _split(plan, p, sequences)
         if most > 1:
             counts, partial = np.zeros(items, np.int64), np.empty(items * plan.partial_size, np.uint8)
-    number = threads_for(items, plan.flops * p.S * shown)
+    keys = (p.S if weights else p.visited) * shown  # of the weights, those outside a window are written too
+    number = threads_for(items, plan.flops * keys)
     scratch, scratch_address = own.reserve(number * plan.scratch_size)
     own.counter.value = 0
     # A contiguous copy, which must live until the kernel is done, because the kernel reads it by its address.
@@ -216,8 +217,7 @@ def _run_kernel(
     own.params[REST:] = plan.rest
     pack_one(own.params, REST, items)
     own.run(
-        plan.kernel, number, plan.work * p.S * shown, p, lists, bias, plan, scratch, slopes, sequences, counts, partial,
-        rules,
+        plan.kernel, number, plan.work * keys, p, lists, bias, plan, scratch, slopes, sequences, counts, partial, rules,
     )  # fmt: skip
 
 
@@ -244,7 +244,7 @@ def _find_plan(p: Problem, few: bool, vectors: int) -> _Plan:
     plan = _plans.get(key)
     if plan is not None:
         # What `recall` can remember: calls that are small, and whose keys are not split unless they are in a cache.
-        if plan.flops * p.S <= recall.LARGEST and plan.numbers.nbytes <= SMALL_PLAN:
+        if plan.flops * p.visited <= recall.LARGEST and plan.numbers.nbytes <= SMALL_PLAN:
             p.plan = plan if plan.tiles is None or p.S <= decode.SPLIT or cache is not None else None
     else:
         sequences = sequences_of(p, None)
@@ -277,7 +277,7 @@ def _forward_recipe(p: Problem, row: list[int], arrays: tuple[Array, ...]) -> re
     addresses = {"sequences": plan.sequences_address, "lse": int(p.lse is not None)}
     template = again.template_of(plan.rest, items, addresses)
     results = [(x.shape, x.dtype) for x in (p.result, p.result_lse) if x is not None]
-    return _recipe(row, template, plan, items, plan.flops * p.S, results, arrays)
+    return _recipe(row, template, plan, items, plan.flops * p.visited, results, arrays)
 
 
 def _decode_recipe(p: Problem, row: list[int], arrays: tuple[Array, ...]) -> recall.Recipe | None:

@@ -263,6 +263,7 @@ def _make_plan(
         values |= strides_of(name, array, len(p.batch))
     products = 5.0 if spec.task == "backward" else 12.0 if writes else 5.0
     flops = products * float(work.sum()) * (p.E + p.Ev) * (p.H // p.Hkv if p.Hkv else 0)
+    flops *= p.visited / p.S if p.S else 1
     kernel = worker(spec.storage, spec.task, vectors=spec.vectors, wide=spec.wide)
     rest = pack(values, offsets)
     return _Plan(kernel, sequences, address_of(sequences), waves, rest, flops, scratch_size, most_groups)

@@ -157,6 +157,13 @@ class Problem:
     cache: Contents | None = None  # attention_decode only: key and value are what it stores, S is the longest length
     plan: Any = None  # set by the CPU backend, if it had a plan for such a call: see `backends.recall`
 
+    @property
+    def visited(self) -> int:
+        """Return the largest number of keys that a tile of 64 query rows visits, which a window bounds."""
+        if self.left is None or self.right is None:
+            return self.S
+        return min(self.S, self.left + self.right + 64)
+
 
 @dataclass(slots=True)
 class BackwardProblem:
