@@ -297,8 +297,8 @@ def test_no_array(name, array, kind, no_kernel):
 NO_NUMBERS = [
     np.complex64(1 + 2j), np.complex128(1), 1j, True, np.True_, "1", b"1", bytearray(b"1"), np.str_("1"), [1.0], (1.0,),
     np.ones(1), np.ones((1, 1)), np.array(1j), np.array(True), np.array("1"), np.array(None), np.ma.masked,
-    np.ma.masked_array(1.0), np.datetime64("2020"), np.timedelta64(3, "s"), Series(1.0), Series(1.0, 2.0), object(), float,
-    {"a": 1}, np.array([1.0], object),
+    np.ma.masked_array(1.0), np.datetime64("2020"), np.timedelta64(3, "s"), Series(1.0), Series(1.0, 2.0), object(),
+    float, {"a": 1}, np.array([1.0], object),
 ]  # fmt: skip
 NO_FINITE = [np.nan, np.inf, -np.inf, 10**400, -(10**400), np.float32("inf"), np.float16("nan"), np.array(np.inf)]
 NUMBERS = [1, 1.5, np.float32(1.5), np.float16(1), np.int64(2), np.array(1.5), ml_dtypes.bfloat16(1), np.uint8(3)]
