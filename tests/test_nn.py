@@ -272,6 +272,39 @@ def test_slopes_of_large_numbers(layer, dtype):
     np.testing.assert_array_equal(layer.backward(np.ones_like(x), x), [0, 0, 1, 1])
 
 
+X4, W4 = np.ones((2, 3), np.float32), np.ones((4, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (nn.linear, (X4[:, :2], W4), r"x must have shape \(..., 3\)"),
+        (nn.linear, (X4, W4[0]), r"weight must have shape \(N, K\), got \(3,\)"),
+        (nn.linear, (X4, W4, W4[:, :1]), r"bias must have shape \(4,\), got \(4, 1\)"),
+        (nn.linear, (X4, W4, W4[0, :1]), r"bias must have shape \(4,\), got \(1,\)"),
+        (nn.linear, (X4, W4, None, W4[:3]), r"out must have shape \(2, 4\), got \(3, 3\)"),
+        (nn.linear_backward, (W4[:2], X4, W4), r"grad, x and weight must have shapes \(..., N\), \(..., K\) and"),
+        (nn.layer_norm, (X4, X4[:, :1], None), r"weight must have shape \(3,\), as x has shape \(2, 3\), got \(2, 1\)"),
+        (nn.layer_norm, (X4, X4[0], X4[0, :1]), r"bias must have shape \(3,\)"),
+        (nn.layer_norm, (X4, X4[0], None, 1e-5, W4), r"out must have shape \(2, 3\), as"),
+        (nn.gelu, (X4, W4), r"out must have the shape of x, \(2, 3\), got \(4, 3\)"),
+        (nn.Linear(3, 4), (W4[:, :2],), r"x must have shape \(..., 3\)"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_shapes_that_do_not_fit(function, arguments, message, dtype):
+    arguments = [x.astype(dtype) if isinstance(x, np.ndarray) else x for x in arguments]
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)
+
+
+@pytest.mark.parametrize("x", [np.arange(3), np.ones(3, np.complex64), np.ones(3, bool)])
+def test_activations_of_what_is_no_floating_point(x):
+    for function in (nn.gelu, nn.SiLU()):
+        with pytest.raises(TypeError, match="x must be floating point"):
+            function(x)
+
+
 def test_adam_finds_a_minimum():
     x = {"x": np.array([3.0, -2.0])}
     adam = nn.Adam(x, rate=0.1)

@@ -45,7 +45,7 @@ def linear(
     Raises
     ------
     ValueError
-        There is no such activation.
+        There is no such activation, or a shape does not fit; the message names the array.
 
     See Also
     --------
@@ -54,7 +54,7 @@ def linear(
     Notes
     -----
     A row of the result has the same bits whatever other rows are in the call, and for any number of threads. That holds
-    for float32 and float64; NumPy computes everything else, and raises its own errors.
+    for float32 and float64; NumPy computes everything else.
 
     Examples
     --------
@@ -151,6 +151,15 @@ def _can_be_written(out: Array, *others: Array | None) -> bool:
 
 
 def _with_numpy(x: Array, weight: Array, bias: Array | None, out: Array | None, activation: str | None) -> Array:
+    if np.ndim(weight) != 2:
+        raise ValueError(f"weight must have shape (N, K), got {np.shape(weight)}")
+    N, K = np.shape(weight)
+    if np.shape(x)[-1:] != (K,):
+        raise ValueError(f"x must have shape (..., {K}), as weight has {K} columns, got {np.shape(x)}")
+    if bias is not None and np.shape(bias) not in ((N,), ()):
+        raise ValueError(f"bias must have shape ({N},), got {np.shape(bias)}")
+    if out is not None and np.shape(out) != (*np.shape(x)[:-1], N):
+        raise ValueError(f"out must have shape {(*np.shape(x)[:-1], N)}, got {np.shape(out)}")
     result: Array = np.matmul(x, np.asarray(weight).T)
     if bias is not None:
         result = result + bias
@@ -165,6 +174,11 @@ def _with_numpy(x: Array, weight: Array, bias: Array | None, out: Array | None, 
 def _backward_with_numpy(
     grad: Array, x: Array, weight: Array, need_bias: bool, need_input: bool
 ) -> tuple[Array | None, Array, Array | None]:
+    if (*np.shape(grad), *np.shape(x)[-1:]) != (*np.shape(x)[:-1], *np.shape(weight)):
+        raise ValueError(
+            f"grad, x and weight must have shapes (..., N), (..., K) and (N, K), got {np.shape(grad)}, {np.shape(x)} "
+            f"and {np.shape(weight)}"
+        )
     rows = as_matrix(np.asarray(grad))
     grad_bias = np.sum(rows, axis=0) if need_bias else None
     return np.matmul(grad, weight) if need_input else None, rows.T @ as_matrix(np.asarray(x)), grad_bias

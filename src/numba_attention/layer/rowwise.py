@@ -3,6 +3,7 @@
 import numpy as np
 
 from ..options import Array
+from ..validation import as_floats
 from .activations import check_activation, coefficients_of, with_numpy
 from .projection import as_matrix, kernel_of, modules, usable
 
@@ -40,12 +41,15 @@ def activated(name: str, x: Array, out: Array | None = None) -> Array:
 
     Raises
     ------
-    ValueError
-        There is no such activation.
+    TypeError, ValueError
+        There is no such activation, x is no array of floating point, or `out` has another shape.
     """
     check_activation(name)
     coefficients = coefficients_of(name, x.dtype) if usable(x, out) else None
     if coefficients is None or not x.size or not (out is None or out.shape == x.shape):
+        x = as_floats("x", x)
+        if out is not None and out.shape != x.shape:
+            raise ValueError(f"out must have the shape of x, {x.shape}, got {out.shape}")
         return with_numpy(name, x, out)
     target = _target(x, out)
     numbers = np.ravel(x if x is target or not np.may_share_memory(x, target) else x.copy())
@@ -125,6 +129,10 @@ def _launch(
 def _normalized_with_numpy(
     x: Array, weight: Array, bias: Array | None, eps: float, out: Array | None, residual: Array | None, center: bool
 ) -> Array:
+    features = np.shape(x)[-1:]
+    for name, array, shape in (("weight", weight, features), ("bias", bias, features), ("out", out, np.shape(x))):
+        if array is not None and np.shape(array) != shape:
+            raise ValueError(f"{name} must have shape {shape}, as x has shape {np.shape(x)}, got {np.shape(array)}")
     rows = x if residual is None else x + residual
     if center:
         rows = rows - rows.mean(axis=-1, keepdims=True)
