@@ -18,6 +18,7 @@ GradientTangents    all of these                  refused                       
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,8 +27,12 @@ import torch
 from . import api, second
 from .masks.blockmask import BlockMask
 from .options import Array, Gradients, is_mod_arg, join_mod_args, place_of
+from .teams import lent, of_library
 
 Tensor: TypeAlias = torch.Tensor
+
+# PyTorch's own threads, in its builds for Linux.
+TEAM = of_library(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"), torch.get_num_threads)
 INPUTS = Gradients._fields[:5]  # what has second derivatives
 
 
@@ -118,7 +123,8 @@ class Attention(_Function):
 
     @staticmethod
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        out, lse = api.attention(**join_mod_args(call.arguments(tensors)), return_lse=True)
+        with lent(TEAM):
+            out, lse = api.attention(**join_mod_args(call.arguments(tensors)), return_lse=True)
         return to_tensor(out), to_tensor(lse)
 
     @staticmethod
@@ -148,11 +154,12 @@ class Backward(_Function):
     def forward(call: Call, *saved: Any) -> tuple[Tensor, ...]:
         *inputs, out, lse, grad_out, grad_lse = saved
         of_mods = [place_of(name) for name in call.wanted if is_mod_arg(name)]
-        grads = api.attention_backward(
-            to_array(_or_zeros(grad_out, out)), out=to_array(out), lse=to_array(lse),
-            grad_lse=None if grad_lse is None else to_array(grad_lse), mod_grads=of_mods or None,
-            **join_mod_args(call.arguments(inputs)),
-        )  # fmt: skip
+        with lent(TEAM):
+            grads = api.attention_backward(
+                to_array(_or_zeros(grad_out, out)), out=to_array(out), lse=to_array(lse),
+                grad_lse=None if grad_lse is None else to_array(grad_lse), mod_grads=of_mods or None,
+                **join_mod_args(call.arguments(inputs)),
+            )  # fmt: skip
         return tuple(to_tensor(x) for x in map(grads.of, call.wanted) if x is not None)
 
     @staticmethod

@@ -58,7 +58,7 @@ def unusable() -> str | None:
 def entries() -> tuple[Kernel, ...]:
     """Return the functions that Python calls."""
     recalled = again.match_three, again.match_six, again.forward, again.decode, again.backward
-    return launch._launcher, launch._caller, pool.serve, addresses, *recalled
+    return launch._launcher, launch._caller, launch._member, pool.serve, addresses, *recalled
 
 
 def forward(problem: Problem) -> None:

@@ -8,9 +8,12 @@ from typing import Any
 import numba
 import numpy as np
 
+from .. import teams
 from . import pool, stacks
-from .cache import Function, Kernel
+from .cache import Function, Kernel, ThreadEntry
 from .pool import call_on_threads, call_worker
+from .simd import fetch_add, void_pointer
+from .views import carray
 
 SIGNATURE = "int64(int64, int64)"  # of a worker: address of the parameters, number of the thread
 
@@ -29,10 +32,25 @@ def _make_caller() -> Any:
     return call_alone
 
 
+WORKER, PARAMS, THREAD, FAILED = range(4)  # words of a region of `teams`
+
+
+def _make_member() -> Any:
+    def member(region: int) -> int:
+        """What each thread of a region does. There may be fewer than were asked for, down to the caller alone."""
+        words = carray(void_pointer(region), 4, np.int64)
+        if call_worker(words[WORKER], words[PARAMS], fetch_add(region + 8 * THREAD, 1)):
+            words[FAILED] = 1
+        return 0
+
+    return member
+
+
 # Workers are plain functions called by address, so that one launcher serves all kernels, and a kernel is compiled once
 # for serial and parallel use.
 _launcher = Function("launch", _make_launcher, objects=0, integers=4)
 _caller = Function("call", _make_caller, objects=0, integers=2)
+_member = ThreadEntry("member", _make_member)
 
 
 def threads() -> int:
@@ -59,6 +77,10 @@ def run(worker: Kernel, params: int, number: int) -> None:
     address = worker.address
     if number == 1:
         failed = _caller.call(address, params)
+    elif (team := teams.team_for(number)) is not None:
+        region = np.array([address, params, 0, 0], np.int64)
+        team.parallel(_member.address, region.ctypes.data, number, 0)
+        failed = int(region[FAILED])
     else:
         failed = _launcher.call(pool.address_for(number), address, params, number)
     if failed:

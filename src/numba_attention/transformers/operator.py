@@ -7,7 +7,9 @@ from typing import Any, TypeAlias
 import torch
 
 from ..options import Array
+from ..teams import lent
 from ..torch import to_array, to_tensor
+from ..torch_autograd import TEAM
 from . import calls
 
 Tensor: TypeAlias = torch.Tensor
@@ -30,7 +32,8 @@ def attend(
     """Return the output (batch, L, H, Ev) and the log-sum-exp (batch, H, L); `masks` says what `mask` may be."""
     q, k, v = (to_array(x) for x in (query, key, value))
     call, options = _call(query, key, mask, bias, sinks, seed, scale, softcap, causal, dropout)
-    out, lse = calls.forward(call, q, k, v, options)
+    with lent(TEAM):
+        out, lse = calls.forward(call, q, k, v, options)
     return to_tensor(out), to_tensor(lse)
 
 
@@ -59,7 +62,8 @@ def attend_backward(
     of_grad, *inputs, of_out, of_lse = (to_array(x) for x in (grad, query, key, value, out, lse))
     q, k, v = inputs
     call, options = _call(query, key, mask, bias, sinks, seed, scale, softcap, causal, dropout)
-    dq, dk, dv, of_bias, of_sinks = calls.backward(call, of_grad, q, k, v, of_out, of_lse, options)
+    with lent(TEAM):
+        dq, dk, dv, of_bias, of_sinks = calls.backward(call, of_grad, q, k, v, of_out, of_lse, options)
     more = [None if bias is None else of_bias, of_sinks]  # a bias may also be a mask of numbers
     of_more = (query.new_empty(0) if x is None else to_tensor(x) for x in more)
     return to_tensor(dq), to_tensor(dk), to_tensor(dv), *of_more
