@@ -121,7 +121,7 @@ def test_no_circles():
 def test_digests_of_kernels_cover_all_that_is_compiled(wing, sources):
     """What modules of kernels import, and what that imports: a change there must not find old machine code."""
     covered = {name_of(path).replace("/", ".") for path in sources()}
-    host = {"cpu": {"forks", "kernel_cache", "teams"}, "cuda": {"device", "errors"}}[wing]  # none of it is in machine code
+    host = {"cpu": {"forks", "kernel_cache", "teams"}, "cuda": {"device", "errors"}}[wing]  # not in machine code
     waiting, seen = [f"{wing}.{path.stem}" for path in (ROOT / wing).glob("*.py")], set()
     while waiting:
         module = waiting.pop()
