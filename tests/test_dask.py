@@ -259,6 +259,22 @@ def test_suggested_chunks(shape_q, shape_k, memory):
     assert na.attention(q, k, k).shape == shape_q
 
 
+@pytest.mark.parametrize(
+    ("shapes", "options", "error", "message"),
+    [
+        (((3,), (4,)), {}, ValueError, "shape_q must have at least two axes"),
+        (((3, 4), (4,)), {}, ValueError, "shape_k must have at least two axes"),
+        (((3, 4), (-4, 4)), {}, ValueError, "shape_k must be at least 0"),
+        (((3, 4), (4, 4)), {"workers": 0}, ValueError, "workers must be at least 1"),
+        (((3, 4), (4, 4)), {"threads": 1.5}, TypeError, "threads must be an integer"),
+        (((3, 4), (4, 4)), {"memory": 0}, ValueError, "memory must be at least 1"),
+    ],
+)
+def test_no_suggestion(shapes, options, error, message):
+    with pytest.raises(error, match=message):
+        nad.suggest_chunks(*shapes, **options)
+
+
 def test_suggested_chunks_of_a_cluster():
     sizes = nad.suggest_chunks(LONG, LONG, workers=64, threads=16, memory=2**36)
     assert sizes == ((1, 1, 32768, 64), (1, 1, 131072, 64))

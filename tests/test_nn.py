@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import check_grad
 
-from numba_attention import nn
+from numba_attention import KVCache, nn
 
 F = np.float64
 RNG = np.random.default_rng(0)
@@ -319,3 +319,21 @@ def test_schedule():
     assert max(factors) == factors[9] == 1
     assert factors[-1] == pytest.approx(0)
     assert np.all(np.diff(factors[10:]) < 0)
+    assert nn.warmup_cosine(150, 100, 10) == nn.warmup_cosine(10**6, 100, 10) == 0
+
+
+@pytest.mark.parametrize(
+    ("cross", "arguments", "message"),
+    [
+        (True, {}, "memory must be given"),
+        (True, {"memory_lengths": [1, 2]}, "memory must be given"),
+        (False, {"memory": X}, "memory must be None in a block without cross=True"),
+        (False, {"memory_lengths": [1, 2]}, "memory_lengths must be None in a block without cross=True"),
+    ],
+)
+def test_memory_of_a_block(cross, arguments, message):
+    block = nn.TransformerBlock(8, 2, cross=cross, rng=0, dtype=F)
+    with pytest.raises(ValueError, match=message):
+        block(X, **arguments)
+    with pytest.raises(ValueError, match=message):
+        block.step(X, KVCache(2, 2, 9, 4, dtype=F), **arguments)

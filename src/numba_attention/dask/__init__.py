@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from ..backends import cuda
+from ..caches.checks import check_size
 from ..warming import DTYPES, kernels_of_blocks
 from . import chunks as _chunks
 from .dense import attention, attention_backward
@@ -63,8 +64,9 @@ def suggest_chunks(
 
     Raises
     ------
-    ValueError
-        Shapes without heads with offsets, or offsets that are not those of the tokens.
+    TypeError, ValueError
+        Shapes with fewer than two axes or without heads with offsets, offsets that are not those of the tokens, or a
+        number that is none or below 1.
 
     Notes
     -----
@@ -86,8 +88,18 @@ def suggest_chunks(
     >>> nad.suggest_chunks(shape, shape, "float32", starts, workers=2, threads=1, memory=4 * 2**30)
     ((262144, 1, 64), (262144, 1, 64))
     """
-    here = None if None not in (workers, threads, memory) else _chunks.workers_here()
+    for name, shape_of_one in (("shape_q", shape_q), ("shape_k", shape_k)):
+        if len(shape_of_one) < 2:
+            raise ValueError(f"{name} must have at least two axes, (length, features), got {tuple(shape_of_one)}")
+        for size in shape_of_one:
+            check_size(name, size, 0)
+    for name, number in (("workers", workers), ("threads", threads)):
+        if number is not None:
+            check_size(name, number)
+    if memory is not None and not memory >= 1:
+        raise ValueError(f"memory must be at least 1 byte, got {memory}")
     given = (workers, threads, memory)
+    here = None if None not in given else _chunks.workers_here()
     chosen = [x if x is not None else here[n] for n, x in enumerate(given)] if here else given
     Ev = shape_k[-1] if value_dim is None else value_dim
     shape = _chunks.shape_of(shape_q, shape_k, np.dtype(dtype).itemsize, Ev, cu_seqlens_q, cu_seqlens_k)

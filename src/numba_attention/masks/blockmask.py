@@ -349,10 +349,14 @@ class BlockMask(StoredMask):
     def __or__(self, other: BlockMask) -> BlockMask:
         return self._combined(other, "|", np.bitwise_or)
 
+    __rand__, __ror__ = __and__, __or__  # for the error that says what to do with an array on the left
+
     def __invert__(self) -> BlockMask:
         return self.of_runs(self._planes, runs.complement(self._runs), self._size)
 
     def _combined(self, other: BlockMask, sign: str, operation: Any) -> BlockMask:
+        if isinstance(other, np.ndarray):
+            raise TypeError(f"{sign} joins a BlockMask with another one; make one with BlockMask.from_array(array)")
         if not isinstance(other, BlockMask):
             return NotImplemented
         try:

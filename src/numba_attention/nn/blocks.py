@@ -162,13 +162,20 @@ class TransformerBlock(Module):
         ----------
         x : ndarray, shape (..., L, features)
         memory : ndarray, shape (..., S, features), optional
+            Must be passed to a block with `cross`, and to no other.
         memory_lengths : int or array of int, optional
             Valid positions of the memory.
         training : bool, default False
             Whether to drop weights.
         **options
             Those of the self-attention, such as `is_causal`, `key_lengths` or `cu_seqlens`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A memory is missing or not meant, or as `MultiHeadAttention` raises.
         """
+        self._check(memory, memory_lengths)
         contexts = []
 
         def added(x: Array, norm: Any, layer: Any, *inputs: Any, **options: Any) -> Array:
@@ -191,11 +198,20 @@ class TransformerBlock(Module):
 
         A memory of length 0 adds nothing to what `memory_cache` has.
         """
+        self._check(memory, memory_lengths)
         x = x + self.attention(self.norm(x), cache=cache, is_causal=True)
         if memory is not None:
             x = x + self.cross(self.cross_norm(x), memory, cache=memory_cache, key_lengths=memory_lengths)
         result: Array = x + self.mlp(self.mlp_norm(x))
         return result
+
+    def _check(self, memory: Any, memory_lengths: Any) -> None:
+        crosses = hasattr(self, "cross")
+        if crosses and memory is None:
+            raise ValueError("memory must be given to a block with cross=True")
+        if not crosses and not memory is memory_lengths is None:
+            name = "memory_lengths" if memory is None else "memory"
+            raise ValueError(f"{name} must be None in a block without cross=True")
 
     def backward(self, grad: Array, contexts: Any) -> tuple[Array, Array | None]:
         """Return the gradients of x and of the memory, which is None if there was none, and set `grads`."""

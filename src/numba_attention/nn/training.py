@@ -167,7 +167,7 @@ class Adam:
 
 
 def warmup_cosine(step: int, steps: int, warmup: int = 100) -> float:
-    """Return the factor of the learning rate: from 0 to 1 over `warmup` steps, then down to 0 on a cosine.
+    """Return the factor of the learning rate: from 0 to 1 over `warmup` steps, then down to 0 on a cosine, and 0 after.
 
     Examples
     --------
@@ -177,7 +177,7 @@ def warmup_cosine(step: int, steps: int, warmup: int = 100) -> float:
     """
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
 __all__ = ["Adam", "cross_entropy", "warmup_cosine"]
