@@ -208,8 +208,8 @@ def no_more_rows(c: Spec, rows: int) -> Spec:
     while c.warps > 1 and c.rows >= 2 * rows:
         # Two warps of 8 rows a thread would spill.
         c = c.with_(slots=4) if c.product == "simt" and c.slots == 8 else c.with_(warps=c.warps // 2)
-    if c.product == "tensor" and c.is_sliced and c.has_all_options and c.warps < 4:
-        return c.with_(columns=min(c.columns, 16))  # 32 would spill 16 bytes on sm_80
+    if c.product == "tensor" and c.has_all_options and c.warps < 4 and (c.is_sliced or max(c.E, c.Ev) > 128):
+        return c.with_(columns=min(c.columns, 16))  # 32 would spill 4 bytes on sm_120 (E 192), 16 on sm_80 (slices)
     return c
 
 
