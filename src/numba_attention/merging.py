@@ -183,7 +183,9 @@ def _arrays(name: str, stack: Any) -> list[Array]:
         ) from error
     if not parts:
         raise ValueError(f"{name} must hold at least one array")
-    arrays = [np.asarray(x) if isinstance(x, np.generic) else as_ndarray(f"an array of {name}", x) for x in parts]
+    arrays = [
+        np.asarray(x) if isinstance(x, np.generic) else as_ndarray(f"{name}[{n}]", x) for n, x in enumerate(parts)
+    ]
     for array in arrays:
         if array.dtype != arrays[0].dtype:
             raise TypeError(f"{name} must share one dtype, got {arrays[0].dtype} and {array.dtype}")

@@ -486,6 +486,7 @@ OUT, LSE = np.ones((2, 5, 3), np.float32), np.ones((2, 5), np.float32)
         ([OUT], [LSE, LSE], ValueError, "outs and lses.*1.*2"),
         ([OUT.tolist()], [LSE], TypeError, "outs.*list.*asarray"),
         ([OUT], [LSE.tolist()], TypeError, "lses.*list.*asarray"),
+        ([OUT, OUT.tolist()], [LSE, LSE], TypeError, r"outs\[1\] must .* numpy.asarray\(outs\[1\]\)$"),
         ("abc", [LSE], TypeError, "outs"),
         ([OUT, None], [LSE, LSE], TypeError, "outs"),
         (np.ma.masked_array([OUT]), [LSE], TypeError, "outs"),

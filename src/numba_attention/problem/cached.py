@@ -45,8 +45,9 @@ def build(
         full = empty(shape, q.dtype)
         result = full[0] if flat else full
     else:
-        stored = {name: x for name, x in contents._asdict().items() if isinstance(x, np.ndarray)}
-        inputs = {"query": q, **stored, **arrays_among(options)}
+        inputs = {"query": q, "key": contents.key, "value": contents.value, **arrays_among(options)}
+        if contents.key_scale is not None and contents.value_scale is not None:
+            inputs |= {"key_scale": contents.key_scale, "value_scale": contents.value_scale}
         result, full = out, check_out(out, shape[1:] if flat else shape, q.dtype, inputs)
         if flat:
             full = full[None]
