@@ -35,7 +35,7 @@ fi
 umask 022
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-only=launch,call,serve,addresses,match-three,match-six,recall
+only=launch,call,serve,addresses,match-three,match-six,recall,linear,rowwise
 for dtype in float32 float64 float16 bfloat16; do
     for task in forward decode backward; do only+=,$task-$dtype-NEON; done
 done

@@ -3,6 +3,7 @@
 It is a program, not a test file, for `run.sh` starts it in an emulator of aarch64, where compiling takes minutes.
 """
 
+import math
 import sys
 import time
 from importlib.metadata import version
@@ -111,6 +112,26 @@ def run(dtype):
         yield "decode", f"{rows} of {length}", *error(got, want, dtype, "decode")
 
 
+def run_layer(dtype):
+    """Yield case, error and its share of what is allowed, of the steps of a layer beside attention."""
+    rng = np.random.default_rng(1)
+    for rows, K, N in ((1, 24, 40), (37, 33, 19), (130, 64, 70)):
+        x, weight, residual = (rng.standard_normal(shape).astype(dtype) for shape in ((rows, K), (N, K), (rows, N)))
+        bias, gain = (rng.standard_normal(N).astype(dtype) for _ in range(2))
+        y = x.astype(float) @ weight.astype(float).T + bias
+        of_gelu = 0.5 * y * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
+        total = y + residual
+        centred = total - total.mean(-1, keepdims=True)
+        normed = gain * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) + bias
+        product = na.nn.linear(x, weight, bias)
+        for case, got, want in (
+            ("linear", product, y),
+            ("GELU", na.nn.linear(x, weight, bias, activation="gelu"), of_gelu),
+            ("norm", na.nn.layer_norm(product, gain, bias, 1e-5, residual=residual), normed),
+        ):
+            yield "layer", f"{case}, {rows} x {K} x {N}", *error(got, want, dtype, "forward")
+
+
 def refuse(kernel):
     raise SystemExit(f"FAILED: the kernel {kernel.name} is not among the shipped ones")
 
@@ -124,7 +145,8 @@ def main():
     failed = 0
     for name in DTYPES:
         start, worst = time.process_time(), {}
-        for stage, case, found, share in run(np.dtype(name)):
+        steps = run_layer(np.dtype(name)) if name in ("float32", "float64") else ()  # NumPy computes half types
+        for stage, case, found, share in (*run(np.dtype(name)), *steps):
             worst[stage] = max(worst.get(stage, 0), found)
             if not share <= 1:
                 failed += 1
