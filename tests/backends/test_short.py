@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import numba_attention as na
-from numba_attention.backends import cpu, cpu_backward, recall
+from numba_attention.backends import cpu, cpu_backward, cpu_resources, recall
 from numba_attention.cpu.simd import HOST, Host
 
-VECTORS = (0, *cpu.NARROWS)
+VECTORS = (0, *cpu_resources.NARROWS)
 DTYPES = ["float32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("float16", "float64"))]
 RNG = np.random.default_rng(0)
 SHAPES = [  # B, H, Hkv, L, S, E, Ev
