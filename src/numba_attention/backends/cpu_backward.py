@@ -238,7 +238,7 @@ def _make_plan(
         sequences["lists"] = np.arange(len(sequences)) * lists.per_sequence
     fill_in(p, sequences)
     sequences["groups"] = groups
-    head_bytes = (sequences["key_rows"] + SUM_ROWS) * (E + Ev) * (spec.vector.bytes if writes else 0)
+    head_bytes = _bytes_of_sums(spec, p, sequences["key_rows"]) * writes
     work = np.repeat(sequences["rows"] * sequences["key_rows"], p.Hkv)  # of each key/value head
     if lists is not None:
         work = work * lists.density.ravel()
@@ -331,7 +331,10 @@ def _waves(g: BackwardProblem) -> Array:
 
 
 def _groups(g: BackwardProblem, spec: Spec) -> Array:
-    """Return the number of groups of the query tiles of a head: the same for a sequence alone and in a batch."""
+    """Return the number of groups of the query tiles of a head: the same for a sequence alone and in a batch.
+
+    There is one where they cannot be computed at the same time: one thread would only clear and add them.
+    """
     p = g.forward
     rows = np.full(math.prod(p.batch), p.L) if p.packing is None else p.packing.query_rows
     if not p.Hkv:
@@ -342,8 +345,15 @@ def _groups(g: BackwardProblem, spec: Spec) -> Array:
             return np.ones_like(rows)  # two tiles may contain rows that share a row of the bias
         heads = 1  # other heads wait for this one: see `_waves`
     row_tiles = -(-rows * G // spec.query_tile)
-    groups: Array = np.clip(np.minimum(-(-ITEMS // heads), row_tiles // GROUP), 1, 8)
-    return groups
+    keys = p.S if p.packing is None else p.packing.key_rows
+    fit = BUFFERS // np.maximum(1, heads * _bytes_of_sums(spec, p, keys))
+    groups = np.clip(np.minimum(-(-ITEMS // heads), row_tiles // GROUP), 1, 8)
+    return np.where(groups <= fit, groups, 1)
+
+
+def _bytes_of_sums(spec: Spec, p: Problem, keys: Any) -> Any:
+    """Return the bytes of dK and dV of so many keys of a head, in the compute type."""
+    return (keys + SUM_ROWS) * (padded(spec, p.E) + padded(spec, p.Ev)) * spec.vector.bytes
 
 
 def _of_sinks(sinks: Array, lse: Array, delta: Array) -> Array:

@@ -97,12 +97,12 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     )
     scoring = make_scoring(spec)
     place_rows, pack_rows, products, hides_all, _, score_tile, _ = scoring
-    list_of, tile_of, runs_of, clip = make_visible(spec)
+    list_of, tile_of, runs_of, clip, following = make_visible(spec)
     mm_query = micro_kernel(spec, "output")
     pair_keys, drop_halves = pairs.pair_rows(spec), pairs.drop_nonfinite(spec)
     narrow, pair = pairs.narrow_tile(spec), pairs.pair_tile(spec)
     gather = tiles.gather_tile(spec, element)
-    widen = tiles.widen_tile(spec)
+    widen, fetch_two = tiles.widen_tile(spec), tiles.fetch_two(spec)
     write_tile = tiles.scatter_tile(spec)
     has_nan, drop_nonfinite = tiles.has_nan(spec), tiles.drop_nonfinite(spec)
     differentiate_softmax, row_sums = softmax_gradient(spec), row_products(spec)
@@ -253,8 +253,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                     weights[j, lane] = grad_scores[j, lane] = math.nan
 
     @spec.jit
-    def add_query_gradient(p: Any, s: Any, at: int, head: int, j0: int, n: int, nan_safe: bool) -> None:
-        """dQ^T += K^T dS^T."""
+    def add_query_gradient(p: Any, s: Any, at: int, head: int, j0: int, n: int, later: int, nan_safe: bool) -> None:
+        """dQ^T += K^T dS^T; the tile of keys that begins at `later` is prefetched, unless it is -1."""
         keys = p.key + s.key + head * p.key_head + j0 * p.key_row
         row, column = p.key_row, p.key_column
         grad_scores, depth, packed = at + p.at_grad_scores, n, at + p.at_packed_keys
@@ -270,7 +270,16 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             drop_nonfinite(packed, n * p.E)
         elif widens_kv:
             keys, row, column = at + p.at_keys, p.E * size, size  # the copy in the compute type that the scores used
+        next_keys = p.key + s.key + head * p.key_head + later * p.key_row
+        next_values = p.value + s.value + head * p.value_head + later * p.value_row
+        share = (BN * MR + p.E - 1) // p.E  # of the keys of a tile, for each micro-kernel
         for e in range(0, p.E, MR):
+            j = e // MR * share
+            if later >= 0 and j < BN:
+                fetch_two(
+                    next_keys + j * p.key_row, p.key_row, next_values + j * p.value_row, p.value_row, share,
+                    (p.E + p.Ev) // 2 * element.size,
+                )  # fmt: skip
             mm_query(
                 at + p.at_out + e * row_bytes, row_bytes, keys + e * column, column, row, min(MR, p.E - e),
                 grad_scores, row_bytes, depth, at + p.at_state + RESCALE * row_bytes,
@@ -279,7 +288,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     @spec.jit
     def visit_keys(
         p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, bits: int, sums: int, mod_sums: int,
-        dirty: bool, nan_safe: bool,
+        dirty: bool, nan_safe: bool, later: int,
     ) -> None:  # fmt: skip
         """One tile of keys: the weights, their gradients, and what follows from both."""
         weights, grad_scores = at + p.at_scores, at + p.at_grad_scores
@@ -323,7 +332,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             pair(grad_scores, at + p.at_paired, padded, vectors)
             narrow(grad_scores, padded)
             narrow(weights, padded)
-        add_query_gradient(p, s, at, head, j0, n, nan_safe)
+        add_query_gradient(p, s, at, head, j0, n, later, nan_safe)
         if nan_safe:
             return
         add(sums + j0 * p.E_padded * size, grad_scores, at + p.at_query_copy, n, p.E_padded)
@@ -393,7 +402,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                     n = min(BN, high - j0)
                     if p.mask == 0 or not hides_all(p, s, at, j0, n):
                         edge = j0 < all_start or j0 + n > all_stop
-                        visit_keys(p, s, at, head, j0, n, edge, bits, sums, mod_sums, dirty, nan_safe)
+                        later = following(p, run, last_run, j0 + BN, high, start, stop)
+                        visit_keys(p, s, at, head, j0, n, edge, bits, sums, mod_sums, dirty, nan_safe, later)
                         visited += 1
                         if visited % LEVEL == 0:
                             carry_gradient(p, at, visited == LEVEL)

@@ -51,7 +51,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         areas_of(spec), "starts stops out_rows lse_rows lane_counts"
     )
     place_rows, _, _, hides_all, may_hide, score_tile, sources = make_scoring(spec)
-    list_of, _, runs_of, clip = make_visible(spec)
+    list_of, _, runs_of, clip, _ = make_visible(spec)
     locate, scale = sources.locate, sources.scale
     pack, add, gather = features.pack_queries(spec), features.add_values(spec), features.copy_strided(spec)
     step_softmax, weigh, power_below = softmax_step(spec, pairs=False), normalised_weights(spec), power_below_of(spec)

@@ -67,7 +67,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     )
     starts_of, stops_of, lse_rows_of = views(areas_of(spec), "starts stops lse_rows")
     place_rows, pack_rows, _, hides_all, may_hide, score_tile, sources = make_scoring(spec)
-    list_of, tile_of, runs_of, clip = make_visible(spec)
+    list_of, tile_of, runs_of, clip, following = make_visible(spec)
     find_values, scale = sources.find_values, sources.scale
     mm_output = micro_kernel(spec, "output")
     step_softmax = softmax_step(spec, pairs=bf16_dot and with_output)
@@ -107,8 +107,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                             extra[e, lane] += x
 
     @spec.jit
-    def output_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, nan_safe: bool) -> None:
-        """O^T = O^T * rescale + V^T P^T."""
+    def output_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, later: int, nan_safe: bool) -> None:
+        """O^T = O^T * rescale + V^T P^T; the tile of keys that begins at `later` is prefetched, unless it is -1."""
         out, state = at + p.at_out, at + p.at_state
         values, row, column = find_values(p, s, at, head, j0, n)
         depth, weights = n, at + p.at_scores
@@ -121,20 +121,25 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             drop_nonfinite(p, at, n)
         both = (p.E + p.Ev) * item_size
         ahead = prefetches and p.page_size == 0 and p.items * BM * both > CACHE_BYTES and s.keys * both <= HEAD_BYTES
+        next_head = head
+        if ahead:
+            next_head, later = head + 1, j0
+        elif not prefetches or p.page_size != 0:
+            later = -1
         share = (BN * MR + p.Ev - 1) // p.Ev  # of the keys of a tile, for each micro-kernel
         for e in range(0, p.Ev, MR):
             first = e // MR * share
-            if ahead and first < n:
-                j = j0 + first
+            if later >= 0 and first < n:
+                j = later + first
                 # Queries and outputs first: prefetches beyond what the processor can have in flight are lost, which
                 # those of the queries are behind those of keys and values (5 % slower).
-                if j0 == 0:
+                if ahead and j0 == 0:
                     rows = min(share, BM - first)
                     fetch_rows(at + p.at_query_rows, first, rows, p.group * p.query_head, both // 2)
                     fetch_rows(at + p.at_out_rows, first, rows, p.group * p.out_head, both // 2)
                 fetch_two(
-                    p.key + s.key + (head + 1) * p.key_head + j * p.key_row, p.key_row,
-                    p.value + s.value + (head + 1) * p.value_head + j * p.value_row, p.value_row, share, both // 2,
+                    p.key + s.key + next_head * p.key_head + j * p.key_row, p.key_row,
+                    p.value + s.value + next_head * p.value_head + j * p.value_row, p.value_row, share, both // 2,
                 )  # fmt: skip
             mm_output(
                 out + e * row_bytes, row_bytes, values + e * column, column, row, min(MR, p.Ev - e),
@@ -198,7 +203,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 if quantized:
                     scale_weights(p, s, at, j0, n, nan_safe)
                 if with_output:
-                    output_tile(p, s, at, head, j0, n, nan_safe)
+                    later = following(p, run, last_run, j0 + BN, high, start, stop)
+                    output_tile(p, s, at, head, j0, n, later, nan_safe)
                 visited += 1
                 if visited % LEVEL == 0:
                     carry_sums(p, at, visited == LEVEL, factor)

@@ -379,7 +379,7 @@ def make_second(
     @spec.jit
     def visit_keys(
         p: Any, s: Any, at: int, head: int, j0: int, n: int, edge: bool, bits: int, sums: int, mod_sums: int,
-        dirty: bool, nan_safe: bool,
+        dirty: bool, nan_safe: bool, later: int,
     ) -> None:  # fmt: skip
         """One tile of keys."""
         if not knows_lse(p):

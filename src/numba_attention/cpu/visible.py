@@ -21,6 +21,7 @@ class Visible(NamedTuple):
     tile_of: Any
     runs_of: Any
     clip: Any
+    following: Any
 
 
 def make_visible(spec: Spec) -> Visible:
@@ -83,4 +84,21 @@ def make_visible(spec: Spec) -> Visible:
             bits = lists.words + word * word_bytes
         return low, high, bits
 
-    return Visible(list_of, tile_of, runs_of, clip)
+    @spec.jit
+    def following(p: Any, run: int, last_run: int, next_key: int, high: int, start: int, stop: int) -> int:
+        """Where the tile begins that is visited after one that ends before `next_key`; -1 if none, or without a list.
+
+        `high` is where the keys of its run end. Tiles that a list picks from a long sequence come from the level 3
+        cache, and are asked for in time; neighbours the processor asks for by itself.
+        """
+        first = -1
+        if p.visible != 0:
+            if next_key < high:
+                first = next_key
+            elif run + 1 < last_run:
+                low, end, _ = clip(p, run + 1, start, stop)
+                if low < end:
+                    first = low
+        return first
+
+    return Visible(list_of, tile_of, runs_of, clip, following)
