@@ -186,6 +186,8 @@ def with_options(c: Spec, **options: Any) -> Spec:
         columns = min(c.columns, 32)
         if c.is_largest and (c.is_sliced or max(c.E, c.Ev) >= {"key": 128, "query": 256}.get(c.task, 512)):
             columns = 16
+        if c.mods is not None and c.task == "query" and max(c.E, c.Ev) >= 256:
+            columns = 16  # 32 would spill 8 bytes on sm_120
         return c.with_(slots=1, warps=warps, columns=columns)
     if c.flags and c.task == "key" and c.product == "tensor" and max(c.E, c.Ev) == 64:
         return c.with_(slots=1, warps=8, columns=64)  # two tiles of rows and their marks would spill on sm_80
