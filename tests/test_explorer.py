@@ -49,6 +49,13 @@ def test_what_a_page_contains(dtype, tmp_path):
     assert page.count("</script>") == 2
 
 
+def test_half_a_character(tmp_path):
+    """A tokenizer of bytes may cut a character in two; Python then has a surrogate, which no UTF-8 file can hold."""
+    tokens = [*TOKENS[:-1], "\ud83d"]
+    plot.explore(probabilities(2, 3, L, L), tokens, tmp_path / "heads.html")
+    assert content((tmp_path / "heads.html").read_text(encoding="utf-8"))["queries"] == tokens
+
+
 def test_layers_of_different_size_and_two_texts():
     weights = [probabilities(3, L, 4), probabilities(1, L, 4, seed=1)]
     page = plot.explore(weights, TOKENS, key_tokens=list("abcd"), layers=["first", "last"], heads=["x", "y", "z"])

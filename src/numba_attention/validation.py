@@ -81,7 +81,7 @@ def advice_for(name: str, dtype: np.dtype[Any]) -> str:
     if dtype.kind == "c":
         return "complex attention is not defined here, pass real arrays"
     if dtype.kind in "iubf":
-        return f"convert it with {name}.astype(numpy.float32)"
+        return f"convert it with numpy.asarray({name}).astype(numpy.float32)"
     return "convert it to floating point"
 
 

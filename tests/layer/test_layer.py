@@ -242,3 +242,22 @@ def test_torch_state_with_extra_keys_is_refused(torch):
     module = torch.nn.MultiheadAttention(D, H, add_bias_kv=True)
     with pytest.raises(ValueError, match="bias_k"):
         na.MultiHeadAttention.from_torch(module.state_dict(), H)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: na.MultiHeadAttention(64, 8, heads=2), r"MultiHeadAttention\.__init__\(\) got an unexpected"),
+        (lambda: na.MultiHeadAttention(64), r"MultiHeadAttention\.__init__\(\) missing .* 'num_heads'"),
+        (lambda: na.MultiHeadAttention.from_torch({}, 8, 8), r"MultiHeadAttention\.from_torch\(\) takes"),
+    ],
+)
+def test_errors_of_arguments_name_the_class(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_advice_for_a_list_of_integers_can_be_followed():
+    x = np.ones((1, 2, 4, 8), np.float32)
+    with pytest.raises(TypeError, match=r"convert it with numpy\.asarray\(sinks\)\.astype\(numpy\.float32\)"):
+        na.attention(x, x, x, sinks=[1, 2])

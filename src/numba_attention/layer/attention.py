@@ -3,6 +3,7 @@
 from __future__ import annotations  # short types in help()
 
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any, Literal, Unpack, overload
 
 import numpy as np
@@ -511,5 +512,12 @@ class MultiHeadAttention(Heads):
             raise ValueError("ctx must come from forward of the same layer")
         return ctx.lse
 
+
+# Python's errors about arguments name the function as it is called, not the base class that has its text.
+for _base in Heads.__mro__[:-1]:
+    for _member in vars(_base).values():
+        _function = getattr(_member, "__func__", _member)
+        if isinstance(_function, FunctionType):
+            _function.__qualname__ = f"{MultiHeadAttention.__name__}.{_function.__name__}"
 
 __all__ = ["MultiHeadAttention"]

@@ -108,8 +108,8 @@ def explore(
             for name, one in zip(names, maps, strict=True)
         ],
     }
-    # In a script, "</script>" in a token would end it.
-    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    # In a script, "</script>" in a token would end it. Lone surrogates, which some tokenizers make, are ASCII here too.
+    text = json.dumps(data).replace("<", "\\u003c")
     page = Page(files(__package__).joinpath("explorer.html").read_text("utf-8").replace("/*DATA*/", text))
     if path is not None:
         page.save(path)
