@@ -188,6 +188,8 @@ def with_options(c: Spec, **options: Any) -> Spec:
             columns = 16
         if c.mods is not None and c.task == "query" and max(c.E, c.Ev) >= 256:
             columns = 16  # 32 would spill 8 bytes on sm_120
+        if c.lists and c.is_largest and c.is_sliced and c.task == "key":
+            c = c.with_(aligned=False)  # asynchronous copies of 1024 features would spill 4 bytes on sm_120
         return c.with_(slots=1, warps=warps, columns=columns)
     if c.flags and c.task == "key" and c.product == "tensor" and max(c.E, c.Ev) == 64:
         return c.with_(slots=1, warps=8, columns=64)  # two tiles of rows and their marks would spill on sm_80
