@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from numba_attention.cpu import launch, pool
+from numba_attention.cpu import launch, pool, stacks
 from numba_attention.cpu.cache import Kernel
 from numba_attention.cpu.simd import compare_exchange, fetch, fetch_add, pause, void_pointer
 from numba_attention.cpu.views import carray
@@ -168,6 +168,32 @@ def test_small_stacks():
             na.attention(*(y.astype("f2") for y in (x, x, x)), softcap=5.0)
         assert threading.stack_size() == least
     """)
+
+
+@pytest.mark.parametrize("own", [2**17, 0])
+def test_sizes_of_stacks_are_restored(own):
+    """Two threads start others at the same time, where the caller has set a small size, or none."""
+    before = threading.stack_size(own)
+    inside, seen = threading.Event(), []
+
+    def other():
+        inside.wait(20)
+        with stacks.of_size(stacks.COMPILERS):
+            seen.append(threading.stack_size())
+            time.sleep(0.3)  # longer than the other one is inside
+
+    try:
+        thread = threading.Thread(target=other)
+        thread.start()
+        with stacks.of_size(stacks.KERNELS):
+            seen.append(threading.stack_size())
+            inside.set()
+            time.sleep(0.1)
+        thread.join(20)
+        assert seen == ([stacks.KERNELS, stacks.COMPILERS] if own else [0, 0])
+        assert threading.stack_size() == own
+    finally:
+        threading.stack_size(before)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
