@@ -17,7 +17,8 @@ GradientTangents    all of these                  refused                       
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -63,6 +64,15 @@ class Call:
         found = {name: None if x is None else to_array(x) for name, x in zip(self.moving, parts, strict=True)}
         query, key, value, bias, sinks = (found.get(name) for name in INPUTS)
         return Gradients(query, key, value, bias, sinks)
+
+
+def _on_threads_of_torch(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    @wraps(forward)
+    def run(*arguments: Any) -> tuple[Tensor, ...]:
+        with lent(TEAM):
+            return forward(*arguments)
+
+    return run
 
 
 class _Function(torch.autograd.Function):
@@ -122,9 +132,9 @@ class Attention(_Function):
     """`attention`: out and lse."""
 
     @staticmethod
+    @_on_threads_of_torch
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        with lent(TEAM):
-            out, lse = api.attention(**join_mod_args(call.arguments(tensors)), return_lse=True)
+        out, lse = api.attention(**join_mod_args(call.arguments(tensors)), return_lse=True)
         return to_tensor(out), to_tensor(lse)
 
     @staticmethod
@@ -151,15 +161,15 @@ class Backward(_Function):
     """`attention_backward`: the gradients that are wanted, of (inputs, out, lse, grad_out, grad_lse)."""
 
     @staticmethod
+    @_on_threads_of_torch
     def forward(call: Call, *saved: Any) -> tuple[Tensor, ...]:
         *inputs, out, lse, grad_out, grad_lse = saved
         of_mods = [place_of(name) for name in call.wanted if is_mod_arg(name)]
-        with lent(TEAM):
-            grads = api.attention_backward(
-                to_array(_or_zeros(grad_out, out)), out=to_array(out), lse=to_array(lse),
-                grad_lse=None if grad_lse is None else to_array(grad_lse), mod_grads=of_mods or None,
-                **join_mod_args(call.arguments(inputs)),
-            )  # fmt: skip
+        grads = api.attention_backward(
+            to_array(_or_zeros(grad_out, out)), out=to_array(out), lse=to_array(lse),
+            grad_lse=None if grad_lse is None else to_array(grad_lse), mod_grads=of_mods or None,
+            **join_mod_args(call.arguments(inputs)),
+        )  # fmt: skip
         return tuple(to_tensor(x) for x in map(grads.of, call.wanted) if x is not None)
 
     @staticmethod
@@ -184,6 +194,7 @@ class Tangents(_Function):
     """`attention_jvp`: tangents of out and lse, of (inputs, out, lse, direction)."""
 
     @staticmethod
+    @_on_threads_of_torch
     def forward(call: Call, *arguments: Any) -> tuple[Tensor, ...]:
         n = len(call.names)
         out, lse = map(to_array, arguments[n : n + 2])
@@ -208,6 +219,7 @@ class GradientTangents(_Function):
     """Tangents of the wanted gradients, of what `Backward` takes and the tangents of all of that."""
 
     @staticmethod
+    @_on_threads_of_torch
     def forward(call: Call, *arguments: Any) -> tuple[Tensor, ...]:
         n, m = len(call.names), len(call.moving)
         out, lse, grad_out, grad_lse = arguments[n : n + 4]
@@ -226,6 +238,7 @@ class Second(_Function):
     """`attention_double_backward`, of what `Backward` takes and a direction: linear in the direction."""
 
     @staticmethod
+    @_on_threads_of_torch
     def forward(call: Call, *arguments: Any) -> tuple[Tensor, ...]:
         n = len(call.names)
         out, lse, grad_out, grad_lse = arguments[n : n + 4]
