@@ -70,57 +70,49 @@ CASES += [(dtype, shapes, options) for dtype in DTYPES[1:] for shapes in SHAPES[
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("dtype", "shapes", "options"), CASES, ids=str)
 def test_bits_are_the_same(dtype, shapes, options, threads, usual):
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(threads, before))
-    try:
-        q, k, v = arrays(shapes, dtype)
-        for more in ({}, {"return_lse": True}):
-            first = na.attention(q, k, v, **options, **more)
-            for seed in range(1, 4):  # other numbers at other addresses
-                na.attention(*arrays(shapes, dtype, seed), **options, **more)
-            usual.clear()
-            again = na.attention(q.copy(), k, v, **options, **more)
-            assert not usual
-            assert bits(again) == bits(first)
-        out, lse = again
-        call = (np.ones_like(out), q, k, v, out, lse)
-        first = na.attention_backward(*call, **options)
-        na.attention_backward(*call, **options)
+    numba.set_num_threads(min(threads, numba.get_num_threads()))
+    q, k, v = arrays(shapes, dtype)
+    for more in ({}, {"return_lse": True}):
+        first = na.attention(q, k, v, **options, **more)
+        for seed in range(1, 4):  # other numbers at other addresses
+            na.attention(*arrays(shapes, dtype, seed), **options, **more)
         usual.clear()
-        again = na.attention_backward(*call, **options)
+        again = na.attention(q.copy(), k, v, **options, **more)
+        assert not usual
         assert bits(again) == bits(first)
-        broadcast = len({q.ndim, k.ndim}) > 1 or q.ndim == 2
-        assert bool(usual) == broadcast
-    finally:
-        numba.set_num_threads(before)
+    out, lse = again
+    call = (np.ones_like(out), q, k, v, out, lse)
+    first = na.attention_backward(*call, **options)
+    na.attention_backward(*call, **options)
+    usual.clear()
+    again = na.attention_backward(*call, **options)
+    assert bits(again) == bits(first)
+    broadcast = len({q.ndim, k.ndim}) > 1 or q.ndim == 2
+    assert bool(usual) == broadcast
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("dtype", "shapes", "options"), CASES[::2], ids=str)
 def test_results_in_arrays_of_the_caller(dtype, shapes, options, threads, usual):
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(threads, before))
-    try:
-        q, k, v = arrays(shapes, dtype)
-        for more in ({}, {"return_lse": True}):
-            first = na.attention(q, k, v, **options, **more)
-            like = first[0] if more else first
-            layouts = [
-                np.empty_like(like),
-                np.empty(like.T.shape, like.dtype).T,
-                np.empty((*like.shape, 2), like.dtype)[..., 1],
-            ]
-            for out in layouts:
-                for _ in range(3):
-                    na.attention(q, k, v, out=out, **options, **more)
-                out[...] = 7
-                usual.clear()
-                result = na.attention(q.copy(), k, v, out=out, **options, **more)
-                assert not usual
-                assert (result[0] if more else result) is out
-                assert bits(result) == bits(first)
-    finally:
-        numba.set_num_threads(before)
+    numba.set_num_threads(min(threads, numba.get_num_threads()))
+    q, k, v = arrays(shapes, dtype)
+    for more in ({}, {"return_lse": True}):
+        first = na.attention(q, k, v, **options, **more)
+        like = first[0] if more else first
+        layouts = [
+            np.empty_like(like),
+            np.empty(like.T.shape, like.dtype).T,
+            np.empty((*like.shape, 2), like.dtype)[..., 1],
+        ]
+        for out in layouts:
+            for _ in range(3):
+                na.attention(q, k, v, out=out, **options, **more)
+            out[...] = 7
+            usual.clear()
+            result = na.attention(q.copy(), k, v, out=out, **options, **more)
+            assert not usual
+            assert (result[0] if more else result) is out
+            assert bits(result) == bits(first)
 
 
 def test_an_array_for_the_result_is_checked_as_ever(usual):
