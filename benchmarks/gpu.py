@@ -136,31 +136,36 @@ class Machine:
         return found
 
 
-def forward(E: int, L: int, causal: bool, dtype: str = "bfloat16", tf32: bool = False, bars=None) -> Row:
-    H, B = HIDDEN // E, TOKENS // L
+def forward(
+    E: int, L: int, causal: bool, dtype: str = "bfloat16", tf32: bool = False, bars=None, B: int = 0, Ev: int = 0
+) -> Row:
+    H, B, Ev = max(1, HIDDEN // E), B or TOKENS // L, Ev or E
 
     def make(m: Machine) -> dict[str, Callable[[], object]]:
-        q, k, v = (m.normal(B, H, L // m.short, E, dtype=dtype) for _ in range(3))
+        q, k, v = (m.normal(B, H, L // m.short, n, dtype=dtype) for n in (E, E, Ev))
         calls = {"ours": _with_tf32(tf32, lambda: na.attention(*_given(m, q, k, v), is_causal=causal))}
-        if dtype != "float32":
+        if dtype.endswith("float16") and E == Ev <= 256:
             calls |= m.peers(q, k, v, causal)
-        if not m.dry and L <= 4096 and not causal and not tf32:
+        if not m.dry and L <= 4096 and not causal and not tf32 and E == Ev and dtype != "float64":
             calls["CuPy"] = _naive(q, k, v)
         return calls
 
-    name = f"forward {dtype}{' 3xTF32' if tf32 else ''} E{E} L{L}{' causal' if causal else ''}"
-    flops = 4.0 * B * H * L * L * E * (0.5 if causal else 1)
+    name = f"forward {dtype}{' 3xTF32' if tf32 else ''} E{E}{f' Ev{Ev}' if Ev != E else ''} L{L}"
+    name += " causal" if causal else ""
+    flops = 2.0 * B * H * L * L * (E + Ev) * (0.5 if causal else 1)
     return Row(name, make, flops, bars={"flash": 0.8} if bars is None else bars)
 
 
-def backward(E: int, L: int, causal: bool) -> Row:
-    H, B = HIDDEN // E, TOKENS // L
+def backward(E: int, L: int, causal: bool, dtype: str = "bfloat16", B: int = 0) -> Row:
+    H, B = HIDDEN // E, B or TOKENS // L
 
     def make(m: Machine) -> dict[str, Callable[[], object]]:
-        q, k, v, grad = (m.normal(B, H, L // m.short, E) for _ in range(4))
+        q, k, v, grad = (m.normal(B, H, L // m.short, E, dtype=dtype) for _ in range(4))
         given = _given(m, grad, q, k, v)
         out, lse = na.attention(*given[1:], is_causal=causal, return_lse=True)
         calls = {"ours": lambda: na.attention_backward(*given, out, lse, is_causal=causal)}
+        if not dtype.endswith("float16"):
+            return calls
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         for name, call in m.peers(*leaves, causal).items():
             try:
@@ -172,7 +177,93 @@ def backward(E: int, L: int, causal: bool) -> Row:
         return calls
 
     flops = 2.5 * 4.0 * B * H * L * L * E * (0.5 if causal else 1)
-    return Row(f"backward bfloat16 E{E} L{L}{' causal' if causal else ''}", make, flops, bars={"flash": 0.7})
+    bars = {"flash": 0.7} if dtype.endswith("float16") else {}
+    return Row(f"backward {dtype} E{E} L{L}{' causal' if causal else ''}", make, flops, bars=bars)
+
+
+def optional(name: str, E: int = 64, L: int = 4096, B: int = 1, task: str = "forward") -> Row:
+    """A call with one option; bfloat16."""
+    H = HIDDEN // E
+
+    def make(m: Machine) -> dict[str, Callable[[], object]]:
+        n = L // m.short
+        q, k, v, grad = (m.normal(B, H, n, E) for _ in range(4))
+        slopes = np.float32(2.0) ** np.linspace(-1, -8, H, dtype=np.float32)
+        options = {
+            "plain": dict, "dropout": lambda: {"dropout_p": 0.1, "seed": 1}, "softcap": lambda: {"softcap": 30.0},
+            "ALiBi": lambda: {"alibi_slopes": slopes},
+            "bias": lambda: {"bias": _given(m, m.normal(H, n, n))[0]},
+            "a score_mod with a slope": lambda: {"score_mod": na.mods.alibi, "mod_args": (slopes,)},
+            "gradient of slopes": lambda: {"score_mod": na.mods.alibi, "mod_args": (slopes,), "mod_grads": "all"},
+            "a tenth of all blocks": lambda: {"mask": na.BlockMask.from_array(_tenth(n))},
+        }[name]()  # fmt: skip
+        given = _given(m, grad, q, k, v)
+        if task == "attention_weights":
+            return {"ours": lambda: na.attention_weights(*given[1:3], **options)}
+        if task == "forward":
+            return {"ours": lambda: na.attention(*given[1:], **options)}
+        forward = {name: x for name, x in options.items() if name != "mod_grads"}
+        out, lse = na.attention(*given[1:], return_lse=True, **forward)
+        return {"ours": lambda: na.attention_backward(*given, out, lse, **options)}
+
+    flops = {"forward": 4.0, "backward": 10.0, "attention_weights": 4.0}[task] * B * H * L * L * E
+    return Row(f"{task} bfloat16 E{E} L{L}, {name}", make, flops)
+
+
+def _tenth(n: int):
+    """Visible blocks of a mask: the diagonal, and others at random, a tenth of all."""
+    tiles = -(-n // 64)
+    visible = np.random.default_rng(0).random((tiles, tiles)) < 0.1
+    np.fill_diagonal(visible, True)
+    return visible.repeat(64, 0)[:n].repeat(64, 1)[:, :n]
+
+
+def latent(B: int, S: int, H: int = 128) -> Row:
+    """A step of decoding with multi-head latent attention: values are a view of the keys."""
+
+    def make(m: Machine) -> dict[str, Callable[[], object]]:
+        q, keys = m.normal(B, H, 1, 576), m.normal(B, 1, S // m.short, 576)
+        query, key = _given(m, q, keys)
+        return {"ours": lambda: na.attention(query, key, key[..., :512], scale=192**-0.5)}
+
+    flops, size = 2.0 * B * H * S * (576 + 512), 2.0 * B * S * 576
+    return Row(f"latent attention B{B} H{H}/1 S{S} E576 Ev512, one query", make, flops, size)
+
+
+def merge(task: str) -> Row:
+    """Two parts of 16384 tokens, 16 heads, 128 features."""
+    H, E = 16, 128
+
+    def make(m: Machine) -> dict[str, Callable[[], object]]:
+        n = TOKENS // m.short
+        outs = _given(m, *(m.normal(1, H, n, E) for _ in range(2)))
+        lses = _given(m, *(m.normal(1, H, n, dtype="float32") for _ in range(2)))
+        (grad,) = _given(m, m.normal(1, H, n, E))
+        if task == "merge_attention":
+            return {"ours": lambda: na.merge_attention(outs, lses)}
+        return {"ours": lambda: na.merge_attention_backward(grad, None, outs, lses)}
+
+    arrays = 3 if task == "merge_attention" else 5
+    return Row(f"{task} of two parts, 16384 tokens, 16 heads, 128 features", make, bytes=2.0 * arrays * TOKENS * H * E)
+
+
+def append(B: int) -> Row:
+    """One new token for each sequence, on the host's clock."""
+
+    def make(m: Machine) -> dict[str, Callable[[], object]]:
+        capacity = 8192 // m.short
+        pair = _given(m, *(m.normal(B, 8, capacity, 128) for _ in range(2)))
+        new = _given(m, *(m.normal(B, 8, 1, 128) for _ in range(2)))
+        cache = na.KVCache.from_arrays(*pair, lengths=0)
+
+        def call():
+            if cache.lengths[0] == capacity:
+                cache.truncate(np.zeros(B, np.int64))
+            cache.append(*new)
+
+        return {"ours": call}
+
+    return Row(f"host, append of a token to {B} sequences", make, alone=True)
 
 
 def decode(B: int, S: int, page_size: int = 0, int8: bool = False, H: int = 32, Hkv: int = 8, E: int = 128) -> Row:
@@ -282,6 +373,13 @@ def rows() -> list[Row]:
     made += [decode(1, 65536, int8=True), decode(64, 8192, int8=True), decode(64, 8192, H=64, Hkv=1)]
     made += [forward(64, 4096, False, "float32", bars={"TFLOP/s": 20})]
     made += [forward(64, 4096, False, "float32", tf32=True, bars={"TFLOP/s": 30})]
+    made += [forward(128, 4096, False, "float32", bars={}, B=1), forward(64, 2048, False, "float64", bars={}, B=1)]
+    made += [backward(64, 4096, False, "float32", B=1), backward(64, 2048, False, "float64", B=1)]
+    names = ("plain", "dropout", "softcap", "ALiBi", "bias", "a score_mod with a slope", "a tenth of all blocks")
+    made += [optional(name, task=task) for task in ("forward", "backward") for name in names]
+    made += [optional("gradient of slopes", task="backward"), optional("plain", L=2048, task="attention_weights")]
+    made += [forward(576, 4096, False, bars={}, B=4, Ev=512), latent(64, 8192), latent(64, 8192, H=16)]
+    made += [merge("merge_attention"), merge("merge_attention_backward"), append(64)]
     return [*made, overhead()]
 
 

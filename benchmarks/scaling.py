@@ -51,7 +51,15 @@ def peers():
     a, b = torch.randn(2, 4096, 4096)
     q, k, v = torch.randn(3, 1, 16, 2048, 64)
     attend = torch.nn.functional.scaled_dot_product_attention
-    return {"torch matmul 4096": lambda: a @ b, "torch forward": lambda: attend(q, k, v)}, torch.set_num_threads
+    memory = torch.ones(2**27)
+
+    def trained():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        attend(*leaves).sum().backward()
+
+    calls = {"torch matmul 4096": lambda: a @ b, "torch forward": lambda: attend(q, k, v)}
+    calls |= {"torch forward and backward": trained, "torch sum of 512 MiB": lambda: memory.sum()}
+    return calls, torch.set_num_threads
 
 
 def seconds(call, least=0.3):

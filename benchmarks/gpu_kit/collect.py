@@ -17,42 +17,22 @@ ROOT = HERE.parents[1]
 
 def plain():
     """What `benchmarks/gpu.py` calls and what `warmup` compiles, with arrays of the host in their place."""
-    import ml_dtypes
-    import numpy as np
+    import bench
+    import torch
 
-    import numba_attention as na
     from numba_attention.backends import cuda
 
-    bf16 = np.dtype(ml_dtypes.bfloat16)
+    os.environ["NUMBA_ATTENTION_BACKEND"] = "cuda"
     for _, job in cuda.warmup_jobs():
         job()
-    tokens, hidden = 16384, 2048
-    for dtype, tf32, sizes in (
-        (bf16, "0", (64, 128, 256, 32)), (np.dtype(np.float16), "0", (128,)), (np.dtype(np.float32), "0", (64,)),
-        (np.dtype(np.float32), "1", (64,)),
-    ):  # fmt: skip
-        os.environ["NUMBA_ATTENTION_TF32X3"] = tf32
-        for E in sizes:
-            for causal in (False, True):
-                for L in (4096, 16384):
-                    q = np.zeros((tokens // L, hidden // E, L, E), dtype)
-                    _, lse = na.attention(q, q, q, is_causal=causal, return_lse=True, backend="cuda")
-                    if dtype == bf16 and E in (64, 128):
-                        na.attention_backward(q, q, q, q, q, lse, is_causal=causal, backend="cuda")
-    os.environ["NUMBA_ATTENTION_TF32X3"] = "0"
-    for B, S in ((1, 8192), (1, 65536), (64, 8192)):
-        q, k = np.zeros((B, 32, 1, 128), bf16), np.zeros((B, 8, S, 128), bf16)
-        na.attention_decode(q, na.KVCache.from_arrays(k, k), backend="cuda")
-        codes, scale = np.zeros(k.shape, np.int8), np.zeros(k.shape[:-1], np.float32)
-        cache = na.KVCache.from_arrays(codes, codes, key_scale=scale, value_scale=scale, dtype="bfloat16")
-        na.attention_decode(q, cache, backend="cuda")
-    table = np.arange(64 * 512).reshape(64, 512)
-    pages = np.zeros((64 * 512, 8, 16, 128), bf16)
-    na.attention_decode(q, na.PagedKVCache.from_arrays(pages, pages, table, np.full(64, 8192)), backend="cuda")
-    q, k = np.zeros((64, 64, 1, 128), bf16), np.zeros((64, 1, 8192, 128), bf16)
-    na.attention_decode(q, na.KVCache.from_arrays(k, k), backend="cuda")
-    q = np.zeros((1, 8, 128, 64), bf16)
-    na.attention(q, q, q, backend="cuda")
+    gpu = bench.load()
+    machine = gpu.Machine(dry=True)
+    machine.short = 1
+    machine.normal = lambda *shape, dtype="bfloat16": torch.zeros(shape, dtype=getattr(torch, dtype))
+    machine.peers = lambda *_, **__: {}
+    for row in gpu.rows():
+        if row.bytes < 4e9:  # (the kernels of larger caches are those of smaller ones)
+            row.make(machine)["ours"]()
 
 
 def main():

@@ -36,6 +36,8 @@ export PYTHONPATH="$kit/site:$kit:$site$root/src:$root/tests/support:$root/tests
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export NA_KIT=1 NA_KIT_CARRIED=$carried NA_KIT_NOTES=$work/notes.txt NA_KIT_LENIENT=1
 export XLA_PYTHON_CLIENT_PREALLOCATE=false NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS=0
+cores=$(env -u OMP_NUM_THREADS nproc) # nproc obeys that variable
+jobs=$cores; [ "$jobs" -gt 12 ] && jobs=12
 export OMP_NUM_THREADS=2 OPENBLAS_NUM_THREADS=2 MKL_NUM_THREADS=2
 : >"$NA_KIT_NOTES"
 # numba-cuda looks for libNVVM in wheels, in CUDA_HOME, and where the loader does.
@@ -47,7 +49,6 @@ if [ -n "$dry" ]; then
     cc -shared -fPIC -w -o "$work/libcuda.so.1" "$root/tests/support/libcuda.c" || exit 1
     export LD_LIBRARY_PATH=$work${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} NA_KIT_EMULATE=1
 fi
-jobs=$(nproc); [ "$jobs" -gt 12 ] && jobs=12
 
 say() { printf '%s\n' "$*" | tee -a "$summary"; }
 
@@ -67,7 +68,7 @@ stage() {
 }
 
 wanted=("$@")
-say "first_run on $(hostname), $(date -u +%H:%M:%S), $(nproc) cores${dry:+, DRY RUN}"
+say "first_run on $(hostname), $(date -u +%H:%M:%S), $cores cores${dry:+, DRY RUN}"
 stage 00 versions 40 "$python" "$kit/versions.py"
 grep -E '^(PROBLEM|note|GPU)' "$out/00-versions.log" 2>/dev/null | cut -c1-300 | tee -a "$summary"
 if grep -q '^PROBLEM backend' "$out/00-versions.log" 2>/dev/null && [ -z "${ANYWAY:-}" ]; then
