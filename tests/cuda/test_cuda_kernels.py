@@ -392,7 +392,7 @@ def test_stored_in_fewer_bits(gpu, storage, dtype, E, page_size, L):
         assert_close(lse, want_lse, max(of_lse, of_out), offset=1)
     forward = [c for c in gpu.configs.values() if c.task == "forward" and not c.nan_safe]
     assert all(c.kv_storage for c in forward)
-    assert any(c.is_unpacked for c in forward) == (E == 32 or storage.startswith(("bfloat", "float16")))
+    assert any(c.copies_codes for c in forward) == (E == 32 or storage.startswith(("bfloat", "float16")))
 
 
 @pytest.mark.parametrize("page_size", [None, 16])

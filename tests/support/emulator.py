@@ -223,6 +223,12 @@ class Emit(WarpgroupEmit):
         halves = words.view(np.uint16).view(np.float16).reshape(-1, 2).astype(np.float32)
         return Value("f", halves[:, 0]), Value("f", halves[:, 1])
 
+    def subtract_pair(self, dtype, a, b):
+        return self.pack(dtype, *(x - y for x, y in zip(self.unpack(dtype, a), self.unpack(dtype, b), strict=True)))
+
+    def multiply_pair(self, dtype, a, b):
+        return self.pack(dtype, *(x * y for x, y in zip(self.unpack(dtype, a), self.unpack(dtype, b), strict=True)))
+
     def to_half(self, dtype, x):
         return Value("i", round_half(dtype, self._all(x)).astype(np.int32))
 

@@ -270,6 +270,18 @@ class Emit(Warpgroup):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return self.select(self.is_nan(x), self.const("i", 0x7FC0), rounded)
 
+    def subtract_pair(self, dtype: str, a: Value, b: Value) -> Value:
+        """Subtract two half types in 32 bits from two others."""
+        if dtype == "f16":
+            return self._asm("sub.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], "i")
+        return self._asm("fma.rn.bf16x2 $0, $1, $3, $2;", "=r,r,r,r", [b, a, self.const("i", -0x407F4080)], "i")
+
+    def multiply_pair(self, dtype: str, a: Value, b: Value) -> Value:
+        """Multiply two half types in 32 bits by two others."""
+        if dtype == "f16":
+            return self._asm("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], "i")
+        return self._asm("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, self.const("i", -0x7FFF8000)], "i")
+
     def is_nan(self, x: Value) -> Value:
         return Value(self._b, "p", self._b.fcmp_unordered("uno", x.llvm, x.llvm))
 

@@ -2,7 +2,8 @@
 
 A block owns a tile of queries and visits the tiles of keys that any of its rows sees. Keys and values have one tile
 each in shared memory, filled by asynchronous copies: values are copied while scores are computed, and the next keys
-while values are summed. A quantized cache is copied as codes, which are converted to the tile once the copy has landed.
+while values are summed. A quantized cache is copied as codes, which are converted to the tile once the copy has landed;
+few rows multiply them as they are (`codes`).
 Features beyond those of tiles pass in slices (`operands`), and a block owns a slab of the features of values.
 """
 
@@ -23,25 +24,30 @@ from .blocks import (
     stage,
     work_item,
 )
+from .codes import Multiplied, arrange_queries, filled, split_scales
 from .dropout import drop as drop_weights
 from .dropout import first_of_block, kept
-from .emit import I32, Emit, KernelFunction, Regs, Target
+from .emit import I32, Emit, KernelFunction, Macro, Regs, Target
+from .formats import HALVES
 from .operands import Operands, own_slab
 from .parameters import PARAMETERS, Parameters
 from .products import Layout, Product
 from .results import not_finite, write_row
 from .softmax import across, fold, lse, relative, start, total
 from .spec import Spec
-from .staging import Codes, unpack
+from .staging import Codes, Staged, unpack
 from .tiles import Tile
 from .visits import aligned, make_visits
 
 
 def tiles_of(c: Spec) -> tuple[Operands, Tile, int]:
-    """Queries and keys, and the tile of values, in shared memory, and the bytes of all."""
+    """Queries and keys, and the tile of values, in shared memory, and the bytes of all.
+
+    Of keys and values that are multiplied as codes, there are only those of `codes_of`.
+    """
     product, scored = c.make_product(), Operands(c, ("query", "key"))
     v = Tile(c.columns, c.Ev, c.compute, scored.end)
-    end = v.end
+    end = scored.all.end if c.multiplies_codes else v.end
     if c.product == "simt":
         product.set_columns(c.columns)
         end += product.scratch * c.warps
@@ -49,11 +55,14 @@ def tiles_of(c: Spec) -> tuple[Operands, Tile, int]:
 
 
 def codes_of(c: Spec) -> tuple[Codes, Codes]:
-    """The codes of a quantized cache that become tiles of keys and values; they lie behind those in shared memory."""
+    """The codes of a quantized cache, behind the other tiles in shared memory: they become those, or are multiplied."""
     scored, v, end = tiles_of(c)
     k = scored.b
-    keys = Codes(k.rows, k.columns, c.kv_storage, end)
-    return keys, Codes(v.rows, v.columns, c.kv_storage, keys.end)
+    if c.multiplies_codes:
+        of_keys = Multiplied(k.rows, filled(k.columns), c.kv_storage, end)
+        return of_keys, Multiplied(v.rows, filled(v.columns), c.kv_storage, of_keys.end)
+    keys = Staged(k.rows, k.columns, c.kv_storage, end)
+    return keys, Staged(v.rows, v.columns, c.kv_storage, keys.end)
 
 
 def repeats(c: Spec) -> bool:
@@ -66,12 +75,22 @@ def repeats(c: Spec) -> bool:
 
 
 def _end(c: Spec) -> int:
-    return codes_of(c)[1].end if c.is_unpacked else tiles_of(c)[2]
+    return codes_of(c)[1].end if c.copies_codes else tiles_of(c)[2]
 
 
 def shared(c: Spec) -> int:
     """Bytes of shared memory of a block: its tiles, and the flag that it has started over, which saves a register."""
     return _end(c) + (16 if repeats(c) else 0)
+
+
+def make_arrange(c: Spec, on: Target, tile: Tile) -> Macro:
+    """Make the macro that scales queries and stores them as products of codes read them."""
+
+    @on.macro("", PARAMETERS, "i", "i")
+    def arrange(e: Emit, p: Parameters, base: I32, thread: I32) -> None:
+        arrange_queries(e, tile, HALVES[c.storage], base, p.real("prescale", "f"), thread, c.threads)
+
+    return arrange
 
 
 def make_product(c: Spec) -> Product:
@@ -120,13 +139,15 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
     layout, features = product.layout(c.columns), product.features(c.Ev)
     lanes = Lanes(c, product)
     scored, v, _ = tiles_of(c)
-    unpacked, columns = c.is_unpacked, c.columns
+    coded, columns = c.copies_codes, c.columns
     # `load_keys` and `load_values` copy to these: the tiles themselves, or codes.
-    keys, values = codes_of(c) if unpacked else (scored.b, v)
+    keys, values = codes_of(c) if coded else (scored.b, v)
+    if c.multiplies_codes:
+        scored.b, v = keys, values
     # Chunks of codes in flight per thread: a block of one warp has no other warp to hide the latency of shared memory;
     # with several warps the registers are needed elsewhere.
     at_once = 4 if c.warps == 1 else 1
-    scale_queries = make_scale(c, on, scored.all)
+    scale_queries = make_arrange(c, on, scored.all) if c.multiplies_codes else make_scale(c, on, scored.all)
     S, C, M = f"{kind}{len(layout)}", f"{kind}{len(features)}", f"{kind}{product.slots}"
     split_kv, nan_safe, dropout = c.split_kv, c.nan_safe, c.dropout
     may_repeat, at_lift = repeats(c), _end(c)
@@ -173,7 +194,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", BLOCK, "i", "i", "i")
     def load_keys(e: Emit, b: Block, base: I32, thread: I32, j: I32) -> None:
-        if unpacked:
+        if coded:
             b.load_tile("key", keys, base, thread, j, b.span.columns)
         else:
             scored.load_b(b, base, thread, j, b.span.columns)
@@ -184,13 +205,20 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
         b.load_tile("value", values, base, thread, j, b.span.columns)
         b.commit()
 
-    @macro("", "i", "i")
-    def unpack_keys(e: Emit, base: I32, thread: I32) -> None:
-        unpack(e, keys, scored.b, e.opaque(base), e.opaque(thread), c.threads, at_once)
+    def convert(e: Emit, codes: Tile, tile: Tile, base: I32, thread: I32, are_keys: bool) -> None:
+        """Prepare codes that have landed for the product that reads them."""
+        base, thread = e.opaque(base), e.opaque(thread)
+        if c.multiplies_codes:
+            return split_scales(e, codes, HALVES[c.storage], base, thread, c.threads, are_keys)
+        unpack(e, codes, tile, base, thread, c.threads, at_once)
 
     @macro("", "i", "i")
-    def unpack_values(e: Emit, base: I32, thread: I32) -> None:
-        unpack(e, values, v, e.opaque(base), e.opaque(thread), c.threads, at_once)
+    def convert_keys(e: Emit, base: I32, thread: I32) -> None:
+        convert(e, keys, scored.b, base, thread, True)
+
+    @macro("", "i", "i")
+    def convert_values(e: Emit, base: I32, thread: I32) -> None:
+        convert(e, values, v, base, thread, False)
 
     @macro(f"{M} {M} {C}", BLOCK, "i", "i", "i")
     def begin_rows(e: Emit, b: Block, base: I32, thread: I32, part: I32) -> tuple[Regs, Regs, Regs]:
@@ -319,8 +347,8 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
             while j < end:
                 landed()
                 cuda.syncthreads()
-                if unpacked:
-                    unpack_keys(base, thread)
+                if coded:
+                    convert_keys(base, thread)
                     cuda.syncthreads()
                 load_values(block, base, thread, j)
                 s = multiply_keys(block, base, thread, j)
@@ -338,8 +366,8 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
                     p, m, l, acc = take_in(parameters, base, s, m, l, acc)
                 landed()
                 cuda.syncthreads()
-                if unpacked:
-                    unpack_values(base, thread)
+                if coded:
+                    convert_values(base, thread)
                     cuda.syncthreads()
                 current = j
                 j = np.int32(j + columns)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
+from .codes import CodeProducts
 from .formats import HALVES, SIZES
 from .products import Product, Simt, TensorCores, TripleTF32
 from .tiles import Tile
@@ -125,9 +126,17 @@ class Spec:
         return self.is_staged or self.dropout or self.lists
 
     @property
-    def is_unpacked(self) -> bool:
-        """Whether keys and values are copied as codes, which become tiles in shared memory."""
+    def copies_codes(self) -> bool:
+        """Whether keys and values are copied as codes, and converted from shared memory."""
         return bool(self.kv_storage) and self.aligned and not self.is_sliced
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether products convert the codes that they read; several warps would each convert all codes of a tile."""
+        one_byte = bool(self.kv_storage) and SIZES[self.kv_storage] == 1
+        return (
+            self.copies_codes and one_byte and self.task == "forward" and self.product == "tensor" and self.warps == 1
+        )
 
     @property
     def is_sliced(self) -> bool:
@@ -148,6 +157,8 @@ class Spec:
         return 32 * self.warps + loading
 
     def make_product(self) -> Product:
+        if self.multiplies_codes:
+            return CodeProducts(self.storage, self.kv_storage, self.slots)
         if self.product == "tensor":
             return TensorCores(self.storage, self.slots)
         if self.product == "wgmma":

@@ -13,14 +13,7 @@ from .tiles import CHUNK, Place, Rows, Tile
 
 @dataclass(frozen=True)
 class Codes(Tile):
-    """A tile without swizzling: it is read in order, which has no bank conflicts."""
-
-    def row(self, base: I32, row: I32, more: int = 0) -> Place:
-        return base + row * self.pitch, None, self.offset + more * self.pitch
-
-    def chunk(self, place: Place, n: I32 | int, more: int = 0) -> I32:
-        begin, _, constant = place
-        return begin + n * CHUNK + (constant + more * CHUNK)
+    """A tile of codes, with their scales behind them."""
 
     @property
     def is_scaled(self) -> bool:
@@ -37,6 +30,18 @@ class Codes(Tile):
         return self.scales + (4 * self.rows if self.is_scaled else 0)
 
 
+@dataclass(frozen=True)
+class Staged(Codes):
+    """Codes that become a tile, without swizzling: they are read in order, which has no bank conflicts."""
+
+    def row(self, base: I32, row: I32, more: int = 0) -> Place:
+        return base + row * self.pitch, None, self.offset + more * self.pitch
+
+    def chunk(self, place: Place, n: I32 | int, more: int = 0) -> I32:
+        begin, _, constant = place
+        return begin + n * CHUNK + (constant + more * CHUNK)
+
+
 def fetch_scales(e: Emit, codes: Codes, base: I32, rows: Rows, thread: I32, threads: int) -> None:
     """Copy the scales of rows to shared memory; those of rows out of bounds are zero."""
     size, nothing = e.const("i", 4), e.const("i", 0)
@@ -49,7 +54,7 @@ def fetch_scales(e: Emit, codes: Codes, base: I32, rows: Rows, thread: I32, thre
 
 def unpack(e: Emit, codes: Tile, tile: Tile, base: I32, thread: I32, threads: int, at_once: int = 1) -> None:
     """Convert codes and their scales to a tile, `at_once` chunks of a thread at a time."""
-    assert isinstance(codes, Codes)
+    assert isinstance(codes, Staged)
     total, per_chunk, kind = tile.rows * tile.chunks, CHUNK // tile.size, KINDS[tile.storage]
     size = per_chunk * codes.size
 
