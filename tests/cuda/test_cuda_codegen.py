@@ -417,8 +417,21 @@ def test_append_copies_sixteen_bytes_at_a_time(disassembled):
 @pytest.mark.parametrize(("of", "to"), [("float32", "float32"), ("float16", "float64"), ("bfloat16", "float32")])
 def test_merge(of, to, task):
     for arch in ARCHS if THOROUGH else ARCHS[:1]:
-        c = Spec(task, of, 32, 32, aligned=True, to=to, arch=arch)
-        check(kernels.compile_(c), c)
+        for shape in (
+            {"slots": 2, "across": 16, "columns": 1},
+            {"slots": 2, "across": 32, "columns": 3, "paged": True},
+        ):
+            c = Spec(task, of, 32, 32, aligned=shape["columns"] == 1, to=to, arch=arch, **shape)
+            check(kernels.compile_(c), c)
+
+
+@pytest.mark.parametrize("task", ["merge", "merge_backward"])
+def test_merge_reads_sixteen_bytes_of_two_parts_before_it_waits(disassembled, task):
+    c = Spec(task, "bfloat16", 32, 32, slots=2, across=16, columns=1, to="float32", arch="sm_90a")
+    code = disassembled(kernels.compile_(c).code)
+    before, _, _ = code.partition("BRA")
+    assert before.count("LDG.E.128") == (2 if task == "merge" else 3)
+    assert all(".128" in each or each in ("LDG.E", "STG.E") for each in re.findall(r"(?:LDG|STG)\S*", code))
 
 
 def test_a_kernel_compiles_to_the_same_code():

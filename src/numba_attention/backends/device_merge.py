@@ -6,9 +6,10 @@ from itertools import pairwise
 import numpy as np
 
 from ..cuda import kernels
-from ..cuda.merge import ARRAYS, AXES, entry_of, integers_of
+from ..cuda.merge import ARRAYS, AXES, entry_of, integers_of, lanes_of
 from ..cuda.parameters import REALS
 from ..cuda.spec import Spec
+from ..cuda.tiles import CHUNK
 from ..device import runtime
 from ..device.headers import address_of, has_whole_words, held
 from ..options import Array
@@ -16,6 +17,7 @@ from .device_sums import add_up
 from .records import storage_of
 
 WARPS = 4
+TOGETHER = 2  # parts that are read at a time, at most
 
 
 def merge(parts: list[Array], logs: list[Array], out: Array, lse: Array) -> None:
@@ -63,14 +65,17 @@ def _launch(task: str, arrays: dict[str, list[Array]], **numbers: int) -> None:
         joined = np.concatenate([np.array(entries[name][:number], np.int64) for name in ARRAYS[task]], axis=1)
         table = runtime.upload(joined, runtime.stream())
         values["table"] = address_of(table)
-    pairs = first.itemsize == 2 and all(has_whole_words(x, 4) for name in arrays for x in arrays[name] if "out" in name)
+    whole = all(has_whole_words(x, CHUNK) for name in arrays for x in arrays[name] if "out" in name)
+    storage = storage_of(first.dtype)
+    lanes = lanes_of(first.shape[-1], storage) if whole else 32
     c = Spec(
-        task, storage_of(first.dtype), 32, 32, warps=WARPS, aligned=pairs, to=storage_of(arrays["lse"][0].dtype),
+        task, storage, 32, 32, slots=min(number, TOGETHER), across=lanes, warps=WARPS, columns=max(len(shape), 1),
+        aligned=whole, paged=table is not None, to=storage_of(arrays["lse"][0].dtype),
         arch=runtime.current_device().arch,
     )  # fmt: skip
     values |= numbers
     integers = [values.get(name, 0) for name in integers_of(task)]
-    grid = (-(-math.prod(rows) // WARPS), 1, 1)
+    grid = (-(-math.prod(rows) // (c.threads // lanes)), 1, 1)
     runtime.launch(kernels.compiled(c), grid, integers, [0.0] * len(REALS), runtime.stream())
 
 
