@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba.core import config
 
 from ..bounded import BoundedCache
 from ..cpu import backward as kernels
@@ -15,6 +16,7 @@ from ..cpu.scratch import LINE, padded
 from ..cpu.simd import HOST
 from ..cpu.softmax import SUM_ROWS
 from ..cpu.spec import Spec
+from ..cpu.turns import records_for
 from ..masks.lists import Lists
 from ..options import Array
 from ..problem.dense import WHOLE, BackwardProblem, Problem, spread_bias, weights_of_sinks
@@ -64,6 +66,8 @@ class _Plan(NamedTuple):
     flops: float
     scratch_size: int
     most_groups: int
+    tiles: int  # tiles of queries of a wave: how many threads can have work
+    kept: int  # bytes of the sums of a head that one thread computes alone
 
 
 _plans: BoundedCache[_Plan] = BoundedCache()
@@ -116,10 +120,13 @@ def run(g: BackwardProblem, along: Along | None = None) -> Array | None:
     lists = lists_of(p, spec)
     plan = _find_plan(g, spec, groups, bias, arrays, of_bias, lists, writes)
     most_items = max((len(wave.members) for wave in plan.waves), default=0)
-    number = threads_for(most_items, plan.flops)
+    joins = _joins(g)
+    # A thread that only joins others has no use for the room for sums in its scratch, which must not add up to much.
+    helpers = max(0, min(plan.tiles - most_items, BUFFERS // max(1, plan.kept))) if joins else 0
+    number = threads_for(most_items + helpers, plan.flops)
     own = take()
     try:
-        _run_waves(own, g, plan, bias, arrays, lists, rules, number, most_items > 0, along)
+        _run_waves(own, g, plan, bias, arrays, lists, rules, number, most_items > 0, along, joins and number > 1)
     finally:
         put_back(own)
     if of_bias is not None:
@@ -165,6 +172,7 @@ def _run_waves(
     number: int,
     has_items: bool,
     along: Along | None,
+    joins: bool,
 ) -> None:
     p = g.forward
     scratch, scratch_address = own.reserve(number * plan.scratch_size)
@@ -178,6 +186,7 @@ def _run_waves(
     for wave in plan.waves:
         counts, partial = np.zeros(wave.counters, np.int64), np.empty(wave.partial_size, np.uint8)
         mod_sums = np.zeros((wave.counters, plan.most_groups, len(total)) if len(total) else 0)
+        turns = records_for(len(wave.members), number) if joins else None
         own.counter.value = 0
         _pack_one(own.params, REST, len(wave.members))
         pack_addresses(
@@ -185,13 +194,13 @@ def _run_waves(
             address_of(p.lse), address_of(bias), address_of(p.mask), address_of(slopes), address_of(sinks), 0,
             0 if lists is None else address_of(lists.record), p.seed, *rules[:3],
             *(address_of(array) for array in arrays.values()), 0 if along is None else address_of(along.record),
-            rules.gradient, address_of(mod_sums), rules.has_slope,
+            rules.gradient, address_of(mod_sums), rules.has_slope, address_of(turns),
             address_of(wave.members), address_of(counts), address_of(partial),
         )  # fmt: skip
         work = plan.flops / len(plan.waves)
         own.run(
             plan.kernel, number, work, g, plan, bias, lists, arrays, scratch, slopes, sinks, counts, partial, rules,
-            mod_sums, along,
+            mod_sums, along, turns,
         )  # fmt: skip
         if len(total):
             for of_group in mod_sums.reshape(-1, len(total)):  # one after the other: the bits are those of any threads
@@ -266,7 +275,15 @@ def _make_plan(
     flops *= p.visited / p.S if p.S else 1
     kernel = worker(spec.storage, spec.task, vectors=spec.vectors, wide=spec.wide)
     rest = pack(values, offsets)
-    return _Plan(kernel, sequences, address_of(sequences), waves, rest, flops, scratch_size, most_groups)
+    row_tiles = -(-sequences["rows"] * (p.H // p.Hkv) // spec.query_tile) if p.Hkv else sequences["rows"]
+    tiles = int(row_tiles.sum()) * p.Hkv // max(1, len(waves))
+    return _Plan(kernel, sequences, address_of(sequences), waves, rest, flops, scratch_size, most_groups, tiles, kept)
+
+
+def _joins(g: BackwardProblem) -> bool:
+    """Whether threads can join others at their heads: not where tiles add to numbers that do not belong to a key."""
+    shares_columns = g.bias_shape is not None and g.bias_shape[-1] == 1
+    return not (g.mod_grads or shares_columns or config.BOUNDSCHECK)
 
 
 def _mod_size(g: BackwardProblem) -> int:

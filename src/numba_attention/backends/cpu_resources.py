@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
+from numba.core import config
 
 from ..cpu import backward, decode, forward, launch
 from ..cpu.cache import Function, Kernel
@@ -18,7 +19,9 @@ from ..options import Array
 from ..sequence_record import SEQUENCE
 
 SMALL = 2e5  # flops, about 2 us of work, below which a parallel region costs more than it saves
-KEEP = 2**24  # largest scratch memory, in bytes, that is kept between calls
+# Largest scratch memory, in bytes, that is kept between calls: 2 MiB for each of many threads, which is what gradients
+# of heads of 2048 keys with 64 features take.
+KEEP = 2**21 * max(8, int(config.NUMBA_NUM_THREADS))
 FREE = 16  # number of buffers that are kept for concurrent calls; a further call makes its own, in 10 us
 # Flops of a thread above which a call can be interrupted by signals, which costs 60 to 90 us. A loop of nothing but
 # multiply-adds takes 0.1 s for them in float32. A call below this bound ends within 1 s even at a tenth of that speed.

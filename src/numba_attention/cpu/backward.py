@@ -8,7 +8,8 @@ As in the forward pass a tile of queries lies in the lanes and visits its tiles 
 The tiles of queries of one key/value head are dealt out to `groups`, a number that follows from the sizes of the
 sequence alone. A group sums its dK and dV by itself, and the sums of the groups are added in order: no bit depends on
 the threads or on the rest of the batch. A work item is one head, or where heads are few one group, of which the last to
-be done adds them up: a row (head, group or -1, offset of the head's sums, counter) of `members`.
+be done adds them up: a row (head, group or -1, offset of the head's sums, counter) of `members`. Threads that find no
+further item join others at theirs (`turns`).
 """
 
 import math
@@ -47,6 +48,7 @@ from .softmax import add_tiles as add_two_tiles
 from .spec import Spec
 from .sums import CLEAN, LOST, add_products, add_transposed, copy_rows, write_sums
 from .sums import add_sums as sums_adder
+from .turns import SPAN, announce, await_turn, invite, item_to_join, record_of, sums_of, take_tile
 from .views import UNBOUNDED, carray
 from .visible import make_visible
 
@@ -376,8 +378,11 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         bytes_of, load_rows, begin, visit_keys, rows_of, finish, wants_gradients, knows_lse, carry_gradient = own
 
     @spec.jit
-    def visit_rows(p: Any, s: Any, at: int, head: int, first_row: int, group: int, sums: int, mod_sums: int) -> None:
-        """One tile of queries: dQ of its rows, and their part of dK and dV."""
+    def visit_rows(
+        p: Any, s: Any, at: int, head: int, first_row: int, group: int, sums: int, mod_sums: int, record: int,
+        place: int,
+    ) -> None:  # fmt: skip
+        """One tile of queries: dQ of its rows, and their part of dK and dV, in its turn if the item has a record."""
         state = state_of(p, at)
         listed = list_of(p, s, head, first_row // BM)
         seen = place_rows(p, s, at, head, first_row, min(BM, s.rows * p.group - first_row))
@@ -403,7 +408,12 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                     if p.mask == 0 or not hides_all(p, s, at, j0, n):
                         edge = j0 < all_start or j0 + n > all_stop
                         later = following(p, run, last_run, j0 + BN, high, start, stop)
+                        joined = record != 0 and not nan_safe
+                        if joined and not await_turn(p.turns, record, place, j0 + n, p.counter):
+                            return
                         visit_keys(p, s, at, head, j0, n, edge, bits, sums, mod_sums, dirty, nan_safe, later)
+                        if joined:
+                            announce(p.turns, record, place, j0 + n)
                         visited += 1
                         if visited % LEVEL == 0:
                             carry_gradient(p, at, visited == LEVEL)
@@ -437,17 +447,44 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             add_sums(sums + start, others + start, min(PART, count - start))
 
     @spec.jit
-    def visit_group(p: Any, s: Any, at: int, head: int, group: int, sums: int, mod_sums: int) -> None:
-        """DQ of the rows of one group, and their dK and dV."""
-        clear_sums(p, sums, bytes_of(p, s))
-        tiles = (s.rows * p.group + BM - 1) // BM
+    def tiles_of(p: Any, s: Any, group: int) -> int:
+        """Tiles of queries of a work item: those of its group, or all of a head with group -1."""
+        tiles: int = (s.rows * p.group + BM - 1) // BM
+        return tiles if group < 0 else (tiles - group + s.groups - 1) // s.groups
+
+    @spec.jit
+    def locate(s: Any, tiles: int, group: int, place: int) -> tuple[int, int]:
+        """The group of the tile at a place of a work item, and its number in this group."""
+        if group >= 0:
+            return group, place
+        each, more = divmod(tiles, s.groups)  # so many groups have a tile more
+        longer = more * (each + 1)
+        if place < longer:
+            return place // (each + 1), place % (each + 1)
+        return more + (place - longer) // each, (place - longer) % each
+
+    @spec.jit
+    def visit_place(
+        p: Any, s: Any, at: int, head: int, item_group: int, place: int, sums: int, mod_sums: int, record: int
+    ) -> None:
+        """The tile of queries at a place of a work item."""
+        tiles = tiles_of(p, s, -1)
+        group, number = locate(s, tiles, item_group, place)
+        if item_group < 0 and group > 0:  # the second and all further groups of a head share room for their sums
+            others, each = sums + bytes_of(p, s), bytes_of(p, s)
+            if number == 0:
+                if record != 0 and not await_turn(p.turns, record, place, SPAN - 1, p.counter):
+                    return
+                if group > 1:
+                    add_group(p, sums, others, each)
+                clear_sums(p, others, each)
+            sums = others
         # Longest first, as in the forward pass. Tiles are dealt to groups round robin: each group then has long rows
         # and short ones.
-        for place in range(group, tiles, s.groups):
-            if fetch(p.counter) >= STOPPED:
-                return
-            first_row = tile_of(p, s, head, place, tiles) * BM
-            visit_rows(p, s, at, head, first_row, group, sums, mod_sums + group * p.mod_sums_group)
+        first_row = tile_of(p, s, head, group + number * s.groups, tiles) * BM
+        visit_rows(p, s, at, head, first_row, group, sums, mod_sums + group * p.mod_sums_group, record, place)
+        if record != 0 and await_turn(p.turns, record, place, SPAN - 1, p.counter):
+            announce(p.turns, record, place, SPAN - 1)
 
     @spec.jit
     def write_rows(
@@ -469,32 +506,52 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         value = p.grad_value + s.grad_value + head * p.grad_value_head
         write_rows(p, value, p.grad_value_row, s.key_rows, p.Ev, sums, p.Ev_padded * size, real(1))
 
+    @spec.jit
+    def complete(p: Any, s: Any, head: int, group: int, slot: int, sums: int) -> None:
+        """Add up the sums of groups and write dK and dV, if all groups of the head are done."""
+        each = bytes_of(p, s)
+        if group < 0:
+            if s.groups > 1:
+                add_group(p, sums, sums + each, each)
+        elif fetch_add(p.counts + 8 * slot, 1) < s.groups - 1:
+            return
+        else:
+            sums -= group * each
+            for other in range(1, s.groups):
+                add_group(p, sums, sums + other * each, each)
+        write_keys(p, s, head, sums)
+
     def worker(params: int, thread: int) -> int:
         p = carray(void_pointer(params), 1, PARAMS)[0]
         sequences = carray(void_pointer(p.sequences), p.number, SEQUENCE)
         members = carray(void_pointer(p.members), (UNBOUNDED, 4), np.int64)
         at = p.scratch + thread * p.scratch_size
         while True:
-            item = fetch_add(p.counter, 1)
+            item, joins = fetch_add(p.counter, 1), False
             if item >= p.items:
-                return 0
+                item, joins = item_to_join(p.turns, p.items, p.counter), True
+                if item < 0:
+                    return 0
             number, group, offset, slot = members[item]
             index, head = divmod(number, p.kv_heads)
             s = sequences[index]
-            each, mod_sums = bytes_of(p, s), p.mod_sums + slot * p.mod_sums_head
-            if group >= 0:
-                first = p.partial + offset
-                visit_group(p, s, at, head, group, first + group * each, mod_sums)
-                if fetch_add(p.counts + 8 * slot, 1) < s.groups - 1:
-                    continue
-                for other in range(1, s.groups):
-                    add_group(p, first, first + other * each, each)
+            mod_sums, tiles = p.mod_sums + slot * p.mod_sums_head, tiles_of(p, s, group)
+            record, most = record_of(p.turns, item, p.items), tiles
+            if joins:
+                sums, most = sums_of(record), 1  # and then to the item that has the most tiles left by then
             else:
-                first = at + p.at_sums
-                visit_group(p, s, at, head, 0, first, mod_sums)
-                for other in range(1, s.groups):
-                    visit_group(p, s, at, head, other, first + each, mod_sums)
-                    add_group(p, first, first + each, each)
-            write_keys(p, s, head, first)
+                sums = at + p.at_sums if group < 0 else p.partial + offset + group * bytes_of(p, s)
+                clear_sums(p, sums, bytes_of(p, s))
+                if record != 0:
+                    invite(record, sums, tiles)
+                if tiles == 0:
+                    complete(p, s, head, group, slot, sums)
+            for n in range(most):
+                place = n if record == 0 else take_tile(record)
+                if place < 0 or fetch(p.counter) >= STOPPED:
+                    break
+                visit_place(p, s, at, head, group, place, sums, mod_sums, record)
+                if place == tiles - 1:
+                    complete(p, s, head, group, slot, sums)
 
     return worker

@@ -17,7 +17,7 @@ ADDRESSES = (
     "score_mod", "mask_mod", "mod_data",
     "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_bias", "delta",
     "second", "mod_gradient", "mod_sums", "mod_has_slope",
-    "members", "counts", "partial",
+    "turns", "members", "counts", "partial",
 )  # fmt: skip
 INTEGERS = (
     "items", "scratch_size", "number", "heads", "group", "E", "Ev", "out_depth",

@@ -122,7 +122,7 @@ def _word(address: int) -> int:
 
 
 @part
-def _listen(address: int, value: int, mask: int) -> bool:
+def listen(address: int, value: int, mask: int) -> bool:
     """Wait for a word to have another value, as far as the mask goes, and not for long; whether it has."""
     for _ in range(ROUNDS):
         for _ in range(PAUSES):
@@ -165,7 +165,7 @@ def call_on_threads(pool: int, worker: int, params: int, threads: int) -> int:
     failed = call_worker(worker, params, np.int64(0))
     gate = fetch_add(slot, -OPEN) - OPEN
     while gate & RUNNING:
-        if not _listen(slot, gate, RUNNING):
+        if not listen(slot, gate, RUNNING):
             # The last helper to leave takes the mark and releases the lock. If there is none any more, the mark is
             # taken back; if that fails, the lock is about to be released.
             fetch_add(slot + 8 * WAITING, 1)
@@ -209,7 +209,7 @@ def _make_serve() -> Any:
             if has_helped:
                 continue
             fetch_add(pool + 8 * IDLE, 1)
-            hears = _listen(pool + 8 * BELL, heard, -1)
+            hears = listen(pool + 8 * BELL, heard, -1)
             fetch_add(pool + 8 * IDLE, -1)
             if hears:
                 continue
