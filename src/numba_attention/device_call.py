@@ -4,7 +4,8 @@
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -15,10 +16,13 @@ from .device.headers import address_of, held
 from .device.operands import Operands, Seen, look
 from .errors import kind_of
 from .masks.blockmask import BlockMask
-from .options import NO_OPTIONS, PER_SCORE, Array, Options
+from .mods.language import MASK, SCORE
+from .mods.rules import as_arguments, describe, find
+from .options import IN_PYTHON, NO_OPTIONS, PER_SCORE, Array, Options
 from .validation import as_array, as_bools, as_floats, check_out
 
 Result = TypeVar("Result")
+CONTENTS = 4096  # bytes of an array on the host up to which comparing it takes less time than planning a call
 
 
 class Call(Operands):
@@ -113,58 +117,130 @@ def run(
     small : dict, optional
         Arguments that the host reads. They are copied from the device if they are on it.
     """
-    seen = None if out is not None or small else _look(function, operands, options, rest)
+    seen = None if out is not None else _look(function, operands, options, rest | small if small else rest)
     if seen is not None:
         recorded = replay.find(seen.key)
         if recorded is not None:
             return cast(Result, seen.repeat(recorded))
     call = Call({name: x for name, x in operands.items() if x is not None})
-    with runtime.using(call.device, call.stream):
-        if seen is not None:
-            with replay.recording(seen.addresses) as recorder:
-                moved = {name: None if x is None else call.device_array(name, x) for name, x in operands.items()}
-                headers = function(backend, **moved, options=options, **rest, empty=call.empty)
-                recorder.keep(seen.key, headers)
-            return cast(Result, call.give(headers))
+    recording = nullcontext(None) if seen is None else replay.recording(seen.addresses)
+    with runtime.using(call.device, call.stream), recording as recorder:
         moved = {name: None if x is None else call.device_array(name, x) for name, x in operands.items()}
         moved |= {name: arrays.to_host(x) for name, x in (small or {}).items()}
         target = call.out(out, operands | options._asdict())
         if target is not None:
             moved["out"] = target
         headers = function(backend, **moved, options=call.options(options), **rest, empty=call.empty)
+        if seen is not None and recorder is not None:
+            recorder.keep(seen.key, headers)
         result: Result = _with_out(call, headers, target, out)
         call.finish()
         return result
 
 
-_PLAIN = frozenset((type(None), bool, int, float, str))  # types of options that are not arrays
+_PLAIN = frozenset((type(None), bool, int, float, str))
 
 
-def _is_plain(x: Any) -> bool:
+def _describe(x: Any) -> Any:
+    """Return what tells a value that the host reads from others, as a key; None if it is not worth comparing.
+
+    The types are in the key because 1 and True are equal, and not all functions that take one take the other.
+    """
     kind = type(x)
-    return kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, x)))
+    if kind in _PLAIN:
+        return kind, x
+    if kind is tuple or kind is list:
+        kinds = tuple(map(type, x))
+        return (kind, kinds, tuple(x)) if _PLAIN.issuperset(kinds) else None
+    if kind is np.ndarray or isinstance(x, np.generic):
+        if x.nbytes > CONTENTS or x.dtype.hasobject:
+            return None
+        return kind, x.dtype, x.shape, x.tobytes()
+    if isinstance(x, Contents):
+        return x.look()
+    return x.token if isinstance(x, BlockMask) else None
+
+
+class _Described(NamedTuple):
+    """What the options of a call are, as a key; and the arrays on the GPU among them, those of mods last."""
+
+    key: list[Any]
+    arrays: list[Any]
+    of_mods: int  # how many arrays are those of mods, whose addresses are in memory of the GPU and not in a launch
+
+
+def _describe_options(options: Options) -> _Described | None:
+    """Return what the options of a call are; None if a call with them is not repeated."""
+    key: list[Any] = []
+    found: list[Any] = []
+    for name, x, default in zip(Options._fields, options, NO_OPTIONS, strict=True):
+        if x is default or name in IN_PYTHON:
+            continue
+        if name in PER_SCORE and type(x) is not np.ndarray and not isinstance(x, BlockMask):
+            found.append(x)
+            key.append(name)
+            continue
+        described = None if name in PER_SCORE and type(x) is np.ndarray else _describe(x)
+        if described is None:
+            return None
+        key.append((name, described))
+    described = _Described(key, found, 0)
+    if all(getattr(options, name) is getattr(NO_OPTIONS, name) for name in IN_PYTHON):
+        return described
+    try:
+        return _with_mods(described, options)
+    except (TypeError, ValueError):  # the checks of the call say what is wrong
+        return None
+
+
+def _with_mods(described: _Described, options: Options) -> _Described | None:
+    """Add rules and their arguments: rules as they are now, because names outside of a function may have changed."""
+    key, found, values = described.key, described.arrays, []
+    count = len(found)
+    for x in options.mod_args:
+        if arrays.on_device(x):
+            if arrays.family_of(x).look(x) is None:
+                return None
+            values.append(arrays.take(x, runtime.DEFAULT_STREAM))
+            if not values[-1].ndim:  # a number, which the host reads
+                return None
+            found.append(x)
+            key.append("array")
+            continue
+        contents = _describe(x)
+        if contents is None:
+            return None
+        values.append(x)
+        key.append(contents)
+    arguments = as_arguments(values)
+    kinds = describe(arguments)
+    for role, function in ((SCORE, options.score_mod), (MASK, options.mask_mod)):
+        key.append(None if function is None else find(role, function, kinds, arguments))
+    return described._replace(of_mods=len(found) - count)
 
 
 def _look(
     function: Callable[..., Any], operands: dict[str, Any], options: Options, rest: dict[str, Any]
 ) -> Seen | None:
-    """Return the key of a call that can be repeated: of arrays of one library on one stream, with plain options."""
-    if options is not NO_OPTIONS and not all(map(_is_plain, options)):
-        return None
-    of_rest: list[Any] = []
+    """Return the key of a call that can be repeated: of arrays of one library on one stream."""
+    of_rest = []
     for x in rest.values():
-        if type(x) in _PLAIN:
-            of_rest.append(x)
-            continue
-        described = x.look() if isinstance(x, Contents) else x if _is_plain(x) else None
-        if described is None:
+        described = x if type(x) in _PLAIN else _describe(x)
+        if described is None and x is not None:
             return None
         of_rest.append(described)
-    seen = look(operands.values())
+    if options is NO_OPTIONS:
+        seen = look(operands.values())
+        return None if seen is None else seen.of(function, *of_rest, tile_shapes.state())
+    of_options = _describe_options(options)
+    if of_options is None:
+        return None
+    seen = look((*operands.values(), *of_options.arrays))
     if seen is None:
         return None
-    of_options = None if options is NO_OPTIONS else (options, type(options.is_causal))
-    return seen.of(function, of_options, *of_rest, tile_shapes.state())
+    # The kernels read where arrays of mods are from memory that is written when the call is planned.
+    fixed = seen.addresses[len(seen.addresses) - of_options.of_mods :]
+    return seen.of(function, *of_rest, tile_shapes.state(), tuple(of_options.key), tuple(fixed))
 
 
 def _with_out(call: Call, result: Any, target: Array | None, out: Any) -> Any:

@@ -176,25 +176,187 @@ def test_one_array_is_several_arguments(gpu, repeated):
 
 UNSEEN = {
     "mask": lambda: {"mask": np.ones((20, 33), bool)},
-    "sinks": lambda: {"sinks": np.ones(4)},
-    "mask on the device": lambda: {"mask": Tensor(np.arange(660).reshape(20, 33) % 3 > 0)},
-    "lengths": lambda: {"key_lengths": [3, 20]},
-    "scale": lambda: {"scale": np.float32(0.5)},
+    "bias": lambda: {"bias": np.ones((20, 33), np.float32)},
+    "slopes on the device": lambda: {"alibi_slopes": Tensor(np.ones(4, np.float32))},
+    "a number on the device": lambda: {"score_mod": scaled, "mod_args": (Tensor(np.float32(0.5)),)},
+    "much on the host": lambda: {"score_mod": shifted, "mod_args": (np.ones(2000, np.float32),)},
 }
+
+
+def scaled(score, batch, head, i, j, factor):
+    return score * factor
+
+
+def shifted(score, batch, head, i, j, table):
+    return score + table[head]
+
+
+def shown(batch, head, i, j, table):
+    return table[(i + j) % 4] > 0
+
+
+def of_host(options):
+    """The same options with the arrays of fakes."""
+    args = {"mod_args": tuple(getattr(x, "array", x) for x in options["mod_args"])} if "mod_args" in options else {}
+    return {name: getattr(x, "array", x) for name, x in options.items()} | args
 
 
 @pytest.mark.parametrize("name", UNSEEN)
 def test_what_depends_on_more_is_not_repeated(gpu, repeated, name):
     q, k, v = arrays()
     there = [Tensor(x) for x in (q, k, v)]
-    options = UNSEEN[name]()
     for _ in range(2):
-        got = na.attention(*there, **options)
-        options = {key: getattr(x, "array", x) for key, x in options.items()}
-        close([got], [na.attention(q, k, v, **options, backend="reference")])
         options = UNSEEN[name]()
+        got = na.attention(*there, **options)
+        close([got], [na.attention(q, k, v, **of_host(options), backend="reference")])
     assert not repeated
     assert not replay._recorded
+
+
+def rows(x, kind=np.float64):
+    return np.array(x, kind)
+
+
+A_MASK, ANOTHER = (na.BlockMask(lambda b, h, i, j, n=n: (i + j) % n > 0, (20, 33)) for n in (3, 4))
+AN_ARRAY = np.arange(2640).reshape(4, 20, 33)
+
+# Options of which each is planned once and then repeated: none may be taken for another of its line.
+VARIANTS = {
+    "slopes": [
+        {"alibi_slopes": x}
+        for x in (rows([1, 0.5, 0.2, 0.1]), rows([1, 0.5, 0.2, 0.3]), rows([[1, 0.5, 0.2, 0.1], [1, 2, 3, 4]]),
+                  rows([[1, 0.5, 0.2, 0.1]]), rows([1, 0.5, 0.2, 0.1], np.float32), [1.0, 0.5, 0.2, 0.3])
+    ],
+    "sinks": [{"sinks": x} for x in (rows([0, 1, 2, 3]), rows([0, 1, 2, 4]), rows([-1e9, 1, 2, 4]))],
+    "key lengths": [{"key_lengths": x} for x in (rows([3, 20], int), rows([20, 3], int), [3, 21], [21, 3], 3)],
+    "query lengths": [{"query_lengths": x} for x in (rows([3, 20], int), rows([20, 3], int))],
+    "which lengths": [{name: [3, 12]} for name in ("key_lengths", "query_lengths", "prefix_lengths", "query_offset")],
+    "scales": [{"scale": np.float32(0.5)}, {"scale": np.float64(0.25)}, {"scale": 0.25}, {"scale": 1}, {"scale": -0.5}],
+    "seeds": [{"dropout_p": 0.5, "seed": x} for x in (1, 2, np.int64(3))],
+    "windows": [{"window": x} for x in ((3, 1), [3, 2], (3, None), (None, 3))],
+    "masks by blocks": [{"mask": A_MASK}, {"mask": ANOTHER}, {"mask": A_MASK, "is_causal": True}],
+    "masks": [{"mask": x} for x in (AN_ARRAY % 3 > 0, AN_ARRAY[:1] % 3 > 0, AN_ARRAY[0] % 3 > 0)],
+    "biases": [{"bias": x} for x in (AN_ARRAY % 5 * np.float32(1), AN_ARRAY[0] % 5 * 0.5, AN_ARRAY[:, :1] % 5 * 0.5)],
+    "bias or mask": [{"bias": AN_ARRAY[0] % 5 * np.float32(1)}, {"mask": AN_ARRAY[0] % 5 > 0}],
+    "arguments": [
+        {"score_mod": shifted, "mod_args": (x,)}
+        for x in (rows([1, 2, 3, 4]), rows([1, 2, 3, 5]), rows([1, 2, 3, 4], np.float32), rows([1, 2, 3, 4, 5]))
+    ],
+    "numbers": [{"score_mod": scaled, "mod_args": (x,)} for x in (1, 2, 2.0, np.float32(0.5), True)],
+    "functions": [
+        {"score_mod": shifted, "mod_args": (rows([1, 0, 1, 1]),)},
+        *({"mask_mod": shown, "mod_args": (rows(x),)} for x in ([1, 0, 1, 1], [1, 0, 1, 0])),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_arrays_among_options(gpu, repeated, name):
+    """Each variant twice, with the numbers of other arrays the second time."""
+    for seed in range(2):
+        q, k, v = arrays(seed)
+        there = [Tensor(x) for x in (q, k, v)]
+        for options in VARIANTS[name]:
+            given = {
+                x: Tensor(y) if x in ("mask", "bias") and isinstance(y, np.ndarray) else y for x, y in options.items()
+            }
+            if "bias" in given:
+                given["bias"].array[...] += seed
+                options = of_host(given)
+            close([na.attention(*there, **given)], [na.attention(q, k, v, **options, backend="reference")])
+    assert len(repeated) == len(VARIANTS[name])
+
+
+@pytest.mark.parametrize("name", ["sinks", "masks by blocks", "biases", "arguments"])
+def test_gradients_with_arrays_among_options(gpu, repeated, name):
+    variants = VARIANTS[name][:2]
+    for seed in range(2):
+        q, k, v = arrays(seed)
+        for options in variants:
+            more = {"mod_grads": "all"} if name == "arguments" else {}
+            given = {x: Tensor(y) if x == "bias" else y for x, y in options.items()}
+            out, lse = na.attention(q, k, v, **options, return_lse=True, backend="reference")
+            got = na.attention_backward(*map(Tensor, (out, q, k, v, out, lse)), **given, **more)
+            want = na.attention_backward(out, q, k, v, out, lse, **options, **more, backend="reference")
+            close(got[:5], want[:5], 1e-4)
+            assert (got.mod_args is None) == (want.mod_args is None)
+            close(got.mod_args or (), want.mod_args or (), 1e-4)
+    assert len(repeated) == len(variants)
+
+
+def test_strides_and_places_of_an_option(gpu, repeated):
+    q, k, v = arrays()
+    there = [Tensor(x) for x in (q, k, v)]
+    bias = np.random.default_rng(0).standard_normal((4, 20, 40)).astype(np.float32)
+    for _ in range(2):
+        wide, turned = Tensor(bias), Tensor(np.ascontiguousarray(bias.swapaxes(-1, -2)))
+        views = [Tensor.of(wide.header[..., n : n + 33]) for n in (0, 1, 2)]
+        views.append(Tensor.of(turned.header.swapaxes(-1, -2)[..., :33]))
+        for x in views:
+            close([na.attention(*there, bias=x)], [na.attention(q, k, v, bias=x.array, backend="reference")])
+    assert len(repeated) == len(views)
+
+
+def test_arguments_of_mods_on_the_device(gpu, repeated):
+    """Where they are is written once: another array is another call, other numbers in it are not."""
+    q, k, v = arrays()
+    there = [Tensor(x) for x in (q, k, v)]
+    tables = [Tensor(rows([1, 2, 3, 4], np.float32)), Tensor(rows([4, 3, 2, 1], np.float32))]
+    for more in (0, 1, 2):
+        for table in tables:
+            table.array[...] += more
+            got = na.attention(*there, score_mod=shifted, mod_args=(table,))
+            close([got], [na.attention(q, k, v, score_mod=shifted, mod_args=(table.array,), backend="reference")])
+    assert len(repeated) == 4
+
+
+FACTOR = 2.0
+
+
+def test_what_a_mod_reads_outside_of_itself(gpu, repeated, monkeypatch):
+    def mod(score, batch, head, i, j):
+        return score * FACTOR + shift
+
+    q, k, v = arrays()
+    there = [Tensor(x) for x in (q, k, v)]
+    for number in (0.5, 0.5, 1.5):
+        shift = number
+        for factor in (2.0, 3.0):
+            monkeypatch.setitem(globals(), "FACTOR", factor)
+            close([na.attention(*there, score_mod=mod)], [na.attention(q, k, v, score_mod=mod, backend="reference")])
+    assert len(repeated) == 2
+
+
+def test_wrong_options_are_refused_each_time(gpu, repeated):
+    q, k, v = map(Tensor, arrays())
+    wrong = (
+        {"mod_args": np.ones(3)}, {"mod_args": 3}, {"score_mod": 3}, {"score_mod": scaled, "mod_args": ("x",)},
+        {"sinks": np.ones(3)}, {"key_lengths": [3, 99]}, {"bias": Tensor(np.ones((7, 7), np.float32))}, {"mask": 3},
+        {"alibi_slopes": np.array(["a"], object)}, {"window": (True, 1)},
+    )  # fmt: skip
+    bias = Tensor(np.ones((20, 33), np.float32))
+    na.attention(q, k, v, window=(1, 1))
+    na.attention(q, k, v, bias=bias)
+    na.attention(q, k, v, sinks=rows([0] * 4))
+    for _ in range(2):
+        for options in (*wrong, {"mask": bias}, {"sinks": rows([0] * 4, int)}):
+            with pytest.raises((TypeError, ValueError)):
+                na.attention(q, k, v, **options)
+    assert not repeated
+
+
+def test_weights_and_packed_sequences(give, repeated):
+    for seed in range(2):
+        q, k, v = arrays(seed, L=20, S=20, H=2)
+        for chosen in ([0, 3], [3, 0]):
+            want = na.attention_weights(q, k, rows=np.array(chosen), backend="reference")
+            close([na.attention_weights(give(q), give(k), rows=np.array(chosen))], [want])
+        q, k, v = (np.ascontiguousarray(x[0].swapaxes(0, 1)) for x in (q, k, v))
+        for cuts in ([0, 8, 20], [0, 12, 20]):
+            given = [np.array(cuts)] * 2
+            got = na.attention_varlen(*map(give, (q, k, v)), *given)
+            close([got], [na.attention_varlen(q, k, v, *given, backend="reference")])
+    assert len(repeated) == 4
 
 
 def test_a_broadcast_gradient(gpu, repeated):
@@ -260,10 +422,42 @@ def test_what_a_graph_uses_is_kept(gpu, repeated, monkeypatch):
     ((kept, held),) = replay._captured
     assert kept is repeated[-1]
     assert len(held) > 1, "the result and partial sums"
+    assert not any(x is own.memory for own in kept._free for x in held), "later calls run beside the graph"
     replay._recorded.clear()
     constants._kept.cache_clear()
     addresses = {integers[place] for kernel, _, _, integers, *_ in gpu.launches[-2:] for place in kernel.addresses}
     assert all(gpu.memory_at(address) for address in addresses - {0})
+
+
+def test_memory_that_is_kept(gpu, repeated, monkeypatch):
+    """Flags of rows that are not finite stay in it from one call to the next, and may not make a later one wrong."""
+    monkeypatch.setattr(replay, "_TURNS", 3)
+    cleared = []
+    clear = gpu.clear
+    monkeypatch.setattr(
+        gpu, "clear", lambda address, size, stream: (cleared.append(size), clear(address, size, stream))
+    )
+    for turn in range(9):
+        q, k, v = arrays(turn)
+        if turn in (1, 4):
+            k[0, 1, 30] = v[0, 0, 9] = np.nan
+        got = na.attention(*map(Tensor, (q, k, v)), is_causal=True)
+        close([got], [na.attention(q, k, v, is_causal=True, backend="reference")])
+    assert len(repeated) == 8
+    assert len(cleared) == 3, "in the first call, in the first that repeats it, and after so many turns"
+
+
+def test_memory_is_kept_by_one_thread_at_a_time(gpu, repeated):
+    given = arrays(L=1, S=600)
+    q, k, v = map(Tensor, given)
+    na.attention(q, k, v)
+    na.attention(q, k, v)
+    (own,) = repeated[0]._free
+    repeated[0]._free.clear()  # another thread uses it
+    close([na.attention(q, k, v)], [na.attention(*given, backend="reference")])
+    (other,) = repeated[0]._free
+    assert other.start != own.start
+    assert other.launches is not own.launches
 
 
 def test_the_default_stream_of_each_thread_is_its_own(gpu, repeated, monkeypatch):

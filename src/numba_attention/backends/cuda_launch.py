@@ -150,10 +150,12 @@ class Work:
     def mark_rows(self, c: Spec, rows: int) -> None:
         """Allocate a flag for each row of a kernel and, before them, a cleared one that says whether any is set.
 
-        Where several slabs share the flag of a row, it is cleared too.
+        Where several slabs share the flag of a row, it is cleared too. Otherwise the kernel writes the flags of all
+        rows, and that of an earlier call only lets the NaN-safe kernel look at them.
         """
         cleared = HEAD + rows if c.is_sliced else HEAD
-        self.put("flags", runtime.empty(rows + HEAD, np.int32, self.stream, cleared=4 * cleared))
+        flags = runtime.empty(rows + HEAD, np.int32, self.stream, cleared=4 * cleared, lasting=not c.is_sliced)
+        self.put("flags", flags)
 
     def upload_sequences(self) -> None:
         self.put("sequences", upload(self.sequences))

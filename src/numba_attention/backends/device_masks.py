@@ -7,7 +7,7 @@ import numpy as np
 
 from ..cuda.spec import Spec
 from ..cuda.visits import row_bytes
-from ..device import runtime
+from ..device import replay, runtime
 from ..device.headers import address_of, header, held
 from ..masks.blockmask import BlockMask
 from ..masks.lists import Geometry, Lists, make_lists
@@ -51,6 +51,10 @@ def lists_of(p: Problem, c: Spec) -> DeviceLists:
         group = p.H // p.Hkv if of_keys else 1
         tiles = np.broadcast_to(-(-np.asarray(length) // c.rows), (int(np.prod(p.batch)),))
         lists = kept[key] = _copied(*_joined(made, tiles, heads, group), _padded(made.words, c.rows), heads)
+    recorder = replay.current()
+    if recorder is not None:
+        for x in _arrays(lists).values():
+            recorder.fix(x)
     return lists
 
 
@@ -125,5 +129,8 @@ def with_whole_mask(p: Problem) -> Problem:
 
 def addresses_of(lists: DeviceLists) -> dict[str, int]:
     """Return the addresses of lists, by the names of parameters."""
-    arrays: dict[str, Array] = {name: x for name, x in lists._asdict().items() if name != "heads"}
-    return {name: address_of(x) if x.size else 0 for name, x in arrays.items()}
+    return {name: address_of(x) if x.size else 0 for name, x in _arrays(lists).items()}
+
+
+def _arrays(lists: DeviceLists) -> dict[str, Array]:
+    return {name: x for name, x in lists._asdict().items() if name != "heads"}

@@ -21,29 +21,36 @@ New = Callable[[tuple[int, ...], Any], tuple[Any, int]]
 _BYTES = np.dtype(np.uint8)
 _ALIGNMENT = 256  # bytes
 SMALL = 8192  # bytes of a recorded call, without the memory that it keeps
+KEPT = 2**19  # bytes of scratch memory up to which a recorded call keeps it: allocating and clearing it takes 6 us
+SIZE = 2**26  # bytes of all recorded calls, most of them on the GPU
+_TURNS = 64  # calls after which kept memory is cleared where that is not needed for the results
 
 _current: ContextVar["Recorder | None"] = ContextVar("numba_attention_recorder", default=None)
-_recorded: "BoundedCache[Recorded]" = BoundedCache()
+_recorded: "BoundedCache[Recorded]" = BoundedCache(size=SIZE)
 _captured: list[Any] = []  # memory that captured CUDA graphs may use at any time
 
 
 class Launch(NamedTuple):
-    """The launch of a kernel: its integers, and which of them are addresses of which array of the call."""
+    """The launch of a kernel: its integers, and which of them are addresses in which array of the call, how far in."""
 
     kernel: Kernel
     grid: tuple[int, int, int]
     integers: list[int]
-    patches: list[tuple[int, int]]
+    patches: list[tuple[int, int, int]]
     reals: list[float]
 
 
 class Made(NamedTuple):
-    """An allocation of a call: a result, with shape and dtype, or scratch memory, with its size and cleared bytes."""
+    """An allocation of a call: a result, with shape and dtype, or scratch memory, with its size and cleared bytes.
+
+    If it is `lasting`, what an earlier call left in cleared bytes does not change a result, but takes time.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
     size: int
     cleared: int
+    lasting: bool
 
 
 class Recorder:
@@ -62,22 +69,25 @@ class Recorder:
         self.made: list[Made] = []
         self.launches: list[Launch] = []
         self._owners: dict[int, int] = {}  # index in `made` of each result, by its owner
+        self._ranges: list[tuple[int, int, int]] = []  # first and last address of what was made, and its number
         self._alive: list[Any] = []  # kept until the call ends, so that no address is used twice
         self.possible = True
 
     def give_up(self) -> None:
         self.possible = False
 
-    def make(self, array: Array, is_result: bool, cleared: int = 0) -> None:
+    def make(self, array: Array, is_result: bool, cleared: int = 0, lasting: bool = False) -> None:
         """Record an allocation."""
         base = held(array)
         if base is None or not array.size:
             return self.give_up()
-        self._sources[address_of(array)] = self._number + len(self.made)
+        address, number = address_of(array), self._number + len(self.made)
+        self._sources[address] = number
+        self._ranges.append((address, address + array.nbytes, number))
         if is_result:
             self._owners[id(base.owner)] = len(self.made)
         self._alive.append(base.owner)
-        self.made.append(Made(array.shape, array.dtype, 0 if is_result else array.nbytes, cleared))
+        self.made.append(Made(array.shape, array.dtype, 0 if is_result else array.nbytes, cleared, lasting))
 
     def fix(self, array: Array) -> None:
         """Record memory whose contents and address are the same in every call of this kind."""
@@ -90,9 +100,12 @@ class Recorder:
         for place in kernel.addresses:
             address = integers[place]
             if address in self._sources:
-                patches.append((place, self._sources[address]))
+                patches.append((place, self._sources[address], 0))
             elif address and address not in self._fixed:
-                return self.give_up()
+                inside = [(place, n, address - start) for start, end, n in self._ranges if start <= address < end]
+                if not inside:
+                    return self.give_up()
+                patches += inside
         self.launches.append(Launch(kernel, grid, list(integers), patches, list(reals)))
 
     def keep(self, key: Any, result: Any) -> None:
@@ -103,8 +116,8 @@ class Recorder:
             pattern = _pattern(result, self._owners)
         except KeyError:  # a result that `make` did not record
             return
-        fixed = list(self._fixed.values())
-        _recorded.add(key, Recorded(self.made, self.launches, pattern, fixed), SMALL + sum(x.nbytes for x in fixed))
+        recorded = Recorded(self.made, self.launches, pattern, list(self._fixed.values()))
+        _recorded.add(key, recorded, recorded.nbytes)
 
 
 def _pattern(result: Any, owners: dict[int, int]) -> Any:
@@ -131,8 +144,21 @@ def _built(pattern: Any, arrays: list[Any]) -> Any:
     return first(*parts) if hasattr(first, "_fields") else first(parts)
 
 
+class Own(NamedTuple):
+    """What one thread repeats a call with: its launches, and scratch memory if the call keeps it."""
+
+    launches: list[Again]
+    memory: Any
+    start: int
+    turns: list[int]  # one number: the calls until the memory is cleared
+
+
 class Recorded:
-    """A recorded call, which can be repeated."""
+    """A recorded call, which can be repeated.
+
+    Small scratch memory is kept from one call to the next, which is safe because calls that use it follow one another
+    on one stream, which is in the key: as the library's own pool gives freed memory to the next call on that stream.
+    """
 
     def __init__(self, made: list[Made], launches: list[Launch], pattern: Any, fixed: list[Array]) -> None:
         self._launches, self._pattern, self._fixed = launches, pattern, fixed
@@ -142,38 +168,59 @@ class Recorded:
         for x in made:
             self._made.append((x, self._scratch if x.size else None))
             self._scratch += -(-x.size // _ALIGNMENT) * _ALIGNMENT
-        self._cleared = [(place, x.cleared) for x, place in self._made if place is not None and x.cleared]
-        self._free: list[list[Again]] = []  # launches that no thread is using
+        self._cleared, self._each_time = (
+            [(at, x.cleared) for x, at in self._made if at is not None and x.cleared and not (x.lasting and kept)]
+            for kept in (False, True)
+        )
+        self._free: list[Own] = []  # what no thread is using
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps."""
+        return SMALL + sum(x.nbytes for x in self._fixed) + (self._scratch if self._scratch <= KEPT else 0)
 
     def repeat(self, driver: Any, addresses: list[int], new: New, scratch: New | None, stream: int) -> Any:
         """Repeat the call. `new` and, if not None, `scratch` allocate an array and return it with its address."""
         addresses, arrays = list(addresses), []
-        memory, start = None, 0
+        is_captured = driver.is_capturing(stream)  # a graph may run beside later calls: it has memory of its own
+        keeps = self._scratch <= KEPT and scratch is not None and not is_captured
+        try:
+            own = self._free.pop()
+        except IndexError:
+            own = Own([Again(x.kernel, x.grid, x.integers, x.reals) for x in self._launches], None, 0, [0])
+        memory, start = own.memory, own.start
         if self._scratch:
-            if scratch is None:
-                memory = driver.allocate(self._scratch, stream)
-                start = memory.address
-            else:
-                memory, start = scratch((self._scratch,), _BYTES)
-            for place, size in self._cleared:
+            turns, cleared = own.turns, self._each_time
+            if not keeps or memory is None:
+                memory, start = self._allocate(driver, scratch, stream)
+                cleared = self._cleared
+                if keeps:
+                    own = Own(own.launches, memory, start, turns)
+            elif not turns[0]:
+                cleared = self._cleared
+            if keeps:
+                turns[0] = turns[0] - 1 if turns[0] else _TURNS
+            for place, size in cleared:
                 driver.clear(start + place, size, stream)
         for made, at in self._made:
             array, address = new(made.shape, made.dtype) if at is None else (memory, start + at)
             arrays.append(array)
             addresses.append(address)
-        try:
-            launches = self._free.pop()
-        except IndexError:
-            launches = [Again(x.kernel, x.grid, x.integers, x.reals) for x in self._launches]
-        for again, launch in zip(launches, self._launches, strict=True):
+        for again, launch in zip(own.launches, self._launches, strict=True):
             numbers = again.numbers
-            for n, source in launch.patches:
-                numbers[n] = addresses[source]
-        driver.launch_again(launches, stream)
-        self._free.append(launches)
-        if driver.is_capturing(stream):
+            for n, source, more in launch.patches:
+                numbers[n] = addresses[source] + more
+        driver.launch_again(own.launches, stream)
+        self._free.append(own)
+        if is_captured:
             _captured.append((self, arrays))
         return _built(self._pattern, arrays)
+
+    def _allocate(self, driver: Any, scratch: New | None, stream: int) -> tuple[Any, int]:
+        if scratch is not None:
+            return scratch((self._scratch,), _BYTES)
+        memory = driver.allocate(self._scratch, stream)
+        return memory, memory.address
 
 
 def find(key: Any) -> Recorded | None:

@@ -56,10 +56,12 @@ def device_of(array: Array) -> Device:
     return driver.device(base.device)
 
 
-def empty(shape: int | tuple[int, ...], dtype: Any, stream: int, cleared: int = 0) -> Array:
+def empty(
+    shape: int | tuple[int, ...], dtype: Any, stream: int, cleared: int = 0, lasting: bool = False
+) -> Array:  # fmt: skip
     """Allocate memory on the current device, to be freed in the order of `stream`; return its header.
 
-    The first `cleared` bytes are set to 0.
+    The first `cleared` bytes are set to 0; `lasting` are those that a repeated call need not clear (`replay.Made`).
     """
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     dtype = np.dtype(dtype)
@@ -74,7 +76,7 @@ def empty(shape: int | tuple[int, ...], dtype: Any, stream: int, cleared: int = 
     array = header(memory.address, shape, None, dtype, memory, driver.current())
     recorder = replay.current()
     if recorder is not None:
-        recorder.make(array, is_result=False, cleared=cleared)
+        recorder.make(array, is_result=False, cleared=cleared, lasting=lasting)
     return array
 
 

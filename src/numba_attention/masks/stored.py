@@ -101,6 +101,11 @@ class StoredMask:
             self.kept.pop(oldest, None)
 
     @cached_property
+    def token(self) -> object:
+        """What tells this mask from all others in this process, also from equal ones: a key that does not keep it."""
+        return object()
+
+    @cached_property
     def digest(self) -> bytes:
         """A digest of the content: equal masks have equal ones, in every process."""
         digest = hashlib.sha256(repr(self.shape).encode())
