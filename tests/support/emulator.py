@@ -309,6 +309,10 @@ class Emit(WarpgroupEmit):
     def shuffle_xor(self, x, distance):
         return Value(x.kind, self._all(x)[np.arange(self.n) ^ distance])
 
+    def shuffle(self, x, lane):
+        of_warp = np.arange(self.n) & -32
+        return Value(x.kind, self._all(x)[of_warp + (self._all(lane) & 31)])
+
     def sync_block(self):
         self._shared.sync()
 

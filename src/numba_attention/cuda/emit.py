@@ -369,6 +369,16 @@ class Emit(Warpgroup):
         code = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
         return self._asm(code, f"={letter},{letter}", [x], x.kind, effect=True, together=True)
 
+    def shuffle(self, x: Value, lane: Value) -> Value:
+        """An integer of another lane."""
+        if x.kind == "l":
+            code = (
+                "{ .reg .b32 l, h; mov.b64 {l, h}, $1; shfl.sync.idx.b32 l, l, $2, 31, -1;"
+                " shfl.sync.idx.b32 h, h, $2, 31, -1; mov.b64 $0, {l, h}; }"
+            )
+            return self._asm(code, "=l,l,r", [x, lane], "l", effect=True, together=True)
+        return self._asm("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=r,r,r", [x, lane], "i", effect=True, together=True)
+
     def sync_block(self) -> None:
         """Wait for all threads of the block, in a macro; kernels say ``cuda.syncthreads``."""
         self._effect("bar.sync 0;", "", [], together=True)

@@ -114,8 +114,14 @@ class Rows:
         assert self.pages is not None
         assert self.page_size is not None
         assert self.page is not None
-        number = e.load_constant("l", self.pages + e.wide(row // self.page_size) * 8)
-        return self.address + number * self.page + e.wide(row % self.page_size) * self.row
+        page = row // self.page_size
+        number = e.load_constant("l", self.pages + e.wide(page) * 8)
+        return self.address + number * self.page + e.wide(row - page * self.page_size) * self.row
+
+    @property
+    def are_scattered(self) -> bool:
+        """Whether the address of each row is found through memory."""
+        return self.pages is not None or self.listed is not None
 
 
 def fetch(
@@ -134,12 +140,25 @@ def fetch(
 
 def _fetch_chunks(e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threads: int, most: int) -> None:
     copies, width = -(-tile.rows * tile.chunks // threads), rows.elements * SIZES[tile.storage]
-    at_once = copies if copies <= most else most // 2
+    per_warp = 32 // tile.chunks  # rows that a warp copies with one instruction
+    # In larger blocks, whose tiles of sums leave fewer registers, the addresses would spill.
+    shared_out = rows.are_scattered and 32 % tile.chunks == 0 and threads == 32
+    at_once = copies if copies <= most else most if shared_out and copies % most == 0 else most // 2
     even = copies * threads == tile.rows * tile.chunks and copies % at_once == 0
     whole, nothing = e.const("i", CHUNK), e.const("i", 0)
     apart = 0 if threads % tile.chunks else threads // tile.chunks  # rows between successive copies of a thread
 
+    def addresses(turn: I32 | int) -> list[I64]:
+        """Each lane finds the addresses of some of the rows of a turn: one lookup of a page for a row, not a chunk."""
+        found = []
+        for first in range(0, at_once * per_warp, 32):
+            item = (thread & 31) + first
+            row = item + turn * (at_once * per_warp)
+            found.append(rows.at(e, row, row < rows.number))
+        return found
+
     def body(turn: I32 | int, state: Regs) -> Regs:
+        found = addresses(turn) if shared_out else []
         for n in range(at_once):
             if apart:
                 row, chunk, more = thread // tile.chunks + turn * (at_once * apart), thread % tile.chunks, n * apart
@@ -147,7 +166,12 @@ def _fetch_chunks(e: Emit, tile: Tile, base: I32, rows: Rows, thread: I32, threa
                 index = thread + turn * (at_once * threads) + n * threads
                 row, chunk, more = index // tile.chunks, index % tile.chunks, 0
             in_bounds = (row + more < rows.number) & (chunk * CHUNK < width)
-            source = rows.at(e, row, in_bounds, more) + e.wide(chunk * CHUNK)
+            if shared_out:
+                place = n * per_warp
+                source = e.shuffle(found[place // 32], (thread & 31) // tile.chunks + place % 32)
+            else:
+                source = rows.at(e, row, in_bounds, more)
+            source = source + e.wide(chunk * CHUNK)
             target = tile.chunk(tile.row_and(base, row, more), chunk)
             e.copy_async(target, source, e.select(in_bounds, whole, nothing), None if even else row + more < tile.rows)
         return state
