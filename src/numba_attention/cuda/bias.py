@@ -7,7 +7,7 @@ the other, and sums in registers. Where all rows or all keys share an element, i
 import numpy as np
 
 from .blocks import BACKWARD, Block, Lanes, block_of, make_landed, make_scale, packed_block, stage
-from .emit import I32, Emit, KernelFunction, Pred, Real, Regs, Target
+from .emit import I32, I64, Emit, KernelFunction, Regs, Target
 from .parameters import PARAMETERS, Parameters, Sequence
 from .score_gradients import Tiles
 from .spec import Spec
@@ -77,47 +77,74 @@ def make_bias(c: Spec, on: Target) -> KernelFunction:
         for (slot, n), x in zip(layout.elements, acc, strict=True):
             e.store_shared(kind, base + (places[slot] * columns + column + n) * size, [x])
 
-    @macro("", BLOCK, "i", "i", "i", "i")
-    def write(e: Emit, b: Block, base: I32, thread: I32, row: I32, key: I32) -> None:
-        """Sum over what the tile shares, and store."""
-        p, zero = b.p, e.const(kind, 0.0)
-        all_rows, all_keys = p.int("bias_rows").equals(1), p.int("bias_keys").equals(1)
-        s = Sequence(e, p, b.index)
-        one = e.const("i", 1)
-        most_rows, most_keys = (  # of the bias, or of this sequence in a bias of packed sequences
-            e.select(p.int(f"bias_{axis}").equals(0), s.int(of), p.int(f"bias_{axis}"))
+    def bounds(b: Block) -> tuple[I32, I32]:
+        """Rows and keys of the bias, or of this sequence in a bias of packed sequences."""
+        s = Sequence(b.e, b.p, b.index)
+        most = (
+            b.e.select(b.p.int(f"bias_{axis}").equals(0), s.int(of), b.p.int(f"bias_{axis}"))
             for axis, of in (("rows", "rows"), ("keys", "key_rows"))
         )
+        return tuple(most)  # type: ignore[return-value]
 
-        def store(i: I32, j: I32, x: Real, where: Pred) -> None:
-            at = e.wide(e.select(all_rows, one - one, row + i)) * p.grad_bias_row
-            at = at + e.wide(e.select(all_keys, one - one, key + j)) * p.grad_bias_column
-            e.store(kind, b.places["grad_bias"] + at, [x], where)
+    def address(b: Block, row: I32, key: I32) -> I64:
+        """Of an element of the gradient."""
+        e, p = b.e, b.p
+        at: I64 = b.places["grad_bias"] + e.wide(row) * p.grad_bias_row + e.wide(key) * p.grad_bias_column
+        return at
 
-        def element(i: I32, j: I32) -> Real:
-            return e.load_shared(kind, base + (i * columns + j) * size)
+    @macro("", BLOCK, "i", "i", "i", S)
+    def write(e: Emit, b: Block, thread: I32, row: I32, key: I32, acc: Regs) -> None:
+        """Store the elements that a thread has: with its neighbours it fills sectors of 32 bytes."""
+        most_rows, most_keys = bounds(b)
+        key = key + product.lane_column(thread & 31)
+        at = [address(b, row + i, key) for i in lanes.rows(thread)]
+        inside = [row + i < most_rows for i in lanes.rows(thread)]
+        for (slot, n), x in zip(layout.elements, acc, strict=True):
+            e.store(kind, at[slot] + b.p.grad_bias_column * n, [x], inside[slot] & (key + n < most_keys))
 
-        # Work of a thread: thread n sums row or column n, or stores the elements n, n + threads, ...
-        whole = all_rows & all_keys
-        neither = (all_rows | all_keys) ^ 1
-        column = e.select(thread < columns, thread, thread - thread)
-        line = e.select(thread < rows, thread, thread - thread)
-        sums = e.loop(rows, [zero], lambda i, t: [t[0] + element(i, column)])[0]
-        store(one - one, column, sums, all_rows & (all_keys ^ 1) & (thread < columns) & (key + column < most_keys))
-        sums = e.loop(columns, [zero], lambda j, t: [t[0] + element(line, j)])[0]
-        store(line, one - one, sums, all_keys & (all_rows ^ 1) & (thread < rows) & (row + line < most_rows))
-        sums = e.loop(rows * columns, [zero], lambda n, t: [t[0] + e.load_shared(kind, base + n * size)])[0]
-        store(one - one, one - one, sums, whole & thread.equals(0))
+    @macro("", BLOCK, "i", "i", "i", "i")
+    def sum_rows(e: Emit, b: Block, base: I32, thread: I32, row: I32, key: I32) -> None:
+        """All rows share an element: thread n sums column n, or is idle."""
+        inside = thread < columns
+        at = base + e.select(inside, thread, thread - thread) * size
+        zero = e.const(kind, 0.0)
+        x = e.loop(rows, [zero], lambda i, t: [t[0] + e.load_shared(kind, at + i * (columns * size))])[0]
+        e.store(kind, address(b, row - row, key + thread), [x], inside & (key + thread < bounds(b)[1]))
 
-        def each(n: I32, state: Regs) -> Regs:
-            index = n * threads + thread
-            i, j = index // columns, index % columns
-            store(
-                i, j, e.load_shared(kind, base + index * size), neither & (row + i < most_rows) & (key + j < most_keys)
-            )
-            return state
+    @macro("", BLOCK, "i", "i", "i", "i")
+    def sum_keys(e: Emit, b: Block, base: I32, thread: I32, row: I32, key: I32) -> None:
+        """All keys share an element: thread n sums row n, from column n on so that threads read different banks."""
+        inside = thread < rows
+        line = e.select(inside, thread, thread - thread)
+        zero = e.const(kind, 0.0)
+        x = e.loop(
+            columns, [zero],
+            lambda j, t: [t[0] + e.load_shared(kind, base + (line * columns + (j + line) % columns) * size)],
+        )[0]  # fmt: skip
+        e.store(kind, address(b, row + thread, key - key), [x], inside & (row + thread < bounds(b)[0]))
 
-        e.loop(rows * columns // threads, [], each)
+    @macro("", "i", "i")
+    def fold(e: Emit, base: I32, thread: I32) -> None:
+        """Leave the sum of every thread's share of the tile in its first elements."""
+        zero, at = e.const(kind, 0.0), base + thread * size
+        x = e.loop(
+            rows * columns // threads, [zero], lambda n, t: [t[0] + e.load_shared(kind, at + n * (threads * size))]
+        )[0]
+        e.store_shared(kind, at, [x])
+
+    @macro("", BLOCK, "i", "i")
+    def sum_all(e: Emit, b: Block, base: I32, thread: I32) -> None:
+        """All rows and all keys share one element."""
+        zero = e.const(kind, 0.0)
+        x = e.loop(threads, [zero], lambda n, t: [t[0] + e.load_shared(kind, base + n * size)])[0]
+        e.store(kind, address(b, thread - thread, thread - thread), [x], thread.equals(0))
+
+    @macro("i i", PARAMETERS)
+    def shared_axes(e: Emit, p: Parameters) -> tuple[I32, I32]:
+        """1 where all rows, or all keys, share an element."""
+        one, zero = e.const("i", 1), e.const("i", 0)
+        rows_and_keys = (e.select(p.int(f"bias_{axis}").equals(1), one, zero) for axis in ("rows", "keys"))
+        return tuple(rows_and_keys)  # type: ignore[return-value]
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         parameters = integers, reals
@@ -144,9 +171,20 @@ def make_bias(c: Spec, on: Target) -> KernelFunction:
                         cuda.syncthreads()
                         key = np.int32(key + columns)
                     row = np.int32(row + rows)
-        leave(base, thread, acc)
-        cuda.syncthreads()
         block, _, _ = member(parameters, begin, first_head, first_row)
-        write(block, base, thread, first_row, first_key)
+        all_rows, all_keys = shared_axes(parameters)
+        if all_rows == 0 and all_keys == 0:
+            write(block, thread, first_row, first_key, acc)
+        else:
+            leave(base, thread, acc)
+            cuda.syncthreads()
+            if all_keys == 0:
+                sum_rows(block, base, thread, first_row, first_key)
+            elif all_rows == 0:
+                sum_keys(block, base, thread, first_row, first_key)
+            else:
+                fold(base, thread)
+                cuda.syncthreads()
+                sum_all(block, base, thread)
 
     return kernel
