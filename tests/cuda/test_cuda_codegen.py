@@ -390,10 +390,15 @@ def test_old_gpus(storage):
 
 @pytest.mark.parametrize(("of", "to"), [("float32", "bfloat16"), ("float64", "float64"), ("float16", "float32")])
 def test_sums(of, to):
-    check(
-        kernels.compile_(Spec("reduce", of, 32, 32, to=to, arch="sm_90a")),
-        Spec("reduce", of, 32, 32, arch="sm_90a"),
-    )
+    c = Spec("reduce", of, 32, 32, to=to, aligned=False, arch="sm_90a")
+    check(kernels.compile_(c), c)
+
+
+def test_conversion_reads_sixteen_bytes_at_a_time(disassembled):
+    c = Spec("reduce", "float32", 32, 32, to="bfloat16", arch="sm_90a")
+    compiled = kernels.compile_(c)
+    check(compiled, c)
+    assert re.findall(r"\b(?:LDG|STG)\.E\S* ", disassembled(compiled.code)) == ["LDG.E.128 ", "STG.E.64 "]
 
 
 @pytest.mark.parametrize(("of", "to"), [("float32", "int8"), ("float64", "float8_e4m3fn"), ("float64", "float16"),

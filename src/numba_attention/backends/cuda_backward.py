@@ -1,5 +1,7 @@
 """The backward pass of the CUDA backend: the launches of its kernels, one after the other."""
 
+import math
+
 import numpy as np
 
 from ..cuda import tile_shapes
@@ -38,18 +40,23 @@ def run(g: BackwardProblem) -> None:
     if _is_single(p):
         sums = runtime.empty((*of_rows, padded(p.E)), real, stream)
         sums = np.broadcast_to(sums, (*p.out.shape[:-1], sums.shape[-1]))
-    of_bias = None
-    if g.bias_shape is not None:
-        of_bias = g.bias = g.empty(g.bias_shape, real)
     work = Work(
         p, grad_out=g.grad_out, grad_lse=g.grad_lse, grad_query=g.query, grad_key=g.key, grad_value=g.value,
-        delta=delta, sum_query=sums, grad_bias=None if of_bias is None else spread_bias(of_bias, p),
+        delta=delta, sum_query=sums,
     )  # fmt: skip
-    if of_bias is not None and (p.packing is not None or not work.sequences.size):
-        add_up(of_bias, of_bias, work.device.arch, stream, terms=False)
     number = len(work.sequences)
     if not number or not p.H:
         return _without_work(g, work)
+    aligned = is_aligned(p.query, p.key, p.value, g.grad_out, g.query, g.key, g.value)
+    of_queries, of_keys = work.spec("query", aligned, g.query), work.spec("key", aligned, g.key)
+    single = None if sums is None else tile_shapes.fused_dq(of_keys, work.device)
+    of_bias = ""
+    if g.bias_shape is not None:
+        of_bias = _prepare_bias(g, work, single or of_queries)
+        if single is not None:
+            single = single.with_(grad_bias=of_bias)
+        elif of_bias:
+            of_queries = of_queries.with_(grad_bias=of_bias)
     work.upload_sequences()
     work.put("far", runtime.empty((HEAD,), np.int32, stream, cleared=4 * HEAD))
     tiles = -(-p.L // ROWS)
@@ -60,17 +67,14 @@ def run(g: BackwardProblem) -> None:
         c = c.with_(sinks=p.sinks is not None, dropout=False)
         tiles = -(-p.L // c.rows)
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
-    aligned = is_aligned(p.query, p.key, p.value, g.grad_out, g.query, g.key, g.value)
-    of_queries, of_keys = work.spec("query", aligned, g.query), work.spec("key", aligned, g.key)
-    single = None if sums is None else tile_shapes.fused_dq(of_keys, work.device)
     if p.S:
         for c in tile_shapes.parts(of_keys) if single is None else [single]:
             _own(work, c, c, p.Hkv, p.S, c.rows)
     if p.L:
         c = of_queries if single is None else _round(_small("round", work), single).with_(aligned=aligned)
         _own(work, c, of_queries, p.H, p.L, c.rows if single is None else ROWS)
-    if of_bias is not None and p.L and p.S:
-        _of_bias(g, work, of_bias, is_aligned(p.query, p.key, p.value, g.grad_out))
+    if g.bias_shape is not None and not of_bias and p.L and p.S:
+        _of_bias(g, work, is_aligned(p.query, p.key, p.value, g.grad_out))
     if p.sinks is not None:
         _of_sinks(g, work)
     if g.mod_grads:
@@ -134,11 +138,46 @@ def _own(work: Work, c: Spec, repeat: Spec, heads: int, length: int, rows: int) 
         work.launch(repeat, (number * tiles, heads, repeat.slabs), tiles=tiles)
 
 
-def _of_bias(g: BackwardProblem, work: Work, of_bias: Array, aligned: bool) -> None:
+def _prepare_bias(g: BackwardProblem, work: Work, beside: Spec) -> str:
+    """Allocate the gradient of the bias, cleared where not all of it is written.
+
+    Returns what the kernel that has dS anyway does for it (`Spec.grad_bias`): "" if a pass of its own computes it. That
+    is so where dS is not its gradient, and where a sum needs an order, because it must not depend on that of atomics.
+    """
+    p, shape = g.forward, g.bias_shape
+    assert shape is not None
+    sizes = (math.prod(shape[:-3]), *shape[-3:])
+    has_own = p.packing is None and sizes == (len(work.sequences), p.H, p.L, p.S)  # each score its element
+    how = ""
+    if p.L and p.S and not (beside.has_slopes or beside.is_sliced):
+        if has_own:
+            how = "elements"
+        elif beside.fused_dq:
+            axes = tuple(name for name, n in (("rows", shape[-2]), ("keys", shape[-1])) if n == 1)
+            how = {0: "sums", 1: "sums_of_" + "".join(axes), 2: "sums_of_all"}[len(axes)]
+    of_bias = None
+    if how == "elements" and beside.fused_dq and p.bias is not None and p.bias.dtype == p.query.dtype:
+        as_given = g.empty(shape, p.bias.dtype)
+        if is_aligned(as_given):
+            of_bias, how = as_given, "tiles"
+    g.bias = g.empty(shape, work.real) if of_bias is None else of_bias
+    if how.startswith("sums") or p.packing is not None or not (p.L and p.S) or (how and not _visits_all(work)):
+        runtime.clear(g.bias, work.stream)
+    work.locate("grad_bias", spread_bias(g.bias, p))
+    return how
+
+
+def _visits_all(work: Work) -> bool:
+    """Whether every row sees every key, and all of them exist."""
+    p, s = work.p, work.sequences
+    return p.left is None and p.right is None and bool(((s["queries"] >= p.L) & (s["keys"] >= p.S)).all())
+
+
+def _of_bias(g: BackwardProblem, work: Work, aligned: bool) -> None:
     p, shape = g.forward, g.bias_shape
     assert shape is not None
     c = tile_shapes.bias(work.spec("query", aligned), work.device)
-    owners, of_members = _owners(work, of_bias)
+    owners, of_members = _owners(work)
     packed = (False, False) if p.packing is None else p.packing.bias
     sizes = [0 if is_packed and n != 1 else n for n, is_packed in zip(shape[-2:], packed, strict=True)]
     tiles = 1 if shape[-2] == 1 else -(-p.L // c.rows)
@@ -150,7 +189,7 @@ def _of_bias(g: BackwardProblem, work: Work, of_bias: Array, aligned: bool) -> N
     work.launch(c, (owners * tiles * inner, shape[-3], 1), tiles=tiles, inner_tiles=inner, number=owners, **more)
 
 
-def _owners(work: Work, of_bias: Array) -> tuple[int, Array]:
+def _owners(work: Work) -> tuple[int, Array]:
     """Group the sequences that share elements of the bias.
 
     Returns the number of groups, and an array with the offset of each group followed by the numbers of its sequences.
@@ -195,10 +234,12 @@ def _of_mods(g: BackwardProblem, work: Work, aligned: bool) -> None:
 
 def _without_work(g: BackwardProblem, work: Work) -> None:
     """Write zeros where there are no heads or no sequences."""
+    if g.bias_shape is not None:
+        g.bias = g.empty(g.bias_shape, work.real)
     if g.forward.sinks is not None:
         g.sinks = g.empty((g.forward.H,), work.real)
     if g.mod_grads:
         g.mod_args = [g.empty(x.shape, x.dtype) for x in (g.forward.mod_args[place] for place in g.mod_grads)]
-    for x in (g.query, g.key, g.value, g.sinks, *(g.mod_args or ())):
+    for x in (g.query, g.key, g.value, g.bias, g.sinks, *(g.mod_args or ())):
         if x is not None:
             add_up(x, x, work.device.arch, work.stream, terms=False)

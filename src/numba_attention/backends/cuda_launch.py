@@ -8,6 +8,7 @@ import numpy as np
 from ..caches.contents import Contents
 from ..cuda import kernels, tile_shapes
 from ..cuda.blocks import HEAD
+from ..cuda.formats import HALVES
 from ..cuda.parameters import ARRAYS, INTEGERS, MOST, REALS
 from ..cuda.softmax import LOG2E
 from ..cuda.spec import Mods, Spec
@@ -18,7 +19,7 @@ from ..intervals import FAR, keys_of_rows, rows_of_keys
 from ..options import Array
 from ..problem.dense import Problem
 from . import device_masks, device_rules
-from .records import fill_in, is_paged, sequences_of, storage_of, stored_of
+from .records import fill_in, is_paged, sequences_of, starts_of, storage_of, stored_of
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 HEADS = 65535  # CUDA's limit for the second dimension of a grid
@@ -42,6 +43,13 @@ def _has_pairs(p: Problem) -> bool:
     """Whether two neighbours of bias and mask can be read at once."""
     arrays = [x for x in (p.bias, p.mask) if x is not None]
     return bool(arrays) and p.packing is None and all(has_whole_words(x, 2 * x.itemsize) for x in arrays)
+
+
+def _has_tiles(p: Problem) -> bool:
+    """Whether the bias can be copied in words of 16 bytes, and read as tiles of a half type."""
+    if p.bias is None or p.packing is not None:
+        return False
+    return storage_of(p.bias.dtype) in HALVES and is_aligned(p.bias)
 
 
 _AT = {name: n for n, name in enumerate(INTEGERS)}
@@ -134,12 +142,18 @@ class Work:
             p.softcap is not None, p.alibi_slopes is not None, "" if p.bias is None else storage_of(p.bias.dtype),
             p.mask is not None, p.dropout > 0, is_paged(p), self.hides, aligned, stored_of(p),
             device_rules.mods_of(self._rules, task in ("query", "key")), p.blocks is not None, _has_pairs(p),
+            _has_tiles(p),
         )  # fmt: skip
         return c if result is None or result.dtype == p.query.dtype else c.with_(to=storage_of(result.dtype))
 
     def gradients_of_mods(self, places: tuple[int, ...]) -> Mods | None:
         """Return the rules of the kernel of the gradients of these arrays."""
         return device_rules.mods_of(self._rules, False, places)
+
+    def locate(self, name: str, x: Array) -> None:
+        """Set address, strides and the offsets of sequences of one more array, before `upload_sequences`."""
+        self.put(name, x)
+        self.sequences[name] = starts_of(name, x, self.p)
 
     def empty(self, name: str, shape: Any, dtype: Any) -> Array:
         """Allocate an array on the device, and set its address."""

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 
 from ..cuda import kernels
+from ..cuda.formats import HALVES
 from ..cuda.parameters import AXES, REALS
+from ..cuda.rowwise import TOGETHER
 from ..cuda.spec import Spec
 from ..device import runtime
 from ..device.headers import address_of
@@ -41,6 +43,17 @@ def add_up(x: Array, target: Array, arch: str, stream: int, terms: bool = True) 
         integers += kept[n] if n < len(kept) else (1, 0, 0)
     for n in range(AXES):
         integers += summed[n] if n < len(summed) else (1, 0)
-    c = Spec("reduce", storage_of(x.dtype), 32, 32, to=storage_of(target.dtype), arch=arch)
-    grid = (-(-target.size // c.threads), 1, 1)
+    c = Spec("reduce", storage_of(x.dtype), 32, 32, to=storage_of(target.dtype), aligned=False, arch=arch)
+    each = 1
+    if terms and _is_copy(x, target):
+        c, each = c.with_(aligned=True), TOGETHER
+    grid = (-(-target.size // (each * c.threads)), 1, 1)
     runtime.launch(kernels.compiled(c), grid, integers, [0.0] * len(REALS), stream)
+
+
+def _is_copy(x: Array, target: Array) -> bool:
+    """Whether float32 in one piece of memory becomes as much of a half type, of which threads convert several."""
+    if x.dtype != np.float32 or storage_of(target.dtype) not in HALVES or x.size != target.size or x.size % TOGETHER:
+        return False
+    in_order = x.flags.c_contiguous and target.flags.c_contiguous
+    return in_order and not any(address_of(array) % 16 for array in (x, target))

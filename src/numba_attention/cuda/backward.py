@@ -14,6 +14,7 @@ Features beyond those of tiles pass in slices (`operands`): a block owns a slab 
 
 import numpy as np
 
+from . import bias_tiles
 from .blocks import (
     BACKWARD,
     FACTS,
@@ -91,7 +92,8 @@ class Tiles:
                 Tile(columns, c.Ev, kept, first + columns * c.E * self.own[0].size),
             ]
             self.facts = self.other[1].end
-            self.period = self.facts + facts - first
+            self.bias = bias_tiles.tile_of(c, self.facts + facts) if c.has_bias_tile else None
+            self.period = (self.facts + facts if self.bias is None else self.bias.end) - first
             self.end = first + 2 * self.period
         product = c.make_product()
         if c.fused_dq:
@@ -166,7 +168,7 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     sums = {name: product.features(c.Ev if name == "value" or c.is_sliced else c.E) for name in keeps}
     S = f"{kind}{len(layout)}"
     first, second = f"{kind}{len(sums[keeps[0]])}", f"{kind}{len(sums[keeps[-1]])}" if len(keeps) == 2 else f"{kind}1"
-    names = NAMES[c.task]
+    names = (*NAMES[c.task], "grad_bias") if c.grad_bias else NAMES[c.task]
     staged = c.is_staged
     sliced, slab_width = c.is_sliced, c.Ev
     scale_own = make_scale(c, on, tiles.operands[0].all if sliced else tiles.own[0])
@@ -176,6 +178,8 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     BLOCK = packed_block(c, names)
     any_marked, marked = make_marks(c, on, BLOCK)
     together = compute_capability(c.arch) >= (9, 0)
+    of_bias = None if c.is_sliced else tiles.bias
+    writes_tile, writes_bias = c.grad_bias == "tiles", c.grad_bias not in ("", "tiles")
     lists = c.lists
     list_of, visit, show = make_visits(c, on, BLOCK, lanes)
 
@@ -193,7 +197,9 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
             begin = first_of_block(begin)
         if lists:
             begin = aligned(begin)
-        if c.pairs:
+        if of_bias is not None and not of_keys:
+            begin = begin & -8
+        elif c.pairs:
             begin = begin & -2
         return [begin, end, all_begin, e.select(mended(b), begin - begin, all_end)]
 
@@ -222,6 +228,9 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
         base = base + shift
         for name, tile in zip(tiles.other_names, tiles.other, strict=True):
             of_head(b, name, g).load_tile(name, tile, base, thread, j, b.span.columns)
+        if of_bias is not None:
+            query, key, head = (j, b.first, g) if of_keys else (b.first, j, None)
+            bias_tiles.load(b, of_bias, base, thread, query, key, head)
         load_facts(b, base, thread, j, g)
 
     def load_facts(b: Block, base: I32, thread: I32, j: I32, g: I32) -> None:
@@ -272,9 +281,15 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
     def multiply(e: Emit, b: Block, base: I32, thread: I32, shift: I32, j: I32, g: I32) -> Regs:
         return products(0, b, base, thread, shift, j, g)
 
-    @macro(f"{S} {S}" if c.has_slopes else S, BLOCK, "i", "i", "i", S)
-    def stages(e: Emit, b: Block, thread: I32, j: I32, g: I32, s: Regs) -> Regs | tuple[Regs, Regs]:
-        s, derivatives = stage(b, lanes, thread, j, s, g if of_keys else None)
+    @macro(f"{S} {S}" if c.has_slopes else S, BLOCK, "i", "i", "i", "i", "i", S)
+    def stages(
+        e: Emit, b: Block, base: I32, thread: I32, shift: I32, j: I32, g: I32, s: Regs
+    ) -> Regs | tuple[Regs, Regs]:
+        biases = None
+        if of_bias is not None:
+            assert isinstance(product, TensorCores)
+            biases = bias_tiles.read(e, product, of_bias, e.opaque(base + shift), e.opaque(thread), of_keys)
+        s, derivatives = stage(b, lanes, thread, j, s, g if of_keys else None, biases)
         return (s, derivatives) if c.has_slopes else s
 
     @macro(S, BLOCK, "i", "i", S)
@@ -379,6 +394,14 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                 x = [total[4 * n + 2 * slot + part] * factor for part in (0, 1)]
                 e.add(address + 32 * n, x, where, together)
 
+    @macro("", BLOCK, "i", "i", "i", "i")
+    def write_bias_tile(e: Emit, b: Block, base: I32, thread: I32, j: I32, g: I32) -> None:
+        bias_tiles.write_tile(b, tiles.grads, e.opaque(base), e.opaque(thread), j, g)
+
+    @macro("", BLOCK, "i", "i", "i", S)
+    def write_bias(e: Emit, b: Block, thread: I32, j: I32, g: I32, ds: Regs) -> None:
+        bias_tiles.write(b, lanes, e.opaque(thread), j, ds, g if of_keys else None)
+
     @macro("", BLOCK, "i", "i", first, second)
     def finish(e: Emit, b: Block, thread: I32, feature: I32, x: Regs, y: Regs) -> None:
         grads = {name: (sums[name], part) for name, part in zip(keeps, (x, y), strict=False)}
@@ -441,9 +464,9 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                             load_other(block, base, thread, next_j, next_g, shift)
                 if staged:
                     if slopes:
-                        s, derivatives = stages(block, thread, j, g, s)
+                        s, derivatives = stages(block, base, thread, shift, j, g, s)
                     else:
-                        s = stages(block, thread, j, g, s)
+                        s = stages(block, base, thread, shift, j, g, s)
                 if lists:
                     if words != 0:
                         s = show(block, thread, j, words, s)
@@ -469,10 +492,14 @@ def make_backward(c: Spec, on: Target) -> KernelFunction:
                         cuda.syncthreads()
                         if next_g < group:
                             load_other(block, base, thread, next_j, next_g, shift)
+                    if writes_bias:
+                        write_bias(block, thread, j, g, ds)
                     x = add_first(base, thread, shift, x, ds)
                     if fused_dq:
                         leave(base, thread, ds)
                         cuda.syncthreads()
+                        if writes_tile:
+                            write_bias_tile(block, base, thread, j, g)
                         add_queries(block, base, thread, j, g)
                 if lists:
                     j, g, words = next_j, next_g, next_words

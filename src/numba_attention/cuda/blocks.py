@@ -268,9 +268,15 @@ class Lanes:
         return Scores(b.e, self.c, b.p, self.product, self.layout, rows, column, transposed)
 
 
-def stage(b: Block, lanes: Lanes, thread: I32, column: I32, s: Regs, head: I32 | None = None) -> tuple[Regs, Regs]:
-    """The stages of a tile; where rows are keys, `head` is the query head, of a group from 0."""
-    return lanes.scores(b, thread, column, head is not None).stages(s, stage_inputs(b, lanes, thread, head))
+def stage(
+    b: Block, lanes: Lanes, thread: I32, column: I32, s: Regs, head: I32 | None = None, biases: Regs | None = None
+) -> tuple[Regs, Regs]:
+    """The stages of a tile; where rows are keys, `head` is the query head, of a group from 0.
+
+    `biases` are those of the scores, where they have been read.
+    """
+    inputs = replace(stage_inputs(b, lanes, thread, head), biases=biases)
+    return lanes.scores(b, thread, column, head is not None).stages(s, inputs)
 
 
 def stage_inputs(b: Block, lanes: Lanes, thread: I32, head: I32 | None = None) -> StageInputs:

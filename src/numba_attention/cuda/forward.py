@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from . import bias_tiles
 from .blocks import (
     FORWARD,
     HEAD,
@@ -31,7 +32,7 @@ from .emit import I32, Emit, KernelFunction, Macro, Regs, Target
 from .formats import HALVES
 from .operands import Operands, own_slab
 from .parameters import PARAMETERS, Parameters
-from .products import Layout, Product
+from .products import Layout, Product, TensorCores
 from .results import not_finite, write_row
 from .softmax import across, fold, lse, relative, start, total
 from .spec import Spec
@@ -78,9 +79,19 @@ def _end(c: Spec) -> int:
     return codes_of(c)[1].end if c.copies_codes else tiles_of(c)[2]
 
 
+def bias_of(c: Spec) -> Tile | None:
+    """The tile of the bias, behind the others."""
+    return bias_tiles.tile_of(c, _end(c)) if c.has_bias_tile else None
+
+
+def _at_lift(c: Spec) -> int:
+    of_bias = bias_of(c)
+    return _end(c) if of_bias is None else of_bias.end
+
+
 def shared(c: Spec) -> int:
     """Bytes of shared memory of a block: its tiles, and the flag that it has started over, which saves a register."""
-    return _end(c) + (16 if repeats(c) else 0)
+    return _at_lift(c) + (16 if repeats(c) else 0)
 
 
 def make_arrange(c: Spec, on: Target, tile: Tile) -> Macro:
@@ -139,6 +150,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
     layout, features = product.layout(c.columns), product.features(c.Ev)
     lanes = Lanes(c, product)
     scored, v, _ = tiles_of(c)
+    of_bias = bias_of(c)
     coded, columns = c.copies_codes, c.columns
     # `load_keys` and `load_values` copy to these: the tiles themselves, or codes.
     keys, values = codes_of(c) if coded else (scored.b, v)
@@ -150,7 +162,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
     scale_queries = make_arrange(c, on, scored.all) if c.multiplies_codes else make_scale(c, on, scored.all)
     S, C, M = f"{kind}{len(layout)}", f"{kind}{len(features)}", f"{kind}{product.slots}"
     split_kv, nan_safe, dropout = c.split_kv, c.nan_safe, c.dropout
-    may_repeat, at_lift = repeats(c), _end(c)
+    may_repeat, at_lift = repeats(c), _at_lift(c)
     # Instruction overlap: the softmax and the product with values in one basic block let the scheduler interleave
     # exponentials with tensor core instructions. Above 64 features there are no registers for both, so the softmax runs
     # before the barrier that waits for values.
@@ -179,7 +191,9 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
             begin = first_of_block(begin)
         if lists:
             begin = aligned(begin)
-        if c.pairs:
+        if of_bias is not None:
+            begin = begin & -8
+        elif c.pairs:
             begin = begin & -2
         if split_kv:
             tiles = (e.max(end - begin, 0) + columns - 1) // columns  # (integer division is unsigned)
@@ -198,6 +212,8 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
             b.load_tile("key", keys, base, thread, j, b.span.columns)
         else:
             scored.load_b(b, base, thread, j, b.span.columns)
+        if of_bias is not None:
+            bias_tiles.load(b, of_bias, base, thread, b.first, j)
         b.commit()
 
     @macro("", BLOCK, "i", "i", "i")
@@ -241,9 +257,13 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
 
     staged = c.is_staged
 
-    @macro(S, BLOCK, "i", "i", S)
-    def stages(e: Emit, b: Block, thread: I32, j: I32, s: Regs) -> Regs:
-        return stage(b, lanes, thread, j, s)[0]
+    @macro(S, BLOCK, "i", "i", "i", S)
+    def stages(e: Emit, b: Block, base: I32, thread: I32, j: I32, s: Regs) -> Regs:
+        biases = None
+        if of_bias is not None:
+            assert isinstance(product, TensorCores)
+            biases = bias_tiles.read(e, product, of_bias, e.opaque(base), e.opaque(thread), False)
+        return stage(b, lanes, thread, j, s, biases=biases)[0]
 
     @macro(S, BLOCK, "i", "i", S)
     def hide(e: Emit, b: Block, thread: I32, j: I32, s: Regs) -> Regs:
@@ -353,7 +373,7 @@ def make_forward(c: Spec, on: Target) -> KernelFunction:
                 load_values(block, base, thread, j)
                 s = multiply_keys(block, base, thread, j)
                 if staged:
-                    s = stages(block, thread, j, s)
+                    s = stages(block, base, thread, j, s)
                 if lists:
                     if words != 0:
                         s = show(block, thread, j, words, s)

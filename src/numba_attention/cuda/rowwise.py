@@ -16,6 +16,9 @@ from .spec import Spec
 NAMES = ("out", "grad_out", "lse", "grad_lse", "delta", "sum_query", "grad_query")
 
 
+TOGETHER = 4  # elements that a thread converts: it reads 16 bytes
+
+
 def kind_of(storage: str) -> str:
     return "d" if storage == "float64" else "f"
 
@@ -168,8 +171,11 @@ def make_reduce(c: Spec, on: Target) -> KernelFunction:
     """Make the kernel that sums an array over some axes and converts: a thread for each element of the result.
 
     Its integers are of its own kind: source, target, elements, terms, and for each of `AXES` kept axes size, source
-    and target stride, for each of as many summed axes size and stride.
+    and target stride, for each of as many summed axes size and stride. ``aligned``: no axis is summed, and both arrays
+    are contiguous, at multiples of 16 bytes: a thread converts `TOGETHER` elements.
     """
+    if c.aligned:
+        return _make_convert(c, on)
     cuda, macro = on.cuda, on.macro
     of, to = c.storage, c.to
     kind, threads = "d" if "float64" in (of, to) else "f", c.threads
@@ -203,5 +209,23 @@ def make_reduce(c: Spec, on: Target) -> KernelFunction:
         for term in range(terms):
             total = add(integers, source, target, np.int32(term), total)
         finish(target, total)
+
+    return kernel
+
+
+def _make_convert(c: Spec, on: Target) -> KernelFunction:
+    """Make the kernel of `make_reduce` that converts float32 to a half type."""
+    cuda, macro, threads = on.cuda, on.macro, c.threads
+
+    @macro("", f"l{4 + 5 * AXES}", "i", "i")
+    def convert(e: Emit, n: Regs, x: I32, thread: I32) -> None:
+        first = (e.wide(x) * threads + e.wide(thread)) * TOGETHER
+        inside = first < n[2]
+        numbers = e.load("f", n[0] + first * 4, TOGETHER, where=inside)
+        words = [e.pack(HALVES[c.to], *numbers[i : i + 2]) for i in range(0, TOGETHER, 2)]
+        e.store("i", n[1] + first * 2, words, inside)
+
+    def kernel(integers, reals):  # type: ignore[no-untyped-def]
+        convert(integers, np.int32(cuda.blockIdx.x), np.int32(cuda.threadIdx.x))
 
     return kernel

@@ -77,6 +77,7 @@ class StageInputs:
     keys: I32  # valid keys
     slopes: Regs  # of ALiBi, of each slot
     heads: Regs | None = None
+    biases: Regs | None = None  # the bias of each score, where it has been read
     # What rules of callers are called with: the number of the sequence, the head of each slot, the position of query 0
     # and the number of key 0.
     batch: I32 | None = None
@@ -143,12 +144,12 @@ class Scores:
                 sloped.append(e.fma(e.convert(kind, distance), e.const(kind, 0.0) - inputs.slopes[slot], x))
             s = sloped
         low = self.product.hidden(e) if self.nan_safe else e.const(kind, -math.inf)
-        if c.bias or c.mask:
+        if (c.bias and inputs.biases is None) or c.mask:
             inside = [(i < inputs.rows) & (j < inputs.keys) for i, j in places]
         if c.bias:
             least = e.const(kind, -LARGEST[kind])
-            biased = []
-            for z, x in zip(self.elements("bias", c.bias, inputs, places, inside), s, strict=True):
+            biased, biases = [], inputs.biases or self.elements("bias", c.bias, inputs, places, inside)
+            for z, x in zip(biases, s, strict=True):
                 y = _converted(e, kind, z)
                 total = x + y if is_natural else e.fma(x, rest, y)
                 # Only a bias of -inf hides: a sum of finite numbers that underflows to -inf becomes the least number.

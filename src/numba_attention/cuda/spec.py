@@ -58,6 +58,11 @@ class Spec:
     mods: Mods | None = None
     lists: bool = False  # visits the tiles in the lists of a block mask
     pairs: bool = False  # neighbours of bias and mask are read at once: rows of both begin at even elements
+    bias_tile: bool = False  # rows of the bias, of a half type, begin at multiples of 16 bytes and have no gaps
+    # What becomes of dS beside the other gradients (`bias_tiles`): "" if nothing, "tiles" or "elements" if each element
+    # of the bias has one, in the type of queries or of sums; "sums" by atomics, "sums_of_rows" of a bias that all
+    # queries share, "sums_of_keys" of one that all keys share, "sums_of_all".
+    grad_bias: str = ""
     dropout: bool = False
     sinks: bool = False
     paged: bool = False
@@ -126,6 +131,13 @@ class Spec:
         return self.is_staged or self.dropout or self.lists
 
     @property
+    def has_bias_tile(self) -> bool:
+        """Whether tiles of the bias are copied to shared memory (`bias_tiles`): those of at least four chunks a row."""
+        whole = self.bias_tile and self.aligned and self.product == "tensor"
+        whole = whole and not (self.is_sliced or self.pack_gqa or self.kv_storage)
+        return whole and self.task in ("forward", "query", "key") and self.columns % 32 == 0
+
+    @property
     def copies_codes(self) -> bool:
         """Whether keys and values are copied as codes, and converted from shared memory."""
         return bool(self.kv_storage) and self.aligned and not self.is_sliced
@@ -180,14 +192,15 @@ class Spec:
     @property
     def name(self) -> str:
         """All that distinguishes this kernel from others."""
-        options = [n for n in ("aligned", "softcap", "alibi", "mask", "pairs", "lists", "dropout", "sinks", "paged",
-                               "pack_gqa", "split_kv", "flags", "nan_safe", "gather_rows", "fused_dq", "by_fours")
+        options = [n for n in ("aligned", "softcap", "alibi", "mask", "pairs", "bias_tile", "lists", "dropout", "sinks",
+                               "paged", "pack_gqa", "split_kv", "flags", "nan_safe", "gather_rows", "fused_dq",
+                               "by_fours")
                    if getattr(self, n)]  # fmt: skip
         words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",
                  f"{self.warps}w{self.columns}c{self.blocks}b{self.only}{self.to}", *options]  # fmt: skip
         if self.is_sliced:
             words.append(f"{self.E_slices}x{self.Ev_slices}slices")
-        named = [f"{n}_{getattr(self, n)}" for n in ("bias", "kv_storage") if getattr(self, n)]
+        named = [f"{n}_{getattr(self, n)}" for n in ("bias", "grad_bias", "kv_storage") if getattr(self, n)]
         if self.mods is not None:
             named.append(f"mods_{self.mods.digest}")
         return "-".join([*words, *named, self.arch])

@@ -99,6 +99,9 @@ def fitted(c: Spec, device: Any) -> Spec:
     """Fewer rows of a thread, warps or columns until the tiles fit into shared memory."""
     least = c.across if c.product == "simt" else 16
     while kernels.shared(c) > device.shared_memory:
+        if c.has_bias_tile:
+            c = c.with_(bias_tile=False)
+            continue
         if c.is_sliced and c.warps == 1 and c.slots > 1:
             c = c.with_(slots=c.slots // 2)
             continue
@@ -123,17 +126,19 @@ def _features(c: Spec) -> str:
 def for_call(
     task: str, storage: str, E: int, Ev: int, product: str, device: Any, softcap: bool, alibi: bool, bias: str,
     mask: bool, dropout: bool, paged: bool, flags: bool, aligned: bool, kv_storage: str = "",
-    mods: Mods | None = None, lists: bool = False, pairs: bool = False,
+    mods: Mods | None = None, lists: bool = False, pairs: bool = False, bias_tile: bool = False,
 ) -> Spec:  # fmt: skip
     """The kernel of a task with the options of a call.
 
     `pairs`: bias and mask can be read in pairs, which the threads of tensor cores have, of keys where rows are queries.
+    `bias_tile`: the bias can be copied to tiles.
     """
     c = base(task, storage, E, Ev, device)
     assert c.product == product
     c = with_options(
         c, softcap=softcap, alibi=alibi, bias=bias, mask=mask, dropout=dropout, paged=paged, flags=flags,
         kv_storage=kv_storage, mods=mods, lists=lists, pairs=pairs and product != "simt" and task != "key",
+        bias_tile=bias_tile and product == "tensor",
         aligned=aligned and device.compute_capability >= ASYNCHRONOUS,
     )  # fmt: skip
     return fitted(c, device)  # codes of a cache need shared memory beside the tiles
@@ -219,7 +224,7 @@ def no_more_rows(c: Spec, rows: int) -> Spec:
 
 def nan_safe(c: Spec, device: Any) -> Spec:
     """The kernel that recomputes the flagged rows of `c`, by FMA and without multiplying hidden weights."""
-    c = c.with_(fused_dq=False)
+    c = c.with_(fused_dq=False, grad_bias="", bias_tile=False)
     slots = 2 if c.storage != "float64" else 1
     if c.task == "forward" and c.Ev <= 128 and not c.is_large:
         slots *= 2
@@ -293,6 +298,8 @@ def _fused_dq(c: Spec, device: Any, on_warpgroups: bool) -> Spec | None:
         return large
     if c.is_large:
         c = c.with_(slots=1, warps=warps * slots, columns=32)  # the tile of dS has rows of at least four chunks
+    if c.has_bias_tile and kernels.shared(c) > device.shared_memory:
+        c = c.with_(bias_tile=False)
     return c if kernels.shared(c) <= device.shared_memory else None
 
 
@@ -312,7 +319,7 @@ def weights(c: Spec, device: Any) -> Spec:
     slots = 4 if c.storage != "float64" and not c.is_large else 2
     spec = c.with_(
         task="weights", product="simt", slots=slots, across=8, warps=4, columns=32, nan_safe=True, flags=False,
-        pairs=False, gather_rows=True, aligned=c.aligned and c.storage not in HALVES, Ev=32,
+        pairs=False, bias_tile=False, gather_rows=True, aligned=c.aligned and c.storage not in HALVES, Ev=32,
     )  # fmt: skip
     return fitted(spec, device)
 
@@ -321,13 +328,14 @@ def normalizers(c: Spec, device: Any) -> Spec:
     """The kernel of `normalizers`; its products are those of the gradients, so that scores have the same bits."""
     slots = 1 if c.product != "simt" else min(c.slots, 4 if c.storage != "float64" else 2)
     return fitted(
-        c.with_(task="normalizers", slots=slots, warps=4, columns=32, flags=False, pairs=False, Ev=32), device
+        c.with_(task="normalizers", slots=slots, warps=4, columns=32, flags=False, pairs=False, bias_tile=False, Ev=32),
+        device,
     )
 
 
 def bias(c: Spec, device: Any, task: str = "bias") -> Spec:
     """The kernel of the gradient of a bias, or of `mod_args`."""
-    spec = c.with_(task=task, flags=False, nan_safe=False, pairs=c.pairs and task == "bias")
+    spec = c.with_(task=task, flags=False, nan_safe=False, pairs=c.pairs and task == "bias", bias_tile=False)
     small = max(c.E, c.Ev) <= 64
     if spec.product == "simt":
         slots = (

@@ -80,6 +80,15 @@ def empty(
     return array
 
 
+def clear(array: Array, stream: int) -> None:
+    """Set a contiguous array, a result of the call, to 0: a recorded call repeats that for scratch memory only."""
+    recorder = replay.current()
+    if recorder is not None:
+        recorder.give_up()
+    if array.size:
+        driver.clear(address_of(array), array.nbytes, stream)
+
+
 def upload(array: Array, stream: int) -> Array:
     """Copy an array on the host to the device. Of an axis with stride 0, one element is copied."""
     recorder = replay.current()
@@ -127,6 +136,7 @@ __all__ = [
     "Driver",
     "Kernel",
     "arch_of",
+    "clear",
     "cubin",
     "current_device",
     "device_of",
