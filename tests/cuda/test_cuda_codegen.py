@@ -233,6 +233,20 @@ def rest(arch, storage, E, Ev=None):
     if single is not None:
         yield single
         yield Spec("round", storage, E, E, warps=4, flags=True, arch=arch)
+    if forward.product == "tensor":  # a bias as tiles, and its gradient beside the others
+        for dropout in (False, True):
+            tiled = {"alibi": True, "mask": True, "bias": storage, "bias_tile": True, "dropout": dropout, "flags": True}
+            yield tile_shapes.fitted(tile_shapes.with_options(forward, **tiled), of)
+            of_queries, of_keys = (
+                tile_shapes.fitted(tile_shapes.with_options(tile_shapes.base(task, storage, E, Ev, of), **tiled), of)
+                for task in ("query", "key")
+            )
+            yield of_queries if of_queries.is_sliced else of_queries.with_(grad_bias="elements")
+            yield from tile_shapes.parts(of_keys)
+            single = tile_shapes.fused_dq(of_keys, of)
+            if single is not None:
+                for how in ("tiles", "elements", "sums", "sums_of_rows", "sums_of_keys", "sums_of_all"):
+                    yield single.with_(grad_bias=how)
     # Dropout, alone and with all else.
     for options in ({}, OPTIONS):
         dropped = tile_shapes.with_options(forward, **options, dropout=True, flags=True)
