@@ -160,9 +160,13 @@ def _prepare_bias(g: BackwardProblem, work: Work, beside: Spec) -> str:
         as_given = g.empty(shape, p.bias.dtype)
         if is_aligned(as_given):
             of_bias, how = as_given, "tiles"
-    g.bias = g.empty(shape, work.real) if of_bias is None else of_bias
-    if how.startswith("sums") or p.packing is not None or not (p.L and p.S) or (how and not _visits_all(work)):
-        runtime.clear(g.bias, work.stream)
+    cleared = how.startswith("sums") or p.packing is not None or not (p.L and p.S) or (how and not _visits_all(work))
+    if of_bias is None and np.asarray(g.options.bias).dtype != work.real:  # scratch memory, to be converted
+        g.bias = runtime.empty(shape, work.real, work.stream, math.prod(shape) * work.real.itemsize * bool(cleared))
+    else:
+        g.bias = g.empty(shape, work.real) if of_bias is None else of_bias
+        if cleared:
+            runtime.clear(g.bias, work.stream)
     work.locate("grad_bias", spread_bias(g.bias, p))
     return how
 
