@@ -270,6 +270,7 @@ def rest(arch, storage, E, Ev=None):
     for options in ({}, OPTIONS):
         listed = tile_shapes.with_options(forward, **options, lists=True, flags=True)
         yield tile_shapes.fitted(listed, of)
+        yield tile_shapes.no_more_rows(tile_shapes.fitted(listed, of), 64)
         yield tile_shapes.nan_safe(listed, of)
         yield tile_shapes.few(listed.with_(pack_gqa=True, sinks=True), 4, of).with_(split_kv=True)
         yield tile_shapes.normalizers(listed, of)
@@ -278,10 +279,12 @@ def rest(arch, storage, E, Ev=None):
             c = tile_shapes.with_options(shape, **options, lists=True, flags=True)
             for part in tile_shapes.parts(tile_shapes.fitted(c, of)):
                 yield part
+                yield tile_shapes.no_more_rows(part, 64)
                 yield tile_shapes.nan_safe(part, of)
         single = tile_shapes.fused_dq(c, of)
         if single is not None:
             yield single
+            yield tile_shapes.no_more_rows(single, 64)
     # Rules of callers, alone and with all else.
     for options in ({}, OPTIONS):
         ruled = tile_shapes.with_options(forward, **options, mods=mods_of_all(False), flags=True)

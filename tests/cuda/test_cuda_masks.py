@@ -83,6 +83,27 @@ def test_against_a_textbook(driver, sizes, dtype):
     assert not any(c.mask for c in driver.configs.values())
 
 
+@pytest.mark.parametrize(("kind", "rows"), [("scattered", 64), ("causal", 128)])
+def test_rows_of_tiles_fit_the_mask(driver, kind, rows):
+    """Tiles of 128 rows would visit twice as much where neighbouring rows of tiles of a mask show other tiles."""
+    sizes = (1, 2, 1, 256, 192, 64)
+    blocks = (
+        np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]], bool)
+        if kind == "scattered"
+        else np.tri(4, 3, dtype=bool)
+    )
+    mask, given = blocks.repeat(64, 0).repeat(64, 1), arrays(sizes, "bfloat16")
+    out, lse, grads = forward_and_backward(given, mask=BlockMask.from_array(mask))
+    want, want_lse, expected = textbook(*given[:3], mask, given[3])
+    assert_close(out, want, tolerance("bfloat16")[0])
+    assert_close(lse, want_lse, tolerance("bfloat16")[1], offset=1)
+    for a, b in zip(grads[:3], expected, strict=True):
+        assert_close(a, b, grad_tolerance("bfloat16") * 4, offset=max(1, np.abs(expected[1]).max()))
+    assert {
+        c.rows for c in driver.configs.values() if c.lists and c.product == "tensor" and c.task in ("forward", "key")
+    } == {rows}
+
+
 def test_gradients_in_two_passes(driver, monkeypatch):
     monkeypatch.setenv(tile_shapes.DETERMINISTIC, "1")
     given, mask = arrays(SIZES[0], "bfloat16"), mask_of_heads(*SIZES[0][3:5])

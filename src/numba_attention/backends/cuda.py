@@ -15,7 +15,7 @@ from ..device.driver import Device
 from ..problem.dense import BackwardProblem, Problem
 from . import cuda_backward
 from .cuda_launch import Work, is_aligned, work_list
-from .device_masks import with_block_mask, with_whole_mask
+from .device_masks import with_block_mask, with_fitting_rows, with_whole_mask
 from .device_sums import reduce as reduce
 from .records import per_head
 
@@ -73,6 +73,7 @@ def forward(problem: Problem) -> None:
     group = p.H // p.Hkv
     c = work.spec("forward", is_aligned(p.query, p.key, p.value, p.out), p.out)
     few = p.L * group if p.L * group <= FEW or _is_packed(c, p.L, group) else 0
+    c = c if few else with_fitting_rows(p, c)
     alone, split, join, repeat = _kernels(c, p.sinks is not None, few, group, work.device)
     rows, heads = (few, p.Hkv) if alone.pack_gqa else (p.L, p.H)
     number = len(work.sequences)

@@ -13,7 +13,7 @@ from ..device.driver import Device
 from ..options import Array
 from ..problem.dense import BackwardProblem, Problem, spread_bias
 from .cuda_launch import Work, is_aligned, work_list
-from .device_masks import with_block_mask, with_whole_mask
+from .device_masks import with_block_mask, with_fitting_rows, with_whole_mask
 from .device_rules import offsets_of
 from .device_sums import add_up
 from .records import storage_of
@@ -69,9 +69,14 @@ def run(g: BackwardProblem) -> None:
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
     if p.S:
         for c in tile_shapes.parts(of_keys) if single is None else [single]:
+            c = with_fitting_rows(p, c)
             _own(work, c, c, p.Hkv, p.S, c.rows)
     if p.L:
-        c = of_queries if single is None else _round(_small("round", work), single).with_(aligned=aligned)
+        c = (
+            with_fitting_rows(p, of_queries)
+            if single is None
+            else _round(_small("round", work), single).with_(aligned=aligned)
+        )
         _own(work, c, of_queries, p.H, p.L, c.rows if single is None else ROWS)
     if g.bias_shape is not None and not of_bias and p.L and p.S:
         _of_bias(g, work, is_aligned(p.query, p.key, p.value, g.grad_out))
