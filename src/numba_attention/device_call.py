@@ -185,7 +185,7 @@ def _describe_options(options: Options) -> _Described | None:
             return None
         key.append((name, described))
     described = _Described(key, found, 0)
-    if all(getattr(options, name) is getattr(NO_OPTIONS, name) for name in IN_PYTHON):
+    if options.score_mod is None and options.mask_mod is None and options.mod_args is NO_OPTIONS.mod_args:
         return described
     try:
         return _with_mods(described, options)

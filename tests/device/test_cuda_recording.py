@@ -21,6 +21,7 @@ KINDS = {"torch": Tensor, "cupy": CupyArray, "numba": NumbaArray}
 def gpu(monkeypatch):
     install(monkeypatch)
     monkeypatch.setattr(replay, "_recorded", replay.BoundedCache())
+    monkeypatch.setattr(replay, "_workspaces", replay.BoundedCache())
     with emulated(monkeypatch, races=False) as driver:
         yield driver
 
@@ -422,7 +423,9 @@ def test_what_a_graph_uses_is_kept(gpu, repeated, monkeypatch):
     ((kept, held),) = replay._captured
     assert kept is repeated[-1]
     assert len(held) > 1, "the result and partial sums"
-    assert not any(x is own.memory for own in kept._free for x in held), "later calls run beside the graph"
+    (workspaces,) = replay._workspaces._values.values()
+    assert len(workspaces) == 1
+    assert not any(x is workspaces[0].memory for x in held), "later calls run beside the graph"
     replay._recorded.clear()
     constants._kept.cache_clear()
     addresses = {integers[place] for kernel, _, _, integers, *_ in gpu.launches[-2:] for place in kernel.addresses}
@@ -444,20 +447,41 @@ def test_memory_that_is_kept(gpu, repeated, monkeypatch):
         got = na.attention(*map(Tensor, (q, k, v)), is_causal=True)
         close([got], [na.attention(q, k, v, is_causal=True, backend="reference")])
     assert len(repeated) == 8
-    assert len(cleared) == 3, "in the first call, in the first that repeats it, and after so many turns"
+    assert len(cleared) == 4, "in the first call, in the first that repeats it, and after so many turns"
 
 
 def test_memory_is_kept_by_one_thread_at_a_time(gpu, repeated):
-    given = arrays(L=1, S=600)
+    given = arrays()
     q, k, v = map(Tensor, given)
-    na.attention(q, k, v)
-    na.attention(q, k, v)
+    for _ in range(2):
+        na.attention(q, k, v, is_causal=True)
     (own,) = repeated[0]._free
     repeated[0]._free.clear()  # another thread uses it
-    close([na.attention(q, k, v)], [na.attention(*given, backend="reference")])
+    close([na.attention(q, k, v, is_causal=True)], [na.attention(*given, is_causal=True, backend="reference")])
     (other,) = repeated[0]._free
-    assert other.start != own.start
+    assert other.workspace.start != own.workspace.start
     assert other.launches is not own.launches
+
+
+def test_memory_that_calls_share(gpu, repeated, monkeypatch):
+    """Calls on a stream use it one after the other, or take another; a large call allocates its own."""
+
+    def call(L, S):
+        given = arrays(L=L, S=S)
+        close([na.attention(*map(Tensor, given))], [na.attention(*given, backend="reference")])
+
+    for L, S in ((1, 600), (1, 600), (2, 900), (2, 900), (1, 600)):
+        call(L, S)
+    assert len(repeated) == 3
+    (free,) = replay._workspaces._values.values()
+    (shared,) = free
+    assert shared.size == repeated[1]._scratch > repeated[0]._scratch
+    monkeypatch.setattr(replay, "WORKSPACE", shared.size - 1)
+    free.clear()
+    call(2, 900)
+    assert not free
+    call(1, 600)
+    assert free[0].start != shared.start
 
 
 def test_the_default_stream_of_each_thread_is_its_own(gpu, repeated, monkeypatch):

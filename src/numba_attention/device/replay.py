@@ -21,12 +21,14 @@ New = Callable[[tuple[int, ...], Any], tuple[Any, int]]
 _BYTES = np.dtype(np.uint8)
 _ALIGNMENT = 256  # bytes
 SMALL = 8192  # bytes of a recorded call, without the memory that it keeps
-KEPT = 2**19  # bytes of scratch memory up to which a recorded call keeps it: allocating and clearing it takes 6 us
+KEPT = 2**19  # bytes of scratch memory up to which a recorded call keeps it for itself: then it need not be cleared
+WORKSPACE = 2**23  # bytes of scratch memory up to which calls on a stream share it: allocating it takes 4 us
 SIZE = 2**26  # bytes of all recorded calls, most of them on the GPU
 _TURNS = 64  # calls after which kept memory is cleared where that is not needed for the results
 
 _current: ContextVar["Recorder | None"] = ContextVar("numba_attention_recorder", default=None)
 _recorded: "BoundedCache[Recorded]" = BoundedCache(size=SIZE)
+_workspaces: "BoundedCache[list[Workspace]]" = BoundedCache(count=8)  # which no thread is using, by stream
 _captured: list[Any] = []  # memory that captured CUDA graphs may use at any time
 
 
@@ -144,20 +146,28 @@ def _built(pattern: Any, arrays: list[Any]) -> Any:
     return first(*parts) if hasattr(first, "_fields") else first(parts)
 
 
-class Own(NamedTuple):
-    """What one thread repeats a call with: its launches, and scratch memory if the call keeps it."""
+class Workspace(NamedTuple):
+    """Scratch memory that is used by one thread at a time."""
 
-    launches: list[Again]
     memory: Any
     start: int
-    turns: list[int]  # one number: the calls until the memory is cleared
+    size: int
+
+
+class Own:
+    """What one thread repeats a call with: its launches, and scratch memory if the call keeps it for itself."""
+
+    def __init__(self, launches: list[Again]) -> None:
+        self.launches = launches
+        self.workspace: Workspace | None = None
+        self.turns = 0  # the calls until the memory is cleared
 
 
 class Recorded:
     """A recorded call, which can be repeated.
 
-    Small scratch memory is kept from one call to the next, which is safe because calls that use it follow one another
-    on one stream, which is in the key: as the library's own pool gives freed memory to the next call on that stream.
+    Scratch memory is used again by later calls, which is safe because calls that use it follow one another on one
+    stream: as the library's own pool gives freed memory to the next call on that stream.
     """
 
     def __init__(self, made: list[Made], launches: list[Launch], pattern: Any, fixed: list[Array]) -> None:
@@ -172,38 +182,53 @@ class Recorded:
             [(at, x.cleared) for x, at in self._made if at is not None and x.cleared and not (x.lasting and kept)]
             for kept in (False, True)
         )
+        self._keeps = self._scratch <= KEPT and len(self._each_time) < len(self._cleared)
         self._free: list[Own] = []  # what no thread is using
 
     @property
     def nbytes(self) -> int:
         """Bytes that it keeps."""
-        return SMALL + sum(x.nbytes for x in self._fixed) + (self._scratch if self._scratch <= KEPT else 0)
+        return SMALL + sum(x.nbytes for x in self._fixed) + (self._scratch if self._keeps else 0)
 
-    def repeat(self, driver: Any, addresses: list[int], new: New, scratch: New | None, stream: int) -> Any:
-        """Repeat the call. `new` and, if not None, `scratch` allocate an array and return it with its address."""
+    def repeat(self, driver: Any, addresses: list[int], new: New, scratch: New | None, stream: int, place: Any) -> Any:
+        """Repeat the call. `new` and, if not None, `scratch` allocate an array and return it with its address.
+
+        `place` is a key of the stream.
+        """
         addresses, arrays = list(addresses), []
         is_captured = driver.is_capturing(stream)  # a graph may run beside later calls: it has memory of its own
-        keeps = self._scratch <= KEPT and scratch is not None and not is_captured
         try:
             own = self._free.pop()
         except IndexError:
-            own = Own([Again(x.kernel, x.grid, x.integers, x.reals) for x in self._launches], None, 0, [0])
-        memory, start = own.memory, own.start
+            own = Own([Again(x.kernel, x.grid, x.integers, x.reals) for x in self._launches])
+        free = memory = workspace = None
+        start = 0
         if self._scratch:
-            turns, cleared = own.turns, self._each_time
-            if not keeps or memory is None:
-                memory, start = self._allocate(driver, scratch, stream)
-                cleared = self._cleared
-                if keeps:
-                    own = Own(own.launches, memory, start, turns)
-            elif not turns[0]:
-                cleared = self._cleared
-            if keeps:
-                turns[0] = turns[0] - 1 if turns[0] else _TURNS
-            for place, size in cleared:
-                driver.clear(start + place, size, stream)
-        for made, at in self._made:
-            array, address = new(made.shape, made.dtype) if at is None else (memory, start + at)
+            cleared = self._cleared
+            if scratch is None:
+                memory = driver.allocate(self._scratch, stream)
+                start = memory.address
+            elif is_captured or self._scratch > WORKSPACE:
+                memory, start = scratch((self._scratch,), _BYTES)
+            elif self._keeps:
+                workspace = own.workspace
+                if workspace is None:
+                    workspace = own.workspace = Workspace(*scratch((self._scratch,), _BYTES), self._scratch)
+                elif own.turns:
+                    cleared = self._each_time
+                own.turns = (own.turns or _TURNS) - 1
+            else:
+                free = _workspaces.get(place)
+                if free is None:
+                    free = []
+                    _workspaces.add(place, free, 0)
+                workspace = _workspace(free, self._scratch, scratch)
+            if workspace is not None:
+                memory, start, _ = workspace
+            for at, size in cleared:
+                driver.clear(start + at, size, stream)
+        for made, offset in self._made:
+            array, address = new(made.shape, made.dtype) if offset is None else (memory, start + offset)
             arrays.append(array)
             addresses.append(address)
         for again, launch in zip(own.launches, self._launches, strict=True):
@@ -212,15 +237,22 @@ class Recorded:
                 numbers[n] = addresses[source] + more
         driver.launch_again(own.launches, stream)
         self._free.append(own)
+        if free is not None and workspace is not None:
+            free.append(workspace)
         if is_captured:
             _captured.append((self, arrays))
         return _built(self._pattern, arrays)
 
-    def _allocate(self, driver: Any, scratch: New | None, stream: int) -> tuple[Any, int]:
-        if scratch is not None:
-            return scratch((self._scratch,), _BYTES)
-        memory = driver.allocate(self._scratch, stream)
-        return memory, memory.address
+
+def _workspace(free: list[Workspace], size: int, scratch: New) -> Workspace:
+    """Take a workspace of at least so many bytes."""
+    try:
+        workspace = free.pop()
+    except IndexError:
+        workspace = None
+    if workspace is None or workspace.size < size:
+        workspace = Workspace(*scratch((size,), _BYTES), size)
+    return workspace
 
 
 def find(key: Any) -> Recorded | None:
