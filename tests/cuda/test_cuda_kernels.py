@@ -202,19 +202,34 @@ def test_pages_change_no_bit(gpu):
     np.testing.assert_array_equal(*results)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_weights(gpu, dtype):
-    q, k, _ = arrays(2, 4, 2, 20, 70, 24, dtype=dtype)
+@pytest.mark.parametrize(("dtype", "S"), [*((dtype, 70) for dtype in DTYPES), ("bfloat16", 71)])
+def test_weights(gpu, dtype, S):
+    q, k, _ = arrays(2, 4, 2, 20, S, 24, dtype=dtype)
     chosen = {
         "heads": [2, 0],
         "rows": [3, 19, 4, 3],
         "is_causal": "bottom-right",
         "alibi_slopes": np.linspace(0.1, 1, 4),
     }
-    chosen |= {"sinks": np.ones(4), "mask": np.random.default_rng(0).random((4, 20, 70)) < 0.6}
+    chosen |= {"sinks": np.ones(4), "mask": np.random.default_rng(0).random((4, 20, S)) < 0.6}
     got = na.attention_weights(q, k, **chosen, backend="cuda")
     want = na.attention_weights(q.astype(np.float64), k.astype(np.float64), **chosen, backend="reference")
     assert_close(got, want, tolerance(dtype)[0] * 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_of_rows_that_see_no_finite_key(gpu, dtype, value):
+    rng = np.random.default_rng(0)
+    q, k = (np.abs(rng.standard_normal((1, 1, 70, 16))).astype(DTYPES[dtype]) for _ in range(2))
+    k[0, 0, 40, 3] = value
+    mask = rng.random((70, 70)) < 0.5
+    mask[5] = False  # a row that sees nothing
+    got = na.attention_weights(q, k, mask=mask, backend="cuda")
+    np.testing.assert_array_equal(np.isnan(got).any(-1), mask[:, 40][None, None])
+    want = na.attention_weights(q, k, mask=mask, backend="reference")
+    untouched = ~mask[:, 40]
+    assert_close(got[..., untouched, :], want[..., untouched, :], tolerance(dtype)[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -5,6 +5,7 @@ import numpy as np
 from .blocks import FORWARD, Block, Lanes, block_of, make_landed, make_scale, packed_block, stage
 from .dropout import kept
 from .emit import I32, Emit, KernelFunction, Regs, Target
+from .formats import HALVES, SIZES
 from .forward import make_product, tiles_of
 from .parameters import PARAMETERS, Parameters
 from .products import Layout
@@ -71,26 +72,43 @@ def make_weights(c: Spec, on: Target) -> KernelFunction:
     @macro("", BLOCK, "i", "i", S, M, M)
     def write(e: Emit, b: Block, thread: I32, j: I32, s: Regs, m: Regs, l: Regs) -> None:
         factor, zero = b.p.real("factor", kind), e.const(kind, 0.0)
-        keys = b.p.int("inner_tiles")  # all keys, valid or not
         apart, offsets, _ = center(e, product, layout, s, m, factor)
         keeps = kept(b, lanes, thread, j) if c.dropout else []
         for slot, row in enumerate(lanes.rows(thread)):
             at = b.first + row
             some = (l[slot] > 0.0) | e.is_nan(l[slot])
             registers = layout.of_slot(slot)
-            weights = []
+            weights, one = [], e.const(kind, 1.0) / l[slot]
             for n in registers:
                 hidden = product.is_hidden(e, s[n])
                 weight = e.exp2(e.fma(apart[n], factor, offsets[slot]))
-                weights.append(e.select(hidden, zero, e.select(some, weight / l[slot], zero)))
+                # A division is a branch for each weight; a half type does not show the difference.
+                share = weight * one if c.storage in HALVES else weight / l[slot]
+                weights.append(e.select(hidden, zero, e.select(some, share, zero)))
             if c.dropout:
                 scale = b.p.real("dropout_scale", kind)
                 weights = [e.select(keeps[n], x * scale, zero) for n, x in zip(registers, weights, strict=True)]
-            address = b.places["out"] + e.wide(at) * b.p.out_row
-            first = product.lane_column(thread & 31) + j
-            write_row(
-                e, c.storage, False, layout, registers, weights, address, b.p.out_column, first, keys, at < b.rows
-            )
+            store(b, registers, weights, thread, at, j)
+
+    def store(b: Block, registers: list[int], weights: Regs, thread: I32, row: I32, j: I32) -> None:
+        """Store weights of a row, of half types both neighbours together where rows begin at even elements."""
+        e, p, keys = b.e, b.p, b.p.int("inner_tiles")  # all keys, valid or not
+        address, column = b.places["out"] + e.wide(row) * p.out_row, p.out_column
+        first, inside = product.lane_column(thread & 31) + j, row < b.rows
+        if layout.neighbours == 1:
+            return write_row(e, c.storage, False, layout, registers, weights, address, column, first, keys, inside)
+        size = SIZES[c.storage]
+        odd = (e.narrow(b.places["out"] | p.out_row) & (2 * size - 1)) + (keys & 1)
+        together = odd.equals(0) & column.equals(size)
+        write_row(e, c.storage, True, layout, registers, weights, address, column, first, keys, inside & together)
+        apart = together ^ 1
+
+        def each(state: Regs) -> Regs:
+            where = inside & apart
+            write_row(e, c.storage, False, layout, registers, weights, address, column, first, keys, where)
+            return state
+
+        e.when(apart, [], each)
 
     @macro("i", PARAMETERS)
     def all_keys(e: Emit, p: Parameters) -> I32:

@@ -315,7 +315,13 @@ def parts(c: Spec) -> list[Spec]:
 
 
 def weights(c: Spec, device: Any) -> Spec:
-    """The kernel of probabilities, which is bound by stores: its shape is the same for all."""
+    """The kernel of probabilities. It multiplies no weights, so that what is hidden needs no kernel of its own."""
+    if c.product == "tensor" and not c.is_sliced:
+        spec = c.with_(
+            task="weights", slots=1, warps=4, columns=32, flags=False, pairs=False, bias_tile=False, gather_rows=True,
+            Ev=32,
+        )  # fmt: skip
+        return fitted(spec, device)
     slots = 4 if c.storage != "float64" and not c.is_large else 2
     spec = c.with_(
         task="weights", product="simt", slots=slots, across=8, warps=4, columns=32, nan_safe=True, flags=False,
