@@ -9,6 +9,7 @@ from scipy.optimize import check_grad
 
 import numba_attention as na
 from cases import CASES, SOME, Case, assert_close, check_backward, grad_tolerance, graded, oracle_backward
+from numba_attention.backends import cpu_backward
 
 LONG = [
     # Several groups of tiles, in items of their own and one after the other, and biases that heads or rows share.
@@ -186,6 +187,26 @@ def test_same_bits_for_any_number_of_threads(case):
         numba.set_num_threads(most)
     for a, b in zip(*results, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("options", [(), ("causal",), ("window",), ("key lengths", "softcap")], ids=str)
+def test_a_gradient_of_a_bias_past_the_caches(monkeypatch, options, dtype):
+    """A partial tile, a window that begins within a vector, heads that share keys; rows of 100 begin anywhere."""
+    for S in (192, 100):
+        case = Case(130, S, 16, H=4, Hkv=2, batch=(2,), options=options)
+        bias = np.random.default_rng(2).standard_normal((2, 4, 130, S)).astype(np.float32)
+        grads = []
+        for least in (2**60, 0):
+            monkeypatch.setattr(cpu_backward, "STREAM", least)
+            arrays, kwargs, gradients = given_and_gradients(case, dtype, bias=bias)
+            grads.append(gradients)
+            u = na.Gradients(*arrays[1:4], bias=bias)
+            grads.append(na.attention_double_backward(u, *arrays, **kwargs))
+        for n in (0, 1):
+            assert grads[n].bias.any()
+            for a, b in zip(grads[n], grads[n + 2], strict=True):
+                np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("H", [1, 3])

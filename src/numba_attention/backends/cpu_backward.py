@@ -43,6 +43,7 @@ from .records import (
 
 ITEMS = 16  # work items to aim for, so that many threads have work and finish together
 GROUP = 8  # least number of query tiles in a group: adding the sums of groups then costs 2 % or less
+STREAM = 2**24  # bytes of a gradient of a bias from which on it is written past the caches
 BUFFERS = 2**26  # largest number of bytes for the sums of the groups of all heads
 
 
@@ -266,6 +267,7 @@ def _make_plan(
         "out_depth": depth,
         "mod_sums_head": size * most_groups,
         "mod_sums_group": size,
+        "grad_bias_once": of_bias is not None and _is_written_once(g, of_bias),
         "grad_bias_group": of_bias.strides[0] if of_bias is not None and len(of_bias) > 1 else 0,
     }
     for name, array in arrays.items():
@@ -278,6 +280,13 @@ def _make_plan(
     row_tiles = -(-sequences["rows"] * (p.H // p.Hkv) // spec.query_tile) if p.Hkv else sequences["rows"]
     tiles = int(row_tiles.sum()) * p.Hkv // max(1, len(waves))
     return _Plan(kernel, sequences, address_of(sequences), waves, rest, flops, scratch_size, most_groups, tiles, kept)
+
+
+def _is_written_once(g: BackwardProblem, of_bias: Array) -> bool:
+    """Whether no two scores share a number of the bias, and its gradient is large and begins a vector in each row."""
+    p = g.forward
+    whole = p.packing is None and g.bias_shape == (*p.batch, p.H, p.L, p.S)
+    return whole and of_bias.nbytes >= STREAM and p.S * of_bias.itemsize % (HOST.bits // 8) == 0
 
 
 def _joins(g: BackwardProblem) -> bool:

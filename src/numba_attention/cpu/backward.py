@@ -299,7 +299,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         state = at + p.at_state
         grads = at + p.at_grads
         count, column = 0, p.grad_bias_column
-        if p.grad_bias != 0 and column == size:
+        if p.grad_bias != 0 and column == size and p.grad_bias_once == 0:
             count = n * column
         products(
             p, at, grad_scores, values, p.value_row, p.value_column, n, p.Ev, grads, at + p.at_values,
@@ -317,7 +317,8 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 p.seed, p.dropout,
             )  # fmt: skip
         if p.grad_bias != 0 and not nan_safe:
-            add_to_bias(grad_scores, at + p.at_grad_bias_rows, j0 * column, column, n, at + p.at_spare)
+            once = p.grad_bias_once != 0
+            add_to_bias(grad_scores, at + p.at_grad_bias_rows, j0 * column, column, n, at + p.at_spare, once)
         if p.mod_gradient != 0 and not nan_safe:
             call_tile(
                 p.mod_gradient, p.mod_data, grad_scores, n, j0 + p.first_key, s.number, s.head + p.first_head,

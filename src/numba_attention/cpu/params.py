@@ -34,7 +34,8 @@ INTEGERS = (
     "kv_heads", "E_padded", "Ev_padded",
     "grad_out_head", "grad_out_row", "grad_out_column", "grad_lse_head", "grad_lse_row",
     "grad_query_head", "grad_query_row", "grad_key_head", "grad_key_row", "grad_value_head", "grad_value_row",
-    "grad_bias_head", "grad_bias_row", "grad_bias_column", "grad_bias_group", "delta_head", "delta_row",
+    "grad_bias_head", "grad_bias_row", "grad_bias_column", "grad_bias_group", "grad_bias_once",
+    "delta_head", "delta_row",
     "mod_sums_head", "mod_sums_group",
 )  # fmt: skip
 # Queries are multiplied by `prescale`, and their products with keys by `rest` to give natural scores. The softmax sees

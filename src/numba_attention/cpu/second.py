@@ -305,7 +305,8 @@ def make_second(
                         moved_weights[j, lane] = moved[j, lane] = nan
         if p.grad_bias != 0 and not nan_safe:
             column = p.grad_bias_column
-            add_to_bias(moved_grads, at + p.at_grad_bias_rows, j0 * column, column, n, at + p.at_spare)
+            once = p.grad_bias_once != 0
+            add_to_bias(moved_grads, at + p.at_grad_bias_rows, j0 * column, column, n, at + p.at_spare, once)
         if p.cap_outer != 0:
             through(grads, moved_grads, dz, at + p.at_cap_slopes, at + p.at_cap_curves, n)
         elif p.score_mod != 0:

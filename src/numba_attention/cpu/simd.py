@@ -91,6 +91,16 @@ class Vector:
     def store(self, b: Builder, v: Value, p: Value, offset: int = 0) -> None:
         store(b, v, p, offset, align=self.bytes)
 
+    def stream(self, b: Builder, v: Value, p: Value) -> None:
+        """Store a whole vector past the caches: the memory is not read before, and nothing else leaves the caches.
+
+        The address is a multiple of the vector's size. Other threads see the number after the next atomic operation of
+        this one (`fetch_add`), and not by its order among other stores.
+        """
+        stored = b.store(v, b.bitcast(p, v.type.as_pointer()))
+        stored.align = self.bytes * self.width
+        stored.set_metadata("nontemporal", b.module.add_metadata([I32(1)]))
+
     def fma(self, b: Builder, x: Value, y: Value, z: Value) -> Value:
         if not self.host.fma:  # without hardware FMA, llvm.fma becomes a library call per lane
             return b.fadd(b.fmul(x, y), z)

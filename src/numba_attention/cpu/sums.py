@@ -157,36 +157,45 @@ def add_sums(spec: Spec) -> Any:
 
 
 def add_transposed(spec: Spec) -> Any:
-    """Make ``add(tile, rows, offset, stride, count, spare)``: row(lane)[c] += tile[c, lane]; rows may be the same row.
+    """Make ``add(tile, rows, offset, stride, count, spare, once)``: row(lane)[c] += tile[c, lane].
 
-    `rows` is a table of addresses of compute values, `offset` and `stride` are in bytes; a stride of 0 sums over c, and
-    then `spare` is room for a row of the tile.
+    Rows may be the same row. `rows` is a table of addresses of compute values, `offset` and `stride` are in bytes; a
+    stride of 0 sums over c, and then `spare` is room for a row of the tile. `once` says that rows of different lanes
+    are different, begin at the same place of a vector, hold zeros, and get these columns only once: they are then
+    written past the caches. Adding would read the zeros of new pages from memory: a backward pass of 2048 positions
+    takes 0.92 to 0.94 of the time without it.
     """
     vector = spec.vector
     W, BM, size = vector.width, spec.query_tile, vector.bytes
     width = size * W
     tile_row = spec.block[1] * width
 
-    def blocks(b: Builder, tile: Value, rows: Value, offset: Value, count: Value) -> None:
-        def group(g: Value, _: list[Value]) -> list[Value]:
-            targets = [at(b, row_group(b, rows, g, W, r), offset) for r in range(W)]
-            source = at(b, pointer(b, tile), b.mul(g, I64(width)))
+    def blocks(streams: bool) -> Any:
+        def build(b: Builder, tile: Value, rows: Value, offset: Value, count: Value) -> None:
+            def group(g: Value, _: list[Value]) -> list[Value]:
+                targets = [at(b, row_group(b, rows, g, W, r), offset) for r in range(W)]
+                source = at(b, pointer(b, tile), b.mul(g, I64(width)))
 
-            def block(i: Value, _: list[Value]) -> list[Value]:
-                first = b.mul(i, I64(W))
-                p = at(b, source, b.mul(first, I64(tile_row)))
-                lines = [vector.load(b, p, r * tile_row) for r in range(W)]
-                for target, line in zip(targets, vector.transpose(b, lines), strict=True):
-                    q = at(b, target, b.mul(first, I64(size)))
-                    vector.store(b, b.fadd(vector.load(b, q), line), q)
+                def block(i: Value, _: list[Value]) -> list[Value]:
+                    first = b.mul(i, I64(W))
+                    p = at(b, source, b.mul(first, I64(tile_row)))
+                    lines = [vector.load(b, p, r * tile_row) for r in range(W)]
+                    for target, line in zip(targets, vector.transpose(b, lines), strict=True):
+                        q = at(b, target, b.mul(first, I64(size)))
+                        if streams:
+                            vector.stream(b, line, q)
+                        else:
+                            vector.store(b, b.fadd(vector.load(b, q), line), q)
+                    return []
+
+                loop(b, b.sdiv(count, I64(W)), [], block)
                 return []
 
-            loop(b, b.sdiv(count, I64(W)), [], block)
-            return []
+            loop(b, I64(spec.block[1]), [], group)
 
-        loop(b, I64(spec.block[1]), [], group)
+        return routine("tile rows offset count", build)
 
-    by_block = routine("tile rows offset count", blocks)
+    by_block, past_caches = blocks(False), blocks(True)
 
     def columns(b: Builder, tile: Value, rows: Value, offset: Value, stride: Value, first: Value, count: Value) -> None:
         def lane(i: Value, _: list[Value]) -> list[Value]:
@@ -235,7 +244,7 @@ def add_transposed(spec: Spec) -> Any:
     sum_lanes = routine("tile target count", lanes)
 
     @spec.jit
-    def add(tile: int, rows: int, offset: int, stride: int, count: int, spare: int) -> None:
+    def add(tile: int, rows: int, offset: int, stride: int, count: int, spare: int, once: bool) -> None:
         addresses = carray(void_pointer(rows), BM, np.int64)
         same = True
         for lane in range(1, BM):
@@ -246,7 +255,11 @@ def add_transposed(spec: Spec) -> Any:
         if same and stride == size:
             sum_lanes(tile, addresses[0] + offset, count)
         elif stride == size:
-            by_block(tile, rows, offset, count)
+            # The lanes that a partial tile does not use are copies of its last row, to which they add 0.
+            if once and (addresses[0] + offset) % width == 0 and addresses[BM - 1] != addresses[BM - 2]:
+                past_caches(tile, rows, offset, count)
+            else:
+                by_block(tile, rows, offset, count)
             one_by_one(tile, rows, offset, stride, count - count % W, count)
         else:
             one_by_one(tile, rows, offset, stride, 0, count)
