@@ -204,7 +204,7 @@ def rest(arch, storage, E, Ev=None):
     packed = full.with_(pack_gqa=True, paged=True, sinks=True)
     yield tile_shapes.no_more_rows(packed, 20).with_(split_kv=True)
     yield packed.with_(flags=True)
-    for rows in (20, 128):
+    for rows in (20, 64, 128):
         yield tile_shapes.no_more_rows(forward.with_(pack_gqa=True, split_kv=True), rows)
     yield tile_shapes.nan_safe(steps, of)
     held = STORED[FEATURES.index(min(E, FEATURES[-1])) % 3]

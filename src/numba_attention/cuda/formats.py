@@ -29,7 +29,8 @@ def number(e: Emit, storage: str, x: Value) -> Value:
     if storage in HALVES:
         return e.unpack(HALVES[storage], x)[0]
     if storage == "int8":
-        return e.convert("f", (x ^ 0x80) - 0x80)
+        # As the low bits of 2**23, less 2**23 + 128: conversions of integers are a quarter as fast as additions.
+        return e.bits("f", x ^ 0x4B000080) - (2.0**23 + 128)
     if storage == "float8_e4m3fn":  # as bits of a float32, times the ratio of the exponent biases
         return e.bits("f", ((x & 0x80) << 24) | ((x & 0x7F) << 20)) * 2.0**120  # caches store no NaN
     return x
