@@ -117,6 +117,7 @@ class Roles:
         self.named = {}  # number: [arrived, generation]
         self.copies = [deque([[]]) for _ in range(count)]  # groups of asynchronous copies
         self.products = [deque([[]]) for _ in range(count)]
+        self.additions = [deque() for _ in range(count)]
         words = -(-memory // 4)
         self.coming = np.zeros(words, np.int8)  # 1 + the role whose copy is under way
         self.unfenced = np.zeros(words, np.int8)  # 1 + the role that wrote and has not said fence_proxy
@@ -244,6 +245,31 @@ class Roles:
 
         self.products[self.role][-1].append(late)
 
+    def add_rows(self, start, size, add):
+        """Queue an addition of float32 numbers to global memory, which reads shared memory by the path of products."""
+        assert 0 <= start <= start + size <= self.bytes.size, "cp.reduce.async.bulk: out of bounds"
+        words = np.arange(start // 4, (start + size) // 4)
+        assert not self.coming[words].any(), "cp.reduce.async.bulk: reads what a copy is about to write"
+        assert not self.unfenced[words].any(), "cp.reduce.async.bulk: reads what was written without fence_proxy"
+
+        def work():
+            add(self.bytes[start : start + size].view(np.float32).copy())
+
+        if self.landing == "issue":
+            return work()
+        np.add.at(self.reading, words, 1)
+
+        def late():
+            work()
+            np.subtract.at(self.reading, words, 1)
+
+        self.additions[self.role].append(late)
+
+    def wait_added(self):
+        additions = self.additions[self.role]
+        while additions:
+            additions.popleft()()
+
     def commit_products(self):
         self.products[self.role].append([])
 
@@ -360,10 +386,16 @@ class WarpgroupEmit:
 
         self.copy_async(shared + offset, address, Value("i", 16))
 
-    def add_four(self, address, values, where):
-        assert not (self._all(address)[self._where(where)] % 16).any(), "red: misaligned"
-        for n, x in enumerate(values):
-            self.add(address + 4 * n, [x], where, False)
+    def add_rows(self, address, shared, size, where):
+        where = self._where(where)
+        each = (self._all(x)[where].astype(np.int64).tolist() for x in (address, shared, size))
+        for to, start, count in zip(*each, strict=True):
+            assert count > 0, "cp.reduce.async.bulk: nothing is added"
+            assert to % 16 == start % 16 == count % 16 == 0, "cp.reduce.async.bulk: misaligned"
+            self._shared.add_rows(start, count, lambda x, to=to: self._memory.add(to + 4 * np.arange(len(x)), x))
+
+    def wait_added(self, read):
+        self._shared.wait_added()
 
 
 def run_block(emulator, kernel, threads, shared, arguments, make_emit):
@@ -379,7 +411,9 @@ def run_block(emulator, kernel, threads, shared, arguments, make_emit):
         emulator.cuda.threadIdx = types.SimpleNamespace(x=numbers)
 
     roles.crew.run(lambda role: kernel(*arguments), enter)
-    assert sum(x or 0 for x in roles.registers) * GROUP <= 65536, "more registers than there are"
+    at_start = 65536 // threads // 8 * 8  # of each thread; setmaxnreg waits for ever for more than others give back
+    assert sum(x or 0 for x in roles.registers) <= at_start * count, "setmaxnreg: more registers than the block has"
+    assert not any(roles.additions), "an addition is never waited for"
     for copies, products in zip(roles.copies, roles.products, strict=True):
         assert not any(copies), "a copy is never waited for"
         assert not any(products), "a product is never waited for"

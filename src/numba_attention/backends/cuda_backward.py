@@ -6,17 +6,17 @@ import numpy as np
 
 from ..cuda import tile_shapes
 from ..cuda.blocks import FACTS, HEAD
+from ..cuda.rowwise import PART
 from ..cuda.spec import Spec, padded
 from ..device import runtime
 from ..device.constants import upload
 from ..device.driver import Device
 from ..options import Array
-from ..problem.dense import BackwardProblem, Problem, spread_bias
+from ..problem.dense import BackwardProblem, spread_bias
 from .cuda_launch import Work, is_aligned, work_list
 from .device_masks import with_block_mask, with_fitting_rows, with_whole_mask
 from .device_rules import offsets_of
 from .device_sums import add_up
-from .records import storage_of
 
 ROWS = 4  # rows of a block in kernels that give each row a warp
 
@@ -36,20 +36,19 @@ def run(g: BackwardProblem) -> None:
     of_rows = p.out.shape[-3:-1] if p.packing else p.out.shape[:-1]  # all packed sequences share one array
     delta = runtime.empty((*of_rows, len(FACTS)), real, stream)[..., 0]
     delta = np.broadcast_to(delta, p.out.shape[:-1])
-    sums = None
-    if _is_single(p):
-        sums = runtime.empty((*of_rows, padded(p.E)), real, stream)
-        sums = np.broadcast_to(sums, (*p.out.shape[:-1], sums.shape[-1]))
     work = Work(
         p, grad_out=g.grad_out, grad_lse=g.grad_lse, grad_query=g.query, grad_key=g.key, grad_value=g.value,
-        delta=delta, sum_query=sums,
+        delta=delta,
     )  # fmt: skip
     number = len(work.sequences)
     if not number or not p.H:
         return _without_work(g, work)
     aligned = is_aligned(p.query, p.key, p.value, g.grad_out, g.query, g.key, g.value)
     of_queries, of_keys = work.spec("query", aligned, g.query), work.spec("key", aligned, g.key)
-    single = None if sums is None else tile_shapes.fused_dq(of_keys, work.device)
+    single = None if tile_shapes.is_deterministic() else tile_shapes.fused_dq(of_keys, work.device)
+    if single is not None:
+        work.locate("sum_query", np.broadcast_to(_empty_sums(single, of_rows, stream), (*p.out.shape[:-1], 1)))
+        work.set(sum_query_head=of_rows[-1] * single.E * 4)  # (broadcasting forgets the stride of a single head)
     of_bias = ""
     if g.bias_shape is not None:
         of_bias = _prepare_bias(g, work, single or of_queries)
@@ -61,7 +60,7 @@ def run(g: BackwardProblem) -> None:
     work.put("far", runtime.empty((HEAD,), np.int32, stream, cleared=4 * HEAD))
     tiles = -(-p.L // ROWS)
     if p.L:
-        c = _small("delta", work).with_(fused_dq=sums is not None, aligned=is_aligned(p.out, g.grad_out))
+        c = _delta(_small("delta", work), single).with_(aligned=is_aligned(p.out, g.grad_out))
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
         c = tile_shapes.normalizers(work.spec("forward", is_aligned(p.query, p.key)), work.device)
         c = c.with_(sinks=p.sinks is not None, dropout=False)
@@ -86,11 +85,16 @@ def run(g: BackwardProblem) -> None:
         _of_mods(g, work, is_aligned(p.query, p.key, p.value, g.grad_out))
 
 
-def _is_single(p: Problem) -> bool:
-    """Whether one pass computes all gradients: then blocks add to dQ atomically, in an order that differs each time."""
-    device = runtime.current_device()
-    base = tile_shapes.base("key", storage_of(p.query.dtype), p.E, p.Ev, device)
-    return not tile_shapes.is_deterministic() and tile_shapes.fused_dq(base, device) is not None
+def _empty_sums(single: Spec, of_rows: tuple[int, ...], stream: int) -> Array:
+    """Return room for the sums of dQ, one element of each row, in the order that a kernel adds them in."""
+    if not _is_in_parts(single):
+        return runtime.empty((*of_rows, single.E), np.float32, stream)[..., :1]
+    *heads, rows = of_rows
+    return runtime.empty((*heads, single.E // PART, rows, PART), np.float32, stream)[..., 0, :, :1]
+
+
+def _is_in_parts(single: Spec) -> bool:
+    return single.product == "wgmma"
 
 
 def kernels_of(c: Spec, device: Device) -> list[Spec]:
@@ -102,8 +106,9 @@ def kernels_of(c: Spec, device: Device) -> list[Spec]:
         for task in ("query", "key")
     )
     single = None if tile_shapes.is_deterministic() else tile_shapes.fused_dq(keys, device)
-    small = Spec("delta", c.storage, c.E, c.Ev, warps=ROWS, fused_dq=single is not None, arch=c.arch)
-    specs = [small, *tile_shapes.parts(keys), queries] if single is None else [small, single]
+    small = Spec("delta", c.storage, c.E, c.Ev, warps=ROWS, arch=c.arch)
+    delta = _delta(small, single)
+    specs = [delta, *tile_shapes.parts(keys), queries] if single is None else [delta, single]
     specs.append(tile_shapes.normalizers(c.with_(to=""), device))
     if single is not None:
         specs.append(_round(small.with_(task="round"), single))
@@ -111,9 +116,14 @@ def kernels_of(c: Spec, device: Device) -> list[Spec]:
     return [*specs, *repeat]
 
 
+def _delta(c: Spec, single: Spec | None) -> Spec:
+    """Return the kernel of delta, which clears the sums of dQ of another kernel."""
+    return c if single is None else c.with_(fused_dq=True, in_parts=_is_in_parts(single))
+
+
 def _round(c: Spec, single: Spec) -> Spec:
     """Return the kernel that rounds the sums of dQ of another kernel."""
-    return c.with_(fused_dq=False, flags=single.flags, to=single.to, by_fours=single.product == "wgmma")
+    return c.with_(flags=single.flags, to=single.to, in_parts=_is_in_parts(single))
 
 
 def _small(task: str, work: Work) -> Spec:

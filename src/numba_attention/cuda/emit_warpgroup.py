@@ -6,7 +6,6 @@ than stores and asynchronous copies (the "async proxy"), so whoever wrote a tile
 the tile is there. PTX ISA 8.0, sections "Asynchronous Warpgroup Level Matrix Multiply-Accumulate" and "mbarrier".
 """
 
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 # Registers of `emit`, which imports this module.
@@ -99,6 +98,15 @@ class Warpgroup:
         """Copy 16 bytes asynchronously, to a constant offset."""
         self._effect(f"cp.async.cg.shared.global [$0+{offset}], [$1], 16;", "r,l", [shared, address])
 
-    def add_four(self, address: I64, values: Sequence[Any], where: Pred) -> None:
-        """Atomically add four float32 to neighbours in global memory, in one instruction."""
-        self._predicated("red.global.add.v4.f32 [$0], {$1,$2,$3,$4};", "l,f,f,f,f", [address, *values], where)
+    def add_rows(self, address: I64, shared: I32, size: I32, where: Pred) -> None:
+        """Add float32 numbers in shared memory to those in global memory, asynchronously, by the threads in `where`.
+
+        Both begin at multiples of 16 bytes, as many as `size` is a multiple of. It reads by the path of products.
+        """
+        code = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [$0], [$1], $2;"
+        self._predicated(code, "l,r,r", [address, shared, size], where)
+        self._effect("cp.async.bulk.commit_group;", "", [])
+
+    def wait_added(self, read: bool) -> None:
+        """Wait until all additions of this thread have read shared memory, or are done."""
+        self._effect(f"cp.async.bulk.wait_group{'.read' if read else ''} 0;", "", [])

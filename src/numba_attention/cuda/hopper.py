@@ -23,7 +23,7 @@ from .warpgroups import AT_ONCE, GROUP, ROWS, Ring, Slabs, Warpgroups, init_barr
 
 # Head dimension: warpgroups that compute, keys of a tile, slots of a ring, loads in flight before one is waited for,
 # and registers of a thread of the warpgroup that loads and of the others.
-SHAPES = {64: (3, 128, 3, 2, 32, 160), 128: (2, 160, 2, 1, 40, 232), 256: (2, 80, 2, 1, 40, 232)}
+SHAPES = {64: (3, 128, 3, 2, 32, 160), 128: (2, 176, 2, 1, 40, 232), 256: (2, 80, 2, 1, 40, 232)}
 # One rescaling factor of each row, in place of its accumulators, for `softmax.fold`.
 _FACTORS = Layout(2, ((0, 0), (1, 0)), 1)
 

@@ -1,9 +1,13 @@
 """The backward pass of half types on sm_90a in one kernel: FlashAttention-3 (Shah et al. 2024), appendix B.
 
 A block owns 128 keys, a warpgroup 64 of them, and one more warpgroup copies tiles of queries and of the gradient of
-`out` into rings of slots. Scores are transposed, so that P and dS are operands in registers of dV and dK. dS goes to
-shared memory once, where both warpgroups read it for their half of the features of dQ, which they add to memory by
-atomics. The rules are those of `backward`.
+`out` into rings of slots. Scores are transposed, so that P is an operand in registers of dV. dS goes to shared memory,
+where a warpgroup reads its own rows for dK, and both read all of them for their half of dQ: half of the queries of a
+tile, or of the features. A thread adds that half to memory by one asynchronous instruction, which reads shared memory
+while products go on (`Emit.add_rows`).
+
+Products of a tile go on beside the softmax of the next one: its scores and dP are begun before dK of this tile, or its
+last part. The rules are those of `backward`.
 """
 
 from dataclasses import dataclass
@@ -15,17 +19,21 @@ from .blocks import FACTS, Block, Lanes, block_of, packed_block, work_item
 from .emit import I32, I64, Emit, KernelFunction, Regs, Target
 from .loading import make_landed, make_loads, make_once, rows_of, rows_that_are_whole
 from .parameters import PARAMETERS, Parameters
+from .rowwise import PART, TURN
 from .softmax import recenter, recompute
 from .spec import Spec
-from .tiles import fetch
-from .warpgroups import AT_ONCE, GROUP, LINE, ROWS, Ring, Slabs, Warpgroups, init_barriers, make_roles, make_waits
+from .tiles import CHUNK, fetch
+from .warpgroups import AT_ONCE, GROUP, ROWS, Ring, Slabs, Warpgroups, init_barriers, make_roles, make_waits
 
-# Head dimension: slots of a ring, loads in flight before one is waited for, registers of a thread that loads and of
-# one that computes.
-SHAPES = {64: (2, 1, 40, 232), 128: (2, 2, 40, 232)}
-GROUPS, QUERIES = 2, 64  # warpgroups that compute, and queries of a tile: one slab of dS
-_SHARING = 1  # the named barrier behind which dS of both warpgroups is there
+# Head dimension: queries of a tile, slots of the rings of queries and of gradients, loads in flight before one is
+# waited for, how many steps of 16 queries of dK are begun before dQ is added, and registers of a thread that loads and
+# of one that computes.
+SHAPES = {64: (128, 3, 2, 1, 0, 40, 232), 128: (64, 3, 2, 1, 2, 40, 232)}
+GROUPS = 2  # warpgroups that compute
+_SHARING = 1  # the named barrier behind which dS of both warpgroups is there; those of each warpgroup follow
 _PITCH = 4 * len(FACTS)  # bytes of the facts of a query
+_ROW = 4 * PART  # bytes of the features of a query whose gradient a warpgroup sums
+_PART = ROWS * _ROW
 
 
 @dataclass(frozen=True)
@@ -37,22 +45,24 @@ class Plan:
     queries: Ring
     grads: Ring  # of `out`
     ds: Slabs  # the first of two
+    dq: int  # 64 rows of 64 features in float32, of each warpgroup
     facts: int  # of the queries in each slot
     landed: int  # the barrier of keys and values
     end: int
 
 
 def plan(c: Spec) -> Plan:
-    slots = SHAPES[c.E][0]
+    _, query_slots, grad_slots, *_ = SHAPES[c.E]
     key = Slabs(c.rows, c.E, c.storage, 0)
     value = Slabs(c.rows, c.Ev, c.storage, key.end)
     query = Slabs(c.columns, c.E, c.storage, value.end)
-    grad = Slabs(c.columns, c.Ev, c.storage, query.offset + slots * query.bytes)
-    ds = Slabs(c.rows, c.columns, c.storage, grad.offset + slots * grad.bytes)
-    facts = ds.offset + 2 * ds.bytes
-    queries = Ring(query, slots, facts + slots * c.columns * _PITCH)
-    grads = Ring(grad, slots, queries.end)
-    return Plan(key, value, queries, grads, ds, facts, grads.end, grads.end + 8)
+    grad = Slabs(c.columns, c.Ev, c.storage, query.offset + query_slots * query.bytes)
+    ds = Slabs(c.rows, c.columns, c.storage, grad.offset + grad_slots * grad.bytes)
+    dq = ds.offset + 2 * ds.bytes
+    facts = dq + GROUPS * _PART
+    queries = Ring(query, query_slots, facts + query_slots * c.columns * _PITCH)
+    grads = Ring(grad, grad_slots, queries.end)
+    return Plan(key, value, queries, grads, ds, dq, facts, grads.end, grads.end + 8)
 
 
 def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
@@ -61,9 +71,10 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
     product = c.make_product()
     assert isinstance(product, Warpgroups)
     lanes, layout = Lanes(c, product), product.layout(c.columns)
-    of_keys, of_values, of_queries = product.features(c.E), product.features(c.Ev), product.features(c.E // 2)
+    of_keys, of_values, of_queries = product.features(c.E), product.features(c.Ev), product.features(PART)
     at, columns, loader, first_loader = plan(c), c.columns, GROUPS, GROUPS * GROUP
-    _, lag, few_registers, many_registers = SHAPES[c.E]
+    *_, lag, early, few_registers, many_registers = SHAPES[c.E]
+    by_rows = c.columns == GROUPS * ROWS  # how warpgroups share out dQ: by rows or by features
     S, W, Q = f"f{len(layout)}", f"i{len(layout) // 2}", f"f{len(of_queries)}"
     K, V = f"f{len(of_keys)}", f"f{len(of_values)}"
     names = NAMES["key"]
@@ -136,18 +147,27 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
     @macro(S, "i", "i", "i")
     def begin_slopes(e: Emit, base: I32, group: I32, n: I32) -> Regs:
         """Begin V dO^T."""
+        e.fence_products()
         shift = at.grads.shift(n)
         dp = product.begin_scores(e, at.value, at.grads.tile, group * ROWS, e.opaque(base), shift)
         e.commit_products()
         return dp
 
     @macro(S, S)
-    def scores_done(e: Emit, s: Regs) -> Regs:
+    def first_scores_done(e: Emit, s: Regs) -> Regs:
         return e.wait_products(1, s)[0]
 
     @macro(f"{S} {S}", S, S)
-    def slopes_done(e: Emit, p: Regs, dp: Regs) -> list[Regs]:
+    def first_slopes_done(e: Emit, p: Regs, dp: Regs) -> list[Regs]:
         return e.wait_products(0, p, dp)
+
+    @macro(S, S)
+    def scores_done(e: Emit, s: Regs) -> Regs:
+        return e.wait_products(2, s)[0]
+
+    @macro(f"{S} {S}", S, S)
+    def slopes_done(e: Emit, p: Regs, dp: Regs) -> list[Regs]:
+        return e.wait_products(1, p, dp)
 
     def of_columns(e: Emit, name: str, base: I32, thread: I32, n: I32) -> Regs:
         """One of the `FACTS`, for each register."""
@@ -193,8 +213,10 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
                 e.store_shared("i", at.ds.chunk(place, chunk) + (lane & 3) * 4, [words[2 * chunk + slot]])
         e.fence_proxy()
 
-    @macro("", "i")
-    def wait_for_others(e: Emit, base: I32) -> None:
+    @macro("")
+    def wait_for_others(e: Emit) -> None:
+        """Wait until dS of both warpgroups is there, and what this one has added has been read."""
+        e.wait_added(read=True)
         e.sync_named(e.const("i", _SHARING), GROUPS * GROUP)
 
     @macro(V, "i", "i", V, W)
@@ -207,51 +229,92 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
 
     @macro(Q, "i", "i", "i")
     def begin_queries(e: Emit, base: I32, group: I32, n: I32) -> Regs:
-        """Begin dS K, for half of the features."""
+        """Begin dS K, for half of the queries of a tile or half of the features."""
         e.fence_products()
-        width = c.E // 2
-        shift = group * (width // 64 * at.key.slab if width >= 64 else width * LINE // 64)
-        dq = product.begin_turned(e, at.ds, at.key, e.opaque(base), (n & 1) * at.ds.bytes, shift, width)
+        of_ds, of_key = (n & 1) * at.ds.bytes, n - n
+        if by_rows:
+            of_ds = of_ds + group * at.ds.slab
+        else:
+            of_key = group * at.key.slab
+        dq = product.begin_turned(e, at.ds, at.key, e.opaque(base), of_ds, of_key, PART)
         e.commit_products()
         return dq
 
-    @macro(K, "i", "i", K, W)
-    def begin_keys(e: Emit, base: I32, n: I32, acc: Regs, words: Regs) -> Regs:
-        """Begin dK + dS^T Q."""
-        acc = product.begin_add(e, acc, words, at.queries.tile, e.opaque(base), at.queries.shift(n))
+    def add_keys(e: Emit, base: I32, group: I32, n: I32, acc: Regs, steps: range) -> Regs:
+        e.fence_products()
+        of_ds, of_query = (n & 1) * at.ds.bytes, at.queries.shift(n)
+        acc = product.begin_add_shared(
+            e, acc, at.ds, at.queries.tile, group * ROWS, e.opaque(base), of_ds, of_query, steps
+        )
         e.commit_products()
         return acc
+
+    @macro(K, "i", "i", "i", K)
+    def begin_keys(e: Emit, base: I32, group: I32, n: I32, acc: Regs) -> Regs:
+        """Begin dK + dS^T Q, for the first queries of the tile."""
+        return add_keys(e, base, group, n, acc, range(early))
+
+    @macro(K, "i", "i", "i", K)
+    def begin_other_keys(e: Emit, base: I32, group: I32, n: I32, acc: Regs) -> Regs:
+        return add_keys(e, base, group, n, acc, range(early, columns // 16))
 
     @macro(Q, Q)
     def queries_done(e: Emit, dq: Regs) -> Regs:
         return e.wait_products(1, dq)[0]
 
+    @macro(K, K)
+    def keys_done(e: Emit, gk: Regs) -> Regs:
+        return e.wait_products(0, gk)[0]
+
+    @macro(f"{V} {Q}", V, Q)
+    def values_and_queries_done(e: Emit, gv: Regs, dq: Regs) -> list[Regs]:
+        return e.wait_products(1, gv, dq)
+
+    @macro(f"{V} {Q}", V, Q)
+    def last_done(e: Emit, gv: Regs, dq: Regs) -> list[Regs]:
+        return e.wait_products(2 if early else 1, gv, dq)
+
+    @macro(V, V)
+    def values_done(e: Emit, gv: Regs) -> Regs:
+        return e.wait_products(1, gv)[0]
+
     @macro(f"{K} {V}", K, V)
     def sums_done(e: Emit, gk: Regs, gv: Regs) -> list[Regs]:
         return e.wait_products(0, gk, gv)
 
-    @macro("l", BLOCK, "i", "i")
-    def sums_of(e: Emit, b: Block, thread: I32, group: I32) -> I64:
-        """Where the sums of dQ of a thread begin, in the first query of the first head."""
-        warp, lane = lanes.split(thread)
-        row, feature = (warp & 3) * product.rows + (lane >> 2), group * (c.E // 2) + (lane & 3) * 4
-        return b.places["sum_query"] + e.wide(row) * b.p.sum_query_row + e.wide(feature) * 4
+    @macro("l", BLOCK, "i")
+    def sums_of(e: Emit, b: Block, group: I32) -> I64:
+        """Where the sums of dQ of a warpgroup begin, in the first tile of the first head (`rowwise.sums_of_row`)."""
+        if by_rows:
+            return b.places["sum_query"] + e.wide(group) * _PART
+        return b.places["sum_query"] + e.wide(group) * (b.p.sum_query_head // GROUPS)
 
-    @macro("", PARAMETERS, "l", "i", "i", "i", "i", Q)
-    def add_queries(e: Emit, p: Parameters, sums: I64, thread: I32, head: I32, j: I32, number: I32, dq: Regs) -> None:
-        """Add to the sums of dQ, four features of a row at a time (`rowwise.place_by_fours`)."""
-        warp, lane = lanes.split(e.opaque(thread))
-        rest = p.real("rest", "f")
-        start = sums + e.wide(head) * p.sum_query_head + e.wide(j) * p.sum_query_row
-        left = number - j - ((warp & 3) * product.rows + (lane >> 2))
+    @macro("", PARAMETERS, "i", "l", "i", "i", "i", "i", Q)
+    def add_queries(
+        e: Emit, p: Parameters, base: I32, sums: I64, thread: I32, head: I32, j: I32, number: I32, dq: Regs
+    ) -> None:
+        """Add to the sums of dQ: 64 rows of 64 features lie side by side, here and in memory."""
+        thread = e.opaque(thread)
+        warp, lane = lanes.split(thread)
+        group, row = thread // GROUP, (warp & 3) * product.rows + (lane >> 2)
+        start = e.opaque(base) + group * _PART + row * _ROW + (lane & 3) * CHUNK + at.dq
+        turn = ((row + j) & 1) * TURN  # eight rows lie in the same banks
         for slot in (0, 1):
-            row = start + p.sum_query_row * (8 * slot)
             for n in range(0, len(dq), 8):
-                four = [dq[n + 4 * half + 2 * slot + part] * rest for half in (0, 1) for part in (0, 1)]
-                e.add_four(row + 8 * n, four, left > 8 * slot)
+                four = [dq[n + 4 * half + 2 * slot + part] for half in (0, 1) for part in (0, 1)]
+                turned = start + turn if n % 16 == 0 else start - turn
+                e.store_shared("f", turned + (8 * n + 8 * slot * _ROW), four)
+        e.fence_proxy()
+        e.sync_named(group + (_SHARING + 1), GROUP)
+        first = j + group * ROWS if by_rows else j
+        rows = e.min(number - first, ROWS)
+        target = sums + e.wide(head) * p.sum_query_head + e.wide(j) * _ROW
+        lead = (thread & (GROUP - 1)).equals(0) & (rows > 0)
+        e.add_rows(target, e.opaque(base) + group * _PART + at.dq, rows * _ROW, lead)
 
     @macro("", BLOCK, "i", K, V)
     def finish(e: Emit, b: Block, thread: I32, gk: Regs, gv: Regs) -> None:
+        e.wait_added(read=False)
         write_own(b, lanes, {"key": (of_keys, gk), "value": (of_values, gv)}, thread)
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
@@ -301,42 +364,79 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
             take_registers()
             block, heads = find_work(parameters, x, y)
             first, tiles, all_begin, all_end, number, _ = queries_seen(block)
-            sums = sums_of(block, thread, group)
+            sums = sums_of(block, group)
             gk, gv = zeros()
             if tiles > 0:
                 while own_is_there(base) == 0:
                     pass
-            n = np.int32(0)
-            for of_head in range(heads):
-                head, j = np.int32(of_head), first
-                for _ in range(tiles):
-                    while query_is_there(base, n) == 0:
+                n, last, head, j = np.int32(0), np.int32(heads * tiles - 1), np.int32(0), first
+                end = np.int32(first + tiles * columns)
+                while query_is_there(base, n) == 0:
+                    pass
+                s = begin_scores(base, group, n)
+                while grad_is_there(base, n) == 0:
+                    pass
+                dp = begin_slopes(base, group, n)
+                s = first_scores_done(s)
+                if j < all_begin or j + columns > all_end:
+                    s = hide(block, thread, j, s)
+                    if any_far(parameters) != 0:
+                        s = subtract(base, thread, n, s)
+                p = weigh(parameters, base, thread, n, s)
+                p, dp = first_slopes_done(p, dp)
+                weights, ds = differentiate(base, thread, n, p, dp)
+                while n < last:
+                    leave(base, thread, n, ds)
+                    gv = begin_values(base, n, gv, weights)
+                    wait_for_others()
+                    dq = begin_queries(base, group, n)
+                    following = np.int32(n + 1)
+                    if early > 0:
+                        gk = begin_keys(base, group, n, gk)
+                        gv, dq = values_and_queries_done(gv, dq)
+                        release_grad(base, thread, n)
+                        add_queries(parameters, base, sums, thread, head, j, number, dq)
+                        while query_is_there(base, following) == 0:
+                            pass
+                        s = begin_scores(base, group, following)
+                    else:
+                        gv = values_done(gv)
+                        release_grad(base, thread, n)
+                        while query_is_there(base, following) == 0:
+                            pass
+                        s = begin_scores(base, group, following)
+                        dq = queries_done(dq)
+                        add_queries(parameters, base, sums, thread, head, j, number, dq)
+                    while grad_is_there(base, following) == 0:
                         pass
-                    s = begin_scores(base, group, n)
-                    while grad_is_there(base, n) == 0:
-                        pass
-                    dp = begin_slopes(base, group, n)
+                    dp = begin_slopes(base, group, following)
+                    gk = begin_other_keys(base, group, n, gk)
                     s = scores_done(s)
+                    j = np.int32(j + columns)
+                    if j == end:
+                        head, j = np.int32(head + 1), first
                     if j < all_begin or j + columns > all_end:
                         # Rematerialization: the block is computed anew, so that it does not occupy registers.
                         edge, _ = find_work(parameters, x, y)
                         s = hide(edge, thread, j, s)
                         if any_far(parameters) != 0:
-                            s = subtract(base, thread, n, s)
-                    p = weigh(parameters, base, thread, n, s)
+                            s = subtract(base, thread, following, s)
+                    p = weigh(parameters, base, thread, following, s)
                     p, dp = slopes_done(p, dp)
-                    weights, ds = differentiate(base, thread, n, p, dp)
-                    leave(base, thread, n, ds)
-                    gv = begin_values(base, n, gv, weights)
-                    wait_for_others(base)
-                    dq = begin_queries(base, group, n)
-                    gk = begin_keys(base, n, gk, ds)
-                    dq = queries_done(dq)
-                    add_queries(parameters, sums, thread, head, j, number, dq)
-                    gk, gv = sums_done(gk, gv)
+                    weights, ds = differentiate(base, thread, following, p, dp)
+                    gk = keys_done(gk)
                     release_query(base, thread, n)
-                    release_grad(base, thread, n)
-                    n, j = np.int32(n + 1), np.int32(j + columns)
+                    n = following
+                leave(base, thread, n, ds)
+                gv = begin_values(base, n, gv, weights)
+                wait_for_others()
+                dq = begin_queries(base, group, n)
+                if early > 0:
+                    gk = begin_keys(base, group, n, gk)
+                gk = begin_other_keys(base, group, n, gk)
+                gv, dq = last_done(gv, dq)
+                add_queries(parameters, base, sums, thread, head, j, number, dq)
+                gk, gv = sums_done(gk, gv)
             block, _ = find_work(parameters, x, y)
             finish(block, thread, gk, gv)
 
@@ -353,4 +453,4 @@ def spec_of(c: Spec) -> Spec | None:
     """The kernel here that does what a kernel of `backward` with ``fused_dq`` does; None if there is none."""
     if c.task != "key" or not c.fused_dq or c.E not in SHAPES or not c.suits_warpgroups:
         return None
-    return c.with_(product="wgmma", slots=1, warps=4 * GROUPS, columns=QUERIES)
+    return c.with_(product="wgmma", slots=1, warps=4 * GROUPS, columns=SHAPES[c.E][0])

@@ -62,9 +62,9 @@ def make_delta(c: Spec, on: Target) -> KernelFunction:
             e.store(kind, at + n * 2 * SIZES[kind], pair, own)
         e.store("i", p.far, [e.const("i", 1)], own & is_far(e, lse))
         if c.fused_dq:
-            zero, at = e.const(kind, 0.0), b.places["sum_query"] + e.wide(i) * p.sum_query_row
+            parts = sums_of_row(c, b, i)
             for n in range(c.E // 32):
-                e.store(kind, at + e.wide(lane + 32 * n) * 4, [zero], i < b.rows)
+                e.store(kind, parts[n // 2] + e.wide(lane + n % 2 * 32) * 4, [e.const(kind, 0.0)], i < b.rows)
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         parameters = integers, reals
@@ -80,9 +80,25 @@ def _row_of_warp(e: Emit, c: Spec, p: Parameters, x: I32, head: I32, thread: I32
     return block_of(e, c, p, NAMES, index, e.const("i", 0), head), i
 
 
-def place_by_fours(feature: I32) -> I32:
-    """Where the sum of an even feature is: of 16 features, a thread of wgmma has 2 t, 2 t + 1, 2 t + 8 and 2 t + 9."""
-    return (feature & -16) + ((feature & 6) << 1) + ((feature & 8) >> 2)
+# Sums of dQ for wgmma (`Spec.in_parts`): 64 features of all rows of a head, then the next 64. Of 16 features, those of
+# a thread of wgmma lie side by side: 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. In odd rows, each 16 change places with the
+# next, so that what eight threads write to shared memory at once lies in different banks.
+PART = 64
+TURN = 64  # bytes of 16 sums
+
+
+def sums_of_row(c: Spec, b: Block, i: I32) -> list[I64]:
+    """Where the sums of dQ of a row begin: those of 64 features each."""
+    e, p = b.e, b.p
+    start = b.places["sum_query"] + e.wide(i) * p.sum_query_row
+    parts = -(-c.E // PART)
+    return [start + n * (p.sum_query_head // parts if c.in_parts else 4 * PART) for n in range(parts)]
+
+
+def place_in_part(feature: I32, row: I32) -> I32:
+    """Where the sum of an even feature is among those of its part."""
+    place = (feature & -16) + ((feature & 6) << 1) + ((feature & 8) >> 2)
+    return place ^ (row & 1) * (TURN // 4)
 
 
 def make_round(c: Spec, on: Target) -> KernelFunction:
@@ -93,13 +109,14 @@ def make_round(c: Spec, on: Target) -> KernelFunction:
     def row(e: Emit, p: Parameters, x: I32, head: I32, thread: I32) -> None:
         b, i = _row_of_warp(e, c, p, x, head, thread)
         lane, in_bounds, bad = thread & 31, i < b.rows, e.const("i", 0)
-        source = b.places["sum_query"] + e.wide(i) * p.sum_query_row
         target = b.places["grad_query"] + e.wide(i) * p.grad_query_row
         pair = Layout(1, ((0, 0), (0, 1)), 2)
-        for n in range(-(-c.E // 64)):
-            feature = lane * 2 + 64 * n
-            at = place_by_fours(feature) if c.by_fours else feature
-            values = e.load("f", source + e.wide(at) * 4, 2, where=in_bounds & (feature < c.E))
+        place = place_in_part(lane * 2, i) if c.in_parts else lane * 2
+        for n, part in enumerate(sums_of_row(c, b, i)):
+            feature = lane * 2 + PART * n
+            values = e.load("f", part + e.wide(place) * 4, 2, where=in_bounds & (feature < c.E))
+            if c.in_parts:
+                values = [x * p.real("rest", "f") for x in values]
             bad = bad | not_finite(e, values)
             write_row(e, c.result, c.aligned, pair, [0, 1], values, target, p.grad_query_column, feature,
                       p.int("E"), in_bounds)  # fmt: skip

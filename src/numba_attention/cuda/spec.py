@@ -75,7 +75,7 @@ class Spec:
     to: str = ""  # storage of the results, if not `storage`; of lse in "merge"
     only: str = ""  # the one gradient of a tile of keys, "key" or "value", where registers do not suffice for both
     fused_dq: bool = False  # the kernel of a tile of keys adds dQ too, by atomics in any order
-    by_fours: bool = False  # sums of dQ in memory have the four features of a thread of wgmma side by side
+    in_parts: bool = False  # sums of dQ lie in memory as wgmma adds them: `rowwise.PART`
     arch: str = ""
     # Head dimensions beyond those of tiles (`operands`): slices of query and key, and of value and the gradient of out.
     E_slices: int = 0
@@ -194,7 +194,7 @@ class Spec:
         """All that distinguishes this kernel from others."""
         options = [n for n in ("aligned", "softcap", "alibi", "mask", "pairs", "bias_tile", "lists", "dropout", "sinks",
                                "paged", "pack_gqa", "split_kv", "flags", "nan_safe", "gather_rows", "fused_dq",
-                               "by_fours")
+                               "in_parts")
                    if getattr(self, n)]  # fmt: skip
         words = [self.task, self.storage, f"{self.E}x{self.Ev}", f"{self.product}{self.slots}x{self.across}",
                  f"{self.warps}w{self.columns}c{self.blocks}b{self.only}{self.to}", *options]  # fmt: skip

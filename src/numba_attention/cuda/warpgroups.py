@@ -75,6 +75,18 @@ class Warpgroups(TensorCores):
             c = e.multiply_group(self.half, left, right + b.step(n, True), c, turned=(False, True))
         return c
 
+    def begin_add_shared(
+        self, e: Emit, c: Regs, a: Slabs, b: Slabs, row: I32, base: I32, of_a: I32, of_b: I32, steps: range
+    ) -> Regs:
+        """Begin C + A B for the 64 rows of A from `row` on, for some steps of 16 summed indices.
+
+        A and B lie so many bytes behind their tiles.
+        """
+        left, right = a.descriptor(e, base + of_a + row * LINE, False), b.descriptor(e, base + of_b, True)
+        for n in steps:
+            c = e.multiply_group(self.half, left + a.step(n, False), right + b.step(n, True), c, turned=(False, True))
+        return c
+
     def begin_turned(self, e: Emit, a: Slabs, b: Slabs, base: I32, of_a: I32, of_b: I32, columns: int) -> Regs:
         """Begin A^T B for some columns of B; A and B lie so many bytes behind their tiles."""
         left, right = a.descriptor(e, base + of_a, True), b.descriptor(e, base + of_b, True)
