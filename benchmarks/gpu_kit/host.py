@@ -64,8 +64,9 @@ class Pretending(torch.Tensor):
 
 
 def pretend():
-    empty = torch.empty
+    empty, empty_like = torch.empty, torch.empty_like
     torch.empty = lambda shape, dtype, device: empty(shape, dtype=dtype).as_subclass(Pretending)
+    torch.empty_like = lambda x, memory_format: empty_like(x, memory_format=memory_format).as_subclass(Pretending)
     torch._C._cuda_getCurrentRawStream = lambda device: 0
 
 

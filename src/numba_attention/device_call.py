@@ -5,6 +5,8 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import compress
+from operator import is_not
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -173,8 +175,9 @@ def _describe_options(options: Options) -> _Described | None:
     """Return what the options of a call are; None if a call with them is not repeated."""
     key: list[Any] = []
     found: list[Any] = []
-    for name, x, default in zip(Options._fields, options, NO_OPTIONS, strict=True):
-        if x is default or name in IN_PYTHON:
+    changed = map(is_not, options, NO_OPTIONS)
+    for name, x in compress(zip(Options._fields, options, strict=True), changed):
+        if name in IN_PYTHON:
             continue
         if name in PER_SCORE and type(x) is not np.ndarray and not isinstance(x, BlockMask):
             found.append(x)

@@ -290,6 +290,9 @@ class Tensor(Fake):
     def numel(self):
         return self.header.size
 
+    def expand(self, shape):
+        return type(self).of(np.broadcast_to(self.header, shape))
+
     @property
     def __cuda_array_interface__(self):
         raise RuntimeError("nobody needs this of a tensor")
@@ -314,6 +317,10 @@ def fake_torch(stream=0):
         assert kind == "cuda"
         return Tensor(np.full(shape, 0, dtype.name if dtype.name != "bfloat16" else _bfloat16()), ordinal)
 
+    def empty_like(x, memory_format):
+        assert memory_format == "contiguous"
+        return empty(x.shape, x.dtype, ("cuda", x.ordinal))
+
     names = ("float16", "float32", "float64", "bfloat16", "uint8")
     return types.SimpleNamespace(
         Tensor=Tensor,
@@ -322,6 +329,8 @@ def fake_torch(stream=0):
         cuda=types.SimpleNamespace(current_stream=current_stream),
         device=lambda kind, ordinal: (kind, ordinal),
         empty=empty,
+        empty_like=empty_like,
+        contiguous_format="contiguous",
         from_dlpack=from_dlpack(Tensor),
         asked=asked,
         **{name: Dtype(name) for name in names},

@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from .. import markup
 from ..device.arrays import to_host
+from ..device.headers import address_of
 from ..errors import CacheFullError
 from ..options import Array
 from .checks import (
@@ -158,6 +159,7 @@ class KVCache:
         self.value_dim = contents.value.shape[-1]
         self.dtype, self.storage = contents.dtype, contents.storage
         self._common: int | None = None
+        self._rows: list[tuple[int, int]] | None = None  # on a GPU: address of each array, and bytes from row to row
         self._lengths = contents.lengths  # changed in place, so that `contents` stays valid
         self.window, self.keep_first = window, keep_first
         # Of a rolling cache: the oldest position of each sequence, past the first tokens, that is still stored.
@@ -302,11 +304,15 @@ class KVCache:
         form, start, seen = self._form, self._common, None
         assert isinstance(form, DeviceStorage)
         if lengths is None and start is not None and self.window is None and self._read_only is None:
-            seen = form.look(originals, self._stored[:4], key, value, start)
+            if self._rows is None:
+                self._rows = [(address_of(x), x.strides[2]) for x in self._stored[:4] if x is not None]
+            seen = form.look(originals, self._rows, key, value, start)
             # A call like an earlier one needs no checks but that of the capacity.
             stop = start + key.shape[2] if seen is not None and len(key.shape) == 4 else self.capacity + 1
             if seen is not None and stop <= self.capacity and form.repeat(seen):
-                self._change_lengths(np.full_like(self._lengths, stop))
+                self._common = None  # as in `append`
+                self._lengths.fill(stop)
+                self._common = stop
                 return
         with form.using(originals, seen, key=key, value=value) as (key, value):
             key, value, T = self._checked(key, value)
@@ -514,7 +520,7 @@ class KVCache:
         return Contents(*self._tokens, table, counts, stored.storage, stored.dtype, originals, gap, by_tokens=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_tokens": None}  # views of the arrays, which a copy must make of its own
+        return self.__dict__ | {"_tokens": None, "_rows": None}  # of the arrays, which a copy must make of its own
 
     def _held(self, n: int) -> Any:
         """Return array n of the contents, as the caller passed it, up to the longest sequence."""

@@ -36,13 +36,18 @@ class DeviceStorage(Storage):
     def of(cls, form: Storage) -> "DeviceStorage":
         return cls(form.name, form.dtype, form.limit, form.square)
 
-    def look(self, originals: Originals, arrays: Arrays, key: Any, value: Any, start: int) -> Seen | None:
-        """Return what storing new arrays from a place on depends on, with the addresses of that place; see `replay`."""
+    def look(
+        self, originals: Originals, rows: list[tuple[int, int]], key: Any, value: Any, start: int
+    ) -> Seen | None:  # fmt: skip
+        """Return what storing new arrays from a place on depends on, with the addresses of that place; see `replay`.
+
+        `rows` are the address of each array of the cache, and the bytes from one of its rows to the next.
+        """
         seen = look((key, value, *originals))
         if seen is None:
             return None
-        targets = (address_of(x) + start * x.strides[2] for x in arrays if x is not None)
-        return seen._replace(addresses=[*seen.addresses[:2], *targets]).of("append", self.name)
+        addresses = [*seen.addresses[:2], *[address + start * stride for address, stride in rows]]
+        return seen.of("append", self.name, addresses=addresses)
 
     def repeat(self, seen: Seen) -> bool:
         """Store as in an earlier call that differs in addresses alone, if there was one."""

@@ -93,9 +93,9 @@ class Seen(NamedTuple):
     device: int
     stream: int
 
-    def of(self, *more: Any) -> "Seen":
+    def of(self, *more: Any, addresses: list[int] | None = None) -> "Seen":
         """Return the same with more in the key: what else the call depends on, and the alignment of its arrays."""
-        addresses = self.addresses
+        addresses = self.addresses if addresses is None else addresses
         alike = None if len(set(addresses)) == len(addresses) else tuple(map(addresses.index, addresses))
         key = (self.key, *[address & 15 for address in addresses], alike, *more)
         return Seen(key, addresses, self.family, self.device, self.stream)  # `_replace` takes three times as long
