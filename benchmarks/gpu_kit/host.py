@@ -95,6 +95,8 @@ def calls_of(q, k, v):
     step = normal(1, heads, 1, 128)
     caches = [na.KVCache.from_arrays(*(normal(1, few, 8192, 128) for _ in range(2))) for _ in range(1 if STUB else 8)]
     turn = [0]
+    slopes = np.float32(2.0) ** np.linspace(-1, -8, 8, dtype=np.float32)
+    bias, blocks = normal(8, 128, 128), na.BlockMask.causal(128, 128)
 
     def decode_in_turn():
         turn[0] += 1
@@ -103,9 +105,14 @@ def calls_of(q, k, v):
     return {
         "attention L128": lambda: na.attention(q, k, v),
         "attention L128 with lse": lambda: na.attention(q, k, v, return_lse=True),
-        "attention L128 causal (two launches, memset)": lambda: na.attention(q, k, v, is_causal=True),
+        "attention L128 causal (two launches)": lambda: na.attention(q, k, v, is_causal=True),
+        "attention L128, BlockMask": lambda: na.attention(q, k, v, mask=blocks),
+        "attention L128, bias on the GPU": lambda: na.attention(q, k, v, bias=bias),
+        "attention L128, ALiBi": lambda: na.attention(q, k, v, alibi_slopes=slopes),
+        "attention L128, score_mod": lambda: na.attention(q, k, v, score_mod=na.mods.alibi, mod_args=(slopes,)),
+        "attention_backward L128, BlockMask": lambda: na.attention_backward(out, q, k, v, out, lse, mask=blocks),
         "attention_backward L128": lambda: na.attention_backward(out, q, k, v, out, lse),
-        "attention_decode S8192 (two launches, scratch)": lambda: na.attention_decode(step, caches[0]),
+        "attention_decode S8192 (two launches)": lambda: na.attention_decode(step, caches[0]),
         "attention_decode S8192, 8 caches in turn": decode_in_turn,
     }
 
@@ -166,8 +173,8 @@ def launches(q, k, v):
     addresses = [x.data_ptr() for x in (q, k, v, out)]
     x = recorded._launches[0]
     again = Again(x.kernel, x.grid, x.integers, x.reals)
-    for place, source in x.patches:
-        again.numbers[place] = addresses[source]
+    for place, source, more in x.patches:
+        again.numbers[place] = addresses[source] + more
     integers = list(again.numbers[: len(x.integers)])
     row("driver.launch (cuda.core)", lambda: driver.launch(x.kernel, x.grid, integers, x.reals, stream))
     row("driver.launch_again", lambda: driver.launch_again([again], stream))
@@ -225,7 +232,7 @@ def main():
     parts(q, k, v)
     print()
     launches(q, k, v)
-    for name in ("attention L128", "attention_backward L128", "attention_decode S8192 (two launches, scratch)"):
+    for name in ("attention L128", "attention_backward L128", "attention_decode S8192 (two launches)"):
         call, profile = calls[name], cProfile.Profile()
         synchronize()
         profile.enable()
