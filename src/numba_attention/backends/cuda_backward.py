@@ -4,9 +4,8 @@ import math
 
 import numpy as np
 
-from ..cuda import tile_shapes
+from ..cuda import rowwise, tile_shapes
 from ..cuda.blocks import FACTS, HEAD
-from ..cuda.rowwise import PART
 from ..cuda.spec import Spec, padded
 from ..device import runtime
 from ..device.constants import upload
@@ -18,7 +17,7 @@ from .device_masks import with_block_mask, with_fitting_rows, with_whole_mask
 from .device_rules import offsets_of
 from .device_sums import add_up
 
-ROWS = 4  # rows of a block in kernels that give each row a warp
+WARPS = 4  # of a block in kernels of rows
 
 
 def run(g: BackwardProblem) -> None:
@@ -58,9 +57,9 @@ def run(g: BackwardProblem) -> None:
             of_queries = of_queries.with_(grad_bias=of_bias)
     work.upload_sequences()
     work.put("far", runtime.empty((HEAD,), np.int32, stream, cleared=4 * HEAD))
-    tiles = -(-p.L // ROWS)
     if p.L:
         c = _delta(_small("delta", work), single).with_(aligned=is_aligned(p.out, g.grad_out))
+        tiles = -(-p.L // rowwise.rows_of(c))
         work.launch(c, (number * tiles, p.H, 1), tiles=tiles)
         c = tile_shapes.normalizers(work.spec("forward", is_aligned(p.query, p.key)), work.device)
         c = c.with_(sinks=p.sinks is not None, dropout=False)
@@ -76,7 +75,7 @@ def run(g: BackwardProblem) -> None:
             if single is None
             else _round(_small("round", work), single).with_(aligned=aligned)
         )
-        _own(work, c, of_queries, p.H, p.L, c.rows if single is None else ROWS)
+        _own(work, c, of_queries, p.H, p.L, c.rows if single is None else rowwise.rows_of(c))
     if g.bias_shape is not None and not of_bias and p.L and p.S:
         _of_bias(g, work, is_aligned(p.query, p.key, p.value, g.grad_out))
     if p.sinks is not None:
@@ -90,7 +89,7 @@ def _empty_sums(single: Spec, of_rows: tuple[int, ...], stream: int) -> Array:
     if not _is_in_parts(single):
         return runtime.empty((*of_rows, single.E), np.float32, stream)[..., :1]
     *heads, rows = of_rows
-    return runtime.empty((*heads, single.E // PART, rows, PART), np.float32, stream)[..., 0, :, :1]
+    return runtime.empty((*heads, single.E // rowwise.PART, rows, rowwise.PART), np.float32, stream)[..., 0, :, :1]
 
 
 def _is_in_parts(single: Spec) -> bool:
@@ -106,7 +105,7 @@ def kernels_of(c: Spec, device: Device) -> list[Spec]:
         for task in ("query", "key")
     )
     single = None if tile_shapes.is_deterministic() else tile_shapes.fused_dq(keys, device)
-    small = Spec("delta", c.storage, c.E, c.Ev, warps=ROWS, arch=c.arch)
+    small = Spec("delta", c.storage, c.E, c.Ev, warps=WARPS, arch=c.arch)
     delta = _delta(small, single)
     specs = [delta, *tile_shapes.parts(keys), queries] if single is None else [delta, single]
     specs.append(tile_shapes.normalizers(c.with_(to=""), device))
@@ -128,7 +127,7 @@ def _round(c: Spec, single: Spec) -> Spec:
 
 def _small(task: str, work: Work) -> Spec:
     p = work.p
-    return Spec(task, work.storage, padded(p.E), padded(p.Ev), warps=ROWS, arch=work.device.arch)
+    return Spec(task, work.storage, padded(p.E), padded(p.Ev), warps=WARPS, arch=work.device.arch)
 
 
 def _own(work: Work, c: Spec, repeat: Spec, heads: int, length: int, rows: int) -> None:

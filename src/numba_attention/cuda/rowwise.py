@@ -16,6 +16,7 @@ from .spec import Spec
 NAMES = ("out", "grad_out", "lse", "grad_lse", "delta", "sum_query", "grad_query")
 
 
+WHOLE = 8  # numbers of a half type in 16 bytes
 TOGETHER = 4  # elements that a thread converts: it reads 16 bytes
 
 
@@ -24,7 +25,7 @@ def kind_of(storage: str) -> str:
 
 
 def make_delta(c: Spec, on: Target) -> KernelFunction:
-    """Make the kernel of delta = rowsum(dO O) - dlse: a warp for each row; its grid is rows by fours, and heads.
+    """Make the kernel of delta = rowsum(dO O) - dlse; its grid is tiles of `rows_of` rows, and heads.
 
     It also writes the offset of the row (`blocks.FACTS`), and flags whether any lse does not determine its denominator.
     ``fused_dq``: it clears a row of the sums of the gradient of queries too.
@@ -34,37 +35,40 @@ def make_delta(c: Spec, on: Target) -> KernelFunction:
 
     @macro("", PARAMETERS, "i", "i", "i")
     def row(e: Emit, p: Parameters, x: I32, head: I32, thread: I32) -> None:
-        b, i = _row_of_warp(e, c, p, x, head, thread)
-        lane, in_bounds, total = thread & 31, i < b.span.rows, e.const(kind, 0.0)
-        pairs = c.aligned and c.storage in HALVES  # of features in one word
-        each = 2 if pairs else 1
-        for n in range(-(-c.Ev // (32 * each))):
-            feature = (lane + 32 * n) * each
+        b, i, lane = _row_of_lanes(e, c, p, x, head, thread)
+        in_bounds, total = i < b.span.rows, e.const(kind, 0.0)
+        lanes, whole = lanes_of(c), c.aligned and c.storage in HALVES  # 16 bytes at once
+        each = WHOLE if whole else 1
+        for n in range(-(-c.Ev // (lanes * each))):
+            feature = (lane + lanes * n) * each
             inside = in_bounds & (feature < p.int("Ev"))
             operands: list[Regs] = []
             for name in ("out", "grad_out"):
                 at = b.places[name] + e.wide(i) * getattr(p, f"{name}_row")
                 at = at + e.wide(feature) * getattr(p, f"{name}_column")
-                if pairs:
-                    operands.append(list(e.unpack(HALVES[c.storage], e.load("i", at, where=inside))))
+                if whole:
+                    words = e.load("i", at, 4, where=inside)
+                    operands.append([y for word in words for y in e.unpack(HALVES[c.storage], word)])
                 else:
                     operands.append([read(e, c.storage, at, inside)])
             for a, z in zip(*operands, strict=True):
                 total = e.fma(a, z, total)
-        for distance in (16, 8, 4, 2, 1):
+        for distance in _distances(lanes):
             total = total + e.shuffle_xor(total, distance)
         has_grad_lse = in_bounds & (p.grad_lse > 0)
         total = total - e.load(kind, b.places["grad_lse"] + e.wide(i) * p.grad_lse_row, where=has_grad_lse)
         lse = e.load(kind, b.places["lse"] + e.wide(i) * p.lse_row, where=in_bounds)
         offset = e.select(lse.equals(-math.inf), e.const(kind, 0.0), lse * -LOG2E)
         at, own, zero = b.places["delta"] + e.wide(i) * p.delta_row, in_bounds & lane.equals(0), e.const(kind, 0.0)
-        for n, pair in enumerate(([total, offset], [zero, zero])):
-            e.store(kind, at + n * 2 * SIZES[kind], pair, own)
+        facts, together = [total, offset, zero, zero], 16 // SIZES[kind]
+        for n in range(0, len(facts), together):
+            e.store(kind, at + n * SIZES[kind], facts[n : n + together], own)
         e.store("i", p.far, [e.const("i", 1)], own & is_far(e, lse))
         if c.fused_dq:
-            parts = sums_of_row(c, b, i)
-            for n in range(c.E // 32):
-                e.store(kind, parts[n // 2] + e.wide(lane + n % 2 * 32) * 4, [e.const(kind, 0.0)], i < b.rows)
+            for n in range(-(-c.E // (4 * lanes))):
+                feature = (lane + lanes * n) * 4
+                at = sums_of_row(c, b, i, feature) + e.wide(feature % PART) * 4
+                e.store(kind, at, [zero] * 4, (i < b.rows) & (feature < c.E))
 
     def kernel(integers, reals):  # type: ignore[no-untyped-def]
         parameters = integers, reals
@@ -73,11 +77,31 @@ def make_delta(c: Spec, on: Target) -> KernelFunction:
     return kernel
 
 
-def _row_of_warp(e: Emit, c: Spec, p: Parameters, x: I32, head: I32, thread: I32) -> tuple[Block, I32]:
-    """Sequence and row of a warp, where a block has as many rows as warps."""
-    tiles = p.int("tiles")
-    index, i = x // tiles, x % tiles * c.warps + (thread >> 5)
-    return block_of(e, c, p, NAMES, index, e.const("i", 0), head), i
+def lanes_of(c: Spec) -> int:
+    """How many lanes share a row: as many as read 16 bytes each of a row of a half type, or a warp."""
+    if c.storage not in HALVES or (c.task == "delta" and not c.aligned):
+        return 32
+    lanes, features = 1, c.Ev if c.task == "delta" else c.E
+    while lanes < 32 and lanes * WHOLE < features:
+        lanes *= 2
+    return lanes
+
+
+def rows_of(c: Spec) -> int:
+    """How many rows a block has."""
+    return c.threads // lanes_of(c)
+
+
+def _distances(lanes: int) -> list[int]:
+    """Of the lanes that share a row, for a sum by shuffles."""
+    return [n for n in (16, 8, 4, 2, 1) if n < lanes]
+
+
+def _row_of_lanes(e: Emit, c: Spec, p: Parameters, x: I32, head: I32, thread: I32) -> tuple[Block, I32, I32]:
+    """Sequence and row of a thread, and its number among those of the row."""
+    tiles, lanes = p.int("tiles"), lanes_of(c)
+    index, i = x // tiles, x % tiles * rows_of(c) + thread // lanes
+    return block_of(e, c, p, NAMES, index, e.const("i", 0), head), i, thread % lanes
 
 
 # Sums of dQ for wgmma (`Spec.in_parts`): 64 features of all rows of a head, then the next 64. Of 16 features, those of
@@ -87,12 +111,11 @@ PART = 64
 TURN = 64  # bytes of 16 sums
 
 
-def sums_of_row(c: Spec, b: Block, i: I32) -> list[I64]:
-    """Where the sums of dQ of a row begin: those of 64 features each."""
+def sums_of_row(c: Spec, b: Block, i: I32, feature: I32) -> I64:
+    """Where the sums of dQ of a row begin that have the part of a feature."""
     e, p = b.e, b.p
-    start = b.places["sum_query"] + e.wide(i) * p.sum_query_row
-    parts = -(-c.E // PART)
-    return [start + n * (p.sum_query_head // parts if c.in_parts else 4 * PART) for n in range(parts)]
+    apart = p.sum_query_head // -(-c.E // PART) if c.in_parts else e.const("l", 4 * PART)
+    return b.places["sum_query"] + e.wide(i) * p.sum_query_row + e.wide(feature // PART) * apart
 
 
 def place_in_part(feature: I32, row: I32) -> I32:
@@ -102,26 +125,31 @@ def place_in_part(feature: I32, row: I32) -> I32:
 
 
 def make_round(c: Spec, on: Target) -> KernelFunction:
-    """Make the kernel that rounds the sums of the gradient of queries to its type: a warp for each row."""
+    """Make the kernel that rounds the sums of the gradient of queries to its type; its grid is that of `make_delta`."""
     cuda, macro = on.cuda, on.macro
 
     @macro("", PARAMETERS, "i", "i", "i")
     def row(e: Emit, p: Parameters, x: I32, head: I32, thread: I32) -> None:
-        b, i = _row_of_warp(e, c, p, x, head, thread)
-        lane, in_bounds, bad = thread & 31, i < b.rows, e.const("i", 0)
+        b, i, lane = _row_of_lanes(e, c, p, x, head, thread)
+        lanes, in_bounds, bad = lanes_of(c), i < b.rows, e.const("i", 0)
         target = b.places["grad_query"] + e.wide(i) * p.grad_query_row
-        pair = Layout(1, ((0, 0), (0, 1)), 2)
-        place = place_in_part(lane * 2, i) if c.in_parts else lane * 2
-        for n, part in enumerate(sums_of_row(c, b, i)):
-            feature = lane * 2 + PART * n
-            values = e.load("f", part + e.wide(place) * 4, 2, where=in_bounds & (feature < c.E))
+        # A thread stores 16 bytes at once.
+        part = Layout(1, tuple((0, n) for n in range(WHOLE)), WHOLE if c.result in HALVES else WHOLE // 2)
+        for n in range(-(-c.E // (WHOLE * lanes))):
+            feature = (lane + lanes * n) * WHOLE
+            source, values = sums_of_row(c, b, i, feature), []
+            for more in range(0, WHOLE, 2 if c.in_parts else 4):
+                at = (feature + more) % PART
+                at = place_in_part(at, i) if c.in_parts else at
+                values += e.load("f", source + e.wide(at) * 4, 2 if c.in_parts else 4,
+                                 where=in_bounds & (feature < c.E))  # fmt: skip
             if c.in_parts:
-                values = [x * p.real("rest", "f") for x in values]
+                values = [y * p.real("rest", "f") for y in values]
             bad = bad | not_finite(e, values)
-            write_row(e, c.result, c.aligned, pair, [0, 1], values, target, p.grad_query_column, feature,
+            write_row(e, c.result, c.aligned, part, list(range(WHOLE)), values, target, p.grad_query_column, feature,
                       p.int("E"), in_bounds)  # fmt: skip
         if c.flags:
-            for distance in (16, 8, 4, 2, 1):
+            for distance in _distances(lanes):
                 bad = bad | e.shuffle_xor(bad, distance)
             b.mark(i, bad, in_bounds & lane.equals(0))
 
