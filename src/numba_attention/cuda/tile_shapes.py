@@ -146,7 +146,7 @@ def for_call(
 
 def resident(c: Spec, device: Any) -> int:
     """How many blocks of a kernel a device has at a time, if it uses all registers that it may."""
-    by_registers = max(65536 // (256 * c.threads), c.blocks)
+    by_registers = 65536 // (256 * c.threads)
     by_memory = device.shared_memory // max(kernels.shared(c) + 1024, 1)
     return int(device.multiprocessors * max(1, min(by_registers, by_memory, 16)))
 
@@ -213,14 +213,7 @@ def few(c: Spec, rows: int, device: Any) -> Spec:
 
 
 def no_more_rows(c: Spec, rows: int) -> Spec:
-    """The kernel with as few warps as a tile of so many rows needs.
-
-    Up to 64 rows of half types without options are bound by memory. With 16 rows for each warp and not 32, a third more
-    warps have registers, and products and exponentials between loads take half as long.
-    """
-    is_small = max(c.E, c.Ev) <= 128 and not (c.is_large or c.is_sliced or c.kv_storage)
-    if c.product == "tensor" and is_small and 32 < rows <= 64:
-        return c.with_(slots=1, warps=4, columns=64, blocks=3)
+    """The kernel with as few warps as a tile of so many rows needs."""
     while c.warps > 1 and c.rows >= 2 * rows:
         # Two warps of 8 rows a thread would spill.
         c = c.with_(slots=4) if c.product == "simt" and c.slots == 8 else c.with_(warps=c.warps // 2)
