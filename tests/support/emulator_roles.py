@@ -235,15 +235,7 @@ class Roles:
 
     def begin(self, work, words):
         """Queue a product of this role."""
-        if self.landing == "issue":
-            return work()
-        np.add.at(self.reading, words, 1)
-
-        def late():
-            work()
-            np.subtract.at(self.reading, words, 1)
-
-        self.products[self.role][-1].append(late)
+        self._read_late(self.products[self.role][-1], work, words)
 
     def add_rows(self, start, size, add):
         """Queue an addition of float32 numbers to global memory, which reads shared memory by the path of products."""
@@ -255,6 +247,10 @@ class Roles:
         def work():
             add(self.bytes[start : start + size].view(np.float32).copy())
 
+        self._read_late(self.additions[self.role], work, words)
+
+    def _read_late(self, queue, work, words):
+        """Queue what reads words of shared memory when it is waited for, or do it at once."""
         if self.landing == "issue":
             return work()
         np.add.at(self.reading, words, 1)
@@ -263,7 +259,7 @@ class Roles:
             work()
             np.subtract.at(self.reading, words, 1)
 
-        self.additions[self.role].append(late)
+        queue.append(late)
 
     def wait_added(self):
         additions = self.additions[self.role]

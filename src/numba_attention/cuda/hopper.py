@@ -19,7 +19,7 @@ from .products import Layout
 from .softmax import fold, relative, start, total
 from .spec import Spec
 from .tiles import fetch
-from .warpgroups import AT_ONCE, GROUP, ROWS, Ring, Slabs, Warpgroups, init_barriers, make_roles, make_waits
+from .warpgroups import AT_ONCE, GROUP, ROWS, Ring, Slabs, Warpgroups, init_barriers, make_done, make_roles, make_waits
 
 # Head dimension: warpgroups that compute, keys of a tile, slots of a ring, loads in flight before one is waited for,
 # and registers of a thread of the warpgroup that loads and of the others.
@@ -69,6 +69,8 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
     warpgroup, give_registers, take_registers = make_roles(on, few_registers, many_registers)
     publish_queries, queries_are_there = make_once(on, queries, at.landed)
     landed_but_some, landed = make_landed(on, lag)
+    first_scores, scores_done = make_done(on, 0, S), make_done(on, 1, S)
+    sum_done, last_sum_done = make_done(on, 0, C, S), make_done(on, 0, C)
 
     @macro("", "i", "i")
     def prepare(e: Emit, base: I32, thread: I32) -> None:
@@ -142,22 +144,6 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
         acc = product.begin_add(e, acc, words, values.tile, e.opaque(base), values.shift(n))
         e.commit_products()
         return acc
-
-    @macro(S, S)
-    def first_scores(e: Emit, s: Regs) -> Regs:
-        return e.wait_products(0, s)[0]
-
-    @macro(S, S)
-    def scores_done(e: Emit, s: Regs) -> Regs:
-        return e.wait_products(1, s)[0]
-
-    @macro(f"{C} {S}", C, S)
-    def sum_done(e: Emit, acc: Regs, p: Regs) -> list[Regs]:
-        return e.wait_products(0, acc, p)
-
-    @macro(C, C)
-    def last_sum_done(e: Emit, acc: Regs) -> Regs:
-        return e.wait_products(0, acc)[0]
 
     @macro(S, BLOCK, "i", "i", S)
     def hide(e: Emit, b: Block, thread: I32, j: I32, s: Regs) -> Regs:

@@ -23,7 +23,7 @@ from .rowwise import PART, TURN
 from .softmax import recenter, recompute
 from .spec import Spec
 from .tiles import CHUNK, fetch
-from .warpgroups import AT_ONCE, GROUP, ROWS, Ring, Slabs, Warpgroups, init_barriers, make_roles, make_waits
+from .warpgroups import AT_ONCE, GROUP, ROWS, Ring, Slabs, Warpgroups, init_barriers, make_done, make_roles, make_waits
 
 # Head dimension: queries of a tile, slots of the rings of queries and of gradients, loads in flight before one is
 # waited for, how many steps of 16 queries of dK are begun before dQ is added, and registers of a thread that loads and
@@ -86,6 +86,11 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
     warpgroup, give_registers, take_registers = make_roles(on, few_registers, many_registers)
     publish_own, own_is_there = make_once(on, at.key, at.landed)
     landed_but_some, landed = make_landed(on, lag)
+    # Products that are waited for: of the first tile, of others beside dK of the tile before, and of the last one.
+    first_scores_done, first_slopes_done = make_done(on, 1, S), make_done(on, 0, S, S)
+    scores_done, slopes_done, keys_done = make_done(on, 2, S), make_done(on, 1, S, S), make_done(on, 0, K)
+    values_done, queries_done, both_done = make_done(on, 1, V), make_done(on, 1, Q), make_done(on, 1, V, Q)
+    last_done, sums_done = make_done(on, 2 if early else 1, V, Q), make_done(on, 0, K, V)
 
     @macro("", "i", "i")
     def prepare(e: Emit, base: I32, thread: I32) -> None:
@@ -152,22 +157,6 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
         dp = product.begin_scores(e, at.value, at.grads.tile, group * ROWS, e.opaque(base), shift)
         e.commit_products()
         return dp
-
-    @macro(S, S)
-    def first_scores_done(e: Emit, s: Regs) -> Regs:
-        return e.wait_products(1, s)[0]
-
-    @macro(f"{S} {S}", S, S)
-    def first_slopes_done(e: Emit, p: Regs, dp: Regs) -> list[Regs]:
-        return e.wait_products(0, p, dp)
-
-    @macro(S, S)
-    def scores_done(e: Emit, s: Regs) -> Regs:
-        return e.wait_products(2, s)[0]
-
-    @macro(f"{S} {S}", S, S)
-    def slopes_done(e: Emit, p: Regs, dp: Regs) -> list[Regs]:
-        return e.wait_products(1, p, dp)
 
     def of_columns(e: Emit, name: str, base: I32, thread: I32, n: I32) -> Regs:
         """One of the `FACTS`, for each register."""
@@ -257,30 +246,6 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
     @macro(K, "i", "i", "i", K)
     def begin_other_keys(e: Emit, base: I32, group: I32, n: I32, acc: Regs) -> Regs:
         return add_keys(e, base, group, n, acc, range(early, columns // 16))
-
-    @macro(Q, Q)
-    def queries_done(e: Emit, dq: Regs) -> Regs:
-        return e.wait_products(1, dq)[0]
-
-    @macro(K, K)
-    def keys_done(e: Emit, gk: Regs) -> Regs:
-        return e.wait_products(0, gk)[0]
-
-    @macro(f"{V} {Q}", V, Q)
-    def values_and_queries_done(e: Emit, gv: Regs, dq: Regs) -> list[Regs]:
-        return e.wait_products(1, gv, dq)
-
-    @macro(f"{V} {Q}", V, Q)
-    def last_done(e: Emit, gv: Regs, dq: Regs) -> list[Regs]:
-        return e.wait_products(2 if early else 1, gv, dq)
-
-    @macro(V, V)
-    def values_done(e: Emit, gv: Regs) -> Regs:
-        return e.wait_products(1, gv)[0]
-
-    @macro(f"{K} {V}", K, V)
-    def sums_done(e: Emit, gk: Regs, gv: Regs) -> list[Regs]:
-        return e.wait_products(0, gk, gv)
 
     @macro("l", BLOCK, "i")
     def sums_of(e: Emit, b: Block, group: I32) -> I64:
@@ -393,7 +358,7 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
                     following = np.int32(n + 1)
                     if early > 0:
                         gk = begin_keys(base, group, n, gk)
-                        gv, dq = values_and_queries_done(gv, dq)
+                        gv, dq = both_done(gv, dq)
                         release_grad(base, thread, n)
                         add_queries(parameters, base, sums, thread, head, j, number, dq)
                         while query_is_there(base, following) == 0:

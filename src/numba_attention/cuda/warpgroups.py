@@ -5,6 +5,7 @@ PTX ISA 8.0, "Asynchronous Warpgroup Level Matrix Shared Memory Layout": 128-byt
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from .emit import I32, I64, Emit, Macro, Regs, Target
 from .products import TensorCores
@@ -185,6 +186,17 @@ def make_waits(on: Target, ring: Ring) -> tuple[Macro, Macro, Macro]:
         e.arrive(ring.empty(base, n), (thread & (GROUP - 1)).equals(0))
 
     return is_full, is_empty, release
+
+
+def make_done(on: Target, groups: int, *sums: str) -> Macro:
+    """Make the macro that waits until all but the newest groups of products are done, and returns sums of others."""
+
+    @on.macro(" ".join(sums), *sums)
+    def done(e: Emit, *given: Regs) -> Any:
+        found = e.wait_products(groups, *given)
+        return found if len(found) > 1 else found[0]
+
+    return done
 
 
 def make_roles(on: Target, few: int, many: int) -> tuple[Macro, Macro, Macro]:
