@@ -287,6 +287,35 @@ def backward_bfloat16_E128_window():
 
 
 @step
+def bias_tiles():
+    """A bias in a half type is copied as tiles, and its gradient comes from the tile of dS, or by atomics."""
+    import numba_attention as na
+
+    q, k, v, grad = (normal(1, 2, n, 64, dtype="bfloat16") for n in (150, 168, 168, 150))
+    said = []
+    for shape in ((1, 2, 150, 168), (1, 1, 150, 168)):
+        options = {"bias": normal(*shape, dtype="bfloat16"), "is_causal": True}
+        wanted = options | {"bias": wide(options["bias"])[0]}
+        want, want_lse = na.attention(*wide(q, k, v), **wanted, return_lse=True, backend="reference")
+        out, lse = na.attention(q, k, v, **options, return_lse=True, backend="cuda")
+        got = na.attention_backward(grad, q, k, v, out, lse, **options, backend="cuda")
+        expected = na.attention_backward(*wide(grad, q, k, v), want, want_lse, **wanted, backend="reference")
+        said.append(near("out", out, want, LIMITS["bfloat16"]))
+        said += [near(f"d{name}", getattr(got, name), getattr(expected, name), 3 * LIMITS["bfloat16"])
+                 for name in ("query", "key", "value", "bias")]  # fmt: skip
+    return " ".join(said)
+
+
+@step
+def weights_of_half_types():
+    import numba_attention as na
+
+    q, k = normal(1, 2, 70, 64, dtype="bfloat16"), normal(1, 2, 131, 64, dtype="bfloat16")
+    got = na.attention_weights(q, k, window=(40, 20), backend="cuda")
+    return near("weights", got, na.attention_weights(*wide(q, k), window=(40, 20), backend="reference"), 1e-2)
+
+
+@step
 def decode_split():
     import numba_attention as na
 
