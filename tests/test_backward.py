@@ -209,6 +209,23 @@ def test_a_gradient_of_a_bias_past_the_caches(monkeypatch, options, dtype):
                 np.testing.assert_array_equal(a, b)
 
 
+def test_no_zero_of_a_streamed_gradient_is_negative(monkeypatch):
+    """Where it is added to zeros, -0.0 becomes 0.0; so the bits are those of a smaller batch."""
+    rng = np.random.default_rng(0)
+    q, k, v, grad = (rng.standard_normal((2, 4, 64, 16), np.float32) for _ in range(4))
+    bias, zeros = np.zeros((2, 4, 64, 64), np.float32), 0
+    for seed in range(6):  # in the first rows, all keys may be dropped
+        options = {"bias": bias, "is_causal": True, "dropout_p": 0.5, "seed": seed}
+        out, lse = na.attention(q, k, v, **options, return_lse=True)
+        found = []
+        for least in (2**60, 0):
+            monkeypatch.setattr(cpu_backward, "STREAM", least)
+            found.append(na.attention_backward(grad, q, k, v, out, lse, **options).bias)
+        np.testing.assert_array_equal(*map(np.signbit, found))
+        zeros += int((found[0][..., 0, 0] == 0).sum())
+    assert zeros
+
+
 @pytest.mark.parametrize("H", [1, 3])
 def test_same_bits_alone_and_in_a_batch(H):
     case = Case(1100, 130, 8, H=H, batch=(20,), options=("causal",))

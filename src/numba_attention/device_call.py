@@ -146,14 +146,14 @@ _PLAIN = frozenset((type(None), bool, int, float, str))
 def _describe(x: Any) -> Any:
     """Return what tells a value that the host reads from others, as a key; None if it is not worth comparing.
 
-    The types are in the key because 1 and True are equal, and not all functions that take one take the other.
+    The types are in the key because 1 and True are equal, and not all functions that take one take the other; numbers
+    are, as they are written, because 0.0 and -0.0 are equal.
     """
     kind = type(x)
     if kind in _PLAIN:
-        return kind, x
+        return kind, repr(x) if kind is float else x
     if kind is tuple or kind is list:
-        kinds = tuple(map(type, x))
-        return (kind, kinds, tuple(x)) if _PLAIN.issuperset(kinds) else None
+        return (kind, *map(_describe, x)) if _PLAIN.issuperset(map(type, x)) else None
     if kind is np.ndarray or isinstance(x, np.generic):
         if x.nbytes > CONTENTS or x.dtype.hasobject:
             return None

@@ -269,6 +269,8 @@ def as_array(name: str, x: Any) -> Array:
     """Convert an option that may be any array-like to an array."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost; pass its .data")
+    if type(x) is np.ndarray:
+        return x
     refuse_on_device(name, x)
     try:
         return np.asarray(x)

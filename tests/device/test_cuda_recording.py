@@ -328,6 +328,47 @@ def test_what_a_mod_reads_outside_of_itself(gpu, repeated, monkeypatch):
     assert len(repeated) == 2
 
 
+def by_sign(score, batch, head, i, j, factor):
+    return score if 1.0 / factor > 0 else -score
+
+
+def times(factor):
+    def mod(score, batch, head, i, j, by=factor):
+        return score * by
+
+    return mod
+
+
+def test_numbers_that_are_equal_and_differ(gpu, repeated):
+    q, k, v = arrays()
+    for zero, sign in ((0.0, 1), (-0.0, -1), (0.0, 1)):
+        got = na.attention(*map(Tensor, (q, k, v)), score_mod=by_sign, mod_args=(zero,))
+        close([got], [na.attention(sign * q, k, v, backend="reference")])
+    for factor in (1.0, 3.0):  # a default of a function that is defined again
+        got = na.attention(*map(Tensor, (q, k, v)), score_mod=times(factor))
+        close([got], [na.attention(factor * q, k, v, backend="reference")])
+    assert len(repeated) == 1
+
+
+def test_dtypes_of_a_cache(gpu, repeated):
+    """Two caches of the same codes differ in the type of the numbers that they take and give."""
+    codes, scale = ([Tensor(np.zeros(shape, kind)) for _ in range(2)] for shape, kind in
+                    (((2, 2, 48, 16), np.int8), ((2, 2, 48), np.float32)))  # fmt: skip
+    single, half = (
+        na.KVCache.from_arrays(*codes, lengths=8, key_scale=scale[0], value_scale=scale[1], dtype=dtype)
+        for dtype in (np.float32, np.float16)
+    )
+    new, query = Tensor(np.ones((2, 2, 1, 16), np.float32)), Tensor(np.ones((2, 4, 1, 16), np.float32))
+    for _ in range(2):
+        single.append(new, new)
+        na.attention_decode(query, single)
+        with pytest.raises(TypeError, match="key must have"):
+            half.append(new, new)
+        with pytest.raises(TypeError, match="query must have"):
+            na.attention_decode(query, half)
+    assert half.lengths.tolist() == [8, 8]
+
+
 def test_wrong_options_are_refused_each_time(gpu, repeated):
     q, k, v = map(Tensor, arrays())
     wrong = (

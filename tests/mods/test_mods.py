@@ -449,6 +449,51 @@ def test_helpers_outside_are_read_anew():
     np.testing.assert_allclose(second, np.broadcast_to(v.mean(2, keepdims=True), q.shape), atol=1e-6)
 
 
+def test_defaults_are_read_anew():
+    """A function that is defined again has the same code; a default or the code of one may be assigned anew."""
+    q, k, v = draw(L=9, S=11)
+
+    def scaled(factor):
+        def mod(score, batch, head, i, j, by=factor):
+            return score * by
+
+        mod.derivative = lambda score, batch, head, i, j, by=factor: by
+        return mod
+
+    def check(mod, factor):
+        out, lse = na.attention(q, k, v, score_mod=mod, return_lse=True)
+        want, want_lse = na.attention(factor * q, k, v, return_lse=True, backend="reference")
+        np.testing.assert_allclose(out, want, atol=1e-5)
+        got = na.attention_backward(out, q, k, v, out, lse, score_mod=mod).key
+        expected = na.attention_backward(out, factor * q, k, v, want, want_lse, backend="reference").key
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+
+    for factor in (1.0, 2.0, 3.0):
+        check(scaled(factor), factor)
+    mod = scaled(2.0)
+    mod.__defaults__ = mod.derivative.__defaults__ = (-2.0,)
+    check(mod, -2.0)
+
+    def helper(x):
+        return x * 2.0
+
+    def through(score, batch, head, i, j):
+        return helper(score)
+
+    check(through, 2.0)
+    helper.__code__ = (lambda x: x * 5.0).__code__
+    check(through, 5.0)
+
+
+def test_zeros_outside_have_signs(monkeypatch):
+    q, k, v = draw(L=9, S=11)
+    for kind in (float, np.float32, np.float16):
+        for sign in (1, -1):
+            monkeypatch.setattr(sys.modules[__name__], "_zero", kind(sign * 0.0), raising=False)
+            got = na.attention(q, k, v, score_mod=lambda s, b, h, i, j: s if 1.0 / _zero > 0 else -s)  # noqa: F821
+            np.testing.assert_allclose(got, na.attention(sign * q, k, v, backend="reference"), atol=1e-5)
+
+
 def test_found_on_disk_by_another_process(tmp_path):
     """The same text in another file: what is compiled does not depend on where the function is."""
     code = """

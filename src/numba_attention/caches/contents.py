@@ -43,10 +43,11 @@ class Contents(NamedTuple):
     def look(self) -> tuple[Any, ...] | None:
         """Return what determines a call, besides the arrays of keys and values; None if it is too large to compare."""
         if self.table is None:
-            return self.storage, self.lengths.tobytes()
+            return self.storage, self.dtype, self.lengths.tobytes()
         if self.table.nbytes > _MOST:
             return None
-        return self.storage, self.lengths.tobytes(), self.by_tokens, self.table.shape, self.table.tobytes()
+        lengths, table = self.lengths.tobytes(), self.table.tobytes()
+        return self.storage, self.dtype, lengths, self.by_tokens, self.table.shape, table
 
     def gathered(self) -> "Contents":
         """Return a copy of what a rolling cache keeps, in one array, in order of position."""

@@ -306,7 +306,7 @@ class KVCache:
         if lengths is None and start is not None and self.window is None and self._read_only is None:
             if self._rows is None:
                 self._rows = [(address_of(x), x.strides[2]) for x in self._stored[:4] if x is not None]
-            seen = form.look(originals, self._rows, key, value, start)
+            seen = form.look(originals, self._rows, key, value, start, self.dtype)
             # A call like an earlier one needs no checks but that of the capacity.
             stop = start + key.shape[2] if seen is not None and len(key.shape) == 4 else self.capacity + 1
             if seen is not None and stop <= self.capacity and form.repeat(seen):

@@ -37,17 +37,18 @@ class DeviceStorage(Storage):
         return cls(form.name, form.dtype, form.limit, form.square)
 
     def look(
-        self, originals: Originals, rows: list[tuple[int, int]], key: Any, value: Any, start: int
+        self, originals: Originals, rows: list[tuple[int, int]], key: Any, value: Any, start: int, dtype: Any
     ) -> Seen | None:  # fmt: skip
         """Return what storing new arrays from a place on depends on, with the addresses of that place; see `replay`.
 
-        `rows` are the address of each array of the cache, and the bytes from one of its rows to the next.
+        `dtype` is that of the cache, which new arrays must have; `rows` are the address of each array of the cache, and
+        the bytes from one of its rows to the next.
         """
         seen = look((key, value, *originals))
         if seen is None:
             return None
         addresses = [*seen.addresses[:2], *[address + start * stride for address, stride in rows]]
-        return seen.of("append", self.name, addresses=addresses)
+        return seen.of("append", self.name, dtype, addresses=addresses)
 
     def repeat(self, seen: Seen) -> bool:
         """Store as in an earlier call that differs in addresses alone, if there was one."""

@@ -173,7 +173,7 @@ def add_transposed(spec: Spec) -> Any:
     def blocks(streams: bool) -> Any:
         def build(b: Builder, tile: Value, rows: Value, offset: Value, count: Value) -> None:
             def group(g: Value, _: list[Value]) -> list[Value]:
-                targets = [at(b, row_group(b, rows, g, W, r), offset) for r in range(W)]
+                zero, targets = vector.const(0.0), [at(b, row_group(b, rows, g, W, r), offset) for r in range(W)]
                 source = at(b, pointer(b, tile), b.mul(g, I64(width)))
 
                 def block(i: Value, _: list[Value]) -> list[Value]:
@@ -183,7 +183,7 @@ def add_transposed(spec: Spec) -> Any:
                     for target, line in zip(targets, vector.transpose(b, lines), strict=True):
                         q = at(b, target, b.mul(first, I64(size)))
                         if streams:
-                            vector.stream(b, line, q)
+                            vector.stream(b, b.fadd(zero, line), q)  # -0.0 becomes 0.0, as where it is added
                         else:
                             vector.store(b, b.fadd(vector.load(b, q), line), q)
                     return []

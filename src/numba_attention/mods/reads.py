@@ -30,7 +30,29 @@ def look_up(read: Read, function: FunctionType, values: tuple[Any, ...]) -> Any:
         return np.shape(values[of])[name]
     else:
         x = values[of]
-    return (type(x), repr(x)) if isinstance(x, float) else (type(x), x)
+    return comparable(x)
+
+
+def comparable(x: Any) -> Any:
+    """A value in a form that can be compared: 0.0 is not -0.0 nor 0, and a function is what it is at present."""
+    if isinstance(x, float | np.floating):
+        return type(x), repr(x)
+    if isinstance(x, tuple):
+        return type(x), *map(comparable, x)
+    function = getattr(x, "py_func", x)
+    if isinstance(function, FunctionType):
+        return x, *present(function)
+    return type(x), x
+
+
+def present(function: FunctionType) -> tuple[Any, ...]:
+    """What of a function can be assigned anew, and differs where a `def` is executed again: code and defaults."""
+    defaults = (function.__defaults__ or (), tuple((function.__kwdefaults__ or {}).items()))
+    try:
+        hash(found := comparable(defaults))
+    except TypeError:  # a default that no rule can read, as the error of the rule says
+        found = repr(defaults)
+    return function.__code__, found
 
 
 def same(read: Read, other: Read) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from ..bounded import BoundedCache
 from .language import PARAMETERS, SCORE, lower
 from .program import Bound, Builder, Program, gradients, slope
-from .reads import Read, look_up, same
+from .reads import Read, look_up, present, same
 from .values import ELEMENTS, Argument
 
 _SIZE = 2**14  # bytes of a rule with its programs, roughly
@@ -99,7 +99,8 @@ def find(role: str, function: Any, arguments: tuple[Argument, ...], values: tupl
     """
     derivative = getattr(function, "derivative", None) if role == SCORE else None
     function = plain(function, role)
-    fixed = (function.__code__, derivative, role, arguments)
+    of_derivative = None if derivative is None else (derivative, *present(plain(derivative, "derivative")))
+    fixed = (*present(function), of_derivative, role, arguments)
     reads = _reads.get(fixed)
     if reads is not None:
         rule = _rules.get((fixed, *[look_up(read, function, values) for read in reads]))
