@@ -249,7 +249,8 @@ def test_a_function_without_source():
     scope = {}
     exec("def mod(score, batch, head, i, j):\n    return score", scope)
     query = np.zeros((2, 6, 8), np.float32)
-    with pytest.raises(TypeError, match="its source cannot be read"):
+    # From Python 3.13 on, "<string>" is the file of `python -c`, with which pytest-xdist begins its workers.
+    with pytest.raises(TypeError, match=r"its source cannot be read|its definition is not at line 1 of '<string>'"):
         na.attention(query, query, query, score_mod=scope["mod"])
     source = "def mod(score, batch, head, i, j):\n    return score - j\n"
     linecache.cache["<written by a program>"] = len(source), None, source.splitlines(True), "<written by a program>"
