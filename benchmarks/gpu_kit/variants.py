@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench
+
 import numba_attention as na
 from numba_attention.cuda import hopper, hopper_backward, kernels, tile_shapes
 from numba_attention.cuda.spec import Spec
@@ -41,16 +43,6 @@ def specs():
             yield hopper_backward.spec_of(keys.with_(fused_dq=True, flags=flags))
 
 
-def seconds(torch, call, times):
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    for _ in range(times):
-        call()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last) / 1e3 / times
-
-
 def is_right(torch, E, causal):
     q, k, v, grad = (torch.randn(1, 4, 1100, E, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     leaves = [x.float().requires_grad_() for x in (q, k, v)]
@@ -62,18 +54,18 @@ def is_right(torch, E, causal):
     return all(float((x.float() - y).abs().max() / y.abs().max()) < 2e-2 for x, y in pairs)
 
 
-def measure(torch, E, L, causal):
+def measure(machine, E, L, causal):
     """TFLOP/s forward and backward, of 16384 tokens and 2048 features."""
     B, H = 16384 // L, 2048 // E
-    q, k, v, grad = (torch.randn(B, H, L, E, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    q, k, v, grad = (machine.normal(B, H, L, E) for _ in range(4))
     out, lse = na.attention(q, k, v, is_causal=causal, return_lse=True)
     found = []
     for products, call in (
         (4.0, lambda: na.attention(q, k, v, is_causal=causal)),
         (10.0, lambda: na.attention_backward(grad, q, k, v, out, lse, is_causal=causal)),
     ):
-        times = max(2, int(0.02 / seconds(torch, call, 2)))
-        taken = statistics.median(seconds(torch, call, times) for _ in range(5))
+        times = max(2, int(0.02 / machine.seconds(call, 2)))
+        taken = statistics.median(machine.seconds(call, times) for _ in range(5))
         found.append(f"{products * B * H * L * L * E * (0.5 if causal else 1) / taken / 1e12:.0f}")
     return " / ".join(found)
 
@@ -88,12 +80,13 @@ def main():
         return
     import torch
 
+    machine = bench.load().Machine(dry=False)
     columns = [f"E{E} L{L}{' causal' if causal else ''}" for E in SIZES for L, causal in LENGTHS]
     print(f"| TFLOP/s forward / backward | {' | '.join(columns)} |\n| --- |{' --- |' * len(columns)}")
     for name, changes in variants.items():
         use(name, changes)
         right = all(is_right(torch, E, causal) for E in SIZES for causal in (False, True))
-        cells = [measure(torch, E, L, causal) for E in SIZES for L, causal in LENGTHS]
+        cells = [measure(machine, E, L, causal) for E in SIZES for L, causal in LENGTHS]
         print(f"| {name}{'' if right else ' WRONG'} | {' | '.join(cells)} |", flush=True)
 
 
