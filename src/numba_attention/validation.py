@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -244,7 +245,10 @@ def as_window(window: Any) -> tuple[int | None, int | None]:
     """Check a window; return how far it reaches to the left and to the right, None for without bound."""
     if window is None:
         return None, None
+    # A set or a dict has no left and right, and an iterator would be empty where a call reads it a second time.
     try:
+        if not isinstance(window, Sequence | np.ndarray):
+            raise TypeError
         left, right = window
     except (TypeError, ValueError):
         raise TypeError(f"window must be a pair (left, right) of int or None, got {window!r}") from None
@@ -273,21 +277,46 @@ def as_array(name: str, x: Any) -> Array:
         return x
     refuse_on_device(name, x)
     try:
-        return np.asarray(x)
+        array = np.asarray(x)
     except ValueError as error:
         raise ValueError(f"{name} is not an array: {error}") from None
     except Exception as error:  # the conversion of another library's array may raise any exception
         raise TypeError(f"{name} cannot be converted to an array: {error}") from None
+    if (
+        array.dtype.kind == "O" and not array.ndim and not isinstance(x, int)
+    ):  # NumPy does not look into iterators, sets and dicts
+        raise TypeError(f"{name} must be an array, a number or a list, got {kind_of(x)}")
+    if array.dtype.kind != "b" and isinstance(x, Sequence) and _contains_bool(x):
+        raise TypeError(f"{name} must not mix truth values with numbers")
+    return array
 
 
-def as_ints(name: str, x: Any) -> Array:
+_NUMBERS = frozenset((int, float))
+
+
+def _contains_bool(x: Sequence[Any]) -> bool:
+    """Whether nested sequences contain a truth value, which NumPy makes 0 or 1 if there are numbers beside it."""
+    if isinstance(x, str | bytes | bytearray | range) or _NUMBERS.issuperset(map(type, x)):
+        return False
+    return any(
+        isinstance(item, bool | np.bool_)
+        or (isinstance(item, np.ndarray) and item.dtype.kind == "b")
+        or (isinstance(item, Sequence) and _contains_bool(item))
+        for item in x
+    )
+
+
+def as_ints(name: str, x: Any, bits: int = FAR.bit_length() - 1) -> Array:
+    """Convert integers to a new int64 array; they must lie within +-2**bits."""
     array = as_array(name, x)
     if not array.size and not isinstance(x, np.ndarray):  # NumPy makes an empty list an array of float64
         array = array.astype(np.int64)
-    if array.dtype.kind not in "iu":
+    # NumPy makes integers of more than 64 bits an array of objects.
+    too_large = array.dtype.kind == "O" and type(x) is not np.ndarray and {int}.issuperset(map(type, array.flat))
+    if array.dtype.kind not in "iu" and not too_large:
         raise TypeError(f"{name} must be integer, got {array.dtype}")
-    if array.size and (int(array.max()) > FAR or int(array.min()) < -FAR):
-        raise ValueError(f"{name} must lie within +-2**40, got values from {array.min()} to {array.max()}")
+    if array.size and (int(array.max()) > 2**bits or int(array.min()) < -(2**bits)):
+        raise ValueError(f"{name} must lie within +-2**{bits}, got values from {array.min()} to {array.max()}")
     return array.astype(np.int64)
 
 

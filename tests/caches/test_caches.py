@@ -778,6 +778,7 @@ TOKENS = [
     (ValueError, r"value must have shape \(2, 3, 5, 6\), got \(2, 1, 5, 6\)", (KEY, VALUE[:, :1])),
     (TypeError, "lengths must be integer, got float64", (KEY, VALUE, [1.0, 2.0])),
     (TypeError, "lengths must be integer, got bool", (KEY, VALUE, [True, False])),
+    (TypeError, "lengths must not mix truth values with numbers", (KEY, VALUE, [1, False])),
     (TypeError, "lengths is a masked array", (KEY, VALUE, np.ma.masked_array([1, 2]))),
     (ValueError, "lengths is not an array", (KEY, VALUE, [[1], [2, 3]])),
     (ValueError, r"lengths must be an integer or of shape \(2,\), .* got \(3,\)", (KEY, VALUE, [1, 2, 3])),
@@ -787,7 +788,7 @@ TOKENS = [
         (KEY, VALUE, [5, 6]),
     ),
     (ValueError, "lengths must lie between 0 and .* got -1 for sequence 0", (KEY, VALUE, [-1, 0])),
-    (ValueError, "lengths must fit in int64", (KEY, VALUE, np.array([2**63, 0], np.uint64))),
+    (ValueError, "lengths must lie within", (KEY, VALUE, np.array([2**63, 0], np.uint64))),
 ]
 
 
@@ -849,6 +850,7 @@ PAGED = [
     (TypeError, r"id must be an integer, got \[0\]", lambda x: x.free([0])),
     (TypeError, "id must be integer, got float64", lambda x: x.fork(0.0)),
     (TypeError, "id must be integer, got bool", lambda x: x.free(True)),
+    (TypeError, "ids must not mix truth values with numbers", lambda x: x.lengths([0, True])),
     (ValueError, "length must lie between 0 and the current length, 5, got 6", lambda x: x.truncate(0, 6)),
     (ValueError, "length must be at least 0, got -1", lambda x: x.truncate(0, -1)),
     (TypeError, "length must be an integer, got 1.0", lambda x: x.truncate(0, 1.0)),
@@ -944,6 +946,7 @@ FROM_ARRAYS = [
     ),
     (ValueError, r"block_table must have shape \(n, blocks\)", lambda: na.PagedKVCache.from_arrays(*HELD, [0, 1], 3)),
     (TypeError, "block_table must be integer", lambda: na.PagedKVCache.from_arrays(*HELD, [[0.0], [1.0]], 3)),
+    (TypeError, "block_table must not mix", lambda: na.PagedKVCache.from_arrays(*HELD, [[0], [True]], 3)),
     (
         ValueError,
         r"block_table must name pages from 0 to 1, got 2 at \[1, 0\]",

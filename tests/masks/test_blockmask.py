@@ -105,6 +105,17 @@ def test_causal(L, S, offset):
     check(BlockMask.causal(L, S, offset), np.broadcast_to(j <= i + offset, (L, S)))
 
 
+@pytest.mark.parametrize("far", [2**62, 2**63 - 1, 2**70])
+def test_far_offsets_and_windows(far):
+    """No sum of positions overflows, whatever integer types sizes have."""
+    check(BlockMask.causal(5, 7, far), np.ones((5, 7), bool))
+    check(BlockMask.causal(5, 7, -far), np.zeros((5, 7), bool))
+    check(BlockMask.window(5, 7, far, far), np.ones((5, 7), bool))
+    i, j = np.arange(5)[:, None], np.arange(7)
+    check(BlockMask.window(np.uint8(5), np.uint8(7), np.uint64(1), np.uint64(2)), (j >= i - 1) & (j <= i + 2))
+    check(BlockMask.causal(np.int8(5), np.uint8(7), np.uint8(2)), j <= i + 2)
+
+
 @given(SIZES, SIZES, st.none() | st.integers(0, 150), st.none() | st.integers(0, 150))
 def test_window(L, S, left, right):
     i, j = np.arange(L)[:, None], np.arange(S)
@@ -293,6 +304,8 @@ def test_masks_are_keys_and_do_not_change():
         (lambda: BlockMask.from_sparse(sp.eye_array(3), block_size=2.0), TypeError, "block_size must be an int"),
         (lambda: BlockMask.from_sparse(sp.eye_array(3), (9, 9)), ValueError, r"shape \(9, 9\) does not fit .*\(3, 3\)"),
         (lambda: BlockMask.from_sparse(sp.eye_array(3), 9), TypeError, r"pair \(L, S\)"),
+        (lambda: BlockMask.from_sparse(sp.eye_array(3), (3.0, 3)), TypeError, "L must be an integer"),
+        (lambda: BlockMask.from_sparse(sp.eye_array(3), ("3", 3)), TypeError, "L must be an integer"),
         (lambda: BlockMask.causal(-1, 5), ValueError, "L and S"),
         (lambda: BlockMask.causal(3.5, 5), TypeError, "L must be an integer"),
         (lambda: BlockMask.causal(3, 5, offset=None), TypeError, "offset must be an integer"),
@@ -300,6 +313,8 @@ def test_masks_are_keys_and_do_not_change():
         (lambda: BlockMask.documents([3, -1]), ValueError, "lengths"),
         (lambda: BlockMask.documents([[3]]), ValueError, "lengths"),
         (lambda: BlockMask.documents([1.5]), TypeError, "lengths must be integer"),
+        (lambda: BlockMask.documents([1, True]), TypeError, "lengths must not mix"),
+        (lambda: BlockMask.documents([2**40]), ValueError, "lengths must sum"),
         (lambda: BlockMask.causal(3, 5) & BlockMask.causal(5, 3), ValueError, r"\(1, 1, 3, 5\) and \(1, 1, 5, 3\)"),
         (lambda: BlockMask.causal(3, 5) & np.ones((3, 5), bool), TypeError, r"& joins .* BlockMask.from_array"),
         (lambda: np.ones((3, 5), bool) & BlockMask.causal(3, 5), TypeError, r"& joins .* BlockMask.from_array"),

@@ -153,6 +153,9 @@ NO_NUMBER = [
 NO_NUMBER += [(True, TypeError), (nan, ValueError), (inf, ValueError), (-inf, ValueError), (10**400, ValueError)]
 NO_INTEGERS = [(1.0, TypeError), ([1.0, 2.0, 3.0], TypeError), ("abc", TypeError), (True, TypeError), (1j, TypeError)]
 NO_INTEGERS += [([True, False, True], TypeError), ([None, 1, 2], TypeError), (nan, TypeError)]
+NO_INTEGERS += [([1, True, 2], TypeError), ((1, 2, np.False_), TypeError), ([np.array(True), 1, 2], TypeError)]
+NO_INTEGERS += [(iter([1, 2, 3]), TypeError), ({1, 2, 3}, TypeError), (np.ones(3, object), TypeError)]
+NO_INTEGERS += [([1, 2, 2**70], ValueError), (2**70, ValueError)]
 NO_INTEGERS += [
     ([1, 2], ValueError),
     (np.ones((3, 2), int), ValueError),
@@ -160,6 +163,7 @@ NO_INTEGERS += [
     ([[1], [2, 3]], ValueError),
 ]
 NO_FLOATS = [(["a"], TypeError), ([1j], TypeError), ([object()], TypeError), (np.ones(4, np.longdouble), TypeError)]
+NO_FLOATS += [([0.5, True, 0.5, 0.5], TypeError), (iter([0.5] * 4), TypeError)]
 
 
 def rule(batch, head, i, j, table):
@@ -173,6 +177,7 @@ OPTIONS = {
         (np.ones(SHAPE, int), TypeError, "boolean"),
         (np.ones(SHAPE, np.uint8), TypeError, "boolean"),
         ([[0, 1, 1, 1, 1, 1, 1]], TypeError, "boolean"),
+        ([[True, 1, 1, 1, 1, 1, 1]], TypeError, "truth values"),
         (1, TypeError, "boolean"),
         ("abc", TypeError, "boolean"),
         (np.ones(SHAPE, object), TypeError, "boolean"),
@@ -222,10 +227,12 @@ OPTIONS = {
         ((2, -1), ValueError, "negative"),
         (np.array([1.0, 2.0]), TypeError, "pair"),
         (np.ones((2, 2), int), TypeError, "pair"),
+        ({1, 2}, TypeError, "pair"),
+        ({1: 0, 2: 0}, TypeError, "pair"),
+        (iter((1, 2)), TypeError, "pair"),
     ],
     "query_offset": [(x, kind, "") for x, kind in NO_INTEGERS] + [
         (2**50, ValueError, ""),
-        (2**70, (TypeError, ValueError), ""),
     ],
     "query_lengths": [(x, kind, "") for x, kind in NO_INTEGERS] + [
         (-1, ValueError, "between 0 and 5"),
@@ -458,7 +465,7 @@ def test_selection(name, n):
         refused(IndexError, rf"\b{name}\b", na.attention_weights, QUERY, KEY, **{name: index})
     for index in (np.ones(n + 1, bool), np.ones(n - 1, bool)):
         refused(IndexError, rf"\b{name}\b", na.attention_weights, QUERY, KEY, **{name: index})
-    for index in (1.0, [0.5], "a", [[0, 1]], np.ones((n, n), bool), [None], 1j):
+    for index in (1.0, [0.5], "a", [[0, 1]], np.ones((n, n), bool), [None], 1j, [0, True], iter([0])):
         refused(TypeError, rf"\b{name}\b", na.attention_weights, QUERY, KEY, **{name: index})
     refused(ValueError, rf"\b{name}\b", na.attention_weights, QUERY, KEY, **{name: [[0], [1, 2]]})
     refused((TypeError, ValueError), rf"\b{name}\b", na.attention_weights, QUERY, KEY, **{name: slice(0, 2, 0)})

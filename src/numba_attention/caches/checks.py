@@ -10,7 +10,7 @@ from ..device import runtime
 from ..device.arrays import on_device, take
 from ..errors import BackendUnavailableError
 from ..options import Array
-from ..validation import FAR, as_array, as_ndarray, is_bfloat16
+from ..validation import FAR, as_ints, as_ndarray, is_bfloat16
 from .device_storage import DeviceStorage
 from .storage import SCALED, Arrays, Storage, ml_dtype, storage_format
 
@@ -71,14 +71,7 @@ def check_new(name: str, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -
 
 def check_ints(name: str, x: Any) -> Array:
     """Convert integers to a new int64 array."""
-    array = as_array(name, x)
-    if array.size == 0 and not isinstance(x, np.ndarray):
-        array = array.astype(np.int64)  # NumPy makes a float64 array of an empty list
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integer, got {array.dtype}")
-    if array.dtype.kind == "u" and array.size and int(array.max()) > np.iinfo(np.int64).max:
-        raise ValueError(f"{name} must fit in int64, got {array.max()}")
-    return array.astype(np.int64)
+    return as_ints(name, x, 62)
 
 
 def check_lengths(name: str, x: Any, n: int, limit: int | Array, what: str) -> Array:

@@ -247,8 +247,8 @@ class BlockMask(StoredMask):
         ██████████████████████████████▒░
         """
         L, S = as_sizes((L, S))
-        i = np.arange(L) + as_integer("offset", offset)
-        return cls._of_intervals(np.zeros(L, np.int64), i + 1, S)
+        first = min(max(as_integer("offset", offset), -L), S)  # further out, it hides everything or nothing
+        return cls._of_intervals(np.zeros(L, np.int64), np.arange(L) + first + 1, S)
 
     @classmethod
     def window(cls, L: int, S: int, left: int | None, right: int | None) -> BlockMask:
@@ -273,12 +273,13 @@ class BlockMask(StoredMask):
         True
         """
         L, S = as_sizes((L, S))
-        for name, reach in (("left", left), ("right", right)):
-            if reach is not None and as_integer(name, reach) < 0:
+        before = L if left is None else as_integer("left", left)
+        after = S if right is None else as_integer("right", right)
+        for name, reach in (("left", before), ("right", after)):
+            if reach < 0:
                 raise ValueError(f"{name} must not be negative, got {reach}")
         i = np.arange(L)
-        start = np.zeros(L, np.int64) if left is None else i - min(left, L)
-        return cls._of_intervals(start, np.full(L, S) if right is None else i + min(right, S) + 1, S)
+        return cls._of_intervals(i - min(before, L), i + min(after, S) + 1, S)
 
     @classmethod
     def documents(cls, lengths: ArrayLike) -> BlockMask:
@@ -312,6 +313,8 @@ class BlockMask(StoredMask):
         count = as_ints("lengths", lengths)
         if count.ndim != 1 or (count < 0).any():
             raise ValueError(f"lengths must be one axis of numbers that are not negative, got shape {count.shape}")
+        if (total := sum(count.tolist())) > 2**31:
+            raise ValueError(f"lengths must sum to at most 2**31, got {total}")
         stops = np.repeat(np.cumsum(count), count)
         return cls._of_intervals(stops - np.repeat(count, count), stops, len(stops))
 

@@ -8,6 +8,7 @@ import numpy as np
 from ..errors import kind_of
 from ..options import Array
 from . import runs
+from .checks import as_sizes
 from .runs import EMPTY, FULL, TILE, Runs
 
 
@@ -48,10 +49,7 @@ def _block(block_size: Any) -> tuple[int, int]:
 
 def _checked(shape: Any, most: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
     """Check a shape against the whole blocks that the matrix has."""
-    try:
-        L, S = (int(n) for n in shape)
-    except (TypeError, ValueError):
-        raise TypeError(f"shape must be a pair (L, S), got {shape!r}") from None
+    L, S = as_sizes(shape)
     if not all(m - b < n <= m or n == m for n, m, b in zip((L, S), most, block, strict=True)):
         of = f"{most[0] // block[0]} x {most[1] // block[1]} blocks of {block[0]} x {block[1]}"
         raise ValueError(f"shape {(L, S)} does not fit a matrix of {of}, {most}")
