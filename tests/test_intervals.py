@@ -32,6 +32,22 @@ def test_both_rules_say_what_the_definition_says(span):
         np.testing.assert_array_equal(np.transpose([one(n, *span) for n in range(12)]), many(np.arange(12), *span))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("wide", [2**41, 2**63 - 1, 2**70])
+def test_windows_wider_than_any_position_are_unbounded(wide, backend):
+    """Also from the furthest positions that an offset may name, where a reach of 2**40 ends inside of the keys."""
+    query, key, value = np.random.default_rng(0).standard_normal((3, 1, 9, 4))
+    far = {"query_offset": 2**40, "is_causal": True, "backend": backend}
+    out = na.attention(query, key, value, window=(wide, 0), **far)
+    np.testing.assert_array_equal(out, na.attention(query, key, value, **far))
+    np.testing.assert_allclose(out, na.attention(query, key, value), rtol=1e-12)
+    before = {"query_offset": -(2**40), "backend": backend}
+    out = na.attention(query, key, value, window=(0, wide), **before)
+    np.testing.assert_allclose(out, na.attention(query, key, value), rtol=1e-12)
+    out = na.attention(query, key, value, window=(0, 2**40), **before)  # row i sees the keys to key i
+    np.testing.assert_allclose(out, na.attention(query, key, value, is_causal=True), rtol=1e-12)
+
+
 @given(spans())
 def test_ends_grow_with_the_row(span):
     """So that tiles see the interval from the start of their first row to the stop of their last."""

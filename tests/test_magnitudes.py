@@ -159,6 +159,23 @@ def test_biases_near_the_lowest_number_differ():
         np.testing.assert_allclose(out, 1.5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("low", [-1e300, 1e300])
+def test_biases_beyond_the_compute_type_are_clamped(low, backend):
+    """Beside float32 data they count as its largest numbers, in `lse` and in the gradients too."""
+    query, key, value = (
+        np.zeros((1, 8, 4), np.float32),
+        np.zeros((1, 6, 4), np.float32),
+        normal(1, 1, 6, 3, dtype=np.float32),
+    )
+    bias, limit = np.full((8, 6), low), float(np.finfo(np.float32).max)
+    out, lse = na.attention(query, key, value, bias=bias, return_lse=True, backend=backend)
+    close(out, np.broadcast_to(value.mean(1, keepdims=True), out.shape), 1e-6)
+    close(lse, np.full(lse.shape, np.copysign(limit, low)), 1e-6)
+    grads = na.attention_backward(np.ones_like(out), query, key, value, out, lse, bias=bias, backend=backend)
+    close(grads.value, np.full(value.shape, 8 / 6), 1e-6)
+
+
 def textbook_gradients(grad_out, query, key, value, scale, bias=0.0):
     grad_out, query, key, value = (np.asarray(x).astype(np.float64) for x in (grad_out, query, key, value))
     weights = textbook(query, key, value, scale, bias)[2]

@@ -11,6 +11,7 @@ import numpy as np
 from .device.arrays import on_device
 from .errors import kind_of
 from .foreign import how_to_convert
+from .intervals import FAR as UNBOUNDED
 from .narrowing import largest_computed
 from .options import Array, Options
 
@@ -266,7 +267,7 @@ def _reach(x: Any) -> int | None:
         raise TypeError(f"window must be a pair (left, right) of int or None, got {x!r}") from None
     if reach < 0:
         raise ValueError(f"window must not be negative, got {reach}")
-    return min(reach, FAR)
+    return min(reach, UNBOUNDED)
 
 
 def as_array(name: str, x: Any) -> Array:

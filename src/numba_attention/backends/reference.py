@@ -298,7 +298,10 @@ def natural_scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
 
 
 def _scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
-    """Return the scores, float64 (rows, S): scale, softcap, score_mod, ALiBi and bias, in this order."""
+    """Return the scores, float64 (rows, S): scale, softcap, score_mod, ALiBi and bias, in this order.
+
+    Finite scores are clamped to the range of the type that kernels compute in, as theirs are, so that `lse` is finite.
+    """
     scores = natural_scores(problem, b, h, rows)
     if problem.score_mod is not None:
         scores = _mod(problem, "score_mod", b, h, rows, scores)
@@ -307,7 +310,8 @@ def _scores(problem: Problem, b: Index, h: int, rows: Array) -> Array:
         scores = scores - problem.alibi_slopes[(*b, h)] * distance
     if problem.bias is not None:
         scores = scores + _float64(problem.bias[(*b, h)][rows])
-    return scores
+    limit = float(np.finfo(np.float64 if problem.query.dtype == np.float64 else np.float32).max)
+    return np.where(np.isfinite(scores), np.clip(scores, -limit, limit), scores)
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> Array:
