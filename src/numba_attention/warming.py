@@ -179,7 +179,8 @@ def kernels_of(
 
 
 def _of_task(task: str, dtype: str, storage: list[str], wide: bool) -> "Iterator[Kernel]":
-    from .backends.cpu_resources import NARROWS, worker
+    from .backends.cpu_resources import worker
+    from .backends.cpu_widths import NARROWS
     from .cpu.simd import HOST
 
     if task == "layer":

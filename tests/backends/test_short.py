@@ -1,14 +1,16 @@
 """Short sequences: narrow tiles have the bits of wide ones, so that the width may depend on the batch."""
 
+import ml_dtypes  # noqa: F401 - the name bfloat16
 import numpy as np
 import pytest
 
 import numba_attention as na
-from numba_attention.backends import cpu, cpu_backward, cpu_resources, recall
+from numba_attention.backends import cpu, cpu_backward, cpu_widths, recall
 from numba_attention.cpu.simd import HOST, Host
+from numba_attention.cpu.spec import usual_vectors
 
-VECTORS = (0, *cpu_resources.NARROWS)
-DTYPES = ["float32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("float16", "float64"))]
+VECTORS = (0, *cpu_widths.NARROWS)
+DTYPES = ["float32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("float16", "float64", "bfloat16"))]
 RNG = np.random.default_rng(0)
 SHAPES = [  # B, H, Hkv, L, S, E, Ev
     (2, 4, 4, 16, 16, 64, 64),
@@ -16,6 +18,9 @@ SHAPES = [  # B, H, Hkv, L, S, E, Ev
     (2, 2, 1, 15, 200, 24, 40),
     (1, 4, 2, 9, 70, 32, 16),
     (2, 2, 2, 7, 33, 24, 16),
+    (1, 2, 2, 48, 48, 64, 64),
+    (1, 4, 1, 11, 90, 40, 24),
+    (1, 6, 2, 25, 65, 20, 72),
 ]
 OPTIONS = [
     {},
@@ -50,7 +55,7 @@ def make(shape, dtype, options):
 def width(monkeypatch, vectors):
     """Let tiles have so many vectors, and tile all queries."""
     monkeypatch.setattr(cpu, "FEW", 0)
-    monkeypatch.setattr(cpu, "vectors_for", lambda rows, lanes: vectors)
+    monkeypatch.setattr(cpu, "_vectors_for", lambda *_: vectors)
     monkeypatch.setattr(cpu_backward, "_vectors_for", lambda p: vectors)
     cpu._plans.clear()
     cpu_backward._plans.clear()
@@ -80,7 +85,7 @@ def test_widths_have_the_same_bits(dtype, shape, options, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"window": (3, 2)}], ids=str)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] // s[2] * s[3] <= 32], ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] // s[2] * s[3] <= 48], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_one_tile_have_the_same_bits(dtype, shape, options, monkeypatch):
     q, k, v, options = make(shape, dtype, options)
@@ -88,7 +93,8 @@ def test_gradients_of_one_tile_have_the_same_bits(dtype, shape, options, monkeyp
     grad = RNG.standard_normal(out.shape).astype(dtype)
     rows, lanes = shape[1] // shape[2] * shape[3], HOST.bits // (64 if dtype == "float64" else 32)
     results = []
-    fitting = [n for n, (vectors, _) in cpu._TILES.items() if rows <= vectors * lanes]
+    usual = usual_vectors(HOST)
+    fitting = [n for n in VECTORS if n < usual and rows <= (n or usual) * lanes]
     if len(fitting) < 2:
         pytest.skip("more than one tile, whose number changes the order of sums")
     for vectors in fitting:
@@ -97,21 +103,58 @@ def test_gradients_of_one_tile_have_the_same_bits(dtype, shape, options, monkeyp
     assert results == [results[0]] * len(results)
 
 
+ROWS = [8, 9, 16, 17, 24, 32, 33, 48, 64, 80, 96, 112, 128, 160, 240, 256, 300, 512, 10**6]
+AVX512 = Host("AVX-512", 512, 32, True, True, False)
+AVX2 = Host("AVX2", 256, 16, True, True, False)
+NEON = Host("NEON", 128, 32, True, True, False)
+SSE = Host("SSE", 128, 16, False, False, False)
+
+
 @pytest.mark.parametrize(
-    ("host", "chosen"),
+    ("host", "ahead", "chosen"),
     [
-        (Host("AVX-512", 512, 32, True, True, False), "1 1 1 2 2 2 1 1 0 1 2 0 0 0"),
-        (Host("AVX2", 256, 16, True, True, False), "1 2 2 0 0 2 0 0 0 2 0 0 0 0"),
-        (Host("NEON", 128, 32, True, True, False), "2 0 0 2 2 0 2 0 0 0 0 0 0 0"),
-        (Host("SSE", 128, 16, False, False, False), "0 0 0 0 0 0 0 0 0 0 0 0 0 0"),
+        (AVX512, None, "1 1 1 2 2 2 3 3 0 5 3 0 0 5 5 0 0 0 0"),
+        (AVX512, 0, "1 1 1 2 2 2 3 1 2 1 2 1 2 2 3 2 0 0 0"),
+        (AVX2, None, "1 2 2 0 0 2 0 0 2 2 0 0 2 0 0 0 0 0 0"),
+        (AVX2, 0, "1 2 2 0 0 2 0 0 2 2 0 2 2 2 0 0 0 0 0"),
+        (NEON, None, "2 0 0 2 2 0 2 0 0 0 0 0 0 0 0 0 0 0 0"),
+        (NEON, 0, "2 0 0 2 2 0 2 0 0 0 0 0 0 0 0 0 0 0 0"),
+        (SSE, None, "0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0"),
+        (SSE, 0, "0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0"),
     ],
-    ids=lambda x: getattr(x, "name", ""),
+    ids=lambda x: getattr(x, "name", None) or ("all" if x is None else None),
 )
-def test_choice(host, chosen, monkeypatch):
-    """Fewest lanes, unless the usual width is nearly as good; queries past the narrow widths take turns."""
-    monkeypatch.setattr(cpu, "_TILES", cpu.tiles_of(host))
-    rows = np.array([8, 9, 16, 17, 24, 32, 33, 48, 64, 80, 96, 128, 300, 10**6])
-    assert [cpu.vectors_for_all(n, host.bits // 32) for n in rows[:, None]] == [int(n) for n in chosen.split()]
+def test_choice(host, ahead, chosen, monkeypatch):
+    """Fewest lanes and keys, unless the usual width is nearly as good."""
+    monkeypatch.setattr(cpu_widths, "COSTS", cpu_widths.costs_of(host))
+    rows = np.array(ROWS)
+    found = [cpu_widths.vectors_for_all(n, n, host.bits // 32, ahead) for n in rows[:, None]]
+    assert found == [int(n) for n in chosen.split()]
+
+
+def test_choice_for_threads(monkeypatch):
+    """A wide tile of one head, which leaves a thread idle, is taken only where the call is too small to matter."""
+    monkeypatch.setattr(cpu_widths, "COSTS", cpu_widths.costs_of(AVX512))
+    assert cpu_widths.vectors_for(80, 4096, 16, heads=1, threads=1) == 5
+    assert cpu_widths.vectors_for(80, 4096, 16, heads=1, threads=2) in (1, 2, 3)
+    assert cpu_widths.vectors_for(80, 4096, 16, heads=8, threads=2) == 5
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("ahead", [0, 30, 500])
+def test_keys_that_tiles_visit(ahead, group, monkeypatch):
+    """What a choice costs is what the tiles of all sequences cost, one after another."""
+    monkeypatch.setattr(cpu_widths, "COSTS", costs := cpu_widths.costs_of(AVX512))
+    for rows in range(group, 400, group):
+        keys = 1 + rows * 7 % 200
+        exact = []
+        for vectors, of_key, of_row, of_tile in zip(*(x.ravel() for x in costs[1:]), strict=True):
+            lanes = int(vectors) * 16
+            ends = [min(n + lanes, rows) for n in range(0, rows, lanes)]
+            seen = sum(min(keys, max(0, ahead + end / group)) for end in ends)
+            exact.append(of_key * seen + (of_row * lanes + of_tile) * len(ends))
+        found = cpu_widths.vectors_for_all(np.array([rows]), np.array([keys]), 16, ahead, group)
+        assert exact[list(costs.choices).index(found)] <= 1.05 * min(exact), (rows, keys)
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (4, 4)}, {"window": (None, 0)}], ids=str)

@@ -1,8 +1,8 @@
 """The CPU backend: converts a `Problem` to the records that kernels read, and launches the kernels."""
 
+import math
 import struct
 from dataclasses import replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,16 +16,17 @@ from ..cpu import recall as again
 from ..cpu.cache import Kernel
 from ..cpu.objects import headers_are_known
 from ..cpu.params import ADDRESSES, ARRAYS, REST, pack_addresses
-from ..cpu.simd import HOST, Host
-from ..cpu.spec import Spec, usual_vectors
+from ..cpu.simd import HOST
+from ..cpu.spec import Spec
 from ..options import Array
 from ..problem.dense import NUMBERS, WHOLE, BackwardProblem, Problem
 from ..problem.dense import sum_to as reduce  # noqa: F401
 from ..sequence_record import SEQUENCE
 from . import cpu_backward, recall
 from .cpu_masks import with_block_mask
-from .cpu_resources import SMALL, Buffers, addresses, narrows_of, put_back, take, threads_for, worker
+from .cpu_resources import SMALL, Buffers, addresses, put_back, take, threads_for, worker
 from .cpu_rules import Rules, compiled_rules
+from .cpu_widths import PARALLEL, vectors_for, vectors_for_all
 from .records import (
     address_of,
     compact,
@@ -144,17 +145,37 @@ def _kernels_for(p: Problem, weights: bool) -> list[tuple[bool, int, Array | Non
         least //= 4
     if p.query_lengths is None and (p.key_lengths is None or p.L <= least or p.L > most):
         few = p.L <= least or (p.L <= most and p.S > decode.SPLIT)
-        return [(few, vectors_for(p.L * group, width) if narrows and not few else 0, None)]
+        return [(few, _vectors_for(p, width) if narrows and not few else 0, None)]
     rows = np.full(p.batch, p.L).ravel() if p.query_lengths is None else p.query_lengths.ravel()
     keys = np.full(1, p.S) if p.key_lengths is None else p.key_lengths.ravel()
     short: Array = (rows <= least) | ((rows <= most) & (keys > decode.SPLIT))
     empty = rows == 0  # nothing is to be computed, by either kernel
     if not most or not (short & ~empty).any():
-        return [(False, vectors_for_all(rows * group, width) if narrows else 0, None)]
+        return [(False, _vectors_for(p, width, rows, keys) if narrows else 0, None)]
     if (short | empty).all():
         return [(True, 0, None)]
-    vectors = vectors_for_all(rows[~short] * group, width) if narrows else 0
+    vectors = _vectors_for(p, width, rows, keys, ~short) if narrows else 0
     return [(False, vectors, np.flatnonzero(~short)), (True, 0, np.flatnonzero(short))]
+
+
+def _vectors_for(
+    p: Problem, lanes: int, rows: Array | None = None, keys: Array | None = None, which: Array | None = None
+) -> int:
+    """Return the number of vectors of a tile, for all sequences alike or so many rows and keys of those of a mask."""
+    group = p.H // p.Hkv if p.Hkv else 1
+    flops = 4.0 * p.query.size * p.S
+    threads = launch.threads() if flops > 2 * PARALLEL else 1
+    ahead = None if p.right is None or p.prefix_lengths is not None else p.offset + p.right
+    if rows is None and (ahead is None or isinstance(ahead, int)):
+        return vectors_for(p.L * group, p.S, lanes, ahead, group, p.Hkv * math.prod(p.batch), threads)
+
+    def chosen(x: Array) -> Array:
+        return x if which is None or len(x) == 1 else x[which]
+
+    rows = chosen(np.full(math.prod(p.batch), p.L) if rows is None else rows)
+    keys = chosen(np.full(1, p.S) if keys is None else keys)
+    ahead = None if ahead is None else chosen(np.ravel(ahead))
+    return vectors_for_all(rows * group, keys, lanes, ahead, group, p.Hkv, threads)
 
 
 def _run_kernel(
@@ -329,34 +350,6 @@ def _recipe(
 
 
 FEW = 2 * HOST.bits // 32  # query rows of a key/value head up to which the kernel with features in the lanes is used
-
-
-def tiles_of(host: Host) -> dict[int, tuple[int, float]]:
-    """Return vectors and cost of a tile, in vectors of the usual tile, by `Spec.vectors`: 0 for the usual number.
-
-    The usual tile is taken unless another saves 4 %.
-    """
-    usual = usual_vectors(host)
-    return {0: (usual, 0.96 * usual)} | {n: (n, n * share) for n, share in narrows_of(host).items()}
-
-
-_TILES = tiles_of(HOST)
-
-
-@cache
-def vectors_for(rows: int, width: int) -> int:
-    """Return the number of vectors of a tile for so many rows of a key/value head; 0 means the usual number."""
-    return vectors_for_all(np.array([rows]), width)
-
-
-def vectors_for_all(rows: Array, width: int) -> int:
-    """Return the number of vectors for sequences that one kernel computes: a second kernel would cost 0.1 ms."""
-
-    def cost(n: int) -> float:
-        vectors, of_tile = _TILES[n]
-        return of_tile * int((-(-rows // (vectors * width))).sum())
-
-    return min(_TILES, key=cost)
 
 
 def _spec_of(p: Problem, few: bool, vectors: int) -> Spec:

@@ -15,15 +15,16 @@ from ..cpu.params import ARRAYS, REST, pack_addresses
 from ..cpu.scratch import LINE, padded
 from ..cpu.simd import HOST
 from ..cpu.softmax import SUM_ROWS
-from ..cpu.spec import Spec
+from ..cpu.spec import Spec, usual_vectors
 from ..cpu.turns import records_for
 from ..masks.lists import Lists
 from ..options import Array
 from ..problem.dense import WHOLE, BackwardProblem, Problem, spread_bias, weights_of_sinks
 from . import recall
 from .cpu_masks import with_block_mask
-from .cpu_resources import NARROWS, Buffers, addresses, put_back, take, threads_for, worker
+from .cpu_resources import Buffers, addresses, put_back, take, threads_for, worker
 from .cpu_rules import Rules, compiled_rules
+from .cpu_widths import NARROWS
 from .records import (
     address_of,
     compact,
@@ -159,7 +160,7 @@ def _vectors_for(p: Problem) -> int:
     if p.blocks is not None or p.score_mod is not None or p.mask_mod is not None:
         return 0
     rows, width = p.L * (p.H // p.Hkv), HOST.bits // (64 if p.query.itemsize == 8 else 32)
-    return min((n for n in NARROWS if rows <= n * width), default=0)
+    return min((n for n in NARROWS if rows <= n * width and n < usual_vectors(HOST)), default=0)
 
 
 def _run_waves(

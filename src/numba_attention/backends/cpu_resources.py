@@ -12,7 +12,7 @@ from ..cpu import backward, decode, forward, launch
 from ..cpu.cache import Function, Kernel
 from ..cpu.objects import data_of
 from ..cpu.params import PARAMS, STOPPED
-from ..cpu.simd import HOST, Host, void_pointer
+from ..cpu.simd import HOST, void_pointer
 from ..cpu.spec import Spec
 from ..cpu.views import carray
 from ..options import Array
@@ -26,20 +26,6 @@ FREE = 16  # number of buffers that are kept for concurrent calls; a further cal
 # Flops of a thread above which a call can be interrupted by signals, which costs 60 to 90 us. A loop of nothing but
 # multiply-adds takes 0.1 s for them in float32. A call below this bound ends within 1 s even at a tenth of that speed.
 LONG = 2e7 * HOST.bits
-
-# Tiles for short sequences: numbers of vectors of queries, and what a vector takes relative to one in the usual tile,
-# by the bits of a register and the number of registers. The fewer vectors share a broadcast number, the more the loads
-# bound the products. Measured with AVX-512 on a Zen 4, and on a Zen 5 with AVX2 and SSE, where the usual tile has two
-# vectors and a single one saves nothing. Those of NEON are counted, for four multiply-adds and three loads a cycle.
-_SHARES = {(512, 32): {2: 1.02, 1: 1.05}, (256, 16): {2: 1.1, 1: 1.25}, (128, 32): {2: 1.05, 1: 1.5}}
-
-
-def narrows_of(host: Host) -> dict[int, float]:
-    """Return the numbers of vectors in narrow tiles, with what a vector takes there."""
-    return _SHARES.get((host.bits, host.registers), {})
-
-
-NARROWS = narrows_of(HOST)
 
 
 class Buffers:

@@ -19,7 +19,7 @@ class Spec(NamedTuple):
     host: Host
     task: str = "forward"  # or "weights", "backward", "decode"
     kv_storage: str = ""  # of keys and values, where a cache stores them in another format
-    vectors: int = 0  # of queries in a tile, if fewer than is best for long sequences
+    vectors: int = 0  # of queries in a tile, if another number than is best for long sequences
     wide: bool = False  # whether results are in the compute type and not rounded to a half type
 
     @property

@@ -19,7 +19,7 @@ CLEAN, DIRTY, LOST = range(3)  # marks of rows: finite, NaN or infinity in grad_
 
 def sum_blocks(spec: Spec) -> tuple[tuple[int, int], ...]:
     """Rows x vectors of the micro-kernels for the widest panel, for two vectors and for one, as registers allow."""
-    return spec.block, (SUM_ROWS if spec.host.registers == 32 else SUM_ROWS // 2, 2), (SUM_ROWS, 1)
+    return spec._replace(vectors=0).block, (SUM_ROWS if spec.host.registers == 32 else SUM_ROWS // 2, 2), (SUM_ROWS, 1)
 
 
 def add_products(spec: Spec) -> Any:
@@ -69,7 +69,7 @@ def copy_rows(spec: Spec) -> Any:
     vector = spec.vector
     BM, W, size = spec.query_tile, vector.width, vector.bytes
     real: Any = vector.dtype
-    wide, two = spec.block[1] * vector.width, 2 * vector.width
+    wide, two, _ = (n * vector.width for _, n in sum_blocks(spec))
     bf16_dot, pair = spec.bf16_dot, pair_tile(spec)
     widen, has_nan, drop_nonfinite = widen_tile(spec), any_nan(spec), drop_nonfinite_of(spec)
 
