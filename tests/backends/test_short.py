@@ -7,6 +7,7 @@ import pytest
 import numba_attention as na
 from numba_attention.backends import cpu, cpu_backward, cpu_widths, recall
 from numba_attention.cpu.simd import HOST, Host
+from numba_attention.cpu.softmax import LEVEL
 from numba_attention.cpu.spec import usual_vectors
 
 VECTORS = (0, *cpu_widths.NARROWS)
@@ -81,6 +82,18 @@ def test_widths_have_the_same_bits(dtype, shape, options, monkeypatch):
     for vectors in VECTORS:
         width(monkeypatch, vectors)
         results.append(bits(na.attention(q, k, v, return_lse=True, **options)))
+    assert results == [results[0]] * len(VECTORS)
+
+
+def test_tiles_that_a_mask_hides_count_for_the_second_level(monkeypatch):
+    """Sums move to the second level after as many tiles of keys, hidden from all rows of a tile or not."""
+    q, k, v, _ = make((1, 1, 1, 48, (LEVEL + 40) * 64, 32, 32), "float32", {})
+    mask = np.ones((q.shape[-2], k.shape[-2]), bool)
+    mask[: HOST.bits // 32, 64 * 5 : 64 * 9] = False
+    results = []
+    for vectors in VECTORS:
+        width(monkeypatch, vectors)
+        results.append(bits([na.attention(q, k, v, mask=mask)]))
     assert results == [results[0]] * len(VECTORS)
 
 

@@ -185,27 +185,26 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                     return
                 n = min(BN, high - j0)
                 edge = j0 < all_start or j0 + n > all_stop
-                if p.mask != 0 and hides_all(p, s, at, j0, n):
-                    continue
-                score_tile(p, s, at, head, j0, n, edge, bits)
-                if nan_safe:
-                    scores = scores_of(p, at)
-                    hidden = hidden_of(p, at)
-                    for j in range(n):
-                        for lane in range(BM):
-                            hidden[j, lane] = scores[j, lane] == -infinity
-                if normalized:
-                    weigh(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
-                else:
-                    step_softmax(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
-                if p.dropout != 0 and with_output:
-                    drop(p, s, at, at + (p.at_weights if bf16_dot else p.at_scores), n, j0)
-                if quantized:
-                    scale_weights(p, s, at, j0, n, nan_safe)
-                if with_output:
-                    later = following(p, run, last_run, j0 + BN, high, start, stop)
-                    output_tile(p, s, at, head, j0, n, later, nan_safe)
-                visited += 1
+                if p.mask == 0 or not hides_all(p, s, at, j0, n):
+                    score_tile(p, s, at, head, j0, n, edge, bits)
+                    if nan_safe:
+                        scores = scores_of(p, at)
+                        hidden = hidden_of(p, at)
+                        for j in range(n):
+                            for lane in range(BM):
+                                hidden[j, lane] = scores[j, lane] == -infinity
+                    if normalized:
+                        weigh(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
+                    else:
+                        step_softmax(at + p.at_scores, n, at + p.at_state, factor, at + p.at_weights)
+                    if p.dropout != 0 and with_output:
+                        drop(p, s, at, at + (p.at_weights if bf16_dot else p.at_scores), n, j0)
+                    if quantized:
+                        scale_weights(p, s, at, j0, n, nan_safe)
+                    if with_output:
+                        later = following(p, run, last_run, j0 + BN, high, start, stop)
+                        output_tile(p, s, at, head, j0, n, later, nan_safe)
+                visited += 1  # hidden or not: which tiles are hidden depends on how many rows a tile has
                 if visited % LEVEL == 0:
                     carry_sums(p, at, visited == LEVEL, factor)
         if visited >= LEVEL:
