@@ -5,7 +5,7 @@ import pytest
 from numba import njit
 
 from numba_attention.cpu import exp
-from numba_attention.cpu.exp import EXP2_BF16, EXP2_F32, EXP2_F64, exp2_product, tanh
+from numba_attention.cpu.exp import EXP2_BF16, EXP2_F32, EXP2_F64, exp2_product, tanh, tanh_of_size, with_sign
 from numba_attention.cpu.simd import HOST, Vector, load, pointer, routine, store
 
 
@@ -37,8 +37,7 @@ def ulps(result, exact):
 
 def exp2(bits, table, factor, x):
     def build(v, b, y):
-        lowest = v.const(-(v.exponent_bias - 1) / float(v.dtype(factor)))
-        return exp2_product(v, b, y, v.const(factor), lowest, table)
+        return exp2_product(v, b, v.element(factor), table)(y)
 
     return apply(build, bits, x)
 
@@ -72,16 +71,36 @@ def test_exp2_makes_no_subnormal_numbers(bits, table):
     assert np.all(np.diff(result) <= 0)
 
 
-@pytest.mark.parametrize(("bits", "table", "limit"), [(32, EXP2_F32, 4), (64, EXP2_F64, 5)])
-def test_tanh(bits, table, limit):
+@pytest.mark.parametrize(("bits", "limit"), [(32, 4), (64, 5)])
+def test_tanh(bits, limit):
     magnitude = np.r_[np.random.default_rng(0).uniform(0, 12, 200_000), np.logspace(-8, 0, 20_000), 50.0, 1e6]
-    x, result = apply(lambda v, b, y: tanh(v, b, y, v.element(1.0), table), bits, np.r_[magnitude, -magnitude])
+    x, result = apply(tanh, bits, np.r_[magnitude, -magnitude])
     assert ulps(result, np.tanh(x.astype(np.longdouble))).max() <= limit
-    _, special = apply(
-        lambda v, b, y: tanh(v, b, y, v.element(1.0), table), bits, np.array([np.inf, -np.inf, 0.0, np.nan])
-    )
-    assert list(special[:3]) == [1, -1, 0]
-    assert np.isnan(special[3])
+    x, special = apply(tanh, bits, np.array([np.inf, -np.inf, 0.0, -0.0, np.nan, np.finfo(f"f{bits // 8}").max]))
+    assert list(special[[0, 1, 2, 3, 5]]) == [1, -1, 0, 0, 1]
+    assert list(np.signbit(special[:4])) == [False, True, False, True]
+    assert np.isnan(special[4])
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize(("factor", "outer"), [(1 / 50, 50.0), (3.0, 0.5), (1e-30, 1e30), (1e30, 1e-30), (1e38, 2.0)])
+def test_scaled_tanh(bits, factor, outer):
+    """Of numbers around the ends of every interval of the table, too."""
+    ends = np.r_[np.arange(1, 2, 0.25), np.arange(2, 4, 0.5), np.arange(4, 8), np.arange(8, 18, 2)] - 1
+    t = np.r_[
+        np.multiply.outer(ends, 1 + np.linspace(-4e-7, 4e-7, 33)).ravel() * exp.TANH_STEP, np.logspace(-6, 1, 999)
+    ]
+
+    def build(v, b, y):
+        size = tanh_of_size(v, b, v.element(factor), v.element(outer))(y)
+        return with_sign(v, b, size, y)
+
+    x, result = apply(build, bits, np.r_[t, -t, np.inf, -np.inf, np.nan] / factor)
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact = np.tanh(x.astype(np.longdouble) * x.dtype.type(factor)) * x.dtype.type(outer)
+    np.testing.assert_array_equal(np.isnan(result), np.isnan(x))
+    known = ~np.isnan(x)
+    assert ulps(result[known], exact[known]).max() <= 6
 
 
 SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, -1.5, 1.0, 1e-42, 5e-324, 3e-310, 1.4142135, 1.4142136])

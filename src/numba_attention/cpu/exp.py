@@ -1,5 +1,8 @@
 """exp2, tanh, logarithms, powers, sine and cosine on vectors, by polynomials."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 from llvmlite import ir
 
@@ -17,33 +20,45 @@ EXP2_F64 = (4.4549605981865186e-10, 7.072585949269223e-09, 1.0178062445845774e-0
             0.0555041086648216, 0.24022650695910097, 0.6931471805599453, 1.0)  # fmt: skip
 
 
-def exp2_product(
-    vector: Vector, b: Builder, x: Value, factor: Value, lowest: Value, coefficients: tuple[float, ...]
-) -> Value:
-    """2**(x * factor) for x * factor of at most 0, or barely more; NaN where x is NaN.
+class TwoStages(NamedTuple):
+    """A function of vectors, ``finish(begin(x))``, for `in_two_stages`."""
 
-    `factor` is positive and `lowest` is -(exponent bias - 1) / factor: x from there down, so also -inf, give exactly 0.
-    The product is never rounded: n is the integer next to it and the rest, x * factor - n, one fused multiply-add. So
-    scores may be of any size as long as the difference x of two of them is small. The power 2**(n - 1) is the low
-    mantissa bits of n + 1.5 * 2**mantissa + (exponent bias - 1), moved to the exponent, and 0 at the lowest n; the
-    polynomial is 2 * 2**rest, and so no result is a subnormal number, which some processors are slow at.
+    begin: Callable[[Value], list[Value]]
+    finish: Callable[[list[Value]], Value]
+
+    def __call__(self, x: Value) -> Value:
+        return self.finish(self.begin(x))
+
+
+def exp2_product(vector: Vector, b: Builder, factor: Value, coefficients: tuple[float, ...]) -> TwoStages:
+    """The function 2**(x * factor) for x * factor of at most 0, or barely more; NaN where x is NaN.
+
+    The scalar `factor` is positive. Where x * factor is at most -(exponent bias - 1), so also at -inf, the result is
+    exactly 0. The product is never rounded: n is the integer next to it and the rest, x * factor - n, one fused
+    multiply-add. So scores may be of any size as long as the difference x of two of them is small. The power 2**(n - 1)
+    is the low mantissa bits of n + 1.5 * 2**mantissa + (exponent bias - 1), moved to the exponent, and 0 at the lowest
+    n; the polynomial is 2 * 2**rest, and so no result is a subnormal number, which some processors are slow at.
     """
-    x = clamp(vector, b, x, lowest)
+    lowest = vector.splat(b, b.fdiv(ir.Constant(vector.element, 1.0 - vector.exponent_bias), factor))
+    c = vector.splat(b, factor)
     magic = vector.const(1.5 * 2.0**vector.mantissa + vector.exponent_bias - 1)
-    t = vector.fma(b, x, factor, magic)
-    rest = vector.fma(b, x, factor, b.fsub(magic, t))
-    p = horner(vector, b, rest, tuple(2 * c for c in coefficients))
-    return b.fmul(p, vector.from_bits(b, b.shl(vector.bits_of(b, t), vector.iconst(vector.mantissa))))
+
+    def begin(x: Value) -> list[Value]:
+        x = clamp(vector, b, x, lowest)
+        t = vector.fma(b, x, c, magic)
+        return [t, vector.fma(b, x, c, b.fsub(magic, t))]
+
+    def finish(values: list[Value]) -> Value:
+        t, rest = values
+        p = horner(vector, b, rest, tuple(2 * c for c in coefficients))
+        return b.fmul(p, vector.from_bits(b, b.shl(vector.bits_of(b, t), vector.iconst(vector.mantissa))))
+
+    return TwoStages(begin, finish)
 
 
 def clamp(vector: Vector, b: Builder, x: Value, lowest: Value) -> Value:
     """Raise x to `lowest`; NaN stays NaN."""
     return vector.max(b, lowest, x)
-
-
-def lowest_argument(vector: Vector, b: Builder, factor: Value) -> Value:
-    """The x at which `exp2_product` with this factor (a scalar) becomes 0, in all lanes."""
-    return vector.splat(b, b.fdiv(ir.Constant(vector.element, 1.0 - vector.exponent_bias), factor))
 
 
 def horner(vector: Vector, b: Builder, x: Value, coefficients: tuple[float, ...]) -> Value:
@@ -53,29 +68,115 @@ def horner(vector: Vector, b: Builder, x: Value, coefficients: tuple[float, ...]
     return p
 
 
-def tanh(vector: Vector, b: Builder, x: Value, factor: Value, coefficients: tuple[float, ...]) -> Value:
-    """tanh(x * factor), for a factor (a scalar) of at least 0, accurate relative to the result for small x too.
+def tanh(vector: Vector, b: Builder, x: Value) -> Value:
+    """tanh(x), accurate relative to the result for small x too."""
+    one = ir.Constant(vector.element, 1.0)
+    return with_sign(vector, b, tanh_of_size(vector, b, one, one)(x), x)
 
-    It is -u / (2 + u) with u = exp(-2|x * factor|) - 1. With 2**f = 1 + f r(f), u = 2**n f r(f) + (2**n - 1) loses
+
+def with_sign(vector: Vector, b: Builder, size: Value, x: Value) -> Value:
+    """A size of at least 0, with the sign of x."""
+    sign = b.and_(vector.bits_of(b, x), vector.iconst(-(2 ** (vector.bits - 1))))
+    return vector.from_bits(b, b.or_(vector.bits_of(b, size), sign))
+
+
+def tanh_of_size(vector: Vector, b: Builder, factor: Value, outer: Value) -> TwoStages:
+    """The function outer * tanh(|x| * factor) of vectors x, for scalars of at least 0; NaN where x is NaN."""
+    by_table = vector.host.name == "AVX-512" and vector.bits == 32
+    return (_tanh_by_table if by_table else _tanh_by_powers)(vector, b, factor, outer)
+
+
+def _tanh_by_powers(vector: Vector, b: Builder, factor: Value, outer: Value) -> TwoStages:
+    """The function outer * tanh(|x| * factor).
+
+    It is -u / (2 + u) with u = exp(-2 |x| * factor) - 1. With 2**f = 1 + f r(f), u = 2**n f r(f) + (2**n - 1) loses
     nothing where n = 0.
     """
-    c = b.fmul(factor, ir.Constant(vector.element, -2 * 1.4426950408889634))
+    coefficients = EXP2_F64 if vector.bits == 64 else EXP2_F32
+    c = b.fmul(factor, ir.Constant(vector.element, -2 * LOG2E[0]))
     largest = ir.Constant(vector.element, float(-np.finfo(vector.dtype).max))
     c = b.select(b.fcmp_ordered("<", c, largest), largest, c)  # an infinite c times a score of 0 would be NaN
     highest = vector.splat(b, b.fdiv(ir.Constant(vector.element, -float(vector.exponent_bias)), c))
-    c = vector.splat(b, c)
-    size = vector.min(b, highest, vector.abs(b, x))  # NaN stays NaN
-    magic = vector.const(1.5 * 2.0**vector.mantissa)
-    t = vector.fma(b, size, c, magic)
-    f = vector.fma(b, size, c, b.fsub(magic, t))
-    rest = b.fmul(f, horner(vector, b, f, coefficients[:-1]))
-    one = vector.const(1.0)
-    power = b.add(b.shl(vector.bits_of(b, t), vector.iconst(vector.mantissa)), vector.bits_of(b, one))
-    power = vector.from_bits(b, power)
-    u = vector.fma(b, rest, power, b.fsub(power, one))
-    magnitude = b.fdiv(b.fneg(u), b.fadd(vector.const(2.0), u))
-    sign = b.and_(vector.bits_of(b, x), vector.iconst(-(2 ** (vector.bits - 1))))
-    return vector.from_bits(b, b.or_(vector.bits_of(b, magnitude), sign))
+    c, y = vector.splat(b, c), vector.splat(b, outer)
+
+    def begin(x: Value) -> list[Value]:
+        size = vector.min(b, highest, vector.abs(b, x))  # NaN stays NaN
+        magic = vector.const(1.5 * 2.0**vector.mantissa)
+        t = vector.fma(b, size, c, magic)
+        return [t, vector.fma(b, size, c, b.fsub(magic, t))]
+
+    def finish(values: list[Value]) -> Value:
+        t, f = values
+        rest = b.fmul(f, horner(vector, b, f, coefficients[:-1]))
+        one = vector.const(1.0)
+        power = b.add(b.shl(vector.bits_of(b, t), vector.iconst(vector.mantissa)), vector.bits_of(b, one))
+        power = vector.from_bits(b, power)
+        u = vector.fma(b, rest, power, b.fsub(power, one))
+        return b.fmul(y, b.fdiv(b.fsub(vector.const(0.0), u), b.fadd(vector.const(2.0), u)))
+
+    return TwoStages(begin, finish)
+
+
+# tanh(x) for y = 1 + x / TANH_STEP from 1 to 16, where it is 1 in float32: four intervals to an octave of y.
+TANH_STEP = 0.625
+TANH_BITS = 2  # of the mantissa of y, that count the intervals of an octave
+
+
+def tanh_table() -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
+    """The coefficients of tanh in the distance of y from the left end of its interval, lowest degree first.
+
+    Row ``bits >> 21 & 15`` of the bits of y in float32 is that of its interval, so the octave from 2 is the first. In
+    float32 the error is at most 2e-7, relative to the result.
+    """
+    rows = []
+    for octave in (2.0, 4.0, 8.0, 1.0):
+        width = octave / 2**TANH_BITS
+        for left in octave + width * np.arange(2**TANH_BITS):
+            count = 5 if left == 1 else 6
+            nodes = (1 - np.cos(np.pi * (2 * np.arange(count) + 1) / (2 * count))) / 2 * width  # of Chebyshev's
+            values = np.tanh((left - 1 + nodes) * TANH_STEP)
+            if left == 1:  # of tanh(r) / r: the product with r is small to the last bit where r is small
+                values /= nodes
+            row = np.linalg.solve(np.vander(nodes, increasing=True), values)
+            rows.append([0.0, *row] if left == 1 else row)
+    return np.array(rows)
+
+
+def _tanh_by_table(vector: Vector, b: Builder, factor: Value, outer: Value) -> TwoStages:
+    """The function outer * tanh(|x| * factor), by a polynomial of degree 5 for each of 16 intervals.
+
+    `vpermps` picks the coefficients. Beside it seven multiply-adds are left for a vector in place of ten, and no
+    division. `vpermt2ps`, which would pick from 32 intervals, shares the multiply-adds' units on Zen 5.
+    """
+    c = b.fdiv(factor, ir.Constant(vector.element, TANH_STEP))
+    largest = ir.Constant(vector.element, float(np.finfo(vector.dtype).max))
+    c = b.select(b.fcmp_ordered(">", c, largest), largest, c)  # an infinite c times a score of 0 would be NaN
+    end = ir.Constant(vector.element, 15 * (1 - 2.0**-20))  # y stays below 16 in spite of three roundings
+    highest, scale = vector.splat(b, b.fdiv(end, c)), vector.splat(b, outer)
+    c, one = vector.splat(b, c), vector.const(1.0)
+    shift = vector.mantissa - TANH_BITS
+    columns = tanh_table().T.astype(vector.dtype).tolist()
+    table = [b.fmul(scale, ir.Constant(vector.type, column)) for column in columns]
+
+    def begin(x: Value) -> list[Value]:
+        size = vector.min(b, highest, vector.abs(b, x))  # NaN stays NaN
+        bits = vector.bits_of(b, vector.fma(b, size, c, one))
+        left = vector.from_bits(b, b.and_(bits, vector.iconst(-(2**shift))))
+        return [vector.fma(b, size, c, b.fsub(one, left)), b.lshr(bits, vector.iconst(shift))]
+
+    def finish(values: list[Value]) -> Value:
+        r, interval = values
+        p = _pick(vector, b, table[-1], interval)
+        for coefficients in table[-2::-1]:
+            p = vector.fma(b, p, r, _pick(vector, b, coefficients, interval))
+        return p
+
+    return TwoStages(begin, finish)
+
+
+def _pick(vector: Vector, b: Builder, table: Value, index: Value) -> Value:
+    """For each lane the element of a table of 16 that the low four bits of the index name (AVX-512)."""
+    return call(b, "llvm.x86.avx512.permvar.sf.512", vector.type, table, index)
 
 
 # log(1 + f) / f on [-1/4, 1/2], in relative error 3.1e-8, by interpolation at Chebyshev points.

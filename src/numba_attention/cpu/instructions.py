@@ -119,7 +119,6 @@ class Instructions:
     def _real(self, b: Builder, op: str, operands: list[Value], known: float | None) -> Value:
         vector = self.vector
         x = operands[0]
-        table = exp.EXP2_F64 if vector.bits == 64 else exp.EXP2_F32
         match op:
             case "add" | "sub" | "mul" | "div":
                 return getattr(b, f"f{op}")(*operands)
@@ -141,7 +140,7 @@ class Instructions:
             case "log2":
                 return exp.log2(vector, b, x)
             case "tanh":
-                return exp.tanh(vector, b, x, vector.element(1.0), table)
+                return exp.tanh(vector, b, x)
             case "sin" | "cos":
                 return exp.sin(vector, b, x, op == "cos")
             case "pow":

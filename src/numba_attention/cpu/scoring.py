@@ -247,7 +247,7 @@ def make_scoring(spec: Spec) -> Scoring:
                 cap_slopes(scores, n, real(1 / p.cap_outer), at + p.at_cap_slopes, at + p.at_cap_curves)
             elif differentiates:
                 cap_slope(scores, n, real(1 / p.cap_outer), at + p.at_cap_slopes)
-            factor, known = natural, True
+            factor = natural
         if p.score_mod != 0:
             call_tile(
                 p.score_mod, p.mod_data, scores, n, j0 + p.first_key, s.number, s.head + p.first_head,

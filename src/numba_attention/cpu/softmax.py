@@ -18,9 +18,9 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .exp import EXP2_BF16, EXP2_F32, EXP2_F64, exp2_product, lowest_argument
+from .exp import EXP2_BF16, EXP2_F32, EXP2_F64, TwoStages, exp2_product
 from .gemm import pack_pairs
-from .simd import I64, Builder, Value, Vector, at, interleave, loop, pointer, routine, splat, store
+from .simd import I64, Builder, Value, Vector, at, in_two_stages, interleave, loop, pointer, routine, splat, store
 from .spec import Spec
 
 # Rows of the state scratch, each one vector block of query_tile values.
@@ -31,8 +31,6 @@ LEVEL = 64  # tiles of keys whose sum is then added to a second, compensated lev
 SLACK = 2.0**-6  # binary logarithm of how far a recomputed weight may exceed 1, before its rounding
 SUM_ROWS = 8  # rows of a tile that a micro-kernel of role "sum" takes at once, at most
 
-Weigh = Callable[[Value, int], Value]
-
 
 def _coefficients(spec: Spec, pairs: bool) -> tuple[float, ...]:
     return EXP2_F64 if spec.vector.bits == 64 else EXP2_BF16 if pairs else EXP2_F32
@@ -42,11 +40,9 @@ def _real(spec: Spec) -> str:
     return "f64" if spec.vector.bits == 64 else "f32"
 
 
-def _exponential(spec: Spec, b: Builder, factor: Value, pairs: bool) -> Callable[[Value], Value]:
+def _exponential(spec: Spec, b: Builder, factor: Value, pairs: bool) -> TwoStages:
     """The function 2**(x * factor) of vectors."""
-    vector = spec.vector
-    c, lowest, table = vector.splat(b, factor), lowest_argument(vector, b, factor), _coefficients(spec, pairs)
-    return lambda x: exp2_product(vector, b, x, c, lowest, table)
+    return exp2_product(spec.vector, b, factor, _coefficients(spec, pairs))
 
 
 def _finite(vector: Vector, b: Builder, m: Value) -> Value:
@@ -55,40 +51,37 @@ def _finite(vector: Vector, b: Builder, m: Value) -> Value:
 
 
 def _weigh_rows(
-    spec: Spec, pairs: bool, b: Builder, scores: Value, n: Value, weights: Value, weigh: Weigh
+    spec: Spec, pairs: bool, b: Builder, scores: Value, n: Value, weights: Value, weigh: Callable[[int], TwoStages]
 ) -> list[Value]:
     """Replace scores by their weights, or write those as pairs; returns the sum of the weights, vector by vector.
 
-    ``weigh(row, v)`` makes the weights of vector v of a row of scores.
+    ``weigh(v)`` makes weights of vector v of a row.
     """
     vector = spec.vector
     NV = spec.block[1]
     width = vector.bytes * vector.width
     row_bytes = NV * width
+    zeros = [vector.const(0.0)] * NV
+    of_vector = [weigh(v) for v in range(NV)]
 
-    def single(i: Value, carried: list[Value]) -> list[Value]:
-        row, *totals = carried
+    def begin(row: Value, v: int) -> list[Value]:
+        return of_vector[v].begin(vector.load(b, row, v * width))
 
-        def replace(v: int) -> Value:
-            p = weigh(row, v)
-            vector.store(b, p, row, v * width)
-            return b.fadd(totals[v], p)
-
-        return [at(b, row, row_bytes), *interleave(b, NV, replace)]
+    def finish(row: Value, v: int, values: list[Value], total: Value) -> Value:
+        p = of_vector[v].finish(values)
+        vector.store(b, p, row, v * width)
+        return b.fadd(total, p)
 
     def pair(i: Value, carried: list[Value]) -> list[Value]:
         row, out, *totals = carried
-        for v in range(NV):
-            p0 = weigh(row, v)
-            totals[v] = b.fadd(totals[v], p0)
-            p1 = weigh(at(b, row, row_bytes), v)
-            totals[v] = b.fadd(totals[v], p1)
+        both = interleave(b, 2 * NV, lambda k: of_vector[k % NV](vector.load(b, row, k * width)))
+        for v, (p0, p1) in enumerate(zip(both[:NV], both[NV:], strict=True)):
+            totals[v] = b.fadd(b.fadd(totals[v], p0), p1)
             store(b, pack_pairs(b, p0, p1), out, v * width, align=4)
         return [at(b, row, 2 * row_bytes), at(b, out, row_bytes), *totals]
 
-    zeros = [vector.const(0.0)] * NV
     if not pairs:
-        return loop(b, n, [scores, *zeros], single)[1:]
+        return in_two_stages(b, n, scores, row_bytes, zeros, begin, finish)
     # Padding: pairs need an even number of rows, so that a row of hidden scores is appended.
     odd = b.and_(n, I64(1))
     with b.if_then(b.icmp_signed("!=", odd, I64(0))):
@@ -120,8 +113,8 @@ def softmax_step(spec: Spec, pairs: bool) -> Any:
             vector.store(b, new, px, MAX * row_bytes + v * width)
             vector.store(b, exponential(b.fsub(old, highest[v])), px, RESCALE * row_bytes + v * width)
 
-        def weigh(row: Value, v: int) -> Value:
-            return exponential(b.fsub(vector.load(b, row, v * width), highest[v]))
+        def weigh(v: int) -> TwoStages:
+            return TwoStages(lambda x: exponential.begin(b.fsub(x, highest[v])), exponential.finish)
 
         totals = _weigh_rows(spec, pairs, b, pointer(b, scores), n, pointer(b, weights), weigh)
         for v in range(NV):
@@ -150,8 +143,11 @@ def normalised_weights(spec: Spec, pairs: bool = False) -> Any:
             highest.append(_finite(vector, b, vector.load(b, px, MAX * row_bytes + v * width)))
             inverse.append(vector.load(b, px, INVERSE * row_bytes + v * width))
 
-        def weigh(row: Value, v: int) -> Value:
-            return b.fmul(exponential(b.fsub(vector.load(b, row, v * width), highest[v])), inverse[v])
+        def weigh(v: int) -> TwoStages:
+            return TwoStages(
+                lambda x: exponential.begin(b.fsub(x, highest[v])),
+                lambda values: b.fmul(exponential.finish(values), inverse[v]),
+            )
 
         _weigh_rows(spec, pairs, b, pointer(b, scores), n, pointer(b, weights), weigh)
 
@@ -316,15 +312,18 @@ def softmax_gradient(spec: Spec) -> Any:
             [vector.load(b, px, row * row_bytes + v * width) for v in range(NV)] for row in (MAX, INVERSE, SUM)
         )
 
-        def body(i: Value, carried: list[Value]) -> list[Value]:
-            row, grad = carried
-            for v in range(NV):
-                difference = vector.min(b, slack, b.fsub(vector.load(b, row, v * width), highest[v]))
-                p = b.fmul(exponential(difference), inverse[v])
-                vector.store(b, p, row, v * width)
-                ds = b.fmul(p, b.fsub(vector.load(b, grad, v * width), delta[v]))
-                vector.store(b, b.select(b.fcmp_ordered("==", p, zero), zero, ds), grad, v * width)
-            return [at(b, row, row_bytes), at(b, grad, row_bytes)]
+        to_grads = b.sub(grads, scores)
+
+        def begin(row: Value, v: int) -> list[Value]:
+            return exponential.begin(vector.min(b, slack, b.fsub(vector.load(b, row, v * width), highest[v])))
+
+        def finish(row: Value, v: int, values: list[Value], none: Value) -> Value:
+            grad = at(b, row, to_grads)
+            p = b.fmul(exponential.finish(values), inverse[v])
+            vector.store(b, p, row, v * width)
+            ds = b.fmul(p, b.fsub(vector.load(b, grad, v * width), delta[v]))
+            vector.store(b, b.select(b.fcmp_ordered("==", p, zero), zero, ds), grad, v * width)
+            return none
 
         def clear(i: Value, carried: list[Value]) -> list[Value]:
             row, grad = carried
@@ -333,9 +332,9 @@ def softmax_gradient(spec: Spec) -> Any:
                 vector.store(b, zero, grad, v * width)
             return [at(b, row, row_bytes), at(b, grad, row_bytes)]
 
-        end = loop(b, n, [pointer(b, scores), pointer(b, grads)], body)
-        missing = b.and_(b.sub(I64(0), n), I64(SUM_ROWS - 1))
-        loop(b, missing, end, clear)
+        in_two_stages(b, n, pointer(b, scores), row_bytes, [I64(0)] * NV, begin, finish)
+        missing, rows = b.and_(b.sub(I64(0), n), I64(SUM_ROWS - 1)), b.mul(n, I64(row_bytes))
+        loop(b, missing, [at(b, pointer(b, x), rows) for x in (scores, grads)], clear)
 
     return routine(f"scores grads n state factor:{_real(spec)}", build)
 
@@ -374,7 +373,8 @@ def moved_weights(spec: Spec, of_gradients: bool) -> Any:
         def body(i: Value, carried: list[Value]) -> list[Value]:
             places, totals = carried[:5], carried[5:]
             row, source, out, grad, moved_grad = places
-            for v in range(NV):
+
+            def move(v: int) -> list[Value]:
                 difference = vector.min(b, slack, b.fsub(vector.load(b, row, v * width), highest[v]))
                 p = b.fmul(exponential(difference), inverse[v])
                 is_zero = b.fcmp_ordered("==", p, zero)
@@ -382,7 +382,7 @@ def moved_weights(spec: Spec, of_gradients: bool) -> Any:
                 change = b.fmul(p, b.fsub(vector.load(b, source, v * width), mu[v]))
                 change = b.select(is_zero, zero, change)
                 vector.store(b, change, out, v * width)
-                totals[v] = b.fadd(totals[v], change)
+                new = [b.fadd(totals[v], change)]
                 if of_gradients:
                     off = b.fsub(vector.load(b, grad, v * width), delta[v])
                     d = b.select(is_zero, zero, b.fmul(p, off))
@@ -391,8 +391,14 @@ def moved_weights(spec: Spec, of_gradients: bool) -> Any:
                     moved_d = b.select(is_zero, zero, moved_d)
                     vector.store(b, d, grad, v * width)
                     vector.store(b, moved_d, moved_grad, v * width)
-                    totals[NV + v] = b.fadd(totals[NV + v], moved_d)
-            return [*(at(b, x, row_bytes) for x in places), *totals]
+                    new.append(b.fadd(totals[NV + v], moved_d))
+                return new
+
+            new = interleave(b, NV, move)
+            return [
+                *(at(b, x, row_bytes) for x in places),
+                *(total for kind in zip(*new, strict=True) for total in kind),
+            ]
 
         def clear(i: Value, carried: list[Value]) -> list[Value]:
             for x in (carried[0], *carried[2:]) if of_gradients else (carried[0], carried[2]):

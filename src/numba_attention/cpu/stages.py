@@ -15,8 +15,8 @@ import numpy as np
 from llvmlite import ir
 
 from .elements import Element
-from .exp import EXP2_F32, EXP2_F64, clamp, tanh
-from .simd import I64, Builder, Value, at, interleave, load, loop, pointer, routine, splat, store
+from .exp import clamp, tanh_of_size, with_sign
+from .simd import I64, Builder, Value, at, in_two_stages, interleave, load, loop, pointer, routine, splat, store
 from .softmax import FIRST, POSITION, SLOPE, SPAN, TILE_MAX
 from .spec import Spec
 from .tiles import gather_tile, row_group
@@ -86,15 +86,29 @@ def multiply(spec: Spec) -> Any:
 
 
 def softcap(spec: Spec) -> Any:
-    """Make ``cap(scores, n, inner, outer, state)``: s = outer * tanh(s * inner)."""
+    """Make ``cap(scores, n, inner, outer, state)``: s = outer * tanh(s * inner).
+
+    So do the maxima in TILE_MAX, where it has those of the scores: the largest score has the largest result.
+    """
 
     def build(b: Builder, scores: Value, n: Value, inner: Value, outer: Value, state: Value) -> None:
         vector = spec.vector
+        NV, width = spec.block[1], vector.bytes * vector.width
         negative = b.fcmp_ordered("<", inner, vector.element(0.0))
         size = b.select(negative, b.fneg(inner), inner)
-        y = vector.splat(b, b.select(negative, b.fneg(outer), outer))
-        table = EXP2_F64 if vector.bits == 64 else EXP2_F32
-        _tile_pass(spec, b, scores, n, lambda b, j, v, s: b.fmul(y, tanh(vector, b, s, size, table)), state)
+        cap = tanh_of_size(vector, b, size, b.select(negative, b.fneg(outer), outer))
+
+        def begin(row: Value, v: int) -> list[Value]:
+            return cap.begin(vector.load(b, row, v * width))
+
+        def finish(row: Value, v: int, values: list[Value], none: Value) -> Value:
+            size = cap.finish(values)
+            x = vector.load(b, row, v * width)  # once more, rather than keep it in a register
+            vector.store(b, with_sign(vector, b, size, x), row, v * width)
+            return none
+
+        maxima = at(b, pointer(b, state), TILE_MAX * NV * width) if _takes_maximum(spec) else None
+        in_two_stages(b, n, pointer(b, scores), NV * width, [I64(0)] * NV, begin, finish, maxima)
 
     return routine(f"scores n inner:{_real(spec)} outer:{_real(spec)} state", build)
 
