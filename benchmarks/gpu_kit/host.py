@@ -20,7 +20,7 @@ import numba_attention as na
 from numba_attention import api, device_call
 from numba_attention.device import replay, runtime
 from numba_attention.device.arrays import family_of
-from numba_attention.device.driver import Again
+from numba_attention.device.launches import Launches
 from numba_attention.options import NO_OPTIONS
 
 STUB = not torch.cuda.is_available()
@@ -53,30 +53,19 @@ def row(name, call, **more):
         print(f"{name:72s} {type(problem).__name__}: {str(problem)[:150]}", flush=True)
 
 
-class Pretending(torch.Tensor):
-    """A tensor of the host that says that it is on a GPU."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    is_cuda = property(lambda self: True)
-
-    def get_device(self):
-        return 0
-
-
 def pretend():
-    empty, empty_like = torch.empty, torch.empty_like
-    torch.empty = lambda shape, dtype, device: empty(shape, dtype=dtype).as_subclass(Pretending)
-    torch.empty_like = lambda x, memory_format: empty_like(x, memory_format=memory_format).as_subclass(Pretending)
+    """Let tensors of the host say that they are on a GPU, in as little time as one that is."""
+    ctypes.CDLL("libcuda.so.1").stub_quiet(1)
+    empty = torch.empty
+    torch.empty = lambda shape, dtype, device: empty(shape, dtype=dtype)
+    torch.Tensor.is_cuda = True
+    torch.Tensor.get_device = torch.Tensor.storage_offset  # 0, by a method of C as in its place
     torch._C._cuda_getCurrentRawStream = lambda device: 0
-
-
-def placed(x):
-    return x.as_subclass(Pretending) if STUB else x
 
 
 def normal(*shape):
     x = torch.randn(shape, dtype=torch.float32).to(torch.bfloat16)
-    return placed(x if STUB else x.cuda())
+    return x if STUB else x.cuda()
 
 
 def recorded_of(q, k, v):
@@ -90,30 +79,57 @@ def recorded_of(q, k, v):
 
 
 def calls_of(q, k, v):
-    out, lse = (placed(x) for x in na.attention(q, k, v, return_lse=True))
-    heads, few = 32, 8
-    step = normal(1, heads, 1, 128)
-    caches = [na.KVCache.from_arrays(*(normal(1, few, 8192, 128) for _ in range(2))) for _ in range(1 if STUB else 8)]
+    out, lse = na.attention(q, k, v, return_lse=True)
+    step, many = normal(1, 32, 1, 128), normal(64, 32, 1, 128)
+    few = [normal(1, 2, 128, 64) for _ in range(2)]
+    caches = [na.KVCache.from_arrays(*(normal(1, 8, 8192, 128) for _ in range(2))) for _ in range(1 if STUB else 8)]
+    large = na.KVCache.from_arrays(*(normal(64, 8, 512, 128) for _ in range(2)))
+    growing = na.KVCache.from_arrays(*(normal(64, 8, 2**12, 64) for _ in range(2)), lengths=0)
+    token = [normal(64, 8, 1, 64) for _ in range(2)]
     turn = [0]
     slopes = np.float32(2.0) ** np.linspace(-1, -8, 8, dtype=np.float32)
     bias, blocks = normal(8, 128, 128), na.BlockMask.causal(128, 128)
+    packed, starts = [normal(256, 8, 64) for _ in range(3)], np.arange(0, 257, 32)
+    parts = [na.attention(q, x, x, return_lse=True) for x in (k, v)]
+    outs, lses = ([x[n] for x in parts] for n in range(2))
+    five = [outs * 2 + outs[:1], lses * 2 + lses[:1]]
+    five = [[x.clone() for x in stack] for stack in five]
 
     def decode_in_turn():
         turn[0] += 1
         return na.attention_decode(step, caches[turn[0] % len(caches)])
 
+    def append():
+        if growing._common == growing.capacity:
+            growing.truncate(0)
+        growing.append(*token)
+
+    def of_new_seeds():
+        turn[0] += 1
+        return na.attention(q, k, v, dropout_p=0.1, seed=turn[0])
+
     return {
         "attention L128": lambda: na.attention(q, k, v),
         "attention L128 with lse": lambda: na.attention(q, k, v, return_lse=True),
         "attention L128 causal (two launches)": lambda: na.attention(q, k, v, is_causal=True),
+        "attention L128 causal with lse": lambda: na.attention(q, k, v, is_causal=True, return_lse=True),
+        "attention L128 causal, grouped heads": lambda: na.attention(q, *few, is_causal=True),
+        "attention L128, softcap": lambda: na.attention(q, k, v, softcap=20.0),
         "attention L128, BlockMask": lambda: na.attention(q, k, v, mask=blocks),
         "attention L128, bias on the GPU": lambda: na.attention(q, k, v, bias=bias),
         "attention L128, ALiBi": lambda: na.attention(q, k, v, alibi_slopes=slopes),
         "attention L128, score_mod": lambda: na.attention(q, k, v, score_mod=na.mods.alibi, mod_args=(slopes,)),
+        "attention L128, dropout, a new seed in each call": of_new_seeds,
+        "attention_varlen, causal": lambda: na.attention_varlen(*packed, starts, starts, is_causal=True),
         "attention_backward L128, BlockMask": lambda: na.attention_backward(out, q, k, v, out, lse, mask=blocks),
         "attention_backward L128": lambda: na.attention_backward(out, q, k, v, out, lse),
+        "attention_backward L128 causal": lambda: na.attention_backward(out, q, k, v, out, lse, is_causal=True),
         "attention_decode S8192 (two launches)": lambda: na.attention_decode(step, caches[0]),
         "attention_decode S8192, 8 caches in turn": decode_in_turn,
+        "attention_decode B64": lambda: na.attention_decode(many, large),
+        "append of a token to 64 sequences": append,
+        "merge_attention of two parts": lambda: na.merge_attention(outs, lses),
+        "merge_attention of five parts": lambda: na.merge_attention(*five),
     }
 
 
@@ -172,28 +188,29 @@ def launches(q, k, v):
     out = torch.empty((1, 8, 128, 64), dtype=torch.bfloat16, device="cpu" if STUB else "cuda")
     addresses = [x.data_ptr() for x in (q, k, v, out)]
     x = recorded._launches[0]
-    again = Again(x.kernel, x.grid, x.integers, x.reals)
-    for place, source, more in x.patches:
-        again.numbers[place] = addresses[source] + more
-    integers = list(again.numbers[: len(x.integers)])
-    row("driver.launch (cuda.core)", lambda: driver.launch(x.kernel, x.grid, integers, x.reals, stream))
-    row("driver.launch_again", lambda: driver.launch_again([again], stream))
-    kernel = x.kernel
+    own = Launches([x], [], len(addresses))
+    own.patch(addresses)
+    kernel, extra = x.kernel, own.extras[0]
+    integers = list(own.numbers[0][: len(x.integers)])
+    row("driver.launch (cuda.core)", lambda: driver.launch(kernel, x.grid, integers, x.reals, stream))
+    row("driver.repeat", lambda: driver.repeat(own, addresses, 0, stream, 0))
+    row("driver.repeat, in Python", lambda: driver._repeat(own, addresses, 0, stream))
     code = driver._loaded(kernel, 0)
-    handles = {"CUkernel": int(code.handle), "CUfunction": int(driver._function(kernel))}
-    first, count = again.numbers.buffer_info()
+    function = driver._function(kernel, int(bindings.cuCtxGetCurrent()[1]))
+    handles = {"CUkernel": int(code.handle), "CUfunction": int(function)}
+    first, count = own.numbers[0].buffer_info()
     pointers = array("Q", range(first, first + 8 * count, 8))
     at = pointers.buffer_info()[0]
     library = ctypes.CDLL("libcuda.so.1")
     V, U = ctypes.c_void_p, ctypes.c_uint
     for name, handle in handles.items():
         function, on = bindings.CUfunction(handle), bindings.CUstream(stream)
-        for how, parameters, extra in ((f"{count} pointers", at, 0), ("one buffer", 0, again.extra)):
+        for how, parameters, more in ((f"{count} pointers", at, 0), ("one buffer", 0, extra)):
             by_bindings = (
-                function, *x.grid, kernel.threads, 1, 1, kernel.shared, on, parameters, extra,
+                function, *x.grid, kernel.threads, 1, 1, kernel.shared, on, parameters, more,
             )  # fmt: skip
             by_ctypes = (
-                V(handle), *map(U, (*x.grid, kernel.threads, 1, 1, kernel.shared)), V(stream), V(parameters), V(extra),
+                V(handle), *map(U, (*x.grid, kernel.threads, 1, 1, kernel.shared)), V(stream), V(parameters), V(more),
             )  # fmt: skip
             row(f"cuLaunchKernel by cuda.bindings, {name}, {how}", partial(bindings.cuLaunchKernel, *by_bindings))
             row(f"cuLaunchKernel by ctypes, {name}, {how}", partial(library.cuLaunchKernel, *by_ctypes))

@@ -13,7 +13,7 @@ from .backends import recall
 from .foreign import Family
 from .merging import merge as _merge
 from .merging import merge_backward as _merge_backward
-from .options import Array, Gradients, OptionArguments, Options, gather, takes_options
+from .options import Array, Gradients, OptionArguments, Options, check_names, gather, takes_options
 from .problem.dense import Empty, build, build_backward, build_weights, finish
 
 Index = ArrayLike | slice
@@ -165,12 +165,12 @@ def attention(
     >>> bool(np.allclose(out[..., 0, :], v[..., 0, :], atol=1e-6))  # the first query sees the first key only
     True
     """
-    again = backend is None and backends.is_host_default()
+    again = backend is None and type(query) is np.ndarray and backends.is_host_default()
     if again:
         known = recall.forward(query, key, value, options, return_lse, out=out)
         if known is not None:
             return known
-    settings = gather(attention, options)
+    check_names(attention, options)
     chosen = backends.select(backend, query, key, value)
     if chosen.on_device:
         if isinstance(chosen, Family):
@@ -178,7 +178,8 @@ def attention(
             result: Array | tuple[Array, Array] = chosen.call(attention, operands | {"out": out}, options)
             return result
         operands = {"query": query, "key": key, "value": value}
-        return device_call.run(_attention, chosen, operands, settings, out=out, return_lse=return_lse)
+        return device_call.run(_attention, chosen, operands, options, entry=attention, out=out, return_lse=return_lse)
+    settings = gather(attention, options)
     return _attention(chosen, query, key, value, settings, return_lse, out, again=again)
 
 
@@ -275,12 +276,13 @@ def attention_backward(
     >>> bool(np.allclose(grads.value.sum(-2), 100, rtol=1e-4))  # the weights of each query sum to 1
     True
     """
-    again = grad_lse is None and mod_grads is None and backend is None and backends.is_host_default()
+    again = grad_lse is None and mod_grads is None and backend is None and type(query) is np.ndarray
+    again = again and backends.is_host_default()
     if again:
         known = recall.backward(grad_out, query, key, value, out, lse, options)
         if known is not None:
             return known
-    settings = gather(attention_backward, options)
+    check_names(attention_backward, options)
     chosen = backends.select(backend, query, key, value, grad_out)
     if chosen.on_device:
         if isinstance(chosen, Family):
@@ -294,7 +296,10 @@ def attention_backward(
             "query": query, "key": key, "value": value, "out": out, "lse": lse, "grad_out": grad_out,
             "grad_lse": grad_lse,
         }  # fmt: skip
-        return device_call.run(_attention_backward, chosen, operands, settings, mod_grads=mod_grads)
+        return device_call.run(
+            _attention_backward, chosen, operands, options, entry=attention_backward, mod_grads=mod_grads
+        )
+    settings = gather(attention_backward, options)
     return _attention_backward(
         chosen, query, key, value, out, lse, grad_out, grad_lse, mod_grads, settings, again=again
     )

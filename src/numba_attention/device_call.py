@@ -3,7 +3,7 @@
 `run` is the only place that sees both the caller's arrays and the headers that the package works on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from itertools import compress
 from operator import is_not
@@ -20,7 +20,7 @@ from .errors import kind_of
 from .masks.blockmask import BlockMask
 from .mods.language import MASK, SCORE
 from .mods.rules import as_arguments, describe, find
-from .options import IN_PYTHON, NO_OPTIONS, PER_SCORE, Array, Options
+from .options import IN_PYTHON, NO_OPTIONS, PER_SCORE, Array, Options, gather
 from .validation import as_array, as_bools, as_floats, check_out
 
 Result = TypeVar("Result")
@@ -98,8 +98,9 @@ def run(
     function: Callable[..., Result],
     backend: Any,
     operands: dict[str, Any],
-    options: Options,
+    options: Options | Mapping[str, Any],
     *,
+    entry: Callable[..., Any] | None = None,
     out: Any = None,
     small: dict[str, Any] | None = None,
     **rest: Any,
@@ -113,7 +114,10 @@ def run(
     backend : Backend
     operands : dict
         Arrays by argument. None is passed on, and `function` checks anything that is no array.
-    options : Options
+    options : Options or mapping
+        Those of `Options`, or what they are gathered from: only a call that is not repeated needs them.
+    entry : callable, optional
+        With a mapping: the function whose keyword arguments it has.
     out : array, optional
         Array for the result, which is passed to `function` only if it is not None.
     small : dict, optional
@@ -124,6 +128,9 @@ def run(
         recorded = replay.find(seen.key)
         if recorded is not None:
             return cast(Result, seen.repeat(recorded))
+    if not isinstance(options, Options):
+        assert entry is not None
+        options = gather(entry, options)
     call = Call({name: x for name, x in operands.items() if x is not None})
     recording = nullcontext(None) if seen is None else replay.recording(seen.addresses)
     with runtime.using(call.device, call.stream), recording as recorder:
@@ -171,24 +178,33 @@ class _Described(NamedTuple):
     of_mods: int  # how many arrays are those of mods, whose addresses are in memory of the GPU and not in a launch
 
 
-def _describe_options(options: Options) -> _Described | None:
+def _describe_options(options: Options | Mapping[str, Any]) -> _Described | None:
     """Return what the options of a call are; None if a call with them is not repeated."""
+    if isinstance(options, Options):
+        options = dict(compress(zip(Options._fields, options, strict=True), map(is_not, options, NO_OPTIONS)))
     key: list[Any] = []
     found: list[Any] = []
-    changed = map(is_not, options, NO_OPTIONS)
-    for name, x in compress(zip(Options._fields, options, strict=True), changed):
-        if name in IN_PYTHON:
-            continue
-        if name in PER_SCORE and type(x) is not np.ndarray and not isinstance(x, BlockMask):
+    has_mods = False
+    for name, x in options.items():
+        kind = type(x)
+        if kind in _PLAIN:
+            key += name, kind, repr(x) if kind is float else x
+        elif name in IN_PYTHON:
+            has_mods = True
+        elif name not in PER_SCORE:
+            described = _describe(x)
+            if described is None:
+                return None
+            key += name, described
+        elif isinstance(x, BlockMask):
+            key += name, x.token
+        elif kind is np.ndarray:
+            return None
+        else:
             found.append(x)
             key.append(name)
-            continue
-        described = None if name in PER_SCORE and type(x) is np.ndarray else _describe(x)
-        if described is None:
-            return None
-        key.append((name, described))
     described = _Described(key, found, 0)
-    if options.score_mod is None and options.mask_mod is None and options.mod_args is NO_OPTIONS.mod_args:
+    if not has_mods:
         return described
     try:
         return _with_mods(described, options)
@@ -196,11 +212,11 @@ def _describe_options(options: Options) -> _Described | None:
         return None
 
 
-def _with_mods(described: _Described, options: Options) -> _Described | None:
+def _with_mods(described: _Described, options: Mapping[str, Any]) -> _Described | None:
     """Add rules and their arguments: rules as they are now, because names outside of a function may have changed."""
     key, found, values = described.key, described.arrays, []
     count = len(found)
-    for x in options.mod_args:
+    for x in options.get("mod_args", NO_OPTIONS.mod_args):
         if arrays.on_device(x):
             if arrays.family_of(x).look(x) is None:
                 return None
@@ -217,13 +233,17 @@ def _with_mods(described: _Described, options: Options) -> _Described | None:
         key.append(contents)
     arguments = as_arguments(values)
     kinds = describe(arguments)
-    for role, function in ((SCORE, options.score_mod), (MASK, options.mask_mod)):
+    for role, name in ((SCORE, "score_mod"), (MASK, "mask_mod")):
+        function = options.get(name)
         key.append(None if function is None else find(role, function, kinds, arguments))
     return described._replace(of_mods=len(found) - count)
 
 
 def _look(
-    function: Callable[..., Any], operands: dict[str, Any], options: Options, rest: dict[str, Any]
+    function: Callable[..., Any],
+    operands: dict[str, Any],
+    options: Options | Mapping[str, Any],
+    rest: dict[str, Any],
 ) -> Seen | None:
     """Return the key of a call that can be repeated: of arrays of one library on one stream."""
     of_rest = []
@@ -232,9 +252,11 @@ def _look(
         if described is None and x is not None:
             return None
         of_rest.append(described)
-    if options is NO_OPTIONS:
-        seen = look(operands.values())
-        return None if seen is None else seen.of(function, *of_rest, tile_shapes.state())
+    if options is NO_OPTIONS or not options:
+        seen = look(tuple(operands.values()))
+        if seen is not None:
+            seen.add(function, *of_rest, tile_shapes.state())
+        return seen
     of_options = _describe_options(options)
     if of_options is None:
         return None
@@ -243,7 +265,8 @@ def _look(
         return None
     # The kernels read where arrays of mods are from memory that is written when the call is planned.
     fixed = seen.addresses[len(seen.addresses) - of_options.of_mods :]
-    return seen.of(function, *of_rest, tile_shapes.state(), tuple(of_options.key), tuple(fixed))
+    seen.add(function, *of_rest, tile_shapes.state(), tuple(of_options.key), tuple(fixed))
+    return seen
 
 
 def _with_out(call: Call, result: Any, target: Array | None, out: Any) -> Any:

@@ -38,7 +38,8 @@ def _there(function: Callable[..., Any], given: dict[str, Any], **rest: Any) -> 
     }
 
     # The first one says where results are.
-    named = dict(sorted(named.items(), key=lambda item: not on_device(item[1])))
+    if not on_device(next(iter(named.values()), None)):
+        named = dict(sorted(named.items(), key=lambda item: not on_device(item[1])))
     return device_call.run(function, None, named, NO_OPTIONS, counts=tuple(counts.values()), **rest)
 
 

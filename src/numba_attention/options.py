@@ -82,6 +82,7 @@ class Options(NamedTuple):
 
 
 NO_OPTIONS = Options()
+_KNOWN = frozenset(Options._fields)
 
 # Arrays among the options, by what their axes are: those of the scores (..., H, L, S); one number for each head, or for
 # each head and sequence (..., H); one for each sequence (...,); one for each head of the whole call (H,).
@@ -199,6 +200,12 @@ class SecondGradients(NamedTuple):
     grad_lse: Array
     out: Array | None = None
     lse: Array | None = None
+
+
+def check_names(entry: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Check that `entry` has arguments of these names, as `gather` does."""
+    if not arguments.keys() <= _KNOWN:
+        raise unknown(entry, arguments)
 
 
 def gather(entry: Callable[..., Any], arguments: Mapping[str, Any]) -> Options:

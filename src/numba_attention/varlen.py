@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from . import device_call
 from .backends import Backend, is_host_default, recall, select
 from .foreign import Family
-from .options import Array, Gradients, OptionArguments, Options, gather, takes_options
+from .options import Array, Gradients, OptionArguments, Options, check_names, gather, takes_options
 from .problem.dense import Empty
 from .problem.packed import build, build_backward, finish
 
@@ -118,12 +118,12 @@ def attention_varlen(
     >>> bool((out[7:].swapaxes(0, 1) == na.attention(last, last, last, is_causal=True)).all())
     True
     """
-    again = out is None and backend is None and is_host_default()
+    again = out is None and backend is None and type(query) is np.ndarray and is_host_default()
     if again:
         known = recall.forward(query, key, value, options, return_lse, (cu_seqlens_q, cu_seqlens_k))
         if known is not None:
             return known
-    settings = gather(attention_varlen, options)
+    check_names(attention_varlen, options)
     chosen = select(backend, query, key, value)
     if chosen.on_device:
         if isinstance(chosen, Family):
@@ -136,8 +136,10 @@ def attention_varlen(
         operands = {"query": query, "key": key, "value": value}
         small = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
         return device_call.run(
-            _attention_varlen, chosen, operands, settings, out=out, small=small, return_lse=return_lse
-        )
+            _attention_varlen, chosen, operands, options, entry=attention_varlen, out=out, small=small,
+            return_lse=return_lse,
+        )  # fmt: skip
+    settings = gather(attention_varlen, options)
     return _attention_varlen(
         chosen, query, key, value, cu_seqlens_q, cu_seqlens_k, settings, return_lse, out, again=again
     )
@@ -220,12 +222,13 @@ def attention_varlen_backward(
     >>> bool(np.allclose(grads.value[:7].sum(0), 7, rtol=1e-4))  # the weights of each query sum to 1
     True
     """
-    again = grad_lse is None and mod_grads is None and backend is None and is_host_default()
+    again = grad_lse is None and mod_grads is None and backend is None and type(query) is np.ndarray
+    again = again and is_host_default()
     if again:
         known = recall.backward(grad_out, query, key, value, out, lse, options, (cu_seqlens_q, cu_seqlens_k))
         if known is not None:
             return known
-    settings = gather(attention_varlen_backward, options)
+    check_names(attention_varlen_backward, options)
     chosen = select(backend, query, key, value, grad_out)
     if chosen.on_device:
         if isinstance(chosen, Family):
@@ -241,7 +244,11 @@ def attention_varlen_backward(
             "grad_lse": grad_lse,
         }  # fmt: skip
         small = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-        return device_call.run(_attention_varlen_backward, chosen, operands, settings, small=small, mod_grads=mod_grads)
+        return device_call.run(
+            _attention_varlen_backward, chosen, operands, options, entry=attention_varlen_backward, small=small,
+            mod_grads=mod_grads,
+        )  # fmt: skip
+    settings = gather(attention_varlen_backward, options)
     return _attention_varlen_backward(
         chosen, query, key, value, out, lse, grad_out, grad_lse, cu_seqlens_q, cu_seqlens_k, mod_grads, settings,
         again=again,

@@ -501,7 +501,7 @@ def test_memory_is_kept_by_one_thread_at_a_time(gpu, repeated):
     close([na.attention(q, k, v, is_causal=True)], [na.attention(*given, is_causal=True, backend="reference")])
     (other,) = repeated[0]._free
     assert other.workspace.start != own.workspace.start
-    assert other.launches is not own.launches
+    assert other.numbers is not own.numbers
 
 
 def test_memory_that_calls_share(gpu, repeated, monkeypatch):

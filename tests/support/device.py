@@ -127,11 +127,15 @@ class HostDriver(Driver):
     def synchronize(self, stream):
         self.synchronized.append(stream)
 
-    def launch_again(self, launches, stream):
-        for again in launches:
-            n = len(again.numbers) - len(REALS)
-            reals = array.array("d", again.numbers[n:].tobytes())
-            self.launch(again.kernel, again.grid, list(again.numbers[:n]), list(reals), stream)
+    def repeat(self, own, addresses, clears, stream, device):
+        with self.on(device):
+            for number, more, size in own.clears[:clears]:
+                self.clear(addresses[number] + more, size, stream)
+            own.patch(addresses)
+            for launch, numbers in zip(own.launches, own.numbers, strict=True):
+                n = len(numbers) - len(REALS)
+                reals = array.array("d", numbers[n:].tobytes())
+                self.launch(launch.kernel, launch.grid, list(numbers[:n]), list(reals), stream)
 
     def launch(self, kernel, grid, integers, reals, stream):
         self.launches.append((kernel, self.ordinal, grid, tuple(integers), tuple(reals), stream))

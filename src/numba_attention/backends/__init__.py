@@ -117,6 +117,9 @@ def select(name: str | None, *arrays: Any) -> Backend:
 
 def _select_for_others(name: str, arrays: Sequence[Any]) -> Backend:
     """Return the backend for arrays that are not all of NumPy's own type, or the family that the call goes to."""
+    kind = type(arrays[0])
+    if name == "auto" and all([type(x) is kind for x in arrays]) and on_device(arrays[0]):  # noqa: C419 - 0.2 us less
+        return _get("cuda")
     are_on_device = list(map(on_device, arrays))
     some_on_device = any(are_on_device)
     if not all(are_on_device):

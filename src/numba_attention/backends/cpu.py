@@ -10,7 +10,7 @@ from numba.core import config
 
 from ..bounded import BoundedCache
 from ..caches.contents import Contents
-from ..cpu import decode, launch, pool
+from ..cpu import decode, device_calls, launch, pool
 from ..cpu import forward as kernels
 from ..cpu import recall as again
 from ..cpu.cache import Kernel
@@ -60,7 +60,8 @@ def unusable() -> str | None:
 def entries() -> tuple[Kernel, ...]:
     """Return the functions that Python calls."""
     recalled = again.match_three, again.match_six, again.forward, again.decode, again.backward
-    return launch._launcher, launch._caller, launch._member, pool.serve, addresses, *recalled
+    of_gpus = device_calls.look, device_calls.launch
+    return launch._launcher, launch._caller, launch._member, pool.serve, addresses, *recalled, *of_gpus
 
 
 def forward(problem: Problem) -> None:

@@ -9,9 +9,10 @@ from ..cuda import hopper, kernels, tile_shapes
 from ..cuda.blocks import HEAD
 from ..cuda.combine import MOST as MOST_PARTS
 from ..cuda.spec import Spec
-from ..device import runtime
+from ..device import driver, runtime
 from ..device.constants import upload
 from ..device.driver import Device
+from ..device.launches import Machine
 from ..problem.dense import BackwardProblem, Problem
 from . import cuda_backward
 from .cuda_launch import Work, is_aligned, work_list
@@ -155,3 +156,16 @@ def weights(problem: Problem) -> None:
     work.upload_sequences()
     work.put("work", upload(np.ascontiguousarray(p.rows, np.int64)))
     work.launch(c, (len(work.sequences) * tiles, 1, 1), tiles=tiles, number=len(p.rows), inner_tiles=p.S)
+
+
+def _machine() -> Machine | None:
+    from numba.core import config
+
+    from ..cpu import device_calls as code
+
+    if config.DISABLE_JIT:
+        return None
+    return Machine(code.look.call, code.OPERANDS, code.ROOM, code.launch.call, code.OTHER_CONTEXT, code.record_of)
+
+
+driver.provide(_machine)

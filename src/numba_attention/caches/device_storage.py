@@ -9,7 +9,7 @@ import numpy as np
 
 from ..device import replay, runtime
 from ..device.headers import address_of, has_whole_words
-from ..device.operands import Operands, Seen, look
+from ..device.operands import Operands, Seen, look, words_of
 from ..options import Array
 from .storage import Arrays, Storage
 
@@ -47,8 +47,9 @@ class DeviceStorage(Storage):
         seen = look((key, value, *originals))
         if seen is None:
             return None
-        addresses = [*seen.addresses[:2], *[address + start * stride for address, stride in rows]]
-        return seen.of("append", self.name, dtype, addresses=addresses)
+        seen.addresses = [*seen.addresses[:2], *[address + start * stride for address, stride in rows]]
+        seen.add("append", self.name, dtype, words_of(seen.addresses))
+        return seen
 
     def repeat(self, seen: Seen) -> bool:
         """Store as in an earlier call that differs in addresses alone, if there was one."""

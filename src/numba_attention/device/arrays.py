@@ -10,7 +10,7 @@ import numpy as np
 
 from ..bounded import BoundedCache
 from ..options import Array
-from . import runtime
+from . import runtime, tensors
 from .dlpack import CUDA, MANAGED, Exported, of_ml_dtypes, read
 from .driver import DEFAULT_STREAM
 from .headers import header, held
@@ -61,6 +61,7 @@ class Family:
 
     name = "an object with __cuda_array_interface__ or __dlpack__"
     has_pool = False  # whether the library has a memory pool, so that `new` is faster than the driver
+    on_current = True  # whether `new` allocates on the current GPU
     one_stream = False  # whether the library uses one current stream for all of its arrays
 
     def ordinal(self, x: Any) -> int:
@@ -100,11 +101,19 @@ class Family:
 
     def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> tuple[Any, int]:
         """Allocate an array for a result; return it and its address."""
+        return self.make(self.kind(shape, dtype, device), stream)
+
+    def kind(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Any:
+        """Return what `make` makes arrays of this kind from."""
+        return shape, dtype
+
+    def make(self, kind: Any, stream: int) -> tuple[Any, int]:
+        """Allocate an array of a kind; return it and its address."""
         from numba import cuda
 
         # The array stores its stream, so that the next library that takes it can wait for that stream.
         of_numba = 0 if stream == DEFAULT_STREAM else cuda.external_stream(stream)
-        array = cuda.device_array(shape, dtype, stream=of_numba)
+        array = cuda.device_array(*kind, stream=of_numba)
         return array, array.__cuda_array_interface__["data"][0]
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> Array:
@@ -158,6 +167,7 @@ class TorchFamily(LibraryFamily):
 
     name = "torch"
     has_pool = one_stream = True
+    on_current = False
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
@@ -165,6 +175,8 @@ class TorchFamily(LibraryFamily):
         self._raw_stream = getattr(getattr(module, "_C", None), "_cuda_getCurrentRawStream", None)
         self._strided = module.strided
         self._contiguous = module.contiguous_format
+        self._empty_like = module.empty_like
+        self.looks = tensors.looks_of(module)
         # One number, expanded, for each kind of result: `empty_like` takes 1.8 us, and `empty`, which reads dtype and
         # device among its arguments, 3.1.
         self._kinds: BoundedCache[Any] = BoundedCache(count=256)
@@ -208,14 +220,17 @@ class TorchFamily(LibraryFamily):
             return None  # lazily conjugated numbers are complex, for which there are no kernels
         return (x.shape, x.stride(), x.dtype, x.get_device(), None), x.data_ptr()
 
-    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> tuple[Any, int]:
+    def kind(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Any:
         kind = self._kinds.get((shape, dtype, device))
         if kind is None:
             module = self.module
             one = module.empty((), dtype=getattr(module, dtype.name), device=module.device("cuda", device))
             kind = one.expand(shape)
             self._kinds.add((shape, dtype, device), kind, 0)
-        tensor = self.module.empty_like(kind, memory_format=self._contiguous)
+        return kind
+
+    def make(self, kind: Any, stream: int) -> tuple[Any, int]:
+        tensor = self._empty_like(kind, memory_format=self._contiguous)
         return tensor, tensor.data_ptr()
 
     def owns(self, x: Any) -> bool:
@@ -246,8 +261,8 @@ class CupyFamily(LibraryFamily):
     def look(self, x: Any) -> tuple[Any, int] | None:
         return (x.shape, x.strides, x.dtype, x.device.id, None), x.data.ptr
 
-    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int, stream: int) -> tuple[Any, int]:
-        array = self.module.empty(shape, dtype)
+    def make(self, kind: Any, stream: int) -> tuple[Any, int]:
+        array = self.module.empty(*kind)
         return array, array.data.ptr
 
     def owns(self, x: Any) -> bool:
@@ -324,6 +339,19 @@ def _of_torch(module: Any) -> TorchFamily:
 
 
 _torch: TorchFamily | None = None
+
+
+def looks_of(kind: type) -> tuple[Family, tensors.Looks] | None:
+    """Return the family of tensors of a type and what describes them; None for other types."""
+    family = _torch
+    if family is None:
+        module = sys.modules.get("torch")
+        if not issubclass(kind, getattr(module, "Tensor", ())):
+            return None
+        family = _of_torch(module)
+    if family.looks is None or not issubclass(kind, family.module.Tensor):
+        return None
+    return family, family.looks
 
 
 def _interface(x: Any) -> dict[str, Any]:

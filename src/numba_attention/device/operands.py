@@ -1,7 +1,6 @@
 """The arrays of a call: which device and stream they are on, their headers in the order of streams, and their looks."""
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -84,38 +83,59 @@ class Operands:
             runtime.driver.synchronize(self.stream)
 
 
-class Seen(NamedTuple):
+class Seen:
     """Everything that a call depends on, as a key for `replay`, and what differs between calls with that key."""
 
-    key: Any
-    addresses: list[int]
-    family: arrays.Family
-    device: int
-    stream: int
+    __slots__ = ("addresses", "device", "family", "key", "stream")
 
-    def of(self, *more: Any, addresses: list[int] | None = None) -> "Seen":
-        """Return the same with more in the key: what else the call depends on, and the alignment of its arrays."""
-        addresses = self.addresses if addresses is None else addresses
-        alike = None if len(set(addresses)) == len(addresses) else tuple(map(addresses.index, addresses))
-        key = (self.key, *[address & 15 for address in addresses], alike, *more)
-        return Seen(key, addresses, self.family, self.device, self.stream)  # `_replace` takes three times as long
+    def __init__(self, key: Any, addresses: list[int], family: arrays.Family, device: int, stream: int) -> None:
+        self.key, self.addresses, self.family, self.device, self.stream = key, addresses, family, device, stream
+
+    def add(self, *more: Any) -> None:
+        """Add to the key what else the call depends on."""
+        self.key = (self.key, *more)
 
     def repeat(self, recorded: replay.Recorded) -> Any:
-        driver, family, device, stream = runtime.driver, self.family, self.device, self.stream
-
-        def new(shape: tuple[int, ...], dtype: Any) -> tuple[Any, int]:
-            return family.new(shape, dtype, device, stream)
-
-        scratch = new if family.has_pool else None
-        place = driver, family.name, device, stream, identity(stream)
-        if driver.of_thread() == device:  # entering a block takes 1 us
-            return recorded.repeat(driver, self.addresses, new, scratch, stream, place)
-        with driver.on(device):
-            return recorded.repeat(driver, self.addresses, new, scratch, stream, place)
+        driver = runtime.driver
+        if not self.family.on_current or driver.of_thread() == self.device:  # entering a block takes 1 us
+            return recorded.repeat(driver, self)
+        with driver.on(self.device):
+            return recorded.repeat(driver, self)
 
 
-def look(operands: Iterable[Any]) -> Seen | None:
+def words_of(addresses: list[int]) -> tuple[Any, ...]:
+    """Return what a call depends on of addresses: their alignment, and which of them are the same."""
+    alike = None if len(set(addresses)) == len(addresses) else tuple(map(addresses.index, addresses))
+    return alike, *[address & 15 for address in addresses]
+
+
+def look(operands: tuple[Any, ...]) -> Seen | None:
     """Return what a call with these arrays depends on; None unless all are of one library, on one stream."""
+    first = None
+    for first in operands:
+        if first is not None:
+            break
+    else:
+        return None
+    kind = type(first)
+    of_tensors = arrays.looks_of(kind)
+    if of_tensors is None:
+        return _look_at_each(operands)
+    family, looks = of_tensors
+    found = looks.of(kind, operands)
+    if found is None:
+        return _look_at_each(operands)
+    key, addresses, device = found
+    if device is None:
+        seen = _look_at_each(operands)
+        if seen is None or not looks.accept(key, addresses, seen.addresses, seen.device):
+            return seen
+        addresses, device = seen.addresses, seen.device
+    stream = family.stream(first, device) or runtime.DEFAULT_STREAM
+    return Seen((runtime.driver, key, stream, identity(stream)), addresses, family, device, stream)
+
+
+def _look_at_each(operands: tuple[Any, ...]) -> Seen | None:
     looks: list[Any] = []
     addresses: list[int] = []
     family = first = places = None
@@ -141,5 +161,5 @@ def look(operands: Iterable[Any]) -> Seen | None:
         return None
     device = places[0]
     stream = family.stream(first, device) or runtime.DEFAULT_STREAM
-    key = runtime.driver, family.name, *looks, stream, identity(stream)
+    key = runtime.driver, family.name, *looks, *words_of(addresses), stream, identity(stream)
     return Seen(key, addresses, family, device, stream)

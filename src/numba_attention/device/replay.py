@@ -5,19 +5,20 @@ first call of a kind runs the code that checks, plans and allocates, while a `Re
 repeats the same allocations and the same launches with other addresses.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ..bounded import BoundedCache
 from ..options import Array
-from .driver import Again, Kernel
+from . import driver
+from .driver import Kernel, identity
 from .headers import address_of, held
+from .launches import Launch, Launches
 
-New = Callable[[tuple[int, ...], Any], tuple[Any, int]]
 _BYTES = np.dtype(np.uint8)
 _ALIGNMENT = 256  # bytes
 SMALL = 8192  # bytes of a recorded call, without the memory that it keeps
@@ -30,16 +31,6 @@ _current: ContextVar["Recorder | None"] = ContextVar("numba_attention_recorder",
 _recorded: "BoundedCache[Recorded]" = BoundedCache(size=SIZE)
 _workspaces: "BoundedCache[list[Workspace]]" = BoundedCache(count=8)  # which no thread is using, by stream
 _captured: list[Any] = []  # memory that captured CUDA graphs may use at any time
-
-
-class Launch(NamedTuple):
-    """The launch of a kernel: its integers, and which of them are addresses in which array of the call, how far in."""
-
-    kernel: Kernel
-    grid: tuple[int, int, int]
-    integers: list[int]
-    patches: list[tuple[int, int, int]]
-    reals: list[float]
 
 
 class Made(NamedTuple):
@@ -118,7 +109,8 @@ class Recorder:
             pattern = _pattern(result, self._owners)
         except KeyError:  # a result that `make` did not record
             return
-        recorded = Recorded(self.made, self.launches, pattern, list(self._fixed.values()))
+        recorded = Recorded(self._number, self.made, self.launches, pattern, list(self._fixed.values()))
+        driver.machine()
         _recorded.add(key, recorded, recorded.nbytes)
 
 
@@ -146,6 +138,15 @@ def _built(pattern: Any, arrays: list[Any]) -> Any:
     return first(*parts) if hasattr(first, "_fields") else first(parts)
 
 
+class Seen(Protocol):
+    """A call to be repeated: what `operands.Seen` has."""
+
+    addresses: list[int]
+    family: Any
+    device: int
+    stream: int
+
+
 class Workspace(NamedTuple):
     """Scratch memory that is used by one thread at a time."""
 
@@ -154,13 +155,16 @@ class Workspace(NamedTuple):
     size: int
 
 
-class Own:
+def _new_workspace(seen: Seen, size: int) -> Workspace:
+    memory, start = seen.family.new((size,), _BYTES, seen.device, seen.stream)
+    return Workspace(memory, start, size)
+
+
+class Own(Launches):
     """What one thread repeats a call with: its launches, and scratch memory if the call keeps it for itself."""
 
-    def __init__(self, launches: list[Again]) -> None:
-        self.launches = launches
-        self.workspace: Workspace | None = None
-        self.turns = 0  # the calls until the memory is cleared
+    workspace: Workspace | None = None
+    turns = 0  # the calls until the memory is cleared
 
 
 class Recorded:
@@ -170,7 +174,7 @@ class Recorded:
     stream: as the library's own pool gives freed memory to the next call on that stream.
     """
 
-    def __init__(self, made: list[Made], launches: list[Launch], pattern: Any, fixed: list[Array]) -> None:
+    def __init__(self, number: int, made: list[Made], launches: list[Launch], pattern: Any, fixed: list[Array]) -> None:
         self._launches, self._pattern, self._fixed = launches, pattern, fixed
         # All scratch memory of a call is one allocation. With each recorded one its place in that, None for results.
         self._made: list[tuple[Made, int | None]] = []
@@ -178,81 +182,73 @@ class Recorded:
         for x in made:
             self._made.append((x, self._scratch if x.size else None))
             self._scratch += -(-x.size // _ALIGNMENT) * _ALIGNMENT
-        self._cleared, self._each_time = (
-            [(at, x.cleared) for x, at in self._made if at is not None and x.cleared and not (x.lasting and kept)]
-            for kept in (False, True)
-        )
-        self._keeps = self._scratch <= KEPT and len(self._each_time) < len(self._cleared)
+        self._arrays = number + len(made)
+        cleared = [(n, x) for n, x in enumerate(made, number) if x.size and x.cleared]
+        cleared.sort(key=lambda item: item[1].lasting)  # what kept memory needs not comes last
+        self._clears = [(n, 0, x.cleared) for n, x in cleared]
+        self._each_time = sum(not x.lasting for _, x in cleared)
+        self._keeps = self._scratch <= KEPT and self._each_time < len(cleared)
         self._free: list[Own] = []  # what no thread is using
+        self._kinds: list[Any] = []  # of results, as their library makes them
 
     @property
     def nbytes(self) -> int:
         """Bytes that it keeps."""
         return SMALL + sum(x.nbytes for x in self._fixed) + (self._scratch if self._keeps else 0)
 
-    def repeat(self, driver: Any, addresses: list[int], new: New, scratch: New | None, stream: int, place: Any) -> Any:
-        """Repeat the call. `new` and, if not None, `scratch` allocate an array and return it with its address.
-
-        `place` is a key of the stream.
-        """
-        addresses, arrays = list(addresses), []
+    def repeat(self, driver: Any, seen: Seen) -> Any:
+        """Repeat the call. The device of what was seen is the current one if the library allocates on that."""
+        family, device, stream = seen.family, seen.device, seen.stream
+        addresses, arrays = [*seen.addresses], []
         is_captured = driver.is_capturing(stream)  # a graph may run beside later calls: it has memory of its own
         try:
             own = self._free.pop()
         except IndexError:
-            own = Own([Again(x.kernel, x.grid, x.integers, x.reals) for x in self._launches])
+            own = Own(self._launches, self._clears, self._arrays)
         free = memory = workspace = None
         start = 0
+        clears = len(self._clears)
         if self._scratch:
-            cleared = self._cleared
-            if scratch is None:
-                memory = driver.allocate(self._scratch, stream)
+            size = self._scratch
+            if not family.has_pool:
+                memory = driver.allocate(size, stream)
                 start = memory.address
-            elif is_captured or self._scratch > WORKSPACE:
-                memory, start = scratch((self._scratch,), _BYTES)
+            elif is_captured or size > WORKSPACE:
+                memory, start = family.new((size,), _BYTES, device, stream)
             elif self._keeps:
                 workspace = own.workspace
                 if workspace is None:
-                    workspace = own.workspace = Workspace(*scratch((self._scratch,), _BYTES), self._scratch)
+                    workspace = own.workspace = _new_workspace(seen, size)
                 elif own.turns:
-                    cleared = self._each_time
+                    clears = self._each_time
                 own.turns = (own.turns or _TURNS) - 1
             else:
+                place = driver, family.name, device, stream, identity(stream)
                 free = _workspaces.get(place)
                 if free is None:
                     free = []
                     _workspaces.add(place, free, 0)
-                workspace = _workspace(free, self._scratch, scratch)
+                try:
+                    workspace = free.pop()
+                except IndexError:
+                    workspace = None
+                if workspace is None or workspace.size < size:
+                    workspace = _new_workspace(seen, size)
             if workspace is not None:
                 memory, start, _ = workspace
-            for at, size in cleared:
-                driver.clear(start + at, size, stream)
-        for made, offset in self._made:
-            array, address = new(made.shape, made.dtype) if offset is None else (memory, start + offset)
+        if not self._kinds:
+            self._kinds = [None if x.size else family.kind(x.shape, x.dtype, device) for x, _ in self._made]
+        for kind, (_, offset) in zip(self._kinds, self._made, strict=True):
+            array, address = family.make(kind, stream) if offset is None else (memory, start + offset)
             arrays.append(array)
             addresses.append(address)
-        for again, launch in zip(own.launches, self._launches, strict=True):
-            numbers = again.numbers
-            for n, source, more in launch.patches:
-                numbers[n] = addresses[source] + more
-        driver.launch_again(own.launches, stream)
+        driver.repeat(own, addresses, clears, stream, device)
         self._free.append(own)
         if free is not None and workspace is not None:
             free.append(workspace)
         if is_captured:
             _captured.append((self, arrays))
         return _built(self._pattern, arrays)
-
-
-def _workspace(free: list[Workspace], size: int, scratch: New) -> Workspace:
-    """Take a workspace of at least so many bytes."""
-    try:
-        workspace = free.pop()
-    except IndexError:
-        workspace = None
-    if workspace is None or workspace.size < size:
-        workspace = Workspace(*scratch((size,), _BYTES), size)
-    return workspace
 
 
 def find(key: Any) -> Recorded | None:
