@@ -82,7 +82,7 @@ def provide(provider: Callable[[], Machine | None]) -> None:
 
 
 def machine() -> Machine | None:
-    """Return the machine code of repeated calls, loaded or compiled once; None, without which they work, if it is not."""
+    """Return the machine code of repeated calls, which is loaded or compiled once; None if that cannot be."""
     global _machine
     if _machine is None and _provider is not None:
         try:
@@ -235,9 +235,10 @@ class Driver:
         """
         code = _machine
         if code is None:
+            if self.of_thread() == device:
+                return self._repeat(own, addresses, clears, stream)
             with self.on(device):
-                self._repeat(own, addresses, clears, stream)
-            return
+                return self._repeat(own, addresses, clears, stream)
         own.pack(own.addresses, 0, *addresses)
         error = code.launch(own.record_at, own.at, stream, clears) if own.record_at else code.other_context
         if error == code.other_context:
