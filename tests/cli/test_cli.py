@@ -213,6 +213,21 @@ def test_bench(cli, tmp_path):
     assert "old" not in page
 
 
+def test_bench_refuses_files_that_it_cannot_write_before_it_measures(cli, tmp_path, monkeypatch):
+    def measure(*arguments, **options):
+        raise AssertionError("it measured")
+
+    monkeypatch.setattr("numba_attention.benchmarking.run", measure)
+    (tmp_path / "page.md").write_text("no markers")
+    for option, path, words in (
+        ("--json", tmp_path / "missing" / "b.json", "No such file"),
+        ("--json", tmp_path, "regular file"),
+        ("--into", tmp_path / "missing.md", "No such file"),
+        ("--into", tmp_path / "page.md", "bench:start"),
+    ):
+        assert words in cli("bench", option, path, code=2)
+
+
 def test_bench_lists_and_refuses(cli, tmp_path):
     assert "full 4096 E64" in cli("bench", "--list")
     assert "no row's name contains" in cli("bench", "--rows", "nothing like it", code=2)

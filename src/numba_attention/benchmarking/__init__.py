@@ -15,7 +15,7 @@ How a figure is measured, and why:
 - A library whose result differs from ours is not timed, and the report says so.
 """
 
-from .report import as_json, as_markdown, as_table, circumstances, from_json, insert, left_out
+from .report import around, as_json, as_markdown, as_table, circumstances, from_json, insert, left_out
 from .rows import ROWS, Row
 from .runner import Result, run
 
@@ -23,6 +23,7 @@ __all__ = [
     "ROWS",
     "Result",
     "Row",
+    "around",
     "as_json",
     "as_markdown",
     "as_table",

@@ -110,16 +110,24 @@ def left_out(results: list[Result]) -> list[str]:
     return [f"{name} left out of {', '.join(where)}: {why}" for (name, why), where in rows.items()]
 
 
-def insert(path: Path, text: str, name: str = "bench") -> None:
-    """Replace what stands between the two markers of a file, `<!-- name:start -->` and `<!-- name:end -->`."""
+def around(path: Path, name: str = "bench") -> tuple[str, str]:
+    """Return what stands before and after two markers of a file, `<!-- name:start -->` and `<!-- name:end -->`.
+
+    The markers are parts of what is returned.
+    """
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-    page = path.read_text(encoding="utf-8")
-    before, has_start, rest = page.partition(start)
+    before, has_start, rest = path.read_text(encoding="utf-8").partition(start)
     _, has_end, after = rest.partition(end)
     if not (has_start and has_end):
         raise ValueError(f"{path} has no {start} and {end}")
-    made = f"{before}{start}\n{text}\n{end}{after}"
-    if made != page:
+    return before + start, end + after
+
+
+def insert(path: Path, text: str, name: str = "bench") -> None:
+    """Replace what stands between the two markers of a file, as `around` finds them."""
+    before, after = around(path, name)
+    made = f"{before}\n{text}\n{after}"
+    if made != path.read_text(encoding="utf-8"):
         with replacing(path) as unfinished:
             unfinished.write_text(made, encoding="utf-8")
 
@@ -187,4 +195,4 @@ def _processor() -> str:
     return f"{platform.processor() or platform.machine()} ({os.cpu_count()} CPUs)"
 
 
-__all__ = ["as_json", "as_markdown", "as_table", "circumstances", "from_json", "insert", "left_out"]
+__all__ = ["around", "as_json", "as_markdown", "as_table", "circumstances", "from_json", "insert", "left_out"]

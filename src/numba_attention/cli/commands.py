@@ -1,6 +1,7 @@
 """The commands of ``numba-attention``. Each calls the module that does the work."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -160,6 +161,8 @@ def build(
         console.print(line, soft_wrap=True)
 
     try:
+        if wheel is not None:
+            wheel.mkdir(parents=True, exist_ok=True)  # before minutes of compiling
         if level or not archs:
             shipping.build(folder, level or list(LEVELS), only, report)
         if archs:
@@ -203,18 +206,25 @@ def bench(
         rounds, seconds = 2, 0.02
     threads = threads or numba.get_num_threads()
     contenders = ("ours", "own", "gemm", "read") if alone else tuple(CONTENDERS)
-    with Progress(console=errors, transient=True) as progress:
-        task = progress.add_task("", total=len(selected) * (rounds + 1))
+    files = ExitStack()
+    try:  # before minutes of measuring, so that no figures are lost
+        if into is not None:
+            benchmarking.around(into)
+        unfinished = None if json is None else files.enter_context(replacing(json))
+    except (OSError, ValueError) as error:
+        _fail(error)
+    with files:
+        with Progress(console=errors, transient=True) as progress:
+            task = progress.add_task("", total=len(selected) * (rounds + 1))
 
-        def advance(row: benchmarking.Row, done: int) -> None:
-            progress.update(task, description=row.name, advance=1)
+            def advance(row: benchmarking.Row, done: int) -> None:
+                progress.update(task, description=row.name, advance=1)
 
-        results = benchmarking.run(
-            selected, threads=threads, rounds=rounds, seconds=seconds, contenders=contenders, progress=advance
-        )
-    found = benchmarking.circumstances(show_config("dicts"), threads, rounds)
-    if json is not None:
-        with replacing(json) as unfinished:
+            results = benchmarking.run(
+                selected, threads=threads, rounds=rounds, seconds=seconds, contenders=contenders, progress=advance
+            )
+        found = benchmarking.circumstances(show_config("dicts"), threads, rounds)
+        if unfinished is not None:
             unfinished.write_text(benchmarking.as_json(results, found) + "\n", encoding="utf-8")
     table = benchmarking.as_markdown(results, found)
     if into is not None:
