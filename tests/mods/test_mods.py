@@ -105,6 +105,61 @@ def test_batch_counts_row_by_row():
     assert_close(got.reshape(6, *got.shape[2:]), textbook(*(x.reshape(6, *x.shape[2:]) for x in (q, k, v)))[0], 2e-6)
 
 
+def each_score(rule, backend, dtype, *mod_args):
+    """What a rule makes of a score of 0, for each of three queries and keys: with one key, `lse` is its score."""
+    x = np.zeros((3, 1), dtype)
+    columns = [
+        na.attention(x, x, x, mask=column, score_mod=rule, mod_args=mod_args, return_lse=True, backend=backend)[1]
+        for column in np.eye(3, dtype=bool)
+    ]
+    return np.stack(columns, axis=1)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("integer", ["int32", "int64"])
+def test_integers_divided_by_zero_and_the_lowest_by_minus_one(integer, dtype, backend):
+    """By 0 it gives 0. Where the quotient does not fit, there is one all the same: the process must not trap."""
+
+    def quotient(score, batch, head, i, j, of, by):
+        return of[i] // by[j]
+
+    def rest(score, batch, head, i, j, of, by):
+        return of[i] % by[j]
+
+    by = np.array([0, -2, 3], integer)
+    for of in (np.array([7, -7, 0], integer), np.array([-5, 1, 2], integer)):
+        with np.errstate(divide="ignore"):
+            np.testing.assert_array_equal(each_score(quotient, backend, dtype, of, by), of[:, None] // by)
+            np.testing.assert_array_equal(each_score(rest, backend, dtype, of, by), of[:, None] % by)
+    lowest = np.array([np.iinfo(integer).min, 5, 0], integer)
+    got = each_score(quotient, backend, dtype, lowest, np.array([-1, 1, -1], integer))
+    np.testing.assert_array_equal(got[1:], [[-5, 5, -5], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_truth_values_are_numbers(backend):
+    """Also those of arrays: the sum of two is 2, as in Python, and they have an opposite."""
+
+    def added(score, batch, head, i, j, flags, times):
+        return (flags[i] + flags[j]) + 10 * ((times[i] > 1) + (times[j] > 1)) - 100 * -flags[i]
+
+    flags, times = np.array([True, False, True]), np.array([0.0, 2.0, 3.0])
+    late = (times > 1).astype(int)
+    want = np.add.outer(flags.astype(int), flags) + 10 * np.add.outer(late, late) + 100 * flags.astype(int)[:, None]
+    np.testing.assert_array_equal(each_score(added, backend, "float64", flags, times), want)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_reals_divided_by_zero(backend):
+    def inverse(score, batch, head, i, j, times):
+        return (score - 1) / (times[i] - times[j]) if j > i else 1 / j
+
+    got = each_score(inverse, backend, "float64", np.array([2.0, 2.0, 3.0]))
+    # A row whose only score is -inf sees nothing.
+    np.testing.assert_array_equal(got[:, 1:], [[-np.inf, 1], [1, 1], [1, 0.5]])
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_packed(backend):
     rng = np.random.default_rng(0)

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from ..mods.evaluate import Evaluation
-from ..mods.rules import Rule, describe, find, plain
+from ..mods.rules import Rule, describe, find, vectorized
 from ..options import Array
 from ..problem.dense import NUMBERS, BackwardProblem, Origin, Problem
 from ..problem.dense import sum_to as reduce  # noqa: F401
 
 Index = tuple[int, ...]
-_WIDE = {"b": np.bool_, "i": np.int64, "f": np.float64}  # what arrays of mod_args are read as
 on_device = False
 
 
@@ -197,14 +196,9 @@ def backward_parts(g: BackwardProblem, f: Problem) -> Iterator[tuple[slice, slic
 
 def _mod(problem: Problem, name: str, b: Index, h: int, rows: Array, *scores: Array) -> Array:
     """Call the plain Python function for every query row and key."""
-    function, batch = plain(getattr(problem, name), name), number_of(problem, b)
-    mod_args = [x.astype(_WIDE[x.dtype.kind]) if isinstance(x, np.ndarray) else x for x in problem.mod_args]
-
-    def one(i: int, j: int, *score: float) -> Any:
-        return function(*score, batch, head, i, j, *mod_args)
-
     head, i, j = counted(problem, b, h, rows)
-    result: Array = np.vectorize(one, otypes=[float if scores else bool])(i, j, *scores)
+    call = vectorized(name, getattr(problem, name), problem.mod_args)
+    result: Array = call(*scores, number_of(problem, b), head, i, j)
     return result
 
 

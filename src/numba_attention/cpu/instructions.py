@@ -175,11 +175,14 @@ class Instructions:
                 return b.select(b.icmp_signed("<", y, x), y, x)
             case "max":
                 return b.select(b.icmp_signed(">", y, x), y, x)
-        quotient = self._floor_divide(b, kind, x, y, self._known(args[1]), wide)
-        return quotient if op == "floordiv" else b.sub(x, b.mul(quotient, y))
+        known = self._known(args[1])
+        result = self._floor_divide(b, kind, x, y, known, wide)
+        if op == "mod":
+            result = b.sub(x, b.mul(result, y))
+        return result if known else b.select(b.icmp_signed("==", y, zero), zero, result)
 
     def _floor_divide(self, b: Builder, kind: str, x: Value, y: Value, known: int | None, wide: bool) -> Value:
-        """X // y rounded down; by 0 it is 0."""
+        """X // y rounded down; by 0 it is any number."""
         zero, one = self._constant(kind, 0, wide), self._constant(kind, 1, wide)
         if known is not None and known > 0 and known & (known - 1) == 0:
             return b.ashr(x, self._constant(kind, known.bit_length() - 1, wide))
@@ -190,9 +193,12 @@ class Instructions:
             shape = f"v{self.W}" if wide else ""
             quotient = call(b, f"llvm.floor.{shape}f64", real, quotient)
             return call(b, f"llvm.fptosi.sat.{shape}i32.{shape}f64", self._type("i", wide), quotient)
-        if known is None or known == 0:
-            y = b.select(b.icmp_signed("==", y, zero), one, y)
-        quotient = b.sdiv(x, y)
+        if not known:  # a CPU traps where it divides by 0, and the lowest number by -1
+            is_minus_one = b.icmp_signed("==", y, b.not_(zero))
+            quotient = b.sdiv(x, b.select(b.or_(b.icmp_signed("==", y, zero), is_minus_one), one, y))
+            quotient = b.select(is_minus_one, b.neg(quotient), quotient)
+        else:
+            quotient = b.sdiv(x, y)
         rest = b.sub(x, b.mul(quotient, y))
         below = b.and_(b.icmp_signed("!=", rest, zero), b.icmp_signed("<", b.xor(rest, y), zero))
         return b.select(below, b.sub(quotient, one), quotient)

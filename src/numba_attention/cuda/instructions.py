@@ -247,7 +247,7 @@ class Evaluation:
             power = e.const(kind, known.bit_length() - 1)
             return self._shifted(x, power) if op == "floordiv" else x & (known - 1)
         quotient = self._quotient(x, y)
-        return quotient if op == "floordiv" else x - quotient * y
+        return quotient if op == "floordiv" else e.select(y.equals(0), e.const(kind, 0), x - quotient * y)
 
     def _shifted(self, x: Value, count: Value) -> Value:
         """Shift right with the sign."""

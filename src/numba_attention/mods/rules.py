@@ -185,10 +185,47 @@ def _describe(x: Any) -> Argument:
 _NAMES = {np.dtype(name): name for name in ELEMENTS}
 
 
+_WIDE = {"b": np.bool_, "i": np.int64, "f": np.float64}  # what arrays of mod_args are read as
+
+
+class _Elements:
+    """An array of `mod_args` whose elements are numbers of Python, as positions and scores are.
+
+    The truth values of NumPy are no numbers: the sum of two is another one, and they have no opposite.
+    """
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __getitem__(self, index: Any) -> Any:
+        x = self._array[index]
+        return _Elements(x) if isinstance(x, np.ndarray) else x.item()
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._array, name)
+
+
 def vectorized(role: str, function: Any, values: tuple[Any, ...]) -> Callable[..., Any]:
-    """The plain function over arrays of its first arguments; `values` follow as they are."""
-    one = plain(function, role)
-    return np.vectorize(lambda *first: one(*first, *values), otypes=[float if role == SCORE else bool])
+    """The plain function, called by Python for each element of its first arguments; `values` are its `mod_args`.
+
+    Where Python refuses to divide by zero, numbers of NumPy take their place, which give infinity, NaN or the integer 0
+    as kernels do.
+    """
+    rule = plain(function, role)
+    wide = [x.astype(_WIDE[x.dtype.kind]) if isinstance(x, np.ndarray) else x for x in values]
+    plainly = [_Elements(x) if isinstance(x, np.ndarray) else x for x in wide]
+
+    def one(*first: Any) -> Any:
+        try:
+            return rule(*first, *plainly)
+        except ZeroDivisionError:
+            with np.errstate(all="ignore"):
+                return rule(*(np.asarray(x)[()] for x in first), *wide)
+
+    return np.vectorize(one, otypes=[float if role == SCORE else bool])
 
 
 __all__ = ["PARAMETERS", "Rule", "as_arguments", "describe", "find", "plain", "vectorized"]
