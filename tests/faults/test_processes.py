@@ -60,6 +60,28 @@ def run(body, layer="omp", timeout=240, prepare=PREPARE, **environment):
     return done.stdout
 
 
+def test_a_second_import_after_modules_were_removed():
+    """As tools do that reload code: both copies of the package work, also for kernels that are compiled afterwards."""
+    run(
+        """
+        small = [x[:, :, :40] for x in (q, k, v)]
+        first = na.attention(*small)
+        for name in [name for name in sys.modules if name.startswith("numba_attention")]:
+            del sys.modules[name]
+        import numba_attention as again
+
+        assert again is not na
+        np.testing.assert_array_equal(again.attention(*small), first)
+        for one in (again, na):
+            close(one.attention(q, k, v), expected)
+            np.testing.assert_allclose(
+                one.attention(*[x.astype(np.float64) for x in (q, k, v)], score_mod=one.mods.softcap, mod_args=(1e9,)),
+                expected,
+            )
+        """,
+    )
+
+
 def test_first_parallel_calls_of_many_threads():
     run(
         """

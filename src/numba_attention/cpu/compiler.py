@@ -194,6 +194,8 @@ class _Kernels(CPU):
 
 
 _NAME = "numba_attention"
+while _NAME in target_registry:  # the package is imported again, after its modules were removed from sys.modules
+    _NAME += "+"
 target_registry[_NAME] = _Kernels
 
 
