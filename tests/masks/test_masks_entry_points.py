@@ -391,7 +391,7 @@ def test_another_shape_is_refused_with_both():
 
 def test_as_a_bias_it_is_refused():
     query, key, value, _ = arrays(np.random.default_rng(0), SIZES[1], "float32")
-    with pytest.raises(TypeError, match="bias must be an array, .*BlockMask"):
+    with pytest.raises(TypeError, match=r"bias must be an array, .*BlockMask"):
         na.attention(query, key, value, bias=BlockMask.causal(130, 70))
 
 
