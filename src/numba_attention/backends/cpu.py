@@ -18,7 +18,6 @@ from ..cpu.objects import headers_are_known
 from ..cpu.params import ADDRESSES, ARRAYS, REST, pack_addresses
 from ..cpu.simd import HOST
 from ..cpu.spec import Spec
-from ..intervals import FAR
 from ..options import Array
 from ..problem.dense import NUMBERS, WHOLE, BackwardProblem, Problem
 from ..problem.dense import sum_to as reduce  # noqa: F401
@@ -168,8 +167,6 @@ def _vectors_for(
     flops = 4.0 * p.query.size * p.S
     threads = launch.threads() if flops > 2 * PARALLEL else 1
     ahead = None if p.right is None or p.prefix_lengths is not None else p.offset + p.right
-    if isinstance(ahead, int):
-        ahead = max(min(ahead, FAR), -FAR)
     if rows is None and (ahead is None or isinstance(ahead, int)):
         return vectors_for(p.L * group, p.S, lanes, ahead, group, p.Hkv * math.prod(p.batch), threads)
 
