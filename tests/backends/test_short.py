@@ -89,11 +89,18 @@ def test_tiles_that_a_mask_hides_count_for_the_second_level(monkeypatch):
     """Sums move to the second level after as many tiles of keys, hidden from all rows of a tile or not."""
     q, k, v, _ = make((1, 1, 1, 48, (LEVEL + 40) * 64, 32, 32), "float32", {})
     mask = np.ones((q.shape[-2], k.shape[-2]), bool)
-    mask[: HOST.bits // 32, 64 * 5 : 64 * 9] = False
+    lanes = HOST.bits // 32
+    mask[:lanes, 64 * 5 : 64 * 9] = False
+    mask[lanes : 2 * lanes, : 64 * (LEVEL + 6)] = False
+    scores = np.where(mask, q[0, 0].astype("f8") @ k[0, 0].astype("f8").T / 32**0.5, -np.inf)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    right = weights / weights.sum(axis=1, keepdims=True) @ v[0, 0]
     results = []
     for vectors in VECTORS:
         width(monkeypatch, vectors)
-        results.append(bits([na.attention(q, k, v, mask=mask)]))
+        out = na.attention(q, k, v, mask=mask)
+        results.append(bits([out]))
+        np.testing.assert_allclose(out[0, 0], right, rtol=0, atol=1e-6)
     assert results == [results[0]] * len(VECTORS)
 
 

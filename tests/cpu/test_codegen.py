@@ -54,7 +54,7 @@ def test_this_host_is_one_of_them():
     assert HOST.name in (*HOSTS, "generic")
 
 
-@pytest.mark.parametrize("role", ["scores", "output"])
+@pytest.mark.parametrize("role", ["scores", "output", "first output"])
 @pytest.mark.parametrize("storage", ["float32", "float64"])
 @pytest.mark.parametrize("narrow", [0, 1, 2, 3, 5])
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     place_rows, pack_rows, _, hides_all, may_hide, score_tile, sources = make_scoring(spec)
     list_of, tile_of, runs_of, clip, following = make_visible(spec)
     find_values, scale = sources.find_values, sources.scale
-    mm_output = micro_kernel(spec, "output")
+    mm_output = micro_kernel(spec, "first output")
     step_softmax = softmax_step(spec, pairs=bf16_dot and with_output)
     weigh = normalised_weights(spec, pairs=bf16_dot and with_output)
     carry, add_tiles, invert = second_level(spec), add_two_tiles(spec), invert_sums(spec)
@@ -107,9 +107,14 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                             extra[e, lane] += x
 
     @spec.jit
-    def output_tile(p: Any, s: Any, at: int, head: int, j0: int, n: int, later: int, nan_safe: bool) -> None:
-        """O^T = O^T * rescale + V^T P^T; the tile of keys that begins at `later` is prefetched, unless it is -1."""
-        out, state = at + p.at_out, at + p.at_state
+    def output_tile(
+        p: Any, s: Any, at: int, head: int, j0: int, n: int, later: int, nan_safe: bool, first: bool
+    ) -> None:
+        """O^T = O^T * rescale + V^T P^T, or V^T P^T of the first tile of keys.
+
+        The tile of keys that begins at `later` is prefetched, unless it is -1.
+        """
+        out, rescale = at + p.at_out, 0 if first else at + p.at_state + RESCALE * row_bytes
         values, row, column = find_values(p, s, at, head, j0, n)
         depth, weights = n, at + p.at_scores
         if bf16_dot or widens_kv or nan_safe:
@@ -143,7 +148,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                 )  # fmt: skip
             mm_output(
                 out + e * row_bytes, row_bytes, values + e * column, column, row, min(MR, p.Ev - e),
-                weights, row_bytes, depth, state + RESCALE * row_bytes,
+                weights, row_bytes, depth, rescale,
             )  # fmt: skip
         if nan_safe:
             add_nonfinite(p, s, at, head, j0, n)
@@ -157,6 +162,12 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
             for lane in range(BM):
                 if hidden[0, lane] != 0:
                     extra[: p.Ev, lane] = math.nan
+
+    @spec.jit
+    def clear(p: Any, at: int, empty: bool) -> None:
+        """Clear the outputs that no tile of keys has begun."""
+        if with_output and empty:
+            out_of(p, at)[: p.out_depth] = 0
 
     @spec.jit
     def carry_sums(p: Any, at: int, first: bool, factor: float) -> None:
@@ -176,7 +187,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     ) -> None:  # fmt: skip
         """Fold every visible tile of keys into the state; if `normalized`, maxima and denominators are final."""
         start, stop, all_start, all_stop = seen
-        factor, visited = real(p.unit * LOG2E), 0
+        factor, visited, empty = real(p.unit * LOG2E), 0, True
         first_run, last_run = runs_of(p, listed, start)
         for run in range(first_run, last_run):
             low, high, bits = clip(p, run, start, stop)
@@ -203,10 +214,14 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                         scale_weights(p, s, at, j0, n, nan_safe)
                     if with_output:
                         later = following(p, run, last_run, j0 + BN, high, start, stop)
-                        output_tile(p, s, at, head, j0, n, later, nan_safe)
+                        output_tile(p, s, at, head, j0, n, later, nan_safe, empty)
+                    empty = False
                 visited += 1  # hidden or not: which tiles are hidden depends on how many rows a tile has
                 if visited % LEVEL == 0:
+                    clear(p, at, empty)
+                    empty = False
                     carry_sums(p, at, visited == LEVEL, factor)
+        clear(p, at, empty)
         if visited >= LEVEL:
             carry_sums(p, at, False, factor)
             state = at + p.at_state
@@ -300,8 +315,6 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
         seen = place_rows(p, s, at, head, first_row, count)
         pack_rows(at + p.at_queries, at + p.at_query_rows, p.query_column, p.E, real(p.prescale))
         while True:
-            if with_output:
-                out[: p.out_depth] = 0
             if nan_safe:
                 extra[: p.Ev] = 0
             fold_keys(p, s, at, head, listed, seen, nan_safe, normalized)

@@ -50,6 +50,7 @@ def micro_kernel(spec: Spec, role: str, block: tuple[int, int] | None = None) ->
     Role "product": C = A B.
     Role "scores": C = A B, and the vectors at x become the maximum of themselves and of the rows of C.
     Role "output": C = C * (vectors at x) + A B.
+    Role "first output": the same, or C = A B + 0 where x is 0.
     Role "sum": C = C + A B.
 
     With fewer than MR `rows` the last one stands in for the missing: C is computed whole (the scratch has room), and
@@ -81,6 +82,7 @@ def micro_kernel(spec: Spec, role: str, block: tuple[int, int] | None = None) ->
             row_offset.append(b.mul(clamped, a_row))
         c_row = [at(b, pc, b.mul(c_stride, I64(r))) for r in range(MR)]
         xs = [vector.load(b, px, v * width) for v in range(NV)] if role in ("scores", "output") else []
+        begins = role == "first output"
         start = [vector.const(0.0)] * (MR * NV)
 
         def body(i: Value, carried: list[Value]) -> list[Value]:
@@ -93,16 +95,31 @@ def micro_kernel(spec: Spec, role: str, block: tuple[int, int] | None = None) ->
             return [at(b, qa, a_k), at(b, qb, b_stride), *new]
 
         _, _, *acc = loop(b, k, [pa, pb, *start], body)
-        for r in range(MR):
-            for v in range(NV):
-                c_new = acc[r * NV + v]
-                if role == "output":
-                    # Blocked summation: the accumulator starts at 0 and is added to C after the loop. Rounding errors
-                    # then grow with the number of tiles, not of keys (a third of the error over 4096 keys), at no cost.
-                    c_new = vector.fma(b, vector.load(b, c_row[r], v * width), xs[v], c_new)
-                elif role == "sum":
-                    c_new = b.fadd(vector.load(b, c_row[r], v * width), c_new)
-                vector.store(b, c_new, c_row[r], v * width)
+
+        def finish(first: bool) -> None:
+            factors = [vector.load(b, px, v * width) for v in range(NV)] if begins and not first else xs
+            for r in range(MR):
+                for v in range(NV):
+                    c_new = acc[r * NV + v]
+                    if first:
+                        c_new = b.fadd(c_new, vector.const(0.0))  # -0.0 becomes 0.0, as where it is added
+                    elif role in ("output", "first output"):
+                        # Blocked summation: the accumulator starts at 0 and is added to C after the loop. Rounding
+                        # errors then grow with the number of tiles, not of keys (a third of the error over 4096 keys),
+                        # at no cost.
+                        c_new = vector.fma(b, vector.load(b, c_row[r], v * width), factors[v], c_new)
+                    elif role == "sum":
+                        c_new = b.fadd(vector.load(b, c_row[r], v * width), c_new)
+                    vector.store(b, c_new, c_row[r], v * width)
+
+        if begins:
+            with b.if_else(b.icmp_signed("==", x, I64(0))) as (then, otherwise):
+                with then:
+                    finish(True)
+                with otherwise:
+                    finish(False)
+        else:
+            finish(False)
         if role == "scores":
             for v in range(NV):
                 highest = xs[v]

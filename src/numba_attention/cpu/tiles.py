@@ -364,13 +364,19 @@ def _any_lane(spec: Spec, start: float, fold: Callable[[Builder, Value, Value], 
     width = vector.bytes * vector.width
 
     def build(b: Builder, tile: Value, rows: Value) -> Value:
-        def row(r: Value, carried: list[Value]) -> list[Value]:
-            p, *folded = carried
-            new = [fold(b, vector.load(b, p, v * width), folded[v]) for v in range(NV)]
-            return [at(b, p, NV * width), *new]
+        # Two rows at a time: a chain for each vector of one row is not enough to keep the units busy.
+        def fold_rows(count: int) -> Callable[[Value, list[Value]], list[Value]]:
+            def body(r: Value, carried: list[Value]) -> list[Value]:
+                p, *folded = carried
+                for v in range(count * NV):
+                    folded[v] = fold(b, vector.load(b, p, v * width), folded[v])
+                return [at(b, p, count * NV * width), *folded]
+
+            return body
 
         first = vector.const(start)
-        _, total, *others = loop(b, rows, [pointer(b, tile), *[first] * NV], row)
+        pairs = loop(b, b.lshr(rows, I64(1)), [pointer(b, tile), *[first] * (2 * NV)], fold_rows(2))
+        _, total, *others = loop(b, b.and_(rows, I64(1)), pairs, fold_rows(1))
         for x in others:
             total = b.fadd(total, x) if test == "uno" else fold(b, x, total)
         compare = b.fcmp_unordered if test == "uno" else b.fcmp_ordered
