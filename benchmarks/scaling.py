@@ -62,18 +62,21 @@ def peers():
     return calls, torch.set_num_threads
 
 
-def seconds(call, least=0.3):
+def seconds(call, repeats=5, least=0.3):
     call()
     taken, begin = [], time.perf_counter()
-    while len(taken) < 5 or time.perf_counter() - begin < least:
+    while len(taken) < repeats or time.perf_counter() - begin < least * repeats / 5:
         start = time.perf_counter()
         call()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
 
 
-def measure(counts):
-    """Return the median milliseconds of each work by the number of threads, and the circumstances."""
+def measure(counts, repeats, done):
+    """Return the median milliseconds of each work by the number of threads, and the circumstances.
+
+    After each work `done` is called with what there is: whoever stops the program has that.
+    """
     others, set_threads = peers()
     found = {"date": datetime.date.today().isoformat(), "cores": os.cpu_count(), "works": {}}
     for name, call in (works() | others).items():
@@ -81,18 +84,23 @@ def measure(counts):
         for n in counts:
             numba.set_num_threads(n)
             set_threads(n)
-            taken[str(n)] = float(f"{1e3 * seconds(call):.4g}")
+            taken[str(n)] = float(f"{1e3 * seconds(call, repeats):.4g}")
+        done(found)
     return found
+
+
+def line(name, taken):
+    """A row of the table: milliseconds and efficiencies of one work."""
+    counts = list(map(int, taken))
+    first = counts[0] * taken[str(counts[0])]
+    return f"| {name} | {' | '.join(f'{taken[str(n)]:.4g} ({first / n / taken[str(n)]:.2f})' for n in counts)} |"
 
 
 def as_markdown(found):
     works = found["works"]
     counts = list(map(int, next(iter(works.values()))))
     lines = [f"| work | {' | '.join(f'{n} threads' for n in counts)} |\n| --- |{' ---: |' * len(counts)}"]
-    for name, taken in works.items():
-        first = counts[0] * taken[str(counts[0])]
-        cells = [f"{taken[str(n)]:.4g} ({first / n / taken[str(n)]:.2f})" for n in counts]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [line(name, taken) for name, taken in works.items()]
     lines += ["", f"{found['cores']} processors, float32, median milliseconds (efficiency); {found['date']}."]
     return "\n".join(lines)
 
@@ -103,11 +111,15 @@ def main():
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= min(cores, numba.config.NUMBA_NUM_THREADS)]
     parser.add_argument("--threads", type=int, nargs="+", default=counts)
     parser.add_argument("--json", type=Path, help="write every measured number to this file")
+    parser.add_argument("--repeats", type=int, default=5, help="calls of a work, at least (default 5)")
     arguments = parser.parse_args()
-    found = measure(arguments.threads)
-    print(as_markdown(found))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    def done(found):
+        print(line(*list(found["works"].items())[-1]), flush=True)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    print(as_markdown(measure(arguments.threads, arguments.repeats, done)))
 
 
 if __name__ == "__main__":

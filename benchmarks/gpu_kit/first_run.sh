@@ -2,7 +2,7 @@
 # The first run of the CUDA backend on a real GPU, in stages, the most informative first. See README.md.
 #
 #   on the GPU machine, in the root of the project's checkout:
-#     bash benchmarks/gpu_kit/first_run.sh          all stages, six and a half minutes at most
+#     bash benchmarks/gpu_kit/first_run.sh          all stages, seven and a half minutes at most
 #     bash benchmarks/gpu_kit/first_run.sh 01 03    only these
 #     DRY=1 bash benchmarks/gpu_kit/first_run.sh    a rehearsal without a GPU, on the stub of a driver and the emulator
 #
@@ -102,6 +102,11 @@ more=(tests/cuda/test_cuda_gpu.py tests/device/test_cuda_interop.py); [ -n "$dry
 stage 06 rest "$rest" "$python" -m pytest -q -m gpu -k "not test_sanitizer" -p no:cacheprovider -p gpukit_pytest -n "$jobs" --tb=short --maxfail 100 \
     --kit-seconds $((rest - 10)) --kit-share "$([ -n "$dry" ] && echo 80 || echo 1)" "${more[@]}" tests/cuda/test_cuda_kernels.py
 wait
+# Threads of the CPU, alone on the machine: how the time of a call falls with their number.
+counts=(1 4 8 "$cores") repeats=3; [ -n "$dry" ] && counts=(1) repeats=1
+stage 07 threads "${THREADS:-60}" env -u OMP_NUM_THREADS -u OPENBLAS_NUM_THREADS -u MKL_NUM_THREADS "$python" benchmarks/scaling.py \
+    --threads "${counts[@]}" --repeats $repeats
+[ -f "$out/07-threads.log" ] && cat "$out/07-threads.log" >>"$summary" && rm "$out/07-threads.log" # no more than 8 files come back
 sort "$NA_KIT_NOTES" | uniq -c | sort -rn | head -20 >"$work/most.txt"
 say "kernels that had to be compiled here: $(grep -c '^made' "$NA_KIT_NOTES"); processes that a fault ended: $(grep -c '^fault' "$NA_KIT_NOTES"); $SECONDS s in all"
 grep -vE '^ *[0-9]+ (made|there)' "$work/most.txt" | cut -c1-300 | tee -a "$summary"
