@@ -132,7 +132,7 @@ def run(
         assert entry is not None
         options = gather(entry, options)
     call = Call({name: x for name, x in operands.items() if x is not None})
-    recording = nullcontext(None) if seen is None else replay.recording(seen.addresses)
+    recording = nullcontext(None) if seen is None else replay.recording(seen.addresses, seen.seed)
     with runtime.using(call.device, call.stream), recording as recorder:
         moved = {name: None if x is None else call.device_array(name, x) for name, x in operands.items()}
         moved |= {name: arrays.to_host(x) for name, x in (small or {}).items()}
@@ -175,6 +175,7 @@ class _Described(NamedTuple):
 
     key: list[Any]
     arrays: list[Any]
+    seed: int | None  # of dropout, which is not in the key: it is a number of the launches as addresses are
     of_mods: int  # how many arrays are those of mods, whose addresses are in memory of the GPU and not in a launch
 
 
@@ -184,10 +185,13 @@ def _describe_options(options: Options | Mapping[str, Any]) -> _Described | None
         options = dict(compress(zip(Options._fields, options, strict=True), map(is_not, options, NO_OPTIONS)))
     key: list[Any] = []
     found: list[Any] = []
-    has_mods = False
+    seed, has_mods = None, False
     for name, x in options.items():
         kind = type(x)
-        if kind in _PLAIN:
+        if name == "seed" and kind is int and 0 <= x < 2**64:
+            seed = x - 2**64 if x >= 2**63 else x
+            key.append(name)
+        elif kind in _PLAIN:
             key += name, kind, repr(x) if kind is float else x
         elif name in IN_PYTHON:
             has_mods = True
@@ -203,7 +207,7 @@ def _describe_options(options: Options | Mapping[str, Any]) -> _Described | None
         else:
             found.append(x)
             key.append(name)
-    described = _Described(key, found, 0)
+    described = _Described(key, found, seed, 0)
     if not has_mods:
         return described
     try:
@@ -266,6 +270,7 @@ def _look(
     # The kernels read where arrays of mods are from memory that is written when the call is planned.
     fixed = seen.addresses[len(seen.addresses) - of_options.of_mods :]
     seen.add(function, *of_rest, tile_shapes.state(), tuple(of_options.key), tuple(fixed))
+    seen.seed = of_options.seed
     return seen
 
 

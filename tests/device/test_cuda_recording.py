@@ -93,6 +93,30 @@ def test_matrices(give, repeated):
     assert len(repeated) == 1
 
 
+def test_seeds(give, repeated):
+    """Calls that differ by the seed of dropout repeat one plan, whatever the seed is."""
+    q, k, v = arrays()
+    out, lse = na.attention(q, k, v, return_lse=True, backend="reference")
+    there = [give(x) for x in (q, k, v)]
+    address = address_of(there[0].header)
+    count = []
+    for seed in (7, 0, 2**64 - 1, address, 2**63, 7):
+        options = {"dropout_p": 0.4, "seed": seed}
+        close([na.attention(*there, **options)], [na.attention(q, k, v, **options, backend="reference")])
+        got = na.attention_backward(*map(give, (out, q, k, v, out, lse)), **options)
+        close(got, na.attention_backward(out, q, k, v, out, lse, **options, backend="reference"))
+        count.append(len(repeated))
+    assert count == [0, 2, 4, 6, 8, 10]
+    for seed in (-1, 2**64, 1.5, None):
+        with pytest.raises((TypeError, ValueError), match="seed must be"):
+            na.attention(*there, dropout_p=0.4, seed=seed)
+    with pytest.raises(ValueError, match="seed must be"):
+        na.attention(*there, dropout_p=0.4)
+    na.attention(*there, dropout_p=0.3, seed=7)
+    na.attention(*there, dropout_p=0.4, seed=7, is_causal=True)
+    assert len(repeated) == 10, "other options beside the same seed"
+
+
 def test_results_are_new_each_time(gpu, repeated):
     q, k, v = map(Tensor, arrays())
     first = na.attention(q, k, v)
@@ -233,7 +257,7 @@ VARIANTS = {
     "query lengths": [{"query_lengths": x} for x in (rows([3, 20], int), rows([20, 3], int))],
     "which lengths": [{name: [3, 12]} for name in ("key_lengths", "query_lengths", "prefix_lengths", "query_offset")],
     "scales": [{"scale": np.float32(0.5)}, {"scale": np.float64(0.25)}, {"scale": 0.25}, {"scale": 1}, {"scale": -0.5}],
-    "seeds": [{"dropout_p": 0.5, "seed": x} for x in (1, 2, np.int64(3))],
+    "dropout": [{"dropout_p": x, "seed": seed} for x, seed in ((0.5, 1), (0.25, 1), (0.5, np.int64(3)))],
     "windows": [{"window": x} for x in ((3, 1), [3, 2], (3, None), (None, 3))],
     "masks by blocks": [{"mask": A_MASK}, {"mask": ANOTHER}, {"mask": A_MASK, "is_causal": True}],
     "masks": [{"mask": x} for x in (AN_ARRAY % 3 > 0, AN_ARRAY[:1] % 3 > 0, AN_ARRAY[0] % 3 > 0)],

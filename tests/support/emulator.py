@@ -660,7 +660,9 @@ class EmulatedDriver(HostDriver):
 
     def compiled(self, config):
         self.configs[config.name] = config
-        return Kernel(config.name, b"", config.threads, kernels.shared(config), kernels.addresses(config))
+        return Kernel(
+            config.name, b"", config.threads, kernels.shared(config), kernels.addresses(config), kernels.seed(config)
+        )
 
     def emulate(self, kernel, grid, integers, reals):
         if kernel.name not in self.made:

@@ -85,7 +85,7 @@ def simulated_driver():
         shuffles = c.task not in ("forward", "query", "key")
         c = c if shuffles else plain(c)
         target = Emulator(races=False) if shuffles else Simulator()
-        kernel = Kernel(c.name, b"", c.threads, kernels.shared(c), kernels.addresses(c))
+        kernel = Kernel(c.name, b"", c.threads, kernels.shared(c), kernels.addresses(c), kernels.seed(c))
         function = kernels.make(c, target)
 
         def simulated(integers, reals):  # whose globals are those of this module, where the simulator looks for `cuda`

@@ -103,7 +103,7 @@ def compile_(c: Spec) -> Any:
 def compiled(c: Spec) -> Kernel:
     """The machine code of a kernel, from the cache on disk or else compiled."""
     code = cubin(c.name, lambda: compile_(c).code, lambda: sources(c))
-    return Kernel(entry(code), code, c.threads, shared(c), addresses(c))
+    return Kernel(entry(code), code, c.threads, shared(c), addresses(c), seed(c))
 
 
 def ship(c: Spec, folder: Path) -> Path:
@@ -120,6 +120,11 @@ def integers(c: Spec) -> int:
     if c.task in merge.ARRAYS:
         return len(merge.integers_of(c.task))
     return len(append.INTEGERS if c.task == "append" else INTEGERS)
+
+
+def seed(c: Spec) -> int | None:
+    """Which integer of a kernel is the seed of dropout."""
+    return INTEGERS.index("seed") if c.dropout else None
 
 
 def addresses(c: Spec) -> tuple[int, ...]:

@@ -48,6 +48,7 @@ class Kernel:
     threads: int
     shared: int  # bytes of dynamic shared memory
     addresses: tuple[int, ...]  # which of its integer parameters are addresses
+    seed: int | None = None  # which of them is the seed of dropout
     loaded: dict[int, Any] = field(default_factory=dict, repr=False)  # loaded kernel, by device
     functions: dict[int, Any] = field(default_factory=dict, repr=False)  # by context
 

@@ -86,10 +86,11 @@ class Operands:
 class Seen:
     """Everything that a call depends on, as a key for `replay`, and what differs between calls with that key."""
 
-    __slots__ = ("addresses", "device", "family", "key", "stream")
+    __slots__ = ("addresses", "device", "family", "key", "seed", "stream")
 
     def __init__(self, key: Any, addresses: list[int], family: arrays.Family, device: int, stream: int) -> None:
         self.key, self.addresses, self.family, self.device, self.stream = key, addresses, family, device, stream
+        self.seed: int | None = None  # of dropout, as a signed number of 64 bits
 
     def add(self, *more: Any) -> None:
         """Add to the key what else the call depends on."""

@@ -53,11 +53,14 @@ class Recorder:
     ----------
     addresses : list of int
         Addresses of the arrays of the call.
+    seed : int, optional
+        The seed of dropout, which is another number that differs between calls of a kind.
     """
 
-    def __init__(self, addresses: Sequence[int]) -> None:
+    def __init__(self, addresses: Sequence[int], seed: int | None = None) -> None:
         self._sources = {address: n for n, address in reversed(list(enumerate(addresses)))}
-        self._number = len(addresses)
+        self._seed = None if seed is None else len(addresses)
+        self._number = len(addresses) + (seed is not None)
         self._fixed: dict[int, Array] = {}
         self.made: list[Made] = []
         self.launches: list[Launch] = []
@@ -99,6 +102,8 @@ class Recorder:
                 if not inside:
                     return self.give_up()
                 patches += inside
+        if self._seed is not None and kernel.seed is not None:
+            patches.append((kernel.seed, self._seed, 0))
         self.launches.append(Launch(kernel, grid, list(integers), patches, list(reals)))
 
     def keep(self, key: Any, result: Any) -> None:
@@ -145,6 +150,7 @@ class Seen(Protocol):
     family: Any
     device: int
     stream: int
+    seed: int | None
 
 
 class Workspace(NamedTuple):
@@ -200,6 +206,8 @@ class Recorded:
         """Repeat the call. The device of what was seen is the current one if the library allocates on that."""
         family, device, stream = seen.family, seen.device, seen.stream
         addresses, arrays = [*seen.addresses], []
+        if seen.seed is not None:
+            addresses.append(seen.seed)
         is_captured = driver.is_capturing(stream)  # a graph may run beside later calls: it has memory of its own
         try:
             own = self._free.pop()
@@ -271,9 +279,9 @@ def nobody() -> Iterator[None]:
 
 
 @contextmanager
-def recording(addresses: Sequence[int]) -> Iterator[Recorder]:
+def recording(addresses: Sequence[int], seed: int | None = None) -> Iterator[Recorder]:
     """Record what is done within a block."""
-    recorder = Recorder(addresses)
+    recorder = Recorder(addresses, seed)
     token = _current.set(recorder)
     try:
         yield recorder
