@@ -181,8 +181,12 @@ def backward(E: int, L: int, causal: bool, dtype: str = "bfloat16", B: int = 0) 
     return Row(f"backward {dtype} E{E} L{L}{' causal' if causal else ''}", make, flops, bars=bars)
 
 
+# Options of the forward kernels of sm_90a.
+ON_WARPGROUPS = ("plain", "softcap", "softcap of large scores", "softcap, causal", "ALiBi", "ALiBi, causal", "sinks")
+
+
 def optional(name: str, E: int = 64, L: int = 4096, B: int = 1, task: str = "forward") -> Row:
-    """A call with one option; bfloat16."""
+    """A call with one option; bfloat16. Options that the kernels of sm_90a have are measured by mma.sync too."""
     H = HIDDEN // E
 
     def make(m: Machine) -> dict[str, Callable[[], object]]:
@@ -191,6 +195,10 @@ def optional(name: str, E: int = 64, L: int = 4096, B: int = 1, task: str = "for
         slopes = np.float32(2.0) ** np.linspace(-1, -8, H, dtype=np.float32)
         options = {
             "plain": dict, "dropout": lambda: {"dropout_p": 0.1, "seed": 1}, "softcap": lambda: {"softcap": 30.0},
+            "softcap of large scores": lambda: {"softcap": 1.0},
+            "sinks": lambda: {"sinks": np.ones(H)},
+            "softcap, causal": lambda: {"softcap": 30.0, "is_causal": True},
+            "ALiBi, causal": lambda: {"alibi_slopes": slopes, "is_causal": True},
             "ALiBi": lambda: {"alibi_slopes": slopes},
             "bias": lambda: {"bias": _given(m, m.normal(H, n, n))[0]},
             "a score_mod with a slope": lambda: {"score_mod": na.mods.alibi, "mod_args": (slopes,)},
@@ -201,12 +209,14 @@ def optional(name: str, E: int = 64, L: int = 4096, B: int = 1, task: str = "for
         if task == "attention_weights":
             return {"ours": lambda: na.attention_weights(*given[1:3], **options)}
         if task == "forward":
-            return {"ours": lambda: na.attention(*given[1:], **options)}
+            ours = lambda: na.attention(*given[1:], **options)  # noqa: E731
+            return {"ours": ours} | ({"mma.sync": _with_mma_sync(ours)} if name in ON_WARPGROUPS else {})
         forward = {name: x for name, x in options.items() if name != "mod_grads"}
         out, lse = na.attention(*given[1:], return_lse=True, **forward)
         return {"ours": lambda: na.attention_backward(*given, out, lse, **options)}
 
     flops = {"forward": 4.0, "backward": 10.0, "attention_weights": 4.0}[task] * B * H * L * L * E
+    flops *= 0.5 if "causal" in name else 1.0
     return Row(f"{task} bfloat16 E{E} L{L}, {name}", make, flops)
 
 
@@ -338,6 +348,19 @@ def _with_tf32(tf32: bool, call: Callable[[], object]) -> Callable[[], object]:
     return called
 
 
+def _with_mma_sync(call: Callable[[], object]) -> Callable[[], object]:
+    from numba_attention.cuda.tile_shapes import WGMMA
+
+    def called():
+        os.environ[WGMMA] = "0"
+        try:
+            return call()
+        finally:
+            del os.environ[WGMMA]
+
+    return called
+
+
 def _in_turn(call: Callable[..., object], arguments: list) -> Callable[[], object]:
     turn = [0]
 
@@ -377,13 +400,15 @@ def rows() -> list[Row]:
     made += [backward(64, 4096, False, "float32", B=1), backward(64, 2048, False, "float64", B=1)]
     names = ("plain", "dropout", "softcap", "ALiBi", "bias", "a score_mod with a slope", "a tenth of all blocks")
     made += [optional(name, task=task) for task in ("forward", "backward") for name in names]
+    measured = {(name, 64) for name in names}
+    made += [optional(name, E) for name in ON_WARPGROUPS for E in (64, 128, 256) if (name, E) not in measured]
     made += [optional("gradient of slopes", task="backward"), optional("plain", L=2048, task="attention_weights")]
     made += [forward(576, 4096, False, bars={}, B=4, Ev=512), latent(64, 8192), latent(64, 8192, H=16)]
     made += [merge("merge_attention"), merge("merge_attention_backward"), append(64)]
     return [*made, overhead()]
 
 
-PEERS = ("flash", "cuDNN", "Triton", "CuPy")
+PEERS = ("flash", "cuDNN", "Triton", "CuPy", "mma.sync")
 
 
 def measure(m: Machine, row: Row, rounds: int) -> dict[str, float]:

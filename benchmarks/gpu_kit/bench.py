@@ -14,6 +14,9 @@ FIRST = (
     "forward float32 E64 L4096", "forward float32 3xTF32 E64 L4096", "backward bfloat16 E64 L8192 causal",
     "decode B1 H32/8 S65536 E128", "decode B64 H32/8 S8192 E128 pages of 16", "decode B64 H32/8 S8192 E128 int8",
     "forward bfloat16 E256 L4096", "decode B64 H64/1 S8192 E128",
+    "forward bfloat16 E64 L4096, plain", "forward bfloat16 E64 L4096, softcap", "forward bfloat16 E64 L4096, ALiBi",
+    "forward bfloat16 E64 L4096, sinks", "forward bfloat16 E128 L4096, softcap", "forward bfloat16 E128 L4096, ALiBi",
+    "forward bfloat16 E128 L4096, plain", "forward bfloat16 E64 L4096, softcap of large scores",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ RUNS = [
     ("memcheck", "warpgroups_E128_causal"),
     ("racecheck", "warpgroups_E64"),
     ("synccheck", "warpgroups_E128_causal"),
+    ("racecheck", "warpgroups_options_packed"),
     ("racecheck", "latent_backward"),
     ("memcheck", "latent_decode"),
     ("racecheck", "float32_two_tiles"),

@@ -224,15 +224,57 @@ def warpgroups_packed():
 
 
 @step
+def warpgroups_softcap():
+    """Scores that are all small beside the cap, which take a polynomial, and scores on both sides of it."""
+    shape = {"L": 260, "S": 300, "H": 32, "Hkv": 16, "B": 2}
+    return "; ".join(f"{cap:g} E{E}: {forward('bfloat16', **shape, E=E, softcap=cap)}"
+                     for cap, E in ((50.0, 64), (1.5, 64), (1.5, 128), (1.5, 256)))  # fmt: skip
+
+
+@step
+def warpgroups_alibi():
+    slopes = np.linspace(-0.01, 0.3, 32)
+    return "; ".join(f"E{E}: {forward('bfloat16', L=300, S=300, E=E, H=32, B=2, is_causal=True, alibi_slopes=slopes)}"
+                     for E in (64, 128, 256))  # fmt: skip
+
+
+@step
+def warpgroups_sinks():
+    sinks = np.where(np.arange(25) % 5 == 0, -np.inf, np.linspace(-2, 3, 25))
+    lengths = {"query_lengths": np.array([300, 17, 260]), "key_lengths": np.array([310, 200, 0])}
+    options = {"window": (70, 20), "sinks": sinks, **lengths}
+    return "; ".join(f"E{E}: {forward('bfloat16', L=300, S=310, E=E, H=25, B=3, **options)}" for E in (64, 128, 256))
+
+
+@step
+def warpgroups_options_packed():
+    import numba_attention as na
+
+    ends = np.array([0, 300, 317, 317, 700, 900])
+    options = {"softcap": 3.0, "alibi_slopes": np.linspace(0, 0.3, 40), "sinks": np.linspace(-2, 3, 40)}
+    options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "is_causal": True}
+    said = []
+    for E in (64, 128, 256):
+        q, k, v = (normal(900, heads, E, dtype="bfloat16") for heads in (40, 8, 8))
+        got = na.attention_varlen(q, k, v, **options, backend="cuda")
+        want = na.attention_varlen(*wide(q, k, v), **options, backend="reference")
+        said.append(near(f"E{E}", got, want, LIMITS["bfloat16"]))
+    return " ".join(said)
+
+
+@step
 def warpgroups_nothing_leaks():
     """NaN in keys that only the last rows see: their tiles are multiplied, and a second kernel mends the rows."""
     import numba_attention as na
 
-    q, k, v = (normal(1, 50, 400, 128, dtype="bfloat16") for _ in range(3))
-    want = na.attention(*wide(q, k, v), is_causal=True, backend="reference")
-    k[:, :, 350:], v[:, :, 350:] = np.nan, np.inf
-    got = na.attention(q, k, v, is_causal=True, backend="cuda")
-    return near("out", got[:, :, :350], want[:, :, :350], LIMITS["bfloat16"])
+    said = []
+    for options in ({}, {"softcap": 3.0, "alibi_slopes": np.linspace(0, 0.3, 50), "sinks": np.ones(50)}):
+        q, k, v = (normal(1, 50, 300, 128, dtype="bfloat16") for _ in range(3))
+        want = na.attention(*wide(q, k, v), is_causal=True, **options, backend="reference")
+        k[:, :, 250:], v[:, :, 250:] = np.nan, np.inf
+        got = na.attention(q, k, v, is_causal=True, **options, backend="cuda")
+        said.append(near("out", got[:, :, :250], want[:, :, :250], LIMITS["bfloat16"]))
+    return " ".join(said)
 
 
 @step
@@ -772,6 +814,38 @@ def torch_the_same_call_again():
         worst = max(worst, distance(out, want.detach()), *map(distance, grads[:3], expected))
     assert worst < 4e-2, worst
     return f"worst {worst:.1e}"
+
+
+@step
+def torch_options_of_warpgroups():
+    """Softcap, ALiBi and sinks in calls of some size, against a formula in float32."""
+    import numba_attention as na
+
+    torch = torch_of_gpu()
+    H, L, said = 16, 2048, []
+    slopes, sinks = torch.linspace(0, 0.1, H, device="cuda"), torch.linspace(-2, 8, H, device="cuda")
+    distances = (torch.arange(L, device="cuda")[:, None] - torch.arange(L, device="cuda")).abs().float()
+    for E in (64, 128, 256):
+        q, k, v = (of_torch(torch, 1, H, L, E) for _ in range(3))
+        for name in ("softcap", "small cap", "alibi", "sinks", "all"):
+            causal = name in ("small cap", "sinks", "all")
+            s, options = (q.float() @ k.float().mT) * E**-0.5, {}
+            if name in ("softcap", "small cap", "all"):
+                options["softcap"] = cap = 30.0 if name == "softcap" else 2.0
+                s = cap * torch.tanh(s / cap)
+            if name in ("alibi", "all"):
+                options["alibi_slopes"] = slopes.cpu().numpy()
+                s = s - slopes[:, None, None] * distances
+            if causal:
+                s = s.masked_fill(distances.triu(1) > 0, -math.inf)
+            column = torch.full((1, H, L, 1), -math.inf, device="cuda")
+            if name in ("sinks", "all"):
+                options["sinks"] = sinks.cpu().numpy()
+                column = sinks[:, None, None].expand(1, H, L, 1)
+            want = torch.softmax(torch.cat([s, column], -1), -1)[..., :-1] @ v.float()
+            said.append(distance(na.attention(q, k, v, is_causal=causal, **options), want))
+            assert said[-1] < 2e-2, (E, name, said[-1])
+    return f"worst {max(said):.1e}"
 
 
 @step

@@ -23,7 +23,7 @@ from machine_code import disassembler
 from numba_attention import BackendUnavailableError, mods, shipping
 from numba_attention.backends import device_rules
 from numba_attention.backends.cuda import common_kernels
-from numba_attention.cuda import kernels, tile_shapes
+from numba_attention.cuda import kernels, scoring, tile_shapes
 from numba_attention.cuda.spec import FEATURES, Spec, compute_capability
 from numba_attention.device.cubins import entry
 from numba_attention.device.driver import Device
@@ -134,6 +134,18 @@ def test_tensor_cores(instructions, monkeypatch, E):
             assert found["LDGSTS"] > 0, "tiles come by asynchronous copies"
             assert not found["LDL"] + found["STL"]
             assert found["FFMA"] + found["FMUL"] < 6 * found["HMMA"]
+
+
+def test_tanh_of_small_scores_is_that_of_the_library():
+    """The coefficients of `scoring.tanh` in the order of CUDA's function, and the limit below which it takes them."""
+    from llvmlite import binding
+    from numba.cuda.cudadrv.libs import open_libdevice
+
+    code = str(binding.parse_bitcode(open_libdevice()).get_function("__nv_tanhf"))
+    found = re.findall(r"0x[0-9A-F]{16}", code)
+    numbers = [struct.unpack(">d", bytes.fromhex(x[2:]))[0] for x in found]
+    own = [x for x in dict.fromkeys(numbers) if x in (*scoring.TANH, scoring.SMALL)]
+    assert own == [*scoring.TANH, scoring.SMALL]
 
 
 @pytest.mark.parametrize("E", FEATURES)

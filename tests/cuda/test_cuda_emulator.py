@@ -6,6 +6,7 @@ import pytest
 
 from emulator import BlockMemory, Emit, Emulator, Memory, Value
 from numba_attention.cuda.products import Simt, TensorCores, TripleTF32
+from numba_attention.cuda.scoring import tanh
 from numba_attention.cuda.tiles import Rows, Tile, fetch
 
 HALVES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -52,6 +53,24 @@ def test_halves_are_rounded_to_nearest_even(dtype):
     got = Block(len(x)).emit.to_half(dtype, Value("f", x)).x
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(got, x.astype(HALVES[dtype]).view(np.uint16))
+
+
+def test_tanh_of_scores():
+    """Small and large ones, NaN and infinity, in the threads of warps that take one branch or the other."""
+    rng, threads = np.random.default_rng(0), 64
+    x = np.concatenate([rng.standard_normal((threads, 40)), rng.uniform(-12, 12, (threads, 40))], 1)
+    x[:32, :40] *= 0.1
+    x[0, [1, 50, 51]] = np.nan, np.inf, -np.inf
+    x = x.astype(np.float32)
+    got = np.stack([y.x for y in tanh(Block(threads).emit, values(x.T))], 1)
+    np.testing.assert_allclose(got, np.tanh(x.astype(np.float64)), rtol=2.5e-7)
+
+
+@pytest.mark.parametrize("n", [1, 32, 128])
+def test_any_lane_of_a_warp(n):
+    holds = np.arange(n) == n - 1
+    got = Block(n).emit.any_lane(Value("p", holds)).x
+    np.testing.assert_array_equal(got, np.arange(n) // 32 == (n - 1) // 32)
 
 
 def test_kinds_do_not_mix():

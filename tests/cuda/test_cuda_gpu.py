@@ -92,6 +92,8 @@ def of_integers(e, integers, thread):
     store("i", e.narrow(e.wide(a) * e.wide(b) >> 20))
     store("i", e.select(((a < b) & (a > c)) | a.equals(0), a, c))
     store("i", e.shuffle_xor(a, 3))
+    store("i", e.any_lane((thread >= 70) & (thread < 75)))
+    store("i", e.any_lane(a > 1000))
     store("i", e.opaque(a))
 
 

@@ -5,7 +5,7 @@ Right values are the textbook's formula in float64, which shares no code with th
 
 import re
 import subprocess
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import ml_dtypes
 import numpy as np
@@ -43,20 +43,31 @@ def visible(L, S, causal=False, window=None, keys=None):
     return seen if keys is None else seen & (j < keys)
 
 
-def textbook(q, k, v, seen, grad):
-    """Result, lse and gradients of (heads, rows, E), with grouped heads, in float64; empty rows are 0 and -inf."""
+def textbook(q, k, v, seen, grad, softcap=None, slopes=None, sinks=None, offset=0):
+    """Result, lse and gradients of (heads, rows, E), with grouped heads, in float64; empty rows are 0 and -inf.
+
+    Softcap of Gemma 2, then slopes of ALiBi, by the positions of queries from `offset` on; a sink is a key more.
+    """
     q, k, v, grad = (np.asarray(x, np.float64) for x in (q, k, v, grad))
     group, scale = len(q) // len(k), q.shape[-1] ** -0.5
     keys, values = (np.repeat(x, group, 0) for x in (k, v))
-    scores = np.where(seen, q @ keys.swapaxes(-1, -2) * scale, -np.inf)
+    scores, derivative = q @ keys.swapaxes(-1, -2) * scale, 1.0
+    if softcap is not None:
+        curve = np.tanh(scores / softcap)
+        scores, derivative = softcap * curve, 1 - curve**2
+    if slopes is not None:
+        i, j = np.arange(q.shape[1])[:, None] + offset, np.arange(k.shape[1])
+        scores = scores - np.reshape(slopes, (-1, 1, 1)) * np.abs(i - j)
+    scores = np.where(seen, scores, -np.inf)
+    sink = np.full((len(q), 1, 1), -np.inf) if sinks is None else np.reshape(sinks, (-1, 1, 1)).astype(np.float64)
     with np.errstate(divide="ignore"):
-        top = np.maximum(scores.max(-1, keepdims=True), -1e300)
+        top = np.maximum(np.maximum(scores.max(-1, keepdims=True), sink), -1e300)
         weights = np.exp(scores - top)
-        total = weights.sum(-1, keepdims=True)
+        total = weights.sum(-1, keepdims=True) + np.exp(sink - top)
         lse = (top + np.log(total))[..., 0]
     p = weights / np.where(total == 0, 1, total)
     dp = grad @ values.swapaxes(-1, -2)
-    ds = p * (dp - (p * dp).sum(-1, keepdims=True))
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * derivative
     dk, dv = ds.swapaxes(-1, -2) @ q * scale, p.swapaxes(-1, -2) @ grad
     shared = [x.reshape(len(k), group, *x.shape[1:]).sum(1) for x in (dk, dv)]
     return p @ values, lse, ds @ keys * scale, *shared
@@ -99,6 +110,90 @@ def test_both_passes(gpu, E, name):
         close(made[0], right, LIMITS[dtype])
     assert ("forward", "wgmma") in products(gpu)
     assert (("key", "wgmma") in products(gpu)) == (E <= 128)
+
+
+# Without options, and with all that the forward kernel has.
+EITHER = pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "alibi_slopes": [0.1], "sinks": [1.5]}])
+ALL = {"softcap": 3.0, "alibi_slopes": [0.1, -0.02], "sinks": [1.5, -np.inf]}
+
+
+def of_textbook(options):
+    names = {"softcap": "softcap", "alibi_slopes": "slopes", "sinks": "sinks", "query_offset": "offset"}
+    return {names[name]: x for name, x in options.items() if name in names}
+
+
+@pytest.mark.parametrize("name", [*ALL, "all"])
+@pytest.mark.parametrize("E", [64, 128, 256])
+def test_options(gpu, E, name):
+    """Each option with grouped heads, with keys hidden in tiles at either end and rows that see nothing."""
+    dtype, options = F16 if E == 128 else BF16, ALL if name == "all" else {name: ALL[name]}
+    L = S = 250
+    q, grad = (normal(n, 1, 2, L, E, dtype=dtype) for n in (0, 1))
+    k, v = (normal(n, 1, 1, S, E, dtype=dtype) for n in (2, 3))
+    for rule, seen in (
+        ({"is_causal": True}, visible(L, S, True)),
+        ({"window": (60, 20), "key_lengths": 150, "query_offset": 30}, visible(L + 30, S, False, (60, 20), 150)[30:]),
+    ):
+        want = textbook(q[0], k[0], v[0], seen, grad[0], **of_textbook(options | rule))
+        out, lse = na.attention(q, k, v, **options, **rule, return_lse=True, backend="cuda")
+        close(out[0], want[0], LIMITS[dtype])
+        close(lse[0], want[1], 1e-5)
+        assert products(gpu) == {("forward", "wgmma")}
+    got = na.attention_backward(grad, q, k, v, out, lse, **options, **rule, backend="cuda")
+    for made, right in zip((got.query, got.key, got.value), want[2:], strict=True):
+        close(made[0], right, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("E", [40, 128, 256])
+def test_options_of_packed_sequences(gpu, E):
+    """Positions and heads are those of each sequence, of which one has no rows."""
+    lengths = np.array([200, 0, 37, 130])
+    ends = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
+    q, k, v = (normal(n, ends[-1], heads, E, dtype=BF16) for n, heads in enumerate((2, 1, 1)))
+    out, lse = na.attention_varlen(q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, is_causal=True, **ALL,
+                                   return_lse=True, backend="cuda")  # fmt: skip
+    assert products(gpu) == {("forward", "wgmma")}
+    for first, last in pairwise(ends):
+        if first == last:
+            continue
+        parts = [np.swapaxes(x[first:last], 0, 1) for x in (q, k, v)]
+        seen = visible(last - first, last - first, True)
+        want = textbook(*parts, seen, np.zeros_like(parts[0]), **of_textbook(ALL))
+        close(np.swapaxes(out[first:last], 0, 1), want[0], LIMITS[BF16])
+        close(lse[:, first:last], want[1], 1e-5)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_slopes_of_far_positions(monkeypatch, capability):
+    """Distances that float32 rounds: to 2^-24 of themselves."""
+    q, k, v = (normal(n, 1, 1, 200, 64, dtype=F16) for n in range(3))
+    options = {"alibi_slopes": [1e-7], "query_offset": 2**28 + 77}
+    want = textbook(q[0], k[0], v[0], visible(200, 200), q[0], **of_textbook(options))
+    shared = 166912 if capability == (8, 0) else 232448
+    with emulated(monkeypatch, multiprocessors=1, capability=capability, shared_memory=shared):
+        out, lse = na.attention(q, k, v, **options, return_lse=True, backend="cuda")
+    close(out[0], want[0], LIMITS[F16])
+    close(lse[0], want[1], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "product"),
+    [
+        ({"softcap": 3.0, "sinks": [1.0, 2.0]}, "wgmma"),
+        ({"softcap": 3.0, "mask": np.ones((200, 200), bool)}, "tensor"),
+        ({"alibi_slopes": [0.1, 0.2], "bias": np.zeros((200, 200), F16)}, "tensor"),
+        ({"sinks": [1.0, 2.0], "dropout_p": 0.1, "seed": 0}, "tensor"),
+        ({"softcap": 3.0, "score_mod": lambda s, batch, head, i, j: s + 1.0}, "tensor"),
+    ],
+)
+def test_which_options_it_has(gpu, monkeypatch, options, product):
+    """All else is left to mma.sync, as is everything where the kernels are turned off."""
+    q, k, v = (normal(n, 1, 2, 200, 64, dtype=F16) for n in range(3))
+    for setting, used in (("1", product), ("0", "tensor")):
+        monkeypatch.setenv(tile_shapes.WGMMA, setting)
+        gpu.configs.clear()
+        na.attention(q, k, v, **options, backend="cuda")
+        assert products(gpu) == {("forward", used)}
 
 
 @pytest.mark.parametrize(("E", "Ev"), [(48, 56), (64, 40), (120, 128)])
@@ -147,13 +242,15 @@ def test_roles_may_come_in_any_order(monkeypatch, first, landing):
         assert np.array_equal(one, other)
 
 
-def test_nothing_leaks_from_what_is_hidden(gpu):
+@EITHER
+def test_nothing_leaks_from_what_is_hidden(gpu, options):
     """NaN in keys and values that rows do not see: their tiles are multiplied, and a second kernel mends the rows."""
     q, k, v, grad = (normal(n, 1, 1, 250, 128, dtype=BF16) for n in range(4))
     seen = visible(250, 250, True)
-    want = textbook(q[0], k[0], v[0], seen, grad[0])
+    want = textbook(q[0], k[0], v[0], seen, grad[0], **of_textbook(options))
     k[0, 0, 200:], v[0, 0, 200:] = np.nan, np.inf
-    out, lse = na.attention(q, k, v, is_causal=True, return_lse=True, backend="cuda")
+    out, lse = na.attention(q, k, v, is_causal=True, **options, return_lse=True, backend="cuda")
+    assert products(gpu) == {("forward", "wgmma")}
     close(out[0, :, :200], want[0][:, :200], LIMITS[BF16])
     close(lse[0, :, :200], want[1][:, :200], 1e-5)
     assert np.isnan(out[0, :, 200:].astype(np.float32)).all()
@@ -214,9 +311,9 @@ def test_shapes_that_are_tried_are_used(gpu, task):
     assert ("forward" if task == "forward" else "key", "tensor") in products(gpu)
 
 
-def attend():
+def attend(**options):
     q, k, v = (normal(n, 1, 1, 700, 64, dtype=F16) for n in range(3))
-    return na.attention(q, k, v, backend="cuda")
+    return na.attention(q, k, v, **options, backend="cuda")
 
 
 def differentiate():
@@ -228,26 +325,30 @@ def differentiate():
 class TestWhatIsFound:
     """Mistakes in such kernels that the emulator reports."""
 
-    def test_a_deadlock(self, gpu, monkeypatch):
+    @EITHER
+    def test_a_deadlock(self, gpu, monkeypatch, options):
         """With two slots and three loads in flight, a slot is waited for that only an unpublished load would free."""
         groups, columns, _, _, few, many = hopper.SHAPES[64]
         monkeypatch.setitem(hopper.SHAPES, 64, (groups, columns, 2, 3, few, many))
         kernels.shared.cache_clear()
         with pytest.raises(Deadlock, match="mbarrier"):
-            attend()
+            attend(**options)
         kernels.shared.cache_clear()
 
-    def test_a_missing_fence(self, gpu, monkeypatch):
+    @EITHER
+    def test_a_missing_fence(self, gpu, monkeypatch, options):
         monkeypatch.setattr(emulator_module.Emit, "fence_proxy", lambda self: None)
         with pytest.raises(AssertionError, match="without fence_proxy"):
-            attend()
+            attend(**options)
 
-    def test_a_missing_fence_of_registers(self, gpu, monkeypatch):
+    @EITHER
+    def test_a_missing_fence_of_registers(self, gpu, monkeypatch, options):
         monkeypatch.setattr(emulator_module.Emit, "fence_products", lambda self: None)
         with pytest.raises(AssertionError, match="fence_products"):
-            attend()
+            attend(**options)
 
-    def test_a_sum_that_no_wait_names(self, gpu, monkeypatch):
+    @EITHER
+    def test_a_sum_that_no_wait_names(self, gpu, monkeypatch, options):
         """Its registers may still be written, whatever the compiler makes of it."""
         wait = emulator_module.Emit.wait_products
 
@@ -256,14 +357,15 @@ class TestWhatIsFound:
             return [sums[0], *named] if len(sums) == 2 else named
 
         monkeypatch.setattr(emulator_module.Emit, "wait_products", forgetful)
-        assert not np.isfinite(attend().astype(np.float32)).all()
+        assert not np.isfinite(attend(**options).astype(np.float32)).all()
 
-    def test_a_slot_that_is_freed_too_early(self, gpu, monkeypatch):
+    @EITHER
+    def test_a_slot_that_is_freed_too_early(self, gpu, monkeypatch, options):
         """Products read when they are waited for: what is published as empty before that is overwritten."""
         wait = emulator_module.Emit.wait_products
         monkeypatch.setattr(emulator_module.Emit, "wait_products", lambda self, n, *sums: wait(self, n + 1, *sums))
         with pytest.raises(AssertionError):
-            attend()
+            attend(**options)
 
     def test_rows_that_are_overwritten_while_they_are_added(self, gpu, monkeypatch):
         """The sums of dQ of a tile are read late, so the next tile must wait for that."""
@@ -291,24 +393,32 @@ class TestWhatIsFound:
         with pytest.raises(AssertionError, match="setmaxnreg"):
             differentiate()
 
-    def test_a_wrong_descriptor(self, gpu, monkeypatch):
+    @EITHER
+    def test_a_wrong_descriptor(self, gpu, monkeypatch, options):
         step = hopper.Slabs.step
         monkeypatch.setattr(hopper.Slabs, "step", lambda self, n, turned: step(self, n, turned) + (n == 1 and turned))
         q, k, v = (normal(n, 1, 1, 200, 64, dtype=F16) for n in range(3))
-        want = textbook(q[0], k[0], v[0], visible(200, 200), q[0])[0]
+        want = textbook(q[0], k[0], v[0], visible(200, 200), q[0], **of_textbook(options))[0]
         with pytest.raises(AssertionError):
-            close(na.attention(q, k, v, backend="cuda")[0], want, LIMITS[F16])
+            close(na.attention(q, k, v, **options, backend="cuda")[0], want, LIMITS[F16])
+
+
+def sets_of_options():
+    """All sets of what the forward kernel has, and the gradients."""
+    sets = [set(names) for n in range(len(hopper.OPTIONS) + 1) for names in combinations(hopper.OPTIONS, n)]
+    return [("forward", options) for options in sets] + [("key", set())]
 
 
 @pytest.mark.parametrize("flags", [False, True])
 @pytest.mark.parametrize("E", [64, 128, 256])
-@pytest.mark.parametrize("task", ["forward", "key"])
-def test_machine_code(tmp_path, task, E, flags):
+@pytest.mark.parametrize(("task", "options"), sets_of_options(), ids=str)
+def test_machine_code(tmp_path, task, options, E, flags):
     """No register spills, every product is there once, and the assembler ignores nothing (`toolchain.IGNORED`)."""
     pytest.importorskip("numba_cuda")
     pytest.importorskip("cuda.core")
     of = hopper.spec_of if task == "forward" else hopper_backward.spec_of
     c = of(Spec(task, "float16", E, E, "tensor", fused_dq=task == "key", flags=flags, arch="sm_90a"))
+    c = c if c is None else c.with_(**dict.fromkeys(options, True))
     if c is None:
         assert (task, E) == ("key", 256)
         return

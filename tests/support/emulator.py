@@ -313,6 +313,10 @@ class Emit(WarpgroupEmit):
         of_warp = np.arange(self.n) & -32
         return Value(x.kind, self._all(x)[of_warp + (self._all(lane) & 31)])
 
+    def any_lane(self, condition):
+        of_warps = self._all(condition).reshape(-1, min(self.n, 32))
+        return Value("i", np.repeat(of_warps.any(1), of_warps.shape[1]).astype(np.int32))
+
     def sync_block(self):
         self._shared.sync()
 

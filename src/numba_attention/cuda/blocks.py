@@ -269,18 +269,24 @@ class Lanes:
 
 
 def stage(
-    b: Block, lanes: Lanes, thread: I32, column: I32, s: Regs, head: I32 | None = None, biases: Regs | None = None
-) -> tuple[Regs, Regs]:
+    b: Block, lanes: Lanes, thread: I32, column: I32, s: Regs, head: I32 | None = None, biases: Regs | None = None,
+    slopes: Regs | None = None,
+) -> tuple[Regs, Regs]:  # fmt: skip
     """The stages of a tile; where rows are keys, `head` is the query head, of a group from 0.
 
-    `biases` are those of the scores, where they have been read.
+    `biases` are those of the scores, and `slopes` those of the slots, where they have been read.
     """
-    inputs = replace(stage_inputs(b, lanes, thread, head), biases=biases)
+    inputs = replace(stage_inputs(b, lanes, thread, head, slopes), biases=biases)
     return lanes.scores(b, thread, column, head is not None).stages(s, inputs)
 
 
-def stage_inputs(b: Block, lanes: Lanes, thread: I32, head: I32 | None = None) -> StageInputs:
-    """What the stages of a tile read; where rows are keys, `head` is the query head, of a group from 0."""
+def stage_inputs(
+    b: Block, lanes: Lanes, thread: I32, head: I32 | None = None, slopes: Regs | None = None
+) -> StageInputs:
+    """What the stages of a tile read; where rows are keys, `head` is the query head, of a group from 0.
+
+    `slopes` are those of the slots, where they have been read.
+    """
     transposed = head is not None
     bias, mask = b.places["bias"], b.places["mask"]
     rows, keys = (b.span.columns, b.span.rows) if transposed else (b.span.rows, b.span.columns)
@@ -292,11 +298,10 @@ def stage_inputs(b: Block, lanes: Lanes, thread: I32, head: I32 | None = None) -
         heads = heads_of_slots = [b.find(b.first + row)[1] for row in lanes.rows(thread)]
     else:
         heads = [b.head] * lanes.product.slots
-    slopes = []
-    if b.c.alibi:
+    if b.c.alibi and slopes is None:
         of_head = {id(h): b.slope(h, lanes.product.kind) for h in {id(h): h for h in heads}.values()}
         slopes = [of_head[id(h)] for h in heads]
-    inputs = StageInputs(bias, mask, b.offset, rows, keys, slopes, heads_of_slots)
+    inputs = StageInputs(bias, mask, b.offset, rows, keys, slopes or [], heads_of_slots)
     if b.c.mods is not None:
         s_record, first_key = Sequence(b.e, b.p, b.index), b.p.int("first_key")
         first_head = s_record.int("head") + b.p.int("first_head")

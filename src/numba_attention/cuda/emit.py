@@ -379,6 +379,11 @@ class Emit(Warpgroup):
             return self._asm(code, "=l,l,r", [x, lane], "l", effect=True, together=True)
         return self._asm("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=r,r,r", [x, lane], "i", effect=True, together=True)
 
+    def any_lane(self, condition: Pred) -> I32:
+        """Whether a condition holds for any thread of the warp, 1 or 0: all of them may take one branch by it."""
+        code = "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.s32 $0, 1, 0, p; }"
+        return self._asm(code, "=r,r", [self._flag(condition)], "i", effect=True, together=True)
+
     def sync_block(self) -> None:
         """Wait for all threads of the block, in a macro; kernels say ``cuda.syncthreads``."""
         self._effect("bar.sync 0;", "", [], together=True)

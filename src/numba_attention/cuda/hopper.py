@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .blocks import FORWARD, Block, Lanes, block_of, packed_block, work_item
-from .emit import I32, Emit, KernelFunction, Regs, Target
+from .blocks import FORWARD, Block, Lanes, block_of, packed_block, stage, work_item
+from .emit import I32, Emit, KernelFunction, Real, Regs, Target
 from .forward import write_rows
 from .loading import make_landed, make_loads, make_once, rows_of, rows_that_are_whole
 from .parameters import PARAMETERS, Parameters
@@ -24,6 +24,7 @@ from .warpgroups import AT_ONCE, GROUP, ROWS, Ring, Slabs, Warpgroups, init_barr
 # Head dimension: warpgroups that compute, keys of a tile, slots of a ring, loads in flight before one is waited for,
 # and registers of a thread of the warpgroup that loads and of the others.
 SHAPES = {64: (3, 128, 3, 2, 32, 160), 128: (2, 176, 2, 1, 40, 232), 256: (2, 80, 2, 1, 40, 232)}
+OPTIONS = ("softcap", "alibi", "sinks")  # that kernels here have
 # One rescaling factor of each row, in place of its accumulators, for `softmax.fold`.
 _FACTORS = Layout(2, ((0, 0), (1, 0)), 1)
 
@@ -58,7 +59,7 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
     at, columns, loader = plan(c), c.columns, c.warps // 4
     queries, keys, values = at.queries, at.keys, at.values
     _, _, _, lag, few_registers, many_registers = SHAPES[c.E]
-    in_turn = loader == 2
+    in_turn, staged = loader == 2, c.is_staged
     S, M, C = f"f{len(layout)}", f"f{product.slots}", f"f{len(features)}"
     W = f"i{len(layout) // 2}"
     BLOCK = packed_block(c, FORWARD)
@@ -111,10 +112,19 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
 
     # What the others do.
 
-    @macro(f"{M} {M} {C}", PARAMETERS)
-    def begin_rows(e: Emit, p: Parameters) -> tuple[Regs, Regs, Regs]:
-        nobody = e.const("i", 0) > 0
-        return start(e, product, features, None, nobody, p.real("factor", "f"))
+    @macro(f"{M} {M} {C}", BLOCK, "i")
+    def begin_rows(e: Emit, b: Block, thread: I32) -> tuple[Regs, Regs, Regs]:
+        sinks = [b.sink(b.head, "f")] * product.slots if c.sinks else None
+        first = product.lane_column(thread & 31).equals(0)
+        return start(e, product, features, sinks, first, b.p.real("factor", "f"))
+
+    @macro("f", BLOCK)
+    def slope_of_head(e: Emit, b: Block) -> Real:
+        return b.slope(b.head, "f") if c.alibi else e.const("f", 0.0)
+
+    @macro(S, BLOCK, "i", "i", "f", S)
+    def stages(e: Emit, b: Block, thread: I32, j: I32, slope: Real, s: Regs) -> Regs:
+        return stage(b, lanes, thread, j, s, slopes=[slope] * product.slots)[0]
 
     @macro("", "i")
     def wait_for_turn(e: Emit, group: I32) -> None:
@@ -227,7 +237,8 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
             take_registers()
             block = find_work(parameters, x, y)
             j, tiles, all_begin, all_end, _ = keys_seen(block)
-            m, l, acc = begin_rows(parameters)
+            m, l, acc = begin_rows(block, thread)
+            slope = slope_of_head(block)
             if tiles > 0:
                 if in_turn and group == loader - 1:
                     pass_turn(group)  # the last one lets the first begin
@@ -237,6 +248,8 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
                     pass
                 s = first_scores(begin_scores(base, group, np.int32(0)))
                 release_key(base, thread, np.int32(0))
+                if staged:
+                    s = stages(block, thread, j, slope, s)
                 if j < all_begin or j + columns > all_end:
                     s = hide(block, thread, j, s)
                 p, m, l, factors = take_in(parameters, s, m, l)
@@ -256,6 +269,8 @@ def make_hopper(c: Spec, on: Target) -> KernelFunction:
                     s = scores_done(s)
                     release_key(base, thread, n)
                     j = np.int32(j + columns)
+                    if staged:
+                        s = stages(block, thread, j, slope, s)
                     if j < all_begin or j + columns > all_end:
                         # Rematerialization: the block is computed anew, so that it does not occupy registers.
                         edge = find_work(parameters, x, y)
@@ -285,7 +300,7 @@ def shared(c: Spec) -> int:
 
 def spec_of(c: Spec) -> Spec | None:
     """The kernel here that does what a kernel of `forward` does; None if there is none."""
-    if c.task != "forward" or c.E not in SHAPES or not c.suits_warpgroups:
+    if c.task != "forward" or c.E not in SHAPES or not c.suits_warpgroups(*OPTIONS):
         return None
     groups, columns, *_ = SHAPES[c.E]
     # A sum of bfloat16 numbers may overflow, and then the NaN-safe kernel repeats the row with smaller weights.

@@ -416,6 +416,6 @@ def shared(c: Spec) -> int:
 
 def spec_of(c: Spec) -> Spec | None:
     """The kernel here that does what a kernel of `backward` with ``fused_dq`` does; None if there is none."""
-    if c.task != "key" or not c.fused_dq or c.E not in SHAPES or not c.suits_warpgroups:
+    if c.task != "key" or not c.fused_dq or c.E not in SHAPES or not c.suits_warpgroups():
         return None
     return c.with_(product="wgmma", slots=1, warps=4 * GROUPS, columns=SHAPES[c.E][0])

@@ -19,6 +19,37 @@ from .products import Layout, Product
 from .softmax import LARGEST
 from .spec import Spec
 
+# The polynomial by which CUDA's library (`__nv_tanhf`) computes tanh x = x + x x^2 p(x^2) below a limit.
+SMALL = float.fromhex("0x1.333334p-1")
+TANH = tuple(map(float.fromhex, ("0x1.01e104p-6", "-0x1.ac795cp-5", "0x1.10b282p-3", "-0x1.5553dap-2")))
+TOGETHER = 16  # scores of a thread for which it is asked at once; 32 would spill in the kernels of sm_90a
+
+
+def tanh(e: Emit, s: Regs) -> Regs:
+    """Compute tanh of the scores of a thread in float32, with the bits of `Emit.tanh`.
+
+    The library computes an exponential and a reciprocal of every number, and takes the polynomial of small ones. Scores
+    are mostly small beside their cap: 7 instructions of a number are left of 15, none of them as slow as those two.
+    """
+    curves: Regs = []
+    for first in range(0, len(s), TOGETHER):
+        part = s[first : first + TOGETHER]
+        largest = [e.abs(x) for x in part]
+        while len(largest) > 1:
+            odd = largest[len(largest) // 2 * 2 :]
+            largest = [e.max(x, y) for x, y in zip(largest[::2], largest[1::2], strict=False)] + odd
+        large = e.any_lane(largest[0] >= SMALL)
+        part = e.when(large > 0, part, lambda numbers: [e.tanh(x) for x in numbers])
+        curves += e.when(large.equals(0), part, lambda numbers: [_small_tanh(e, x) for x in numbers])
+    return curves
+
+
+def _small_tanh(e: Emit, x: Real) -> Real:
+    square, p = x * x, e.const("f", TANH[0])
+    for coefficient in TANH[1:]:
+        p = e.fma(p, square, e.const("f", coefficient))
+    return e.fma(e.fma(p, square, e.const("f", 0.0)), x, x)  # keeps the sign of 0
+
 
 def _converted(e: Emit, kind: str, x: Real) -> Real:
     """A bias in the kind of the scores; a finite float64 is clamped so that it stays finite in float32."""
@@ -111,6 +142,19 @@ class Scores:
         positions = [(self.rows[slot], columns[n]) for slot, n in self.layout.elements]
         return [(b, a) for a, b in positions] if self.transposed else positions
 
+    def distances(self, offset: I32) -> Regs:
+        """How far each key lies before its query, in the kind of the scores.
+
+        The GPU converts integers at the rate of exponentials, so it converts one of each row, from which the columns
+        of a tile have constant distances. Above 2^24, float32 rounds both.
+        """
+        e, kind = self.e, self.product.kind
+        if self.transposed:
+            starts = [e.convert(kind, self.column + offset - row) for row in self.rows]
+            return [starts[slot] + float(n) for slot, n in self.layout.elements]
+        starts = [e.convert(kind, row + offset - self.column) for row in self.rows]
+        return [starts[slot] - float(n) for slot, n in self.layout.elements]
+
     def stages(self, s: Regs, inputs: StageInputs) -> tuple[Regs, Regs]:
         """Apply softcap, score_mod, ALiBi, bias, mask and mask_mod, in this order.
 
@@ -122,7 +166,9 @@ class Scores:
         is_natural = c.softcap or c.has_score_mod or c.alibi
         if c.softcap:
             inner, outer = p.real("cap_inner", kind), p.real("cap_outer", kind)
-            curves = [e.tanh(x * inner) for x in s]
+            curves = [x * inner for x in s]
+            # Other products have no registers for it in kernels that do much else.
+            curves = tanh(e, curves) if c.product == "wgmma" else [e.tanh(x) for x in curves]
             s = [x * outer for x in curves]
             derivatives = [e.const(kind, 1.0) - x * x for x in curves]
         elif is_natural:
@@ -137,12 +183,12 @@ class Scores:
                     own[1] * derivatives[n] if c.softcap else own[1] for n, own in enumerate(results)
                 ]  # fmt: skip
         if c.alibi:
-            sloped = []
-            for (slot, _), (i, j), x in zip(self.layout.elements, places, s, strict=True):
-                distance = i + inputs.offset - j
-                distance = e.max(distance, 0 - distance)
-                sloped.append(e.fma(e.convert(kind, distance), e.const(kind, 0.0) - inputs.slopes[slot], x))
-            s = sloped
+            slopes = [e.const(kind, 0.0) - slope for slope in inputs.slopes]
+            distances = self.distances(inputs.offset)
+            s = [
+                e.fma(e.abs(z), slopes[slot], x)
+                for (slot, _), z, x in zip(self.layout.elements, distances, s, strict=True)
+            ]
         low = self.product.hidden(e) if self.nan_safe else e.const(kind, -math.inf)
         if (c.bias and inputs.biases is None) or c.mask:
             inside = [(i < inputs.rows) & (j < inputs.keys) for i, j in places]

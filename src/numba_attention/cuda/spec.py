@@ -205,12 +205,12 @@ class Spec:
             named.append(f"mods_{self.mods.digest}")
         return "-".join([*words, *named, self.arch])
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the kernel has no option but `aligned` and `flags`, beside what says which kernel it is."""
+    def is_plain_but(self, *options: str) -> bool:
+        """Whether the kernel has no option but `aligned`, `flags` and these, beside what says which kernel it is."""
         plain = Spec(
             self.task, self.storage, self.E, self.Ev, self.product, self.slots, self.across, self.warps, self.columns,
             self.blocks, flags=self.flags, fused_dq=self.fused_dq, arch=self.arch,
+            **{name: getattr(self, name) for name in options},
         )  # fmt: skip
         return self == plain
 
@@ -219,10 +219,10 @@ class Spec:
         """Whether one instruction finds the smaller of two numbers, and NaN if either is."""
         return compute_capability(self.arch) >= (8, 0)
 
-    @property
-    def suits_warpgroups(self) -> bool:
-        """Whether a kernel of sm_90a whose warpgroups have roles may do what this one does, if it has such tiles."""
-        return self.arch == "sm_90a" and self.product == "tensor" and self.E == self.Ev and self.is_plain
+    def suits_warpgroups(self, *options: str) -> bool:
+        """Whether a kernel of sm_90a whose warpgroups have roles, and these options, may do what this one does."""
+        on_warpgroups = self.arch == "sm_90a" and self.product == "tensor" and self.E == self.Ev
+        return on_warpgroups and self.is_plain_but(*options)
 
     def with_(self, **changes: Any) -> "Spec":
         return replace(self, **changes)
