@@ -299,6 +299,8 @@ def test_bad_input(jax, naj):
     refused(TypeError, r"mask must be boolean .* pass additive values as bias=", mask=x[0, :, :3])
     refused(ValueError, r"bias of shape \(3, 4\) does not broadcast", bias=x[0])
     refused(ValueError, r"sinks must have shape \(2,\)", sinks=x[0, 0])
+    refused(TypeError, r"key_lengths must not mix truth values with numbers", key_lengths=[1, True])
+    refused(TypeError, r"key_lengths must be an array", key_lengths=iter([1, 2]))
     refused(ValueError, r"key_lengths must lie between 0 and 3, got 4", key_lengths=4)
     refused(ValueError, r"window must not be negative", window=(-1, 0))
     refused(ValueError, r"unknown backend", backend="fpga")

@@ -85,7 +85,7 @@ def test_official_case_as_function(onnx, case):
         ({"left_window_size": -2}, "left_window_size must be -1"),
         ({"qk_matmul_output_mode": 4}, "qk_matmul_output_mode must be 0, 1, 2 or 3"),
         ({"attn_mask": np.zeros((5, 9), bool)}, "mask"),
-        ({"nonpad_kv_seqlen": [9]}, "key_lengths"),
+        ({"nonpad_kv_seqlen": [9]}, "nonpad_kv_seqlen must lie between 0 and 5"),
         ({"Q": np.zeros((1, 5, 8), np.float32)}, "q_num_heads must divide"),
     ],
 )

@@ -21,7 +21,7 @@ from .options import (
     takes_options,
 )
 from .problem.dense import Problem, build
-from .validation import as_flag, as_seed
+from .validation import as_array, as_flag, as_seed
 
 try:
     import jax
@@ -146,8 +146,8 @@ def attention(
     """
     fixed_options, of_mods = split_mod_args(options, _is_array)
     settings = gather(attention, fixed_options)
-    arguments = {"query": query, "key": key, "value": value} | {name: getattr(settings, name) for name in ARRAYS}
-    arguments |= of_mods
+    arguments = {"query": query, "key": key, "value": value}
+    arguments |= {name: _as_array(name, getattr(settings, name)) for name in ARRAYS} | of_mods
     seed = None if settings.seed is None else _words_of_seed(settings.seed)
     fixed: dict[str, Any] = dict.fromkeys(ARRAYS) | {"seed": None if seed is None else 0}
     if isinstance(settings.mask, BlockMask):
@@ -186,6 +186,11 @@ def _words_of_seed(seed: Any) -> JaxArray:
         return seed.astype(jnp.uint32)
     high = seed >> 32 if seed.dtype.itemsize == 8 else jnp.zeros_like(seed)
     return jnp.stack([seed, high]).astype(jnp.uint32)
+
+
+def _as_array(name: str, x: Any) -> Any:
+    """Convert an option as `attention` does, before JAX would: it reads truth values among numbers as 0 and 1."""
+    return x if x is None or isinstance(x, jax.Array | BlockMask) else as_array(name, x)
 
 
 def _is_array(x: Any) -> bool:

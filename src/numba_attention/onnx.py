@@ -15,7 +15,7 @@ from .api import attention as _attention
 from .api import attention_weights
 from .options import Array
 from .rotary import Turn, rotate
-from .validation import as_array, as_ints, as_ndarray, indices_within
+from .validation import as_array, as_ints, as_ndarray, indices_within, lengths_within
 
 _DOUBLE = 11  # the number of float64 in TensorProto
 _PROBABILITIES = 3  # of the modes of qk_matmul_output
@@ -136,7 +136,8 @@ def attention(
         mask = _padded(attn_mask, S)
         options["mask" if mask.dtype == np.bool_ else "bias"] = mask
     if nonpad_kv_seqlen is not None:
-        lengths = as_ints("nonpad_kv_seqlen", nonpad_kv_seqlen).reshape(-1)
+        given = as_ints("nonpad_kv_seqlen", nonpad_kv_seqlen).reshape(-1)
+        lengths = lengths_within("nonpad_kv_seqlen", given, S, (B,))
         options |= {"key_lengths": lengths, "query_offset": lengths - L}
     elif past_key is not None:
         options["query_offset"] = np.asarray(past_key).shape[2]
