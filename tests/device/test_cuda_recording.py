@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import types
 from functools import partial
 
 import numpy as np
@@ -663,20 +664,53 @@ def test_merging(give, gpu, repeated, stacked):
         right = na.merge_attention_backward(*want, outs, lses)
         close([*grads[0], *grads[1]], [*right[0], *right[1]])
         assert type(grads[0]) is type(grads[1]) is list
-    assert len(repeated) == (4 if stacked else 6), "gradients of five parts are separate arrays"
+    assert len(repeated) == (4 if stacked else 6), "gradients of a stack are separate arrays, its parts within it"
     assert len(gpu.copies) == (3 if stacked else 0)
 
 
-def test_merging_of_separate_parts_is_planned(gpu, repeated):
-    """Arrays that happen to lie at equal distances do not in the next call."""
+def test_merging_separate_parts(gpu, repeated):
+    """Arrays that happen to lie at equal distances do not in the next call, whose table has other addresses."""
     room = Tensor(np.zeros((9, 2, 3, 5, 8), np.float32))
-    for places in ((0, 1, 2), (0, 2, 7), (8, 1, 3)):
+    for places in ((0, 1, 2), (0, 2, 7), (8, 1, 3), (4, 4, 4)):
         outs, lses = some_parts(3, places[1])
         for n, x in zip(places, outs, strict=True):
             room.array[n] = x
-        there = [Tensor.of(room.header[n]) for n in places]
-        close(na.merge_attention(there, list(map(Tensor, lses))), na.merge_attention(outs, lses))
-    assert not repeated
+        outs = [room.array[n].copy() for n in places]
+        there = [[Tensor.of(room.header[n]) for n in places], list(map(Tensor, lses))]
+        want = na.merge_attention(outs, lses)
+        close(na.merge_attention(*there), want)
+        grads = na.merge_attention_backward(*map(Tensor, want), *there)
+        right = na.merge_attention_backward(*want, outs, lses)
+        close([*grads[0], *grads[1]], [*right[0], *right[1]])
+    assert len(repeated) == 4, "one array three times is another kind of call"
+    assert all(any(x.tables) for x in repeated)
+
+
+def test_merging_separate_parts_on_another_gpu(gpu, repeated):
+    """Their table is copied there."""
+    for seed in range(3):
+        outs, lses = some_parts(3, seed)
+        got = na.merge_attention([Tensor(x, 1) for x in outs], [Tensor(x, 1) for x in lses])
+        close(got, na.merge_attention(outs, lses))
+        assert gpu.launches[-1][1] == 1
+    assert len(repeated) == 2
+    assert gpu.ordinal == 0
+
+
+def test_merging_separate_parts_is_not_captured(gpu, repeated, monkeypatch):
+    """What is copied from the host in a graph would be what is there when the graph runs."""
+    monkeypatch.setattr(
+        sys.modules["torch"].cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=7)
+    )
+    there = [list(map(Tensor, x)) for x in some_parts(3, 0)]
+    gpu.capturing.add(7)
+    for _ in range(2):
+        with pytest.raises(na.BackendUnavailableError, match="more than two separate arrays cannot be captured"):
+            na.merge_attention(*there)
+        gpu.capturing.discard(7)
+        na.merge_attention(*there)
+        gpu.capturing.add(7)
+    na.merge_attention(*(x[:2] for x in there))
 
 
 def test_merging_one_array_twice(gpu, repeated):

@@ -63,7 +63,10 @@ def _launch(task: str, arrays: dict[str, list[Array]], **numbers: int) -> None:
     table = None  # kept until the launch
     if None in counted.values():
         joined = np.concatenate([np.array(entries[name][:number], np.int64) for name in ARRAYS[task]], axis=1)
-        table = runtime.upload(joined, runtime.stream())
+        names = entry_of(ARRAYS[task])
+        columns = [names.index(name) for name in ARRAYS[task]]
+        places = [part * len(names) + column for part in range(number) for column in columns]
+        table = runtime.upload_table(joined, places, runtime.stream())
         values["table"] = address_of(table)
     whole = all(has_whole_words(x, CHUNK) for name in arrays for x in arrays[name] if "out" in name)
     storage = storage_of(first.dtype)

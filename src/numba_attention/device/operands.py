@@ -98,7 +98,8 @@ class Seen:
 
     def repeat(self, recorded: replay.Recorded) -> Any:
         driver = runtime.driver
-        if not self.family.on_current or driver.of_thread() == self.device:  # entering a block takes 1 us
+        on_current = self.family.on_current or recorded.tables
+        if not on_current or driver.of_thread() == self.device:  # entering a block takes 1 us
             return recorded.repeat(driver, self)
         with driver.on(self.device):
             return recorded.repeat(driver, self)

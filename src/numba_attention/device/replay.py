@@ -5,7 +5,7 @@ first call of a kind runs the code that checks, plans and allocates, while a `Re
 repeats the same allocations and the same launches with other addresses.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..bounded import BoundedCache
+from ..errors import BackendUnavailableError
 from ..options import Array
 from . import driver
 from .driver import Kernel, identity
@@ -31,6 +32,21 @@ _current: ContextVar["Recorder | None"] = ContextVar("numba_attention_recorder",
 _recorded: "BoundedCache[Recorded]" = BoundedCache(size=SIZE)
 _workspaces: "BoundedCache[list[Workspace]]" = BoundedCache(count=8)  # which no thread is using, by stream
 _captured: list[Any] = []  # memory that captured CUDA graphs may use at any time
+
+
+class Table(NamedTuple):
+    """Numbers that a call copies to scratch memory: its number, and which of them are addresses in which array."""
+
+    number: int
+    numbers: list[int]
+    patches: list[tuple[int, int, int]]
+
+    def at(self, addresses: Sequence[int]) -> Array:
+        """Return the numbers with the addresses of a call."""
+        numbers = np.array(self.numbers, np.int64)
+        for place, number, more in self.patches:
+            numbers[place] = addresses[number] + more
+        return numbers
 
 
 class Made(NamedTuple):
@@ -64,6 +80,7 @@ class Recorder:
         self._fixed: dict[int, Array] = {}
         self.made: list[Made] = []
         self.launches: list[Launch] = []
+        self.tables: list[Table] = []
         self._owners: dict[int, int] = {}  # index in `made` of each result, by its owner
         self._ranges: list[tuple[int, int, int]] = []  # first and last address of what was made, and its number
         self._alive: list[Any] = []  # kept until the call ends, so that no address is used twice
@@ -89,19 +106,33 @@ class Recorder:
         """Record memory whose contents and address are the same in every call of this kind."""
         self._fixed[address_of(array)] = array
 
-    def launch(
-        self, kernel: Kernel, grid: tuple[int, int, int], integers: Sequence[int], reals: Sequence[float]
-    ) -> None:
+    def _patches(self, integers: Sequence[int], places: Iterable[int]) -> list[tuple[int, int, int]] | None:
+        """Return which arrays the addresses at these places are in, and how far in; None if one is in none of them."""
         patches = []
-        for place in kernel.addresses:
+        for place in places:
             address = integers[place]
             if address in self._sources:
                 patches.append((place, self._sources[address], 0))
             elif address and address not in self._fixed:
                 inside = [(place, n, address - start) for start, end, n in self._ranges if start <= address < end]
                 if not inside:
-                    return self.give_up()
+                    return None
                 patches += inside
+        return patches
+
+    def table(self, array: Array, numbers: Sequence[int], places: Iterable[int]) -> None:
+        """Record what is copied from the host to scratch memory: numbers, of which those at `places` are addresses."""
+        patches = self._patches(numbers, places)
+        if patches is None:
+            return self.give_up()
+        self.tables.append(Table(self._sources[address_of(array)], list(numbers), patches))
+
+    def launch(
+        self, kernel: Kernel, grid: tuple[int, int, int], integers: Sequence[int], reals: Sequence[float]
+    ) -> None:
+        patches = self._patches(integers, kernel.addresses)
+        if patches is None:
+            return self.give_up()
         if self._seed is not None and kernel.seed is not None:
             patches.append((kernel.seed, self._seed, 0))
         self.launches.append(Launch(kernel, grid, list(integers), patches, list(reals)))
@@ -114,7 +145,7 @@ class Recorder:
             pattern = _pattern(result, self._owners)
         except KeyError:  # a result that `make` did not record
             return
-        recorded = Recorded(self._number, self.made, self.launches, pattern, list(self._fixed.values()))
+        recorded = Recorded(self._number, self.made, self.launches, pattern, list(self._fixed.values()), self.tables)
         driver.machine()
         _recorded.add(key, recorded, recorded.nbytes)
 
@@ -180,8 +211,11 @@ class Recorded:
     stream: as the library's own pool gives freed memory to the next call on that stream.
     """
 
-    def __init__(self, number: int, made: list[Made], launches: list[Launch], pattern: Any, fixed: list[Array]) -> None:
-        self._launches, self._pattern, self._fixed = launches, pattern, fixed
+    def __init__(
+        self, number: int, made: list[Made], launches: list[Launch], pattern: Any, fixed: list[Array],
+        tables: list[Table],
+    ) -> None:  # fmt: skip
+        self._launches, self._pattern, self._fixed, self.tables = launches, pattern, fixed, tables
         # All scratch memory of a call is one allocation. With each recorded one its place in that, None for results.
         self._made: list[tuple[Made, int | None]] = []
         self._scratch = 0
@@ -250,6 +284,10 @@ class Recorded:
             array, address = family.make(kind, stream) if offset is None else (memory, start + offset)
             arrays.append(array)
             addresses.append(address)
+        if self.tables:
+            refuse_capture(is_captured)
+            for table in self.tables:
+                driver.write(addresses[table.number], table.at(addresses), stream)
         driver.repeat(own, addresses, clears, stream, device)
         self._free.append(own)
         if free is not None and workspace is not None:
@@ -257,6 +295,15 @@ class Recorded:
         if is_captured:
             _captured.append((self, arrays))
         return _built(self._pattern, arrays)
+
+
+def refuse_capture(is_captured: bool) -> None:
+    """Raise an error where a graph is captured that would copy a table from the host: what is there when it runs."""
+    if is_captured:
+        raise BackendUnavailableError(
+            "merging more than two separate arrays cannot be captured in a CUDA graph, because a table of their "
+            "addresses is copied from the host; stack them, or merge two at a time"
+        )
 
 
 def find(key: Any) -> Recorded | None:

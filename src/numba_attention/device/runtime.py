@@ -3,7 +3,7 @@
 Everything goes through `driver`, which tests replace by their own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -101,6 +101,17 @@ def upload(array: Array, stream: int) -> Array:
     return copy if copy.shape == array.shape else np.broadcast_to(copy, array.shape)
 
 
+def upload_table(table: Array, addresses: Iterable[int], stream: int) -> Array:
+    """Copy a table of int64 to the device, of which the elements with these flat indices are addresses of the call."""
+    replay.refuse_capture(driver.is_capturing(stream))
+    copy = empty(table.shape, np.int64, stream)
+    driver.write(address_of(copy), table, stream)
+    recorder = replay.current()
+    if recorder is not None:
+        recorder.table(copy, table.ravel().tolist(), addresses)
+    return copy
+
+
 def download(array: Array, out: Array, stream: int) -> None:
     """Copy the memory of a header to an array on the host, of its shape and dtype, and wait for it."""
     if array.shape != out.shape or array.dtype != out.dtype:
@@ -147,5 +158,6 @@ __all__ = [
     "stream",
     "unusable",
     "upload",
+    "upload_table",
     "using",
 ]
