@@ -18,8 +18,7 @@ import torch
 
 import numba_attention as na
 from numba_attention import api, device_call
-from numba_attention.device import replay, runtime
-from numba_attention.device.arrays import family_of
+from numba_attention.device import arrays, replay, runtime
 from numba_attention.device.launches import Launches
 from numba_attention.options import NO_OPTIONS
 
@@ -68,11 +67,12 @@ def normal(*shape):
     return x if STUB else x.cuda()
 
 
-def recorded_of(q, k, v):
+def recorded_of(q, k, v, **options):
     """What the package keeps of attention of these arrays."""
-    na.attention(q, k, v)
+    for _ in range(2):
+        na.attention(q, k, v, **options)
     operands = {"query": q, "key": k, "value": v}
-    seen = device_call._look(api._attention, operands, NO_OPTIONS, {"return_lse": False})
+    seen = device_call._look(api._attention, operands, options, {"return_lse": False})
     recorded = replay.find(seen.key)
     assert recorded is not None, "calls are not repeated"
     return seen, recorded
@@ -150,7 +150,7 @@ def peers(q, k, v):
 def parts(q, k, v):
     device = torch.device("cpu" if STUB else "cuda", 0)
     operands = {"query": q, "key": k, "value": v}
-    family, driver, stream = family_of(q), runtime.driver, runtime.DEFAULT_STREAM
+    family, driver, stream = arrays.family_of(q), runtime.driver, runtime.DEFAULT_STREAM
     row("a call of a Python function that does nothing", lambda: None)
     row("q.shape, q.stride(), q.dtype, q.data_ptr()", lambda: (q.shape, q.stride(), q.dtype, q.data_ptr()))
     row("q.device.index", lambda: q.device.index)
@@ -169,9 +169,12 @@ def parts(q, k, v):
     row("driver.allocate(1 MB) and free", lambda: driver.allocate(2**20, stream))
     memory = driver.allocate(2**20, stream)
     row("driver.clear(512 bytes)", lambda: driver.clear(memory.address, 512, stream))
-    row("family_of(q)", lambda: family_of(q))
+    row("arrays.family_of(q)", lambda: arrays.family_of(q))
     row("family.look(q)", lambda: family.look(q))
     row("family.new of the result", lambda: family.new((1, 8, 128, 64), np.dtype("float16"), 0, stream))
+    looks = arrays.looks_of(type(q))
+    if looks is not None:
+        row("looks of three tensors by machine code", lambda: looks[1].of(type(q), (q, k, v)))
     rest = {"return_lse": False}
     row("_look: key of the call", lambda: device_call._look(api._attention, operands, NO_OPTIONS, rest))
     seen, recorded = recorded_of(q, k, v)
@@ -195,6 +198,16 @@ def launches(q, k, v):
     row("driver.launch (cuda.core)", lambda: driver.launch(kernel, x.grid, integers, x.reals, stream))
     row("driver.repeat", lambda: driver.repeat(own, addresses, 0, stream, 0))
     row("driver.repeat, in Python", lambda: driver._repeat(own, addresses, 0, stream))
+    again = Launches([x, x], [], len(addresses))
+    row("driver.repeat, one kernel twice", lambda: driver.repeat(again, addresses, 0, stream, 0))
+    seen, causal = recorded_of(q, k, v, is_causal=True)
+    two = causal._free[0]
+    of_two = two.addresses.tolist()
+    for n, (_, at) in enumerate(causal._made, len(seen.addresses)):
+        if at is None:
+            of_two[n] = out.data_ptr()
+    row("driver.repeat, the two kernels of a causal call", lambda: driver.repeat(two, of_two, 0, stream, 0))
+    driver.repeat(own, addresses, 0, stream, 0)
     code = driver._loaded(kernel, 0)
     function = driver._function(kernel, int(bindings.cuCtxGetCurrent()[1]))
     handles = {"CUkernel": int(code.handle), "CUfunction": int(function)}
