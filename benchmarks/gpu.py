@@ -181,8 +181,11 @@ def backward(E: int, L: int, causal: bool, dtype: str = "bfloat16", B: int = 0) 
     return Row(f"backward {dtype} E{E} L{L}{' causal' if causal else ''}", make, flops, bars=bars)
 
 
-# Options of the forward kernels of sm_90a.
-ON_WARPGROUPS = ("plain", "softcap", "softcap of large scores", "softcap, causal", "ALiBi", "ALiBi, causal", "sinks")
+# Options of the kernels of sm_90a.
+ON_WARPGROUPS = {
+    "forward": ("plain", "softcap", "softcap of large scores", "softcap, causal", "ALiBi", "ALiBi, causal", "sinks"),
+    "backward": ("plain", "ALiBi", "ALiBi, causal"),
+}
 
 
 def optional(name: str, E: int = 64, L: int = 4096, B: int = 1, task: str = "forward") -> Row:
@@ -209,11 +212,13 @@ def optional(name: str, E: int = 64, L: int = 4096, B: int = 1, task: str = "for
         if task == "attention_weights":
             return {"ours": lambda: na.attention_weights(*given[1:3], **options)}
         if task == "forward":
-            ours = lambda: na.attention(*given[1:], **options)  # noqa: E731
-            return {"ours": ours} | ({"mma.sync": _with_mma_sync(ours)} if name in ON_WARPGROUPS else {})
+            return beside(lambda: na.attention(*given[1:], **options))
         forward = {name: x for name, x in options.items() if name != "mod_grads"}
         out, lse = na.attention(*given[1:], return_lse=True, **forward)
-        return {"ours": lambda: na.attention_backward(*given, out, lse, **options)}
+        return beside(lambda: na.attention_backward(*given, out, lse, **options))
+
+    def beside(call: Callable[[], object]) -> dict[str, Callable[[], object]]:
+        return {"ours": call} | ({"mma.sync": _with_mma_sync(call)} if name in ON_WARPGROUPS[task] else {})
 
     flops = {"forward": 4.0, "backward": 10.0, "attention_weights": 4.0}[task] * B * H * L * L * E
     flops *= 0.5 if "causal" in name else 1.0
@@ -400,8 +405,11 @@ def rows() -> list[Row]:
     made += [backward(64, 4096, False, "float32", B=1), backward(64, 2048, False, "float64", B=1)]
     names = ("plain", "dropout", "softcap", "ALiBi", "bias", "a score_mod with a slope", "a tenth of all blocks")
     made += [optional(name, task=task) for task in ("forward", "backward") for name in names]
-    measured = {(name, 64) for name in names}
-    made += [optional(name, E) for name in ON_WARPGROUPS for E in (64, 128, 256) if (name, E) not in measured]
+    made += [
+        optional(name, E, task=task)
+        for task, sizes in (("forward", (64, 128, 256)), ("backward", (64, 128)))
+        for name in ON_WARPGROUPS[task] for E in sizes if (name, E) not in {(name, 64) for name in names}
+    ]  # fmt: skip
     made += [optional("gradient of slopes", task="backward"), optional("plain", L=2048, task="attention_weights")]
     made += [forward(576, 4096, False, bars={}, B=4, Ev=512), latent(64, 8192), latent(64, 8192, H=16)]
     made += [merge("merge_attention"), merge("merge_attention_backward"), append(64)]

@@ -17,6 +17,7 @@ FIRST = (
     "forward bfloat16 E64 L4096, plain", "forward bfloat16 E64 L4096, softcap", "forward bfloat16 E64 L4096, ALiBi",
     "forward bfloat16 E64 L4096, sinks", "forward bfloat16 E128 L4096, softcap", "forward bfloat16 E128 L4096, ALiBi",
     "forward bfloat16 E128 L4096, plain", "forward bfloat16 E64 L4096, softcap of large scores",
+    "backward bfloat16 E64 L4096, ALiBi",
 )  # fmt: skip
 
 

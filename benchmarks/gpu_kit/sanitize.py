@@ -20,6 +20,7 @@ RUNS = [
     ("racecheck", "warpgroups_E64"),
     ("synccheck", "warpgroups_E128_causal"),
     ("racecheck", "warpgroups_options_packed"),
+    ("memcheck", "warpgroups_backward_alibi"),
     ("racecheck", "latent_backward"),
     ("memcheck", "latent_decode"),
     ("racecheck", "float32_two_tiles"),

@@ -329,6 +329,13 @@ def backward_bfloat16_E128_window():
 
 
 @step
+def warpgroups_backward_alibi():
+    shape = {"L": 350, "S": 333, "H": 4, "Hkv": 2, "alibi_slopes": np.array([0.2, -0.01, 0.05, 0.0])}
+    options = {"window": (90, 30), "key_lengths": 300}, {"is_causal": True}
+    return "; ".join(f"E{E}: {both('bfloat16', E=E, **shape, **more)}" for E in (64, 128) for more in options)
+
+
+@step
 def bias_tiles():
     """A bias in a half type is copied as tiles, and its gradient comes from the tile of dS, or by atomics."""
     import numba_attention as na

@@ -114,6 +114,7 @@ def test_both_passes(gpu, E, name):
 
 # Without options, and with all that the forward kernel has.
 EITHER = pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "alibi_slopes": [0.1], "sinks": [1.5]}])
+SLOPES = pytest.mark.parametrize("options", [{}, {"alibi_slopes": [0.1]}])
 ALL = {"softcap": 3.0, "alibi_slopes": [0.1, -0.02], "sinks": [1.5, -np.inf]}
 
 
@@ -139,9 +140,13 @@ def test_options(gpu, E, name):
         close(out[0], want[0], LIMITS[dtype])
         close(lse[0], want[1], 1e-5)
         assert products(gpu) == {("forward", "wgmma")}
-    got = na.attention_backward(grad, q, k, v, out, lse, **options, **rule, backend="cuda")
-    for made, right in zip((got.query, got.key, got.value), want[2:], strict=True):
-        close(made[0], right, LIMITS[dtype])
+        gpu.configs.clear()
+        got = na.attention_backward(grad, q, k, v, out, lse, **options, **rule, backend="cuda")
+        for made, right in zip((got.query, got.key, got.value), want[2:], strict=True):
+            close(made[0], right, LIMITS[dtype])
+        large = E <= 128 and "softcap" not in options
+        assert {product for task, product in products(gpu) if task == "key"} == {"wgmma" if large else "tensor"}
+        gpu.configs.clear()
 
 
 @pytest.mark.parametrize("E", [40, 128, 256])
@@ -149,10 +154,14 @@ def test_options_of_packed_sequences(gpu, E):
     """Positions and heads are those of each sequence, of which one has no rows."""
     lengths = np.array([200, 0, 37, 130])
     ends = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
-    q, k, v = (normal(n, ends[-1], heads, E, dtype=BF16) for n, heads in enumerate((2, 1, 1)))
-    out, lse = na.attention_varlen(q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, is_causal=True, **ALL,
-                                   return_lse=True, backend="cuda")  # fmt: skip
+    q, k, v, grad = (normal(n, ends[-1], heads, E, dtype=BF16) for n, heads in enumerate((2, 1, 1, 2)))
+    packed = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "is_causal": True, "backend": "cuda"}
+    out, lse = na.attention_varlen(q, k, v, **packed, **ALL, return_lse=True)
     assert products(gpu) == {("forward", "wgmma")}
+    of_gradients = {name: x for name, x in ALL.items() if name != "softcap"}
+    own = na.attention_varlen(q, k, v, **packed, **of_gradients, return_lse=True)
+    got = na.attention_varlen_backward(grad, q, k, v, *own, **packed, **of_gradients)
+    assert (("key", "wgmma") in products(gpu)) == (E <= 128)
     for first, last in pairwise(ends):
         if first == last:
             continue
@@ -161,6 +170,9 @@ def test_options_of_packed_sequences(gpu, E):
         want = textbook(*parts, seen, np.zeros_like(parts[0]), **of_textbook(ALL))
         close(np.swapaxes(out[first:last], 0, 1), want[0], LIMITS[BF16])
         close(lse[:, first:last], want[1], 1e-5)
+        want = textbook(*parts, seen, np.swapaxes(grad[first:last], 0, 1), **of_textbook(of_gradients))
+        for made, right in zip((got.query, got.key, got.value), want[2:], strict=True):
+            close(np.swapaxes(made[first:last], 0, 1), right, LIMITS[BF16])
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
@@ -172,8 +184,11 @@ def test_slopes_of_far_positions(monkeypatch, capability):
     shared = 166912 if capability == (8, 0) else 232448
     with emulated(monkeypatch, multiprocessors=1, capability=capability, shared_memory=shared):
         out, lse = na.attention(q, k, v, **options, return_lse=True, backend="cuda")
+        got = na.attention_backward(q, q, k, v, out, lse, **options, backend="cuda")
     close(out[0], want[0], LIMITS[F16])
     close(lse[0], want[1], 1e-5)
+    for made, right in zip((got.query, got.key, got.value), want[2:], strict=True):
+        close(made[0], right, LIMITS[F16])
 
 
 @pytest.mark.parametrize(
@@ -316,10 +331,10 @@ def attend(**options):
     return na.attention(q, k, v, **options, backend="cuda")
 
 
-def differentiate():
+def differentiate(**options):
     q, k, v, grad = (normal(n, 1, 1, 300, 64, dtype=F16) for n in range(4))
-    out, lse = na.attention(q, k, v, return_lse=True, backend="cuda")
-    return na.attention_backward(grad, q, k, v, out, lse, backend="cuda")
+    out, lse = na.attention(q, k, v, **options, return_lse=True, backend="cuda")
+    return na.attention_backward(grad, q, k, v, out, lse, **options, backend="cuda")
 
 
 class TestWhatIsFound:
@@ -367,13 +382,15 @@ class TestWhatIsFound:
         with pytest.raises(AssertionError):
             attend(**options)
 
-    def test_rows_that_are_overwritten_while_they_are_added(self, gpu, monkeypatch):
+    @SLOPES
+    def test_rows_that_are_overwritten_while_they_are_added(self, gpu, monkeypatch, options):
         """The sums of dQ of a tile are read late, so the next tile must wait for that."""
         monkeypatch.setattr(emulator_module.Emit, "wait_added", lambda self, read: None)
         with pytest.raises(AssertionError, match="overwritten"):
-            differentiate()
+            differentiate(**options)
 
-    def test_rows_that_are_added_without_a_fence(self, gpu, monkeypatch):
+    @SLOPES
+    def test_rows_that_are_added_without_a_fence(self, gpu, monkeypatch, options):
         add, unfenced = emulator_module.Emit.add_rows, []
 
         def forgetful(self, address, shared, size, where):
@@ -384,14 +401,15 @@ class TestWhatIsFound:
 
         monkeypatch.setattr(emulator_module.Emit, "add_rows", forgetful)
         with pytest.raises(AssertionError, match="without fence_proxy"):
-            differentiate()
+            differentiate(**options)
         assert unfenced
 
-    def test_more_registers_than_a_block_has(self, gpu, monkeypatch):
+    @SLOPES
+    def test_more_registers_than_a_block_has(self, gpu, monkeypatch, options):
         """A warpgroup waits for ever for registers that no other gives back: each of 384 threads begins with 168."""
         monkeypatch.setitem(hopper_backward.SHAPES, 64, (*hopper_backward.SHAPES[64][:-2], 32, 240))
         with pytest.raises(AssertionError, match="setmaxnreg"):
-            differentiate()
+            differentiate(**options)
 
     @EITHER
     def test_a_wrong_descriptor(self, gpu, monkeypatch, options):
@@ -404,9 +422,13 @@ class TestWhatIsFound:
 
 
 def sets_of_options():
-    """All sets of what the forward kernel has, and the gradients."""
-    sets = [set(names) for n in range(len(hopper.OPTIONS) + 1) for names in combinations(hopper.OPTIONS, n)]
-    return [("forward", options) for options in sets] + [("key", set())]
+    """All sets of what the kernels have."""
+    return [
+        (task, set(names))
+        for task, options in (("forward", hopper.OPTIONS), ("key", hopper_backward.OPTIONS))
+        for n in range(len(options) + 1)
+        for names in combinations(options, n)
+    ]
 
 
 @pytest.mark.parametrize("flags", [False, True])

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .backward import NAMES, copy_facts, mended, write_own
-from .blocks import FACTS, Block, Lanes, block_of, packed_block, work_item
-from .emit import I32, I64, Emit, KernelFunction, Regs, Target
+from .blocks import FACTS, Block, Lanes, block_of, packed_block, stage, work_item
+from .emit import I32, I64, Emit, KernelFunction, Real, Regs, Target
 from .loading import make_landed, make_loads, make_once, rows_of, rows_that_are_whole
 from .parameters import PARAMETERS, Parameters
 from .rowwise import PART, TURN
@@ -29,6 +29,8 @@ from .warpgroups import AT_ONCE, GROUP, ROWS, Ring, Slabs, Warpgroups, init_barr
 # waited for, how many steps of 16 queries of dK are begun before dQ is added, and registers of a thread that loads and
 # of one that computes.
 SHAPES = {64: (128, 3, 2, 1, 0, 40, 232), 128: (64, 3, 2, 1, 2, 40, 232)}
+# That kernels here have. Beside P and dO V^T, no registers are left for the derivatives of a softcap.
+OPTIONS = ("alibi",)
 GROUPS = 2  # warpgroups that compute
 _SHARING = 1  # the named barrier behind which dS of both warpgroups is there; those of each warpgroup follow
 _PITCH = 4 * len(FACTS)  # bytes of the facts of a query
@@ -74,6 +76,7 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
     of_keys, of_values, of_queries = product.features(c.E), product.features(c.Ev), product.features(PART)
     at, columns, loader, first_loader = plan(c), c.columns, GROUPS, GROUPS * GROUP
     *_, lag, early, few_registers, many_registers = SHAPES[c.E]
+    staged = c.is_staged
     by_rows = c.columns == GROUPS * ROWS  # how warpgroups share out dQ: by rows or by features
     S, W, Q = f"f{len(layout)}", f"i{len(layout) // 2}", f"f{len(of_queries)}"
     K, V = f"f{len(of_keys)}", f"f{len(of_values)}"
@@ -163,6 +166,15 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
         first = facts_of(e, base, n) + product.lane_column(e.opaque(thread) & 31) * _PITCH + 4 * FACTS.index(name)
         of_column = {n: e.load_shared("f", first + n * _PITCH) for n in dict.fromkeys(n for _, n in layout.elements)}
         return [of_column[n] for _, n in layout.elements]
+
+    @macro("f", BLOCK, "i")
+    def slope_of_head(e: Emit, b: Block, head: I32) -> Real:
+        return b.slope(b.head * b.p.int("group") + head, "f") if c.alibi else e.const("f", 0.0)
+
+    @macro(S, BLOCK, "i", "i", "i", "f", S)
+    def stages(e: Emit, b: Block, thread: I32, head: I32, j: I32, slope: Real, s: Regs) -> Regs:
+        """The derivatives of all of them are 1."""
+        return stage(b, lanes, thread, j, s, head, slopes=[slope] * product.slots)[0]
 
     @macro(S, BLOCK, "i", "i", S)
     def hide(e: Emit, b: Block, thread: I32, j: I32, s: Regs) -> Regs:
@@ -342,7 +354,10 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
                 while grad_is_there(base, n) == 0:
                     pass
                 dp = begin_slopes(base, group, n)
+                slope = slope_of_head(block, head)
                 s = first_scores_done(s)
+                if staged:
+                    s = stages(block, thread, head, j, slope, s)
                 if j < all_begin or j + columns > all_end:
                     s = hide(block, thread, j, s)
                     if any_far(parameters) != 0:
@@ -380,6 +395,9 @@ def make_hopper_backward(c: Spec, on: Target) -> KernelFunction:
                     j = np.int32(j + columns)
                     if j == end:
                         head, j = np.int32(head + 1), first
+                        slope = slope_of_head(block, head)
+                    if staged:
+                        s = stages(block, thread, head, j, slope, s)
                     if j < all_begin or j + columns > all_end:
                         # Rematerialization: the block is computed anew, so that it does not occupy registers.
                         edge, _ = find_work(parameters, x, y)
@@ -416,6 +434,6 @@ def shared(c: Spec) -> int:
 
 def spec_of(c: Spec) -> Spec | None:
     """The kernel here that does what a kernel of `backward` with ``fused_dq`` does; None if there is none."""
-    if c.task != "key" or not c.fused_dq or c.E not in SHAPES or not c.suits_warpgroups():
+    if c.task != "key" or not c.fused_dq or c.E not in SHAPES or not c.suits_warpgroups(*OPTIONS):
         return None
     return c.with_(product="wgmma", slots=1, warps=4 * GROUPS, columns=SHAPES[c.E][0])
