@@ -78,6 +78,27 @@ def test_layers_in_lists_have_names():
     assert "blocks.1.wide.weight" in names
 
 
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: nn.Linear(0, 4), ValueError, "inputs must be positive, got 0"),
+        (lambda: nn.Linear(3, True), TypeError, "outputs must be an integer, got True"),
+        (lambda: nn.Linear(3.0, 4), TypeError, r"inputs must be an integer, got 3\.0"),
+        (lambda: nn.Linear(3, 4, dtype=int), TypeError, "dtype must be float32 or float64"),
+        (lambda: nn.Embedding(-1, 4), ValueError, "tokens must be positive"),
+        (lambda: nn.Embedding(4, 4, dtype=np.float16), TypeError, "dtype must be float32 or float64"),
+        (lambda: nn.LayerNorm(0), ValueError, "features must be positive"),
+        (lambda: nn.RMSNorm(4, int), TypeError, "dtype must be float32 or float64"),
+        (lambda: nn.MLP(4, hidden=2.5), TypeError, r"hidden must be an integer, got 2\.5"),
+        (lambda: nn.MLP("4"), TypeError, "features must be an integer, got '4'"),
+        (lambda: nn.TransformerBlock(True, 1), TypeError, "features must be an integer, got True"),
+    ],
+)
+def test_sizes_and_dtypes(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
 def test_misuse():
     with pytest.raises(ValueError, match="activation must be one of gelu, gelu_tanh, silu, got 'relu'"):
         nn.MLP(4, activation="relu")

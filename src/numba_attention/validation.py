@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .device.arrays import on_device
 from .errors import kind_of
@@ -194,6 +195,29 @@ def as_real(name: str, x: Any) -> float:
     if not math.isfinite(x):
         raise ValueError(f"{name} must be finite, got {x}")
     return float(x)
+
+
+def as_size(name: str, x: Any) -> int:
+    """Check a size of a layer: an integer from 1."""
+    if isinstance(x, bool) or not isinstance(x, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {x!r}")
+    if x < 1:
+        raise ValueError(f"{name} must be positive, got {x}")
+    if x > FAR:
+        raise ValueError(f"{name} must be at most 2**40, got one of {int(x).bit_length()} bits")
+    return int(x)
+
+
+def as_real_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """Check the dtype of the parameters of a layer."""
+    try:
+        result = None if dtype is None else np.dtype(dtype)
+    except Exception:  # TypeError, and ValueError, KeyError, SyntaxError for what looks like a description of fields
+        result = None
+    # None is compared by identity, because NumPy considers it equal to float64.
+    if result is None or result not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise TypeError(f"dtype must be float32 or float64, got {dtype!r}")
+    return result
 
 
 def as_seed(x: Any) -> int:

@@ -15,7 +15,7 @@ from ..frequencies import is_config, of_config
 from ..narrowing import largest
 from ..options import Array
 from ..rotary import Rotation, rotation
-from ..validation import FAR, as_array, as_real
+from ..validation import as_array, as_real, as_real_dtype, as_size
 from . import checkpoints
 from .checkpoints import INPUTS, Names, Recognised
 from .files import Tensors, library
@@ -46,9 +46,9 @@ class Weights:
     ) -> None:
         if not isinstance(bias, bool | np.bool_):
             raise TypeError(f"bias must be True or False, got {bias!r}")
-        self.embed_dim = _positive("embed_dim", embed_dim)
-        self.num_heads = _positive("num_heads", num_heads)
-        self.num_kv_heads = self.num_heads if num_kv_heads is None else _positive("num_kv_heads", num_kv_heads)
+        self.embed_dim = as_size("embed_dim", embed_dim)
+        self.num_heads = as_size("num_heads", num_heads)
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else as_size("num_kv_heads", num_kv_heads)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {self.num_heads}")
         if head_dim is None and self.embed_dim % self.num_heads:
@@ -56,10 +56,10 @@ class Weights:
                 f"embed_dim must be a multiple of num_heads unless head_dim is given, "
                 f"got {self.embed_dim} and {self.num_heads}"
             )
-        self.head_dim = self.embed_dim // self.num_heads if head_dim is None else _positive("head_dim", head_dim)
-        self.kdim = self.embed_dim if kdim is None else _positive("kdim", kdim)
-        self.vdim = self.embed_dim if vdim is None else _positive("vdim", vdim)
-        self.dtype = _real_dtype(dtype)
+        self.head_dim = self.embed_dim // self.num_heads if head_dim is None else as_size("head_dim", head_dim)
+        self.kdim = self.embed_dim if kdim is None else as_size("kdim", kdim)
+        self.vdim = self.embed_dim if vdim is None else as_size("vdim", vdim)
+        self.dtype = as_real_dtype(dtype)
         self.bias = bool(bias)
         self.rotary = _rotary(rotary, self.head_dim)
         self._rotation = None if self.rotary is None else _resolved(self.rotary, self.head_dim)
@@ -208,7 +208,7 @@ class Weights:
         ('GPT-2', 'h.0.attn.', 'h.0.attn.c_attn.weight')
         """
         arrays = _arrays("state_dict", state_dict)
-        parameters, loaded = checkpoints.read(arrays, _positive("num_heads", num_heads), _text("prefix", prefix), names)
+        parameters, loaded = checkpoints.read(arrays, as_size("num_heads", num_heads), _text("prefix", prefix), names)
         return cls._from_parameters(
             parameters, num_heads, loaded, rotary=rotary, dropout=dropout, rng=rng, backend=backend
         )
@@ -299,7 +299,7 @@ class Weights:
         file = Tensors(path)
         begin = _text("prefix", prefix)
         arrays = file.read(name for name in file.names if name.startswith(begin))
-        parameters, loaded = checkpoints.read(arrays, _positive("num_heads", num_heads), begin, names)
+        parameters, loaded = checkpoints.read(arrays, as_size("num_heads", num_heads), begin, names)
         return cls._from_parameters(
             parameters, num_heads, loaded, rotary=rotary, dropout=dropout, rng=rng, backend=backend
         )
@@ -460,7 +460,7 @@ class Weights:
         q, k, v, out = (w for w in weights if w is not None)
         if any(w.ndim != 2 for w in (q, k, v, out)):
             raise ValueError(f"weights must be matrices, got {q.shape}, {k.shape}, {v.shape} and {out.shape}")
-        head_dim, rest = divmod(len(q), _positive("num_heads", num_heads))
+        head_dim, rest = divmod(len(q), as_size("num_heads", num_heads))
         if rest or not head_dim:
             raise ValueError(f"num_heads must divide the {len(q)} rows of the query projection, got {num_heads}")
         if len(k) % head_dim or not len(k):
@@ -480,16 +480,6 @@ class Weights:
         layer.load_parameters(zeros | arrays)
         layer.loaded = loaded
         return layer
-
-
-def _positive(name: str, x: Any) -> int:
-    if isinstance(x, bool) or not isinstance(x, int | np.integer):
-        raise TypeError(f"{name} must be an integer, got {x!r}")
-    if x < 1:
-        raise ValueError(f"{name} must be positive, got {x}")
-    if x > FAR:
-        raise ValueError(f"{name} must be at most 2**40, got one of {int(x).bit_length()} bits")
-    return int(x)
 
 
 def _rotary(rotary: Any, head_dim: int) -> bool | dict[str, Any] | None:
@@ -512,17 +502,6 @@ def _resolved(rotary: bool | dict[str, Any], head_dim: int) -> Rotation:
         return rotation(head_dim, **({} if isinstance(rotary, bool) else rotary))
     except (TypeError, ValueError) as error:
         raise type(error)(f"rotary: {error}") from None
-
-
-def _real_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    try:
-        result = None if dtype is None else np.dtype(dtype)
-    except Exception:  # TypeError, and ValueError, KeyError, SyntaxError for what looks like a description of fields
-        result = None
-    # None is compared by identity, because NumPy considers it equal to float64.
-    if result is None or result not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise TypeError(f"dtype must be float32 or float64, got {dtype!r}")
-    return result
 
 
 def _generator(rng: np.random.Generator | int | None) -> np.random.Generator:

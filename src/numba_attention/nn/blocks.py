@@ -9,6 +9,7 @@ import numpy as np
 from ..layer.attention import MultiHeadAttention
 from ..layer.projection import linear
 from ..options import Array
+from ..validation import as_size
 from .layers import GELU, LayerNorm, Linear, Module, RMSNorm, Seed, SiLU
 
 _ACTIVATIONS: dict[str, Any] = {"gelu": GELU, "gelu_tanh": lambda: GELU(approximate=True), "silu": SiLU}
@@ -48,7 +49,8 @@ class MLP(Module):
     ) -> None:
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-        rng, hidden = np.random.default_rng(rng), 4 * features if hidden is None else hidden
+        features = as_size("features", features)
+        rng, hidden = np.random.default_rng(rng), 4 * features if hidden is None else as_size("hidden", hidden)
         self.wide = Linear(features, hidden, rng, dtype, bias=bias)
         if gated:
             self.gate = Linear(features, hidden, rng, dtype, bias=bias)

@@ -12,7 +12,7 @@ from ..layer.activations import probability
 from ..layer.projection import linear, linear_backward
 from ..layer.rowwise import activated, inverse_root, normalized
 from ..options import Array
-from ..validation import indices_within
+from ..validation import as_real_dtype, as_size, indices_within
 
 _FAR = 1e3  # beyond it an activation is x or 0, also in float64, and polynomials of x would overflow in float32
 Seed = np.random.Generator | int | None
@@ -99,6 +99,7 @@ class Linear(_Leaf):
         self, inputs: int, outputs: int, rng: Seed = None, dtype: Any = np.float32, *, bias: bool = True
     ) -> None:
         super().__init__()
+        inputs, outputs, dtype = as_size("inputs", inputs), as_size("outputs", outputs), as_real_dtype(dtype)
         limit = math.sqrt(3 / inputs)
         self.weight = np.random.default_rng(rng).uniform(-limit, limit, (outputs, inputs)).astype(dtype)
         self.bias = np.zeros(outputs, dtype) if bias else None
@@ -130,7 +131,8 @@ class Embedding(_Leaf):
 
     def __init__(self, tokens: int, features: int, rng: Seed = None, dtype: Any = np.float32) -> None:
         super().__init__()
-        self.weight = np.random.default_rng(rng).standard_normal((tokens, features)).astype(dtype)
+        shape = as_size("tokens", tokens), as_size("features", features)
+        self.weight = np.random.default_rng(rng).standard_normal(shape).astype(as_real_dtype(dtype))
 
     def forward(self, x: ArrayLike) -> tuple[Array, Array]:
         """Return the vectors of tokens (...), and what `backward` needs.
@@ -196,6 +198,7 @@ class LayerNorm(_Norm):
 
     def __init__(self, features: int, dtype: Any = np.float32, eps: float = 1e-5) -> None:
         super().__init__()
+        features, dtype = as_size("features", features), as_real_dtype(dtype)
         self.weight, self.bias, self.eps = np.ones(features, dtype), np.zeros(features, dtype), eps
 
 
@@ -219,7 +222,7 @@ class RMSNorm(_Norm):
 
     def __init__(self, features: int, dtype: Any = np.float32, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight, self.eps = np.ones(features, dtype), eps
+        self.weight, self.eps = np.ones(as_size("features", features), as_real_dtype(dtype)), eps
 
 
 class _Activation(_Leaf):
