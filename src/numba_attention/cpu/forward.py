@@ -75,7 +75,7 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
     carry, add_tiles, invert = second_level(spec), add_two_tiles(spec), invert_sums(spec)
     pack_values = pairs.pair_rows(spec) if bf16_dot else tiles.widen_tile(spec)
     write_tile, power_below = tiles.scatter_tile(spec), power_below_of(spec)
-    has_nan, drop_halves = tiles.has_nan(spec), pairs.drop_nonfinite(spec)
+    has_nan, clear, drop_halves = tiles.has_nan(spec), tiles.clear_tile(spec), pairs.drop_nonfinite(spec)
     drop = make_drop(spec, pairs=bf16_dot and with_output)
     value_at = tiles.load_value(spec)
     fetch_two, fetch_rows = tiles.fetch_two(spec), tiles.fetch_rows(spec)
@@ -164,12 +164,6 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                     extra[: p.Ev, lane] = math.nan
 
     @spec.jit
-    def clear(p: Any, at: int, empty: bool) -> None:
-        """Clear the outputs that no tile of keys has begun."""
-        if with_output and empty:
-            out_of(p, at)[: p.out_depth] = 0
-
-    @spec.jit
     def carry_sums(p: Any, at: int, first: bool, factor: float) -> None:
         """Move the sums over the last tiles of keys to the second level."""
         rows = p.Ev if with_output else 0
@@ -218,10 +212,10 @@ def make_worker(spec: Spec) -> Callable[[int, int], int]:
                     empty = False
                 visited += 1  # hidden or not: which tiles are hidden depends on how many rows a tile has
                 if visited % LEVEL == 0:
-                    clear(p, at, empty)
+                    clear(at + p.at_out, p.out_depth if with_output and empty else 0)
                     empty = False
                     carry_sums(p, at, visited == LEVEL, factor)
-        clear(p, at, empty)
+        clear(at + p.at_out, p.out_depth if with_output and empty else 0)
         if visited >= LEVEL:
             carry_sums(p, at, False, factor)
             state = at + p.at_state

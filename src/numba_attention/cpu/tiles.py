@@ -288,6 +288,22 @@ def fetch_two(spec: Spec) -> Any:
     return routine("first first_row second second_row count n", build)
 
 
+def clear_tile(spec: Spec) -> Any:
+    """Make ``clear(tile, rows)``: rows of a tile become 0."""
+    vector = spec.vector
+    width = vector.bytes * vector.width
+
+    def build(b: Builder, tile: Value, rows: Value) -> None:
+        def row(r: Value, carried: list[Value]) -> list[Value]:
+            for v in range(spec.block[1]):
+                vector.store(b, vector.const(0.0), carried[0], v * width)
+            return [at(b, carried[0], spec.block[1] * width)]
+
+        loop(b, rows, [pointer(b, tile)], row)
+
+    return routine("tile rows", build)
+
+
 def copy_bytes(spec: Spec) -> Any:
     """Make ``copy(target, rows, offset, count, n)``: n bytes at `offset` of each of `count` rows, one after another.
 
