@@ -272,7 +272,7 @@ def as_window(window: Any) -> tuple[int | None, int | None]:
         return None, None
     # A set or a dict has no left and right, and an iterator would be empty where a call reads it a second time.
     try:
-        if not isinstance(window, Sequence | np.ndarray):
+        if type(window) not in _SEQUENCES and not isinstance(window, Sequence | np.ndarray):
             raise TypeError
         left, right = window
     except (TypeError, ValueError):
@@ -311,36 +311,35 @@ def as_array(name: str, x: Any) -> Array:
         array.dtype.kind == "O" and not array.ndim and not isinstance(x, int)
     ):  # NumPy does not look into iterators, sets and dicts
         raise TypeError(f"{name} must be an array, a number or a list, got {kind_of(x)}")
-    if array.dtype.kind != "b" and isinstance(x, Sequence) and _contains_bool(x):
+    if array.ndim and array.dtype.kind != "b" and _contains_bool(x):
         raise TypeError(f"{name} must not mix truth values with numbers")
     return array
 
 
 _NUMBERS = frozenset((int, float))
+_SEQUENCES = frozenset((list, tuple))  # compared first: asking whether something is a Sequence takes a microsecond
 
 
-def _contains_bool(x: Sequence[Any]) -> bool:
+def _contains_bool(x: Any) -> bool:
     """Whether nested sequences contain a truth value, which NumPy makes 0 or 1 if there are numbers beside it."""
-    if isinstance(x, str | bytes | bytearray | range) or _NUMBERS.issuperset(map(type, x)):
-        return False
-    return any(
-        isinstance(item, bool | np.bool_)
-        or (isinstance(item, np.ndarray) and item.dtype.kind == "b")
-        or (isinstance(item, Sequence) and _contains_bool(item))
-        for item in x
-    )
+    if type(x) not in _SEQUENCES and (
+        not isinstance(x, Sequence) or isinstance(x, str | bytes | bytearray | memoryview | range)
+    ):
+        return isinstance(x, bool | np.bool_) or (isinstance(x, np.ndarray) and x.dtype.kind == "b")
+    return not _NUMBERS.issuperset(map(type, x)) and any(map(_contains_bool, x))
 
 
-def as_ints(name: str, x: Any, bits: int = FAR.bit_length() - 1) -> Array:
-    """Convert integers to a new int64 array; they must lie within +-2**bits."""
+def as_ints(name: str, x: Any, most: int = FAR) -> Array:
+    """Convert integers to a new int64 array; they must lie within +-`most`, a power of two."""
     array = as_array(name, x)
-    if not array.size and not isinstance(x, np.ndarray):  # NumPy makes an empty list an array of float64
-        array = array.astype(np.int64)
-    # NumPy makes integers of more than 64 bits an array of objects.
-    too_large = array.dtype.kind == "O" and type(x) is not np.ndarray and {int}.issuperset(map(type, array.flat))
-    if array.dtype.kind not in "iu" and not too_large:
-        raise TypeError(f"{name} must be integer, got {array.dtype}")
-    if array.size and (int(array.max()) > 2**bits or int(array.min()) < -(2**bits)):
+    if array.dtype.kind not in "iu":
+        if not array.size and not isinstance(x, np.ndarray):  # NumPy makes an empty list an array of float64
+            return array.astype(np.int64)
+        # NumPy makes integers of more than 64 bits an array of objects.
+        if array.dtype.kind != "O" or type(x) is np.ndarray or not {int}.issuperset(map(type, array.flat)):
+            raise TypeError(f"{name} must be integer, got {array.dtype}")
+    if array.size and (int(array.max()) > most or int(array.min()) < -most):
+        bits = most.bit_length() - 1
         raise ValueError(f"{name} must lie within +-2**{bits}, got values from {array.min()} to {array.max()}")
     return array.astype(np.int64)
 

@@ -71,7 +71,7 @@ def check_new(name: str, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -
 
 def check_ints(name: str, x: Any) -> Array:
     """Convert integers to a new int64 array."""
-    return as_ints(name, x, 62)
+    return as_ints(name, x, 2**62)
 
 
 def check_lengths(name: str, x: Any, n: int, limit: int | Array, what: str) -> Array:
