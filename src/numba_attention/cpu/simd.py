@@ -251,12 +251,14 @@ def in_two_stages(
 
     The first stage of a row is computed beside the second one of the row before. A chain of instructions is then half
     as long, so that twice as much of what the processor's scheduler holds is ready (cycles a vector on Zen 5: softcap
-    5.4 in place of 6.2, weights and their gradients 6.4 in place of 8.5). If there is `more`, a row that lies there
-    follows the others, of which there is at least one. `begin` reads the first row also where n is 0.
+    5.4 in place of 6.2, weights and their gradients 6.4 in place of 8.5). A single vector gains nothing by that, and
+    its stages follow one another. If there is `more`, a row that lies there follows the others, of which there is at
+    least one. `begin` reads the first row also where n is 0.
     """
     vectors = range(len(totals))
-    ahead = [begin(row, v) for v in vectors]
-    stages = len(ahead[0])
+    is_staged = len(totals) > 1
+    ahead = [x for v in vectors for x in begin(row, v)] if is_staged else []
+    stages = len(ahead) // len(totals)
 
     def body(i: Value, carried: list[Value]) -> list[Value]:
         row, *rest = carried
@@ -268,14 +270,14 @@ def in_two_stages(
             v = k % len(vectors)
             if k >= len(vectors):
                 return begin(later, v)
-            return finish(row, v, waiting[v * stages : (v + 1) * stages], own[v])
+            values = waiting[v * stages : (v + 1) * stages] if is_staged else begin(row, v)
+            return finish(row, v, values, own[v])
 
-        built = interleave(b, 2 * len(vectors), build)
+        built = interleave(b, (1 + is_staged) * len(vectors), build)
         return [later, *built[: len(vectors)], *(x for values in built[len(vectors) :] for x in values)]
 
     count = n if more is None else b.add(n, I64(1))
-    carried = loop(b, count, [row, *totals, *(x for values in ahead for x in values)], body)
-    return carried[1 : 1 + len(vectors)]
+    return loop(b, count, [row, *totals, *ahead], body)[1 : 1 + len(vectors)]
 
 
 def routine(arguments: str, build: Callable[..., Any], result: Any = types.void) -> Any:
