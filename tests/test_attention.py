@@ -78,6 +78,15 @@ def test_two_dimensions_beside_more():
     np.testing.assert_array_equal(na.attention(query, key, key), na.attention(query, key[None, None], key[None, None]))
 
 
+@pytest.mark.torch
+def test_windows_of_other_libraries(torch):
+    """A window may be what has two integers in an order: arrays of any library too."""
+    query, key, value = (np.random.default_rng(n).standard_normal((20, 8), dtype=np.float32) for n in range(3))
+    expected = na.attention(query, key, value, window=(1, 2))
+    for pair in ([1, 2], np.array([1, 2]), range(1, 3), torch.tensor([1, 2]), torch.Size([1, 2])):
+        np.testing.assert_array_equal(na.attention(query, key, value, window=pair), expected)
+
+
 def test_memory_mapped(tmp_path):
     x = np.random.default_rng(0).standard_normal((3, 20, 8), dtype=np.float32)
     np.save(tmp_path / "x.npy", x)

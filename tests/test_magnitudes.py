@@ -144,6 +144,22 @@ def test_options_beside_any_scale(options, scale):
     np.testing.assert_allclose(lse, np.log(total[..., 0]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("end", [1.25, 2.5, 5, 12])
+@pytest.mark.parametrize("cap", [4e9, 2e10, 4e10])
+def test_a_cap_of_huge_scores(cap, end):
+    """Pairs of neighbours around the end of an interval of the table: the larger score may have the lower result."""
+    middle = np.float32((end - 1) * 0.625 * cap)
+    numbers = np.arange(middle.view("i4") - 3000, middle.view("i4") + 3000, dtype="i4").view("f4")
+    query, key = np.ones((1, 20, 1), "f4"), np.stack([numbers[:-1], numbers[1:]], axis=-1)[:, None, :, None]
+    value = np.array([[1, 0], [1, 1]], "f4")[None, None]
+    out, lse = na.attention(query, key, value, scale=1.0, softcap=cap, return_lse=True)
+    highest = cap * np.tanh(key[:, :, 1:, 0].astype("f8") / cap)
+    close(lse, np.broadcast_to(highest, lse.shape), 1e-6)
+    close(out[..., 0], np.ones(out.shape[:-1]), 1e-6)
+    assert out[..., 1].min() >= 0
+    assert out[..., 1].max() <= 1
+
+
 def test_biases_near_the_lowest_number_differ():
     query = key = np.zeros((40, 4), np.float32)
     value, low = np.array([[1.0], [2.0]], np.float32), float(np.finfo(np.float32).min)

@@ -272,7 +272,7 @@ def as_window(window: Any) -> tuple[int | None, int | None]:
         return None, None
     # A set or a dict has no left and right, and an iterator would be empty where a call reads it a second time.
     try:
-        if type(window) not in _SEQUENCES and not isinstance(window, Sequence | np.ndarray):
+        if type(window) not in _SEQUENCES and not isinstance(window, Sequence) and not hasattr(window, "__array__"):
             raise TypeError
         left, right = window
     except (TypeError, ValueError):

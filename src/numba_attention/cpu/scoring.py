@@ -29,6 +29,9 @@ LOG2E = math.log2(math.e)
 # Blocked summation: a dot product sums this many features in one chain, longer ones in parts, which halves the error
 # for 256 features.
 FEATURES = 128
+# The cap from which the maximum is looked for among capped scores: rounding, of some 4e-7 of the cap, may put another
+# one above that of the largest product, and weights far above 1 overflow.
+LARGE_CAP = 2.0**20
 
 
 def bias_elements(spec: Spec) -> tuple[str, ...]:
@@ -243,6 +246,7 @@ def make_scoring(spec: Spec) -> Scoring:
             factor, known = natural, False
         if p.cap_outer != 0:
             softcap(scores, n, real(p.cap_inner), real(p.cap_outer), state)
+            known = known and p.cap_outer < LARGE_CAP
             if twice:
                 cap_slopes(scores, n, real(1 / p.cap_outer), at + p.at_cap_slopes, at + p.at_cap_curves)
             elif differentiates:

@@ -88,7 +88,8 @@ def multiply(spec: Spec) -> Any:
 def softcap(spec: Spec) -> Any:
     """Make ``cap(scores, n, inner, outer, state)``: s = outer * tanh(s * inner).
 
-    So do the maxima in TILE_MAX, where it has those of the scores: the largest score has the largest result.
+    So do the maxima in TILE_MAX, where it has those of the scores: the largest score has the largest result, but for
+    rounding.
     """
 
     def build(b: Builder, scores: Value, n: Value, inner: Value, outer: Value, state: Value) -> None:
