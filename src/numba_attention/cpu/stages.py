@@ -86,7 +86,7 @@ def multiply(spec: Spec) -> Any:
 
 
 def softcap(spec: Spec) -> Any:
-    """Make ``cap(scores, n, inner, outer, state)``: s = outer * tanh(s * inner).
+    """Make ``cap(scores, n, inner, outer, state)``: s = outer * tanh(s * inner), for factors of at least 0.
 
     So do the maxima in TILE_MAX, where it has those of the scores: the largest score has the largest result, but for
     rounding.
@@ -95,9 +95,7 @@ def softcap(spec: Spec) -> Any:
     def build(b: Builder, scores: Value, n: Value, inner: Value, outer: Value, state: Value) -> None:
         vector = spec.vector
         NV, width = spec.block[1], vector.bytes * vector.width
-        negative = b.fcmp_ordered("<", inner, vector.element(0.0))
-        size = b.select(negative, b.fneg(inner), inner)
-        cap = tanh_of_size(vector, b, size, b.select(negative, b.fneg(outer), outer))
+        cap = tanh_of_size(vector, b, inner, outer)
 
         def begin(row: Value, v: int) -> list[Value]:
             return cap.begin(vector.load(b, row, v * width))
