@@ -84,5 +84,5 @@ def test_not_on_warpgroups(gpu):
     from numba_attention.cuda.spec import Spec
 
     c = Spec("forward", "bfloat16", 64, 64, product="tensor", arch="sm_90a")
-    assert c.suits_warpgroups
-    assert not c.with_(to="float32").suits_warpgroups
+    assert c.suits_warpgroups()
+    assert not c.with_(to="float32").suits_warpgroups()
