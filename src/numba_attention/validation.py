@@ -307,9 +307,8 @@ def as_array(name: str, x: Any) -> Array:
         raise ValueError(f"{name} is not an array: {error}") from None
     except Exception as error:  # the conversion of another library's array may raise any exception
         raise TypeError(f"{name} cannot be converted to an array: {error}") from None
-    if (
-        array.dtype.kind == "O" and not array.ndim and not isinstance(x, int)
-    ):  # NumPy does not look into iterators, sets and dicts
+    # NumPy does not look into iterators, sets and dicts; an integer beyond 64 bits is an object too.
+    if array.dtype.kind == "O" and not array.ndim and not isinstance(x, int):
         raise TypeError(f"{name} must be an array, a number or a list, got {kind_of(x)}")
     if array.ndim and array.dtype.kind != "b" and _contains_bool(x):
         raise TypeError(f"{name} must not mix truth values with numbers")
