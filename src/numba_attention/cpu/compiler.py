@@ -1,140 +1,54 @@
 """Numba's compiler, cut down to what kernels need: from Python functions to one module of LLVM.
 
-Numba makes a code library of every function that a kernel calls: it links into it all that the function calls,
-optimises the lot twice and assembles it, though only the kernel itself is ever called. For the 35 functions of the
-forward kernel that is 36 modules and 7.3 s. Here a library keeps the IR of its function, and the IR of all of them
-becomes a single module, as text, when the kernel is complete.
+Kernels have arrays over memory at an address, records, integers and numbers, and raise nothing. So this compiler leaves
+out:
 
-A target of its own also leaves out what kernels have no use for: of the tables of Numba's types and functions those for
-strings, lists, random numbers and linear algebra, whose import takes 0.25 s; of its passes those that inline closures,
-rewrite expressions of arrays and annotate types, after most of which Numba analyses the function again. Functions are
-compiled for types, and not once more for each integer or truth value that is written in a call.
+- of the tables of Numba's types and functions those for strings, lists, random numbers and linear algebra, whose import
+  takes 0.25 s;
+- the passes that inline closures, rewrite expressions of arrays and annotate types, and the lifetimes of variables,
+  which Numba analyses anew after most passes;
+- reference counts, exceptions, and what a debugger would need: a call is not followed by the question how it ended, and
+  a variable is not read before it is written. That is a tenth of the instructions that LLVM optimises;
+- names of types in symbols, events and errors that nobody reads: that of the record of parameters has 10 kB;
+- asking dozens of candidates for each operation between numbers, where one of the same types was resolved before.
 
-The private interfaces of Numba that this needs are used in this file and nowhere else; in a Numba without them kernels
-compile by `njit`.
+Functions are compiled for types, and not once more for each integer or truth value that is written in a call.
+
+In a Numba without the private interfaces that this needs kernels compile by `njit`.
 """
 
-import copy
-import os
-import re
+import operator
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
-from numba.core import codegen, compiler, compiler_machinery, config, cpu, imputils, typed_passes, untyped_passes
-from numba.core.cgutils import normalize_ir_text
-from numba.core.registry import CPUDispatcher, CPUTarget, cpu_target
+from numba.core import (
+    cgutils,
+    compiler,
+    compiler_machinery,
+    config,
+    cpu,
+    imputils,
+    ir_utils,
+    lowering,
+    ssa,
+    transforms,
+    typed_passes,
+    untyped_passes,
+)  # fmt: skip
+from numba.core.registry import CPUDispatcher, CPUTarget
 from numba.core.target_extension import CPU, dispatcher_registry, jit_registry, target_override, target_registry
 from numba.core.typing import context, templates
 from numba.core.utils import threadsafe_cached_property
 
-from .target import BUILD, machine, target
-
-_METADATA = re.compile(r"!(\d+)\b")
+from .linker import code_generator
 
 # Without reference counts and wrappers for Python, the machine code needs nothing of Numba or Python.
 _OPTIONS = {
     "nopython": True, "error_model": "numpy", "boundscheck": None, "nogil": True,
-    "no_cfunc_wrapper": True, "no_cpython_wrapper": True, "_nrt": False,
+    "no_cfunc_wrapper": True, "no_cpython_wrapper": True, "_nrt": False, "debug": False,
 }  # fmt: skip
-
-
-class Library(codegen.CodeLibrary):
-    """The IR of one function, and the libraries of those that it calls."""
-
-    def __init__(self, codegen: Any, name: str) -> None:
-        super().__init__(codegen, name)
-        self._modules: list[Any] = []
-        self._called: list[Library] = []
-
-    def add_ir_module(self, ir_module: Any) -> None:
-        self._modules.append(ir_module)
-
-    def add_linking_library(self, library: Any) -> None:
-        self._called.append(library)
-
-    def finalize(self) -> None:
-        self._finalized = True
-
-    def get_pointer_to_function(self, name: str) -> int:
-        return 0  # nothing here is called from outside
-
-    def get_function(self, name: str) -> Any:
-        raise NotImplementedError
-
-    get_llvm_str = get_asm_str = get_function
-
-    def linked(self, symbol: str) -> Any:
-        """The module of the function with this symbol and of all that it calls, which are internal to it."""
-        libraries: dict[Library, None] = {}
-
-        def visit(library: Library) -> None:
-            if library not in libraries:
-                libraries[library] = None
-                for other in library._called:
-                    visit(other)
-
-        visit(self)
-        modules = [module for library in libraries for module in library._modules]
-        linked = llvm.parse_assembly(normalize_ir_text(_merged(modules)))
-        linked.name, linked.data_layout = self.name, self._codegen._data_layout
-        for function in linked.functions:
-            if not function.is_declaration and function.name != symbol:
-                function.linkage = "internal"  # what is inlined everywhere is dropped
-        return linked
-
-
-def _merged(modules: list[Any]) -> str:
-    """The text of modules as of one: every name once, as what defines it, and metadata numbered anew."""
-    defined: dict[str, str] = {}
-    declared: dict[str, str] = {}
-    metadata: list[str] = []
-    for module in modules:
-        first = len(metadata)
-
-        def renumber(text: str, first: int = first) -> str:
-            return _METADATA.sub(lambda match: f"!{int(match[1]) + first}", text)
-
-        for name, value in module.globals.items():
-            is_function = isinstance(value, ir.Function)
-            if is_function and value.blocks:
-                if name not in defined:
-                    defined[name] = renumber(str(value)) if module.metadata else str(value)
-            elif not is_function and value.initializer is not None:
-                if defined.setdefault(name, str(value)) != str(value):
-                    raise ValueError(f"two constants are called {name}")
-            else:
-                declared[name] = str(value)
-        metadata += [renumber(str(value)) for value in module.metadata]
-    lines = [f'target triple = "{target().triple}"', *defined.values()]
-    lines += [text for name, text in declared.items() if name not in defined]
-    return "\n".join([*lines, *metadata])
-
-
-class _Codegen(codegen.JITCPUCodegen):
-    _library_class = Library
-
-    def set_env(self, name: str, env: Any) -> None:
-        """Do nothing: kernels have no use for Python objects, and are in no engine of Numba's."""
-
-    def _create_empty_module(self, name: str) -> Any:
-        module = super()._create_empty_module(name)
-        module.triple = target().triple
-        return module
-
-
-def _codegen() -> Any:
-    """Numba's code generator, which has the machine, for other libraries."""
-    own = copy.copy(cpu_target.target_context.codegen())
-    own.__class__ = _Codegen
-    if BUILD in os.environ:
-        own._tm = machine()
-        own._target_data = own._tm.target_data
-        own._data_layout = str(own._target_data)
-    return own
-
 
 _types, _code = templates.Registry(), imputils.Registry("numba_attention")
 
@@ -165,18 +79,51 @@ _register_extremes(min, "<")
 _register_extremes(max, ">")
 
 
+def _declarations(context: Any, *kinds: str) -> int:
+    """How many declarations the registries hold that a context takes its own from."""
+    return sum(len(getattr(registry, kind)) for registry in context._registries for kind in kinds)
+
+
 class _TypingContext(context.BaseContext):
+    """What types operations have."""
+
+    def __init__(self) -> None:
+        self._known = -1
+        self._resolved: dict[Any, Any] = {}
+        super().__init__()
+
     def load_additional_registries(self) -> None:
         from numba.core.typing import mathdecl
 
         for registry in (_types, mathdecl.registry):
             self.install_registry(registry)
 
+    def refresh(self) -> None:
+        """Look for declarations where there are new ones; Numba asks for that twenty times a function."""
+        number = _declarations(self, "functions", "attributes", "globals")
+        if number != self._known:
+            super().refresh()
+            self._known = number
+            self._resolved.clear()
+
+    def resolve_function_type(self, func: Any, args: Any, kws: Any) -> Any:
+        """The signature of a call; that of an operator or a type is looked up once."""
+        name = func.typing_key if isinstance(func, types.Function) else func
+        if kws or not isinstance(name, (type, type(operator.add))):
+            return super().resolve_function_type(func, args, kws)
+        key = func, tuple(args)
+        if key not in self._resolved:
+            self._resolved[key] = super().resolve_function_type(func, args, kws)
+        return self._resolved[key]
+
 
 class _Context(cpu.CPUContext):
+    """What operations become in LLVM."""
+
     def init(self) -> None:
         self.is32bit = False
-        self._internal_codegen = _codegen()
+        self._known = -1
+        self._internal_codegen = code_generator()
 
     def load_additional_registries(self) -> None:
         from numba.cpython import builtins, mathimpl, numbers, rangeobj, slicing, tupleobj  # noqa: F401
@@ -185,8 +132,67 @@ class _Context(cpu.CPUContext):
         for registry in (_code, mathimpl.registry):
             self.install_registry(registry)
 
+    def refresh(self) -> None:
+        number = _declarations(self, "functions", "getattrs", "setattrs", "casts", "constants")
+        if number != self._known:
+            super().refresh()
+            self._known = number
+        self.typing_context.refresh()
+
+    def mangler(self, name: str, types: Any, *, abi_tags: Any = (), uid: Any = None) -> str:
+        return str(super().mangler(name, (), uid=uid))
+
+    def get_getattr(self, typ: Any, attr: str) -> Any:
+        if isinstance(typ, types.Record):  # at once, and not after an error that says that no field is special
+            return self._getattrs[None].find((typ,))
+        return super().get_getattr(typ, attr)
+
+    def insert_user_function(self, func: Any, fndesc: Any, libs: Any = ()) -> None:
+        if _raises():
+            super().insert_user_function(func, fndesc, libs)
+            return
+
+        def call(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return context.call_internal(builder, fndesc, signature, args)
+
+        call.libs = tuple(libs)  # type: ignore[attr-defined]
+        self._defns[func].append(call, fndesc.argtypes)
+
+    def call_internal(self, builder: Any, fndesc: Any, sig: Any, args: Any) -> Any:
+        if _raises():
+            return super().call_internal(builder, fndesc, sig, args)
+        callee = self.declare_function(builder.module, fndesc)
+        result = cgutils.alloca_once(builder, callee.args[0].type.pointee)
+        no_exception = ir.Constant(callee.args[1].type, None)
+        values = self.get_arg_packer(fndesc.argtypes).as_arguments(builder, args)
+        builder.call(callee, [result, no_exception, *values])
+        return self.get_returned_value(builder, fndesc.restype, builder.load(result))
+
     def post_lowering(self, module: Any, library: Any) -> None:
         """Do not link Numba's runtime, which nothing needs."""
+
+
+def _raises() -> bool:
+    """Whether functions may raise: the IndexError of NUMBA_BOUNDSCHECK=1 is the only exception in kernels."""
+    return bool(config.BOUNDSCHECK)
+
+
+class _Lower(lowering.Lower):
+    """The instructions of a function, without references to Python's objects."""
+
+    def emit_environment_object(self) -> None:
+        """Do nothing: it is for the objects that a function refers to."""
+
+    def storevar(self, value: Any, name: str, argidx: Any = None) -> None:
+        """Store without reading what was there, of which Numba would give up a reference."""
+        self._alloca_var(name, self.typeof(name))
+        if name in self._singly_assigned_vars and not self._disable_sroa_like_opt:
+            self._blk_local_varmap[name] = value
+        else:
+            self.builder.store(value, self.getvar(name))
+
+    def alloca_lltype(self, name: str, lltype: Any, datamodel: Any = None) -> Any:
+        return cgutils.alloca_once(self.builder, lltype, name=name)
 
 
 class _Kernels(CPU):
@@ -211,23 +217,82 @@ class _Target(CPUTarget):
         return _Context(self.typing_context, _NAME)
 
 
+class _Pass(compiler_machinery.FunctionPass):
+    """A pass that does not analyse the lifetimes of variables afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+@compiler_machinery.register_pass(mutates_CFG=True, analysis_only=False)
+class _Canonicalize(_Pass):
+    """Give loops one entry and one exit."""
+
+    _name = "_Canonicalize"
+
+    def run_pass(self, state: Any) -> bool:
+        state.func_ir.blocks = transforms.canonicalize_cfg(state.func_ir.blocks)
+        return True
+
+
+@compiler_machinery.register_pass(mutates_CFG=False, analysis_only=False)
+class _ReconstructSSA(_Pass):
+    """Give every assignment a variable of its own."""
+
+    _name = "_ReconstructSSA"
+
+    def run_pass(self, state: Any) -> bool:
+        state.func_ir = ssa.reconstruct_ssa(state.func_ir)
+        state.func_ir._definitions = ir_utils.build_definitions(state.func_ir.blocks)
+        return True
+
+
+@compiler_machinery.register_pass(mutates_CFG=False, analysis_only=False)
+class _StripPhis(_Pass):
+    """Assign what a variable is to become at the ends of the blocks before."""
+
+    _name = "_StripPhis"
+
+    def run_pass(self, state: Any) -> bool:
+        state.func_ir = typed_passes.PreLowerStripPhis()._strip_phi_nodes(state.func_ir)
+        return True
+
+
+@compiler_machinery.register_pass(mutates_CFG=True, analysis_only=False)
+class _NativeLowering(typed_passes.BaseNativeLowering):
+    """Write the instructions."""
+
+    _name = "_NativeLowering"
+
+    @property
+    def lowering_class(self) -> Any:
+        return _Lower
+
+
+class _Passes(compiler_machinery.PassManager):
+    """Passes without Numba's events and timers, which write the types of a function as text for each pass."""
+
+    def _runPass(self, index: int, pss: Any, internal_state: Any) -> None:
+        pss.analysis = self._analysis
+        pss.run_pass(internal_state)
+
+
 class _Compiler(compiler.CompilerBase):
     """The passes that kernels need."""
 
     def define_pipelines(self) -> list[Any]:
-        passes = compiler_machinery.PassManager("kernel")
+        passes = _Passes("kernel")
         for step in (
             untyped_passes.TranslateByteCode,
             untyped_passes.FixupArgs,
-            untyped_passes.IRProcessing,
+            _Canonicalize,
             untyped_passes.RewriteSemanticConstants,
             untyped_passes.DeadBranchPrune,
             untyped_passes.GenericRewrites,
-            untyped_passes.ReconstructSSA,
+            _ReconstructSSA,
             typed_passes.NopythonTypeInference,
-            typed_passes.PreLowerStripPhis,
-            typed_passes.IRLegalization,
-            typed_passes.NativeLowering,
+            _StripPhis,
+            _NativeLowering,
             typed_passes.NoPythonBackend,
         ):
             passes.add_pass(step, step.__name__)
