@@ -307,8 +307,8 @@ X4, W4 = np.ones((2, 3), np.float32), np.ones((4, 3), np.float32)
         (nn.linear_backward, (W4[:2], X4, W4), r"grad, x and weight must have shapes \(..., N\), \(..., K\) and"),
         (nn.layer_norm, (X4, X4[:, :1], None), r"weight must have shape \(3,\), as x has shape \(2, 3\), got \(2, 1\)"),
         (nn.layer_norm, (X4, X4[0], X4[0, :1]), r"bias must have shape \(3,\)"),
-        (nn.layer_norm, (X4, X4[0], None, 1e-5, W4), r"out must have shape \(2, 3\), as"),
-        (nn.gelu, (X4, W4), r"out must have the shape of x, \(2, 3\), got \(4, 3\)"),
+        (nn.layer_norm, (X4, X4[0], None, 1e-5, W4), r"out must have shape \(2, 3\), got \(4, 3\)"),
+        (nn.gelu, (X4, W4), r"out must have shape \(2, 3\), got \(4, 3\)"),
         (nn.Linear(3, 4), (W4[:, :2],), r"x must have shape \(..., 3\)"),
     ],
 )
@@ -317,6 +317,127 @@ def test_shapes_that_do_not_fit(function, arguments, message, dtype):
     arguments = [x.astype(dtype) if isinstance(x, np.ndarray) else x for x in arguments]
     with pytest.raises(ValueError, match=message):
         function(*arguments)
+
+
+X16 = np.array([[300.0, -200.0, 100.0], [3e4, 2e4, -4e4]], np.float16)  # squares are beyond the range of float16
+LARGE, READ_ONLY = np.ones((2, 3), np.float32), np.broadcast_to(np.float32(1), (2, 3))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@np.errstate(all="raise", under="ignore")
+def test_norms_of_half_types(dtype):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    x, residual = X16.astype(dtype), X16[::-1].astype(dtype)
+    weight, bias = np.array([1, 2, -1], dtype), np.array([0, 1, 2], dtype)
+    for added in (None, residual):
+        rows = x.astype(F) + (0 if added is None else added.astype(F))
+        rows -= rows.mean(-1, keepdims=True)
+        want = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-5) * weight.astype(F) + bias.astype(F)
+        out = np.empty_like(x)
+        got = nn.layer_norm(x, weight, bias, residual=added, out=out)
+        assert got is out
+        assert got.dtype == nn.layer_norm(x, weight, bias).dtype == x.dtype
+        np.testing.assert_allclose(got.astype(F), want, atol=0.02)
+
+
+def test_a_norm_has_the_dtype_of_its_input():
+    x = RNG.standard_normal((4, 3)).astype(np.float32)
+    got = nn.layer_norm(x, np.ones(3), np.zeros(3), residual=np.zeros((4, 3)))
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got.std(-1), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("layer", [nn.GELU(), nn.GELU(approximate=True), nn.SiLU()])
+def test_slopes_of_half_types(layer):
+    x = np.array([-6e4, -300, -1, 0, 1, 300, 6e4], np.float16)
+    got = layer.backward(np.ones_like(x), x)
+    assert got.dtype == np.float16
+    step = 1e-6
+    near = x.astype(F)[2:5]
+    numeric = (layer(near + step) - layer(near - step)) / (2 * step)
+    np.testing.assert_allclose(got.astype(F), [0, 0, *numeric, 1, 1], atol=2e-3)
+
+
+def test_a_norm_whose_weight_is_in_its_result():
+    """The kernel writes rows while it reads the weight."""
+    x = RNG.standard_normal((3, 64)).astype(np.float32)
+    rows, weight, bias = x.astype(F), x[0].astype(F), x[1].astype(F)
+    rows -= rows.mean(-1, keepdims=True)
+    want = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
+    nn.layer_norm(x, x[0], x[1], out=x)
+    np.testing.assert_allclose(x, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: nn.layer_norm(np.arange(6).reshape(2, 3), X4[0], None), TypeError, "x must be floating point"),
+        (lambda: nn.layer_norm(np.ma.masked_array(X4), X4[0], None), TypeError, "x is a masked array"),
+        (lambda: nn.layer_norm(X4 * 1j, X4[0], None), TypeError, "x must be floating point, got complex64"),
+        (lambda: nn.layer_norm(X4, None, None), TypeError, "weight must be"),
+        (lambda: nn.layer_norm(X4, X4[0], "ab"), TypeError, "bias must be floating point"),
+        (lambda: nn.layer_norm(X4, X4[0], None, residual=[[1.0]]), ValueError, "residual must have the shape of x"),
+        (lambda: nn.layer_norm(X4, X4[0], None, eps=-1.0), ValueError, "eps must not be negative"),
+        (lambda: nn.layer_norm(X4, X4[0], None, eps="a"), TypeError, "eps must be a real number"),
+        (lambda: nn.layer_norm(X4, X4[0], None, out=[1]), TypeError, "out must be a numpy.ndarray"),
+        (lambda: nn.layer_norm(X4, X4[0], None, out=READ_ONLY), ValueError, "out must be writeable"),
+        (lambda: nn.layer_norm(X4, X4[0], None, out=np.ones((2, 3))), TypeError, "out must have the dtype of x"),
+        (lambda: nn.LayerNorm(3, eps=np.nan), ValueError, "eps must be finite"),
+        (lambda: nn.RMSNorm(3, eps=-1), ValueError, "eps must not be negative"),
+        (lambda: nn.LayerNorm(3)(X4[:, :2]), ValueError, r"x must have shape \(..., 3\), got \(2, 2\)"),
+        (lambda: nn.LayerNorm(3).backward(X4[:1], X4), ValueError, "grad must have the shape of what forward"),
+        (lambda: nn.GELU().backward(X4[:1], X4), ValueError, "grad must have the shape of what forward"),
+        (lambda: nn.Embedding(4, 3).backward(X4, np.arange(3)), ValueError, "grad must have the shape of what forward"),
+        (lambda: nn.gelu(X4, out=READ_ONLY), ValueError, "out must be writeable"),
+        (lambda: nn.gelu(X4, out=[1]), TypeError, "out must be a numpy.ndarray"),
+        (lambda: nn.gelu(X4, out=np.ones((2, 3), int)), TypeError, "out must have the dtype of x"),
+        (lambda: nn.linear(np.ma.masked_array(X4), W4), TypeError, "x is a masked array"),
+        (lambda: nn.linear(X4, "a"), TypeError, "weight must be an array of numbers"),
+        (lambda: nn.linear(X4, W4, activation=["gelu"]), ValueError, "activation must be one of"),
+        (lambda: nn.linear(X4, W4, out=[1]), TypeError, "out must be a numpy.ndarray"),
+        (
+            lambda: nn.linear(X4, W4, out=np.broadcast_to(np.float32(1), (2, 4))),
+            ValueError,
+            "out must be writeable",
+        ),
+        (
+            lambda: nn.linear(X4, W4, out=np.lib.stride_tricks.as_strided(np.ones(4, np.float32), (2, 4), (0, 4))),
+            ValueError,
+            "out must not overlap itself",
+        ),
+        (lambda: nn.linear_backward(X4, "a", W4), TypeError, "x must be an array of numbers"),
+        (lambda: nn.Linear(3, 4, "a"), TypeError, "rng must be a numpy.random.Generator"),
+        (lambda: nn.MLP(4, -1), ValueError, "rng must not be negative"),
+        (lambda: nn.warmup_cosine("a", 3), TypeError, "step must be a real number"),
+        (lambda: nn.Adam([X4]), TypeError, "parameters must map names to arrays"),
+        (lambda: nn.Adam({"x": np.arange(3)}), TypeError, r"parameters\['x'\] must be floating point"),
+        (lambda: nn.Adam({"x": READ_ONLY}), ValueError, r"parameters\['x'\] must be writeable"),
+        (lambda: nn.Adam({"x": LARGE}, rate=np.nan), ValueError, "rate must be finite"),
+        (lambda: nn.Adam({"x": LARGE}, betas=(0.9, 1.0)), ValueError, "betas must be at least 0 and less than 1"),
+        (lambda: nn.Adam({"x": LARGE}, betas=0.9), TypeError, "betas must be a pair"),
+        (lambda: nn.Adam({"x": LARGE}, decay=-1), ValueError, "decay must not be negative"),
+        (lambda: nn.Adam({"x": LARGE}, clip=0), ValueError, "clip must be positive"),
+        (lambda: nn.Adam({"x": LARGE}).step({"x": "abcdef"}), TypeError, r"grads\['x'\] must be floating point"),
+        (lambda: nn.Adam({"x": LARGE}).step({"x": LARGE}, "a"), TypeError, "scale must be a real number"),
+    ],
+)
+def test_wrong_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_adam_shortens_gradients_whose_squares_overflow():
+    x = {"x": np.zeros(2, np.float32)}
+    nn.Adam(x, rate=0.1).step({"x": np.array([3e25, -4e25], np.float32)})
+    np.testing.assert_allclose(x["x"], [-0.1, 0.1], rtol=1e-5)  # the first step has the length of the rate
+
+
+def test_adam_without_clipping():
+    x = {"x": np.zeros(1)}
+    adam = nn.Adam(x, clip=np.inf)
+    adam.step({"x": np.array([100.0])})
+    assert adam.mean["x"] == pytest.approx(10)
 
 
 @pytest.mark.parametrize("x", [np.arange(3), np.ones(3, np.complex64), np.ones(3, bool)])

@@ -21,6 +21,7 @@ from .problem.second import (
     build_second,
     finish,
 )
+from .validation import as_flag
 
 
 @takes_options()
@@ -371,7 +372,7 @@ def attention_double_backward(
     chosen = select(backend, grad_out, query, key, value)
     second, starts = second_derivatives(chosen), as_starts(cu_seqlens_q, cu_seqlens_k)
     gradient = build_gradient(grad_out, query, key, value, out, lse, grad_lse, starts, settings)
-    if through_saved:
+    if as_flag("through_saved", through_saved):
         problem = build_second("open", "grad_grads", grad_grads, gradient)
         second.run(problem)
         return SecondGradients(*_inputs(chosen, problem), *_tangents(problem), *_of_saved(problem))

@@ -225,7 +225,7 @@ def as_seed(x: Any) -> int:
         if isinstance(x, bool | np.bool_):
             raise TypeError
         seed = operator.index(x)
-    except TypeError:
+    except Exception:  # `__index__` of another library's number may raise any exception
         raise TypeError(f"seed must be an integer, got {_shown(x)}") from None
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an integer of 64 bits, from 0 to 2**64 - 1, got {seed}")
@@ -287,7 +287,7 @@ def _reach(x: Any) -> int | None:
         if isinstance(x, bool | np.bool_):
             raise TypeError
         reach = operator.index(x)
-    except TypeError:
+    except Exception:  # as in `as_seed`
         raise TypeError(f"window must be a pair (left, right) of int or None, got {x!r}") from None
     if reach < 0:
         raise ValueError(f"window must not be negative, got {reach}")

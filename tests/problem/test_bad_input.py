@@ -311,6 +311,31 @@ def test_option(name, value, kind, words):
     refused(kind, rf"(?s)\b{name}\b.*{words}", na.attention_backward, *GIVEN.values(), **{name: value})
 
 
+class Raises:
+    """What another library may pass: an object whose conversions raise an exception of that library."""
+
+    def __index__(self):
+        raise RuntimeError("no")
+
+    __bool__ = __index__
+
+
+def test_what_raises_when_it_is_converted():
+    refused(TypeError, "seed must be an integer", na.attention, QUERY, KEY, VALUE, seed=Raises())
+    refused(TypeError, "window must be a pair", na.attention, QUERY, KEY, VALUE, window=(Raises(), 0))
+    refused(TypeError, "capacity must be an integer", na.KVCache, 1, 1, Raises(), 4)
+    refused(TypeError, "L must be an integer", na.BlockMask.causal, Raises(), 4)
+
+
+@pytest.mark.parametrize("flag", [Raises(), np.ones(2), np.zeros(0)])
+def test_flag_of_the_double_backward_pass(flag):
+    directions = na.Gradients(QUERY, None, None)
+    arguments = [directions, *GIVEN.values()]
+    refused(
+        TypeError, "through_saved must be True or False", na.attention_double_backward, *arguments, through_saved=flag
+    )
+
+
 @pytest.mark.parametrize(
     ("table", "kind", "words"),
     [

@@ -23,7 +23,7 @@ def check_size(name: str, x: Any, least: int = 1) -> int:
         if isinstance(x, bool | np.bool_):
             raise TypeError
         size = operator.index(x)
-    except TypeError:
+    except Exception:  # `__index__` of another library's number may raise any exception
         raise TypeError(f"{name} must be an integer, got {x!r}") from None
     if size < least:
         raise ValueError(f"{name} must be at least {least}, got {size}")

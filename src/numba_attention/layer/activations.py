@@ -32,7 +32,7 @@ _BLOCK = 2**15  # numbers that NumPy takes at a time, which with two temporaries
 
 def check_activation(name: str | None) -> None:
     """Refuse the name of an activation that there is not."""
-    if name is not None and name not in _COEFFICIENTS:
+    if name is not None and not (isinstance(name, str) and name in _COEFFICIENTS):
         raise ValueError(f"activation must be one of {', '.join(_COEFFICIENTS)}, got {name!r}")
 
 

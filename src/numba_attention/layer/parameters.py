@@ -69,7 +69,7 @@ class Weights:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}")
         self._allocate()
-        self._rng = _generator(rng)
+        self._rng = as_generator(rng)
         self._initialise(self._rng)
 
     def __repr__(self) -> str:
@@ -353,7 +353,7 @@ class Weights:
         dict_keys(['encoder.0.self_attn'])
         """
         file = Tensors(path)
-        rng = _generator(rng)  # one for all layers: with one seed each, they would drop the same weights
+        rng = as_generator(rng)  # one for all layers: with one seed each, they would drop the same weights
         places = checkpoints.places(file.names, names)
         chosen = [place for place in places if fnmatchcase(place.removesuffix("."), _text("pattern", pattern))]
         if not chosen:
@@ -504,7 +504,8 @@ def _resolved(rotary: bool | dict[str, Any], head_dim: int) -> Rotation:
         raise type(error)(f"rotary: {error}") from None
 
 
-def _generator(rng: np.random.Generator | int | None) -> np.random.Generator:
+def as_generator(rng: np.random.Generator | int | None) -> np.random.Generator:
+    """Check a generator or the seed of one."""
     if rng is not None and (isinstance(rng, bool) or not isinstance(rng, np.random.Generator | int | np.integer)):
         raise TypeError(f"rng must be a numpy.random.Generator, an integer or None, got {rng!r}")
     if isinstance(rng, int | np.integer) and rng < 0:

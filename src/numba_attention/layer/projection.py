@@ -12,6 +12,7 @@ import numpy as np
 
 from ..bounded import BoundedCache
 from ..options import Array
+from ..validation import as_array, check_out, is_bfloat16, overlaps_itself
 from .activations import check_activation, coefficients_of, with_numpy
 
 ITEMS = 16  # work items to aim for, so that many threads have work and finish together
@@ -44,8 +45,9 @@ def linear(
 
     Raises
     ------
-    ValueError
-        There is no such activation, or a shape does not fit; the message names the array.
+    TypeError, ValueError
+        There is no such activation, an argument is no array of numbers, a shape does not fit, or `out` cannot be
+        written; the message names the argument.
 
     See Also
     --------
@@ -80,7 +82,7 @@ def linear(
         with_numpy(activation, target, target)
     if out is None or target is out:
         return target
-    np.copyto(out, target)
+    np.copyto(check_out(out, shape, x.dtype, {}, of="x"), target)
     return out
 
 
@@ -146,42 +148,53 @@ def usable(*arrays: Array | None) -> bool:
 
 def _can_be_written(out: Array, *others: Array | None) -> bool:
     """Whether the kernel may write to `out` directly: it is a matrix in memory and does not overlap an input."""
-    matrix = out.flags.writeable and (out.ndim == 2 or out.flags.c_contiguous)
+    matrix = out.flags.writeable and ((out.ndim == 2 and not overlaps_itself(out)) or out.flags.c_contiguous)
     return matrix and not any(np.may_share_memory(out, other) for other in others if other is not None)
 
 
 def _with_numpy(x: Array, weight: Array, bias: Array | None, out: Array | None, activation: str | None) -> Array:
-    if np.ndim(weight) != 2:
-        raise ValueError(f"weight must have shape (N, K), got {np.shape(weight)}")
-    N, K = np.shape(weight)
-    if np.shape(x)[-1:] != (K,):
-        raise ValueError(f"x must have shape (..., {K}), as weight has {K} columns, got {np.shape(x)}")
-    if bias is not None and np.shape(bias) not in ((N,), ()):
-        raise ValueError(f"bias must have shape ({N},), got {np.shape(bias)}")
-    if out is not None and np.shape(out) != (*np.shape(x)[:-1], N):
-        raise ValueError(f"out must have shape {(*np.shape(x)[:-1], N)}, got {np.shape(out)}")
-    result: Array = np.matmul(x, np.asarray(weight).T)
+    x, weight = _numbers("x", x), _numbers("weight", weight)
+    if weight.ndim != 2:
+        raise ValueError(f"weight must have shape (N, K), got {weight.shape}")
+    N, K = weight.shape
+    if x.shape[-1:] != (K,):
+        raise ValueError(f"x must have shape (..., {K}), as weight has {K} columns, got {x.shape}")
     if bias is not None:
-        result = result + bias
-    if activation is not None:
-        result = with_numpy(activation, result)
+        bias = _numbers("bias", bias)
+        if bias.shape not in ((N,), ()):
+            raise ValueError(f"bias must have shape ({N},), got {bias.shape}")
+    with np.errstate(all="ignore"):  # infinities and NaNs in the input are no error
+        result: Array = np.matmul(x, weight.T)
+        if bias is not None:
+            result = result + bias
+        if activation is not None:
+            result = with_numpy(activation, result)
     if out is None:
         return result
-    np.copyto(out, result)
+    np.copyto(check_out(out, result.shape, result.dtype, {}, of="the result"), result)
     return out
+
+
+def _numbers(name: str, x: Any) -> Array:
+    """Convert an argument to a plain array of numbers."""
+    array = np.asarray(as_array(name, x))
+    if array.dtype.kind not in "iufcb" and not is_bfloat16(array.dtype):
+        raise TypeError(f"{name} must be an array of numbers, got {array.dtype}")
+    return array
 
 
 def _backward_with_numpy(
     grad: Array, x: Array, weight: Array, need_bias: bool, need_input: bool
 ) -> tuple[Array | None, Array, Array | None]:
-    if (*np.shape(grad), *np.shape(x)[-1:]) != (*np.shape(x)[:-1], *np.shape(weight)):
+    grad, x, weight = _numbers("grad", grad), _numbers("x", x), _numbers("weight", weight)
+    if weight.ndim != 2 or (*grad.shape, *x.shape[-1:]) != (*x.shape[:-1], *weight.shape):
         raise ValueError(
-            f"grad, x and weight must have shapes (..., N), (..., K) and (N, K), got {np.shape(grad)}, {np.shape(x)} "
-            f"and {np.shape(weight)}"
+            f"grad, x and weight must have shapes (..., N), (..., K) and (N, K), got {grad.shape}, {x.shape} "
+            f"and {weight.shape}"
         )
-    rows = as_matrix(np.asarray(grad))
+    rows = as_matrix(grad)
     grad_bias = np.sum(rows, axis=0) if need_bias else None
-    return np.matmul(grad, weight) if need_input else None, rows.T @ as_matrix(np.asarray(x)), grad_bias
+    return np.matmul(grad, weight) if need_input else None, rows.T @ as_matrix(x), grad_bias
 
 
 def as_matrix(x: Array) -> Array:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..options import Array
-from ..validation import as_floats
+from ..validation import as_floats, as_real, check_out
 from .activations import check_activation, coefficients_of, with_numpy
 from .projection import as_matrix, kernel_of, modules, usable
 
@@ -19,21 +19,39 @@ def normalized(
     """Return the rows of x, plus those of a residual, with mean 0 if `center` and mean square 1, by weight and bias.
 
     `out` may be x or the residual.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is no array of floating point, has a shape that does not fit, or is out of range.
     """
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual must have the shape of x, {x.shape}, got {residual.shape}")
-    fits = all(a is None or a.shape == x.shape[-1:] for a in (weight, bias)) and (out is None or out.shape == x.shape)
-    if not fits or not usable(x, weight, bias, residual, out) or not x.size:
+    eps = as_real("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    if not usable(x, weight, bias, residual, out) or not x.size or not _fits(x, weight, bias, out, residual):
         return _normalized_with_numpy(x, weight, bias, eps, out, residual, center)
     target = _target(x, out)
     rows, results = _rows(x, target), as_matrix(target)
     others = None if residual is None else _rows(residual, target)
-    arrays = [rows, results, *(None if a is None else np.ascontiguousarray(a) for a in (weight, bias)), others]
+    arrays = [rows, results, *(_kept(a, target) for a in (weight, bias)), others]
     kernels = modules()[2]
     task = kernels.LAYER_NORM if center else kernels.RMS_NORM
     number, features = rows.shape
     _launch(task, arrays, number, features, features, eps, NORM_FLOPS)
     return _given(target, out)
+
+
+def _fits(x: Array, weight: Array, bias: Array | None, out: Array | None, residual: Array | None) -> bool:
+    same = all(a is None or a.shape == x.shape for a in (out, residual))
+    rows = x.ndim > 0 and weight is not None and all(a is None or a.shape == x.shape[-1:] for a in (weight, bias))
+    return same and rows
+
+
+def _kept(x: Array | None, target: Array) -> Array | None:
+    """Return numbers side by side that stay as they are while the target is written."""
+    if x is None:
+        return None
+    return x.copy() if np.may_share_memory(x, target) else np.ascontiguousarray(x)
 
 
 def activated(name: str, x: Array, out: Array | None = None) -> Array:
@@ -47,10 +65,11 @@ def activated(name: str, x: Array, out: Array | None = None) -> Array:
     check_activation(name)
     coefficients = coefficients_of(name, x.dtype) if usable(x, out) else None
     if coefficients is None or not x.size or not (out is None or out.shape == x.shape):
-        x = as_floats("x", x)
-        if out is not None and out.shape != x.shape:
-            raise ValueError(f"out must have the shape of x, {x.shape}, got {out.shape}")
-        return with_numpy(name, x, out)
+        x = np.asarray(as_floats("x", x))
+        given = None if out is None else check_out(out, x.shape, x.dtype, {}, of="x")
+        with np.errstate(all="ignore"):  # infinities and NaNs in the input are no error
+            result = with_numpy(name, x, given)
+        return result if out is None else out
     target = _target(x, out)
     numbers = np.ravel(x if x is target or not np.may_share_memory(x, target) else x.copy())
     columns = min(COLUMNS, numbers.size)
@@ -65,6 +84,8 @@ def _target(x: Array, out: Array | None) -> Array:
     """Return the array that the kernel writes: `out`, or one that is copied to it."""
     if out is not None and out.flags.c_contiguous and out.flags.writeable and x.flags.c_contiguous:
         return out
+    if out is not None:
+        check_out(out, x.shape, x.dtype, {}, of="x")
     return np.empty(x.shape, x.dtype)
 
 
@@ -129,19 +150,40 @@ def _launch(
 def _normalized_with_numpy(
     x: Array, weight: Array, bias: Array | None, eps: float, out: Array | None, residual: Array | None, center: bool
 ) -> Array:
-    features = np.shape(x)[-1:]
-    for name, array, shape in (("weight", weight, features), ("bias", bias, features), ("out", out, np.shape(x))):
-        if array is not None and np.shape(array) != shape:
-            raise ValueError(f"{name} must have shape {shape}, as x has shape {np.shape(x)}, got {np.shape(array)}")
-    rows = x if residual is None else x + residual
-    if center:
-        rows = rows - rows.mean(axis=-1, keepdims=True)
-    result: Array = rows * inverse_root(rows, eps) * weight
-    if bias is not None:
-        result = result + bias
-    if out is None:
+    x = as_floats("x", x)
+    features, dtype = x.shape[-1:], x.dtype
+    wide = np.float32 if dtype.itemsize == 2 else dtype  # a square of 256 is beyond the range of float16
+    if not features:
+        raise ValueError("x must have shape (..., features), got ()")
+    arrays: list[Array | None] = []
+    named = (("weight", weight, features), ("bias", bias, features), ("residual", residual, x.shape))
+    for name, array, shape in named:
+        if array is None and name != "weight":
+            arrays.append(None)
+            continue
+        array = as_floats(name, array)
+        if array.shape != shape:
+            kind = f"the shape of x, {shape}" if name == "residual" else f"shape {shape}, as x has shape {x.shape}"
+            raise ValueError(f"{name} must have {kind}, got {array.shape}")
+        arrays.append(array.astype(wide, copy=False))
+    given = None if out is None else check_out(out, x.shape, dtype, {}, of="x")
+    factor, shift, added = arrays
+    assert factor is not None
+    result = np.empty(x.shape, dtype)
+    if x.size:
+        with np.errstate(all="ignore"):  # infinities and NaNs in the input are no error
+            rows = x.astype(wide, copy=False)
+            if added is not None:
+                rows = rows + added
+            if center:
+                rows = rows - rows.mean(axis=-1, keepdims=True)
+            rows = rows * inverse_root(rows, eps) * factor
+            if shift is not None:
+                rows = rows + shift
+            result = rows.astype(dtype, copy=False)
+    if given is None or out is None:
         return result
-    np.copyto(out, result)
+    np.copyto(given, result)
     return out
 
 

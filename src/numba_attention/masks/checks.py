@@ -16,7 +16,7 @@ def as_integer(name: str, x: Any) -> int:
         if isinstance(x, bool | np.bool_):
             raise TypeError
         return operator.index(x)
-    except TypeError:
+    except Exception:  # `__index__` of another library's number may raise any exception
         raise TypeError(f"{name} must be an integer, got {x!r}") from None
 
 

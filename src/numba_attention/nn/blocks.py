@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..layer.attention import MultiHeadAttention
+from ..layer.parameters import as_generator
 from ..layer.projection import linear
 from ..options import Array
 from ..validation import as_size
@@ -50,7 +51,7 @@ class MLP(Module):
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
         features = as_size("features", features)
-        rng, hidden = np.random.default_rng(rng), 4 * features if hidden is None else as_size("hidden", hidden)
+        rng, hidden = as_generator(rng), 4 * features if hidden is None else as_size("hidden", hidden)
         self.wide = Linear(features, hidden, rng, dtype, bias=bias)
         if gated:
             self.gate = Linear(features, hidden, rng, dtype, bias=bias)
@@ -138,7 +139,7 @@ class TransformerBlock(Module):
         dropout: float = 0.0,
         **mlp: Any,
     ) -> None:
-        rng, norm = np.random.default_rng(rng), RMSNorm if rms else LayerNorm
+        rng, norm = as_generator(rng), RMSNorm if rms else LayerNorm
         self.norm = norm(features, dtype)
         self.attention = MultiHeadAttention(
             features, heads, num_kv_heads=num_kv_heads, rotary=rotary, dropout=dropout, rng=rng, dtype=dtype

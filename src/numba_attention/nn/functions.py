@@ -17,16 +17,21 @@ def layer_norm(
     x : ndarray, shape (..., features)
     weight, bias : ndarray, shape (features,)
     eps : float, default 1e-5
-        Added to the variance.
+        Added to the variance; not negative.
     out : ndarray, optional
-        Array for the result, which may be `x` or `residual`.
+        Array for the result, in the dtype of `x`, which may be `x` or `residual`.
     residual : ndarray, shape (..., features), optional
         Added to `x` first, in the same pass over memory.
 
     Returns
     -------
     ndarray
-        Shape and dtype of `x`.
+        Shape and dtype of `x`. Half types are computed in float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is no array of floating point, or its shape does not fit; the message names it.
 
     References
     ----------
@@ -49,7 +54,7 @@ def gelu(x: Array, out: Array | None = None) -> Array:
     x : ndarray
         float32 or float64.
     out : ndarray, optional
-        Array for the result, which may be `x`.
+        Array for the result, in the dtype of `x`, which may be `x`.
 
     Returns
     -------

@@ -9,14 +9,30 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..layer.activations import probability
+from ..layer.parameters import as_generator
 from ..layer.projection import linear, linear_backward
 from ..layer.rowwise import activated, inverse_root, normalized
 from ..options import Array
-from ..validation import as_real_dtype, as_size, indices_within
+from ..validation import as_floats, as_real, as_real_dtype, as_size, indices_within
 
 _FAR = 1e3  # beyond it an activation is x or 0, also in float64, and polynomials of x would overflow in float32
 Seed = np.random.Generator | int | None
 Parameters = dict[str, Array]
+
+
+def _like(grad: Any, shape: tuple[int, ...]) -> Array:
+    """Check a gradient, which must have the shape of what `forward` returned."""
+    array = as_floats("grad", grad)
+    if array.shape != shape:
+        raise ValueError(f"grad must have the shape of what forward returned, {shape}, got {array.shape}")
+    return array
+
+
+def _eps(eps: Any) -> float:
+    number = as_real("eps", eps)
+    if number < 0:
+        raise ValueError(f"eps must not be negative, got {number}")
+    return number
 
 
 class Module:
@@ -101,7 +117,7 @@ class Linear(_Leaf):
         super().__init__()
         inputs, outputs, dtype = as_size("inputs", inputs), as_size("outputs", outputs), as_real_dtype(dtype)
         limit = math.sqrt(3 / inputs)
-        self.weight = np.random.default_rng(rng).uniform(-limit, limit, (outputs, inputs)).astype(dtype)
+        self.weight = as_generator(rng).uniform(-limit, limit, (outputs, inputs)).astype(dtype)
         self.bias = np.zeros(outputs, dtype) if bias else None
 
     def forward(self, x: Array) -> tuple[Array, Array]:
@@ -132,7 +148,7 @@ class Embedding(_Leaf):
     def __init__(self, tokens: int, features: int, rng: Seed = None, dtype: Any = np.float32) -> None:
         super().__init__()
         shape = as_size("tokens", tokens), as_size("features", features)
-        self.weight = np.random.default_rng(rng).standard_normal(shape).astype(as_real_dtype(dtype))
+        self.weight = as_generator(rng).standard_normal(shape).astype(as_real_dtype(dtype))
 
     def forward(self, x: ArrayLike) -> tuple[Array, Array]:
         """Return the vectors of tokens (...), and what `backward` needs.
@@ -144,6 +160,7 @@ class Embedding(_Leaf):
 
     def backward(self, grad: Array, tokens: Array) -> None:
         """Set `grads`. Tokens have no gradient."""
+        grad = _like(grad, (*tokens.shape, self.weight.shape[1]))
         order = np.argsort(tokens, axis=None, kind="stable")
         sorted_tokens, rows = tokens.ravel()[order], grad.reshape(-1, grad.shape[-1])[order]
         weight = np.zeros_like(self.weight)
@@ -163,10 +180,13 @@ class _Norm(_Leaf):
 
     def forward(self, x: Array) -> tuple[Array, Array]:
         """Return the result, and what `backward` needs."""
+        if np.shape(x)[-1:] != self.weight.shape:
+            raise ValueError(f"x must have shape (..., {len(self.weight)}), got {np.shape(x)}")
         return normalized(x, self.weight, self.bias, self.eps, center=self._center), x
 
     def backward(self, grad: Array, x: Array) -> Array:
         """Return the gradient of x, and set `grads`."""
+        grad, x = _like(grad, np.shape(x)), as_floats("x", x)
         if self._center:
             x = x - x.mean(axis=-1, keepdims=True)
         inverse = inverse_root(x, self.eps)
@@ -199,7 +219,7 @@ class LayerNorm(_Norm):
     def __init__(self, features: int, dtype: Any = np.float32, eps: float = 1e-5) -> None:
         super().__init__()
         features, dtype = as_size("features", features), as_real_dtype(dtype)
-        self.weight, self.bias, self.eps = np.ones(features, dtype), np.zeros(features, dtype), eps
+        self.weight, self.bias, self.eps = np.ones(features, dtype), np.zeros(features, dtype), _eps(eps)
 
 
 class RMSNorm(_Norm):
@@ -222,7 +242,7 @@ class RMSNorm(_Norm):
 
     def __init__(self, features: int, dtype: Any = np.float32, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight, self.eps = np.ones(as_size("features", features), as_real_dtype(dtype)), eps
+        self.weight, self.eps = np.ones(as_size("features", features), as_real_dtype(dtype)), _eps(eps)
 
 
 class _Activation(_Leaf):
@@ -235,10 +255,12 @@ class _Activation(_Leaf):
         return activated(self.name, x), x
 
     def backward(self, grad: Array, x: Array) -> Array:
-        """Return the gradient of x."""
-        near = np.clip(x, -_FAR, _FAR)
+        """Return the gradient of x, in its dtype."""
+        grad, x = _like(grad, np.shape(x)), as_floats("x", x)
+        wide = np.float32 if x.dtype.itemsize == 2 else x.dtype  # in float16, squares of 256 would overflow
+        near = np.clip(x.astype(wide, copy=False), -_FAR, _FAR)
         p = probability(self.name, near)
-        result: Array = grad * (p + near * self._slope(near, p))
+        result: Array = (grad * (p + near * self._slope(near, p))).astype(x.dtype, copy=False)
         return result
 
     def _slope(self, x: Array, p: Array) -> Array:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..errors import kind_of
 from ..options import Array
-from ..validation import as_array, as_floats, as_ints, broadcast_to
+from ..validation import as_array, as_floats, as_ints, as_ndarray, as_real, broadcast_to
 
 
 def cross_entropy(scores: Array, target: ArrayLike, mask: ArrayLike | None = None) -> tuple[float, Array]:
@@ -100,7 +101,12 @@ class Adam:
     decay : float, default 0
         Decay of the parameters that are matrices.
     clip : float, default 1
-        The longest that all gradients together, as one vector, may be.
+        The longest that all gradients together, as one vector, may be; `math.inf` for without bound.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter is no array of floating point that can be written, or a number is out of range.
 
     References
     ----------
@@ -127,7 +133,18 @@ class Adam:
         decay: float = 0.0,
         clip: float = 1.0,
     ) -> None:
-        self.parameters, self.rate, self.betas, self.decay, self.clip = parameters, rate, betas, decay, clip
+        if not isinstance(parameters, Mapping):
+            raise TypeError(f"parameters must map names to arrays, got {kind_of(parameters)}")
+        for name, x in parameters.items():
+            array = as_floats(f"parameters[{name!r}]", as_ndarray(f"parameters[{name!r}]", x))
+            if not array.flags.writeable:
+                raise ValueError(f"parameters[{name!r}] must be writeable, got a read-only array")
+        self.parameters, self.rate, self.betas = parameters, as_real("rate", rate), _as_betas(betas)
+        self.decay, self.clip = as_real("decay", decay), math.inf if clip == math.inf else as_real("clip", clip)
+        if self.decay < 0:
+            raise ValueError(f"decay must not be negative, got {self.decay}")
+        if self.clip <= 0:
+            raise ValueError(f"clip must be positive, got {self.clip}")
         self.mean = {name: np.zeros_like(x) for name, x in parameters.items()}
         self.square = {name: np.zeros_like(x) for name, x in parameters.items()}
         self.steps = 0
@@ -144,17 +161,21 @@ class Adam:
 
         Raises
         ------
-        ValueError
-            A parameter has no gradient, or one of another shape. Nothing has changed then.
+        TypeError, ValueError
+            A parameter has no gradient, one of another shape, or one that is no array of floating point. Nothing has
+            changed then.
         """
+        scale, given = as_real("scale", scale), {}
         for name, x in self.parameters.items():
             if name not in grads:
                 raise ValueError(f"grads must have the gradient of each parameter, and lacks {name}")
-            if np.shape(grads[name]) != x.shape:
-                raise ValueError(f"the gradient of {name} must have its shape, {x.shape}, got {np.shape(grads[name])}")
+            given[name] = as_floats(f"grads[{name!r}]", grads[name])
+            if given[name].shape != x.shape:
+                raise ValueError(f"the gradient of {name} must have its shape, {x.shape}, got {given[name].shape}")
+        grads = given
         self.steps += 1
         first, second = self.betas
-        length = math.sqrt(sum(float(np.vdot(grads[name], grads[name])) for name in self.parameters))
+        length = math.sqrt(sum(map(_square, grads.values())))
         shorten = min(1.0, self.clip / (length + 1e-12))
         rate = scale * self.rate * math.sqrt(1 - second**self.steps) / (1 - first**self.steps)
         for name, x in self.parameters.items():
@@ -166,6 +187,23 @@ class Adam:
             x -= rate * mean / (np.sqrt(square) + 1e-8)
 
 
+def _square(grad: Array) -> float:
+    """Return the sum of squares, in float64: squares of 1e20 are beyond the range of float32."""
+    numbers = grad.ravel().astype(np.float64, copy=False)
+    return float(np.dot(numbers, numbers))
+
+
+def _as_betas(betas: Any) -> tuple[float, float]:
+    try:
+        first, second = betas
+    except (TypeError, ValueError):
+        raise TypeError(f"betas must be a pair of numbers, got {betas!r}") from None
+    pair = as_real("betas", first), as_real("betas", second)
+    if not 0 <= min(pair) <= max(pair) < 1:
+        raise ValueError(f"betas must be at least 0 and less than 1, got {pair}")
+    return pair
+
+
 def warmup_cosine(step: int, steps: int, warmup: int = 100) -> float:
     """Return the factor of the learning rate: from 0 to 1 over `warmup` steps, then down to 0 on a cosine, and 0 after.
 
@@ -175,9 +213,10 @@ def warmup_cosine(step: int, steps: int, warmup: int = 100) -> float:
     >>> [round(nn.warmup_cosine(n, 1000), 2) for n in (0, 99, 550, 1000)]
     [0.01, 1.0, 0.5, 0.0]
     """
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+    now, end, start = as_real("step", step), as_real("steps", steps), as_real("warmup", warmup)
+    if now < start:
+        return (now + 1) / start
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (now - start) / max(1, end - start))))
 
 
 __all__ = ["Adam", "cross_entropy", "warmup_cosine"]
