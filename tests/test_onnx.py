@@ -84,7 +84,7 @@ def test_official_case_as_function(onnx, case):
         ({"past_key": np.zeros((1, 2, 3, 4), np.float32)}, "past_key and past_value must be given together"),
         ({"left_window_size": -2}, "left_window_size must be -1"),
         ({"qk_matmul_output_mode": 4}, "qk_matmul_output_mode must be 0, 1, 2 or 3"),
-        ({"attn_mask": np.zeros((5, 9), bool)}, "mask"),
+        ({"attn_mask": np.zeros((5, 9), bool)}, r"attn_mask of shape \(5, 9\) does not broadcast to \(1, 2, 5, 5\)"),
         ({"nonpad_kv_seqlen": [9]}, "nonpad_kv_seqlen must lie between 0 and 5"),
         ({"Q": np.zeros((1, 5, 8), np.float32)}, "q_num_heads must divide"),
     ],
@@ -93,6 +93,71 @@ def test_misuse(arguments, message):
     x = np.zeros((1, 2, 5, 4), np.float32)
     with pytest.raises(ValueError, match=message):
         nao.attention(**{"Q": x, "K": x, "V": x, **arguments})
+
+
+X = np.zeros((1, 2, 5, 4), np.float32)
+FLAT = np.zeros((1, 5, 8), np.float32)
+TABLE = np.zeros((5, 2), np.float32)
+PLACES = np.zeros((1, 5), int)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"Q": X.astype(int)}, TypeError, "Q must have dtype float32"),  # the result would be rounded to integers
+        ({"V": X.astype(np.complex64)}, TypeError, "V must have dtype float32"),
+        ({"K": X[..., :3]}, ValueError, "K must have as many features in a head as Q, 4, got 3"),
+        ({"V": X[:, :, :3]}, ValueError, "V must have as many heads and keys as K"),
+        ({"K": np.tile(X, (1, 2, 1, 1)), "V": np.tile(X, (1, 2, 1, 1))}, ValueError, "K must have a number of heads"),
+        ({"Q": np.tile(X, (2, 1, 1, 1)), "K": np.tile(X, (3, 1, 1, 1))}, ValueError, "must have one batch size"),
+        ({"past_key": X, "past_value": X[:, :, :3]}, ValueError, "past_value must be as long as past_key, 5, got 3"),
+        ({"Q": FLAT, "q_num_heads": 2.0}, TypeError, "q_num_heads must be an integer"),
+        ({"Q": FLAT, "q_num_heads": -2}, ValueError, "q_num_heads must be positive"),
+        ({"attn_mask": "a"}, TypeError, "attn_mask must be floating point"),
+        ({"attn_mask": np.zeros((5, 5), complex)}, TypeError, "attn_mask must be floating point"),
+        ({"is_causal": "no"}, TypeError, "is_causal must be 0 or 1"),
+        ({"is_causal": np.ones(2)}, TypeError, "is_causal must be 0 or 1"),
+        ({"left_window_size": 1.5}, TypeError, "left_window_size must be an integer"),
+        ({"right_window_size": "1"}, TypeError, "right_window_size must be an integer"),
+        ({"softcap": "a"}, TypeError, "softcap must be a real number"),
+        ({"softmax_precision": 99}, ValueError, "softmax_precision must be one of"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        nao.attention(**{"Q": X, "K": X, "V": X, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"X": X.astype(int)}, TypeError, "X must have dtype float32"),
+        ({"X": FLAT, "num_heads": 2.0}, TypeError, "num_heads must be an integer"),
+        ({"cos_cache": TABLE * 1j}, TypeError, "cos_cache must be floating point"),
+        ({"sin_cache": TABLE.astype(int)}, TypeError, "sin_cache must be floating point"),
+        ({"position_ids": PLACES[0]}, ValueError, r"position_ids must have shape \(1, 5\), got \(5,\)"),
+        ({"rotary_embedding_dim": 3}, ValueError, "rotary_embedding_dim must be even"),
+        ({"rotary_embedding_dim": -4}, ValueError, "rotary_embedding_dim must be positive"),
+        ({"rotary_embedding_dim": 6}, ValueError, "rotary_embedding_dim must be even and at most the 4 features"),
+        ({"X": X[..., :3]}, ValueError, "rotary_embedding_dim must be even"),
+        ({"interleaved": "no"}, TypeError, "interleaved must be 0 or 1"),
+    ],
+)
+def test_wrong_arguments_of_rotary_embedding_are_named(arguments, error, message):
+    given = {"X": X, "cos_cache": TABLE, "sin_cache": TABLE, "position_ids": PLACES, **arguments}
+    with pytest.raises(error, match=message):
+        nao.rotary_embedding(**given)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1)])
+def test_one_sequence_of_queries_or_keys_for_all(sizes):
+    rng = np.random.default_rng(0)
+    query, key = (rng.standard_normal((n, 5, 8)) for n in sizes)
+    got = nao.attention(query, key, key, q_num_heads=2, kv_num_heads=2, attn_mask=np.ones((2, 1, 5, 5), bool)).Y
+    heads = lambda x: x.reshape(len(x), 5, 2, 4).swapaxes(1, 2)  # noqa: E731
+    weights = np.exp(heads(query) @ heads(key).swapaxes(-1, -2) / 2)
+    want = (weights / weights.sum(-1, keepdims=True)) @ heads(key)
+    np.testing.assert_allclose(got, want.swapaxes(1, 2).reshape(2, 5, 8), rtol=1e-12)
 
 
 def test_a_table_of_another_size_is_refused():

@@ -13,11 +13,25 @@ from numpy.typing import ArrayLike
 
 from .api import attention as _attention
 from .api import attention_weights
+from .errors import kind_of
 from .options import Array
 from .rotary import Turn, rotate
-from .validation import as_array, as_ints, as_ndarray, indices_within, lengths_within
+from .validation import (
+    advice_for,
+    as_array,
+    as_floats,
+    as_ints,
+    as_ndarray,
+    as_real,
+    as_size,
+    broadcast_to,
+    indices_within,
+    is_supported,
+    lengths_within,
+)
 
 _DOUBLE = 11  # the number of float64 in TensorProto
+_PRECISIONS = {0: "UNDEFINED", 1: "FLOAT", 10: "FLOAT16", _DOUBLE: "DOUBLE", 16: "BFLOAT16"}
 _PROBABILITIES = 3  # of the modes of qk_matmul_output
 
 
@@ -115,25 +129,31 @@ def attention(
     value, _ = _with_heads("V", V, "kv_num_heads", kv_num_heads)
     if not Q.ndim == K.ndim == V.ndim:
         raise ValueError(f"Q, K and V must have as many axes, got {Q.ndim}, {K.ndim} and {V.ndim}")
-    key, value = _joined("past_key", past_key, key), _joined("past_value", past_value, value)
+    _check_shapes(query, key, value)
     if (past_key is None) != (past_value is None):
         raise ValueError("past_key and past_value must be given together")
     if past_key is not None and nonpad_kv_seqlen is not None:
         raise ValueError("nonpad_kv_seqlen must be None with past_key")
+    new = key.shape[2]
+    key, value = _joined("past_key", past_key, key), _joined("past_value", past_value, value)
+    if key.shape[2] != value.shape[2]:
+        old = (present.shape[2] - new for present in (key, value))
+        raise ValueError("past_value must be as long as past_key, {}, got {}".format(*old))
     present = key, value
-    B, _, L, _ = query.shape
+    (B,), (_, _, L, _) = np.broadcast_shapes(query.shape[:1], key.shape[:1], value.shape[:1]), query.shape
     S, dtype = key.shape[2], query.dtype
     wide = _wide(query, key, value, softmax_precision)
     query, key, value = (x.astype(wide, copy=False) for x in (query, key, value))
+    cap = 0.0 if softcap is None else as_real("softcap", softcap)
     options: dict[str, Any] = {
-        "is_causal": bool(is_causal),
+        "is_causal": _flag("is_causal", is_causal),
         "scale": scale,
-        "softcap": None if softcap is None or softcap <= 0 else softcap,
+        "softcap": cap if cap > 0 else None,
         "window": _window(left_window_size, right_window_size),
         "backend": backend,
     }
     if attn_mask is not None:
-        mask = _padded(attn_mask, S)
+        mask = _padded(attn_mask, (B, query.shape[1], L, S))
         options["mask" if mask.dtype == np.bool_ else "bias"] = mask
     if nonpad_kv_seqlen is not None:
         given = as_ints("nonpad_kv_seqlen", nonpad_kv_seqlen).reshape(-1)
@@ -202,23 +222,31 @@ def rotary_embedding(
     >>> nao.rotary_embedding(X, np.cos(angles), np.sin(angles), np.arange(3)[None]).shape
     (1, 2, 3, 4)
     """
-    x, _ = _with_heads("X", X, "num_heads", num_heads or None)
-    dim = rotary_embedding_dim or x.shape[3]
+    x, _ = _with_heads("X", X, "num_heads", num_heads)
+    dim = x.shape[3] if _is_zero(rotary_embedding_dim) else as_size("rotary_embedding_dim", rotary_embedding_dim)
+    if dim % 2 or dim > x.shape[3]:
+        raise ValueError(
+            f"rotary_embedding_dim must be even and at most the {x.shape[3]} features of X, or 0 for all if they are "
+            f"even, got {rotary_embedding_dim}"
+        )
     half = dim // 2
     wide = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
     tables: list[Array] = []
     for name, array in (("cos_cache", cos_cache), ("sin_cache", sin_cache)):
-        table = as_ndarray(name, array)
+        table = as_floats(name, as_ndarray(name, array))
         if position_ids is not None:
-            table = table[indices_within("position_ids", position_ids, table.shape[0] if table.ndim else 0)]
-        if table.shape != (x.shape[0], x.shape[2], half) or dim > x.shape[3]:
+            places = indices_within("position_ids", position_ids, table.shape[0] if table.ndim else 0)
+            if places.shape != (x.shape[0], x.shape[2]):
+                raise ValueError(f"position_ids must have shape {(x.shape[0], x.shape[2])}, got {places.shape}")
+            table = table[places]
+        if table.shape != (x.shape[0], x.shape[2], half):
             raise ValueError(
                 f"{name} must have a row of {half} numbers for each of {x.shape[:1] + x.shape[2:3]} positions, half of "
                 f"the {dim} features that are rotated, got shape {np.shape(array)}"
             )
         tables.append(table.astype(wide)[:, None])
     cos, sin = tables
-    turn = Turn.of_pairs(cos, sin, bool(interleaved), wide)
+    turn = Turn.of_pairs(cos, sin, _flag("interleaved", interleaved), wide)
     if np.ndim(X) == 4:
         result = np.empty_like(x)
         rotate(x, turn, result)
@@ -231,13 +259,45 @@ def rotary_embedding(
 def _with_heads(name: str, x: Any, name_of_heads: str, heads: int | None) -> tuple[Array, bool]:
     """Return x as (batch, heads, length, features), and whether the heads were side by side."""
     x = as_ndarray(name, x)
+    if not is_supported(x.dtype):
+        raise TypeError(
+            f"{name} must have dtype float32, float64, float16 or ml_dtypes.bfloat16 in native byte order, "
+            f"got {x.dtype}; {advice_for(name, x.dtype)}"
+        )
     if x.ndim == 4:
         return x, False
     if x.ndim != 3:
         raise ValueError(f"{name} must have three or four axes, got shape {x.shape}")
-    if not heads or x.shape[2] % heads:
+    if heads is None or _is_zero(heads) or x.shape[2] % (heads := as_size(name_of_heads, heads)):
         raise ValueError(f"{name_of_heads} must divide the {x.shape[2]} features of {name}, got {heads}")
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).swapaxes(1, 2), True
+
+
+def _check_shapes(query: Array, key: Array, value: Array) -> None:
+    """Check shapes in the words of the operator: `numba_attention.attention` would name its own arguments."""
+    heads, size = query.shape[1], query.shape[3]
+    of_keys, S = key.shape[1:3]
+    if key.shape[3] != size:
+        raise ValueError(f"K must have as many features in a head as Q, {size}, got {key.shape[3]}")
+    if value.shape[1:3] != (of_keys, S):
+        raise ValueError(f"V must have as many heads and keys as K, {(of_keys, S)}, got {value.shape[1:3]}")
+    if heads != of_keys and (not of_keys or heads % of_keys):
+        raise ValueError(f"K must have a number of heads that divides those of Q, {heads}, got {of_keys}")
+    sizes = len(query), len(key), len(value)
+    if len({size for size in sizes if size != 1}) > 1:
+        raise ValueError("Q, K and V must have one batch size, got {}, {} and {}".format(*sizes))
+
+
+def _is_zero(x: Any) -> bool:
+    """Whether an attribute is 0, which stands for an attribute that is not there."""
+    return isinstance(x, int | np.integer) and not isinstance(x, bool) and x == 0
+
+
+def _flag(name: str, x: Any) -> bool:
+    """Check an attribute that is an integer and means a truth value."""
+    if not isinstance(x, bool | np.bool_ | int | np.integer):
+        raise TypeError(f"{name} must be 0 or 1, got {kind_of(x)}")
+    return bool(x)
 
 
 def _joined(name: str, past: Any, new: Array) -> Array:
@@ -253,6 +313,9 @@ def _joined(name: str, past: Any, new: Array) -> Array:
 
 def _wide(query: Array, key: Array, value: Array, precision: int | None) -> np.dtype[Any]:
     """Return the dtype to compute in: that of the inputs if they share one that is precise enough."""
+    if precision is not None and (not isinstance(precision, int | np.integer) or precision not in _PRECISIONS):
+        known = ", ".join(f"{number} ({name})" for number, name in _PRECISIONS.items())
+        raise ValueError(f"softmax_precision must be one of {known}, got {precision!r}")
     if precision == _DOUBLE or np.float64 in (query.dtype, key.dtype, value.dtype):
         return np.dtype(np.float64)
     if query.dtype == key.dtype == value.dtype:
@@ -264,22 +327,27 @@ def _wide(query: Array, key: Array, value: Array, precision: int | None) -> np.d
 def _window(left: int | None, right: int | None) -> tuple[int | None, int | None] | None:
     sizes = []
     for name, size in (("left_window_size", left), ("right_window_size", right)):
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer)):
+            raise TypeError(f"{name} must be an integer, got {kind_of(size)}")
         if size is not None and size < -1:
             raise ValueError(f"{name} must be -1 or not negative, got {size}")
         sizes.append(None if size is None or size < 0 else int(size))
     return None if sizes == [None, None] else (sizes[0], sizes[1])
 
 
-def _padded(mask: Any, S: int) -> Array:
+def _padded(mask: Any, shape: tuple[int, ...]) -> Array:
     """Hide the keys past the last column of a mask; integers are added as numbers."""
     array = as_array("attn_mask", mask)
     if array.dtype.kind in "iu":
         array = array.astype(np.float32)
-    missing = S - array.shape[-1] if array.ndim else 0
-    if missing <= 0:
-        return array
-    hidden = np.full((*array.shape[:-1], missing), False if array.dtype == np.bool_ else -np.inf, array.dtype)
-    return np.concatenate([array, hidden], axis=-1)
+    if array.dtype != np.bool_:
+        array = as_floats("attn_mask", array)
+    missing = shape[-1] - array.shape[-1] if array.ndim else 0
+    if missing > 0:
+        hidden = np.full((*array.shape[:-1], missing), False if array.dtype == np.bool_ else -np.inf, array.dtype)
+        array = np.concatenate([array, hidden], axis=-1)
+    broadcast_to("attn_mask", array, shape)
+    return array
 
 
 def _scores(query: Array, key: Array, mode: int, options: dict[str, Any]) -> Array:
