@@ -85,6 +85,8 @@ def test_a_notebook_shows_it():
         ((np.full((2, 3, 3), np.nan), "abc"), ValueError, "between 0 and 1"),
         ((np.ones((2, 3, 3)) / 3, "ab"), ValueError, "tokens must be 3, got 2"),
         ((np.ones((2, 3, 4)) / 4, "abc"), ValueError, "key_tokens must be 4, got 0"),
+        ((np.ones((2, 3, 3)) / 3, 3), TypeError, "tokens must be a sequence of str, got builtins.int"),
+        ((np.ma.masked_array(np.ones((2, 3, 3)) / 3), "abc"), TypeError, "weights is a masked array"),
     ],
 )
 def test_misuse(arguments, error, message):

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..options import Array
-from .explorer import Page, explore
+from ..validation import as_array, as_size
+from .explorer import Page, as_names, as_weights, explore
 
 Figure = Any  # Matplotlib's, which is optional and has no types here
 
@@ -113,12 +114,13 @@ def patches(
     >>> len(figure.axes)
     3
     """
-    picture = np.asarray(image)
-    if picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] != 3):
+    picture = np.asarray(as_array("image", image))
+    if picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] != 3) or not picture.size:
         raise ValueError(f"image must have shape (height, width) or (height, width, 3), got {picture.shape}")
-    maps = _floats("weights", weights)
-    if maps.ndim != 2 or maps.shape[1] != grid[0] * grid[1]:
-        raise ValueError(f"weights must have shape (heads, {grid[0]} * {grid[1]}) for this grid, got {maps.shape}")
+    rows, columns = _as_grid(grid)
+    maps = _floats(weights)
+    if maps.ndim != 2 or maps.shape[1] != rows * columns:
+        raise ValueError(f"weights must have shape (heads, {rows} * {columns}) for this grid, got {maps.shape}")
     titles = _labels("titles", titles, len(maps)) or [f"head {n}" for n in range(len(maps))]
     height, width = picture.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
@@ -129,7 +131,7 @@ def patches(
         if n == 0:
             axis.set_title("image", fontsize=9)
             continue
-        one = maps[n - 1].reshape(grid)
+        one = maps[n - 1].reshape(rows, columns)
         top = one.max() if one.size and one.max() > 0 else 1.0
         axis.imshow(one, cmap="Reds", alpha=0.6, vmin=0, vmax=top, interpolation="nearest", extent=extent)
         axis.set_title(titles[n - 1], fontsize=9)
@@ -168,7 +170,7 @@ def statistics(weights: ArrayLike) -> Statistics:
     >>> plot.statistics(np.stack([sharp, even]))
     Statistics(entropy=array([0., 2.]), distance=array([0.  , 1.25]))
     """
-    maps = _floats("weights", weights)
+    maps = _floats(weights)
     if maps.ndim < 3:
         raise ValueError(f"weights must have shape (..., heads, L, S), got {maps.shape}")
     total = maps.sum(axis=-1)
@@ -247,7 +249,7 @@ def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
 
 
 def _maps(weights: ArrayLike) -> Array:
-    maps = _floats("weights", weights)
+    maps = _floats(weights)
     if maps.ndim == 2:
         maps = maps[None]
     if maps.ndim != 3:
@@ -255,20 +257,22 @@ def _maps(weights: ArrayLike) -> Array:
     return maps
 
 
-def _floats(name: str, x: ArrayLike) -> Array:
-    array = np.asarray(x)
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name} must be floating point, got {array.dtype}")
-    return array.astype(np.float64)
+def _floats(weights: ArrayLike) -> Array:
+    return as_weights(weights).astype(np.float64)
+
+
+def _as_grid(grid: Any) -> tuple[int, int]:
+    try:
+        rows, columns = grid
+    except (TypeError, ValueError):
+        raise TypeError(f"grid must be a pair (rows, columns) of int, got {grid!r}") from None
+    return as_size("rows of grid", rows), as_size("columns of grid", columns)
 
 
 def _labels(name: str, labels: Sequence[str] | None, count: int) -> list[str]:
     if labels is None:
         return []
-    texts = [str(label) for label in labels]
-    if len(texts) != count:
-        raise ValueError(f"{name} must be {count}, got {len(texts)}")
-    return texts
+    return as_names(name, labels, count)
 
 
 __all__ = ["Page", "Statistics", "explore", "heads", "patches", "profile", "statistics"]

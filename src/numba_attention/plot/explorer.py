@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..atomic import replacing
+from ..errors import kind_of
 from ..options import Array
+from ..validation import as_array, is_bfloat16
 
 LARGEST = 2**26  # numbers: the page then has 170 MB, which browsers still open
 
@@ -95,10 +97,14 @@ def explore(
     """
     maps = _layers(weights)
     L, S = maps[0].shape[1:]
-    queries = _names("tokens", tokens, L)
-    keys = queries if key_tokens is None and S == L else _names("key_tokens", key_tokens or (), S)
-    names = [str(n) for n in range(len(maps))] if layers is None else _names("layers", layers, len(maps))
-    titles = None if heads is None else _names("heads", heads, max(len(one) for one in maps))
+    queries = as_names("tokens", tokens, L)
+    keys = (
+        queries
+        if key_tokens is None and S == L
+        else as_names("key_tokens", () if key_tokens is None else key_tokens, S)
+    )
+    names = [str(n) for n in range(len(maps))] if layers is None else as_names("layers", layers, len(maps))
+    titles = None if heads is None else as_names("heads", heads, max(len(one) for one in maps))
     data = {
         "title": str(title),
         "queries": queries,
@@ -119,10 +125,7 @@ def explore(
 def _layers(weights: Any) -> list[Array]:
     """Return an array (heads, L, S) for each layer."""
     parts = list(weights) if isinstance(weights, list | tuple) else [weights]
-    arrays = [np.asarray(part) for part in parts]
-    for array in arrays:
-        if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-            raise TypeError(f"weights must be floating point, got {array.dtype}")
+    arrays = [as_weights(part) for part in parts]
     if len(arrays) == 1 and arrays[0].ndim == 4:
         arrays = list(arrays[0])
     arrays = [array[None] if array.ndim == 2 else array for array in arrays]
@@ -145,11 +148,23 @@ def _encoded(maps: Array) -> str:
     return base64.b64encode(np.rint(np.minimum(wide, 1) * 65535).astype("<u2").tobytes()).decode()
 
 
-def _names(name: str, names: Sequence[str], count: int) -> list[str]:
-    texts = [str(text) for text in names]
+def as_weights(weights: Any) -> Array:
+    """Convert probabilities to a plain array of floating point."""
+    array = np.asarray(as_array("weights", weights))
+    if array.dtype.kind != "f" and not is_bfloat16(array.dtype):
+        raise TypeError(f"weights must be floating point, got {array.dtype}")
+    return array
+
+
+def as_names(name: str, names: Any, count: int) -> list[str]:
+    """Check that there are `count` names or tokens."""
+    try:
+        texts = [str(text) for text in names]
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of str, got {kind_of(names)}") from None
     if len(texts) != count:
         raise ValueError(f"{name} must be {count}, got {len(texts)}")
     return texts
 
 
-__all__ = ["Page", "explore"]
+__all__ = ["Page", "as_names", "as_weights", "explore"]
