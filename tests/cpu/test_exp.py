@@ -164,3 +164,6 @@ def test_turns(name, bits):
     assert np.abs(got - want).max() < (2e-7 if bits == 32 else 1e-15)
     _, got = apply(lambda v, b, y: exp.sin(v, b, y, name == "cos"), bits, np.array([np.inf, np.nan, 1e30]))
     assert np.isnan(got[:2]).all()
+    far = 10.0 ** np.random.default_rng(0).uniform(4, 38 if bits == 32 else 308, 40000)
+    _, got = apply(lambda v, b, y: exp.sin(v, b, y, name == "cos"), bits, np.concatenate([far, -far]))
+    assert (np.abs(got) <= 1).all()

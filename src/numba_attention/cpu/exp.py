@@ -321,7 +321,9 @@ def rounded(vector: Vector, b: Builder, how: str, x: Value) -> Value:
 def sin(vector: Vector, b: Builder, x: Value, cosine: bool = False) -> Value:
     """sin(x), or cos(x): a multiple of pi/2 is taken off in three parts, and the rest goes into Taylor's series.
 
-    The absolute error is some 1e-7 (1e-15 in float64) up to |x| = 1e4, and grows with |x| beyond.
+    The absolute error is some 1e-7 (1e-15 in float64) up to |x| = 1e4, and grows with |x| beyond. Where the multiple is
+    no longer known to the last quarter, from 2**24 (2**53) on, the rest may be as large as x; it is kept within what the
+    series are for, so that every finite number has a result from -1 to 1.
     """
     quarter = rounded(vector, b, "rint", b.fmul(x, vector.const(2 / 3.141592653589793)))
     # Of few bits each (Cody and Waite): multiples of the first two are exact.
@@ -330,6 +332,7 @@ def sin(vector: Vector, b: Builder, x: Value, cosine: bool = False) -> Value:
     )  # fmt: skip
     for part in parts:
         x = vector.fma(b, quarter, vector.const(-part), x)
+    x = vector.max(b, vector.const(-1.0), vector.min(b, vector.const(1.0), x))
     z = b.fmul(x, x)
     count = 9 if vector.bits == 64 else 6
     of_sin, of_cos = [1.0], [1.0]

@@ -199,6 +199,8 @@ class Evaluation:
         quarter = e.library("rint", x * (2 / math.pi))
         for part in _PARTS[kind]:
             x = e.fma(quarter, e.const(kind, -part), x)
+        one = e.const(kind, 1.0)
+        x = e.select(x > one, one, e.select(x < zero - one, zero - one, x))  # `min` and `max` would lose NaN
         z = x * x
         of_sin, of_cos = [1.0], [1.0]
         for n in range(1, _TERMS[kind]):
