@@ -89,6 +89,20 @@ def test_slopes_against_differences(function, mod_args):
     np.testing.assert_allclose(slope, want, rtol=2e-7, atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", ["f", "d"])
+def test_turns_of_large_numbers(kind):
+    def wave(score, batch, head, i, j):
+        return np.sin(score) + 2 * np.cos(score)
+
+    threads = Threads(())
+    rule = find("score_mod", wave, describe(threads.values), threads.values)
+    scores = 10.0 ** np.linspace(4, 38 if kind == "f" else 308, N) * np.resize([1.0, -1.0], N)
+    (got,) = threads.run(rule.program, kind, scores.astype(np.float32 if kind == "f" else np.float64), *pairs()[1:])
+    assert (np.abs(got) <= 3).all()
+    (got,) = threads.run(rule.program, kind, np.resize([np.inf, np.nan], N), *pairs()[1:])
+    assert np.isnan(got).all()
+
+
 def test_integers_at_the_edges():
     """Division rounds down for every pair of signs, by 0 it gives 0; shifts have their sign; conversions saturate."""
 
