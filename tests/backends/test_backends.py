@@ -1,5 +1,6 @@
 """Which backend runs a call, and who is told when it cannot."""
 
+import contextvars
 import os
 import subprocess
 import sys
@@ -91,6 +92,40 @@ def test_left_by_an_error(ran):
 
     with pytest.raises(KeyError), na.use_backend("reference"):
         fail()
+    call()
+    assert ran == ["cpu"]
+
+
+def block(backend):
+    """Run in a block that goes on until the generator is closed."""
+    with na.use_backend(backend):
+        yield
+        yield
+
+
+def test_blocks_of_generators_end_in_any_order(ran):
+    first, second = block("reference"), block("cpu")
+    next(first)
+    next(second)
+    first.close()
+    call()
+    second.close()
+    call()
+    assert ran == ["cpu", "cpu"]  # and not the choice of the first block, which has ended
+    third, fourth = block("reference"), block("reference")
+    next(third)
+    next(fourth)
+    third.close()
+    call()
+    fourth.close()
+    call()
+    assert ran[2:] == ["reference", "cpu"]
+
+
+def test_a_block_may_be_closed_in_another_context(ran):
+    generator = block("reference")
+    contextvars.copy_context().run(next, generator)
+    generator.close()
     call()
     assert ran == ["cpu"]
 

@@ -54,7 +54,10 @@ class SecondDerivatives(Protocol):
 
 
 NAMES = ("cpu", "cuda", "reference")
+# The innermost name is what calls look up. The blocks are there for generators, which may end in another order than they
+# began: resetting a variable to what it was before would then bring back the choice of a block that has ended.
 _context: ContextVar[str | None] = ContextVar("numba_attention_backend", default=None)
+_blocks: ContextVar[tuple["_Block", ...]] = ContextVar("numba_attention_backends", default=())
 _default: str | None = None
 
 
@@ -206,11 +209,24 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if check_name(name, "use_backend") != "auto":
         _get(name)
-    token = _context.set(name)
+    block = _Block(name)
     try:
+        _enter((*_blocks.get(), block))
         yield
     finally:
-        _context.reset(token)
+        _enter(tuple(other for other in _blocks.get() if other is not block))
+
+
+class _Block:
+    """A block of `use_backend` that is being run; two with one name are different."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _enter(blocks: tuple[_Block, ...]) -> None:
+    _blocks.set(blocks)
+    _context.set(blocks[-1].name if blocks else None)
 
 
 class Status(NamedTuple):
