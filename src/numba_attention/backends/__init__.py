@@ -54,8 +54,8 @@ class SecondDerivatives(Protocol):
 
 
 NAMES = ("cpu", "cuda", "reference")
-# The innermost name is what calls look up. The blocks are there for generators, which may end in another order than they
-# began: resetting a variable to what it was before would then bring back the choice of a block that has ended.
+# The innermost name is what calls look up. The blocks are there for generators, which may end in another order than
+# they began: resetting a variable to what it was before would then bring back the choice of a block that has ended.
 _context: ContextVar[str | None] = ContextVar("numba_attention_backend", default=None)
 _blocks: ContextVar[tuple["_Block", ...]] = ContextVar("numba_attention_backends", default=())
 _default: str | None = None

@@ -321,9 +321,9 @@ def rounded(vector: Vector, b: Builder, how: str, x: Value) -> Value:
 def sin(vector: Vector, b: Builder, x: Value, cosine: bool = False) -> Value:
     """sin(x), or cos(x): a multiple of pi/2 is taken off in three parts, and the rest goes into Taylor's series.
 
-    The absolute error is some 1e-7 (1e-15 in float64) up to |x| = 1e4, and grows with |x| beyond. Where the multiple is
-    no longer known to the last quarter, from 2**24 (2**53) on, the rest may be as large as x; it is kept within what the
-    series are for, so that every finite number has a result from -1 to 1.
+    The absolute error is some 1e-7 (1e-15 in float64) up to |x| = 1e4, and grows with |x| beyond. From 2**24
+    (2**53) on the multiple is not exact, and the rest may be large; it is kept within what the series are for, so that
+    every finite number has a result from -1 to 1.
     """
     quarter = rounded(vector, b, "rint", b.fmul(x, vector.const(2 / 3.141592653589793)))
     # Of few bits each (Cody and Waite): multiples of the first two are exact.
