@@ -199,6 +199,23 @@ def too_many(score, batch, head, i, j):
     return score
 
 
+def far_too_many(score, batch, head, i, j):
+    for _ in range(10**12):
+        score = score + 1
+    return score
+
+
+def idle(score, batch, head, i, j):
+    for _ in range(100_000):
+        for _ in range(100_000):
+            unused = 1.0
+    return score + unused
+
+
+async def waits(score, batch, head, i, j):
+    return score
+
+
 def inverts(score, batch, head, i, j):
     return score * ~(i > j)
 
@@ -219,10 +236,26 @@ REFUSED = [
     (of_text, (), "only numbers are available in a mod, got str", 'return score + "a"'),
     (not_a_number, (), "complex", "return 1j"),
     (too_many, (), "more than 20000 operations", "score = score * 1.5 + i"),
+    (far_too_many, (), "more than 20000 operations", "score = score + 1"),
+    (idle, (), "more than 20000 operations", "for _ in range(100_000):"),
+    (waits, (), "without async", "async def waits"),
     (inverts, (), "the opposite of a truth value is `not x`", "return score * ~(i > j)"),
     (five, (TABLE,), r"called as score_mod\(score, batch, head, i, j, \*mod_args\)", "def five"),
     (lambda score, i, j: score, (), "this function takes 3", "lambda score, i, j"),
 ]
+
+
+def test_a_loop_that_ends_early_may_have_any_length():
+    def first(score, batch, head, i, j):
+        for n in range(10**12):
+            if n == 3:
+                break
+            score = score + n
+        return score
+
+    query = np.zeros((1, 3, 4))
+    _, lse = na.attention(query, query, query, score_mod=first, return_lse=True)
+    np.testing.assert_allclose(lse, 3 + np.log(3))
 
 
 @pytest.mark.parametrize(("function", "mod_args", "why", "line"), REFUSED, ids=[case[0].__name__ for case in REFUSED])

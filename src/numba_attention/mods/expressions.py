@@ -278,7 +278,7 @@ class Expressions(Names):
                     self.source.refuse(node, f"float({text!r}) is no number")
             case "range", parts if 1 <= len(parts) <= 3:
                 try:
-                    return Range(tuple(b.constant(n) for n in range(*(self.length(x, env) for x in parts))))
+                    return Range(range(*(self.length(x, env) for x in parts)))
                 except ValueError as error:
                     self.source.refuse(node, str(error))
             case "len", [part]:

@@ -97,6 +97,7 @@ class Builder:
 
     def __init__(self) -> None:
         self.lines: list[Instruction] = []
+        self.turns = 0  # of loops that were unrolled
         self._numbers: dict[Any, int] = {}
 
     def _add(self, op: str, kind: str, args: tuple[int, ...] = (), value: Any = None) -> int:

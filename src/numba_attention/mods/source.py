@@ -11,7 +11,7 @@ class Source(NamedTuple):
     """The definition of one function."""
 
     function: FunctionType
-    node: ast.FunctionDef | ast.Lambda
+    node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
     lines: list[str]
 
     def refuse(self, node: ast.AST, message: str) -> NoReturn:

@@ -26,6 +26,8 @@ class Frame(Expressions):
         """Bind the parameters, carry out the body, and return the result."""
         node, function = self.source.node, self.source.function
         self.guarded = guarded
+        if isinstance(node, ast.AsyncFunctionDef):
+            self.source.refuse(node, "a mod is a plain function, without async")
         names = [x.arg for x in [*node.args.posonlyargs, *node.args.args]]
         if node.args.vararg or node.args.kwarg or node.args.kwonlyargs:
             self.source.refuse(node, "a mod takes positional parameters only, without * and **")
@@ -154,7 +156,7 @@ class Frame(Expressions):
             self.source.refuse(node.orelse[0], "for with else is not available in a mod")
         items = self.value(node.iter, env)
         if isinstance(items, Range):
-            items = items.items
+            items = map(self.b.constant, items.numbers)
         elif not isinstance(items, tuple) or isinstance(items, Array):
             self.source.refuse(node.iter, "a mod can loop over range and over tuples")
         guarded = self.guarded
@@ -162,11 +164,13 @@ class Frame(Expressions):
         for item in items:
             if mask == self.false:
                 break
+            self.b.turns += 1
             self.loops.append(Loop([], broken))
             self.assign(node.target, item, env)
             mask = self.statements(node.body, env, mask)
             mask = self.rejoin(self.loops.pop().continued, env, mask)
-            if len(self.b.lines) > LENGTH:
+            # Turns are counted too, because equal instructions are written once: an empty body adds none.
+            if max(len(self.b.lines), self.b.turns) > LENGTH:
                 self.source.refuse(node, f"the rule has more than {LENGTH} operations once its loops are unrolled")
         mask = self.rejoin(broken, env, mask)
         self.guarded = guarded or self.guarded

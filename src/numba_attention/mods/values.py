@@ -27,7 +27,7 @@ class Array(NamedTuple):
 
 
 class Range(NamedTuple):
-    items: tuple[Any, ...]
+    numbers: range
 
 
 class Undefined(NamedTuple):
