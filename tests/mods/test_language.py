@@ -206,9 +206,9 @@ def far_too_many(score, batch, head, i, j):
 
 
 def idle(score, batch, head, i, j):
-    for _ in range(100_000):
-        for _ in range(100_000):
-            unused = 1.0
+    for _ in range(10_000):
+        for _ in range(10_000):
+            unused = 1.0  # the same instruction each time
     return score + unused
 
 
@@ -237,7 +237,7 @@ REFUSED = [
     (not_a_number, (), "complex", "return 1j"),
     (too_many, (), "more than 20000 operations", "score = score * 1.5 + i"),
     (far_too_many, (), "more than 20000 operations", "score = score + 1"),
-    (idle, (), "more than 20000 operations", "for _ in range(100_000):"),
+    (idle, (), "more than 20000 operations", "for _ in range(10_000):"),
     (waits, (), "without async", "async def waits"),
     (inverts, (), "the opposite of a truth value is `not x`", "return score * ~(i > j)"),
     (five, (TABLE,), r"called as score_mod\(score, batch, head, i, j, \*mod_args\)", "def five"),
