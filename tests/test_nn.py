@@ -397,6 +397,11 @@ def test_a_norm_whose_weight_is_in_its_result():
         (lambda: nn.linear(X4, W4, activation=["gelu"]), ValueError, "activation must be one of"),
         (lambda: nn.linear(X4, W4, out=[1]), TypeError, "out must be a numpy.ndarray"),
         (
+            lambda: nn.linear(X4, W4, out=np.ones((2, 4), int)),
+            TypeError,
+            "out must have the dtype of the result, float32",
+        ),
+        (
             lambda: nn.linear(X4, W4, out=np.broadcast_to(np.float32(1), (2, 4))),
             ValueError,
             "out must be writeable",

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..bounded import BoundedCache
 from ..options import Array
-from ..validation import as_array, check_out, is_bfloat16, overlaps_itself
+from ..validation import as_array, as_ndarray, check_out, is_bfloat16, overlaps_itself
 from .activations import check_activation, coefficients_of, with_numpy
 
 ITEMS = 16  # work items to aim for, so that many threads have work and finish together
@@ -82,7 +82,7 @@ def linear(
         with_numpy(activation, target, target)
     if out is None or target is out:
         return target
-    np.copyto(check_out(out, shape, x.dtype, {}, of="x"), target)
+    _write(out, target)
     return out
 
 
@@ -171,8 +171,15 @@ def _with_numpy(x: Array, weight: Array, bias: Array | None, out: Array | None, 
             result = with_numpy(activation, result)
     if out is None:
         return result
-    np.copyto(check_out(out, result.shape, result.dtype, {}, of="the result"), result)
+    _write(out, result)
     return out
+
+
+def _write(out: Any, result: Array) -> None:
+    """Copy a result to the caller's array, whose numbers may be wider."""
+    given = as_ndarray("out", out)
+    fits = np.can_cast(result.dtype, given.dtype, "same_kind")
+    np.copyto(check_out(given, result.shape, given.dtype if fits else result.dtype, {}, of="the result"), result)
 
 
 def _numbers(name: str, x: Any) -> Array:
