@@ -51,6 +51,31 @@ def test_caches_with_bounds_checks(tmp_path, storage):
     run(CACHED.format(storage=storage), NUMBA_BOUNDSCHECK="1", NUMBA_ATTENTION_CACHE_DIR=str(tmp_path))
 
 
+OUTSIDE = """
+import numpy as np, pytest
+from numba_attention.cpu.cache import Function
+from numba_attention.cpu.simd import void_pointer
+from numba_attention.cpu.views import carray
+
+def make():
+    def beyond(at, n):
+        return int(carray(void_pointer(at), 4, np.int64)[n])
+    return beyond
+
+x = np.arange(4)
+for nogil in (True, False):
+    read = Function(f"beyond-{nogil}", make, objects=0, integers=2, nogil=nogil).call
+    assert read(x.ctypes.data, 3) == 3
+    with pytest.raises(IndexError, match="reads or writes outside an array"):
+        read(x.ctypes.data, 4)
+print("done")
+"""
+
+
+def test_what_is_outside_is_an_error(tmp_path):
+    run(OUTSIDE, NUMBA_BOUNDSCHECK="1", NUMBA_ATTENTION_CACHE_DIR=str(tmp_path))
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects pages with mprotect")
 def test_with_unreadable_pages_around():
     """Vectors that read past the end of a row crash here and nowhere else."""

@@ -518,6 +518,16 @@ def test_dlpack_is_understood_by_torch(device, torch):
     np.testing.assert_array_equal(found.float().numpy(), x.array.astype(np.float32))
 
 
+def test_dlpack_of_nothing(device):
+    """An array without elements has no address, whatever its header has."""
+    from numba_attention.device import dlpack
+
+    capsule = Exported(Fake(np.zeros((2, 0, 3), np.float32)).header).__dlpack__()
+    tensor = dlpack._Managed.from_address(dlpack._pointer_of(capsule, b"dltensor")).tensor
+    assert tensor.data is None
+    assert [tensor.shape[n] for n in range(3)] == [2, 0, 3]
+
+
 def test_dlpack_of_torch_is_read(device, torch):
     x = torch.arange(24, dtype=torch.bfloat16).reshape(2, 3, 4).transpose(0, 2)[1:]
     found = read(x.__dlpack__(), x)

@@ -44,6 +44,31 @@ def build_entry(kernel: str) -> Any:
     return llvm.parse_assembly(str(module))
 
 
+def constant_text(b: Any, text: str) -> Any:
+    """A pointer to a text of C, which ends with a byte of 0."""
+    data = bytearray(text.encode() + b"\0")
+    constant = ir.GlobalVariable(b.module, ir.ArrayType(I8, len(data)), b.module.get_unique_name("text"))
+    constant.initializer, constant.global_constant = ir.Constant(constant.type.pointee, data), True
+    constant.linkage = "internal"
+    return b.bitcast(constant, POINTER)
+
+
+def exception_named(b: Any, name: str) -> Any:
+    """One of Python's own exceptions, found by its name.
+
+    `PyExc_...` of C would be read at a distance of 32 bits from this code, within which Python seldom lies: only calls
+    reach further.
+    """
+    found: Any = None
+    for function, arguments in (("PyEval_GetBuiltins", []), ("PyDict_GetItemString", [constant_text(b, name)])):
+        arguments = arguments if found is None else [found, *arguments]
+        callee = b.module.globals.get(function)
+        if callee is None:
+            callee = ir.Function(b.module, ir.FunctionType(POINTER, [x.type for x in arguments]), function)
+        found = b.call(callee, arguments)
+    return found
+
+
 def build(kernel: str, arguments: Arguments) -> Any:
     """The LLVM module of a built-in function around a kernel, which is another module's."""
     module = ir.Module()
@@ -62,12 +87,7 @@ def build(kernel: str, arguments: Arguments) -> Any:
         return b.call(function, args)
 
     def fail(exception: str, message: str) -> None:
-        text = bytearray(message.encode() + b"\0")
-        constant = ir.GlobalVariable(module, ir.ArrayType(I8, len(text)), f"{outer.name}.{exception}")
-        constant.initializer, constant.global_constant = ir.Constant(constant.type.pointee, text), True
-        constant.linkage = "internal"
-        kind = ir.GlobalVariable(module, POINTER, f"PyExc_{exception}")
-        python("PyErr_SetString", ir.VoidType(), b.load(kind), b.bitcast(constant, POINTER))
+        python("PyErr_SetString", ir.VoidType(), exception_named(b, exception), constant_text(b, message))
         b.ret(ir.Constant(POINTER, None))
 
     with b.if_then(b.icmp_signed("!=", count, I64(number)), likely=False):
@@ -88,9 +108,13 @@ def build(kernel: str, arguments: Arguments) -> Any:
     status, result = convention.call_function(b, inner, types.int64, kinds, values)
     if state is not None:
         python("PyEval_RestoreThread", ir.VoidType(), state)
-    # Kernels raise nothing except the IndexError of NUMBA_BOUNDSCHECK=1.
+    # Kernels raise nothing except the IndexError of NUMBA_BOUNDSCHECK=1; what they call in Python may.
     with b.if_then(status.is_error, likely=False):
         fail("IndexError", f"{kernel} reads or writes outside an array")
+    if not arguments.nogil:
+        error = python("PyErr_Occurred", POINTER)
+        with b.if_then(b.icmp_signed("!=", b.ptrtoint(error, I64), I64(0)), likely=False):
+            b.ret(ir.Constant(POINTER, None))
     b.ret(python("PyLong_FromLongLong", POINTER, result))
     return llvm.parse_assembly(str(module))
 

@@ -14,6 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .builtin import exception_named
 from .cache import Function
 from .machine_code import part
 from .objects import TYPE
@@ -57,11 +58,18 @@ def _size(typing_context: Any, items: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
+def _clear(b: Builder) -> None:
+    """Forget an exception, unless it is one that ends a program, such as KeyboardInterrupt: callers see that."""
+    matches = call(b, "PyErr_ExceptionMatches", I32, exception_named(b, "Exception"))
+    with b.if_then(b.icmp_signed("!=", matches, I32(0))):
+        call(b, "PyErr_Clear", ir.VoidType())
+
+
 def _forget(b: Builder, result: Value) -> Value:
     """Release the reference to an object, or the exception in its place; return the object's address or 0."""
     with b.if_else(b.icmp_unsigned("==", b.ptrtoint(result, I64), I64(0))) as (failed, done):
         with failed:
-            call(b, "PyErr_Clear", ir.VoidType())
+            _clear(b)
         with done:
             call(b, "Py_DecRef", ir.VoidType(), result)
     return b.ptrtoint(result, I64)
@@ -101,7 +109,7 @@ def _read(typing_context: Any, function: Any, x: Any, out: Any) -> Any:
         pointer = b.inttoptr(function, ir.FunctionType(I32, [POINTER, POINTER]).as_pointer())
         failed = b.call(pointer, [b.inttoptr(x, POINTER) for x in pointers])
         with b.if_then(b.icmp_signed("!=", failed, I32(0)), likely=False):
-            call(b, "PyErr_Clear", ir.VoidType())
+            _clear(b)
         return b.sext(failed, I64)
 
     return types.int64(types.int64, types.int64, types.int64), codegen
@@ -126,12 +134,13 @@ def _driver(typing_context: Any, function: Any, arguments: Any) -> Any:
 
 def _make_look() -> Callable[..., int]:
     def look_at_tensors(
-        operands: int, kind: int, none: int, false: int, requires_grad: int, is_neg: int, read: int, out: int
+        operands: int, kind: int, none: int, false: int, requires_grad: int, is_neg: int, read: int, lowest: int,
+        out: int,
     ) -> int:  # fmt: skip
         """Describe a tuple of tensors of one type, and None: addresses at `out`, then what alike tensors share.
 
-        The number of words is returned, or 0 if a tensor requires a gradient, is lazily negated, has no memory, is no
-        strided array, or is of another type, of which `read` may not take it.
+        The number of words is returned, or 0 if a tensor requires a gradient, is lazily negated, has no memory (its
+        address is less than `lowest`), is no strided array, or is of another type, of which `read` may not take it.
         """
         count = _size(operands)
         if count > OPERANDS:
@@ -152,7 +161,7 @@ def _make_look() -> Callable[..., int]:
                 return 0
             axes = tensor[DTYPE] & 0xFFFFFFFF
             address = tensor[DATA] + tensor[OFFSET]
-            if axes > AXES or address == 0 or (axes != 0 and tensor[STRIDES] == 0):
+            if axes > AXES or address < lowest or (axes != 0 and tensor[STRIDES] == 0):
                 return 0
             words[number] = address
             same = 0  # the first tensor that begins there
@@ -217,7 +226,7 @@ def _make_launch() -> Callable[..., int]:
     return repeat_launches
 
 
-look = Function("look-at-tensors", _make_look, objects=6, integers=2, nogil=False)
+look = Function("look-at-tensors", _make_look, objects=6, integers=3, nogil=False)
 launch = Function("repeat-launches", _make_launch, objects=0, integers=4)
 
 

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 
 from ..bounded import BoundedCache
+from ..errors import BackendUnavailableError
 from ..options import Array
 from . import runtime, tensors
 from .dlpack import CUDA, MANAGED, Exported, of_ml_dtypes, read
 from .driver import DEFAULT_STREAM
 from .headers import header, held
 
+# Addresses on a GPU are larger. A tensor whose storage was freed has the distance from it for its address.
+LOWEST = tensors.LOWEST
 _NEVER = (np.ndarray, np.generic, int, float, list, tuple, str)
 
 
@@ -177,9 +180,14 @@ class TorchFamily(LibraryFamily):
         self._contiguous = module.contiguous_format
         self._empty_like = module.empty_like
         self.looks = tensors.looks_of(module)
+        self._forward_mode: Any = getattr(getattr(module, "autograd", None), "forward_ad", None)
         # One number, expanded, for each kind of result: `empty_like` takes 1.8 us, and `empty`, which reads dtype and
         # device among its arguments, 3.1.
         self._kinds: BoundedCache[Any] = BoundedCache(count=256)
+
+    def has_tangents(self) -> bool:
+        """Whether tensors may have tangents now, for derivatives in forward mode."""
+        return getattr(self._forward_mode, "_current_level", -1) >= 0
 
     def ordinal(self, x: Any) -> int:
         return int(x.device.index or 0)
@@ -194,14 +202,18 @@ class TorchFamily(LibraryFamily):
             raise TypeError(
                 "a tensor that requires a gradient would lose it here; pass x.detach(), and call attention_backward"
             )
+        if self.has_tangents() and self._forward_mode.unpack_dual(x).tangent is not None:
+            raise TypeError("a tensor with a tangent would lose it here, as nothing is differentiated in forward mode")
         if x.layout != self.module.strided:
             raise TypeError(f"a tensor of layout {x.layout} cannot be taken; pass x.to_dense()")
+        if getattr(x, "is_nested", False):
+            raise TypeError("a nested tensor cannot be taken; pass x.to_padded_tensor(0.0), or packed sequences")
         lazy = x.is_conj() or x.is_neg()
         if lazy:  # lazily conjugated or negated: reading it makes a copy, which is no place for a result
             x = x.resolve_conj().resolve_neg()
         dtype = self.dtype(x.dtype)
         strides = tuple(n * dtype.itemsize for n in x.stride())
-        return header(x.data_ptr(), tuple(x.shape), strides, dtype, x, self.ordinal(x), lazy)
+        return header(_memory_of(x), tuple(x.shape), strides, dtype, x, self.ordinal(x), lazy)
 
     def dtype(self, of_torch: Any) -> np.dtype[Any]:
         """Return the same dtype in NumPy."""
@@ -216,22 +228,26 @@ class TorchFamily(LibraryFamily):
             ) from None
 
     def look(self, x: Any) -> tuple[Any, int] | None:
-        if x.requires_grad or not x.is_cuda or x.layout is not self._strided or x.is_neg():
+        if x.requires_grad or not x.is_cuda or x.layout is not self._strided or x.is_neg() or self.has_tangents():
             return None  # lazily conjugated numbers are complex, for which there are no kernels
-        return (x.shape, x.stride(), x.dtype, x.get_device(), None), x.data_ptr()
+        try:
+            return (x.shape, x.stride(), x.dtype, x.get_device(), None), _memory_of(x)
+        except (TypeError, RuntimeError):  # no memory, or a nested tensor
+            return None
 
     def kind(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Any:
         kind = self._kinds.get((shape, dtype, device))
         if kind is None:
             module = self.module
             one = module.empty((), dtype=getattr(module, dtype.name), device=module.device("cuda", device))
+            _address_of_new(one)  # otherwise every later call would fail, as in this mode of PyTorch
             kind = one.expand(shape)
             self._kinds.add((shape, dtype, device), kind, 0)
         return kind
 
     def make(self, kind: Any, stream: int) -> tuple[Any, int]:
         tensor = self._empty_like(kind, memory_format=self._contiguous)
-        return tensor, tensor.data_ptr()
+        return tensor, _address_of_new(tensor)
 
     def owns(self, x: Any) -> bool:
         return isinstance(x, self.module.Tensor)
@@ -241,6 +257,34 @@ class TorchFamily(LibraryFamily):
         if memory is not None and self.owns(memory.owner) and memory.owner.numel() == array.size:
             return memory.owner.reshape(array.shape)
         return self.adopt(Exported(array), stream)
+
+
+def _memory_of(tensor: Any) -> int:
+    """Return the address of a tensor; raise TypeError if it has elements and no memory."""
+    try:
+        address = int(tensor.data_ptr())
+        if address >= LOWEST or not tensor.numel() or tensor.untyped_storage().data_ptr():
+            return address
+    except RuntimeError:  # what torch.func wraps
+        pass
+    raise TypeError(
+        f"a {type(tensor).__name__} without memory cannot be taken, as there are in transforms of torch.func, in "
+        "FakeTensorMode, and where a storage was freed"
+    )
+
+
+def _address_of_new(tensor: Any) -> int:
+    """Return the address of a tensor that was made for a result."""
+    try:
+        address = int(tensor.data_ptr())
+        if address or not tensor.numel():
+            return address
+    except RuntimeError:
+        pass
+    raise BackendUnavailableError(
+        "PyTorch makes no memory for results here, as in transforms of torch.func and in FakeTensorMode; call this "
+        "outside of them"
+    )
 
 
 class CupyFamily(LibraryFamily):
@@ -349,7 +393,7 @@ def looks_of(kind: type) -> tuple[Family, tensors.Looks] | None:
         if not issubclass(kind, getattr(module, "Tensor", ())):
             return None
         family = _of_torch(module)
-    if family.looks is None or not issubclass(kind, family.module.Tensor):
+    if family.looks is None or not issubclass(kind, family.module.Tensor) or family.has_tangents():
         return None
     return family, family.looks
 

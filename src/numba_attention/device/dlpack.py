@@ -119,7 +119,8 @@ class Exported:
         first = ctypes.addressof(sizes)
         managed = _Managed()
         tensor = managed.tensor
-        tensor.data, tensor.device, tensor.ndim = address_of(array), _Device(CUDA, self._device), array.ndim
+        tensor.data = address_of(array) if array.size else None
+        tensor.device, tensor.ndim = _Device(CUDA, self._device), array.ndim
         tensor.type = _type_of(array.dtype)
         tensor.shape = ctypes.cast(first, ctypes.POINTER(ctypes.c_int64))
         tensor.strides = ctypes.cast(first + 8 * array.ndim, ctypes.POINTER(ctypes.c_int64))

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..options import Array
 
+_OF_OTHERS = 2  # `dtype.isbuiltin` of a dtype that another package registered, such as ml_dtypes
 _NOWHERE = 256  # address of arrays without elements: for 0, NumPy would allocate memory itself
 
 
@@ -39,12 +40,13 @@ def header(
     interface = {
         "version": 3,
         "shape": shape,
-        "typestr": dtype.str,
+        # Other packages' dtypes have names there that NumPy does not read, as "<f1" for float8_e5m2.
+        "typestr": f"|V{dtype.itemsize}" if dtype.isbuiltin == _OF_OTHERS else dtype.str,
         "data": (address if math.prod(shape) else _NOWHERE, readonly),
         "strides": strides,
     }
     array = np.asarray(Held(interface, owner, device))
-    return array if array.dtype == dtype else array.view(dtype)  # bfloat16 has no letter in the interface
+    return array if array.dtype == dtype else array.view(dtype)
 
 
 def held(array: Any) -> Held | None:

@@ -12,7 +12,9 @@ from ..bounded import BoundedCache
 from . import driver
 
 _VERSION = 1  # the major version of DLPack whose tables are read here
+LOWEST = 2**32  # no memory of a GPU lies below; a tensor at 0 or a little above is a part of a storage that was freed
 _NAME = b"dlpack_exchange_api"
+_OLDER = 1  # the word of the table with the address of one of an older version, or 0
 _FROM_OBJECT = 5  # the word of the table with dltensor_from_py_object_no_sync, after versions and three functions
 
 
@@ -48,7 +50,7 @@ class Looks:
             memory = array("q", bytes(8 * code.room))
             at = memory.buffer_info()[0]
         first = code.operands
-        words = code.look(operands, kind, None, False, "requires_grad", self._is_neg, self._read, at)
+        words = code.look(operands, kind, None, False, "requires_grad", self._is_neg, self._read, LOWEST, at)
         key = kind, memory[first : first + words].tobytes()
         number, device = self._accepted.get(key) or (first, None)
         addresses = memory[:number].tolist()
@@ -74,6 +76,9 @@ def looks_of(module: Any) -> Looks | None:
         table = pointer(capsule, _NAME)
     except (TypeError, ValueError):  # not such a capsule
         return None
-    major = ctypes.c_uint32.from_address(table).value
+    while table and ctypes.c_uint32.from_address(table).value > _VERSION:
+        table = (ctypes.c_void_p * (_OLDER + 1)).from_address(table)[_OLDER]
+    if not table or ctypes.c_uint32.from_address(table).value != _VERSION:
+        return None
     read = (ctypes.c_void_p * (_FROM_OBJECT + 1)).from_address(table)[_FROM_OBJECT]
-    return Looks(read, module.Tensor.is_neg) if major == _VERSION and read else None
+    return Looks(read, module.Tensor.is_neg) if read else None
