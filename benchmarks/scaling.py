@@ -89,6 +89,11 @@ def measure(counts, repeats, done):
     return found
 
 
+def possible(counts):
+    """The numbers of threads that Numba can have here, each once."""
+    return [n for n in dict.fromkeys(counts) if n <= numba.config.NUMBA_NUM_THREADS]
+
+
 def line(name, taken):
     """A row of the table: milliseconds and efficiencies of one work."""
     counts = list(map(int, taken))
@@ -108,7 +113,7 @@ def as_markdown(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     cores = os.cpu_count() or 1
-    counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= min(cores, numba.config.NUMBA_NUM_THREADS)]
+    counts = [n for n in possible((1, 2, 4, 8, 16, 32, 64)) if n <= cores]
     parser.add_argument("--threads", type=int, nargs="+", default=counts)
     parser.add_argument("--json", type=Path, help="write every measured number to this file")
     parser.add_argument("--repeats", type=int, default=5, help="calls of a work, at least (default 5)")
@@ -119,7 +124,10 @@ def main():
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    print(as_markdown(measure(arguments.threads, arguments.repeats, done)))
+    counts = possible(arguments.threads)
+    if not counts:
+        parser.error(f"Numba has {numba.config.NUMBA_NUM_THREADS} threads here")
+    print(as_markdown(measure(counts, arguments.repeats, done)))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def _stands_in(kernels, c):
     """A kernel without machine code, for where none is run, or the emulator in its place."""
     from numba_attention.device.driver import Kernel
 
-    return Kernel(c.name, b"\x7fELF" + c.name.encode(), c.threads, kernels.shared(c), kernels.addresses(c))
+    code = b"\x7fELF" + c.name.encode()
+    return Kernel(c.name, code, c.threads, kernels.shared(c), kernels.addresses(c), kernels.seed(c))
 
 
 @patches("numba_attention.cuda.kernels")

@@ -823,6 +823,104 @@ def torch_the_same_call_again():
     return f"worst {worst:.1e}"
 
 
+def of_host(*tensors):
+    return [x.double().cpu().numpy() for x in tensors]
+
+
+@step
+def torch_repeated_with_other_seeds():
+    """The seed of dropout is a number of the launches: each call drops what its own seed says."""
+    import numba_attention as na
+
+    torch, worst = torch_of_gpu(), 0.0
+    for seed in (7, 0, 2**64 - 1, 2**63, 7):
+        q, k, v = (of_torch(torch, 1, 4, 100, 64) for _ in range(3))
+        options = {"dropout_p": 0.4, "seed": seed}
+        out, lse = na.attention(q, k, v, **options, return_lse=True)
+        grads = na.attention_backward(out, q, k, v, out, lse, **options)
+        arrays = of_host(q, k, v)
+        want, want_lse = na.attention(*arrays, **options, return_lse=True, backend="reference")
+        expected = na.attention_backward(of_host(out)[0], *arrays, want, want_lse, **options, backend="reference")
+        worst = max(worst, *map(error, of_host(out, *grads[:3]), [want, *expected[:3]]))
+        assert worst < 4e-2, (seed, worst)
+    return f"worst {worst:.1e}"
+
+
+@step
+def torch_merge_of_many():
+    """Separate parts, whose addresses are a table that every call copies; the calls after the first repeat its plan."""
+    import numba_attention as na
+
+    torch, worst = torch_of_gpu(), 0.0
+    for number in (5, 5, 5, 2, 2):
+        outs = [torch.randn(2, 3, 40, 64, device="cuda") for _ in range(number)]
+        lses = [torch.randn(2, 3, 40, device="cuda").mul_(4) for _ in range(number)]
+        got = na.merge_attention(outs, lses)
+        grads = na.merge_attention_backward(*got, outs, lses)
+        arrays = of_host(*outs), of_host(*lses)
+        want = na.merge_attention(*arrays)
+        expected = na.merge_attention_backward(*of_host(*got), *arrays)
+        found = [*got, *grads[0], *grads[1]]
+        worst = max(worst, *map(error, of_host(*found), [*want, *expected[0], *expected[1]]))
+        assert worst < 2e-5, (number, worst)
+    return f"worst {worst:.1e}"
+
+
+@step
+def torch_append_and_decode():
+    """Steps of two layers, each with a cache of its own: all but the first repeat a plan with other places."""
+    import numba_attention as na
+
+    torch, worst = torch_of_gpu(), 0.0
+    shape = 2, 2, 64, 64
+    there = [na.KVCache.from_arrays(*(torch.zeros(shape, device="cuda") for _ in range(2)), 0) for _ in range(2)]
+    here = [na.KVCache(*shape) for _ in range(2)]
+    for tokens in (40, 1, 1, 1, 7):
+        for cache, host in zip(there, here, strict=True):
+            key, value = (torch.randn(2, 2, tokens, 64, device="cuda") for _ in range(2))
+            cache.append(key, value)
+            host.append(key.cpu().numpy(), value.cpu().numpy())
+            q = torch.randn(2, 4, 1, 64, device="cuda")
+            want = na.attention_decode(q.cpu().numpy(), host, backend="reference")
+            worst = max(worst, error(*of_host(na.attention_decode(q, cache)), want))
+            assert worst < 1e-5, (tokens, worst)
+    return f"worst {worst:.1e}"
+
+
+@step
+def torch_in_threads():
+    """Threads that have used no GPU so far, on the default stream and on one of their own."""
+    import threading
+
+    import numba_attention as na
+
+    torch, found, failed = torch_of_gpu(), [], []
+    q, k, v = (of_torch(torch, 2, 4, 300, 64) for _ in range(3))
+    want = truth(torch, q, k, v, is_causal=True)
+    for _ in range(2):
+        na.attention(q, k, v, is_causal=True)
+    torch.cuda.synchronize()
+
+    def work(stream):
+        try:
+            with torch.cuda.stream(stream):  # of None: as it was
+                found.extend(na.attention(q, k, v, is_causal=True) for _ in range(4))
+                torch.cuda.current_stream().synchronize()
+        except Exception as problem:
+            failed.append(problem)
+
+    threads = [threading.Thread(target=work, args=(x,)) for x in (None, torch.cuda.Stream(), None, torch.cuda.Stream())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+    worst = max(distance(out, want) for out in found)
+    assert worst < 2e-2, worst
+    return f"worst {worst:.1e}"
+
+
 @step
 def torch_options_of_warpgroups():
     """Softcap, ALiBi and sinks in calls of some size, against a formula in float32."""

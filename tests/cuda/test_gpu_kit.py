@@ -73,6 +73,28 @@ def test_steps_that_the_sanitizer_runs_exist(kit):
     assert kit("-c", code) == "set()\n"
 
 
+def test_kernels_that_the_emulator_runs_have_all_of_real_ones(kit):
+    """A repeated call with another seed writes it to the place that its kernel names."""
+    code = """
+import gpukit
+from numba_attention.cuda import kernels
+from numba_attention.cuda.parameters import INTEGERS
+from numba_attention.cuda.spec import Spec
+for dropout in (False, True):
+    print(gpukit._stands_in(kernels, Spec("forward", "float32", 32, 32, dropout=dropout)).seed, INTEGERS.index("seed"))
+"""
+    (none, _), (seed, place) = (line.split() for line in kit("-c", code).splitlines())
+    assert (none, seed) == ("None", place)
+
+
+def test_numbers_of_threads(kit):
+    """Those that Numba cannot have are left out: a number that is too large would end the stage."""
+    code = "import numba, scaling; print(scaling.possible([1, 2, 4, 8, 2]))"
+    place = {"PYTHONPATH": os.pathsep.join(map(os.fspath, [ROOT / "benchmarks", ROOT / "src"]))}
+    assert kit("-c", code, NUMBA_NUM_THREADS="4", **place) == "[1, 2, 4]\n"
+    assert kit("-c", code, NUMBA_NUM_THREADS="1", **place) == "[1]\n"
+
+
 @pytest.mark.torch
 def test_rows_of_the_benchmark_exist(kit, torch):
     code = "import bench; print(set(bench.FIRST) - {row.name for row in bench.load().rows()})"
