@@ -290,6 +290,7 @@ def placed(x: Array, like: Any) -> Any:
     """Copy an array on the host to the GPU of another array, and return an array of the same library."""
     call = Call({"like": like})
     with runtime.using(call.device, call.stream):
+        replay.refuse_copy(runtime.is_capturing(call.stream))
         array = call.empty(x.shape, x.dtype)
         if x.size:
             runtime.driver.write(address_of(array), x, call.stream)

@@ -13,7 +13,10 @@ pytest.importorskip("cuda.core")
 HERE = Path(__file__).parents[1] / "support"
 
 
-def test_on_a_stub(tmp_path):
+@pytest.mark.parametrize("script", ["on_libcuda.py", "contexts_on_libcuda.py"])
+def test_on_a_stub(tmp_path, script):
+    if script.startswith("contexts"):
+        pytest.importorskip("torch")
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs a C compiler, for the stub")
@@ -21,8 +24,6 @@ def test_on_a_stub(tmp_path):
     subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", library, HERE / "libcuda.c"], check=True)
     environment = os.environ | {"LD_LIBRARY_PATH": os.fspath(tmp_path), "CUDA_VISIBLE_DEVICES": "0"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, HERE / "on_libcuda.py"], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, HERE / script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("done\n")

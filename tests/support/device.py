@@ -121,7 +121,7 @@ class HostDriver(Driver):
     def wait(self, stream, before):
         self.waits.append((stream, before))
 
-    def is_capturing(self, stream):
+    def is_capturing(self, stream, device):
         return stream in self.capturing
 
     def synchronize(self, stream):

@@ -1,5 +1,8 @@
-/* A driver of CUDA without a GPU: one device, whose memory is the host's, whose streams are done at once, and whose kernels
-   are a function of whoever loads this. With it cuda.core and cuda.bindings run as they are; tests/test_cuda_libcuda.py. */
+/* A driver of CUDA without a GPU: devices whose memory is the host's, whose streams are done at once, and whose kernels
+   are a function of whoever loads this. With it cuda.core and cuda.bindings run as they are; tests/device/test_cuda_libcuda.py.
+
+   It is stricter than a driver has to be. What a driver may refuse in a thread without a context is refused, and what
+   is of one device and is used on another: an event, a function, memory that is freed in the order of a default stream. */
 
 #include <stdint.h>
 #include <stdio.h>
@@ -7,16 +10,20 @@
 #include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
-enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_CONTEXT = 201, NOT_FOUND = 500 };
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 101, NO_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500 };
+enum { DEVICES = 4, LEGACY = 1, PER_THREAD = 2 };
 
-typedef struct { char name[512]; int shared; } Kernel;
+/* A kernel, or a function, which is a kernel in a context: launches take both. */
+typedef struct Kernel { char name[512]; int shared; void *context; struct Kernel *of, *functions[DEVICES]; } Kernel;
 typedef struct { /* CUlaunchConfig */
     unsigned grid[3], block[3], shared;
     void *stream, *attributes;
     unsigned count;
 } Launch;
 
-static void *context = (void *)0x1000;
+static char contexts[DEVICES];
+static int devices = 1;
+static void *captured; /* the stream that is being captured into a graph */
 static __thread void *current;
 static size_t most = (size_t)1 << 34; /* bytes in one piece */
 static char calls[1 << 16];
@@ -32,6 +39,8 @@ static void note(const char *call) {
 EXPORT void stub_run(void *function) { run = function; }
 EXPORT void stub_quiet(int on) { quiet = on; }
 EXPORT void stub_most(size_t size) { most = size; }
+EXPORT void stub_devices(int number) { devices = number; }
+EXPORT void stub_captured(void *stream) { captured = stream; }
 EXPORT const char *stub_calls(void) {
     static char taken[sizeof calls];
     strcpy(taken, calls);
@@ -39,12 +48,16 @@ EXPORT const char *stub_calls(void) {
     return taken;
 }
 
+static int device_of(void *one) { return (char *)one - contexts; }
+static int is_captured(void *stream) { return captured && stream == captured; } /* work is noted, and not done */
+static int on_default(void *stream) { return (uintptr_t)stream <= PER_THREAD; }
+
 int cuInit(unsigned flags) { return OK; }
 int cuDriverGetVersion(int *version) { return *version = 13000, OK; }
-int cuDeviceGetCount(int *count) { return *count = 1, OK; }
-int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal ? 101 : OK; }
+int cuDeviceGetCount(int *count) { return *count = devices, OK; }
+int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal < devices ? OK : NO_DEVICE; }
 int cuDeviceGetName(char *name, int size, int device) { return snprintf(name, size, "a stub"), OK; }
-int cuDeviceGetUuid_v2(char *uuid, int device) { return memset(uuid, 7, 16), OK; }
+int cuDeviceGetUuid_v2(char *uuid, int device) { return memset(uuid, 7 + device, 16), OK; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
     switch (attribute) {
     case 75: return *value = 9, OK;  /* compute capability */
@@ -55,58 +68,87 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     default: return *value = 1, OK;
     }
 }
-int cuDevicePrimaryCtxRetain(void **made, int device) { return *made = context, OK; }
+int cuDevicePrimaryCtxRetain(void **made, int device) { return *made = contexts + device, OK; }
 int cuDevicePrimaryCtxRelease_v2(int device) { return OK; }
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { return *flags = 0, *active = 1, OK; }
 int cuCtxSetCurrent(void *one) { return current = one, OK; }
 int cuCtxGetCurrent(void **one) { return *one = current, OK; }
 int cuCtxGetDevice(int *device) { /* what fails is reported by compute-sanitizer, so it is an error here */
     if (!current) note("cuCtxGetDevice_without_context");
-    return *device = 0, current ? OK : NO_CONTEXT;
+    return *device = current ? device_of(current) : 0, current ? OK : NO_CONTEXT;
 }
 int cuCtxPushCurrent_v2(void *one) { return current = one, OK; }
 int cuCtxPopCurrent_v2(void **one) { return *one = current, current = 0, OK; }
 int cuCtxGetStreamPriorityRange(int *least, int *greatest) { return *least = *greatest = 0, OK; }
-int cuCtxSynchronize(void) { return note("wait_for_all"), OK; }
+int cuCtxSynchronize(void) { return note("wait_for_all"), current ? OK : NO_CONTEXT; }
 
-int cuDeviceGetDefaultMemPool(void **pool, int device) { return *pool = (void *)0x2000, OK; }
-int cuDeviceGetMemPool(void **pool, int device) { return *pool = (void *)0x2000, OK; }
+int cuDeviceGetDefaultMemPool(void **pool, int device) { return *pool = contexts + device, OK; }
+int cuDeviceGetMemPool(void **pool, int device) { return *pool = contexts + device, OK; }
 int cuMemPoolGetAttribute(void *pool, int attribute, void *value) { return *(uint64_t *)value = 0, OK; }
 int cuMemPoolSetAttribute(void *pool, int attribute, void *value) { return OK; }
 int cuMemPoolSetAccess(void *pool, void *access, size_t count) { return OK; }
 int cuMemPoolGetAccess(int *flags, void *pool, void *location) { return *flags = 3, OK; }
-static int allocate(uint64_t *address, size_t size) {
+
+/* Memory begins 256 bytes after what was allocated for it, where its device is noted. */
+static int allocate(uint64_t *address, size_t size, void *of) {
     if (size > most) return OUT_OF_MEMORY;
-    *address = (uint64_t)aligned_alloc(256, (size + 255) / 256 * 256);
-    return *address ? OK : OUT_OF_MEMORY;
+    char *start = aligned_alloc(256, 256 + (size + 255) / 256 * 256);
+    if (!start) return OUT_OF_MEMORY;
+    *(void **)start = of;
+    return *address = (uint64_t)start + 256, OK;
 }
-int cuMemAllocFromPoolAsync(uint64_t *address, size_t size, void *pool, void *stream) { return allocate(address, size); }
-int cuMemAllocAsync(uint64_t *address, size_t size, void *stream) { return allocate(address, size); }
-int cuMemAlloc_v2(uint64_t *address, size_t size) { return allocate(address, size); }
-int cuMemFreeAsync(uint64_t address, void *stream) { return free((void *)address), note("free"), OK; }
-int cuMemFree_v2(uint64_t address) { return free((void *)address), note("free_at_once"), OK; }
-int cuMemHostAlloc(void **address, size_t size, unsigned flags) { return allocate((uint64_t *)address, size); }
-int cuMemFreeHost(void *address) { return free(address), OK; }
+static int release(uint64_t address, int by_context) {
+    if (by_context && (!current || *(void **)(address - 256) != current)) {
+        note("freed_on_another_device");
+        return INVALID;
+    }
+    return free((void *)(address - 256)), OK;
+}
+int cuMemAllocFromPoolAsync(uint64_t *address, size_t size, void *pool, void *stream) {
+    if (!current || on_default(stream) && pool != current) return NO_CONTEXT;
+    return allocate(address, size, pool);
+}
+int cuMemAllocAsync(uint64_t *address, size_t size, void *stream) {
+    return current ? allocate(address, size, current) : NO_CONTEXT;
+}
+int cuMemAlloc_v2(uint64_t *address, size_t size) { return current ? allocate(address, size, current) : NO_CONTEXT; }
+int cuMemFreeAsync(uint64_t address, void *stream) { return note("free"), release(address, on_default(stream)); }
+int cuMemFree_v2(uint64_t address) { return note("free_at_once"), release(address, 0); }
+int cuMemHostAlloc(void **address, size_t size, unsigned flags) {
+    return current ? allocate((uint64_t *)address, size, current) : NO_CONTEXT;
+}
+int cuMemFreeHost(void *address) { return release((uint64_t)address, 0); }
 int cuMemsetD8Async(uint64_t address, unsigned char x, size_t size, void *stream) {
+    if (!current) return NO_CONTEXT;
+    if (is_captured(stream)) return note("captured"), OK;
     return memset((void *)address, x, size), OK;
 }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t size, void *stream) {
+    if (!current) return NO_CONTEXT;
+    if (is_captured(stream)) return note("captured_write"), OK;
     return memcpy((void *)to, from, size), note("write"), OK;
 }
 int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t size, void *stream) {
+    if (!current) return NO_CONTEXT;
     return memcpy(to, (void *)from, size), note("read"), OK;
 }
 int cuPointerGetAttribute(void *value, int attribute, uint64_t address) { return *(int *)value = 0, OK; }
 
-int cuStreamGetCtx(void *stream, void **one) { return *one = current, OK; }
-int cuStreamGetCtx_v2(void *stream, void **one, void **green) { return *one = current, *green = 0, OK; }
-int cuStreamGetDevice(void *stream, int *device) { return *device = 0, OK; }
-int cuStreamIsCapturing(void *stream, int *status) { return *status = 0, OK; }
-int cuStreamGetCaptureInfo_v2(void *stream, int *status, ...) { return *status = 0, OK; }
-int cuStreamSynchronize(void *stream) { return note("synchronize"), OK; }
-int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { return note("wait"), OK; }
-int cuEventCreate(void **event, unsigned flags) { return *event = (void *)0x3000, OK; }
-int cuEventRecord(void *event, void *stream) { return note("record"), OK; }
+int cuStreamGetCtx(void *stream, void **one) { return *one = current, current ? OK : NO_CONTEXT; }
+int cuStreamGetCtx_v2(void *stream, void **one, void **green) {
+    return *one = current, *green = 0, current ? OK : NO_CONTEXT;
+}
+int cuStreamGetDevice(void *stream, int *device) { return cuCtxGetDevice(device); }
+int cuStreamIsCapturing(void *stream, int *status) {
+    return *status = is_captured(stream), current ? OK : NO_CONTEXT;
+}
+int cuStreamGetCaptureInfo_v2(void *stream, int *status, ...) { return *status = is_captured(stream), OK; }
+int cuStreamSynchronize(void *stream) { return note("synchronize"), current ? OK : NO_CONTEXT; }
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { return note("wait"), current ? OK : NO_CONTEXT; }
+int cuEventCreate(void **event, unsigned flags) { return *event = current, current ? OK : NO_CONTEXT; }
+int cuEventRecord(void *event, void *stream) {
+    return note("record"), !current ? NO_CONTEXT : on_default(stream) && event != current ? INVALID_HANDLE : OK;
+}
 int cuEventSynchronize(void *event) { return OK; }
 int cuEventDestroy_v2(void *event) { return OK; }
 
@@ -121,7 +163,16 @@ int cuLibraryGetKernel(Kernel **kernel, void *library, const char *name) {
     (*kernel)->shared = 48 * 1024;
     return OK;
 }
-int cuKernelGetFunction(void **function, Kernel *kernel) { return *function = kernel, OK; }
+int cuKernelGetFunction(Kernel **function, Kernel *kernel) {
+    if (!current) return NO_CONTEXT;
+    Kernel **own = kernel->functions + device_of(current);
+    if (!*own) {
+        *own = calloc(1, sizeof(Kernel));
+        **own = *kernel;
+        (*own)->context = current, (*own)->of = kernel;
+    }
+    return *function = *own, OK;
+}
 int cuKernelGetLibrary(void **library, Kernel *kernel) { return *library = (void *)code, OK; }
 int cuKernelSetAttribute(int attribute, int value, Kernel *kernel, int device) {
     if (attribute == 9) return value == 100 ? OK : INVALID; /* carveout */
@@ -131,7 +182,10 @@ int cuKernelSetAttribute(int attribute, int value, Kernel *kernel, int device) {
 int cuKernelGetAttribute(int *value, int attribute, Kernel *kernel, int device) { return *value = 0, OK; }
 static int start(Kernel *kernel, unsigned *grid, unsigned threads, unsigned shared, void *stream, void **parameters) {
     if (!current) return NO_CONTEXT;
+    if (kernel->context && kernel->context != current) return INVALID_HANDLE;
+    if (kernel->of) kernel = kernel->of;
     if ((int)shared > kernel->shared) return INVALID;
+    if (is_captured(stream)) return note("captured"), OK;
     return run ? run(kernel->name, grid, threads, shared, stream, parameters) : OK;
 }
 int cuLaunchKernelEx(Launch *launch, Kernel *kernel, void **parameters, void **extra) {
@@ -154,7 +208,8 @@ int cuLaunchKernel(Kernel *kernel, unsigned x, unsigned y, unsigned z, unsigned 
 }
 
 int cuGetErrorName(int error, const char **name) {
-    *name = error == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : error == INVALID ? "CUDA_ERROR_INVALID_VALUE" : "CUDA_ERROR";
+    *name = error == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : error == INVALID ? "CUDA_ERROR_INVALID_VALUE"
+            : error == NO_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT" : "CUDA_ERROR";
     return OK;
 }
 int cuGetErrorString(int error, const char **text) { return *text = "said by a stub", OK; }

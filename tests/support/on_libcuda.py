@@ -231,7 +231,7 @@ def main():
         assert not failures, failures
         assert calls(stub).count("launch_again") == len(launches) > 1
         assert {found for _, found in launches} == {stream}
-        assert not runtime.driver.is_capturing(stream)
+        assert not runtime.driver.is_capturing(stream, 0)
         np.testing.assert_array_equal(again, out)
     with_tensors(stub)
     big = na.KVCache(1, 2, 300, 64, dtype=np.float16)

@@ -137,6 +137,7 @@ def _padded(words: Array, rows: int) -> Array:
 def _copied(first: Array, starts: Array, runs: Array, words: Array, heads: int) -> DeviceLists:
     """Copy lists to the device, for work on any stream."""
     stream = runtime.stream()
+    replay.refuse_copy(runtime.is_capturing(stream))
     copies = []
     for array in (first.astype(np.int64), starts, runs, words):
         if not array.size:

@@ -39,6 +39,7 @@ def upload(array: Array) -> Array:
 @lru_cache(maxsize=256)
 def _kept(data: bytes, driver: Driver, device: int, stream: int, _: Any) -> Array:
     """Return a copy for work on one stream, whose order ensures that the copy is complete."""
+    replay.refuse_copy(driver.is_capturing(stream, device))
     address, slab = _room(driver, device, len(data))
     if data:
         driver.write(address, np.frombuffer(data, np.uint8), stream)

@@ -6,6 +6,7 @@ another object with these methods, and so run everything but the kernels without
 
 import ctypes
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BackendUnavailableError
+from ..errors import BackendUnavailableError, NumbaAttentionWarning
 from ..options import Array
 from . import diagnosis
 from .diagnosis import arch_of
@@ -25,6 +26,7 @@ DEFAULT_STREAM = 1  # the legacy default stream, as CUDA Array Interface and DLP
 PER_THREAD_STREAM = 2  # the default stream of each thread, another one for every thread
 _CHUNK = 2**23  # bytes of a staging buffer: large enough to keep the bus busy, small enough to stay pinned
 _STATIC_SHARED = 48 * 1024  # bytes of shared memory that a block may have without a request
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,22 @@ class Kernel:
 class Memory:
     """Memory of a device. When it is no longer referenced, it is freed in the order of its stream."""
 
-    __slots__ = ("_buffer", "address")
+    __slots__ = ("_buffer", "_driver", "_ordinal", "address")
 
-    def __init__(self, buffer: Any) -> None:
+    def __init__(self, buffer: Any, driver: "Driver", ordinal: int) -> None:
         self._buffer = buffer  # a buffer of cuda.core, which frees itself
+        self._driver, self._ordinal = driver, ordinal
         self.address = int(buffer.handle)
+
+    def __del__(self) -> None:
+        # The order of the default stream is that of the current GPU's, where cuda.core before 1.2 frees the memory of
+        # any GPU; in a thread without a GPU it would not be freed at all.
+        try:
+            if self._driver.of_thread() != self._ordinal:
+                with self._driver.on(self._ordinal):
+                    self._buffer = None
+        except Exception:  # the process ends
+            pass
 
 
 class Slab:
@@ -84,12 +97,19 @@ def provide(provider: Callable[[], Machine | None]) -> None:
 
 def machine() -> Machine | None:
     """Return the machine code of repeated calls, which is loaded or compiled once; None if that cannot be."""
-    global _machine
+    global _machine, _provider
     if _machine is None and _provider is not None:
         try:
             _machine = _provider()
         except RuntimeError:  # the compiler cannot run here and now: see `cpu.compiler_thread`
             return None
+        except Exception as error:  # a release of Numba or LLVM that does otherwise: nothing but time depends on it
+            _provider = None
+            warnings.warn(
+                f"the host's part of repeated calls on a GPU runs in Python, which takes twice as long: {error!r}",
+                NumbaAttentionWarning,
+                stacklevel=2,
+            )
     return _machine
 
 
@@ -155,9 +175,10 @@ class Driver:
         """Allocate `size` bytes, more than 0, on the current GPU, in the order of a stream."""
         device = self._core.Device()
         try:
-            return Memory(device.memory_resource.allocate(size, stream=self._stream(stream)))
+            buffer = device.memory_resource.allocate(size, stream=self._stream(stream))
         except Exception as error:
             raise _translated(error, f"{size:,} bytes could not be had on GPU {device.device_id}") from error
+        return Memory(buffer, self, int(device.device_id))
 
     def keep(self, size: int) -> Slab:
         """Allocate `size` bytes, more than 0, on the current GPU, for work on any stream."""
@@ -205,9 +226,15 @@ class Driver:
         finally:
             self._call(self._api.cuEventDestroy, event)  # the driver defers this until the event has happened
 
-    def is_capturing(self, stream: int) -> bool:
-        """Whether a stream is being captured into a CUDA graph."""
-        return stream != DEFAULT_STREAM and bool(int(self._call(self._api.cuStreamIsCapturing, stream)))
+    def is_capturing(self, stream: int, device: int) -> bool:
+        """Whether a stream of a GPU is being captured into a CUDA graph."""
+        if stream == DEFAULT_STREAM:
+            return False
+        error, status = self._api.cuStreamIsCapturing(stream)
+        if int(error) != _NO_CONTEXT or self.of_thread() is not None:
+            return bool(int(self._checked(self._api.cuStreamIsCapturing, error, status)))
+        with self.on(device):  # a thread that has used no GPU so far
+            return bool(int(self._call(self._api.cuStreamIsCapturing, stream)))
 
     def synchronize(self, stream: int) -> None:
         """Wait until all work on a stream is done."""
@@ -244,8 +271,12 @@ class Driver:
         error = code.launch(own.record_at, own.at, stream, clears) if own.record_at else code.other_context
         if error == code.other_context:
             with self.on(device):
-                self._record(own, code)
-                error = code.launch(own.record_at, own.at, stream, clears)
+                # The record is often that of this context, and another GPU was the current one of the thread.
+                if own.record_at:
+                    error = code.launch(own.record_at, own.at, stream, clears)
+                if error == code.other_context:
+                    self._record(own, code)
+                    error = code.launch(own.record_at, own.at, stream, clears)
         if error:
             number, place = divmod(error, 1000)
             said = RuntimeError(self._api.CUresult(number).name)
@@ -369,6 +400,9 @@ class Driver:
     def _call(self, function: Any, *arguments: Any) -> Any:
         """Call a function of the driver, which returns an error code and its result; return the result."""
         error, *result = function(*arguments)
+        return self._checked(function, error, *result)
+
+    def _checked(self, function: Any, error: Any, *result: Any) -> Any:
         if error:
             raise _translated(RuntimeError(error.name), f"{function.__name__} failed")
         return result[0] if result else None

@@ -242,7 +242,7 @@ class Recorded:
         addresses, arrays = [*seen.addresses], []
         if seen.seed is not None:
             addresses.append(seen.seed)
-        is_captured = driver.is_capturing(stream)  # a graph may run beside later calls: it has memory of its own
+        is_captured = driver.is_capturing(stream, device)  # a graph may run beside later calls: it has its own memory
         try:
             own = self._free.pop()
         except IndexError:
@@ -285,7 +285,7 @@ class Recorded:
             arrays.append(array)
             addresses.append(address)
         if self.tables:
-            refuse_capture(is_captured)
+            refuse_table(is_captured)
             for table in self.tables:
                 driver.write(addresses[table.number], table.at(addresses), stream)
         driver.repeat(own, addresses, clears, stream, device)
@@ -297,12 +297,25 @@ class Recorded:
         return _built(self._pattern, arrays)
 
 
-def refuse_capture(is_captured: bool) -> None:
+def refuse_table(is_captured: bool) -> None:
     """Raise an error where a graph is captured that would copy a table from the host: what is there when it runs."""
     if is_captured:
         raise BackendUnavailableError(
             "merging more than two separate arrays cannot be captured in a CUDA graph, because a table of their "
             "addresses is copied from the host; stack them, or merge two at a time"
+        )
+
+
+def refuse_copy(is_captured: bool) -> None:
+    """Raise an error where a graph is captured that would copy from the host.
+
+    The copy would not be made now, so that what is kept of it for later calls was never written, but whenever the graph
+    runs, from memory that holds what was copied last.
+    """
+    if is_captured:
+        raise BackendUnavailableError(
+            "a call that copies from the host cannot be captured in a CUDA graph: make the same call once before, on "
+            "the stream that is captured, and pass arrays such as mask and bias on the GPU"
         )
 
 

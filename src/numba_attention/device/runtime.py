@@ -80,6 +80,11 @@ def empty(
     return array
 
 
+def is_capturing(stream: int) -> bool:
+    """Whether a stream of the current device is being captured into a CUDA graph."""
+    return driver.is_capturing(stream, driver.current())
+
+
 def clear(array: Array, stream: int) -> None:
     """Set a contiguous array, a result of the call, to 0: a recorded call repeats that for scratch memory only."""
     recorder = replay.current()
@@ -91,6 +96,7 @@ def clear(array: Array, stream: int) -> None:
 
 def upload(array: Array, stream: int) -> Array:
     """Copy an array on the host to the device. Of an axis with stride 0, one element is copied."""
+    replay.refuse_copy(is_capturing(stream))
     recorder = replay.current()
     if recorder is not None:
         recorder.give_up()
@@ -103,7 +109,7 @@ def upload(array: Array, stream: int) -> Array:
 
 def upload_table(table: Array, addresses: Iterable[int], stream: int) -> Array:
     """Copy a table of int64 to the device, of which the elements with these flat indices are addresses of the call."""
-    replay.refuse_capture(driver.is_capturing(stream))
+    replay.refuse_table(is_capturing(stream))
     copy = empty(table.shape, np.int64, stream)
     driver.write(address_of(copy), table, stream)
     recorder = replay.current()
@@ -154,6 +160,7 @@ __all__ = [
     "download",
     "driver",
     "empty",
+    "is_capturing",
     "launch",
     "stream",
     "unusable",
