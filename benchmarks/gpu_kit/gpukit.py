@@ -6,6 +6,7 @@ NA_KIT_EMULATE=1       on the stub of a driver (tests/support/libcuda.c): launch
 NA_KIT_LENIENT=1       the backend is tried although versions are below its floors.
 """
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -84,6 +85,54 @@ def _cubins(module):
     replace(module, "_load_or_make", noting)
 
 
+def note_memory(address, size):
+    """Note memory that kernels may use; what was there before is freed."""
+    for start in [x for x, n in REGIONS.items() if x < address + size and address < x + n]:
+        del REGIONS[start]
+    REGIONS[address] = size
+
+
+class TorchOnHost:
+    """PyTorch, whose tensors of the host say that they are on a GPU: steps are collected and rehearsed with them."""
+
+    class cuda:
+        is_available, synchronize = (staticmethod(lambda *_: True) for _ in range(2))
+        stream, graph = (staticmethod(lambda *_, **__: contextlib.nullcontext()) for _ in range(2))
+
+        class Stream:
+            synchronize = staticmethod(lambda: None)
+
+        class CUDAGraph:
+            replay = staticmethod(lambda: None)
+
+        current_stream = staticmethod(lambda *_: TorchOnHost.cuda.Stream)
+
+    def __init__(self):
+        import torch
+
+        if torch.cuda.is_available():
+            raise RuntimeError("there is a GPU")
+        self._torch = torch
+        empty, like, ordinal = torch.empty, torch.empty_like, torch.Tensor.device
+        torch.empty = lambda *shape, device=None, **more: self._noted(empty(*shape, **more))
+        torch.empty_like = lambda *given, **more: self._noted(like(*given, **more))
+        torch.Tensor.is_cuda, torch.Tensor.get_device = True, lambda _: 0
+        torch.Tensor.device = property(lambda x: torch.device("cuda", 0) if not x.is_meta else ordinal.__get__(x))
+        torch.Tensor.cpu = lambda x: x
+        torch._C._cuda_getCurrentRawStream = lambda _: 0
+
+    def _noted(self, x):
+        storage = x.untyped_storage()
+        note_memory(storage.data_ptr(), storage.nbytes())
+        return x
+
+    def __getattr__(self, name):
+        found = getattr(self._torch, name)
+        if name not in ("randn", "zeros", "full", "arange", "linspace"):
+            return found
+        return lambda *given, device=None, **more: self._noted(found(*given, **more))
+
+
 def _stands_in(kernels, c):
     """A kernel without machine code, for where none is run, or the emulator in its place."""
     from numba_attention.device.driver import Kernel
@@ -116,6 +165,7 @@ def _runtime(module):
 
 
 _kept = []
+REGIONS = {}  # of NA_KIT_EMULATE: the memory that kernels may use, its size by where it begins
 EXTRA = {}  # of NA_KIT_EMULATE: other kernels, by name: how many integers, and what makes them
 
 
@@ -124,7 +174,7 @@ def _emulate(runtime):
     from numba_attention.cuda.parameters import REALS
     from numba_attention.device import cubins
 
-    specs, regions, emulators = {}, {}, {}
+    specs, regions, emulators = {}, REGIONS, {}
 
     def compiled(c):
         if c.name not in specs:
@@ -139,9 +189,7 @@ def _emulate(runtime):
     def noting_memory(of):
         def made(size, *stream):
             memory = of(size, *stream)
-            for start in [x for x, n in regions.items() if x < memory.address + size and memory.address < x + n]:
-                del regions[start]  # what was there before is freed
-            regions[memory.address] = size
+            note_memory(memory.address, size)
             return memory
 
         return made

@@ -68,6 +68,15 @@ def test_from_a_list_to_a_run(kit, tmp_path):
     assert [line.split()[0] for line in notes] == ["there"]
 
 
+@pytest.mark.torch
+def test_steps_of_pytorch_are_collected_and_rehearsed(kit, tmp_path, torch):
+    asked, step = tmp_path / "asked.list", (KIT / "smoke.py", "--only", "torch_append_and_decode")
+    assert "ok   torch_append" in kit(*step, NA_KIT_COLLECT=asked)
+    names = kit("-c", f"import gpukit; print(*(c.task for c in gpukit.collected({os.fspath(asked)!r})))").split()
+    assert set(names) == {"append", "forward"}
+    assert "ok   torch_append" in kit(*step, NA_KIT_EMULATE="1")
+
+
 def test_steps_that_the_sanitizer_runs_exist(kit):
     code = "import sanitize, smoke; print({step for _, step in sanitize.RUNS} - set(smoke.STEPS))"
     assert kit("-c", code) == "set()\n"
