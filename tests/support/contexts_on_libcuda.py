@@ -123,6 +123,8 @@ def main():
     stub.stub_captured(ctypes.c_void_p(8))
     assert done(kinds["attention"])[1] == 1
     assert [x for x in calls() if x != "launch_again"] == ["captured"]
+    with pytest.raises(na.BackendUnavailableError, match="while a CUDA graph is captured; make the same call once"):
+        na.attention(q, k, v, is_causal=True)  # all that is copied is there, and scratch memory is not
     stub.stub_captured(None)
     print("captures: done")
 

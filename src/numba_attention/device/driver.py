@@ -177,7 +177,12 @@ class Driver:
         try:
             buffer = device.memory_resource.allocate(size, stream=self._stream(stream))
         except Exception as error:
-            raise _translated(error, f"{size:,} bytes could not be had on GPU {device.device_id}") from error
+            what = f"{size:,} bytes could not be had on GPU {device.device_id}"
+            if self.is_capturing(stream, int(device.device_id)):
+                what += (
+                    " while a CUDA graph is captured; make the same call once before, on the stream that is captured"
+                )
+            raise _translated(error, what) from error
         return Memory(buffer, self, int(device.device_id))
 
     def keep(self, size: int) -> Slab:
