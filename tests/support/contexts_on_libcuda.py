@@ -5,6 +5,7 @@ Run by test_cuda_libcuda.py in a process of its own. Kernels do nothing: it coun
 
 import ctypes
 import gc
+import os
 import sys
 import threading
 
@@ -127,6 +128,17 @@ def main():
         na.attention(q, k, v, is_causal=True)  # all that is copied is there, and scratch memory is not
     stub.stub_captured(None)
     print("captures: done")
+
+    stream[0] = 0
+    assert done(kinds["attention"])[1] == 1
+    child = os.fork()
+    if not child:
+        for call in (kinds["attention"], lambda: na.attention(mask[:2] * 1.0, mask * 1.0, mask * 1.0, backend="cuda")):
+            with pytest.raises(na.BackendUnavailableError, match="forked after its parent had used a GPU"):
+                call()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    print("forks: done")
 
     # Memory is freed where its GPU is the current one, which cuda.core before 1.2 does not see to.
     freed = []

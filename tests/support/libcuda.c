@@ -8,9 +8,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define EXPORT __attribute__((visibility("default")))
-enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 101, NO_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500 };
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 101, NO_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500 };
 enum { DEVICES = 4, LEGACY = 1, PER_THREAD = 2 };
 
 /* A kernel, or a function, which is a kernel in a context: launches take both. */
@@ -52,7 +53,11 @@ static int device_of(void *one) { return (char *)one - contexts; }
 static int is_captured(void *stream) { return captured && stream == captured; } /* work is noted, and not done */
 static int on_default(void *stream) { return (uintptr_t)stream <= PER_THREAD; }
 
-int cuInit(unsigned flags) { return OK; }
+static int owner; /* the process that began to use the driver, which its forked children cannot */
+int cuInit(unsigned flags) {
+    if (!owner) owner = getpid();
+    return owner == getpid() ? OK : NOT_INITIALIZED;
+}
 int cuDriverGetVersion(int *version) { return *version = 13000, OK; }
 int cuDeviceGetCount(int *count) { return *count = devices, OK; }
 int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal < devices ? OK : NO_DEVICE; }
@@ -72,7 +77,7 @@ int cuDevicePrimaryCtxRetain(void **made, int device) { return *made = contexts 
 int cuDevicePrimaryCtxRelease_v2(int device) { return OK; }
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { return *flags = 0, *active = 1, OK; }
 int cuCtxSetCurrent(void *one) { return current = one, OK; }
-int cuCtxGetCurrent(void **one) { return *one = current, OK; }
+int cuCtxGetCurrent(void **one) { return *one = current, owner == getpid() ? OK : NOT_INITIALIZED; }
 int cuCtxGetDevice(int *device) { /* what fails is reported by compute-sanitizer, so it is an error here */
     if (!current) note("cuCtxGetDevice_without_context");
     return *device = current ? device_of(current) : 0, current ? OK : NO_CONTEXT;

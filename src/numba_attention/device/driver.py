@@ -471,4 +471,6 @@ def _translated(error: Exception, what: str) -> Exception:
     said = str(error)
     of_memory = "OUT_OF_MEMORY" in said or "Failed to allocate memory" in said
     kind = MemoryError if of_memory else BackendUnavailableError
-    return kind(f"{what}: {error}")
+    if "NOT_INITIALIZED" in said:
+        said += "; a process that was forked after its parent had used a GPU cannot use one: start it by 'spawn'"
+    return kind(f"{what}: {said}")
