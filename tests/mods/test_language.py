@@ -278,6 +278,13 @@ def test_a_mask_returns_a_truth_value():
         na.attention(query, query, query, mask_mod=lambda batch, head, i, j: 0.5 * i)
 
 
+def test_a_shift_by_more_bits_than_memory_has():
+    """Constants are computed while a mod is read, of which Python would write out 10**13 bits."""
+    query = np.zeros((1, 3, 8), np.float32)
+    got = na.attention_weights(query, query, score_mod=lambda score, batch, head, i, j: score + j * (1 << 10**13) * 0)
+    np.testing.assert_allclose(got[0], np.full((3, 3), 1 / 3), rtol=1e-6)
+
+
 def test_a_function_without_source():
     scope = {}
     exec("def mod(score, batch, head, i, j):\n    return score", scope)

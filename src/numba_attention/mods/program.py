@@ -76,12 +76,18 @@ def _floordiv(x: Any, y: Any) -> Any:
     return x // y
 
 
+def _shl(x: Any, y: Any) -> Any:
+    if y >= 64:  # as the kernel computes it: Python would write out all bits
+        raise OverflowError
+    return x << y
+
+
 FOLDS: dict[str, Callable[..., Any]] = {
     "real": float, "integer": int, "widen": int,
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "neg": operator.neg,
     "abs": abs, "floordiv": _floordiv, "mod": operator.mod,
     "min": lambda x, y: y if y < x else x, "max": lambda x, y: y if y > x else x,
-    "and": operator.and_, "or": operator.or_, "xor": operator.xor, "shl": operator.lshift, "shr": operator.rshift,
+    "and": operator.and_, "or": operator.or_, "xor": operator.xor, "shl": _shl, "shr": operator.rshift,
     "invert": operator.invert, "not": operator.not_,
     "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq, "ne": operator.ne,
     "sqrt": math.sqrt, "exp": math.exp, "exp2": lambda x: 2.0**x, "log": math.log, "log2": math.log2,
