@@ -228,7 +228,7 @@ class _Pass(compiler_machinery.FunctionPass):
 class _Canonicalize(_Pass):
     """Give loops one entry and one exit."""
 
-    _name = "_Canonicalize"
+    _name = f"{_NAME} Canonicalize"
 
     def run_pass(self, state: Any) -> bool:
         state.func_ir.blocks = transforms.canonicalize_cfg(state.func_ir.blocks)
@@ -239,7 +239,7 @@ class _Canonicalize(_Pass):
 class _ReconstructSSA(_Pass):
     """Give every assignment a variable of its own."""
 
-    _name = "_ReconstructSSA"
+    _name = f"{_NAME} ReconstructSSA"
 
     def run_pass(self, state: Any) -> bool:
         state.func_ir = ssa.reconstruct_ssa(state.func_ir)
@@ -251,7 +251,7 @@ class _ReconstructSSA(_Pass):
 class _StripPhis(_Pass):
     """Assign what a variable is to become at the ends of the blocks before."""
 
-    _name = "_StripPhis"
+    _name = f"{_NAME} StripPhis"
 
     def run_pass(self, state: Any) -> bool:
         state.func_ir = typed_passes.PreLowerStripPhis()._strip_phi_nodes(state.func_ir)
@@ -262,7 +262,7 @@ class _StripPhis(_Pass):
 class _NativeLowering(typed_passes.BaseNativeLowering):
     """Write the instructions."""
 
-    _name = "_NativeLowering"
+    _name = f"{_NAME} NativeLowering"
 
     @property
     def lowering_class(self) -> Any:
