@@ -39,7 +39,8 @@ def test_windows_wider_than_any_position_are_unbounded(wide, backend):
     query, key, value = np.random.default_rng(0).standard_normal((3, 1, 9, 4))
     far = {"query_offset": 2**40, "is_causal": True, "backend": backend}
     out = na.attention(query, key, value, window=(wide, 0), **far)
-    np.testing.assert_array_equal(out, na.attention(query, key, value, **far))
+    # With AVX2 a window has another kernel here, which sums in another order.
+    np.testing.assert_allclose(out, na.attention(query, key, value, **far), rtol=1e-12)
     np.testing.assert_allclose(out, na.attention(query, key, value), rtol=1e-12)
     before = {"query_offset": -(2**40), "backend": backend}
     out = na.attention(query, key, value, window=(0, wide), **before)

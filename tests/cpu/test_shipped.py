@@ -221,10 +221,10 @@ def test_object_files_of_every_level(tmp_path, name):
 
 
 ALLOWED = {
-    "PyErr_Clear", "PyErr_Occurred", "PyErr_SetString", "PyEval_RestoreThread", "PyEval_SaveThread", "PyExc_IndexError",
-    "PyExc_TypeError", "PyLong_AsLongLong", "PyLong_FromLongLong", "PyObject_CallFunctionObjArgs",
-    "PyObject_GetAttr", "PyThread_acquire_lock", "PyThread_release_lock", "PyTuple_GetItem", "PyTuple_Size",
-    "Py_DecRef", "memset", "memcpy", "sched_yield",
+    "PyDict_GetItemString", "PyErr_Clear", "PyErr_ExceptionMatches", "PyErr_Occurred", "PyErr_SetString",
+    "PyEval_GetBuiltins", "PyEval_RestoreThread", "PyEval_SaveThread", "PyLong_AsLongLong", "PyLong_FromLongLong",
+    "PyObject_CallFunctionObjArgs", "PyObject_GetAttr", "PyThread_acquire_lock", "PyThread_release_lock",
+    "PyTuple_GetItem", "PyTuple_Size", "Py_DecRef", "memset", "memcpy", "sched_yield",
 }  # fmt: skip
 
 
