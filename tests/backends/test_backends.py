@@ -256,3 +256,16 @@ def test_without_jit():
     assert "12.0" in done.stdout
     assert "BackendUnavailableError" in done.stderr
     assert "NUMBA_DISABLE_JIT" in done.stderr
+
+
+def test_a_backend_that_is_being_imported(monkeypatch):
+    """A handler that interrupts the first call of a process while it imports the backend finds half of a module."""
+    q = np.ones((2, 4, 8))
+    na.attention(q, q, q, backend="reference")
+    module = sys.modules["numba_attention.backends.reference"]
+    monkeypatch.setattr(module.__spec__, "_initializing", True, raising=False)
+    monkeypatch.delitem(sys.modules["numba_attention.backends"]._usable, "reference")
+    with pytest.raises(RuntimeError, match="the backend 'reference' is still being imported by what a signal handler"):
+        na.attention(q, q, q, backend="reference")
+    monkeypatch.undo()
+    np.testing.assert_allclose(na.attention(q, q, q, backend="reference"), q)

@@ -311,7 +311,9 @@ def test_signals_while_kernels_compile(tmp_path):
 
 @isolated(seconds=120)
 def test_first_call_interrupted_again_and_again(tmp_path):
-    """Nothing is compiled yet, not even what Numba sets up at its first compilation."""
+    """Nothing is compiled yet, not even what Numba sets up at its first compilation; the backend is imported."""
+    import numba_attention.backends.cpu  # noqa: F401 - an interrupted import cannot be entered again
+
     work.textbook()
     compile_into(tmp_path)
     calls, inside = [], False

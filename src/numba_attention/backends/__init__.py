@@ -73,7 +73,13 @@ def check_name(name: str, source: str) -> str:
 
 
 def _load(name: str) -> Backend:
-    return cast(Backend, import_module(f"{__name__}.{name}"))
+    module = import_module(f"{__name__}.{name}")
+    if getattr(module.__spec__, "_initializing", False):  # by this thread: for others, the import waits
+        raise RuntimeError(
+            f"the backend {name!r} is still being imported by what a signal handler or finalizer interrupted; call "
+            "once what handlers need before they are installed"
+        )
+    return cast(Backend, module)
 
 
 _usable: dict[str, Backend] = {}
