@@ -21,10 +21,6 @@ from numba.core.registry import cpu_target
 
 from .target import BUILD, machine, target
 
-# Functions of more instructions than this, before they are optimised, are called and not inlined: LLVM's passes take
-# longer for one function than for its parts. The forward kernel takes 1.5 s instead of 2.4 (a Zen 3, loaded), and 200
-# or 600 take as long; small functions are inlined, of which a call would take longer than the function.
-LARGE = 400
 _METADATA = re.compile(r"!(\d+)\b")
 
 
@@ -88,8 +84,6 @@ def _merged(modules: list[Any]) -> str:
             is_function = isinstance(value, ir.Function)
             if is_function and value.blocks:
                 if name not in defined:
-                    if sum(len(block.instructions) for block in value.blocks) > LARGE:
-                        value.attributes.add("noinline")
                     defined[name] = renumber(str(value)) if module.metadata else str(value)
             elif not is_function and value.initializer is not None:
                 if defined.setdefault(name, str(value)) != str(value):
