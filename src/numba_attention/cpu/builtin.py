@@ -7,6 +7,7 @@ the version of Python.
 """
 
 import ctypes
+from functools import partial
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
@@ -44,6 +45,14 @@ def build_entry(kernel: str) -> Any:
     return llvm.parse_assembly(str(module))
 
 
+def call_python(b: Any, name: str, result: Any, *args: Any) -> Any:
+    """Call a function of Python, which the module declares once."""
+    function = b.module.globals.get(name)
+    if function is None:
+        function = ir.Function(b.module, ir.FunctionType(result, [x.type for x in args]), name)
+    return b.call(function, args)
+
+
 def constant_text(b: Any, text: str) -> Any:
     """A pointer to a text of C, which ends with a byte of 0."""
     data = bytearray(text.encode() + b"\0")
@@ -59,14 +68,8 @@ def exception_named(b: Any, name: str) -> Any:
     `PyExc_...` of C would be read at a distance of 32 bits from this code, within which Python seldom lies: only calls
     reach further.
     """
-    found: Any = None
-    for function, arguments in (("PyEval_GetBuiltins", []), ("PyDict_GetItemString", [constant_text(b, name)])):
-        arguments = arguments if found is None else [found, *arguments]
-        callee = b.module.globals.get(function)
-        if callee is None:
-            callee = ir.Function(b.module, ir.FunctionType(POINTER, [x.type for x in arguments]), function)
-        found = b.call(callee, arguments)
-    return found
+    builtins = call_python(b, "PyEval_GetBuiltins", POINTER)
+    return call_python(b, "PyDict_GetItemString", POINTER, builtins, constant_text(b, name))
 
 
 def build(kernel: str, arguments: Arguments) -> Any:
@@ -80,11 +83,7 @@ def build(kernel: str, arguments: Arguments) -> Any:
     _, given, count = outer.args
     b = ir.IRBuilder(outer.append_basic_block())
 
-    def python(name: str, result: Any, *args: Any) -> Any:
-        function = module.globals.get(name)
-        if function is None:
-            function = ir.Function(module, ir.FunctionType(result, [x.type for x in args]), name)
-        return b.call(function, args)
+    python = partial(call_python, b)
 
     def fail(exception: str, message: str) -> None:
         python("PyErr_SetString", ir.VoidType(), exception_named(b, exception), constant_text(b, message))

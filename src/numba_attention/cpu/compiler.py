@@ -36,7 +36,7 @@ from numba.core import (
     transforms,
     typed_passes,
     untyped_passes,
-)  # fmt: skip
+)
 from numba.core.registry import CPUDispatcher, CPUTarget
 from numba.core.target_extension import CPU, dispatcher_registry, jit_registry, target_override, target_registry
 from numba.core.typing import context, templates
@@ -44,7 +44,8 @@ from numba.core.utils import threadsafe_cached_property
 
 from .linker import code_generator
 
-# Without reference counts and wrappers for Python, the machine code needs nothing of Numba or Python.
+# Without reference counts and wrappers for Python, the machine code needs nothing of Numba or Python. Debugging is off
+# whatever NUMBA_DEBUGINFO says: `_Lower` keeps variables as if it were.
 _OPTIONS = {
     "nopython": True, "error_model": "numpy", "boundscheck": None, "nogil": True,
     "no_cfunc_wrapper": True, "no_cpython_wrapper": True, "_nrt": False, "debug": False,
@@ -186,7 +187,7 @@ class _Lower(lowering.Lower):
     def storevar(self, value: Any, name: str, argidx: Any = None) -> None:
         """Store without reading what was there, of which Numba would give up a reference."""
         self._alloca_var(name, self.typeof(name))
-        if name in self._singly_assigned_vars and not self._disable_sroa_like_opt:
+        if name in self._singly_assigned_vars:
             self._blk_local_varmap[name] = value
         else:
             self.builder.store(value, self.getvar(name))

@@ -25,9 +25,7 @@ def normalized(
     TypeError, ValueError
         An argument is no array of floating point, has a shape that does not fit, or is out of range.
     """
-    eps = as_real("eps", eps)
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
+    eps = as_eps(eps)
     if not usable(x, weight, bias, residual, out) or not x.size or not _fits(x, weight, bias, out, residual):
         return _normalized_with_numpy(x, weight, bias, eps, out, residual, center)
     target = _target(x, out)
@@ -39,6 +37,14 @@ def normalized(
     number, features = rows.shape
     _launch(task, arrays, number, features, features, eps, NORM_FLOPS)
     return _given(target, out)
+
+
+def as_eps(eps: float) -> float:
+    """Check what is added to a variance."""
+    number = as_real("eps", eps)
+    if number < 0:
+        raise ValueError(f"eps must not be negative, got {number}")
+    return number
 
 
 def _fits(x: Array, weight: Array, bias: Array | None, out: Array | None, residual: Array | None) -> bool:
@@ -194,4 +200,4 @@ def inverse_root(x: Array, eps: float) -> Array:
     return result
 
 
-__all__ = ["activated", "inverse_root", "normalized"]
+__all__ = ["activated", "as_eps", "inverse_root", "normalized"]

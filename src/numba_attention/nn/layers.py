@@ -11,9 +11,9 @@ from numpy.typing import ArrayLike
 from ..layer.activations import probability
 from ..layer.parameters import as_generator
 from ..layer.projection import linear, linear_backward
-from ..layer.rowwise import activated, inverse_root, normalized
+from ..layer.rowwise import activated, as_eps, inverse_root, normalized
 from ..options import Array
-from ..validation import as_floats, as_real, as_real_dtype, as_size, indices_within
+from ..validation import as_floats, as_real_dtype, as_size, indices_within
 
 _FAR = 1e3  # beyond it an activation is x or 0, also in float64, and polynomials of x would overflow in float32
 Seed = np.random.Generator | int | None
@@ -26,13 +26,6 @@ def _like(grad: Any, shape: tuple[int, ...]) -> Array:
     if array.shape != shape:
         raise ValueError(f"grad must have the shape of what forward returned, {shape}, got {array.shape}")
     return array
-
-
-def _eps(eps: Any) -> float:
-    number = as_real("eps", eps)
-    if number < 0:
-        raise ValueError(f"eps must not be negative, got {number}")
-    return number
 
 
 class Module:
@@ -219,7 +212,7 @@ class LayerNorm(_Norm):
     def __init__(self, features: int, dtype: Any = np.float32, eps: float = 1e-5) -> None:
         super().__init__()
         features, dtype = as_size("features", features), as_real_dtype(dtype)
-        self.weight, self.bias, self.eps = np.ones(features, dtype), np.zeros(features, dtype), _eps(eps)
+        self.weight, self.bias, self.eps = np.ones(features, dtype), np.zeros(features, dtype), as_eps(eps)
 
 
 class RMSNorm(_Norm):
@@ -242,7 +235,7 @@ class RMSNorm(_Norm):
 
     def __init__(self, features: int, dtype: Any = np.float32, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight, self.eps = np.ones(as_size("features", features), as_real_dtype(dtype)), _eps(eps)
+        self.weight, self.eps = np.ones(as_size("features", features), as_real_dtype(dtype)), as_eps(eps)
 
 
 class _Activation(_Leaf):
