@@ -15,7 +15,7 @@ How a figure is measured, and why:
 - A library whose result differs from ours is not timed, and the report says so.
 """
 
-from .report import around, as_json, as_markdown, as_table, circumstances, from_json, insert, left_out
+from .report import around, as_json, as_line, as_markdown, as_table, circumstances, from_json, insert, left_out
 from .rows import ROWS, Row
 from .runner import Result, run
 
@@ -25,6 +25,7 @@ __all__ = [
     "Row",
     "around",
     "as_json",
+    "as_line",
     "as_markdown",
     "as_table",
     "circumstances",

@@ -101,6 +101,13 @@ def from_json(text: str) -> tuple[list[Result], dict[str, Any]]:
     return results, found
 
 
+def as_line(result: Result) -> str:
+    """Return the name and the figures of one row."""
+    name, *cells = _cells(result, bars=False)
+    figures = [f"{heading} {cell}" for heading, cell in zip(_headings()[1:], cells, strict=True) if cell != "-"]
+    return f"{name}: {', '.join(figures)}"
+
+
 def left_out(results: list[Result]) -> list[str]:
     """Return one line for each library and reason, with the rows in which that library was not measured."""
     rows: dict[tuple[str, str], list[str]] = {}
@@ -195,4 +202,14 @@ def _processor() -> str:
     return f"{platform.processor() or platform.machine()} ({os.cpu_count()} CPUs)"
 
 
-__all__ = ["around", "as_json", "as_markdown", "as_table", "circumstances", "from_json", "insert", "left_out"]
+__all__ = [
+    "around",
+    "as_json",
+    "as_line",
+    "as_markdown",
+    "as_table",
+    "circumstances",
+    "from_json",
+    "insert",
+    "left_out",
+]

@@ -72,7 +72,7 @@ def run(
     rounds: int = 5,
     seconds: float = 0.2,
     contenders: Iterable[str] = tuple(CONTENDERS),
-    progress: Callable[[Row, int], None] = lambda row, done: None,
+    progress: Callable[[Result, int], None] = lambda result, done: None,
 ) -> list[Result]:
     """Time each row with each contender.
 
@@ -88,7 +88,7 @@ def run(
     contenders : iterable of str, default all
         Some of "ours", "own", "einsum", "torch", "onnxruntime", "gemm", "read".
     progress : callable, optional
-        Called with the row and the number of finished rounds, after preparation (0) and after each round.
+        Called with the times so far and the number of finished rounds, after preparation (0) and after each round.
 
     Returns
     -------
@@ -110,17 +110,17 @@ def _time_row(
     workers: dict[str, Worker],
     rounds: int,
     seconds: float,
-    progress: Callable[[Row, int], None],
+    progress: Callable[[Result, int], None],
 ) -> Result:
     result = Result(row)
     ready = _prepare(result, names, workers)
-    progress(row, 0)
+    progress(result, 0)
     for done in range(rounds):
         first = done % max(1, len(ready))
         for name in ready[first:] + ready[:first]:
             time.sleep(_REST)
             result.seconds.setdefault(name, []).append(workers[CONTENDERS[name][0]].turn(name, seconds))
-        progress(row, done + 1)
+        progress(result, done + 1)
     for worker in workers.values():
         worker.forget()
     return result

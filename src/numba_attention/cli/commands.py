@@ -217,8 +217,10 @@ def bench(
         with Progress(console=errors, transient=True) as progress:
             task = progress.add_task("", total=len(selected) * (rounds + 1))
 
-            def advance(row: benchmarking.Row, done: int) -> None:
-                progress.update(task, description=row.name, advance=1)
+            def advance(result: benchmarking.Result, done: int) -> None:
+                progress.update(task, description=result.row.name, advance=1)
+                if done == rounds:  # what is measured stays on the screen when the rest is interrupted
+                    errors.print(benchmarking.as_line(result), highlight=False, soft_wrap=True)
 
             results = benchmarking.run(
                 selected, threads=threads, rounds=rounds, seconds=seconds, contenders=contenders, progress=advance
