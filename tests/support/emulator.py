@@ -126,7 +126,8 @@ class Emit(WarpgroupEmit):
         self._memory, self._shared, self.n = emulator.memory, emulator.block_memory, threads
 
     def _all(self, value):
-        return np.broadcast_to(value.x, (self.n,))
+        x = value.x
+        return x if x.shape == (self.n,) else np.broadcast_to(x, (self.n,))  # which alone would take a tenth of all time
 
     def _where(self, where):
         return np.ones(self.n, bool) if where is None else self._all(where)
@@ -429,18 +430,20 @@ class BlockMemory:
         words = -(-size // 4)
         self.epoch = self.warp_epoch = 1  # how many barriers of the block, and of warps, there have been
         self.writer, self.written, self.written_warp = np.full(words, self.NOBODY), *np.zeros((2, words), int)
-        self.reader, self.read_epoch, self.read_warp = np.full(words, self.NOBODY), *np.zeros((2, words), int)
-        self.read_warps = np.zeros(words, int)
+        self.read_warps = np.zeros(words, np.int32)  # a bit for each warp that has read since the barrier of the block
+        self.reader = np.full(words, self.NOBODY, np.int32)  # since the barrier of the warp
         self.coming = np.zeros(words, bool)
         self.conflicts = {}  # most words of one bank in one access, by its width; filled if `count` is set
         self.count = False
 
     def sync(self):
         self.epoch += 1
+        self.read_warps[:] = 0
         self.sync_warp()
 
     def sync_warp(self):
         self.warp_epoch += 1
+        self.reader[:] = self.NOBODY
 
     def _index(self, address, width, where=None):
         address = address.astype(np.int64) if where is None else address[where].astype(np.int64)
@@ -455,7 +458,8 @@ class BlockMemory:
             self._count("matrices" if matrices else f"read {width}", address, width)
         if self.races:
             self._check_read(address, width, matrices)
-        return self.bytes[address[:, None] + np.arange(width)]
+        whole = self.bytes[: self.bytes.size // width * width].view(f"V{width}")
+        return whole[address // width].view(np.uint8).reshape(-1, width)
 
     def write(self, address, data, where):
         width = data.shape[1]
@@ -503,19 +507,20 @@ class BlockMemory:
         words, threads = self._words(address, width), np.arange(len(address))[:, None]
         assert not self.coming[words].any(), "shared memory: read while a copy is under way"
         fresh = self.written[words] == self.epoch
-        writer = self.writer[words]
-        same_warp = (writer // 32 == threads // 32) & (self.written_warp[words] < self.warp_epoch)
-        mine = same_warp if matrices else same_warp | (writer == threads)
-        assert (~fresh | mine).all(), "shared memory: read without a barrier after another thread wrote"
-        old = self.read_epoch[words] != self.epoch
-        self.read_warps[words[old]] = 0
-        np.bitwise_or.at(self.read_warps, words, np.broadcast_to(1 << (threads // 32), words.shape))
-        flat, who = words.ravel(), np.broadcast_to(threads, words.shape).ravel()
-        before = np.where(self.read_warp[flat] == self.warp_epoch, self.reader[flat], self.NOBODY)
-        self.reader[flat] = who
-        several = matrices | (self.reader[flat] != who) | ((before != self.NOBODY) & (before != who))
-        self.reader[flat[several]] = self.SEVERAL
-        self.read_epoch[flat], self.read_warp[flat] = self.epoch, self.warp_epoch
+        if fresh.any():
+            writer = self.writer[words]
+            same_warp = (writer // 32 == threads // 32) & (self.written_warp[words] < self.warp_epoch)
+            mine = same_warp if matrices else same_warp | (writer == threads)
+            assert (~fresh | mine).all(), "shared memory: read without a barrier after another thread wrote"
+        for warp in range(-(-len(words) // 32)):
+            self.read_warps[words[32 * warp : 32 * warp + 32]] |= 1 << warp
+        if matrices:
+            self.reader[words] = self.SEVERAL
+            return
+        before = self.reader[words]
+        self.reader[words] = threads
+        several = (self.reader[words] != threads) | ((before != self.NOBODY) & (before != threads))
+        self.reader[words[several]] = self.SEVERAL
 
     def _check_write(self, words, threads):
         threads = threads[:, None]
@@ -523,10 +528,10 @@ class BlockMemory:
         fresh, writer = self.written[words] == self.epoch, self.writer[words]
         ordered = (writer // 32 == threads // 32) & (self.written_warp[words] < self.warp_epoch)
         assert (~fresh | ordered | (writer == threads)).all(), "shared memory: two threads write without a barrier"
-        fresh = self.read_epoch[words] == self.epoch
         others = self.read_warps[words] & ~(1 << (threads // 32))
-        assert not (fresh & (others != 0)).any(), "shared memory: overwritten without a barrier after another warp read"
-        just = fresh & (self.read_warp[words] == self.warp_epoch) & (self.reader[words] != threads)
+        assert not others.any(), "shared memory: overwritten without a barrier after another warp read"
+        reader = self.reader[words]
+        just = (reader != self.NOBODY) & (reader != threads)
         assert not just.any(), "shared memory: overwritten without a barrier after another thread read"
 
     def _written(self, words, threads):
