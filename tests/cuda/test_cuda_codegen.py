@@ -1,7 +1,7 @@
 """What the CUDA kernels compile to: no spilled register, and of the instructions that count as many as there must be.
 
-Needs no GPU, only NVIDIA's wheels. All 7000 kernels on all architectures take some two hours: here are most kinds of them
-for few data types and head dimensions, on one architecture in turn; all of them with ``NUMBA_ATTENTION_THOROUGH=1``.
+Needs no GPU, only NVIDIA's wheels. All 7000 kernels on all architectures take some two hours: here are most kinds
+of them, each for few data types and head dimensions; all of them with ``NUMBA_ATTENTION_THOROUGH=1``.
 """
 
 import math
