@@ -9,6 +9,7 @@ they are waited for (or at once), so whoever overwrites a tile too early is foun
 import threading
 import types
 from collections import deque
+from functools import cache
 
 import numpy as np
 
@@ -210,32 +211,22 @@ class Roles:
         self.unfenced[self.unfenced == 1 + self.role] = 0
 
     def matrix(self, descriptor, rows, turned):
-        """Addresses of a matrix of 16-bit numbers: 16 summed indices for each of `rows`, by its descriptor."""
-        start = (descriptor & 0x3FFF) << 4
-        leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (16, 32))
-        assert descriptor >> 62 == 1, "descriptor: not swizzled by 128 bytes"
-        assert descriptor >> 49 & 7 == 0, "descriptor: has a base offset"
-        row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
-        if turned:  # 64 rows are a line, 8 summed indices are 8 lines
-            address = start + row // 64 * leading + k // 8 * stride + k % 8 * 128 + row % 64 * 2
-        else:  # 8 rows are 8 lines
-            address = start + row // 8 * stride + row % 8 * 128 + k * 2
-        address = address ^ (address >> 7 & 7) << 4
-        assert (address + 2 <= self.bytes.size).all(), "descriptor: out of bounds"
-        words = np.unique(address // 4)
+        """Where the 16-bit numbers of a matrix are, 16 summed indices for each of `rows`, and the words of them."""
+        halves, words = _addresses(descriptor, rows, turned)
+        assert 2 * int(halves.max()) + 2 <= self.bytes.size, "descriptor: out of bounds"
         assert not self.coming[words].any(), "product: reads what a copy is about to write"
         assert not self.unfenced[words].any(), "product: reads what was written without fence_proxy"
-        return address, words
+        return halves, words
 
-    def numbers(self, address, half):
-        bits = self.bytes[address[..., None] + np.arange(2)].view(np.uint16)[..., 0]
+    def numbers(self, halves, half):
+        bits = self.bytes[: self.bytes.size & -2].view(np.uint16)[halves]
         if half == "f16":
             return bits.view(np.float16).astype(np.float64)
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
-    def begin(self, work, words):
-        """Queue a product of this role."""
-        self._read_late(self.products[self.role][-1], work, words)
+    def begin(self, work, *words):
+        """Queue a product of this role, which reads words of one matrix or of two."""
+        self._read_late(self.products[self.role][-1], work, *words)
 
     def add_rows(self, start, size, add):
         """Queue an addition of float32 numbers to global memory, which reads shared memory by the path of products."""
@@ -249,15 +240,17 @@ class Roles:
 
         self._read_late(self.additions[self.role], work, words)
 
-    def _read_late(self, queue, work, words):
-        """Queue what reads words of shared memory when it is waited for, or do it at once."""
+    def _read_late(self, queue, work, *words):
+        """Queue what reads words of shared memory, of one array or of two, when it is waited for, or do it at once."""
         if self.landing == "issue":
             return work()
-        np.add.at(self.reading, words, 1)
+        for some in words:
+            self.reading[some] += 1
 
         def late():
             work()
-            np.subtract.at(self.reading, words, 1)
+            for some in words:
+                self.reading[some] -= 1
 
         queue.append(late)
 
@@ -274,6 +267,31 @@ class Roles:
         while len(queue) - 1 > groups:
             for work in queue.popleft():
                 work()
+
+
+@cache
+def _addresses(descriptor, rows, turned):
+    """Where a descriptor says that the numbers of a matrix are, in units of two bytes, and their words, once each."""
+    start = (descriptor & 0x3FFF) << 4
+    leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (16, 32))
+    assert descriptor >> 62 == 1, "descriptor: not swizzled by 128 bytes"
+    assert descriptor >> 49 & 7 == 0, "descriptor: has a base offset"
+    row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
+    if turned:  # 64 rows are a line, 8 summed indices are 8 lines
+        address = start + row // 64 * leading + k // 8 * stride + k % 8 * 128 + row % 64 * 2
+    else:  # 8 rows are 8 lines
+        address = start + row // 8 * stride + row % 8 * 128 + k * 2
+    address = address ^ (address >> 7 & 7) << 4
+    return address // 2, np.unique(address // 4)
+
+
+@cache
+def _places(count):
+    """Row and column of each register of each thread of a sum, as PTX has them."""
+    n, warp, lane = np.arange(count)[:, None, None], np.arange(4)[:, None], np.arange(32)
+    row = 16 * warp + (lane >> 2) + 8 * (n // 2 % 2)
+    column = 8 * (n // 4) + 2 * (lane & 3) + n % 2
+    return row.reshape(count, -1), np.broadcast_to(column, row.shape).reshape(count, -1)
 
 
 class WarpgroupEmit:
@@ -293,16 +311,17 @@ class WarpgroupEmit:
         right, words = self._shared.matrix(self._one(b), columns, turned[1])
         lane, warp = np.arange(32), np.arange(4)[:, None]
         g, t = lane >> 2, lane & 3
+        words = [words]
         if isinstance(a, list):
             left = None
             given = [self._words(x).copy() for x in a]
         else:
             left, more = self._shared.matrix(self._one(a), 64, turned[0])
-            words = np.concatenate([words, more])
+            words.append(more)
         results = self._shared.results
         sums = [results[id(x.x)][1] if id(x.x) in results else self._all(x) for x in c]
         # What stands for a sum is NaN for ever: the sum is what a wait that names it returns.
-        standing, made = ([np.full(self.n, np.nan, np.float32) for _ in c] for _ in range(2))
+        standing, made = (list(np.full((len(c), self.n), np.nan, np.float32)) for _ in range(2))
         results |= {id(x): (x, y) for x, y in zip(standing, made, strict=True)}
 
         def work():
@@ -314,20 +333,18 @@ class WarpgroupEmit:
                     low, high = (y.x for y in self.unpack(dtype, Value("i", word.view(np.int32))))
                     row, k = 16 * warp + g + 8 * (n % 2), 2 * t + 8 * (n // 2)
                     A[row, k], A[row, k + 1] = low.reshape(4, 32), high.reshape(4, 32)
-            C = np.zeros((64, columns))
-            places = [(16 * warp + g + 8 * (n // 2 % 2), 8 * (n // 4) + 2 * t + n % 2) for n in range(len(c))]
+            C, places = np.zeros((64, columns)), _places(len(c))
             if not from_zero:
-                for x, place in zip(sums, places, strict=True):
-                    C[place] = x.reshape(4, 32)
+                C[places] = sums
             with np.errstate(all="ignore"):
                 exact = A @ self._shared.numbers(right, dtype).T + C
                 rounded = exact.astype(np.float32)
                 over = np.isfinite(rounded) & (np.abs(rounded) > np.abs(exact))
                 rounded = np.where(over, np.nextafter(rounded, np.float32(0)), rounded)
-            for x, place in zip(made, places, strict=True):
-                x[:] = rounded[place].ravel()
+            for x, numbers in zip(made, rounded[places], strict=True):
+                x[:] = numbers
 
-        self._shared.begin(work, words)
+        self._shared.begin(work, *words)
         return [Value("f", x) for x in standing]
 
     def fence_products(self):
