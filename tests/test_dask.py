@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import numba_attention as na
 from cases import DTYPES
+from grid import in_turn
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
@@ -59,8 +60,7 @@ def test_any_chunks_and_options(seed):
     blocks.check(rng, "attention", arrays, [], options)
 
 
-@pytest.mark.parametrize("dtype", blocks.LIMITS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("seed", "dtype"), in_turn(range(6), blocks.LIMITS))
 def test_dtypes_on_kernels(dtype, seed):
     rng = np.random.default_rng(seed)
     arrays, options = call_of(rng, DTYPES[dtype])

@@ -24,7 +24,7 @@ WEIGHTS = "na.attention_weights(*arrays[:2], **kwargs); na.attention_weights(*ar
     ("dtypes", "weights"),
     [
         (["float32"], "pass"),
-        pytest.param(["float64", "float16", "bfloat16"], WEIGHTS, marks=pytest.mark.slow),
+        pytest.param(["float64", "bfloat16"], WEIGHTS, marks=pytest.mark.slow),
     ],
 )
 def test_with_bounds_checks(tmp_path, dtypes, weights):

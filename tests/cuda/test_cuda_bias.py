@@ -8,6 +8,7 @@ import numba_attention as na
 from cases import DTYPES
 from device import NumbaArray, fake_numba_cuda
 from emulator import emulated
+from grid import in_turn
 from numba_attention.cuda import tile_shapes
 
 B, H, L, S = 2, 2, 40, 72  # rows of S numbers of a half type are whole words of 16 bytes
@@ -122,8 +123,7 @@ def test_what_no_row_sees(gpu, monkeypatch, options, passes, shape):
         np.testing.assert_array_equal(np.array(grads.bias.array, np.float32)[~np.broadcast_to(visible, shape)], 0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), in_turn(SHAPES, ["float32", "float64"]))
 def test_without_tensor_cores(gpu, dtype, shape):
     arrays, _, grads = call(np.random.default_rng(2), dtype, dtype, shape, window=(20, 30))
     i, j = np.arange(L)[:, None], np.arange(S)

@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("numba_cuda")
 pytest.importorskip("cuda.core")
 
+from grid import THOROUGH
 from machine_code import disassembler
 from numba_attention import BackendUnavailableError, mods, shipping
 from numba_attention.backends import device_rules
@@ -30,7 +31,6 @@ from numba_attention.device.cubins import entry
 from numba_attention.device.driver import Device
 from numba_attention.mods.rules import describe, find
 
-THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
 # What a block may ask for: "CUDA C++ Programming Guide", table of technical specifications.
 SHARED = {"sm_75": 65536, "sm_80": 166912, "sm_90a": 232448, "sm_120": 101376}
 ARCHS = ("sm_80", "sm_90a", "sm_120")

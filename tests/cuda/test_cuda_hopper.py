@@ -6,6 +6,7 @@ Right values are the textbook's formula in float64, which shares no code with th
 import re
 import subprocess
 from itertools import combinations, pairwise
+from itertools import product as every
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,7 @@ import emulator as emulator_module
 import numba_attention as na
 from emulator import emulated
 from emulator_roles import Deadlock
+from grid import THOROUGH, in_turn
 from machine_code import disassembler
 from numba_attention.cuda import hopper, hopper_backward, kernels, tile_shapes
 from numba_attention.cuda.spec import Spec
@@ -92,8 +94,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("E", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("E", "name"), every((64, 128, 256), CASES) if THOROUGH else [*every((64, 128), CASES), (256, "causal")]
+)
 def test_both_passes(gpu, E, name):
     """Tiles at the ends of queries and keys, intervals that begin and end in tiles, heads in groups."""
     options, dtype = CASES[name], F16 if E == 128 else BF16
@@ -123,8 +126,7 @@ def of_textbook(options):
     return {names[name]: x for name, x in options.items() if name in names}
 
 
-@pytest.mark.parametrize("name", [*ALL, "all"])
-@pytest.mark.parametrize("E", [64, 128, 256])
+@pytest.mark.parametrize(("name", "E"), in_turn([*ALL, *3 * ["all"]], (64, 128, 256)))
 def test_options(gpu, E, name):
     """Each option with grouped heads, with keys hidden in tiles at either end and rows that see nothing."""
     dtype, options = F16 if E == 128 else BF16, ALL if name == "all" else {name: ALL[name]}
@@ -424,20 +426,19 @@ class TestWhatIsFound:
 def sets_of_options():
     """All sets of what the kernels have."""
     return [
-        pytest.param(task, set(names), id="-".join((task, *names)))  # sets have no order, which processes need
+        (task, names)
         for task, options in (("forward", hopper.OPTIONS), ("key", hopper_backward.OPTIONS))
         for n in range(len(options) + 1)
         for names in combinations(options, n)
     ]
 
 
-@pytest.mark.parametrize("flags", [False, True])
-@pytest.mark.parametrize("E", [64, 128, 256])
-@pytest.mark.parametrize(("task", "options"), sets_of_options())
-def test_machine_code(tmp_path, task, options, E, flags):
+@pytest.mark.parametrize(("kernel", "E"), in_turn(every(sets_of_options(), (False, True)), (64, 128, 256)), ids=str)
+def test_machine_code(tmp_path, kernel, E):
     """No register spills, every product is there once, and the assembler ignores nothing (`toolchain.IGNORED`)."""
     pytest.importorskip("numba_cuda")
     pytest.importorskip("cuda.core")
+    (task, options), flags = kernel
     of = hopper.spec_of if task == "forward" else hopper_backward.spec_of
     c = of(Spec(task, "float16", E, E, "tensor", fused_dq=task == "key", flags=flags, arch="sm_90a"))
     c = c if c is None else c.with_(**dict.fromkeys(options, True))

@@ -20,11 +20,11 @@ import numba_attention as na
 from caching import TOLERANCE, arrays, filled
 from cases import CASES, DTYPES, GROUPS, Case, assert_close, check, check_backward, grad_tolerance, tolerance
 from emulator import emulated
+from grid import THOROUGH, in_turn
 from numba_attention.cuda import backward, forward, kernels, tile_shapes
 from numba_attention.options import Options
 from strategies import cases, dtypes
 
-THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
 ON_A_GPU = pytest.param("GPU", marks=pytest.mark.gpu)
 
 
@@ -76,8 +76,7 @@ LARGER = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", LARGER, ids=str)
+@pytest.mark.parametrize(("dtype", "case"), in_turn(DTYPES, LARGER), ids=str)
 def test_several_tiles(gpu, case, dtype):
     check(*case.arrays(dtype), case.kwargs(), dtype, case, backend="cuda")
     if case.E <= 128:
@@ -146,8 +145,7 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(PACKED, ["float32", "bfloat16"]))
 def test_packed_sequences(gpu, name, dtype):
     rng = np.random.default_rng(0)
     kwargs = dict(PACKED[name])

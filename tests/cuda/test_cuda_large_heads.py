@@ -3,8 +3,6 @@
 Right values of plain calls are the textbook's formula in float64, which shares no code with the package.
 """
 
-import os
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,11 +11,10 @@ import numba_attention as na
 from caching import TOLERANCE, filled
 from cases import DTYPES, OPTIONS, Case, assert_close, check, check_backward, grad_tolerance, tolerance
 from emulator import emulated
+from grid import THOROUGH
 from numba_attention import BackendUnavailableError
 from numba_attention.cuda import kernels, tile_shapes
 from numba_attention.cuda.spec import slab
-
-THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
 
 
 @pytest.fixture
