@@ -83,7 +83,7 @@ def warmup(
     ValueError
         A name is unknown, or levels are given without a folder.
     TypeError
-        A mod contains what its language has not.
+        A mod contains what its language has not, or `folder` is no path.
     RuntimeError
         The compiler fails.
 
@@ -99,7 +99,11 @@ def warmup(
     wanted = _pairs(dtypes, tasks, storage)
     passes = passes_of(score_mod, mask_mod, mod_args, [task for task, _ in wanted], tuple(mod_grads))
     if folder is not None:
-        return _into(Path(folder), levels, wanted, storage, passes)
+        try:
+            path = Path(folder)
+        except TypeError:
+            raise TypeError(f"folder must be a path or None, got {type(folder).__name__}") from None
+        return _into(path, levels, wanted, storage, passes)
     kernels = list(kernels_of(wanted, storage, passes))
     for kernel in kernels:
         kernel.address  # noqa: B018 - compiles or loads it

@@ -160,7 +160,9 @@ def test_swapping_long_sequences_takes_no_second_cache():
         np.testing.assert_array_equal(got, x)
 
 
-@pytest.mark.parametrize("make", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "make", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "deepcopy", "pickle"]
+)
 def test_a_copy_is_on_its_own(make):
     key, value = tokens()
     cache, pages = contiguous(storage="int8"), paged(storage="int8")

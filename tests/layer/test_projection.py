@@ -281,6 +281,26 @@ def test_the_rest_is_left_to_numpy():
     assert linear(np.ones((2, 3), int), np.ones((4, 3), int)).dtype == int
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_types_are_rounded_once(dtype):
+    """Sums of 1000 terms in float32: in 16 bits they would lose half of their digits."""
+    dtype = np.dtype(dtype) if dtype == "float16" else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    x, weight, bias, grad = (a.astype(dtype) for a in arrays(1000, 40, 3))
+    wide = [a.astype(np.float64) for a in (x, weight, bias, grad)]
+    made = [
+        (linear(x, weight, bias), wide[0] @ wide[1].T + wide[2]),
+        *zip(linear_backward(grad, x, weight), (wide[3] @ wide[1], wide[3].T @ wide[0], wide[3].sum(0)), strict=True),
+    ]
+    for got, want in made:
+        assert got.dtype == dtype
+        spacing = np.spacing(abs(want).astype(dtype)).astype(np.float64)
+        assert (abs(got.astype(np.float64) - want) <= 0.5001 * spacing + 1e-4).all()
+    out = np.zeros((1000, 3), np.float32)
+    linear(x, weight, bias, out=out)
+    np.testing.assert_allclose(out, made[0][1], atol=1e-5)
+    assert linear(x, weight.astype(np.float32)).dtype == np.float32
+
+
 def test_errors_name_the_array():
     x, weight, bias, grad = arrays(5, 4, 3)
     misuses = {"x": [(x.T, weight), (x[0, 0], weight)], "weight": [(x, weight[0, 0])], "bias": [(x, weight, bias[:2])]}

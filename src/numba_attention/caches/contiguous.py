@@ -1,6 +1,7 @@
 """KVCache: the keys and the values of a batch, in one array each."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, Self
 
 import numpy as np
@@ -518,6 +519,10 @@ class KVCache:
             table[i, first:] = twice[start : start + longest]
         table += np.arange(self.batch)[:, None] * (self.num_kv_heads * self.capacity)
         return Contents(*self._tokens, table, counts, stored.storage, stored.dtype, originals, gap, by_tokens=True)
+
+    def __copy__(self) -> Self:
+        """As `copy.deepcopy`: with arrays of its own, as a copy of an array, so that `append` changes one of them."""
+        return deepcopy(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_tokens": None, "_rows": None}  # of the arrays, which a copy must make of its own

@@ -1,6 +1,7 @@
 """PagedKVCache: keys and values in pages, which sequences that come, go and fork may share."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, Self
 
 import numpy as np
@@ -545,6 +546,10 @@ class PagedKVCache:
             start = first + left_out - before
             tokens[i, first:count] = all_tokens[start : start + max(count - first, 0)]
         return Contents(*self._tokens, tokens, counts, self.storage, self.dtype, self._originals, gap, by_tokens=True)
+
+    def __copy__(self) -> Self:
+        """As `copy.deepcopy`: with arrays of its own, as a copy of an array, so that `append` changes one of them."""
+        return deepcopy(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_tokens": None}  # views of the arrays, which a copy must make of its own

@@ -44,9 +44,16 @@ def target() -> Target:
     own = Target(*cpu_target.target_context.codegen().magic_tuple())
     if BUILD not in os.environ:
         return own
-    level = LEVELS[os.environ[BUILD]]
+    level = LEVELS[_to_build()]
     _, system = own.triple.split("-", 1)
     return Target(f"{level.architecture}-{system}", level.cpu, level.features)
+
+
+def _to_build() -> str:
+    name = os.environ[BUILD]
+    if name not in LEVELS:
+        raise ValueError(f"{BUILD} must be one of {', '.join(LEVELS)}, got {name!r}")
+    return name
 
 
 def machine() -> Any:
@@ -64,7 +71,7 @@ def machine() -> Any:
 def level() -> str:
     """The name of the best level that this machine has, empty if it has none."""
     if BUILD in os.environ:
-        return os.environ[BUILD]
+        return _to_build()
     triple, _, features = target()
     has = {feature[1:] for feature in features.split(",") if feature.startswith("+")}
     for name, kind in LEVELS.items():

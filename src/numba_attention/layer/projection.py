@@ -56,7 +56,7 @@ def linear(
     Notes
     -----
     A row of the result has the same bits whatever other rows are in the call, and for any number of threads. That holds
-    for float32 and float64; NumPy computes everything else.
+    for float32 and float64; NumPy computes everything else, float16 and bfloat16 in float32, rounded once.
 
     Examples
     --------
@@ -163,12 +163,15 @@ def _with_numpy(x: Array, weight: Array, bias: Array | None, out: Array | None, 
         bias = _numbers("bias", bias)
         if bias.shape not in ((N,), ()):
             raise ValueError(f"bias must have shape ({N},), got {bias.shape}")
+    made = np.result_type(*(array for array in (x, weight, bias) if array is not None))
     with np.errstate(all="ignore"):  # infinities and NaNs in the input are no error
-        result: Array = np.matmul(x, weight.T)
+        result: Array = np.matmul(_widened(x, made), _widened(weight, made).T)
         if bias is not None:
             result = result + bias
         if activation is not None:
             result = with_numpy(activation, result)
+        if _is_half(made) and getattr(out, "dtype", made) == made:
+            result = result.astype(made)
     if out is None:
         return result
     _write(out, result)
@@ -180,6 +183,15 @@ def _write(out: Any, result: Array) -> None:
     given = as_ndarray("out", out)
     fits = np.can_cast(result.dtype, given.dtype, "same_kind")
     np.copyto(check_out(given, result.shape, given.dtype if fits else result.dtype, {}, of="the result"), result)
+
+
+def _is_half(dtype: "np.dtype[Any]") -> bool:
+    return dtype == np.float16 or is_bfloat16(dtype)
+
+
+def _widened(x: Array, made: "np.dtype[Any]") -> Array:
+    """As float32 where results of 16 bits are made: they are rounded once, and the products are those of BLAS."""
+    return x.astype(np.float32) if _is_half(made) else x
 
 
 def _numbers(name: str, x: Any) -> Array:
@@ -199,9 +211,15 @@ def _backward_with_numpy(
             f"grad, x and weight must have shapes (..., N), (..., K) and (N, K), got {grad.shape}, {x.shape} "
             f"and {weight.shape}"
         )
+    made = np.result_type(grad, x, weight)
+    grad, x, weight = (_widened(array, made) for array in (grad, x, weight))
     rows = as_matrix(grad)
-    grad_bias = np.sum(rows, axis=0) if need_bias else None
-    return np.matmul(grad, weight) if need_input else None, rows.T @ as_matrix(x), grad_bias
+    found = np.matmul(grad, weight) if need_input else None, rows.T @ as_matrix(x), rows.sum(0) if need_bias else None
+    if not _is_half(made):
+        return found
+    grad_x, grad_weight, grad_bias = (None if array is None else array.astype(made) for array in found)
+    assert grad_weight is not None
+    return grad_x, grad_weight, grad_bias
 
 
 def as_matrix(x: Array) -> Array:
