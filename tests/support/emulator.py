@@ -127,7 +127,7 @@ class Emit(WarpgroupEmit):
 
     def _all(self, value):
         x = value.x
-        return x if x.shape == (self.n,) else np.broadcast_to(x, (self.n,))  # which takes a tenth of all time for all
+        return x if x.shape == (self.n,) else np.broadcast_to(x, (self.n,))  # (broadcasting all: 10 % of the time)
 
     def _where(self, where):
         return np.ones(self.n, bool) if where is None else self._all(where)
