@@ -207,6 +207,18 @@ def test_import_loads_nothing_optional():
     assert run(code) == "[]"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_call_imports_what_numpy_imports_late(path):
+    """A signal handler that interrupts the import, and calls the same code, recurses in `numpy.__getattr__`."""
+    late = {"char", "core", "ctypeslib", "f2py", "fft", "ma", "matlib", "rec", "strings", "testing"}
+    found = [
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np"
+    ]
+    assert not late & set(found)
+
+
 def test_import_compiles_nothing():
     code = """
 import numba.core.compiler, llvmlite.binding

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .device.arrays import on_device
-from .errors import kind_of
+from .errors import is_masked, kind_of
 from .foreign import how_to_convert
 from .intervals import FAR as UNBOUNDED
 from .narrowing import largest_computed
@@ -42,7 +42,7 @@ def as_ndarray(name: str, x: Any) -> Array:
     """
     if type(x) is np.ndarray:
         return x
-    if isinstance(x, np.ma.MaskedArray):
+    if is_masked(x):
         raise TypeError(
             f"{name} must be a numpy.ndarray, got {kind_of(x)}, a masked array whose mask would be lost; "
             "pass its .data and say what may be attended to with mask="
@@ -238,7 +238,7 @@ def _is_number(x: Any) -> bool:
     `float` is not strict enough: it drops the imaginary part of a NumPy scalar, parses text, and turns the masked
     constant into NaN.
     """
-    if isinstance(x, str | bytes | bytearray | bool | complex | np.ma.MaskedArray):
+    if isinstance(x, str | bytes | bytearray | bool | complex) or is_masked(x):
         return False
     if isinstance(x, np.ndarray | np.generic):
         return x.ndim == 0 and (x.dtype.kind in "iuf" or is_bfloat16(x.dtype))
@@ -296,7 +296,7 @@ def _reach(x: Any) -> int | None:
 
 def as_array(name: str, x: Any) -> Array:
     """Convert an option that may be any array-like to an array."""
-    if isinstance(x, np.ma.MaskedArray):
+    if is_masked(x):
         raise TypeError(f"{name} is a masked array, whose mask would be lost; pass its .data")
     if type(x) is np.ndarray:
         return x

@@ -253,7 +253,7 @@ def _new_words(number: int) -> Any:
     address = _allocate(1, size)
     if not address:
         raise MemoryError("no memory for the threads of a pool")
-    words = np.ctypeslib.as_array((ctypes.c_int64 * (number + LINE)).from_address(address))
+    words = np.frombuffer(memoryview((ctypes.c_int64 * (number + LINE)).from_address(address)), np.int64)
     return words[-address % (8 * LINE) // 8 :][:number]
 
 

@@ -420,7 +420,7 @@ class _Slot:
         self._driver = driver
         api, call = driver._api, driver._call
         self.address = int(call(api.cuMemHostAlloc, _CHUNK, api.CU_MEMHOSTALLOC_PORTABLE))
-        self.bytes: Array = np.ctypeslib.as_array((ctypes.c_uint8 * _CHUNK).from_address(self.address))
+        self.bytes: Array = np.frombuffer(memoryview((ctypes.c_uint8 * _CHUNK).from_address(self.address)), np.uint8)
         self._done = call(api.cuEventCreate, api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
 
     def used_on(self, stream: int) -> None:

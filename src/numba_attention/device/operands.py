@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import kind_of
+from ..errors import is_masked, kind_of
 from ..options import Array
 from . import arrays, replay, runtime
 from .driver import identity
@@ -57,7 +57,7 @@ class Operands:
     def _device_array(self, name: str, x: Any) -> Array:
         family = self._families.get(id(x)) or arrays.family_of(x)
         if family is arrays.HOST:
-            if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
+            if not isinstance(x, np.ndarray) or isinstance(x, np.matrix) or is_masked(x):
                 raise TypeError(f"{name} must be a numpy.ndarray or an array on a GPU, got {kind_of(x)}")
             if x.dtype.hasobject or x.dtype.names:
                 return x  # the checks of dtypes refuse it, with a message of their own

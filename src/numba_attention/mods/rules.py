@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..bounded import BoundedCache
+from ..errors import is_masked
 from .language import PARAMETERS, SCORE, lower
 from .program import Bound, Builder, Program, gradients, slope
 from .reads import Read, look_up, present, same
@@ -144,7 +145,7 @@ def _as_argument(name: str, x: Any) -> Any:
     if type(x) is np.ndarray and x.ndim and x.dtype in _NAMES and x.flags.c_contiguous and x.size < 2**31:
         return x
     if isinstance(x, np.ndarray) and x.ndim:
-        if isinstance(x, np.ma.MaskedArray):
+        if is_masked(x):
             raise TypeError(f"{name} is a masked array, whose mask would be lost; pass its .data")
         if x.dtype.name not in ELEMENTS or not x.dtype.isnative:
             wanted = "float32" if x.dtype.kind not in "iub" else "int32" if x.dtype.itemsize < 4 else "int64"
