@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from dropout_mask import kept
+from grid import in_turn
 from jax_doubles import doubles
 
 B, H, L, S = 2, 2, 2, 3
@@ -255,8 +256,14 @@ def test_random_options_and_axes_of_vmap(jax, naj, truth, call, order):
         check(jax, naj, truth, order, **call)
 
 
-@pytest.mark.parametrize("order", ["jvp", "jvp of grad", "grad of grad", "grad of jvp"])
-@pytest.mark.parametrize("mapped", [{"query": 1, "value": 0}, {"key": 4, "sinks": 1}, {"bias": 0}], ids=str)
+@pytest.mark.parametrize(
+    ("order", "mapped"),
+    in_turn(
+        ["jvp", "jvp of grad", "grad of grad", "grad of jvp"],
+        [{"query": 1, "value": 0}, {"key": 4, "sinks": 1}, {"bias": 0}],
+    ),
+    ids=str,
+)
 def test_derivatives_of_a_mapped_function(jax, naj, order, mapped):
     """What all elements share gets the sum over them, as in a loop."""
     rng, axes = np.random.default_rng(0), {name: mapped.get(name) for name in SHAPES}

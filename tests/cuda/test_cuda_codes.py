@@ -7,6 +7,7 @@ import pytest
 import numba_attention as na
 from device import NumbaArray, install
 from emulator import emulated
+from grid import in_turn
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 CODES = {"int8": np.int8, "float8": ml_dtypes.float8_e4m3fn}
@@ -47,8 +48,7 @@ def attended(q, key, value, scale):
 
 
 @pytest.mark.parametrize(("dtype", "storage"), PAIRS)
-@pytest.mark.parametrize("power", [-20, -9, 0, 3, 5])
-@pytest.mark.parametrize("mantissa", [1.0, 1.37])
+@pytest.mark.parametrize(("power", "mantissa"), in_turn([-20, -9, 0, 3, 5], [1.0, 1.37]))
 def test_every_code_is_multiplied_by_its_scale(gpu, dtype, storage, power, mantissa):
     """Of one visible key, the lse is its score and the result its value; 16 heads look at a feature each."""
     B, H, S, E = 16, 16, 40, 64

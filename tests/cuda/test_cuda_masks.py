@@ -6,6 +6,7 @@ import pytest
 import numba_attention as na
 from cases import DTYPES, assert_close, grad_tolerance, tolerance
 from emulator import emulated
+from grid import in_turn
 from numba_attention import BlockMask
 from numba_attention.cuda import tile_shapes
 
@@ -69,8 +70,7 @@ def forward_and_backward(arrays, backend="cuda", **options):
     return out, lse, na.attention_backward(grad, q, k, v, out, lse, **options, backend=backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("dtype", "sizes"), in_turn(DTYPES, SIZES), ids=str)
 def test_against_a_textbook(driver, sizes, dtype):
     given, mask = arrays(sizes, dtype), mask_of_heads(*sizes[3:5])
     out, lse, grads = forward_and_backward(given, mask=BlockMask.from_array(mask))
