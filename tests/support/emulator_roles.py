@@ -308,16 +308,16 @@ class WarpgroupEmit:
         assert self.n == GROUP
         assert self._shared.fenced[self._shared.role], "product: registers were written without fence_products"
         columns = 2 * len(c)
-        right, words = self._shared.matrix(self._one(b), columns, turned[1])
+        right, of_right = self._shared.matrix(self._one(b), columns, turned[1])
         lane, warp = np.arange(32), np.arange(4)[:, None]
         g, t = lane >> 2, lane & 3
-        words = [words]
+        words = [of_right]
         if isinstance(a, list):
             left = None
             given = [self._words(x).copy() for x in a]
         else:
-            left, more = self._shared.matrix(self._one(a), 64, turned[0])
-            words.append(more)
+            left, of_left = self._shared.matrix(self._one(a), 64, turned[0])
+            words.append(of_left)
         results = self._shared.results
         sums = [results[id(x.x)][1] if id(x.x) in results else self._all(x) for x in c]
         # What stands for a sum is NaN for ever: the sum is what a wait that names it returns.
