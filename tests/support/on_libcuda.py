@@ -8,6 +8,7 @@ import ctypes
 import gc
 import sys
 import threading
+import traceback
 
 import numpy as np
 import pytest
@@ -24,6 +25,13 @@ Run = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_void_p),
 )  # fmt: skip
 configs, regions, launches, failures = {}, {}, [], []
+
+
+def note(start, size):
+    """Know an allocation, and forget those that were freed: what it is made of was theirs."""
+    for freed in [address for address, n in regions.items() if address < start + size and start < address + n]:
+        del regions[freed]
+    regions[start] = size
 
 
 def calls(stub):
@@ -45,6 +53,7 @@ def run(name, grid, threads, shared, stream, parameters):
         )
         return 0
     except Exception as error:
+        traceback.print_exc()
         failures.append(error)
         return 1
 
@@ -64,18 +73,18 @@ def watch():
         configs[kernel.name] = c
         return kernel
 
-    def note(size, stream):
+    def allocate_noted(size, stream):
         memory = allocate(size, stream)
-        regions[memory.address] = size
+        note(memory.address, size)
         return memory
 
-    def note_slab(size):
+    def keep_noted(size):
         slab = keep(size)
-        regions[slab.address] = size
+        note(slab.address, size)
         return slab
 
     kernels.compiled = remember
-    runtime.driver.allocate, runtime.driver.keep = note, note_slab
+    runtime.driver.allocate, runtime.driver.keep = allocate_noted, keep_noted
 
 
 def relaunch(kernel, grid, integers, reals, stream):
@@ -105,10 +114,7 @@ def with_tensors(stub):
 
     def noted(x):
         storage = x.untyped_storage()
-        start, size = storage.data_ptr(), storage.nbytes()
-        for freed in [address for address, n in regions.items() if address < start + size and start < address + n]:
-            del regions[freed]
-        regions[start] = size
+        note(storage.data_ptr(), storage.nbytes())
         return x
 
     torch.empty = lambda shape, dtype, device: empty(shape, dtype=dtype)
