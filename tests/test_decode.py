@@ -1,5 +1,6 @@
 """`attention_decode` and layers with a cache: every storage and option, pages or not, against the textbook."""
 
+import itertools
 import threading
 
 import ml_dtypes
@@ -9,6 +10,7 @@ import pytest
 
 import numba_attention as na
 from caching import TOLERANCE, arrays, filled
+from grid import share
 from numba_attention.cpu.decode import SPLIT
 from numba_attention.options import Options
 from numba_attention.problem.cached import build
@@ -66,8 +68,9 @@ def test_storages_pages_and_sizes(sizes, storage):
         np.testing.assert_array_equal(got[0], want)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
-@pytest.mark.parametrize("storage", [None, "int8", "float8"])
+@pytest.mark.parametrize(
+    ("dtype", "storage"), share(itertools.product(["float64", "float16", "bfloat16"], [None, "int8", "float8"]), 4)
+)
 def test_dtypes(dtype, storage):
     for L in (1, 90):
         query, key, value = arrays(2, 4, 2, L, 150, 32, dtype=dtype)

@@ -10,6 +10,7 @@ pytest.importorskip("resource")
 if not os.path.exists("/proc/self/statm"):
     pytest.skip("reads the resident memory from /proc", allow_module_level=True)
 
+from grid import share
 from numba_attention.benchmarking.memory import BACKWARD_CASES, CASES, MiB
 
 
@@ -19,13 +20,13 @@ def child(code, *arguments):
     return int(done.stdout)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", share(CASES, 3))
 def test_extra_memory(case):
     code = "import sys; from numba_attention.benchmarking.memory import extra; print(extra(sys.argv[1]))"
     assert child(code, case) < CASES[case][1] * MiB
 
 
-@pytest.mark.parametrize("case", BACKWARD_CASES)
+@pytest.mark.parametrize("case", share(BACKWARD_CASES, 3))
 def test_extra_memory_of_the_backward_pass(case):
     code = (
         "import sys; from numba_attention.benchmarking.memory import extra_backward; print(extra_backward(sys.argv[1]))"

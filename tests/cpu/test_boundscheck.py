@@ -46,7 +46,8 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("storage", [None, pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", [None, "int8"])
 def test_caches_with_bounds_checks(tmp_path, storage):
     run(CACHED.format(storage=storage), NUMBA_BOUNDSCHECK="1", NUMBA_ATTENTION_CACHE_DIR=str(tmp_path))
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from grid import share
 from numba_attention.cpu import compiler, machine_code
 from processes import run
 
@@ -29,7 +30,9 @@ def test_own_compiler():
     assert machine_code._compile is compiler.compile_whole
 
 
-@pytest.mark.parametrize("setting", ["NUMBA_DEBUGINFO", "NUMBA_EXTEND_VARIABLE_LIFETIMES", "NUMBA_BOUNDSCHECK"])
+@pytest.mark.parametrize(
+    "setting", share(["NUMBA_DEBUGINFO", "NUMBA_EXTEND_VARIABLE_LIFETIMES", "NUMBA_BOUNDSCHECK"], 3)
+)
 def test_settings_of_numba(tmp_path, setting):
     """What users set to debug their own functions: kernels compile, and their variables hold what was stored."""
     code = EXPECTED + "check(2, 37, 24)\nprint('done')"

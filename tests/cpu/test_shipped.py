@@ -10,6 +10,7 @@ import textwrap
 import pytest
 
 import numba_attention as na
+from grid import share
 from numba_attention import kernel_cache, shipping, warming
 from numba_attention.backends import cpu
 from numba_attention.cpu import cache, shipped
@@ -100,7 +101,7 @@ MODS = """
 
 
 @HAS_LEVEL
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", share([True, False], 2))
 def test_kernels_of_mods_travel(tmp_path, own):
     """Named mods are in every folder, a caller's own where `warmup` is told of them, closures and lambdas too."""
     folder = tmp_path / "kernels"
@@ -192,6 +193,7 @@ def test_a_folder_that_others_may_write_is_refused(tmp_path, monkeypatch):
         shipped.folders.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not level().startswith("x86"), reason="a level of x86-64 on x86-64")
 def test_a_lower_level(tmp_path):
     """This CPU as one that has AVX2 only."""

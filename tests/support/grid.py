@@ -3,6 +3,8 @@
 import os
 from itertools import product
 
+import pytest
+
 THOROUGH = os.environ.get("NUMBA_ATTENTION_THOROUGH") == "1"
 
 
@@ -13,3 +15,9 @@ def in_turn(longer, shorter):
     if THOROUGH:
         return list(product(longer, shorter))
     return [(x, shorter[n % len(shorter)]) for n, x in enumerate(longer)]
+
+
+def share(cases, step):
+    """Each `step`-th case for the first round of tests; the others are marked slow."""
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*x, marks=pytest.mark.slow if n % step else ()) for n, x in enumerate(values)]
