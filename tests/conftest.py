@@ -5,7 +5,6 @@ import signal
 import sys
 import threading
 import zlib
-from collections import defaultdict
 from pathlib import Path
 
 import hypothesis
@@ -42,15 +41,17 @@ def pytest_addoption(parser):
     parser.addoption(
         "--turn",
         metavar="N/M",
-        help="run the N-th of M shares of each test's cases, and one case at least",
+        help="run the N-th of M shares of the tests and their cases",
     )
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--turn"):
         turn, shares = map(int, config.getoption("--turn").split("/"))
-        left_out = _not_in_turn(items, turn % shares, shares)
-        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        # By a hash of their names, so that a share is no regular choice of parameters.
+        left_out = [item for item in items if (zlib.crc32(item.nodeid.encode()) - turn) % shares]
+        config.hook.pytest_deselected(items=left_out)
+        left_out = set(left_out)
         items[:] = [item for item in items if item not in left_out]
     for item in items:
         where = {item.path, *item.path.parents}
@@ -58,20 +59,6 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.slow)
         if where & WITH_PEERS or "torch" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.peer)
-
-
-def _not_in_turn(items, turn, shares):
-    """Cases that another share has: by a hash of their names, so that a share is no regular choice of parameters."""
-    cases = defaultdict(list)
-    for item in items:
-        cases[item.nodeid.partition("[")[0]].append(item)
-    left_out = set()
-    for of_test in cases.values():
-        others = [item for item in of_test if zlib.crc32(item.nodeid.encode()) % shares != turn]
-        if len(others) == len(of_test):
-            del others[turn % len(others)]
-        left_out.update(others)
-    return left_out
 
 
 @pytest.fixture(autouse=True)
