@@ -38,11 +38,7 @@ WITH_PEERS = {
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--turn",
-        metavar="N/M",
-        help="run the N-th of M shares of the tests and their cases",
-    )
+    parser.addoption("--turn", metavar="N/M", help="run the N-th of M shares of the tests and their cases")
 
 
 def pytest_collection_modifyitems(config, items):

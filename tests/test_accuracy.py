@@ -5,6 +5,7 @@ import pytest
 
 import numba_attention as na
 from cases import oracle
+from grid import share
 
 pytestmark = pytest.mark.torch
 
@@ -51,7 +52,7 @@ def hold(ours, theirs):
     assert worst <= FACTOR, f"{worst:.2f} times PyTorch's worst error"
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", share([40, 150], 2))
 def test_random_shapes(torch, count):
     hold(*errors(torch, pool(count, seed=count)))
 

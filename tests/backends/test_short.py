@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 
 import numba_attention as na
+from grid import share
 from numba_attention.backends import cpu, cpu_backward, cpu_widths, recall
 from numba_attention.cpu.simd import HOST, Host
 from numba_attention.cpu.softmax import LEVEL
 from numba_attention.cpu.spec import usual_vectors
 
 VECTORS = (0, *cpu_widths.NARROWS)
-DTYPES = ["float32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("float16", "float64", "bfloat16"))]
+DTYPES = share(["float32", "float16", "float64", "bfloat16"], 4)
 RNG = np.random.default_rng(0)
 SHAPES = [  # B, H, Hkv, L, S, E, Ev
     (2, 4, 4, 16, 16, 64, 64),

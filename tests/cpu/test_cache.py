@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from grid import share
 from numba_attention import kernel_cache
 from numba_attention.cpu import cache
 from numba_attention.errors import NumbaAttentionWarning
@@ -259,7 +260,7 @@ def test_loading_says_that_a_file_is_in_use(folder):
     assert path.stat().st_mtime > long_ago + 86400
 
 
-@pytest.mark.parametrize("rounds", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", share([20, 200], 2))
 def test_processes_race_for_one_empty_cache(tmp_path, rounds):
     code = f"""
     import sys
