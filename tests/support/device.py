@@ -285,6 +285,10 @@ class Tensor(Fake):
     def data_ptr(self):
         return self.header.ctypes.data if self.header.size else 0
 
+    def untyped_storage(self):
+        """Asked for at low addresses, which memory of the host has where the interpreter is linked to be there."""
+        return self
+
     def get_device(self):
         return self.ordinal if self.is_cuda else -1
 
