@@ -1,5 +1,6 @@
 """`score_mod`, `mask_mod` and `mod_args` in every entry point, forward and backward, against textbook formulas."""
 
+import importlib.util
 import itertools
 import math
 import os
@@ -13,6 +14,7 @@ import pytest
 
 import numba_attention as na
 from cases import DTYPES, assert_close, grad_tolerance, tolerance
+from numba_attention.mods import rules
 from passes import function_of
 
 
@@ -631,3 +633,102 @@ def test_threads_that_call_at_once():
     for (thread, n), result in got.items():
         for a, b in zip(result, want[(n + thread) % 6], strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+# Which function it is
+
+
+def module_of(path, text, name="rules"):
+    """Write a module and import it, whatever was imported of this name before."""
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def factor_of(module, q, k, v):
+    """By which factor the rule of a module multiplies the scores, of 1 to 8 and their opposites."""
+    got = na.attention(q, k, v, score_mod=module.mod)
+    near = [x for x in (*range(1, 9), *range(-8, 0)) if abs(got - na.attention(q * x, k, v)).max() < 1e-5]
+    return near[0] if len(near) == 1 else near
+
+
+@pytest.mark.parametrize("body", ["score * FACTOR", "helper(score)"])
+def test_equal_code_with_other_globals(tmp_path, body):
+    """Two files of equal text but for a number: code objects compare equal, and do not know their file."""
+    text = f"def helper(x):\n    return x * FACTOR\n\ndef mod(score, batch, head, i, j):\n    return {body}\n\n"
+    text += "FACTOR = %s\n"
+    q, k, v = draw(L=20)
+    modules = [module_of(tmp_path / f"{name}.py", text % factor) for name, factor in (("a", 1), ("b", -3), ("c", 5))]
+    assert modules[0].mod.__code__ == modules[1].mod.__code__
+    assert [factor_of(x, q, k, v) for x in (*modules, modules[0])] == [1, -3, 5, 1]
+
+
+def test_a_module_that_was_edited_and_imported_again(tmp_path):
+    text = "def mod(score, batch, head, i, j):\n    return score * %s\n"
+    q, k, v = draw(L=20)
+    for n, source in enumerate([text % 2, text % 5, "\n\n" + text % 6]):
+        module = module_of(tmp_path / "rules.py", source)
+        os.utime(tmp_path / "rules.py", (n, n))
+        assert factor_of(module, q, k, v) == (2, 5, 6)[n]
+    of_mask = "def mod(batch, head, i, j):\n    return i >= j - %s\n"
+    for n in range(2):
+        module = module_of(tmp_path / "masks.py", of_mask % n)
+        os.utime(tmp_path / "masks.py", (n, n))
+        assert na.BlockMask(module.mod, (4, 4)).to_dense().sum() == (10, 13)[n]
+
+
+def test_a_module_that_was_edited_and_not_imported_again(tmp_path):
+    q, k, v = draw(L=20)
+    text = "def mod(score, batch, head, i, j):\n    return 1.0 * score * %s\n"  # no rule that another test has made
+    module = module_of(tmp_path / "rules.py", text % 2)
+    (tmp_path / "rules.py").write_text(text % 7)
+    for mod in (module.mod, function_of("def mod(s, b, h, i, j):\n    return other(s, b, h, i, j)", other=module.mod)):
+        with pytest.raises(TypeError, match=r"this is not what Python runs under that name(.*\n)*.*rules.py., line 1"):
+            na.attention(q, k, v, score_mod=mod)
+    module = module_of(tmp_path / "gone.py", text % 2)
+    na.attention(q, k, v, score_mod=module.mod, scale=0.5)
+    (tmp_path / "gone.py").unlink()
+    assert factor_of(module, q, k, v) == 2
+
+
+def test_the_sign_of_zero_in_a_mask():
+    q, k, v = draw(L=20)
+
+    def mask(batch, head, i, j, x):
+        return 1.0 / x > 0 or i == j
+
+    full, diagonal = na.attention(q, k, v), na.attention(q, k, v, mask_mod=lambda batch, head, i, j: i == j)
+    for x in (0.0, -0.0, 0.0, np.float32(-0.0)):
+        want = full if not np.signbit(x) else diagonal
+        np.testing.assert_allclose(na.attention(q, k, v, mask_mod=mask, mod_args=(x,)), want, atol=1e-5)
+
+
+def test_functions_that_are_defined_again_and_again_are_one_rule():
+    def make(factor):
+        def inner(x):
+            return x * factor
+
+        def mod(score, batch, head, i, j):
+            return inner(score)
+
+        return mod
+
+    found = {rules.find("score_mod", make(factor), (), ()) for factor in (0.5, 2.0) * 20}
+    assert len(found) == 2
+    assert max(map(len, rules._reads._values.values())) < 50
+
+
+def test_names_outside_that_become_no_numbers(monkeypatch):
+    q, k, v = draw(L=20)
+    na.attention(q, k, v, score_mod=of_global)
+    for value in ([1], {}, np.ones(3)):
+        monkeypatch.setitem(globals(), "FACTOR", value)
+        for _ in range(2):
+            with pytest.raises(TypeError, match=r"of_global: .*\n.*line"):
+                na.attention(q, k, v, score_mod=of_global)
+    monkeypatch.setitem(globals(), "FACTOR", np.array(0.5))
+    for _ in range(2):
+        got = na.attention(q, k, v, score_mod=of_global)
+        np.testing.assert_allclose(got, na.attention(q, k, v, scale=0.125), rtol=1e-5, atol=1e-6)

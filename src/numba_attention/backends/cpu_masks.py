@@ -13,6 +13,7 @@ from ..masks.evaluate import runs_of
 from ..masks.runs import TooManyTiles
 from ..mods.language import MASK
 from ..mods.program import REAL
+from ..mods.reads import comparable
 from ..mods.rules import describe, find
 from ..problem.dense import WHOLE, Problem
 
@@ -67,4 +68,4 @@ def _identity(x: Any) -> Any:
     """What tells an argument from another."""
     if isinstance(x, np.ndarray):
         return x.dtype, x.shape, hashlib.blake2b(x.data, digest_size=16).digest()
-    return type(x), x if x == x else "nan"
+    return comparable(x)

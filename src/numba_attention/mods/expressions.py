@@ -13,6 +13,7 @@ import numpy as np
 
 from .names import Names
 from .program import BOOL, INT, REAL, Number
+from .reads import undispatched
 from .source import source_of
 from .values import Array, Env, Range, Undefined
 from .vocabulary import BINARY, COMPARISONS, LISTED, REALS, meaning_of
@@ -234,7 +235,7 @@ class Expressions(Names):
             self.source.refuse(node.func, f"this cannot be called in a mod; use {LISTED}, or functions of your own")
         if any(isinstance(x, ast.Starred) for x in node.args) or any(x.arg is None for x in node.keywords):
             self.source.refuse(node, "* and ** are not available in a mod")
-        function = getattr(function, "py_func", function)  # of Numba's dispatchers
+        function = undispatched(function)
         if isinstance(function, FunctionType):
             return self.expand(node, function, env)
         if node.keywords:
@@ -266,7 +267,9 @@ class Expressions(Names):
                 self.source.refuse(node, f"{function.__name__} needs a value for {name}")
         if by_name or len(operands) > len(names):
             self.source.refuse(node, f"{function.__name__} takes {', '.join(names)}")
-        return type(self)(self.whole, source, self.depth + 1).run(operands, self.guarded)
+        result = type(self)(self.whole, source, self.depth + 1, self.path_of(node.func)).run(operands, self.guarded)
+        source.check()
+        return result
 
     def builtin(self, name: str, node: ast.Call, env: Env) -> Any:
         b = self.b
@@ -345,10 +348,10 @@ class Expressions(Names):
         if op == "constant":
             return value  # type: ignore[no-any-return]
         if op == "shape":
-            self.whole.read("shape", *value)
+            self.whole.read(("shape", value))
             return int(np.shape(self.whole.values[value[0]])[value[1]])
         if op == "scalar":
-            self.whole.read("value", value, None)
+            self.whole.read(("value", value))
             return self.whole.values[value]  # type: ignore[no-any-return]
         operands = [self.fixed(x) for x in args]
         if op in _FIXED and None not in operands:

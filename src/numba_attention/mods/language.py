@@ -12,7 +12,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 from .program import REAL, Builder
-from .reads import Read
+from .reads import Path
 from .source import source_of
 from .statements import Frame
 from .values import Argument, Array, Whole
@@ -25,11 +25,16 @@ class Lowered(NamedTuple):
     """A function as instructions of a builder."""
 
     output: int
-    reads: list[Read]
+    reads: tuple[Path, ...]
 
 
 def lower(
-    b: Builder, role: str, function: FunctionType, arguments: tuple[Argument, ...], values: tuple[Any, ...]
+    b: Builder,
+    role: str,
+    function: FunctionType,
+    arguments: tuple[Argument, ...],
+    values: tuple[Any, ...],
+    root: int = 0,
 ) -> Lowered:
     """Write the instructions of a function.
 
@@ -42,6 +47,8 @@ def lower(
         The kinds of `mod_args`.
     values : tuple
         `mod_args` themselves, of which shapes and integers are read where a loop depends on them.
+    root : int
+        The first step of the paths that it reads: 0, or 1 for the derivative of a rule.
 
     Returns
     -------
@@ -53,12 +60,12 @@ def lower(
     TypeError
         The function says what the language cannot; the message shows where.
     """
-    whole = Whole(b, arguments, values, [])
+    whole = Whole(b, arguments, values, {})
     names = PARAMETERS[role]
     operands: list[Any] = [b.argument(name) for name in names]
     for place, argument in enumerate(arguments):
         operands.append(Array(place) if argument.ndim else b.scalar(place, argument.kind))
-    frame = Frame(whole, source_of(function), 0, top=function)
+    frame = Frame(whole, source_of(function), 0, (root,))
     code = function.__code__
     least = code.co_argcount - len(function.__defaults__ or ())
     if not least <= len(operands) <= code.co_argcount:
@@ -69,10 +76,11 @@ def lower(
             f"this function takes {code.co_argcount}",
         )
     result = frame.run(operands, False)
+    frame.source.check()
     if not isinstance(result, int):
         frame.source.refuse(frame.source.node, f"a {role} must return a number")
     if role == MASK:
         if b.kind(result) == REAL:
             frame.source.refuse(frame.source.node, "a mask_mod must return a truth value, True where it may attend")
-        return Lowered(b.truth(result), whole.reads)
-    return Lowered(b.to(REAL, result), whole.reads)
+        return Lowered(b.truth(result), tuple(whole.reads))
+    return Lowered(b.to(REAL, result), tuple(whole.reads))

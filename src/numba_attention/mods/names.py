@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .reads import MISSING, content
+from .reads import MISSING, Path, content
 from .source import Source
 from .values import Env, Whole
 
@@ -16,8 +16,8 @@ from .values import Env, Whole
 class Names:
     """One function at work, and what it knows of the world outside."""
 
-    def __init__(self, whole: Whole, source: Source, depth: int, top: Any = None) -> None:
-        self.whole, self.b, self.source, self.depth, self.top = whole, whole.b, source, depth, top
+    def __init__(self, whole: Whole, source: Source, depth: int, path: Path) -> None:
+        self.whole, self.b, self.source, self.depth, self.path = whole, whole.b, source, depth, path
         self.true, self.false = self.b.constant(True), self.b.constant(False)
         self.guarded = False  # whether what is computed now is wanted for some pairs only
 
@@ -51,29 +51,32 @@ class Names:
                 if x is MISSING:
                     self.source.refuse(node, f"module {base.__name__} has no attribute {node.attr!r}")
                 if base not in (math, np):
-                    self.whole.read("attribute", base, node.attr)
+                    self.whole.read(*self.path_of(node))
                 return x
         return None
+
+    def path_of(self, node: ast.expr) -> Path:
+        """The steps to what a name or a dotted name outside of the function means."""
+        if isinstance(node, ast.Attribute):
+            return *self.path_of(node.value), ("attribute", node.attr)
+        assert isinstance(node, ast.Name)
+        free = self.source.function.__code__.co_freevars
+        return *self.path, (("cell", free.index(node.id)) if node.id in free else ("global", node.id))
 
     def name(self, node: ast.Name) -> Any:
         function: Any = self.source.function
         name = node.id
         code = function.__code__
         if name in code.co_freevars:
-            number = code.co_freevars.index(name)
-            cell = (function.__closure__ or ())[number]
-            if self.top is function:
-                self.whole.read("own cell", number, name)
-            else:
-                self.whole.read("cell", cell, name)
-            x = content(cell)
+            self.whole.read(*self.path_of(node))
+            x = content(function, code.co_freevars.index(name))
             if x is MISSING:
                 self.source.refuse(node, f"{name} has no value yet")
             return x
         if name in code.co_varnames:
             self.source.refuse(node, f"{name} has no value yet here")
         x = function.__globals__.get(name, MISSING)
-        self.whole.read("global", function.__globals__, name)
+        self.whole.read(*self.path_of(node))
         if x is MISSING:
             x = getattr(builtins, name, MISSING)
         if x is MISSING:

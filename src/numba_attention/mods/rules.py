@@ -12,11 +12,11 @@ from ..bounded import BoundedCache
 from ..errors import is_masked
 from .language import PARAMETERS, SCORE, lower
 from .program import Bound, Builder, Program, gradients, slope
-from .reads import Read, look_up, present, same
+from .reads import Path, look_up, present, undispatched
 from .values import ELEMENTS, Argument
 
 _SIZE = 2**14  # bytes of a rule with its programs, roughly
-_reads: BoundedCache[list[Read]] = BoundedCache()
+_reads: BoundedCache[tuple[Path, ...]] = BoundedCache()
 _rules: BoundedCache[Rule] = BoundedCache()
 
 
@@ -44,8 +44,8 @@ class Rule:
         self.program = self._b.program([self._output])
         self._slope: int | None = None
         if derivative is not None:
-            own = lower(self._b, SCORE, plain(derivative, "derivative"), arguments, values)
-            self._slope, self.reads = own.output, _absolute(lowered.reads, own.reads, derivative)
+            own = lower(self._b, SCORE, derivative, arguments, values, root=1)
+            self._slope, self.reads = own.output, (*lowered.reads, *own.reads)
         self._with_slope: Program | None = None
         self._with_curve: Program | None = None
         self._gradients: dict[tuple[int, ...], Program] = {}
@@ -83,13 +83,6 @@ class Rule:
         return program
 
 
-def _absolute(first: list[Read], second: list[Read], function: Any) -> list[Read]:
-    """Reads of two functions: cells of the second are meant as they are, those of the first by their number."""
-    closure = plain(function, "derivative").__closure__ or ()
-    fixed = [("cell", closure[of], name) if where == "own cell" else (where, of, name) for where, of, name in second]
-    return [*first, *fixed]
-
-
 def find(role: str, function: Any, arguments: tuple[Argument, ...], values: tuple[Any, ...]) -> Rule:
     """Return the rule of a function as it is now: names outside of it are looked up again in every call.
 
@@ -100,24 +93,24 @@ def find(role: str, function: Any, arguments: tuple[Argument, ...], values: tupl
     """
     derivative = getattr(function, "derivative", None) if role == SCORE else None
     function = plain(function, role)
-    of_derivative = None if derivative is None else (derivative, *present(plain(derivative, "derivative")))
-    fixed = (*present(function), of_derivative, role, arguments)
+    derivative = None if derivative is None else plain(derivative, "derivative")
+    functions = function, derivative
+    fixed = present(function), None if derivative is None else present(derivative), role, arguments
     reads = _reads.get(fixed)
     if reads is not None:
-        rule = _rules.get((fixed, *[look_up(read, function, values) for read in reads]))
+        rule = _rules.get((fixed, *[look_up(path, functions, values) for path in reads]))
         if rule is not None:
             return rule
     rule = Rule(role, function, derivative, arguments, values)
-    known = reads or []
-    reads = [*known, *(read for read in rule.reads if not any(same(read, other) for other in known))]
+    reads = tuple(dict.fromkeys((*(reads or ()), *rule.reads)))
     _reads.add(fixed, reads, 512)
-    _rules.add((fixed, *[look_up(read, function, values) for read in reads]), rule, _SIZE)
+    _rules.add((fixed, *[look_up(path, functions, values) for path in reads]), rule, _SIZE)
     return rule
 
 
 def plain(function: Any, name: str) -> FunctionType:
     """The Python function that the caller passed, also through `numba.njit`."""
-    function = getattr(function, "py_func", function)
+    function = undispatched(function)
     if not isinstance(function, FunctionType):
         kind = f"{type(function).__module__}.{type(function).__qualname__}"
         raise TypeError(

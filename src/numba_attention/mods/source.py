@@ -1,9 +1,12 @@
 """Where a function's source is, as a syntax tree with the user's own lines, and errors that point into it."""
 
+import __future__
+
 import ast
 import linecache
 from functools import lru_cache
-from types import FunctionType
+from inspect import CO_NESTED
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple, NoReturn
 
 
@@ -17,6 +20,17 @@ class Source(NamedTuple):
     def refuse(self, node: ast.AST, message: str) -> NoReturn:
         """Raise a TypeError that shows a part of the source."""
         raise TypeError(f"{self.name}: {message}\n{self._place(node)}")
+
+    def check(self) -> None:
+        """Raise a TypeError if Python runs other code than the file has: it was edited since it was imported."""
+        code = self.function.__code__
+        codes = _codes("".join(self.lines), code.co_flags & _FUTURES)
+        if codes and code not in codes:
+            self.refuse(
+                self.node,
+                "this is not what Python runs under that name; if the file was changed since it was imported, import "
+                "it again, and if an import hook changes functions, exclude this module from it",
+            )
 
     @property
     def name(self) -> str:
@@ -46,7 +60,9 @@ def source_of(function: FunctionType) -> Source:
         There is no file, as for functions made by `exec` or typed at an old prompt, or it is not the function's.
     """
     code = function.__code__
-    lines = linecache.getlines(code.co_filename, function.__globals__)
+    known = linecache.getlines(code.co_filename, function.__globals__)
+    linecache.checkcache(code.co_filename)  # of a module that was edited and imported again, the old lines are kept
+    lines = linecache.getlines(code.co_filename, function.__globals__) or known
     if not lines:
         raise TypeError(
             f"{function.__name__}: its source cannot be read (file {code.co_filename!r}), and it is compiled from its "
@@ -68,6 +84,23 @@ def source_of(function: FunctionType) -> Source:
             "if the file was changed since it was imported, import it again"
         )
     return Source(function, found[0], lines)
+
+
+_FUTURES = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names} - {CO_NESTED})
+
+
+@lru_cache(maxsize=32)
+def _codes(text: str, futures: int) -> list[CodeType]:
+    """The code of all functions of a file; none where it cannot be compiled without what its cell had."""
+    try:
+        left = [compile(text, "", "exec", futures, dont_inherit=True)]
+    except (SyntaxError, ValueError):
+        return []
+    codes: list[CodeType] = []
+    while left:
+        codes.append(left.pop())
+        left += [x for x in codes[-1].co_consts if isinstance(x, CodeType)]
+    return codes
 
 
 @lru_cache(maxsize=32)

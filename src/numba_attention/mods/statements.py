@@ -7,6 +7,7 @@ from typing import Any
 
 from .expressions import Expressions
 from .program import LENGTH
+from .reads import Path
 from .source import Source
 from .values import Array, Env, Loop, Range, Undefined, Whole
 
@@ -17,8 +18,8 @@ class Frame(Expressions):
     A mask is the instruction that says for which pairs a statement is carried out; FALSE where it never is.
     """
 
-    def __init__(self, whole: Whole, source: Source, depth: int, top: Any = None) -> None:
-        super().__init__(whole, source, depth, top)
+    def __init__(self, whole: Whole, source: Source, depth: int, path: Path) -> None:
+        super().__init__(whole, source, depth, path)
         self.result: Any = None
         self.loops: list[Loop] = []
 

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from .program import BOOL, INT, LONG, REAL, Builder
-from .reads import Read, same
+from .reads import Path
 
 ELEMENTS = {"bool": BOOL, "int32": INT, "int64": LONG, "float32": REAL, "float64": REAL}
 
@@ -45,11 +45,10 @@ class Whole(NamedTuple):
     b: Builder
     arguments: tuple[Argument, ...]
     values: tuple[Any, ...]
-    reads: list[Read]
+    reads: dict[Path, None]  # a set in the order of reading
 
-    def read(self, *read: Any) -> None:
-        if not any(same(read, other) for other in self.reads):
-            self.reads.append(read)
+    def read(self, *path: Any) -> None:
+        self.reads[path] = None
 
 
 class Loop(NamedTuple):
