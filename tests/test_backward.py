@@ -368,3 +368,32 @@ def test_broadcast_halves_are_summed_before_they_are_rounded_again():
     want = oracle_backward(grad_out, q, k, v)
     assert got.value.shape == v.shape
     assert_close(got.value, want.value, grad_tolerance("bfloat16"))
+
+
+def test_half_types_are_rounded_after_the_sum_over_sequences():
+    """Keys that two sequences share: each part of the gradient would round to a multiple of 32, and two overflow."""
+    query, key = np.zeros((2, 1, 2, 1), np.float16), np.zeros((1, 1, 1, 1), np.float16)
+    out, lse = na.attention(query, key, key, return_lse=True)
+    grad_out = np.array([40000, 40000, -40000, -39000], np.float16).reshape(2, 1, 2, 1)
+    for backend in ("cpu", "reference"):
+        grads = na.attention_backward(grad_out, query, key, key, out, lse, backend=backend)
+        assert [x.dtype for x in grads[:3]] == [np.float16] * 3
+        assert grads.value.shape == key.shape
+        assert grads.value.item() == 992  # -39000 is -39008 in float16
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_gradients_of_shared_keys_have_half_a_unit_of_error(dtype):
+    rng = np.random.default_rng(0)
+    query, grad_out = (rng.standard_normal((64, 2, 5, 8)).astype(dtype) for _ in range(2))
+    key, value = (rng.standard_normal((2, 9, 8)).astype(dtype) for _ in range(2))
+    out, lse = na.attention(query, key[None], value[None], return_lse=True)
+    grads = na.attention_backward(grad_out, query, key[None], value[None], out, lse)
+    q, k, g = (x.astype(np.float64) for x in (query, key, grad_out))
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(8)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    want = (weights.swapaxes(-1, -2) @ g).sum(0)
+    unit = np.spacing(np.abs(want).astype(np.float32)).astype(np.float64) * 2 ** (13 if dtype is np.float16 else 16)
+    bits = 1 if dtype is np.float16 else 2  # weights of bfloat16 may be rounded before they are multiplied
+    assert np.abs(grads.value[0].astype(np.float64) - want).max() <= bits * unit.max()

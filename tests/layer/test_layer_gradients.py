@@ -561,6 +561,30 @@ def test_packed_sequences_as_one_after_the_other(rotary, options):
         assert_near(grads.sinks, sinks)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": "bottom-right", "query_lengths": [5, 0, 1, 8]},
+        {"is_causal": "bottom-right", "key_lengths": [3, 0, 1, 9]},
+        {"is_causal": True, "query_offset": [0, 3, -1, 4]},
+        {"query_offset": 2, "window": (3, 1)},
+    ],
+    ids=lambda o: "-".join(o),
+)
+def test_packed_queries_are_rotated_to_where_they_are_causal(options):
+    """Each sequence alone is checked against PyTorch above; a shift of all positions by one would change nothing."""
+    starts = [0, 5, 5, 6, 17]
+    packed = layer_with_biases(D, H, num_kv_heads=2, rotary=True)
+    x, grad_out = frozen(normal(17, D), normal(17, D, seed=1))
+    out, ctx = packed.forward(x, cu_seqlens=starts, **options)
+    grads = packed.backward(grad_out, ctx)
+    for n, (start, stop) in enumerate(itertools.pairwise(starts)):
+        alone = {name: x[n] if isinstance(x, list) else x for name, x in options.items()}
+        one, ctx = packed.forward(x[start:stop], **alone)
+        assert_near(out[start:stop], one)
+        assert_near(grads.query[start:stop], packed.backward(grad_out[start:stop], ctx).query)
+
+
 def test_packed_sequences_with_dropout():
     """The same mask forward and backward: the gradients are the slope of the loss."""
     layer, x, grad_out = layer_with_biases(D, H, dropout=0.4), normal(9, D), normal(9, D, seed=1)

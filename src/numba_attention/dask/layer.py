@@ -294,9 +294,7 @@ def attend(
         rows = (*batch, q.shape[-2]), (*batch, k.shape[-2])
         places = places_of(rotation, positions, *rows, key is None, layer.dtype)
     elif rotation is not None and starts is not None:
-        if options["query_offset"] is not None:
-            raise ValueError("query_offset must be None with cu_seqlens and rotary positions")
-        places = packed_places(rotation, len(q), starts)
+        places = packed_places(rotation, len(q), starts, options)
     elif rotation is not None:
         places = default_places(rotation, q.shape[-2], k.shape[-2], batch, options)
     arrays = query, query if key is None else key, (query if key is None else key) if value is None else value

@@ -226,7 +226,7 @@ def _backward(
     options: Options, origin: Origin | None, mod_grads: Any, empty: Empty, starts_q: Array | None = None,
     starts_k: Array | None = None,
 ) -> Gradients:  # fmt: skip
-    given: dict[str, Any] = {"options": options, "mod_grads": mod_grads, "empty": widened(empty)}
+    given: dict[str, Any] = {"options": options, "mod_grads": mod_grads, "empty": empty, "wide": True}
     rows = grad_out, query, key, value, out, lse, grad_lse
     if starts_q is None:
         problem, close = build_backward(*rows, **given), finish

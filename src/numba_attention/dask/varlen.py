@@ -77,7 +77,7 @@ def attention_varlen(
     settings = _four_axes(settings)
     _check_offsets(cu_seqlens_q, cu_seqlens_k)
     h, of_headers = headers_of_call({"query": query, "key": key, "value": value}, settings)
-    offsets = {"cu_q": cu_seqlens_q, "cu_k": cu_seqlens_k}
+    offsets: dict[str, Any] = {"cu_q": cu_seqlens_q, "cu_k": cu_seqlens_k}
     problem = build(**h, **offsets, options=of_headers, out=None, return_lse=True, empty=empty)
     arrays = heads_first(query), heads_first(key), heads_first(value)
     layout = packed_layout_of(problem, *arrays, settings)
@@ -147,7 +147,7 @@ def attention_varlen_backward(
     _check_offsets(cu_seqlens_q, cu_seqlens_k)
     inputs = {"grad_out": grad_out, "query": query, "key": key, "value": value}
     h, of_headers = headers_of_call(inputs | {"out": out, "lse": lse, "grad_lse": grad_lse}, settings)
-    offsets = {"cu_q": cu_seqlens_q, "cu_k": cu_seqlens_k}
+    offsets: dict[str, Any] = {"cu_q": cu_seqlens_q, "cu_k": cu_seqlens_k}
     whole = build_backward(**h, **offsets, mod_grads=mod_grads, options=of_headers, empty=empty)
     arrays = heads_first(query), heads_first(key), heads_first(value)
     layout = packed_layout_of(whole.forward, *arrays, settings)

@@ -76,7 +76,7 @@ def hide_padding(options: dict[str, Any], padding: ArrayLike, S: int) -> None:
         ) from None
 
 
-def query_offset(options: dict[str, Any], L: int, S: int, batch: tuple[int, ...]) -> int | Array:
+def query_offset(options: dict[str, Any], L: int | Array, S: int | Array, batch: tuple[int, ...]) -> int | Array:
     """Return the key position of the first query of each sequence, by the rules of `attention`."""
     if options.get("query_offset") is not None:
         return _per_sequence("query_offset", options, 0, batch)
@@ -85,7 +85,7 @@ def query_offset(options: dict[str, Any], L: int, S: int, batch: tuple[int, ...]
     return 0
 
 
-def _per_sequence(name: str, options: dict[str, Any], default: int, batch: tuple[int, ...]) -> int | Array:
+def _per_sequence(name: str, options: dict[str, Any], default: int | Array, batch: tuple[int, ...]) -> int | Array:
     """Return an option that is one integer, or one for each sequence. `attention` checks the range of lengths."""
     if options.get(name) is None:
         return default

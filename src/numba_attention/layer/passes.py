@@ -90,10 +90,8 @@ def attend_packed(
     starts = as_ints("cu_seqlens", cu_seqlens)
     turns = layer._turns(positions, (len(query),), (len(query),), True)
     if turns is None and layer._rotation is not None:
-        if options["query_offset"] is not None:
-            raise ValueError("query_offset must be None with cu_seqlens and rotary positions")
         # `attention_varlen` checks the offsets, and its errors name them.
-        turns = packed_places(layer._rotation, len(query), starts).turns(layer.dtype)
+        turns = packed_places(layer._rotation, len(query), starts, options).turns(layer.dtype)
     if turns is not None:
         q, k = turned(q, turns[0]), turned(k, turns[1])
     q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))

@@ -69,12 +69,19 @@ def default_places(rotation: Rotation, L: int, S: int, batch: tuple[int, ...], o
     return Places(rotation.of_length(queries, keys), queries, keys, (False, False))
 
 
-def packed_places(rotation: Rotation, total: int, starts: Array) -> Places:
-    """Return the places of packed tokens, which count from the beginning of each sequence."""
+def packed_places(rotation: Rotation, total: int, starts: Array, options: dict[str, Any]) -> Places:
+    """Return the places of packed tokens: keys count from the beginning of each sequence, queries as in padded calls.
+
+    Offsets that are none, which `attention_varlen` refuses by name, give any places.
+    """
     own = starts[:-1] if starts.ndim == 1 else np.zeros(0, np.int64)
-    first = own[np.searchsorted(own, np.arange(total), side="right") - 1] if own.size else 0
-    places = np.arange(total) - first
-    return Places(rotation.of_length(places), places, places, (False, False))
+    sequence = np.searchsorted(own, np.arange(total), side="right") - 1
+    queries = keys = np.arange(total) - (own[sequence] if own.size else 0)
+    lengths = np.diff(starts) if own.size else own
+    offset = np.broadcast_to(query_offset(options, lengths, lengths, lengths.shape), lengths.shape)
+    if offset.any():
+        queries = keys + offset[sequence]
+    return Places(rotation.of_length(queries, keys), queries, keys, (False, False))
 
 
 def turned(x: Array, turn: Turn) -> Array:

@@ -186,6 +186,7 @@ class BackwardProblem:
     bias: Array | None = None  # gradient, allocated by the backend: of bias_shape, in its precision
     sinks: Array | None = None  # gradient, allocated by the backend if the problem has sinks: (H,), in its precision
     empty: Empty = np.empty  # allocates results
+    dtype: Any = None  # of the results; that of `query`, `key` and `value` too, if none of them is summed by `finish`
     plan: Any = None  # as of `Problem`
 
 
@@ -248,9 +249,13 @@ def build(
 
 def build_backward(
     grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, grad_lse: Any, mod_grads: Any,
-    options: Options, empty: Empty = np.empty,
+    options: Options, empty: Empty = np.empty, wide: bool = False,
 ) -> BackwardProblem:  # fmt: skip
-    """Validate one `attention_backward` call and allocate the gradients of query, key and value."""
+    """Validate one `attention_backward` call and allocate the gradients of query, key and value.
+
+    With `wide`, the results for half types are float32. So is what is summed over broadcast axes: a sum of gradients
+    that were rounded before would be off by many units in the last place.
+    """
     q, k, v, flat = _operands(query, key, value)
     shape = (*q.shape[:-1], v.shape[-1])
     expected = shape[1:] if flat else shape
@@ -266,11 +271,14 @@ def build_backward(
     if options.bias is not None:
         bias_shape = np.asarray(options.bias).shape
         bias_shape = (1,) * (q.ndim - len(bias_shape)) + bias_shape
-    dq, dk, dv = (empty(x.shape, x.dtype) for x in (q, k, v))
     inputs = (query, key, value)
+    summed = any(x.size != y.size for x, y in zip((q, k, v), inputs, strict=True))
+    made = widened(empty) if wide or summed else empty
+    dq, dk, dv = (made(x.shape, x.dtype) for x in (q, k, v))
+    dtype = dq.dtype if wide else q.dtype
     places = as_mod_grads(mod_grads, problem)
     return BackwardProblem(
-        problem, full_grad, full_grad_lse, dq, dk, dv, bias_shape, inputs, options, places, empty=empty
+        problem, full_grad, full_grad_lse, dq, dk, dv, bias_shape, inputs, options, places, empty=empty, dtype=dtype
     )
 
 
@@ -305,7 +313,7 @@ def spread_bias(array: Array, p: Problem) -> Array:
 def finish(p: BackwardProblem, reduce: Reduce) -> Gradients:
     """Sum over broadcast axes, and give each gradient the shape and dtype of its input."""
     q, k, v = (
-        reduce(grad, x.shape, grad.dtype, p.empty) for grad, x in zip((p.query, p.key, p.value), p.inputs, strict=True)
+        reduce(grad, x.shape, p.dtype, p.empty) for grad, x in zip((p.query, p.key, p.value), p.inputs, strict=True)
     )
     return Gradients(q, k, v, *of_options(p, reduce))
 
@@ -347,16 +355,15 @@ def of_options(
 
 def sum_to(x: Array, shape: tuple[int, ...], dtype: Any = None, empty: Empty = np.empty) -> Array:
     """Sum over the axes along which `shape` was broadcast to that of x; half types are summed in float32."""
-    if dtype is not None:
-        x = x.astype(dtype, copy=False)
+    dtype = x.dtype if dtype is None else dtype
     if x.shape == shape:
-        return x
+        return x.astype(dtype, copy=False)
     extra = tuple(range(x.ndim - len(shape)))
     stretched = tuple(n for n in range(x.ndim) if n not in extra and shape[n - len(extra)] == 1 != x.shape[n])
     if any(x.shape[n] != 1 for n in extra) or stretched:
         wide = np.float32 if x.dtype.itemsize == 2 else x.dtype
-        x = np.sum(x, axis=extra + stretched, dtype=wide, keepdims=True).astype(x.dtype, copy=False)
-    result: Array = x.reshape(shape)
+        x = np.sum(x, axis=extra + stretched, dtype=wide, keepdims=True)
+    result: Array = x.astype(dtype, copy=False).reshape(shape)
     return result
 
 

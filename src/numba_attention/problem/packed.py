@@ -19,7 +19,18 @@ from ..validation import (
     check_out,
     lse_dtype_of,
 )
-from .dense import BackwardProblem, Empty, Packing, Problem, Reduce, _operands, _resolve, as_mod_grads, of_options
+from .dense import (
+    BackwardProblem,
+    Empty,
+    Packing,
+    Problem,
+    Reduce,
+    _operands,
+    _resolve,
+    as_mod_grads,
+    of_options,
+    widened,
+)
 
 
 def build(
@@ -40,9 +51,12 @@ def build(
 
 def build_backward(
     grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, grad_lse: Any, cu_q: Any, cu_k: Any,
-    mod_grads: Any, options: Options, empty: Empty = np.empty,
+    mod_grads: Any, options: Options, empty: Empty = np.empty, wide: bool = False,
 ) -> BackwardProblem:  # fmt: skip
-    """Validate one `attention_varlen_backward` call and allocate the gradients of query, key and value."""
+    """Validate one `attention_varlen_backward` call and allocate the gradients of query, key and value.
+
+    With `wide`, those of half types are float32.
+    """
     q, k, v = _packed_operands(query, key, value)
     packing = _packing(cu_q, cu_k, q, k)
     shape = (q.shape[1], q.shape[0], v.shape[2])
@@ -53,7 +67,8 @@ def build_backward(
         grad_lse = check_like("grad_lse", grad_lse, q.shape[:2], lse_dtype_of(q))
     problem = _problem(q, k, v, packing, options, out, lse, out)
     n = len(packing.query_rows)
-    grads = empty(query.shape, q.dtype), empty(key.shape, q.dtype), empty(value.shape, q.dtype)
+    made = widened(empty) if wide else empty
+    grads = made(query.shape, q.dtype), made(key.shape, q.dtype), made(value.shape, q.dtype)
     dq, dk, dv = (_over(x.swapaxes(0, 1), n) for x in grads)
     bias_shape = None if options.bias is None else _four(np.asarray(options.bias).shape)
     over_lse = None if grad_lse is None else _over(grad_lse, n)
