@@ -578,3 +578,25 @@ def test_bad_input(call, kind, words, monkeypatch):
 def test_backend_for_gpus_is_refused(device):
     with pytest.raises(NotImplementedError, match=re.escape("backend 'cuda' has no second derivatives")):
         na.attention_jvp(U, X, X, X, backend="cuda")
+
+
+@pytest.mark.parametrize(("backend", "packed"), [("cpu", False), ("cpu", True), ("reference", False)])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_tangents_of_half_types_are_rounded_once(backend, dtype, packed):
+    """A tangent is the difference of two larger numbers, of which `out` is one: that must not be rounded before."""
+    rng = np.random.default_rng(1)
+    sizes = ((20, 3), (30, 3), (30, 1), (20, 1), (30, 1), (30, 1))
+    arrays = [(rng.standard_normal((2, n, 16)) * scale).astype(dtype) for n, scale in sizes]
+    q, k, v, dq, dk, dv = (x.astype(np.float64) for x in arrays)
+    scores, moved = q @ k.swapaxes(-1, -2) / 4, (dq @ k.swapaxes(-1, -2) + q @ dk.swapaxes(-1, -2)) / 4
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    want = (weights * (moved - (weights * moved).sum(-1, keepdims=True))) @ v + weights @ dv
+    starts = {"cu_seqlens_q": [0, 20], "cu_seqlens_k": [0, 30]} if packed else {}
+    given = [x.swapaxes(0, 1) for x in arrays] if packed else arrays
+    got = na.attention_jvp(na.Gradients(*given[3:]), *given[:3], backend=backend, **starts)
+    for x, exact in ((got.out_tangent, want), (got.out, weights @ v)):
+        assert x.dtype == dtype
+        x = x.swapaxes(0, 1) if packed else x
+        unit = 2.0 ** (np.floor(np.log2(np.abs(exact))) - (10 if dtype is np.float16 else 7))
+        assert (np.abs(x.astype(np.float64) - exact) / unit).max() < 0.6

@@ -63,7 +63,13 @@ def run_with_forward(problem: SecondProblem, forward: Problem) -> None:
     """
     p, rows = problem.gradient.forward, problem.rows
     assert p.lse is not None
-    if p.query.dtype not in _FULL or problem.direction.sinks is not None:
+    if p.query.dtype not in _FULL:
+        single = _widened(problem)
+        wide = single.gradient.forward
+        run_with_forward(single, replace(forward, query=wide.query, key=wide.key, value=wide.value, out=wide.out))
+        stored(p.out)[...] = stored(wide.out)
+        return
+    if problem.direction.sinks is not None:
         cpu.forward(forward)
         run(problem)
         return
@@ -116,6 +122,16 @@ def _of_sinks(problem: SecondProblem, p: Problem, delta: Array, moved_delta: Arr
 
 def _run_widened(problem: SecondProblem) -> None:
     """Compute half types by float32 copies of the inputs: what a derivative loses by rounding, it loses here once."""
+    g, single = problem.gradient, _widened(problem)
+    run(single)
+    if problem.kind != "jvp":
+        for name in ("query", "key", "value"):
+            stored(getattr(g, name))[...] = stored(getattr(single.gradient, name))
+        g.bias, g.sinks = single.gradient.bias, single.gradient.sinks
+
+
+def _widened(problem: SecondProblem) -> SecondProblem:
+    """The problem with float32 copies of its arrays; what is written in the precision of sums is the same array."""
     g, u = problem.gradient, problem.direction
     p = g.forward
 
@@ -124,14 +140,9 @@ def _run_widened(problem: SecondProblem) -> None:
 
     forward = replace(p, query=wide(p.query), key=wide(p.key), value=wide(p.value), out=wide(p.out))
     results: dict[str, Any] = {name: room_for(getattr(g, name), np.float32) for name in ("query", "key", "value")}
-    single = replace(
+    return replace(
         problem,
         gradient=replace(g, forward=forward, grad_out=wide(g.grad_out), **results),
         direction=Direction(wide(u.query), wide(u.key), wide(u.value), wide(u.bias), u.sinks),
         grad_out_tangent=wide(problem.grad_out_tangent),
     )
-    run(single)
-    if problem.kind != "jvp":
-        for name, result in results.items():
-            stored(getattr(g, name))[...] = stored(result)
-        g.bias, g.sinks = single.gradient.bias, single.gradient.sinks
