@@ -202,6 +202,9 @@ def transformers():
 TRANSFORMERS = {
     "bert": ("BertModel", {}, "encoder.layer.1.attention.", "BERT", {}),
     "gpt2": ("GPT2Model", {"n_embd": D, "n_head": H, "n_layer": 2}, "h.1.attn.", "GPT-2", {"is_causal": True}),
+    "gpt_bigcode": (
+        "GPTBigCodeModel", {"n_embd": D, "n_head": H, "n_layer": 2}, "h.1.attn.", "GPT-2", {"is_causal": True},
+    ),
     "vit": ("ViTModel", {}, None, None, {}),
     "distilbert": (
         "DistilBertModel",
@@ -272,6 +275,54 @@ def test_transformers(torch, transformers, x, model):
         assert config.layer_types[1] == "sliding_attention"
         layer = MultiHeadAttention.from_torch(state, H, prefix=prefix, rotary=True)
         result = layer(got["x"].numpy(), window=(64, 64))
+    np.testing.assert_allclose(result, expected, atol=2e-5 * np.abs(expected).max(), rtol=0)
+
+
+FUSED = {
+    "gpt_neox": ("GPTNeoXModel", {"rotary_pct": 1.0}, "layers.1.attention.", H),
+    "bloom": ("BloomModel", {"n_layer": 2, "n_head": H}, "h.1.self_attention.", H),
+    "falcon 40b": (
+        "FalconModel", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}, "h.1.self_attention.", 2,
+    ),
+    "falcon 7b": ("FalconModel", {"multi_query": True}, "h.1.self_attention.", 1),
+    "falcon rw": ("FalconModel", {"multi_query": False, "bias": True}, "h.1.self_attention.", H),
+}  # fmt: skip
+
+
+def together(x, heads, kv_heads):
+    """As in docs/checkpoints.md."""
+    groups = x.reshape(kv_heads, heads // kv_heads + 2, -1, *x.shape[1:])
+    parts = groups[:, :-2], groups[:, -2], groups[:, -1]
+    return np.concatenate([part.reshape(-1, *x.shape[1:]) for part in parts])
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("model", FUSED)
+def test_orders_that_a_name_does_not_tell(torch, transformers, model):
+    """The message recommends no order, and with the right one the output is that of the real module."""
+    kind, sizes, prefix, kv_heads = FUSED[model]
+    of_model = getattr(transformers, kind)
+    torch.manual_seed(0)
+    whole = of_model(of_model.config_class(**SIZES | sizes, attn_implementation="eager")).eval()
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.normal_(std=0.3)
+    state = whole.state_dict()
+    with pytest.raises(ValueError, match="does not say in which order"):
+        MultiHeadAttention.from_torch(state, H, prefix=prefix)
+    names = {"in_proj": ("query_key_value", lambda x: together(x, H, kv_heads)), "out_proj": "dense"}
+    rotary = None if model == "bloom" else whole.config
+    layer = MultiHeadAttention.from_torch(state, H, prefix=prefix, names=names, rotary=rotary)
+    assert layer.num_kv_heads == kv_heads
+    got = {}
+    fused, dense = (whole.get_submodule(prefix + name) for name in ("query_key_value", "dense"))
+    fused.register_forward_pre_hook(lambda module, given: got.__setitem__("x", given[0]))
+    dense.register_forward_hook(lambda module, given, out: got.__setitem__("out", out))
+    with torch.no_grad():
+        whole(torch.randint(1, 70, (2, 9)))
+    slopes = {"alibi_slopes": 2.0 ** (-8 / H * np.arange(1, H + 1))} if model == "bloom" else {}
+    expected = got["out"].numpy()
+    result = layer(got["x"].numpy(), is_causal=True, **slopes)
     np.testing.assert_allclose(result, expected, atol=2e-5 * np.abs(expected).max(), rtol=0)
 
 

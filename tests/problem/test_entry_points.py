@@ -533,7 +533,13 @@ MODELS = {
     ),
     "a fused layer": (
         {"attn.query_key_value.weight", "attn.dense.weight"},
-        r"names=\{'in_proj.weight': 'attn.query_key_value.weight', 'out_proj.weight': 'attn.dense.weight'\}",
+        r"does not say in which order: .*GPT-NeoX.*Falcon 40B.*"
+        r"names=\{'in_proj': \('attn.query_key_value', function\), 'out_proj.weight': 'attn.dense.weight'\}"
+        r".*docs/checkpoints.md",
+    ),
+    "a fused layer in blocks": (
+        {"attn.qkv_proj.weight", "attn.out_proj.weight"},  # CodeGen, with the name that Phi-3 has
+        r"does not say in which order: .*CodeGen.*\('attn.qkv_proj', function\)",
     ),
     "two layers": (
         {f"layers.{n}.{name}.weight" for n in (0, 1) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},

@@ -65,6 +65,10 @@ _ALIASES["k_proj"] += ("key", "key_proj")
 _ALIASES["v_proj"] += ("value", "value_proj")
 _ALIASES["out_proj"] += ("dense", "proj", "c_proj", "out")
 _PACKED = ("c_attn", "qkv", "Wqkv", "query_key_value", "qkv_proj")
+_ORDERS = (
+    "and its name does not say in which order: one after the other (Falcon 7B, MPT), for each head (GPT-NeoX, BLOOM, "
+    "Persimmon, Falcon RW), for each group of query heads (Falcon 40B), or otherwise (CodeGen)"
+)
 
 Names = Mapping[str, str | tuple[str, Callable[[Array], Array]]]
 
@@ -189,14 +193,17 @@ def convert(
         return None
 
     packed = len(family.inputs) == 1
-    out_name, out_weight = _weight(take(family.out, "weight"), False, num_heads, of_output=True)
+    first = take(family.inputs[0], "weight")
+    # GPT-2's Conv1D has (in, out) in both projections; Qwen 1 and GPTBigCode have the same names for torch.nn.Linear.
+    transposed = first is not None and _ends_with(first[0], "c_attn.weight") and _is_conv1d(first[1])
+    out_name, out_weight = _weight(take(family.out, "weight"), transposed, False, num_heads, of_output=True)
     of_heads = out_name.endswith(".kernel")
     for kind in _KINDS:
         for n, stem in enumerate(family.inputs):
             found = take(stem, kind)
             if found is None:
                 continue
-            name, array = _weight(found, packed, num_heads) if kind == "weight" else _bias(found, of_heads)
+            name, array = _weight(found, transposed, packed, num_heads) if kind == "weight" else _bias(found, of_heads)
             if not packed:
                 own[f"{INPUTS[n]}.{kind}"], names[f"{INPUTS[n]}.{kind}"] = array, name
                 continue
@@ -270,17 +277,20 @@ def by_map(parameters: Mapping[str, Any], prefix: str, names: Names) -> tuple[di
 def how_to_map(names: Iterable[str]) -> str:
     """Return the end of a message that says which of these names are probably which parameters."""
     names = sorted(names)
+    packed = [name for name in names if any(_ends_with(name, f"{part}.weight") for part in _PACKED)]
     said = []
-    for kind in _KINDS:
-        for name in names:
-            if any(_ends_with(name, f"{part}.{kind}") for part in _PACKED):
-                said.append(f"'in_proj.{kind}': '{name}'")
-                break
     for own, aliases in _ALIASES.items():
         for kind in _KINDS:
             matches = [name for alias in aliases for name in names if _ends_with(name, f"{alias}.{kind}")]
             if matches:
                 said.append(f"'{own}.{kind}': '{matches[0]}'")
+    if packed:
+        said.insert(0, f"'in_proj': ('{packed[0].removesuffix('.weight')}', function)")
+        return (
+            f"; {packed[0]} holds queries, keys and values, {_ORDERS}. Look the order up in the code of the model, and "
+            f"pass names={{{', '.join(said)}}} with a function that returns the rows of all queries, then those of "
+            "all keys, then of all values: docs/checkpoints.md has such functions"
+        )
     if said:
         return f"; to say which is which, pass names={{{', '.join(said)}}}"
     own_names = ", ".join(f"{own!r}: ..." for own in OWN)
@@ -291,7 +301,7 @@ def how_to_map(names: Iterable[str]) -> str:
 
 
 def _weight(
-    found: tuple[str, Array] | None, packed: bool, num_heads: int, of_output: bool = False
+    found: tuple[str, Array] | None, transposed: bool, packed: bool, num_heads: int, of_output: bool = False
 ) -> tuple[str, Array]:
     """Return a weight as (out_features, in_features)."""
     assert found is not None
@@ -303,11 +313,14 @@ def _weight(
                 raise ValueError(f"num_heads must be that of {name}, {heads}, got {num_heads}")
             array = array.reshape((-1, array.shape[2]) if of_output else (array.shape[0], -1))
         array = array.T
-    elif _ends_with(name, "c_attn.weight") and array.ndim == 2 and array.shape[1] == 3 * array.shape[0]:
-        array = array.T  # GPT-2's Conv1D
-    elif _ends_with(name, "c_proj.weight") and of_output:
+    elif transposed:
         array = array.T
     return name, array
+
+
+def _is_conv1d(packed: Array) -> bool:
+    """Whether a packed weight is (in, out), as Conv1D of Transformers has it."""
+    return packed.ndim == 2 and packed.shape[1] == 3 * packed.shape[0]
 
 
 def _bias(found: tuple[str, Array], of_heads: bool) -> tuple[str, Array]:
