@@ -415,6 +415,8 @@ def test_a_norm_whose_weight_is_in_its_result():
         (lambda: nn.Linear(3, 4, "a"), TypeError, "rng must be a numpy.random.Generator"),
         (lambda: nn.MLP(4, -1), ValueError, "rng must not be negative"),
         (lambda: nn.warmup_cosine("a", 3), TypeError, "step must be a real number"),
+        (lambda: nn.Adam({}), ValueError, "parameters must have at least one array, got none"),
+        (lambda: nn.Adam(nn.GELU().parameters()), ValueError, "parameters must have at least one array"),
         (lambda: nn.Adam([X4]), TypeError, "parameters must map names to arrays"),
         (lambda: nn.Adam({"x": np.arange(3)}), TypeError, r"parameters\['x'\] must be floating point"),
         (lambda: nn.Adam({"x": READ_ONLY}), ValueError, r"parameters\['x'\] must be writeable"),
@@ -436,6 +438,24 @@ def test_adam_shortens_gradients_whose_squares_overflow():
     x = {"x": np.zeros(2, np.float32)}
     nn.Adam(x, rate=0.1).step({"x": np.array([3e25, -4e25], np.float32)})
     np.testing.assert_allclose(x["x"], [-0.1, 0.1], rtol=1e-5)  # the first step has the length of the rate
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@np.errstate(all="raise", under="ignore")
+def test_adam_of_half_types(dtype):
+    """Squares of such gradients, and the smallest divisor, are 0 in float16."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    x, wide = {"x": np.zeros((2, 2), dtype)}, {"x": np.zeros((2, 2), np.float32)}
+    narrow_adam, wide_adam = (nn.Adam(p, rate=0.125, decay=0.5) for p in (x, wide))
+    for size in (1e-5, -3e-5, 0.0):
+        grad = np.array([[size, 1e-4], [-size, 0]], dtype)
+        narrow_adam.step({"x": grad})
+        wide_adam.step({"x": grad.astype(np.float32)})
+    assert x["x"].dtype == dtype
+    assert narrow_adam.mean["x"].dtype == np.float32
+    np.testing.assert_allclose(x["x"].astype(F), wide["x"], atol=4e-3)
+    assert x["x"][0, 1] < -0.1
 
 
 def test_adam_without_clipping():

@@ -64,7 +64,7 @@ def cross_entropy(scores: Array, target: ArrayLike, mask: ArrayLike | None = Non
     number = int(counted.sum())
     if not number:
         return 0.0, np.zeros(scores.shape, scores.dtype)
-    wide = np.float32 if scores.dtype.itemsize == 2 else scores.dtype
+    wide = _wide(scores.dtype)
     p = np.where(counted[..., None], scores, 0).astype(wide, copy=False)
     p -= p.max(axis=-1, keepdims=True)
     places = np.where(counted, target, 0)[..., None]
@@ -94,19 +94,26 @@ class Adam:
     Parameters
     ----------
     parameters : dict of ndarray
-        What to change, in place.
+        What to change, in place; at least one array.
     rate : float, default 1e-3
-    betas : (float, float)
-        Decay of the running means of gradients and of their squares.
+    betas : (float, float), default (0.9, 0.99)
+        Decay of the running means of gradients and of their squares. PyTorch's default is (0.9, 0.999).
     decay : float, default 0
         Decay of the parameters that are matrices.
     clip : float, default 1
-        The longest that all gradients together, as one vector, may be; `math.inf` for without bound.
+        The longest that all gradients together, as one vector, may be; `math.inf` for without bound, as in PyTorch,
+        where ``torch.nn.utils.clip_grad_norm_`` is a call of its own.
 
     Raises
     ------
     TypeError, ValueError
-        A parameter is no array of floating point that can be written, or a number is out of range.
+        There is no parameter, one is no array of floating point that can be written, or a number is out of range.
+
+    Notes
+    -----
+    Running means are float32 for half types, whose smallest numbers are larger than squares of gradients often are, and
+    a parameter is rounded once, when it is written. A change of less than half a unit in its last place is lost then:
+    train a copy in float32 where such changes must add up.
 
     References
     ----------
@@ -135,6 +142,8 @@ class Adam:
     ) -> None:
         if not isinstance(parameters, Mapping):
             raise TypeError(f"parameters must map names to arrays, got {kind_of(parameters)}")
+        if not parameters:
+            raise ValueError("parameters must have at least one array, got none")
         for name, x in parameters.items():
             array = as_floats(f"parameters[{name!r}]", as_ndarray(f"parameters[{name!r}]", x))
             if not array.flags.writeable:
@@ -145,8 +154,8 @@ class Adam:
             raise ValueError(f"decay must not be negative, got {self.decay}")
         if self.clip <= 0:
             raise ValueError(f"clip must be positive, got {self.clip}")
-        self.mean = {name: np.zeros_like(x) for name, x in parameters.items()}
-        self.square = {name: np.zeros_like(x) for name, x in parameters.items()}
+        self.mean = {name: np.zeros(x.shape, _wide(x.dtype)) for name, x in parameters.items()}
+        self.square = {name: np.zeros_like(mean) for name, mean in self.mean.items()}
         self.steps = 0
 
     def step(self, grads: Mapping[str, Array], scale: float = 1.0) -> None:
@@ -179,12 +188,21 @@ class Adam:
         shorten = min(1.0, self.clip / (length + 1e-12))
         rate = scale * self.rate * math.sqrt(1 - second**self.steps) / (1 - first**self.steps)
         for name, x in self.parameters.items():
-            grad, mean, square = grads[name] * x.dtype.type(shorten), self.mean[name], self.square[name]
+            mean, square = self.mean[name], self.square[name]
+            grad = grads[name] * mean.dtype.type(shorten)
             mean += (1 - first) * (grad - mean)
             square += (1 - second) * (grad * grad - square)
+            value = x.astype(mean.dtype, copy=False)
             if self.decay and x.ndim > 1:
-                x *= 1 - scale * self.rate * self.decay
-            x -= rate * mean / (np.sqrt(square) + 1e-8)
+                value *= 1 - scale * self.rate * self.decay
+            value -= rate * mean / (np.sqrt(square) + 1e-8)
+            if value is not x:
+                x[...] = value
+
+
+def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype in which numbers of this one are computed."""
+    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
 
 
 def _square(grad: Array) -> float:
