@@ -78,6 +78,62 @@ def test_layers_in_lists_have_names():
     assert "blocks.1.wide.weight" in names
 
 
+class Nested(nn.Module):
+    """Layers in containers of containers, one of them met twice, and an array that two layers share."""
+
+    def __init__(self, rng=0):
+        self.embed = nn.Embedding(6, 4, rng)
+        self.deep = [({"a": nn.Linear(4, 4, rng, bias=False)},), 3, None]
+        self.heads = {"x": nn.LayerNorm(4), 1: [nn.MLP(4, rng, hidden=2)]}
+        self.again = self.deep[0][0]["a"]
+        self.inside = nn.MLP(4, rng)
+        self.inside.narrow = self.again
+        self.out = nn.Linear(4, 6, rng, bias=False)
+        self.out.weight = self.embed.weight
+        self.bare = np.ones(3)
+
+
+def test_layers_in_containers_are_listed_once():
+    model = Nested()
+    assert list(model.parts()) == ["embed", "deep.0.0.a", "heads.x", "heads.1.0", "inside", "out"]
+    names = list(model.parameters())
+    assert names[:4] == ["embed.weight", "deep.0.0.a.weight", "heads.x.weight", "heads.x.bias"]
+    assert names[4:] == [f"{mlp}.{name}" for mlp, name in (
+        ("heads.1.0", "wide.weight"), ("heads.1.0", "wide.bias"), ("heads.1.0", "narrow.weight"),
+        ("heads.1.0", "narrow.bias"), ("inside", "wide.weight"), ("inside", "wide.bias"),
+    )]  # fmt: skip
+    x = np.ones((3, 4), np.float32)
+    for layer in (model.again, model.out):
+        y, ctx = layer.forward(x)
+        layer.backward(np.ones_like(y), ctx)
+    y, ctx = model.embed.forward([0, 5])
+    model.embed.backward(np.ones_like(y), ctx)
+    assert list(model.grads) == ["embed.weight", "deep.0.0.a.weight"]
+    np.testing.assert_array_equal(model.grads["embed.weight"][:, 0], [4, 3, 3, 3, 3, 4])
+    np.testing.assert_array_equal(model.grads["deep.0.0.a.weight"], 3)
+
+
+def test_parameters_are_saved_and_loaded(tmp_path):
+    model, other = Nested(0), Nested(1)
+    np.savez(tmp_path / "model.npz", **model.parameters())
+    kept = {name: x.copy() for name, x in other.parameters().items()}
+    for change, message in (
+        ({"more": np.ones(1)}, "names that this layer does not: more"),
+        ({"deep.0.0.a.weight": np.ones((2, 2))}, r"deep.0.0.a.weight must have shape \(4, 4\), got \(2, 2\)"),
+        ({"embed.weight": np.full((6, 4), 1e300)}, "embed.weight must fit in the float32 of the layer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.load_parameters(model.parameters() | change)
+    with pytest.raises(ValueError, match="parameters lack deep"):
+        other.load_parameters({})
+    for name, x in other.parameters().items():
+        np.testing.assert_array_equal(x, kept[name])
+    with np.load(tmp_path / "model.npz") as arrays:
+        other.load_parameters(arrays)
+    for name, x in model.parameters().items():
+        np.testing.assert_array_equal(other.parameters()[name], x, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -128,22 +128,13 @@ class Weights:
             A name is missing or unknown, a shape differs, or a finite number would be infinite in the dtype of the
             layer. The layer is then as it was.
         """
-        arrays = _arrays("parameters", parameters)
+        arrays = as_parameters("parameters", parameters)
         layers = checkpoints.find(arrays) if prefix or names is None else []
         if prefix or names is not None or (layers and layers[0] != ("", checkpoints.FAMILIES[0])):
             arrays, self.loaded = checkpoints.read(arrays, self.num_heads, _text("prefix", prefix), names)
             zeros = {name: np.zeros_like(x) for name, x in self._parameters.items() if name.endswith(".bias")}
             arrays = zeros | arrays
-        if missing := self._parameters.keys() - arrays:
-            raise ValueError(f"parameters lack {', '.join(sorted(missing))}")
-        if unknown := arrays.keys() - self._parameters:
-            raise ValueError(f"parameters have names that this layer does not: {', '.join(sorted(unknown))}")
-        for name, own in self._parameters.items():
-            if arrays[name].shape != own.shape:
-                raise ValueError(f"{name} must have shape {own.shape}, got {arrays[name].shape}")
-            _check_range(name, arrays[name], own.dtype)
-        for name, own in self._parameters.items():
-            own[...] = arrays[name]
+        copy_parameters(self._parameters, arrays)
 
     @classmethod
     def from_torch(
@@ -207,7 +198,7 @@ class Weights:
         >>> layer.loaded.family, layer.loaded.prefix, layer.loaded.names["v_proj.weight"]
         ('GPT-2', 'h.0.attn.', 'h.0.attn.c_attn.weight')
         """
-        arrays = _arrays("state_dict", state_dict)
+        arrays = as_parameters("state_dict", state_dict)
         parameters, loaded = checkpoints.read(arrays, as_size("num_heads", num_heads), _text("prefix", prefix), names)
         return cls._from_parameters(
             parameters, num_heads, loaded, rotary=rotary, dropout=dropout, rng=rng, backend=backend
@@ -513,6 +504,20 @@ def as_generator(rng: np.random.Generator | int | None) -> np.random.Generator:
     return np.random.default_rng(rng)
 
 
+def copy_parameters(parameters: Mapping[str, Array], arrays: Mapping[str, Array]) -> None:
+    """Copy arrays into the parameters of the same names, all of them or, where one does not fit, none."""
+    if missing := parameters.keys() - arrays:
+        raise ValueError(f"parameters lack {', '.join(sorted(missing))}")
+    if unknown := arrays.keys() - parameters:
+        raise ValueError(f"parameters have names that this layer does not: {', '.join(sorted(unknown))}")
+    for name, own in parameters.items():
+        if arrays[name].shape != own.shape:
+            raise ValueError(f"{name} must have shape {own.shape}, got {arrays[name].shape}")
+        _check_range(name, arrays[name], own.dtype)
+    for name, own in parameters.items():
+        own[...] = arrays[name]
+
+
 def _mapping(name: str, x: Any) -> Mapping[str, Any]:
     if not isinstance(x, Mapping):
         raise TypeError(f"{name} must map names to arrays, got {type(x).__module__}.{type(x).__qualname__}")
@@ -528,7 +533,7 @@ def _text(name: str, x: Any) -> str:
     return x
 
 
-def _arrays(name: str, parameters: Any) -> dict[str, Array]:
+def as_parameters(name: str, parameters: Any) -> dict[str, Array]:
     """Check a mapping, nested or not, of names to tensors or arrays of floating point."""
     leaves = dict(checkpoints.flatten(_mapping(name, parameters)))
     return {key: x for key, leaf in leaves.items() if (x := _from_tensor(key, leaf)) is not None}
@@ -559,4 +564,4 @@ def _from_tensor(name: str, x: Any) -> Array:
     return _floats(name, x)
 
 
-__all__ = ["INPUTS", "Weights"]
+__all__ = ["INPUTS", "Weights", "as_generator", "as_parameters", "copy_parameters"]

@@ -3,13 +3,14 @@
 from __future__ import annotations  # short types in help()
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ..layer.activations import probability
-from ..layer.parameters import as_generator
+from ..layer.parameters import as_generator, as_parameters, copy_parameters
 from ..layer.projection import linear, linear_backward
 from ..layer.rowwise import activated, as_eps, inverse_root, normalized
 from ..options import Array
@@ -28,31 +29,106 @@ def _like(grad: Any, shape: tuple[int, ...]) -> Array:
     return array
 
 
+def _layers_in(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the layers in an attribute, by name: itself, or those in lists, tuples and mappings at any depth."""
+    if hasattr(value, "backward"):
+        yield name, value
+    elif isinstance(value, list | tuple | Mapping):
+        for key, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _layers_in(f"{name}.{key}", one)
+
+
 class Module:
     """A layer that is made of others: its parameters and gradients are those of its attributes that are layers.
 
     The parameter ``weight`` of the attribute ``embed`` is ``"embed.weight"``; layers in a list ``blocks`` are
-    ``"blocks.0"`` and so on. Subclasses write `forward` and `backward`.
+    ``"blocks.0"`` and so on, and those in a dict have its keys, in lists, tuples and dicts at any depth. An array that
+    is an attribute itself is no parameter: give it to a layer. Subclasses write `forward` and `backward`.
+
+    A layer that is met twice is listed once, by its first name, and so is an array that two layers share, as in
+    PyTorch. The gradient of such an array is the sum of both layers' gradients. A layer that is called twice has
+    gradients of its last `backward` alone: add up those of the others.
+
+    Examples
+    --------
+    >>> import numpy as np, numba_attention.nn as nn
+    >>> class Model(nn.Module):
+    ...     def __init__(self):
+    ...         self.heads = {"mean": nn.Linear(4, 2, rng=0), "spread": [nn.Linear(4, 1, rng=1, bias=False)]}
+    >>> list(Model().parameters())
+    ['heads.mean.weight', 'heads.mean.bias', 'heads.spread.0.weight']
     """
 
     def parts(self) -> dict[str, Any]:
-        """Return the layers among the attributes, by name."""
-        found: dict[str, Any] = {}
-        for name, part in vars(self).items():
-            if hasattr(part, "backward"):
-                found[name] = part
-            elif isinstance(part, list | tuple):
-                found |= {f"{name}.{n}": one for n, one in enumerate(part) if hasattr(one, "backward")}
-        return found
+        """Return the layers among the attributes, by name, each once."""
+        found: dict[int, tuple[str, Any]] = {}
+        for name, value in vars(self).items():
+            for path, part in _layers_in(name, value):
+                found.setdefault(id(part), (path, part))
+        return dict(found.values())
+
+    def _leaves(self) -> dict[str, Any]:
+        """Return the layers that say themselves what their parameters are, at any depth, by name, each once."""
+        found: dict[int, tuple[str, Any]] = {}
+        for name, part in self.parts().items():
+            gathers = isinstance(part, Module) and type(part).parameters is Module.parameters
+            for path, leaf in part._leaves().items() if gathers else [("", part)]:
+                found.setdefault(id(leaf), (f"{name}.{path}" if path else name, leaf))
+        return dict(found.values())
+
+    def _listed(self) -> list[tuple[str, Array, Any, str]]:
+        """Return each array with its first name, the layer that it belongs to, and its name there."""
+        first: dict[int, str] = {}
+        return [
+            (first.setdefault(id(x), f"{path}.{key}"), x, leaf, key)
+            for path, leaf in self._leaves().items()
+            for key, x in leaf.parameters().items()
+        ]
 
     def parameters(self) -> Parameters:
         """Return the parameters by name: the arrays themselves."""
-        return {f"{name}.{key}": x for name, part in self.parts().items() for key, x in part.parameters().items()}
+        return {name: x for name, x, *_ in self._listed()}
+
+    def load_parameters(self, parameters: Mapping[str, ArrayLike]) -> None:
+        """Copy parameters into the layer, converted to its dtype.
+
+        Parameters
+        ----------
+        parameters : mapping of str to array of float
+            Exactly the names and shapes of `parameters`, such as ``numpy.load`` returns of a file that
+            ``numpy.savez(path, **layer.parameters())`` wrote.
+
+        Raises
+        ------
+        TypeError
+            A parameter is not floating point.
+        ValueError
+            A name is missing or unknown, a shape differs, or a finite number would be infinite in the dtype of the
+            layer. The layer is then as it was.
+
+        Examples
+        --------
+        >>> import tempfile, numpy as np, numba_attention.nn as nn
+        >>> from pathlib import Path
+        >>> path = Path(tempfile.mkdtemp(), "mlp.npz")
+        >>> trained, mlp = nn.MLP(8, rng=0), nn.MLP(8, rng=1)
+        >>> np.savez(path, **trained.parameters())
+        >>> with np.load(path) as arrays:
+        ...     mlp.load_parameters(arrays)
+        >>> bool(np.array_equal(mlp.wide.weight, trained.wide.weight))
+        True
+        """
+        copy_parameters(self.parameters(), as_parameters("parameters", parameters))
 
     @property
     def grads(self) -> Parameters:
         """Gradients of the parameters by name, from the last `backward`."""
-        return {f"{name}.{key}": x for name, part in self.parts().items() for key, x in part.grads.items()}
+        found: Parameters = {}
+        for name, _, leaf, key in self._listed():
+            grad = leaf.grads.get(key)
+            if grad is not None:
+                found[name] = found[name] + grad if name in found else grad
+        return found
 
     def forward(self, x: Array) -> tuple[Any, Any]:
         """Return the result, and what `backward` needs."""
