@@ -101,6 +101,13 @@ class MultiHeadAttention(Heads):
     >>> out, weights = layer(x, x[:, :7], key_lengths=[7, 3], need_weights=True)
     >>> out.shape, weights.shape
     ((2, 10, 64), (2, 10, 7))
+
+    A prompt in one piece, and a token after it, with a cache:
+
+    >>> cache = na.KVCache(batch=2, num_kv_heads=2, capacity=11, head_dim=8)
+    >>> prompt, token = layer(x[:, :9], cache=cache, is_causal=True), layer(x[:, 9:], cache=cache, is_causal=True)
+    >>> bool(np.allclose(np.concatenate([prompt, token], axis=1), layer(x, is_causal=True), atol=1e-6))
+    True
     """
 
     @overload
@@ -156,7 +163,9 @@ class MultiHeadAttention(Heads):
             (batch, L, features), are projected, rotated and appended, as many as `key_lengths` says, and the queries
             attend to everything in the cache. Positions continue from the cache: query i sits at the length of its
             sequence before the call plus i, for `is_causal`, `window`, ALiBi and rotary embeddings, unless
-            `query_offset` is passed. A `mask` or `bias` refers to all cached keys or to the L newest, as in
+            `query_offset` is passed. For a prompt in one piece to give what it gives token by token, pass
+            ``is_causal=True``: unlike `attention_decode`, a layer is not causal by default, with a cache either, and
+            tokens that come together would see each other in both directions. A `mask` or `bias` refers to all cached keys or to the L newest, as in
             `attention_decode`. With a key of length 0 nothing is appended, as for a memory that was cached before.
             Inference only. If an argument is refused, the cache is as it was.
         ids : array of int, shape (batch,), optional
