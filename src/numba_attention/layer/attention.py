@@ -165,8 +165,9 @@ class MultiHeadAttention(Heads):
             sequence before the call plus i, for `is_causal`, `window`, ALiBi and rotary embeddings, unless
             `query_offset` is passed. For a prompt in one piece to give what it gives token by token, pass
             ``is_causal=True``: unlike `attention_decode`, a layer is not causal by default, with a cache either, and
-            tokens that come together would see each other in both directions. A `mask` or `bias` refers to all cached keys or to the L newest, as in
-            `attention_decode`. With a key of length 0 nothing is appended, as for a memory that was cached before.
+            tokens that come together would see each other in both directions. A `mask` or `bias` refers to all cached
+            keys or to the L newest, as in `attention_decode`. With a key of length 0 nothing is appended, as for a
+            memory that was cached before.
             Inference only. If an argument is refused, the cache is as it was.
         ids : array of int, shape (batch,), optional
             Which sequences of a `PagedKVCache`; by default all of them.
