@@ -63,6 +63,11 @@ def fail(*arguments):
     return 1
 
 
+@Run
+def strange(*arguments):
+    return 9999  # a number of no error that cuda.bindings knows
+
+
 def watch():
     """Know the configuration of every kernel, and the size of every allocation."""
     compiled, allocate, keep = kernels.compiled, runtime.driver.allocate, runtime.driver.keep
@@ -185,6 +190,12 @@ def with_tensors(stub):
     stub.stub_run(fail)
     with pytest.raises(na.BackendUnavailableError, match="could not be launched on GPU 0: CUDA_ERROR_INVALID_VALUE"):
         na.attention(q, k, v, is_causal=True, return_lse=True)
+    stub.stub_run(strange)
+    code = driver._machine
+    for driver._machine in (code, None):
+        with pytest.raises(na.BackendUnavailableError, match="could not be launched on GPU 0: 9999 is not a valid"):
+            na.attention(q, k, v, is_causal=True, return_lse=True)
+    driver._machine = code
     stub.stub_run(run)
     check(q, k, v)
     replay.Recorded.repeat = repeat
@@ -250,7 +261,7 @@ def main():
     replay._recorded.clear()
     gc.collect()
     calls(stub)
-    constants._kept.cache_clear()
+    constants._kept.clear()
     constants._slabs.clear()
     gc.collect()
     assert calls(stub) == ["wait_for_all", "free_at_once"], "a slab that nobody needs"

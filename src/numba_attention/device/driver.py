@@ -180,7 +180,8 @@ class Driver:
             what = f"{size:,} bytes could not be had on GPU {device.device_id}"
             if self.is_capturing(stream, int(device.device_id)):
                 what += (
-                    " while a CUDA graph is captured; make the same call once before, on the stream that is captured"
+                    " while a CUDA graph is captured; make the same call once before, on the stream that is captured, "
+                    "and without what is planned in every call, such as out="
                 )
             raise _translated(error, what) from error
         return Memory(buffer, self, int(device.device_id))
@@ -284,7 +285,7 @@ class Driver:
                     error = code.launch(own.record_at, own.at, stream, clears)
         if error:
             number, place = divmod(error, 1000)
-            said = RuntimeError(self._api.CUresult(number).name)
+            said = RuntimeError(self._name_of(number))
             if place >= len(own.launches):
                 raise _translated(said, "cuMemsetD8Async failed")
             raise _not_launched(said, own.launches[place].kernel, device)
@@ -298,9 +299,18 @@ class Driver:
         for x, extra in zip(own.launches, own.extras, strict=True):
             kernel = x.kernel
             function = self._function(kernel, context)
-            (error,) = start(function, *x.grid, kernel.threads, 1, 1, kernel.shared, on, 0, extra)
+            try:
+                (error,) = start(function, *x.grid, kernel.threads, 1, 1, kernel.shared, on, 0, extra)
+            except ValueError as unknown:  # a number that cuda.bindings does not know
+                raise _not_launched(unknown, kernel, self.current()) from unknown
             if error:
                 raise _not_launched(RuntimeError(error.name), kernel, self.current())
+
+    def _name_of(self, number: int) -> str:
+        try:
+            return str(self._api.CUresult(number).name)
+        except ValueError as unknown:  # a newer driver has numbers that cuda.bindings does not know
+            return str(unknown)
 
     def _record(self, own: Launches, code: Machine) -> None:
         """Make the record of launches for the current context."""
@@ -404,7 +414,10 @@ class Driver:
 
     def _call(self, function: Any, *arguments: Any) -> Any:
         """Call a function of the driver, which returns an error code and its result; return the result."""
-        error, *result = function(*arguments)
+        try:
+            error, *result = function(*arguments)
+        except ValueError as unknown:  # a number that cuda.bindings does not know
+            raise _translated(unknown, f"{function.__name__} failed") from unknown
         return self._checked(function, error, *result)
 
     def _checked(self, function: Any, error: Any, *result: Any) -> Any:
