@@ -4,20 +4,22 @@ They are kept in slabs of memory that belong to no stream: a stream may be destr
 would then be impossible.
 """
 
-from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from ..bounded import BoundedCache
 from ..options import Array
 from . import replay, runtime
 from .driver import Driver, identity
 from .headers import header
 
-MOST = 2**16  # bytes up to which an array is kept; a larger one is copied in every call
-SLAB = 2**18
+MOST = 2**18  # bytes up to which an array is kept, as the records of 1092 sequences; larger ones are copied every time
+SLAB = 2**20
 _ALIGNMENT = 256
+
+_kept: BoundedCache[Array] = BoundedCache(count=256, size=2**24)  # by what the copies depend on
 
 # For each driver, by device: the slab, its size in bytes, and how many of these are used.
 _slabs: WeakKeyDictionary[Driver, dict[int, tuple[Any, int, int]]] = WeakKeyDictionary()
@@ -29,15 +31,19 @@ def upload(array: Array) -> Array:
     data = array.tobytes()
     if len(data) > MOST:
         return runtime.upload(array, stream)
-    kept = _kept(data, runtime.driver, runtime.driver.current(), stream, identity(stream))
+    device = runtime.driver.current()
+    key = data, runtime.driver, device, stream, identity(stream)
+    kept = _kept.get(key)
+    if kept is None:
+        kept = _copied(data, runtime.driver, device, stream)
+        _kept.add(key, kept, len(data))
     recorder = replay.current()
     if recorder is not None:
         recorder.fix(kept)
     return kept
 
 
-@lru_cache(maxsize=256)
-def _kept(data: bytes, driver: Driver, device: int, stream: int, _: Any) -> Array:
+def _copied(data: bytes, driver: Driver, device: int, stream: int) -> Array:
     """Return a copy for work on one stream, whose order ensures that the copy is complete."""
     replay.refuse_copy(driver.is_capturing(stream, device))
     address, slab = _room(driver, device, len(data))
