@@ -44,7 +44,8 @@ class DeviceStorage(Storage):
         `dtype` is that of the cache, which new arrays must have; `rows` are the address of each array of the cache, and
         the bytes from one of its rows to the next.
         """
-        seen = look((key, value, *originals))
+        # `look` passes over None, and the addresses would be those of other arrays.
+        seen = None if key is None or value is None else look((key, value, *originals))
         if seen is None:
             return None
         seen.addresses = [*seen.addresses[:2], *[address + start * stride for address, stride in rows]]
