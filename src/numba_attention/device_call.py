@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from itertools import compress
 from operator import is_not
 from typing import Any, NamedTuple, TypeVar, cast
@@ -24,7 +23,7 @@ from .options import IN_PYTHON, NO_OPTIONS, PER_SCORE, Array, Options, gather
 from .validation import as_array, as_bools, as_floats, check_out
 
 Result = TypeVar("Result")
-CONTENTS = 4096  # bytes of an array on the host up to which comparing it takes less time than planning a call
+CONTENTS = 4096  # bytes of an array or list on the host up to which comparing it takes less time than planning a call
 
 
 class Call(Operands):
@@ -132,16 +131,18 @@ def run(
         assert entry is not None
         options = gather(entry, options)
     call = Call({name: x for name, x in operands.items() if x is not None})
-    recording = nullcontext(None) if seen is None else replay.recording(seen.addresses, seen.seed)
-    with runtime.using(call.device, call.stream), recording as recorder:
+    addresses, seed = ((), None) if seen is None else (seen.addresses, seen.seed)
+    with runtime.using(call.device, call.stream), replay.recording(addresses, seed) as recorder:
         moved = {name: None if x is None else call.device_array(name, x) for name, x in operands.items()}
         moved |= {name: arrays.to_host(x) for name, x in (small or {}).items()}
         target = call.out(out, operands | options._asdict())
         if target is not None:
             moved["out"] = target
         headers = function(backend, **moved, options=call.options(options), **rest, empty=call.empty)
-        if seen is not None and recorder is not None:
+        if seen is not None:
             recorder.keep(seen.key, headers)
+        if runtime.is_capturing(call.stream):
+            recorder.keep_alive()
         result: Result = _with_out(call, headers, target, out)
         call.finish()
         return result
@@ -160,7 +161,8 @@ def _describe(x: Any) -> Any:
     if kind in _PLAIN:
         return kind, repr(x) if kind is float else x
     if kind is tuple or kind is list:
-        return (kind, *map(_describe, x)) if _PLAIN.issuperset(map(type, x)) else None
+        is_short = 8 * len(x) <= CONTENTS  # as the array of these numbers
+        return (kind, *map(_describe, x)) if is_short and _PLAIN.issuperset(map(type, x)) else None
     if kind is np.ndarray or isinstance(x, np.generic):
         if x.nbytes > CONTENTS or x.dtype.hasobject:
             return None
@@ -220,7 +222,10 @@ def _with_mods(described: _Described, options: Mapping[str, Any]) -> _Described 
     """Add rules and their arguments: rules as they are now, because names outside of a function may have changed."""
     key, found, values = described.key, described.arrays, []
     count = len(found)
-    for x in options.get("mod_args", NO_OPTIONS.mod_args):
+    given = options.get("mod_args", NO_OPTIONS.mod_args)
+    if not isinstance(given, tuple | list):  # which the call refuses; to look at an iterator would empty it
+        return None
+    for x in given:
         if arrays.on_device(x):
             if arrays.family_of(x).look(x) is None:
                 return None
@@ -252,8 +257,8 @@ def _look(
     """Return the key of a call that can be repeated: of arrays of one library on one stream."""
     of_rest = []
     for x in rest.values():
-        described = x if type(x) in _PLAIN else _describe(x)
-        if described is None and x is not None:
+        described = _describe(x)
+        if described is None:
             return None
         of_rest.append(described)
     if options is NO_OPTIONS or not options:

@@ -475,6 +475,101 @@ def test_streams_and_devices(gpu, repeated, monkeypatch):
     assert len(repeated) == 3
 
 
+def test_types_of_plain_arguments(gpu, repeated):
+    """Numbers that are equal and differ in type: one may give another shape, or be refused."""
+    q, k, v = arrays(H=1, Hkv=1)
+    there = [Tensor(x) for x in (q, k, v)]
+    for heads in (0, False, 0):
+        got = na.attention_weights(*there[:2], heads=heads)
+        close([got], [na.attention_weights(q, k, heads=heads, backend="reference")])
+    q, k, v = arrays()
+    there = [Tensor(x) for x in (q, k, v)]
+    na.attention_weights(*there[:2], heads=1)
+    for heads in (True, 1.0):
+        with pytest.raises((TypeError, IndexError), match="heads"):
+            na.attention_weights(*there[:2], heads=heads)
+    out, lse = na.attention(q, k, v, return_lse=True, backend="reference")
+    operands, table = [Tensor(x) for x in (out, q, k, v, out, lse)], rows([1, 2, 3, 4], np.float32)
+    mod = {"score_mod": shifted, "mod_args": (table,)}
+    na.attention_backward(*operands, **mod, mod_grads=0)
+    for wrong in (False, 0.0):
+        with pytest.raises(TypeError):
+            na.attention_backward(*operands, **mod, mod_grads=wrong)
+
+
+@pytest.mark.parametrize("wrong", [lambda: rows([2.0]), lambda: {2.0: 0}, lambda: iter((2.0,)), lambda: {2.0}])
+def test_arguments_of_mods_in_a_wrong_container(gpu, repeated, wrong):
+    q, k, v = map(Tensor, arrays())
+    for given in ((2.0,), (np.float64(2.0),)):
+        na.attention(q, k, v, score_mod=scaled, mod_args=given)
+    with pytest.raises(TypeError, match="mod_args must be a tuple"):
+        na.attention(q, k, v, score_mod=scaled, mod_args=wrong())
+    assert not repeated
+
+
+def test_long_lists_are_not_compared(gpu, repeated):
+    """As arrays of as many numbers are not: keys would take as much memory as they have numbers."""
+    q, k = map(Tensor, arrays()[:2])
+    for _ in range(2):
+        na.attention_weights(q, k, rows=[0, 1] * 300)
+    assert not replay._recorded
+    na.attention_weights(q, k, rows=[0, 1] * 200)
+    assert replay._recorded.size > 400 * 64, "the key counts"
+
+
+def test_a_call_of_a_signal_handler_is_not_recorded(gpu, repeated, monkeypatch):
+    """It is made between two launches of another call, which must not repeat it."""
+    given, inner = arrays(), arrays(7, L=5)
+    q, k, v = map(Tensor, given)
+    launch, out = gpu.launch, Tensor(np.zeros_like(inner[0]))
+    handlers = [lambda: na.attention(*map(Tensor, inner), out=out), lambda: na.KVCache.from_arrays(
+        *(Tensor(np.zeros((1, 1, 4, 8), np.float32)) for _ in range(2)), lengths=1
+    ).append(*(Tensor(np.zeros((1, 1, 1, 8), np.float32)) for _ in range(2)), [1])]  # fmt: skip
+
+    def interrupted(*arguments):
+        if handlers:
+            handlers.pop()()
+        launch(*arguments)
+
+    monkeypatch.setattr(gpu, "launch", interrupted)
+    na.attention(q, k, v)
+    na.attention(q, k, v, return_lse=True)
+    assert not handlers
+    for options in ({}, {"return_lse": True}):
+        gpu.launches.clear()
+        na.attention(q, k, v, **options)
+        assert len(gpu.launches) == 1
+    assert len(repeated) == 2
+
+
+def test_what_a_planned_call_in_a_graph_uses_is_kept(gpu, repeated, monkeypatch):
+    """A call that is planned each time copied the record of its sequences to the GPU before the capture."""
+    monkeypatch.setattr(sys.modules["torch"].cuda, "current_stream", lambda device: type("S", (), {"cuda_stream": 7}))
+    monkeypatch.setattr(replay, "_captured", [])
+    monkeypatch.setattr(constants, "_slabs", constants.WeakKeyDictionary())
+    constants._kept.clear()
+    q, k, v = map(Tensor, arrays())
+    out = Tensor(np.zeros_like(q.array))
+    na.attention(q, k, v, out=out)
+    gpu.capturing.add(7)
+    na.attention(q, k, v, out=out)
+    assert not repeated
+    kernel, _, _, integers, *_ = gpu.launches[-1]
+    constants._kept.clear()
+    constants._slabs.clear()
+    assert all(gpu.memory_at(address) for address in {integers[place] for place in kernel.addresses} - {0})
+
+
+def test_records_of_many_sequences_are_kept(gpu, repeated):
+    for n, copies in ((1092, 0), (1093, 1)):
+        q = Tensor(np.ones((n, 1, 1, 16), np.float32))
+        na.attention(q, q, q)
+        before = len(gpu.copies)
+        na.attention(q, q, q)
+        assert len(gpu.copies) - before == copies
+    assert len(repeated) == 1
+
+
 def test_what_a_graph_uses_is_kept(gpu, repeated, monkeypatch):
     monkeypatch.setattr(sys.modules["torch"].cuda, "current_stream", lambda device: type("S", (), {"cuda_stream": 7}))
     monkeypatch.setattr(replay, "_captured", [])
@@ -493,7 +588,7 @@ def test_what_a_graph_uses_is_kept(gpu, repeated, monkeypatch):
     assert len(workspaces) == 1
     assert not any(x is workspaces[0].memory for x in held), "later calls run beside the graph"
     replay._recorded.clear()
-    constants._kept.cache_clear()
+    constants._kept.clear()
     addresses = {integers[place] for kernel, _, _, integers, *_ in gpu.launches[-2:] for place in kernel.addresses}
     assert all(gpu.memory_at(address) for address in addresses - {0})
 
@@ -527,6 +622,34 @@ def test_memory_is_kept_by_one_thread_at_a_time(gpu, repeated):
     (other,) = repeated[0]._free
     assert other.workspace.start != own.workspace.start
     assert other.numbers is not own.numbers
+
+
+@pytest.mark.parametrize("kind", ["kept", "shared"])
+def test_threads_whose_calls_overlap_leave_memory_once(gpu, repeated, monkeypatch, kind):
+    given, options = (arrays(), {"is_causal": True}) if kind == "kept" else (arrays(L=1, S=600), {})
+    want = na.attention(*given, **options, backend="reference")
+    q, k, v = map(Tensor, given)
+    for _ in range(2):
+        na.attention(q, k, v, **options)
+    repeat, depth = gpu.repeat, [0]
+
+    def overlapping(*arguments):
+        if depth[0] < 3:
+            depth[0] += 1
+            close([na.attention(q, k, v, **options)], [want])
+        repeat(*arguments)
+
+    monkeypatch.setattr(gpu, "repeat", overlapping)
+    close([na.attention(q, k, v, **options)], [want])
+    own = repeated[0]._free
+    assert len(own) == 4
+    if kind == "kept":
+        assert sum(x.workspace is not None for x in own) == 1
+    else:
+        assert [len(free) for free in replay._workspaces._values.values()] == [1]
+    monkeypatch.setattr(gpu, "repeat", repeat)
+    for _ in range(3):
+        close([na.attention(q, k, v, **options)], [want])
 
 
 def test_memory_that_calls_share(gpu, repeated, monkeypatch):
@@ -686,6 +809,26 @@ def test_merging_separate_parts(gpu, repeated):
     assert all(any(x.tables) for x in repeated)
 
 
+def test_merging_arrays_that_begin_in_one_another(gpu, repeated):
+    """Each of the outs begins where an lse does: in the next call only the first does."""
+    for seed in range(2):
+        lses = Tensor(np.random.default_rng(seed).standard_normal((3, 4, 5)).astype(np.float32))
+        views = [Tensor.of(lses.header[n][..., None]) for n in range(3)]
+        want = na.merge_attention([x.array for x in views], lses.array)
+        close(na.merge_attention(views, lses), want)
+        views[1:] = [Tensor(x.array) for x in views[1:]]
+        close(na.merge_attention(views, lses), want)
+
+
+def test_parts_of_a_packed_array_are_repeated(gpu, repeated):
+    """Query, key and value of one array, between whose elements the others lie."""
+    for seed in range(2):
+        room = Tensor(np.random.default_rng(seed).standard_normal((2, 20, 3, 2, 16)).astype(np.float32))
+        q, k, v = (Tensor.of(room.header[:, :, n].swapaxes(1, 2)) for n in range(3))
+        close([na.attention(q, k, v)], [na.attention(q.array, k.array, v.array, backend="reference")])
+    assert len(repeated) == 1
+
+
 def test_merging_separate_parts_on_another_gpu(gpu, repeated):
     """Their table is copied there."""
     for seed in range(3):
@@ -780,3 +923,14 @@ def test_appending_to_what_differs_is_planned(gpu, repeated):
         read_only.append(key, value)
     made(lengths=5).append(key, value)
     assert len(repeated) == 1
+
+
+def test_appending_none_is_refused(gpu):
+    stored = [Tensor(np.zeros((2, 2, 16, 8), np.float32)) for _ in range(2)]
+    x = Tensor(np.ones((2, 2, 1, 8), np.float32))
+    plain = na.KVCache.from_arrays(*stored, lengths=2)
+    paged = na.PagedKVCache.from_arrays(*stored, [[0], [1]], [2, 2])
+    for append in (plain.append, partial(paged.append, [0, 1])):
+        for given in ((None, x), (None, None), (x, None)):
+            with pytest.raises(TypeError, match="must be a numpy"):
+                append(*given)

@@ -71,9 +71,13 @@ class Operands:
             self._others.add(stream)
         self._waits |= family.name == "jax"
         try:
-            return family.take(x, self.stream)
+            array = family.take(x, self.stream)
         except (TypeError, BufferError) as error:
             raise TypeError(f"{name}: {error}") from error
+        recorder = replay.current()
+        if recorder is not None:
+            recorder.operands.append(array)
+        return array
 
     def finish(self) -> None:
         """Let the streams of inputs wait for the work: inputs may be changed or freed as soon as this returns."""

@@ -5,6 +5,7 @@ first call of a kind runs the code that checks, plans and allocates, while a `Re
 repeats the same allocations and the same launches with other addresses.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +18,7 @@ from ..errors import BackendUnavailableError
 from ..options import Array
 from . import driver
 from .driver import Kernel, identity
-from .headers import address_of, held
+from .headers import address_of, extent, held
 from .launches import Launch, Launches
 
 _BYTES = np.dtype(np.uint8)
@@ -84,6 +85,7 @@ class Recorder:
         self._owners: dict[int, int] = {}  # index in `made` of each result, by its owner
         self._ranges: list[tuple[int, int, int]] = []  # first and last address of what was made, and its number
         self._alive: list[Any] = []  # kept until the call ends, so that no address is used twice
+        self.operands: list[Array] = []  # headers of the arrays of the call
         self.possible = True
 
     def give_up(self) -> None:
@@ -120,6 +122,10 @@ class Recorder:
                 patches += inside
         return patches
 
+    def keep_alive(self) -> None:
+        """Keep the memory of the call for the life of the process: a CUDA graph that was captured uses it."""
+        _captured.append((self._alive, [*self._fixed.values()], self.launches))
+
     def table(self, array: Array, numbers: Sequence[int], places: Iterable[int]) -> None:
         """Record what is copied from the host to scratch memory: numbers, of which those at `places` are addresses."""
         patches = self._patches(numbers, places)
@@ -139,7 +145,7 @@ class Recorder:
 
     def keep(self, key: Any, result: Any) -> None:
         """Store the recorded call under a key of everything that it depends on."""
-        if not self.possible or not self.launches:
+        if not self.possible or not self.launches or _is_ambiguous(self.operands):
             return
         try:
             pattern = _pattern(result, self._owners)
@@ -147,7 +153,41 @@ class Recorder:
             return
         recorded = Recorded(self._number, self.made, self.launches, pattern, list(self._fixed.values()), self.tables)
         driver.machine()
-        _recorded.add(key, recorded, recorded.nbytes)
+        _recorded.add(key, recorded, recorded.nbytes + _bytes_of(key))
+
+
+def _is_ambiguous(arrays: Sequence[Array]) -> bool:
+    """Whether an array begins at an element of another one, other than its first.
+
+    An address there may be meant as a part of the other array, as of parts that are stacked, and other arrays of the
+    same layouts need not overlap so. Arrays between whose elements others lie, as query, key and value of one packed
+    array, are not meant.
+    """
+    spans = sorted(
+        ((address_of(x) + first, address_of(x) + end, n) for n, x in enumerate(arrays) for first, end in [extent(x)])
+    )
+    for place, (_, end, n) in enumerate(spans):
+        for first, _, m in spans[place + 1 :]:
+            if first >= end:
+                break
+            pair = arrays[n], arrays[m]
+            if address_of(pair[0]) != address_of(pair[1]) and (_begins_in(*pair) or _begins_in(*pair[::-1])):
+                return True
+    return False
+
+
+def _begins_in(array: Array, other: Array) -> bool:
+    """Whether an array has an element where another one begins."""
+    work: Any = 10_000  # candidate solutions to try, which takes well below a millisecond
+    try:
+        return np.shares_memory(array, other[(slice(0, 1),) * other.ndim], max_work=work)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _bytes_of(key: Any) -> int:
+    """Return the bytes of a key, which may have contents of arrays and lists."""
+    return sys.getsizeof(key) + (sum(map(_bytes_of, key)) if isinstance(key, tuple) else 0)
 
 
 def _pattern(result: Any, owners: dict[int, int]) -> Any:
@@ -233,7 +273,7 @@ class Recorded:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it keeps."""
+        """Bytes that it keeps, without those of its key."""
         return SMALL + sum(x.nbytes for x in self._fixed) + (self._scratch if self._keeps else 0)
 
     def repeat(self, driver: Any, seen: Seen) -> Any:
@@ -289,8 +329,11 @@ class Recorded:
             for table in self.tables:
                 driver.write(addresses[table.number], table.at(addresses), stream)
         driver.repeat(own, addresses, clears, stream, device)
+        # Threads whose calls overlapped have memory of their own: one is kept, so that the memory is what is counted.
+        if self._free:
+            own.workspace = None
         self._free.append(own)
-        if free is not None and workspace is not None:
+        if free is not None and workspace is not None and not free:
             free.append(workspace)
         if is_captured:
             _captured.append((self, arrays))
@@ -315,7 +358,8 @@ def refuse_copy(is_captured: bool) -> None:
     if is_captured:
         raise BackendUnavailableError(
             "a call that copies from the host cannot be captured in a CUDA graph: make the same call once before, on "
-            "the stream that is captured, and pass arrays such as mask and bias on the GPU"
+            "the stream that is captured, and pass arrays such as mask and bias on the GPU; what is copied must be "
+            "small enough to be kept there (256 KiB, the records of 1092 sequences)"
         )
 
 

@@ -34,10 +34,13 @@ def stream() -> int:
 
 @contextmanager
 def using(device: int, stream: int) -> Iterator[None]:
-    """Run a block on a device and a stream."""
+    """Run a block on a device and a stream.
+
+    Nobody records it: a signal handler may make a call while another one is recorded.
+    """
     token = _stream.set(stream)
     try:
-        with driver.on(device):
+        with driver.on(device), replay.nobody():
             yield
     finally:
         _stream.reset(token)
