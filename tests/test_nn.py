@@ -471,6 +471,7 @@ def test_a_norm_whose_weight_is_in_its_result():
         (lambda: nn.Linear(3, 4, "a"), TypeError, "rng must be a numpy.random.Generator"),
         (lambda: nn.MLP(4, -1), ValueError, "rng must not be negative"),
         (lambda: nn.warmup_cosine("a", 3), TypeError, "step must be a real number"),
+        (lambda: nn.warmup_cosine(-5, 10, 3), ValueError, "step must not be negative, got -5"),
         (lambda: nn.Adam({}), ValueError, "parameters must have at least one array, got none"),
         (lambda: nn.Adam(nn.GELU().parameters()), ValueError, "parameters must have at least one array"),
         (lambda: nn.Adam([X4]), TypeError, "parameters must map names to arrays"),

@@ -162,6 +162,10 @@ def test_layers_of_a_file(tmp_path):
         ValueError, match=r"no attention layer is named like 'gpt\*'; there are: bert.layer.0.attention"
     ):
         MultiHeadAttention.load_layers(tmp_path / "model.safetensors", "gpt*", num_heads=H)
+    with pytest.raises(IsADirectoryError, match="is a folder; pass the path of its file, such as model.safetensors"):
+        MultiHeadAttention.load_layers(tmp_path, num_heads=H)
+    with pytest.raises(TypeError, match=r"path must be a string or path-like, got builtins.dict; from_torch takes"):
+        MultiHeadAttention.load_layers({}, num_heads=H)
     # In several files, with an index.
     halves = {f"part{n}": dict(list(state.items())[n::2]) for n in range(2)}
     for name, half in halves.items():

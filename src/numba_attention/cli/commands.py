@@ -171,6 +171,8 @@ def build(
             _fail(f"no kernel's name contains any of {only!r}")
         if wheel is not None:
             report(shipping.pack(folder, wheel).name)
+    except typer.Exit:  # a RuntimeError, whose message is printed already
+        raise
     except (OSError, RuntimeError) as error:
         _fail(error)
 

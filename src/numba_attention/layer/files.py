@@ -21,15 +21,22 @@ class Tensors:
     ------
     ImportError
         The safetensors library is not installed.
-    FileNotFoundError
-        There is no such file.
+    FileNotFoundError, IsADirectoryError
+        There is no such file, or it is a folder.
     ValueError
         A file is damaged.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         if not isinstance(path, str | PathLike):
-            raise TypeError(f"path must be a string or path-like, got {path!r}")
+            raise TypeError(
+                f"path must be a string or path-like, got {type(path).__module__}.{type(path).__qualname__}; from_torch "
+                "takes tensors in memory"
+            )
+        if os.path.isdir(path):
+            raise IsADirectoryError(
+                f"{os.fspath(path)} is a folder; pass the path of its file, such as model.safetensors"
+            )
         self.path = path
         self._library = library()
         self.names: dict[str, str | PathLike[str]] = {}  # to the file that each is in

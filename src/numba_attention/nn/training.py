@@ -232,6 +232,8 @@ def warmup_cosine(step: int, steps: int, warmup: int = 100) -> float:
     [0.01, 1.0, 0.5, 0.0]
     """
     now, end, start = as_real("step", step), as_real("steps", steps), as_real("warmup", warmup)
+    if now < 0:
+        raise ValueError(f"step must not be negative, got {step}")
     if now < start:
         return (now + 1) / start
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (now - start) / max(1, end - start))))
