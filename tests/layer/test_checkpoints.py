@@ -162,7 +162,7 @@ def test_layers_of_a_file(tmp_path):
         ValueError, match=r"no attention layer is named like 'gpt\*'; there are: bert.layer.0.attention"
     ):
         MultiHeadAttention.load_layers(tmp_path / "model.safetensors", "gpt*", num_heads=H)
-    with pytest.raises(IsADirectoryError, match="is a folder; pass the path of its file, such as model.safetensors"):
+    with pytest.raises(IsADirectoryError, match=r"is a folder; pass the path of its file, such as "):
         MultiHeadAttention.load_layers(tmp_path, num_heads=H)
     with pytest.raises(TypeError, match=r"path must be a string or path-like, got builtins.dict; from_torch takes"):
         MultiHeadAttention.load_layers({}, num_heads=H)

@@ -30,8 +30,8 @@ class Tensors:
     def __init__(self, path: str | PathLike[str]) -> None:
         if not isinstance(path, str | PathLike):
             raise TypeError(
-                f"path must be a string or path-like, got {type(path).__module__}.{type(path).__qualname__}; from_torch "
-                "takes tensors in memory"
+                f"path must be a string or path-like, got {type(path).__module__}.{type(path).__qualname__}; "
+                "from_torch takes tensors in memory"
             )
         if os.path.isdir(path):
             raise IsADirectoryError(
