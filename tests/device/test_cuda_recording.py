@@ -547,7 +547,7 @@ def test_what_a_planned_call_in_a_graph_uses_is_kept(gpu, repeated, monkeypatch)
     monkeypatch.setattr(sys.modules["torch"].cuda, "current_stream", lambda device: type("S", (), {"cuda_stream": 7}))
     monkeypatch.setattr(replay, "_captured", [])
     monkeypatch.setattr(constants, "_slabs", constants.WeakKeyDictionary())
-    constants._kept.clear()
+    constants._kept.cache_clear()
     q, k, v = map(Tensor, arrays())
     out = Tensor(np.zeros_like(q.array))
     na.attention(q, k, v, out=out)
@@ -555,7 +555,7 @@ def test_what_a_planned_call_in_a_graph_uses_is_kept(gpu, repeated, monkeypatch)
     na.attention(q, k, v, out=out)
     assert not repeated
     kernel, _, _, integers, *_ = gpu.launches[-1]
-    constants._kept.clear()
+    constants._kept.cache_clear()
     constants._slabs.clear()
     assert all(gpu.memory_at(address) for address in {integers[place] for place in kernel.addresses} - {0})
 
@@ -588,7 +588,7 @@ def test_what_a_graph_uses_is_kept(gpu, repeated, monkeypatch):
     assert len(workspaces) == 1
     assert not any(x is workspaces[0].memory for x in held), "later calls run beside the graph"
     replay._recorded.clear()
-    constants._kept.clear()
+    constants._kept.cache_clear()
     addresses = {integers[place] for kernel, _, _, integers, *_ in gpu.launches[-2:] for place in kernel.addresses}
     assert all(gpu.memory_at(address) for address in addresses - {0})
 

@@ -356,7 +356,7 @@ def test_copies_in_the_middle_of_a_copy(real, monkeypatch):
 
 
 def test_room_for_numbers_in_the_middle_of_another(device, monkeypatch):
-    constants._kept.clear()
+    constants._kept.cache_clear()
     rooms = []
     trace = calling_between_lines(constants._room, lambda: rooms.append(constants._room(device, 0, 300)))
     with runtime.using(0, 1):
@@ -379,7 +379,7 @@ def test_download_says_what_does_not_fit(device):
 
 def test_few_numbers_are_copied_once(device, monkeypatch):
     """By contents, for each stream; their memory belongs to no stream, and is freed when nobody needs it."""
-    constants._kept.clear()
+    constants._kept.cache_clear()
     monkeypatch.setattr(constants, "SLAB", 1024)
     numbers = [np.full(60, n) for n in range(4)]  # two of which fit in a slab
     with runtime.using(0, 1):
@@ -395,7 +395,7 @@ def test_few_numbers_are_copied_once(device, monkeypatch):
     assert len(slabs) == 3
     assert device.memory_at(held(large).owner.address).stream == 1
     del made, there, other
-    constants._kept.clear()
+    constants._kept.cache_clear()
     gc.collect()
     assert {address for address, stream in device.frees if stream is None} < slabs
     constants._slabs.clear()

@@ -261,7 +261,7 @@ def main():
     replay._recorded.clear()
     gc.collect()
     calls(stub)
-    constants._kept.clear()
+    constants._kept.cache_clear()
     constants._slabs.clear()
     gc.collect()
     assert calls(stub) == ["wait_for_all", "free_at_once"], "a slab that nobody needs"

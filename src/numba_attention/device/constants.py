@@ -4,12 +4,12 @@ They are kept in slabs of memory that belong to no stream: a stream may be destr
 would then be impossible.
 """
 
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ..bounded import BoundedCache
 from ..options import Array
 from . import replay, runtime
 from .driver import Driver, identity
@@ -18,8 +18,6 @@ from .headers import header
 MOST = 2**18  # bytes up to which an array is kept, as the records of 1092 sequences; larger ones are copied every time
 SLAB = 2**20
 _ALIGNMENT = 256
-
-_kept: BoundedCache[Array] = BoundedCache(count=256, size=2**24)  # by what the copies depend on
 
 # For each driver, by device: the slab, its size in bytes, and how many of these are used.
 _slabs: WeakKeyDictionary[Driver, dict[int, tuple[Any, int, int]]] = WeakKeyDictionary()
@@ -31,19 +29,15 @@ def upload(array: Array) -> Array:
     data = array.tobytes()
     if len(data) > MOST:
         return runtime.upload(array, stream)
-    device = runtime.driver.current()
-    key = data, runtime.driver, device, stream, identity(stream)
-    kept = _kept.get(key)
-    if kept is None:
-        kept = _copied(data, runtime.driver, device, stream)
-        _kept.add(key, kept, len(data))
+    kept = _kept(data, runtime.driver, runtime.driver.current(), stream, identity(stream))
     recorder = replay.current()
     if recorder is not None:
         recorder.fix(kept)
     return kept
 
 
-def _copied(data: bytes, driver: Driver, device: int, stream: int) -> Array:
+@lru_cache(maxsize=128)  # the one that was used last stays: a call before a capture keeps all that it uses
+def _kept(data: bytes, driver: Driver, device: int, stream: int, _: Any) -> Array:
     """Return a copy for work on one stream, whose order ensures that the copy is complete."""
     replay.refuse_copy(driver.is_capturing(stream, device))
     address, slab = _room(driver, device, len(data))
