@@ -382,8 +382,8 @@ def test_half_types_are_rounded_after_the_sum_over_sequences():
         assert grads.value.item() == 992  # -39000 is -39008 in float16
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_gradients_of_shared_keys_have_half_a_unit_of_error(dtype):
+def test_gradients_of_shared_keys_have_half_a_unit_of_error():
+    dtype = np.float16  # weights of bfloat16 may be rounded before they are multiplied
     rng = np.random.default_rng(0)
     query, grad_out = (rng.standard_normal((64, 2, 5, 8)).astype(dtype) for _ in range(2))
     key, value = (rng.standard_normal((2, 9, 8)).astype(dtype) for _ in range(2))
@@ -394,6 +394,5 @@ def test_gradients_of_shared_keys_have_half_a_unit_of_error(dtype):
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     want = (weights.swapaxes(-1, -2) @ g).sum(0)
-    unit = np.spacing(np.abs(want).astype(np.float32)).astype(np.float64) * 2 ** (13 if dtype is np.float16 else 16)
-    bits = 1 if dtype is np.float16 else 2  # weights of bfloat16 may be rounded before they are multiplied
-    assert np.abs(grads.value[0].astype(np.float64) - want).max() <= bits * unit.max()
+    unit = 2.0 ** (np.floor(np.log2(np.abs(want))) - 10)
+    assert (np.abs(grads.value[0].astype(np.float64) - want) / unit).max() < 0.6

@@ -111,9 +111,9 @@ def test_profile():
     [
         (lambda: plot.heads(np.zeros((2, 3, 4, 5))), ValueError, r"weights .*heads, L, S.*\(2, 3, 4, 5\)"),
         (lambda: plot.heads(np.zeros((2, 3, 4), int)), TypeError, "weights .*int64"),
-        (lambda: plot.heads(weights(), ["a"]), ValueError, "query_labels must be 5, got 1"),
-        (lambda: plot.heads(weights(), None, ["a"]), ValueError, "key_labels must be 7, got 1"),
-        (lambda: plot.heads(weights(), titles=["a"]), ValueError, "titles must be 4, got 1"),
+        (lambda: plot.heads(weights(), ["a"]), ValueError, "query_labels must have length 5, got 1"),
+        (lambda: plot.heads(weights(), None, ["a"]), ValueError, "key_labels must have length 7, got 1"),
+        (lambda: plot.heads(weights(), titles=["a"]), ValueError, "titles must have length 4, got 1"),
         (lambda: plot.patches(np.zeros(8), np.zeros((1, 16)), grid=(4, 4)), ValueError, "image"),
         (lambda: plot.patches(np.zeros((8, 8)), np.zeros((1, 15)), grid=(4, 4)), ValueError, r"weights .*4 \* 4"),
         (lambda: plot.patches(np.eye(8), np.zeros((1, 16)), grid=4), TypeError, "grid must be a pair"),
@@ -125,7 +125,7 @@ def test_profile():
         (lambda: plot.heads(weights(), 3), TypeError, "query_labels must be a sequence of str"),
         (lambda: plot.heads(weights(), titles=4), TypeError, "titles must be a sequence of str"),
         (lambda: plot.statistics(np.zeros((4, 4))), ValueError, "weights"),
-        (lambda: plot.profile([weights()], titles=["a", "b"]), ValueError, "titles must be 1, got 2"),
+        (lambda: plot.profile([weights()], titles=["a", "b"]), ValueError, "titles must have length 1, got 2"),
     ],
 )
 def test_bad_input(call, kind, words):

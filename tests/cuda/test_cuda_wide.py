@@ -86,3 +86,13 @@ def test_not_on_warpgroups(gpu):
     c = Spec("forward", "bfloat16", 64, 64, product="tensor", arch="sm_90a")
     assert c.suits_warpgroups()
     assert not c.with_(to="float32").suits_warpgroups()
+
+
+def test_gradients_that_sequences_share_are_rounded_after_their_sum(gpu):
+    """As on the CPU (tests/test_backward.py): the gradient of each sequence would overflow or lose 32 here."""
+    query, key = np.zeros((2, 1, 2, 1), np.float16), np.zeros((1, 1, 1, 1), np.float16)
+    out, lse = na.attention(query, key, key, return_lse=True, backend="cuda")
+    grad_out = np.array([40000, 40000, -40000, -39000], np.float16).reshape(2, 1, 2, 1)
+    grads = na.attention_backward(grad_out, query, key, key, out, lse, backend="cuda")
+    assert [(x.dtype, x.shape) for x in grads[:3]] == [(np.float16, x.shape) for x in (query, key, key)]
+    assert grads.value.item() == 992

@@ -694,7 +694,7 @@ def test_a_module_that_was_edited_and_not_imported_again(tmp_path):
 
 
 def test_the_sign_of_zero_in_a_mask():
-    q, k, v = draw(L=20)
+    q, k, v = draw(L=300, S=300)  # enough pairs that a block mask is made and kept
 
     def mask(batch, head, i, j, x):
         return 1.0 / x > 0 or i == j

@@ -163,7 +163,7 @@ def as_names(name: str, names: Any, count: int) -> list[str]:
     except TypeError:
         raise TypeError(f"{name} must be a sequence of str, got {kind_of(names)}") from None
     if len(texts) != count:
-        raise ValueError(f"{name} must have {count} entries, got {len(texts)}")
+        raise ValueError(f"{name} must have length {count}, got {len(texts)}")
     return texts
 
 
